@@ -10,7 +10,12 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_EXPORTS: dict[str, str] = {}
+_EXPORTS: dict[str, str] = {
+    "Projection": "projection",
+    "gradient_layout": "lora",
+    "per_example_gradients": "gradients",
+    "per_example_losses": "gradients",
+}
 
 __all__ = sorted([*_EXPORTS, "__version__"])
 

@@ -1,0 +1,330 @@
+"""One forward and one activation backward of a pack; out come the LoRA gradients of each of its examples.
+
+For a LoRA linear `y = W x + s B (A x)` with `h_t = A x_t` and `u_t = B^T g_t` (g: gradient of y):
+
+    forward   [y | h | z] = x [W + sBA | A | R_in]^T      one pass over x
+    backward  [dx | u | y'] = g [W + sBA | B | R_out]     one pass over g
+    per example e:  R_out^T dB_e = s sum_t y'_t h_t^T,    dA_e R_in = s sum_t u_t z_t^T
+
+The base is frozen and so are the factors while the engine is open: no weight gradient is formed, the factors can be
+folded into the base weight, and `(T, r + p)` numbers a module are all that is kept for the backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear as dense
+
+from influence_fast import attention
+from influence_fast.errors import ModelError
+from influence_fast.lora import LoraLinear, find_lora_linears, layout_of
+from influence_fast.loss import CompletionLoss
+from influence_fast.packing import IGNORED, Pack
+from influence_fast.projection import Projection
+from influence_fast.reduction import FullReducer, ProjectedReducer, Reducer, random_columns
+
+# Heads that do more than a matrix product; their logits are taken from the model itself.
+_HEAD_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+@dataclass(eq=False)
+class InputGroup:
+    """LoRA linears that read one tensor (q/k/v, gate/up), computed in one pass over it."""
+
+    members: list[LoraLinear]
+    numbers: list[int]  # each member's place among all LoRA linears
+    reducer: Reducer
+    fused: bool
+    forward_weight: torch.Tensor = field(init=False)  # fused: [sum d_out + sum c, d_in], else [sum c, d_in]
+    forward_bias: torch.Tensor | None = field(init=False)
+    backward_weights: list[torch.Tensor] = field(init=False)  # fused: [d_out, d_in + c], else [d_out, c]
+    columns: list[int] = field(init=False)  # c: r, or r + p with a projection
+    pending: dict[int, torch.Tensor] = field(default_factory=dict)
+    pending_input: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        dtype, device = self.members[0].weight.dtype, self.members[0].weight.device
+        skinny, self.backward_weights, self.columns, merged = [], [], [], []
+        for member in self.members:
+            r_in, r_out = random_columns(self.reducer.projection, member)
+            into = torch.cat([member.a.to(dtype), r_in.T.to(device, dtype)])
+            out_of = torch.cat([member.b.to(dtype), r_out.to(device, dtype)], dim=1)
+            skinny.append(into)
+            self.columns.append(into.shape[0])
+            if self.fused:
+                folded = torch.addmm(member.weight, member.b.to(dtype), member.a.to(dtype), alpha=member.scaling)
+                merged.append(folded)
+                out_of = torch.cat([folded, out_of], dim=1)
+            self.backward_weights.append(out_of)
+        self.forward_weight = torch.cat(merged + skinny)
+        self.forward_bias = None
+        if self.fused and any(member.bias is not None for member in self.members):
+            biases = [
+                member.weight.new_zeros(member.d_out) if member.bias is None else member.bias for member in self.members
+            ]
+            self.forward_bias = torch.cat([*biases, self.members[0].weight.new_zeros(sum(self.columns))])
+
+    def call(self, place: int, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        """Member `place`'s output; the first member called with a tensor computes them all."""
+        if self.pending_input is not x or place not in self.pending:
+            outputs = _GroupedLora.apply(x, anchor, self)
+            self.pending = dict(enumerate(outputs))
+            self.pending_input = x
+        output = self.pending.pop(place)
+        if not self.pending:
+            self.pending_input = None
+        return output
+
+    def forget(self) -> None:
+        self.pending, self.pending_input = {}, None
+
+
+class _GroupedLora(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, group: InputGroup) -> tuple[torch.Tensor, ...]:
+        tokens = x.reshape(-1, x.shape[-1])  # [T, d_in]
+        outputs = []
+        if group.fused:
+            wide = dense(tokens, group.forward_weight, group.forward_bias)  # [T, sum d_out + sum c]
+            splits = wide.split([m.d_out for m in group.members] + [sum(group.columns)], dim=1)
+            outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in splits[:-1]]
+            kept = splits[-1].contiguous()  # a copy, so that `wide` itself need not stay
+        else:
+            kept = dense(tokens, group.forward_weight)  # [T, sum c]
+            for member, part in zip(group.members, kept.split(group.columns, dim=1), strict=True):
+                y = dense(tokens, member.weight, member.bias)
+                y.addmm_(part[:, : member.r], member.b.T.to(y.dtype), alpha=member.scaling)
+                outputs.append(y.view(*x.shape[:-1], member.d_out))
+        ctx.save_for_backward(kept, *([tokens] if group.reducer.needs_input else []))
+        ctx.group = group
+        ctx.x_shape = x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        group: InputGroup = ctx.group
+        kept, *rest = ctx.saved_tensors
+        tokens = rest[0] if rest else None
+        wants_dx = ctx.needs_input_grad[0]
+        dx: torch.Tensor | None = None
+        parts = kept.split(group.columns, dim=1)
+        for i, (member, grad) in enumerate(zip(group.members, grads, strict=True)):
+            if grad is None:
+                continue
+            g = grad.reshape(-1, member.d_out)  # [T, d_out]
+            weight = group.backward_weights[i]
+            if group.fused:
+                both = g @ (weight if wants_dx else weight[:, member.d_in :])
+                out_of = both[:, -group.columns[i] :]
+                term = both[:, : member.d_in] if wants_dx else None
+            else:
+                out_of = g @ weight
+                term = None
+                if wants_dx:
+                    term = g @ member.weight
+                    term.addmm_(out_of[:, : member.r], member.a.to(term.dtype), alpha=member.scaling)
+            if term is not None:
+                dx = term if dx is None else dx + term
+            group.reducer.add(group.numbers[i], parts[i], out_of, g, tokens)
+        return None if dx is None else dx.view(ctx.x_shape), None, None
+
+
+class GradientEngine:
+    """Opens a peft model for per-example gradients; use as a context manager.
+
+    While open, the LoRA layers' forwards are replaced, dropout is off and no parameter asks for a gradient;
+    everything is put back on exit. The factors must not change while the engine is open.
+    """
+
+    def __init__(self, model: nn.Module, projection: Projection | None, loss_reduction: str = "mean") -> None:
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}")
+        self.model = model
+        self.loss_reduction = loss_reduction
+        self.linears = find_lora_linears(model)
+        layout = layout_of(self.linears, projection)
+        kind = None if projection is None else projection.kind
+        reducer_class = ProjectedReducer if kind in ("one_sided", "kron") else FullReducer
+        self.reducer: Reducer = reducer_class(self.linears, layout, projection)
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.decoder = self.base.get_decoder()
+        self.head = self.base.get_output_embeddings()
+        self.device = self.linears[0].weight.device
+        self.packs_are_separate = True
+        self._stack = contextlib.ExitStack()
+        self._groups: list[InputGroup] = []
+        self._whole_model_logits = type(self.head) is not nn.Linear or any(
+            getattr(self.base.config, name, None) not in (None, 1, 1.0) for name in _HEAD_TRANSFORMS
+        )
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return self.reducer.width
+
+    def __enter__(self) -> GradientEngine:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_frozen(self.model))
+            stack.enter_context(_packed_attention(self.base, self.decoder))
+            inputs = self._probe()
+            self._groups = self._group(inputs)
+            self._anchor = torch.zeros((), device=self.device, requires_grad=True)
+            for group in self._groups:
+                for place, member in enumerate(group.members):
+                    stack.enter_context(_replaced_forward(member.layer, group, place, self._anchor))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._stack.close()
+        self._groups = []
+
+    def run(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients and losses of a pack: rows [E, k], losses [E] (reduced as the gradients are)."""
+        self.reducer.begin(pack.cu_seqlens)
+        with torch.enable_grad():
+            loss, losses = self._loss(pack)
+            loss.backward()
+        return self.reducer.finish(), losses
+
+    @torch.no_grad()
+    def losses(self, pack: Pack) -> torch.Tensor:
+        """Losses of a pack [E], without a backward pass."""
+        return self._loss(pack)[1]
+
+    def _loss(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pack's summed loss, to differentiate, and the loss of each example [E]."""
+        wide = torch.float64 if self.linears[0].weight.dtype == torch.float64 else torch.float32
+        positions = (pack.targets != IGNORED).nonzero().squeeze(1)
+        targets = pack.targets[positions].to(self.device)
+        weights = pack.token_weights(self.loss_reduction)[positions].to(self.device, wide)
+        try:
+            hidden, weight, bias = self._hidden(pack, positions.to(self.device))
+        finally:
+            for group in self._groups:
+                group.forget()
+        loss, token_losses = CompletionLoss.apply(hidden, weight, bias, targets, weights)
+        owner = torch.searchsorted(torch.tensor(pack.cu_seqlens[1:]), positions, right=True).to(self.device)
+        losses = torch.zeros(len(pack.indices), dtype=wide, device=self.device)
+        losses.index_add_(0, owner, token_losses * weights)
+        return loss, losses
+
+    def _hidden(self, pack: Pack, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What the loss needs: the last hidden states of the completion tokens, the head's weight and bias."""
+        if self._whole_model_logits:
+            logits = self._call(self.base, pack).logits[0, positions]
+            # the identity as head: softmax over logits that the model has already made
+            return logits, torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device), None
+        hidden = self._call(self.decoder, pack).last_hidden_state[0, positions]
+        return hidden, self.head.weight.detach(), None if self.head.bias is None else self.head.bias.detach()
+
+    def _call(self, module: nn.Module, pack: Pack, **kwargs: Any) -> Any:
+        longest = max(pack.lengths)
+        bounds: Any = pack.cu_seqlens
+        if self.decoder.config._attn_implementation != attention.PACKED:
+            bounds = torch.tensor(bounds, dtype=torch.int32, device=self.device)
+        return module(
+            input_ids=pack.input_ids[None].to(self.device),
+            position_ids=pack.position_ids[None].to(self.device),
+            use_cache=False,
+            cu_seq_lens_q=bounds,
+            cu_seq_lens_k=bounds,
+            max_length_q=longest,
+            max_length_k=longest,
+            **kwargs,
+        )
+
+    def _probe(self) -> dict[int, torch.Tensor]:
+        """Runs two tokens to learn which LoRA linears share an input and whether attention sees the packing."""
+        inputs: dict[int, torch.Tensor] = {}
+        handles = [
+            member.layer.register_forward_pre_hook(lambda _, args, n=n: inputs.__setitem__(n, args[0]))
+            for n, member in enumerate(self.linears)
+        ]
+        two = torch.zeros(2, dtype=torch.int64)
+        pack = Pack([0], two, torch.arange(2), two, [0, 2])
+        seen: list[int] = []
+        try:
+            with torch.no_grad():
+                self._call(self.base if self._whole_model_logits else self.decoder, pack, packed_probe=seen)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self.decoder.config._attn_implementation == attention.PACKED:
+            self.packs_are_separate = bool(seen)
+        unused = [m.name for n, m in enumerate(self.linears) if n not in inputs]
+        if unused:
+            raise ModelError(f"{unused[0]}: the model's forward never calls this LoRA layer")
+        for n, x in inputs.items():
+            if x.numel() != 2 * self.linears[n].d_in:
+                raise ModelError(
+                    f"{self.linears[n].name}: sees {x.numel() // x.shape[-1]} tokens of 2 (a routed expert?); "
+                    "leave it out of target_modules"
+                )
+        return inputs
+
+    def _group(self, inputs: dict[int, torch.Tensor]) -> list[InputGroup]:
+        by_input: dict[int, list[int]] = {}
+        for n in range(len(self.linears)):
+            by_input.setdefault(id(inputs[n]), []).append(n)
+        groups = []
+        for numbers in by_input.values():
+            members = [self.linears[n] for n in numbers]
+            # folding s B A into a 16-bit weight would round the adapter away
+            fused = members[0].weight.dtype in (torch.float32, torch.float64)
+            groups.append(InputGroup(members, numbers, self.reducer, fused))
+        return groups
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    training = {module: module.training for module in model.modules()}
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for module in model.modules():
+            # such a layer recomputes only while training; its own flag touches nothing else
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = bool(getattr(module, "gradient_checkpointing", False))
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextlib.contextmanager
+def _packed_attention(base: nn.Module, decoder: nn.Module) -> Iterator[None]:
+    attention.register()
+    before = decoder.config._attn_implementation
+    if before in ("eager", "sdpa", None):
+        base.set_attn_implementation(attention.PACKED)
+    try:
+        yield
+    finally:
+        if before in ("eager", "sdpa", None):
+            base.set_attn_implementation(before or "sdpa")
+
+
+@contextlib.contextmanager
+def _replaced_forward(layer: nn.Module, group: InputGroup, place: int, anchor: torch.Tensor) -> Iterator[None]:
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return group.call(place, x, anchor)
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward

@@ -1,0 +1,111 @@
+"""Per-example LoRA gradients of a packed batch, exact or projected, at less than the price of a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from influence_fast.engine import GradientEngine
+from influence_fast.errors import DataError, NumericError, listing
+from influence_fast.lora import gradient_layout
+from influence_fast.packing import Pack, check_examples, example_name, pack_examples
+from influence_fast.projection import Projection
+
+__all__ = ["Projection", "gradient_layout", "iter_gradient_rows", "per_example_gradients"]
+
+# Measured on a 2-core CPU at 256 wide: packs of 1k to 4k tokens differ by a few per cent; GPUs want more.
+DEFAULT_MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+def per_example_gradients(
+    model: nn.Module,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    projection: Projection | None = None,
+    loss_reduction: str = "mean",
+    max_tokens: int | None = None,
+) -> torch.Tensor:
+    """The LoRA gradient of each example's own loss, one row an example.
+
+    Args:
+        model: a peft model (or a model with LoRA layers injected) that transformers can run.
+        examples: `{"input_ids", "labels"}`, 1-D int tensors of one length, labels -100 where ignored and aligned
+            with input_ids (the shift by one happens here); `"id"` is optional and used in messages.
+        projection: None for the exact gradient, laid out as `gradient_layout(model)` says; else a `Projection`.
+        loss_reduction: `"mean"` over the example's completion tokens, or `"sum"`.
+        max_tokens: tokens in one packed batch; changes speed and memory, not the numbers.
+
+    Returns:
+        (E, k) tensor on the model's device: fp32, or fp64 for an fp64 model.
+
+    Raises:
+        DataError: an example is malformed, has no token to learn from or a token the model does not have.
+        ModelError: the model has no LoRA layer, or one this package cannot differentiate.
+        NumericError: a gradient is NaN or infinite; the message names the examples.
+    """
+    with GradientEngine(model, projection, loss_reduction) as engine:
+        dtype, device = engine.reducer.dtype, engine.device
+        out = torch.empty(len(examples), engine.width, dtype=dtype, device=device)
+        for pack in _packs(engine, examples, max_tokens):
+            rows, _ = engine.run(pack)
+            out[pack.indices] = rows
+    bad = out.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist()
+    if bad:
+        names = listing(example_name(examples[i], i) for i in bad)
+        raise NumericError(
+            f"the gradient is NaN or infinite for {names}: look at these examples and the adapter's weights, "
+            "or run the model in float32"
+        )
+    return out
+
+
+def iter_gradient_rows(
+    model: nn.Module,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    projection: Projection | None = None,
+    loss_reduction: str = "mean",
+    max_tokens: int | None = None,
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """As `per_example_gradients`, one packed batch at a time: (indices into `examples`, CPU rows [n, k]).
+
+    Rows come in packing order and may hold NaN or infinite numbers; the caller decides what to do with those.
+    """
+    with GradientEngine(model, projection, loss_reduction) as engine:
+        for pack in _packs(engine, examples, max_tokens):
+            rows, _ = engine.run(pack)
+            yield pack.indices, rows.cpu()
+
+
+def per_example_losses(
+    model: nn.Module, examples: Sequence[Mapping[str, Any]], *, loss_reduction: str = "mean"
+) -> torch.Tensor:
+    """(E,) fp32: each example's completion loss under `model`, with no backward pass.
+
+    Raises DataError as `per_example_gradients` does.
+    """
+    with GradientEngine(model, None, loss_reduction) as engine:
+        out = torch.empty(len(examples), dtype=engine.reducer.dtype)
+        for pack in _packs(engine, examples, None):
+            out[pack.indices] = engine.losses(pack).cpu()
+    return out
+
+
+def _packs(engine: GradientEngine, examples: Sequence[Mapping[str, Any]], max_tokens: int | None) -> list[Pack]:
+    check_examples(examples)
+    vocab = engine.base.get_input_embeddings().weight.shape[0]
+    for index, example in enumerate(examples):
+        ids = example["input_ids"]
+        if int(ids.max()) >= vocab or int(ids.min()) < 0:
+            raise DataError(
+                f"{example_name(example, index)}: token id outside the model's vocabulary of {vocab}; "
+                "tokenize with this model's own tokenizer"
+            )
+    if not engine.packs_are_separate:
+        max_tokens = 1  # one example a pack: this model's attention does not see the packing
+    elif max_tokens is None:
+        max_tokens = DEFAULT_MAX_TOKENS.get(engine.device.type, 4096)
+    return pack_examples(examples, max_tokens)

@@ -1,0 +1,142 @@
+"""Where the LoRA factors of a model are, and how one example's gradient is laid out as a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from influence_fast.errors import ModelError
+from influence_fast.projection import Projection
+
+_PEFT_PREFIX = "base_model.model."
+
+
+class LayoutEntry(NamedTuple):
+    """One LoRA factor's place in a gradient row.
+
+    `module` is the name `model.named_modules()` gives the LoRA layer, `factor` is `"lora_A"` or `"lora_B"`,
+    `shape` the factor's shape as stored in the row (C order), `offset` the index of its first number.
+    """
+
+    module: str
+    factor: str
+    shape: tuple[int, int]
+    offset: int
+
+
+@dataclass(frozen=True, eq=False)
+class LoraLinear:
+    """One LoRA linear, `y = W x + b + s B (A x)`, as plain tensors."""
+
+    name: str
+    layer: nn.Module
+    weight: torch.Tensor  # [d_out, d_in]
+    bias: torch.Tensor | None  # [d_out]
+    a: torch.Tensor  # [r, d_in]
+    b: torch.Tensor  # [d_out, r]
+    scaling: float
+
+    @property
+    def key(self) -> str:
+        """The name that seeds the projection: the same with and without the peft wrapper."""
+        return self.name.removeprefix(_PEFT_PREFIX)
+
+    @property
+    def d_in(self) -> int:
+        return self.a.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.b.shape[0]
+
+    @property
+    def r(self) -> int:
+        return self.a.shape[0]
+
+
+def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
+    """Every LoRA linear of `model` with its active adapter, in `named_modules` order.
+
+    Raises ModelError when there is none, or one is of a kind whose gradient this package does not compute.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    found = [_as_plain(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    if not found:
+        raise ModelError(
+            "the model has no LoRA adapter: load one (peft.PeftModel.from_pretrained) or add a fresh one "
+            "(peft.get_peft_model) before asking for per-example gradients"
+        )
+    return found
+
+
+def _as_plain(name: str, layer: nn.Module) -> LoraLinear:
+    base = layer.get_base_layer()
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    if len(active) != 1:
+        raise ModelError(f"{name}: exactly one active LoRA adapter is needed, found {active or 'none'}")
+    adapter = active[0]
+    if adapter in layer.lora_variant:
+        variant = type(layer.lora_variant[adapter]).__name__
+        raise ModelError(f"{name}: {variant} is not plain LoRA; train the adapter without it")
+    if layer.lora_bias.get(adapter):
+        raise ModelError(f"{name}: lora_bias=True is not supported; train the adapter without it")
+    if layer.merged:
+        raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
+    if type(base) is nn.Linear:
+        weight = base.weight
+    elif type(base).__name__ == "Conv1D":
+        weight = base.weight.T
+    else:
+        raise ModelError(
+            f"{name}: LoRA over {type(base).__name__} is not supported (nn.Linear and Conv1D are); "
+            "leave that module out of target_modules"
+        )
+    return LoraLinear(
+        name=name,
+        layer=layer,
+        weight=weight.detach(),
+        bias=None if base.bias is None else base.bias.detach(),
+        a=layer.lora_A[adapter].weight.detach(),
+        b=layer.lora_B[adapter].weight.detach(),
+        scaling=float(layer.scaling[adapter]),
+    )
+
+
+def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -> list[LayoutEntry]:
+    """The row layout of `linears`: exact factors, or their projections (before any sketch of the whole row)."""
+    entries: list[LayoutEntry] = []
+    offset = 0
+    for linear in linears:
+        if projection is None or projection.kind in ("sjlt", "rademacher"):
+            shape_a, shape_b = (linear.r, linear.d_in), (linear.d_out, linear.r)
+        elif projection.kind == "one_sided":
+            shape_a, shape_b = (linear.r, projection.dim), (projection.dim, linear.r)
+        else:
+            shape_a = shape_b = (projection.dim, projection.dim)
+        for factor, shape in (("lora_A", shape_a), ("lora_B", shape_b)):
+            entries.append(LayoutEntry(linear.name, factor, shape, offset))
+            offset += shape[0] * shape[1]
+    return entries
+
+
+def layout_width(layout: list[LayoutEntry]) -> int:
+    """Numbers in a row of this layout."""
+    last = layout[-1]
+    return last.offset + last.shape[0] * last.shape[1]
+
+
+def gradient_layout(model: nn.Module, projection: Projection | None = None) -> list[LayoutEntry]:
+    """The order in which `per_example_gradients(model, ..., projection=projection)` lays out a row.
+
+    With `projection=None` the row is the exact LoRA gradient: for each LoRA layer in `named_modules` order,
+    `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order. `one_sided` rows hold `dA R_in (r, p)`
+    and `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to `width`
+    numbers afterwards; the layout returned is then the one that is sketched.
+
+    Raises ModelError when the model has no LoRA layer or an unsupported one.
+    """
+    return layout_of(find_lora_linears(model), projection)

@@ -1,0 +1,55 @@
+"""Cross-entropy on completion tokens that never holds (T, vocab) logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Logits held at once, in numbers: 4M fp32 numbers are 16 MiB, which stays near the caches of a CPU.
+LOGITS_CHUNK = 1 << 22
+
+
+class CompletionLoss(torch.autograd.Function):
+    """Weighted token losses from hidden states; the gradient is formed with the loss, chunk by chunk.
+
+    For token t with logits z = W h_t and target c: loss = logsumexp(z) - z_c, d loss / d h = W^T (softmax(z) - e_c).
+    The head is frozen, so nothing but d loss / d h is ever needed and the logits can be dropped at once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,  # [n, d], completion tokens only
+        weight: torch.Tensor,  # [vocab, d]
+        bias: torch.Tensor | None,  # [vocab]
+        targets: torch.Tensor,  # [n] int64
+        token_weights: torch.Tensor,  # [n] fp32 (fp64 for an fp64 model)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (the weighted sum of the losses, the unweighted loss of each token [n])."""
+        n = hidden.shape[0]
+        step = max(1, LOGITS_CHUNK // weight.shape[0])
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        losses = torch.empty(n, dtype=wide, device=hidden.device)
+        wants_grad = ctx.needs_input_grad[0]
+        grad = torch.empty_like(hidden) if wants_grad else hidden.new_empty(0)
+        for start in range(0, n, step):
+            rows = slice(start, min(start + step, n))
+            logits = torch.nn.functional.linear(hidden[rows], weight, bias).to(wide)
+            target = targets[rows, None]
+            logsumexp = torch.logsumexp(logits, dim=1, keepdim=True)
+            losses[rows] = (logsumexp - logits.gather(1, target)).squeeze(1)
+            if not wants_grad:
+                continue
+            probabilities = logits.sub_(logsumexp).exp_()
+            probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
+            probabilities.mul_(token_weights[rows, None])
+            torch.mm(probabilities.to(weight.dtype), weight, out=grad[rows])
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(losses)
+        return (losses * token_weights).sum(), losses
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_outputs[0].to(grad.dtype), None, None, None, None

@@ -1,0 +1,116 @@
+"""Packs ragged examples into one row of tokens: no padding, examples end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from influence_fast.errors import DataError, listing
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Several examples in one row of T tokens.
+
+    `indices` are the examples' places in the caller's list; example i of the pack owns the tokens
+    `cu_seqlens[i]:cu_seqlens[i + 1]`. `targets` is already shifted: `targets[t]` is what token t must predict,
+    or -100; the last token of an example predicts nothing.
+    """
+
+    indices: list[int]
+    input_ids: torch.Tensor  # [T] int64
+    position_ids: torch.Tensor  # [T] int64, restarting at 0 in each example
+    targets: torch.Tensor  # [T] int64
+    cu_seqlens: list[int]  # E + 1 ints, from 0 to T
+
+    @property
+    def lengths(self) -> list[int]:
+        return [end - start for start, end in pairwise(self.cu_seqlens)]
+
+    def token_weights(self, loss_reduction: str) -> torch.Tensor:
+        """[T] float64: the weight of each token's loss so that every example has its own `mean` or `sum`."""
+        counted = self.targets != IGNORED
+        weights = counted.to(torch.float64)
+        if loss_reduction == "mean":
+            for start, end in pairwise(self.cu_seqlens):
+                weights[start:end] /= counted[start:end].sum()
+        return weights
+
+
+def example_name(example: Mapping[str, Any], index: int) -> str:
+    """The example's id, or its place in the list when it has none."""
+    return str(example["id"]) if "id" in example else f"examples[{index}]"
+
+
+def check_examples(examples: Sequence[Mapping[str, Any]]) -> None:
+    """Raises DataError naming every example that has no gradient: malformed, empty, or all labels ignored."""
+    ignored = []
+    for index, example in enumerate(examples):
+        name = example_name(example, index)
+        for field in ("input_ids", "labels"):
+            if field not in example:
+                raise DataError(f"{name}: no {field!r}; an example is {{'input_ids', 'labels'}}, 1-D int tensors")
+        ids, labels = example["input_ids"], example["labels"]
+        if ids.ndim != 1 or labels.shape != ids.shape:
+            raise DataError(
+                f"{name}: input_ids and labels must be 1-D and of one length, "
+                f"not {tuple(ids.shape)} and {tuple(labels.shape)}"
+            )
+        # labels[0] has no token before it to predict it, so it never counts
+        if not bool((labels[1:] != IGNORED).any()):
+            ignored.append(name)
+    if ignored:
+        raise DataError(
+            f"no completion token to learn from (every label is -100) in {listing(ignored)}: "
+            "drop these examples or unmask their completions"
+        )
+
+
+def pack_examples(examples: Sequence[Mapping[str, Any]], max_tokens: int) -> list[Pack]:
+    """Packs of at most `max_tokens` tokens; a longer example gets a pack of its own.
+
+    First-fit decreasing over lengths, stable in the examples' order, so the same list always packs the same way.
+    """
+    lengths = [int(example["input_ids"].shape[0]) for example in examples]
+    order = sorted(range(len(examples)), key=lambda i: (-lengths[i], i))
+    groups: list[list[int]] = []
+    room: list[int] = []
+    first_open = 0
+    for i in order:
+        while first_open < len(groups) and room[first_open] == 0:
+            first_open += 1
+        for g in range(first_open, len(groups)):
+            if room[g] >= lengths[i]:
+                groups[g].append(i)
+                room[g] -= lengths[i]
+                break
+        else:
+            groups.append([i])
+            room.append(max(0, max_tokens - lengths[i]))
+    return [_pack(examples, members) for members in groups]
+
+
+def _pack(examples: Sequence[Mapping[str, Any]], members: list[int]) -> Pack:
+    cu_seqlens = [0]
+    targets = []
+    positions = []
+    for i in members:
+        n = int(examples[i]["input_ids"].shape[0])
+        cu_seqlens.append(cu_seqlens[-1] + n)
+        shifted = torch.full((n,), IGNORED, dtype=torch.int64)
+        shifted[:-1] = examples[i]["labels"][1:]
+        targets.append(shifted)
+        positions.append(torch.arange(n))
+    return Pack(
+        indices=members,
+        input_ids=torch.cat([examples[i]["input_ids"].to(torch.int64) for i in members]),
+        position_ids=torch.cat(positions),
+        targets=torch.cat(targets),
+        cu_seqlens=cu_seqlens,
+    )

@@ -1,0 +1,219 @@
+"""Ragged sums over tokens: from what a module's forward and backward left to each example's piece of a row.
+
+The segment sums use fp32 (fp64 for an fp64 model) whatever the products' dtype was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+
+from influence_fast.lora import LayoutEntry, LoraLinear, layout_width
+from influence_fast.projection import Projection, random_matrix, sign_matrix, sjlt_map
+
+# Rows of a dense Rademacher matrix made at once: 2^24 signs, 64 MiB in fp32.
+_RADEMACHER_CHUNK = 1 << 24
+
+
+def random_columns(projection: Projection | None, linear: LoraLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """R_in [d_in, p] and R_out [d_out, p] of one module; p = 0 where the kind needs none."""
+    if projection is None or projection.kind not in ("one_sided", "kron"):
+        return linear.a.new_zeros(linear.d_in, 0), linear.b.new_zeros(linear.d_out, 0)
+    return (
+        random_matrix(projection, f"{linear.key}/in", linear.d_in),
+        random_matrix(projection, f"{linear.key}/out", linear.d_out),
+    )
+
+
+class Reducer:
+    """Collects a pack's modules during the backward; `finish` gives the rows [E, width]."""
+
+    needs_input = False  # whether x itself must be kept for the backward
+
+    def __init__(self, linears: list[LoraLinear], layout: list[LayoutEntry], projection: Projection | None) -> None:
+        self.linears = linears
+        self.layout = layout
+        self.projection = projection
+        self.dtype = torch.float64 if linears[0].weight.dtype == torch.float64 else torch.float32
+        self.device = linears[0].weight.device
+        self.cu_seqlens: list[int] = [0]
+
+    @property
+    def width(self) -> int:
+        """Numbers in a finished row."""
+        sketched = None if self.projection is None else self.projection.width
+        return layout_width(self.layout) if sketched is None else sketched
+
+    def begin(self, cu_seqlens: list[int]) -> None:
+        self.cu_seqlens = cu_seqlens
+
+    def add(
+        self,
+        number: int,
+        kept: torch.Tensor,  # [T, c] forward columns: h, or [h | z]
+        out_of: torch.Tensor,  # [T, c] backward columns: u, or [u | y]
+        g: torch.Tensor,  # [T, d_out]
+        tokens: torch.Tensor | None,  # [T, d_in], only if needs_input
+    ) -> None:
+        raise NotImplementedError
+
+    def finish(self) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class ProjectedReducer(Reducer):
+    """`one_sided` and `kron`: small outer products of all modules at the end of the pack, then the row sketch."""
+
+    def __init__(self, linears: list[LoraLinear], layout: list[LayoutEntry], projection: Projection | None) -> None:
+        super().__init__(linears, layout, projection)
+        assert projection is not None
+        self._pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._rank_side: list[torch.Tensor] = []
+        if projection.kind == "kron":
+            self._rank_side = [
+                random_matrix(projection, f"{linear.key}/rank", linear.r).to(self.device, self.dtype)
+                for linear in linears
+            ]
+        self._sketch = None if projection.width is None else RowSketch(linears, layout, projection, self.device)
+
+    def begin(self, cu_seqlens: list[int]) -> None:
+        super().begin(cu_seqlens)
+        self._pending = []
+
+    def add(
+        self,
+        number: int,
+        kept: torch.Tensor,
+        out_of: torch.Tensor,
+        g: torch.Tensor,
+        tokens: torch.Tensor | None,
+    ) -> None:
+        self._pending.append((number, kept, out_of))
+
+    def finish(self) -> torch.Tensor:
+        examples = len(self.cu_seqlens) - 1
+        rows = torch.zeros(examples, layout_width(self.layout), dtype=self.dtype, device=self.device)
+        ranks = {self.linears[number].r for number, _, _ in self._pending}
+        for r in sorted(ranks):
+            chosen = [entry for entry in self._pending if self.linears[entry[0]].r == r]
+            left = torch.stack([out_of for _, _, out_of in chosen]).to(self.dtype)  # [M, T, r + p]
+            right = torch.stack([kept for _, kept, _ in chosen]).to(self.dtype)  # [M, T, r + p]
+            grad_a = left.new_empty(len(chosen), examples, r, left.shape[2] - r)
+            grad_b = left.new_empty(len(chosen), examples, left.shape[2] - r, r)
+            for e, (start, end) in enumerate(pairwise(self.cu_seqlens)):
+                u_y, h_z = left[:, start:end].transpose(1, 2), right[:, start:end]
+                torch.bmm(u_y[:, :r], h_z[:, :, r:], out=grad_a[:, e])
+                torch.bmm(u_y[:, r:], h_z[:, :, :r], out=grad_b[:, e])
+            for m, (number, _, _) in enumerate(chosen):
+                self._write(rows, number, grad_a[m], grad_b[m])
+        self._pending = []
+        return rows if self._sketch is None else self._sketch(rows)
+
+    def _write(self, rows: torch.Tensor, number: int, grad_a: torch.Tensor, grad_b: torch.Tensor) -> None:
+        scaling = self.linears[number].scaling
+        if self._rank_side:
+            rank_side = self._rank_side[number]
+            grad_a = rank_side.T @ grad_a  # [E, p, p]
+            grad_b = grad_b @ rank_side  # [E, p, p]
+        for entry, grad in zip(self.layout[2 * number : 2 * number + 2], (grad_a, grad_b), strict=True):
+            size = entry.shape[0] * entry.shape[1]
+            # added, not set: a module that the forward calls twice contributes twice
+            rows[:, entry.offset : entry.offset + size].add_(grad.flatten(1), alpha=scaling)
+
+
+class FullReducer(Reducer):
+    """Exact factors, one module and one example at a time; kept whole, or sketched at once by the flat kinds."""
+
+    needs_input = True
+
+    def __init__(self, linears: list[LoraLinear], layout: list[LayoutEntry], projection: Projection | None) -> None:
+        super().__init__(linears, layout, projection)
+        self._rows = torch.empty(0)
+        self._sketch: Callable[[torch.Tensor, int, torch.Tensor], None] | None = None
+        if projection is not None:
+            sketch = RowSketch(linears, layout, projection, self.device)
+            self._sketch = sketch.add_dense if projection.kind == "rademacher" else sketch.add_sparse
+
+    def begin(self, cu_seqlens: list[int]) -> None:
+        super().begin(cu_seqlens)
+        self._rows = torch.zeros(len(cu_seqlens) - 1, self.width, dtype=self.dtype, device=self.device)
+
+    def add(
+        self,
+        number: int,
+        kept: torch.Tensor,
+        out_of: torch.Tensor,
+        g: torch.Tensor,
+        tokens: torch.Tensor | None,
+    ) -> None:
+        assert tokens is not None
+        scaling = self.linears[number].scaling
+        h, u, g, x = (tensor.to(self.dtype) for tensor in (kept, out_of, g, tokens))
+        for e, (start, end) in enumerate(pairwise(self.cu_seqlens)):
+            grads = (u[start:end].T @ x[start:end], g[start:end].T @ h[start:end])
+            for side, grad in enumerate(grads):
+                entry = self.layout[2 * number + side]
+                flat = grad.reshape(-1) * scaling
+                if self._sketch is None:
+                    self._rows[e, entry.offset : entry.offset + flat.numel()] += flat
+                else:
+                    self._sketch(self._rows[e], 2 * number + side, flat)
+
+    def finish(self) -> torch.Tensor:
+        rows, self._rows = self._rows, torch.empty(0)
+        return rows
+
+
+class RowSketch:
+    """Sketches a laid-out row to `width` numbers: SJLT with one nonzero an input, or dense Rademacher.
+
+    Each factor's block has maps of its own, seeded by `<module>/row/<factor>` and the index inside the block, so
+    the sketch of a module does not depend on which other modules a model has.
+    """
+
+    def __init__(
+        self,
+        linears: list[LoraLinear],
+        layout: list[LayoutEntry],
+        projection: Projection,
+        device: torch.device,
+    ) -> None:
+        assert projection.width is not None
+        self.width = projection.width
+        self.seed = projection.seed
+        self.device = device
+        keys = {linear.name: linear.key for linear in linears}
+        self.names = [f"{keys[entry.module]}/row/{entry.factor}" for entry in layout]
+        self.sizes = [entry.shape[0] * entry.shape[1] for entry in layout]
+        self._maps: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def _map(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if block not in self._maps:
+            bucket, sign = sjlt_map(self.seed, self.names[block], self.sizes[block], self.width)
+            self._maps[block] = (bucket.to(self.device), sign.to(self.device))
+        return self._maps[block]
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """SJLT of whole rows: [E, sum of sizes] -> [E, width]."""
+        maps = [self._map(block) for block in range(len(self.names))]
+        bucket = torch.cat([bucket for bucket, _ in maps])
+        sign = torch.cat([sign for _, sign in maps]).to(rows.dtype)
+        out = torch.zeros(rows.shape[0], self.width, dtype=rows.dtype, device=rows.device)
+        return out.index_add_(1, bucket, rows * sign)
+
+    def add_sparse(self, row: torch.Tensor, block: int, values: torch.Tensor) -> None:
+        """row [width] += SJLT of one factor's block [n]."""
+        bucket, sign = self._map(block)
+        row.index_add_(0, bucket, values * sign.to(values.dtype))
+
+    def add_dense(self, row: torch.Tensor, block: int, values: torch.Tensor) -> None:
+        """row [width] += values [n] @ signs [n, width] / sqrt(width); the signs are made in chunks, never stored."""
+        step = max(1, _RADEMACHER_CHUNK // self.width)
+        for start in range(0, values.numel(), step):
+            part = values[start : start + step]
+            signs = sign_matrix(
+                self.seed, self.names[block], part.numel(), self.width, row_start=start, dtype=values.dtype
+            ).to(self.device)
+            row.add_(part @ signs, alpha=self.width**-0.5)
