@@ -153,7 +153,7 @@ class GradientEngine:
         kind = None if projection is None else projection.kind
         reducer_class = ProjectedReducer if kind in ("one_sided", "kron") else FullReducer
         self.reducer: Reducer = reducer_class(self.linears, layout, projection)
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder = self.base.get_decoder()
         self.head = self.base.get_output_embeddings()
         self.device = self.linears[0].weight.device

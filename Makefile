@@ -1,0 +1,39 @@
+# The few verbs of this repository. Everything goes into a virtual environment of its own.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
+
+.PHONY: help install demo test lint format bench clean
+help:  ## list the verbs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## make the virtual environment and build the native module
+
+$(STAMP): $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "influence-fast needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: install  ## the main job on the built-in world: under 5 minutes on two cores; see demo-run/report.html
+	$(BIN)/influence-fast demo --output demo-run
+
+test: lint  ## lint, types and every test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+lint: install  ## ruff (format and lint) and mypy
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: install  ## rewrite the sources in the house's format
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:  ## remove what was built (not the virtual environment)
+	rm -rf build demo-run .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,297 @@
+"""Registers, shared memory and spills of every Triton kernel as it would be launched, with no card needed.
+
+    python -m benches.kernel_resources [--arch 80 90] [--markdown] [--only NAME]
+
+Each launcher is called under `recording` with tensors that have no memory, at the shapes of real layers; every launch
+it would make is compiled ahead of time with the specialisation Triton would choose, and the numbers are what ptxas
+says of the result. A kernel that spills exits with code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from influence_fast.kernels import project_flat, segment_bilinear, segment_outer, skinny_project
+from influence_fast.kernels.counter import SignColumns, fill_signs, fill_sjlt
+from influence_fast.kernels.runtime import INTERPRETED, WHY_NO_TRITON, Launch, recording
+from influence_fast.kernels.segments import Segments
+
+# Shared memory a block may ask for, bytes (CUDA C++ programming guide, compute capabilities).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+ARCHITECTURES = tuple(SHARED_LIMIT)
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one compiled kernel needs: registers a thread, bytes of shared memory a block, bytes spilled."""
+
+    case: str
+    kernel: str
+    arch: int
+    warps: int
+    stages: int
+    registers: int
+    shared: int
+    spill_stores: int
+    spill_loads: int
+
+    @property
+    def spills(self) -> int:
+        return self.spill_stores + self.spill_loads
+
+
+def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call) of every default configuration, at the shapes of a 7B model's layers."""
+    meta = torch.device("meta")
+    # Two examples fit one chunk, one is split: both paths are launched.
+    segments = Segments.from_lengths([300, 400, 2000], device="cpu")
+    tokens = segments.tokens
+    on_meta = _on_meta(segments)
+    many = _on_meta(Segments.from_lengths([100] * 64, device="cpu"))
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device=meta)
+
+    for dtype in (torch.bfloat16, torch.float32):
+        short = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+        for columns in (16, 32, 64, 96, 128, 256):
+            for split in (False, True):
+                x, a = tensor(tokens, 3584, dtype=dtype), tensor(columns, 3584, dtype=dtype)
+                factors = tensor(columns, dtype=torch.float32)
+
+                def project(
+                    x: torch.Tensor = x, a: torch.Tensor = a, f: torch.Tensor = factors, s: bool = split
+                ) -> object:
+                    return skinny_project.skinny_project(x, a.T, factors=f, split=s)
+
+                yield f"skinny_project {short} N={columns}{' split' if split else ''}", project
+        for names, dim in ((("m/in",), 16), (("q/in", "k/in", "v/in"), 16), (("m/in",), 64)):
+            signs = SignColumns.of(0, names, dim, device=meta)
+            x = tensor(tokens, 3584, dtype=dtype)
+            a = tensor(16 * len(names), 3584, dtype=dtype)
+
+            def generate(x: torch.Tensor = x, a: torch.Tensor = a, s: SignColumns = signs) -> object:
+                return skinny_project.skinny_project(x, a.T, signs=s, split=False)
+
+            yield f"skinny_project {short} N={a.shape[0]}+{signs.columns} generated", generate
+        for a_size, b_size in ((16, 16), (16, 8), (64, 16), (64, 64), (3584, 16)):
+            left = tensor(tokens, 2, a_size, dtype=dtype)
+            right = tensor(tokens, 2, b_size, dtype=dtype)
+            rows = tensor(3, 2 * a_size * b_size)
+            offsets = tensor(2, dtype=torch.int64)
+
+            def outer(
+                left: torch.Tensor = left,
+                right: torch.Tensor = right,
+                rows: torch.Tensor = rows,
+                offsets: torch.Tensor = offsets,
+            ) -> object:
+                return segment_outer.segment_outer(left, right, on_meta, rows, offsets)
+
+            yield f"segment_outer {short} {a_size}x{b_size}", outer
+        for r_size in (8, 16, 64):
+            g, h = tensor(tokens, 3584, dtype=dtype), tensor(tokens, r_size, dtype=dtype)
+            queries = tensor(16, 3584, r_size, dtype=torch.float32)
+
+            def bilinear(g: torch.Tensor = g, h: torch.Tensor = h, queries: torch.Tensor = queries) -> object:
+                return segment_bilinear.segment_bilinear(g, h, queries, on_meta)
+
+            yield f"segment_bilinear {short} r={r_size}", bilinear
+        for kind, packed in (("sjlt", on_meta), ("rademacher", on_meta), ("rademacher", many)):
+            sketch = _on_meta(project_flat.FlatSketch.of(kind, 0, "m/row", 3584, 16, 8192))
+            g, h = tensor(packed.tokens, 3584, dtype=dtype), tensor(packed.tokens, 16, dtype=dtype)
+            rows = tensor(packed.examples, 8192)
+
+            def flat(
+                g: torch.Tensor = g,
+                h: torch.Tensor = h,
+                rows: torch.Tensor = rows,
+                packed: Segments = packed,
+                sketch: project_flat.FlatSketch = sketch,
+            ) -> object:
+                return project_flat.project_flat(g, h, packed, sketch, rows)
+
+            yield f"project_flat {short} {kind} E={packed.examples}", flat
+    yield "fill_signs", lambda: fill_signs(0, "m/in", 3584, 16, device=meta)
+    yield "fill_sjlt", lambda: fill_sjlt(0, "m/row", 3584 * 16, 8192, device=meta)
+
+
+def measure(architectures: tuple[int, ...] = ARCHITECTURES, only: str = "") -> list[Resources]:
+    """Compiles every distinct launch of every case whose name contains `only`, for each architecture."""
+    if WHY_NO_TRITON:
+        raise RuntimeError(WHY_NO_TRITON)
+    if INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET=1 is set: nothing is compiled under the interpreter; unset it")
+    work: list[tuple[str, Launch, int]] = []
+    seen = set()
+    for case, call in cases():
+        if only not in case:
+            continue
+        with recording() as launches:
+            call()
+        for item in launches:
+            identity = _identity(item)
+            if identity not in seen:
+                seen.add(identity)
+                work += [(case, item, arch) for arch in architectures]
+    results = [(case, item, arch, _compile(item, arch)) for case, item, arch in work]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return list(pool.map(lambda found: _read(*found), results))
+
+
+def table(rows: list[Resources], markdown: bool = False) -> str:
+    """The figures as text, one line a kernel and architecture."""
+    head = ["case", "kernel", "sm", "warps", "stages", "registers", "shared KB", "spill bytes"]
+    body = [
+        [
+            row.case,
+            row.kernel,
+            str(row.arch),
+            str(row.warps),
+            str(row.stages),
+            str(row.registers),
+            f"{row.shared / 1024:.1f}",
+            str(row.spills),
+        ]
+        for row in rows
+    ]
+    if markdown:
+        lines = ["| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body]]
+        return "\n".join(lines)
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in [head, *body]
+    )
+
+
+def _on_meta(value: Any) -> Any:
+    """A dataclass of tables with its tensors moved to the device without memory."""
+    fields = {name: getattr(value, name) for name in value.__slots__}
+    moved = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in fields.items()}
+    return type(value)(**moved)
+
+
+def _specialise(item: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+    """Signature, constants and attributes as Triton's launcher derives them: 1 is a constant, 16 | n is known."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for place, name in enumerate(item.kernel.arg_names):
+        if name in item.constants:
+            signature[name], constants[name] = "constexpr", item.constants[name]
+            continue
+        value = item.arguments[name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            aligned = (value.storage_offset() * value.element_size()) % 16 == 0
+        elif isinstance(value, float):
+            signature[name], aligned = "fp32", False
+        elif value == 1:
+            signature[name], constants[name], aligned = "constexpr", 1, False
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        if aligned:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _identity(item: Launch) -> tuple[object, ...]:
+    signature, constants, attributes = _specialise(item)
+    parts = (signature.items(), constants.items(), attributes.keys())
+    return (item.kernel.__name__, *(tuple(part) for part in parts), item.num_warps, item.num_stages)
+
+
+def _compile(item: Launch, arch: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = _specialise(item)
+    source = ASTSource(item.kernel, signature, constants, attributes)
+    options = {"num_warps": item.num_warps, "num_stages": item.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _read(case: str, item: Launch, arch: int, compiled: Any) -> Resources:
+    """Assembles the PTX once more with `ptxas -v`: the register and spill counts that need no card."""
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        target = re.search(r"^\.target\s+(sm_\w+)", compiled.asm["ptx"], re.MULTILINE)
+        assert target is not None
+        log = subprocess.run(
+            [
+                triton.knobs.nvidia.ptxas.path,
+                "-v",
+                "--regAllocOptLevel=2",
+                f"--gpu-name={target.group(1)}",
+                str(ptx),
+                "-o",
+                str(Path(folder) / "kernel.cubin"),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stderr
+
+    def figure(pattern: str) -> int:
+        found = re.search(pattern, log)
+        if found is None:
+            raise RuntimeError(f"ptxas -v said nothing of {pattern!r} for {case}: {log}")
+        return int(found.group(1))
+
+    return Resources(
+        case=case,
+        kernel=item.kernel.__name__,
+        arch=arch,
+        warps=item.num_warps,
+        stages=item.num_stages,
+        registers=figure(r"Used (\d+) registers"),
+        shared=compiled.metadata.shared,
+        spill_stores=figure(r"(\d+) bytes spill stores"),
+        spill_loads=figure(r"(\d+) bytes spill loads"),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--markdown", action="store_true", help="a table for a document")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    options = parser.parse_args()
+    rows = measure(tuple(options.arch), options.only)
+    print(table(rows, options.markdown))
+    spilled = sum(row.spills > 0 for row in rows)
+    print(f"\n{len(rows)} kernels compiled, {spilled} with spills")
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

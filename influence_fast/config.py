@@ -1,0 +1,270 @@
+"""The configuration of a run: every default is here (or in the settings classes it is made of) and nowhere else.
+
+A YAML file maps onto `RunConfig` key by key; an unknown key, a value of the wrong kind or an unknown strategy is a
+ConfigError that names the key and the nearest one that exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from influence_fast.errors import ConfigError, did_you_mean
+from influence_fast.evaluation import EvalConfig
+from influence_fast.preconditioners import PRECONDITIONERS
+from influence_fast.projection import Projection
+from influence_fast.pruning import STRATEGIES
+from influence_fast.training import LoraSettings, TrainConfig
+
+QUERY_KINDS = ("own_answers", "reference")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where examples come from: a hub id, a file, or a saved dataset, and how its rows are read."""
+
+    path: str
+    split: str = "train"
+    format: str = "auto"
+    trace: str | int = "first_correct"  # which of an OpenR1 row's traces
+    limit: int | None = None
+    columns: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The pool that is scored and pruned, the validation questions that ask, the test questions that judge.
+
+    `validation` and `test` left out are held out of the pool: the first `holdout_validation` and the next
+    `holdout_test` rows of a seeded shuffle.
+    """
+
+    pool: Source
+    validation: Source | None = None
+    test: Source | None = None
+    holdout_validation: int = 0
+    holdout_test: int = 0
+    max_length: int | None = None
+    truncate: bool = False
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base model, and an adapter to start from if there is one."""
+
+    path: str
+    adapter: str | None = None  # a trained adapter: the first fine-tuning is then skipped
+    dtype: str = "float32"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class GradientConfig:
+    """How a gradient becomes a row of the store (see `Projection`)."""
+
+    kind: str = "one_sided"
+    dim: int = 16
+    width: int | None = None
+    seed: int = 0
+    loss_reduction: str = "mean"
+    store_dtype: str = "bf16"
+    max_tokens: int | None = None
+
+    @property
+    def projection(self) -> Projection:
+        return Projection(self.kind, dim=self.dim, seed=self.seed, width=self.width)
+
+
+@dataclass(frozen=True)
+class InfluenceConfig:
+    """What the scores are made of.
+
+    `queries: own_answers` uses the model's own answers to the validation questions, split into correct and
+    incorrect (the paper's s_C and s_I); `reference` uses the reference solutions as the correct group alone.
+    `fallback: reference` lets the reference solutions stand in for the correct group where the model got every
+    question wrong; without it that is an error.
+    """
+
+    preconditioner: str = "fisher"
+    damping: float = 0.1
+    queries: str = "own_answers"
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """The grid: each strategy at each fraction of the pool dropped, each fine-tuned with each seed."""
+
+    strategies: tuple[str, ...] = ("random", "low_benefit", "high_harm", "combined")
+    fractions: tuple[float, ...] = (0.1, 0.5)
+    seeds: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One whole run; `output` is the folder everything is written to."""
+
+    output: str
+    model: ModelConfig
+    data: DataConfig
+    title: str = "Influence-based data selection"
+    seed: int = 0
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    training: TrainConfig = field(default_factory=TrainConfig)
+    gradients: GradientConfig = field(default_factory=GradientConfig)
+    influence: InfluenceConfig = field(default_factory=InfluenceConfig)
+    pruning: PruningConfig = field(default_factory=PruningConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        self.gradients.projection  # noqa: B018 -- raises where the settings do not fit together
+        _one_of("gradients.store_dtype", self.gradients.store_dtype, ("fp32", "bf16", "int8"))
+        _one_of("gradients.loss_reduction", self.gradients.loss_reduction, ("mean", "sum"))
+        _one_of("influence.preconditioner", self.influence.preconditioner, PRECONDITIONERS)
+        _one_of("influence.queries", self.influence.queries, QUERY_KINDS)
+        if self.influence.fallback is not None:
+            _one_of("influence.fallback", self.influence.fallback, ("reference",))
+        for strategy in self.pruning.strategies:
+            _one_of("pruning.strategies", strategy, STRATEGIES)
+        for fraction in self.pruning.fractions:
+            if not 0 < fraction < 1:
+                raise ConfigError(f"pruning.fractions: {fraction} is not between 0 and 1 (the share that is dropped)")
+        if self.data.validation is None and self.data.holdout_validation < 1:
+            raise ConfigError("data: give a validation source, or holdout_validation to hold some of the pool out")
+        if self.data.test is None and self.data.holdout_test < 1:
+            raise ConfigError("data: give a test source, or holdout_test to hold some of the pool out")
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Reads a YAML file. Relative paths in it are taken from the file's own folder if they exist there.
+
+    Raises ConfigError naming the file and the key.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of keys, not {type(raw).__name__}")
+    try:
+        config = from_dict(RunConfig, raw)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return _resolve_paths(config, path.parent)
+
+
+def from_dict(kind: type[Any], raw: dict[str, Any], where: str = "") -> Any:
+    """A settings class from plain YAML values; a bare string stands for a `Source` with that path."""
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in raw:
+        if key not in fields:
+            raise ConfigError(f"unknown key {where + str(key)!r}; {did_you_mean(str(key), fields)}")
+    values = {key: _convert(hints[key], value, f"{where}{key}") for key, value in raw.items()}
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in raw and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"missing key {where + missing[0]!r}")
+    return kind(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values, as YAML and JSON can hold them."""
+    return _plain(dataclasses.asdict(config))
+
+
+def difference(one: dict[str, Any], other: dict[str, Any], where: str = "") -> str | None:
+    """The first key in which two plain configurations differ, with both sides; None if they agree."""
+    for key in sorted(one.keys() | other.keys()):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found = difference(a, b, f"{where}{key}.")
+            if found:
+                return found
+        elif a != b:
+            return f"{where}{key}: {a!r} against {b!r}"
+    return None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        errors = []
+        for option in options:
+            if option is type(None):
+                continue
+            try:
+                return _convert(option, value, where)
+            except ConfigError as error:
+                errors.append(error)
+        raise errors[0]
+    if dataclasses.is_dataclass(hint):
+        if hint is Source and isinstance(value, str):
+            return Source(path=value)
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected a mapping of keys, not {value!r}")
+        return from_dict(typing.cast(type, hint), value, f"{where}.")
+    if origin in (tuple, list):
+        if not isinstance(value, list | tuple):
+            value = [value]
+        item = typing.get_args(hint)[0]
+        return origin(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected a mapping, not {value!r}")
+        return value
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except ValueError:
+            pass
+    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+        return value
+    raise ConfigError(f"{where}: expected {getattr(hint, '__name__', hint)}, not {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _one_of(key: str, value: str, known: typing.Iterable[str]) -> None:
+    if value not in known:
+        raise ConfigError(f"{key}: unknown value {value!r}; {did_you_mean(value, known)}")
+
+
+def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
+    def local(path: str) -> str:
+        beside = folder / path
+        return str(beside) if not Path(path).is_absolute() and beside.exists() else path
+
+    def source(value: Source | None) -> Source | None:
+        return None if value is None else dataclasses.replace(value, path=local(value.path))
+
+    data = config.data
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=local(config.model.path)),
+        data=dataclasses.replace(
+            data, pool=source(data.pool), validation=source(data.validation), test=source(data.test)
+        ),
+    )

@@ -1,0 +1,117 @@
+"""SHA-256 of what a gradient depends on: base weights, adapter, tokenizer, dataset. Every byte counts, none is sampled.
+
+Hashing is streamed in chunks, so a model on a GPU needs no copy of itself in host memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from influence_fast.errors import ModelError
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+_CHUNK_BYTES = 1 << 26
+_ADAPTER_MARK = "lora_"
+
+
+def weight_hashes(model: nn.Module) -> tuple[str, str | None]:
+    """(base, adapter): SHA-256 over name, dtype, shape and bytes of every parameter, in order of name.
+
+    Parameters whose names hold "lora_" are the adapter's (None when there are none); with peft only those of the
+    active adapters count, and their scaling alpha / r does too. Names are taken without peft's wrapping, so
+    that the base hash is that of the same model before the adapter was added.
+
+    Raises ModelError for a parameter without data (on the meta device).
+    """
+    active = _active_adapters(model)
+    base, adapter = hashlib.sha256(), hashlib.sha256()
+    has_adapter = False
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: _plain_name(item[0])):
+        if _ADAPTER_MARK not in name:
+            _update(base, _plain_name(name), parameter)
+            continue
+        plain, owner = _adapter_name(name)
+        if active is not None and owner is not None and owner not in active:
+            continue
+        has_adapter = True
+        _update(adapter, plain, parameter)
+    for name, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, Mapping):
+            values = [float(v) for k, v in scaling.items() if active is None or k in active]
+            adapter.update(json.dumps([_plain_name(name), "scaling", values]).encode())
+    return base.hexdigest(), adapter.hexdigest() if has_adapter else None
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 over all that turns text into tokens: the backend's rules, vocabulary, special tokens, template."""
+    found = hashlib.sha256()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and hasattr(backend, "to_str"):
+        rules = json.loads(backend.to_str())
+        # state of the last call, not part of the tokenizer
+        rules.pop("truncation", None)
+        rules.pop("padding", None)
+    else:
+        rules = {"class": type(tokenizer).__name__}
+    vocabulary = sorted(tokenizer.get_vocab().items()) if hasattr(tokenizer, "get_vocab") else []
+    special = {k: str(v) for k, v in getattr(tokenizer, "special_tokens_map", {}).items()}
+    template = getattr(tokenizer, "chat_template", None)
+    for value in (rules, vocabulary, special, template):
+        found.update(json.dumps(value, sort_keys=True).encode() + b"\n")
+    return found.hexdigest()
+
+
+def dataset_fingerprint(dataset: Iterable[Any]) -> str:
+    """SHA-256 over ids and contents in order: texts of examples, or input_ids and labels of tokenized ones."""
+    found = hashlib.sha256()
+    for example in dataset:
+        if isinstance(example, Mapping):
+            found.update(json.dumps([str(example["id"]), len(example["input_ids"])]).encode())
+            for name in ("input_ids", "labels"):
+                found.update(np.ascontiguousarray(np.asarray(example[name]), dtype="<i8").tobytes())
+        else:
+            found.update(json.dumps([example.id, example.prompt, example.completion]).encode() + b"\n")
+    return found.hexdigest()
+
+
+def _update(found: _Hash, name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_meta:
+        raise ModelError(f"{name} is on the meta device and has no data; load the model's weights first")
+    found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+    flat = tensor.detach().reshape(-1)
+    step = max(1, _CHUNK_BYTES // max(1, tensor.element_size()))
+    for start in range(0, flat.numel(), step):
+        chunk = flat[start : start + step].cpu().contiguous()
+        found.update(chunk.view(torch.uint8).numpy().data)
+
+
+def _plain_name(name: str) -> str:
+    """Without what peft puts around the base model's own names."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _adapter_name(name: str) -> tuple[str, str | None]:
+    """(name without the adapter's own name, that name): "q.lora_A.default.weight" -> ("q.lora_A.weight", "default")."""
+    match = re.search(rf"({_ADAPTER_MARK}\w+)\.([^.]+)(?=\.weight$|\.bias$|$)", name)
+    if match is None:
+        return _plain_name(name), None
+    return _plain_name(name[: match.end(1)] + name[match.end(2) :]), match.group(2)
+
+
+def _active_adapters(model: nn.Module) -> set[str] | None:
+    """None when the model is no peft model: then every adapter parameter counts."""
+    active = getattr(model, "active_adapters", None)
+    if callable(active):  # transformers' own integration has a method here, which raises without an adapter
+        return None
+    return None if active is None else set(active)

@@ -1,0 +1,297 @@
+"""Rows of a dataset as they are: read from a hub id, a file, a folder or memory.
+
+Nothing here knows what a prompt is (schemas.py does). A pruned dataset is made of the original rows, every
+column included, so they are kept and not rebuilt from examples.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from influence_fast.errors import DataError, did_you_mean
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Row = dict[str, Any]
+
+BATCH = 256  # rows turned into Python objects at a time: long traces, so few
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+
+
+class Rows(Sequence[Row]):
+    """The rows of one source, in order; Arrow data stays in (memory-mapped) Arrow until a row is asked for.
+
+    `name` is what messages call the source, `suffix` the file extension that keeps its format (`""` for a
+    folder saved by `datasets`), `schema` the Arrow schema where the source has one.
+    """
+
+    def __init__(self, data: list[Row] | pa.Table, name: str, suffix: str, lines: Sequence[int] | None = None) -> None:
+        self.name = name
+        self.suffix = suffix
+        self._data = data
+        self._lines = lines
+        self.schema: pa.Schema | None = None if isinstance(data, list) else data.schema
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if isinstance(self._data, list):
+            return self._data[index]
+        i = range(len(self))[index]
+        return self._data.slice(i, 1).to_pylist()[0]
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.read()
+
+    def read(self, columns: Iterable[str] | None = None) -> Iterator[Row]:
+        """The rows in order; with `columns`, an Arrow source reads no others (the rest may be many GB)."""
+        if isinstance(self._data, list):
+            yield from self._data
+            return
+        table = self._data
+        if columns is not None:
+            wanted = set(columns)
+            table = table.select([column for column in table.column_names if column in wanted])
+        for batch in table.to_batches(max_chunksize=BATCH):
+            yield from batch.to_pylist()
+
+    @property
+    def columns(self) -> list[str]:
+        """Column names; those of the first row where the format does not fix them."""
+        if not isinstance(self._data, list):
+            return list(self._data.column_names)
+        return list(self._data[0]) if self._data else []
+
+    def place(self, index: int) -> str:
+        """Where row `index` is, for a message: `data.jsonl, line 7` or `data.parquet, row 6`."""
+        if self._lines is not None:
+            return f"{self.name}, line {self._lines[index]}"
+        return f"{self.name}, row {index}"
+
+
+# ---- reading ---------------------------------------------------------------------------------------------
+
+
+def load_rows(source: Any, *, split: str = "train") -> Rows:
+    """The rows of `source`.
+
+    `source`: a hub id (`openai/gsm8k:main` names the configuration after a colon), a local .jsonl, .json,
+    .csv, .parquet or .arrow file, a folder saved by `save_to_disk`, a `datasets.Dataset` or `DatasetDict`,
+    a list of dicts, or `Rows` (returned as it is). `split` chooses within a hub dataset, a folder or a
+    `DatasetDict`; a single file or list is what it is. Local files need no `datasets` package.
+
+    Raises DataError: source not found, unreachable or malformed (with the line), unknown split, no rows.
+    """
+    rows = _load(source, split)
+    if len(rows) == 0:
+        raise DataError(f"{rows.name}: there are no rows in it; give a source with at least one example")
+    return rows
+
+
+def _load(source: Any, split: str) -> Rows:
+    if isinstance(source, Rows):
+        return source
+    if isinstance(source, str | os.PathLike):
+        return _load_named(os.fspath(source), split)
+    if hasattr(source, "with_format"):
+        return _from_datasets(source, split, "the dataset given", ".parquet")
+    if isinstance(source, Sequence):
+        rows = list(source)
+        for i, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise DataError(f"the list given, row {i}: is a {type(row).__name__}, give dicts of columns")
+        return Rows(rows, "the list given", ".jsonl")
+    raise DataError(
+        f"cannot read examples from a {type(source).__name__}; give a path, a hub id, a datasets.Dataset or "
+        "a list of dicts"
+    )
+
+
+def _load_named(source: str, split: str) -> Rows:
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        return _load_folder(path, split)
+    if path.is_file():
+        if suffix not in _READERS:
+            raise DataError(f"{path}: unknown file type {suffix!r}; known: {', '.join(_READERS)}")
+        try:
+            return _READERS[suffix](path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+    if suffix in _READERS or not _HUB_ID.fullmatch(source):
+        raise DataError(f"{source}: no such file or folder; check the path (from {Path.cwd()})")
+    return _load_hub(source, split)
+
+
+def _read_jsonl(path: Path) -> Rows:
+    rows: list[Row] = []
+    lines: list[int] = []
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+                raise DataError(
+                    f"{path}, line {number}: is not valid JSON ({error}); each line must be one object"
+                ) from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}, line {number}: is a {type(row).__name__}; each line must be one JSON object")
+            rows.append(row)
+            lines.append(number)
+    return Rows(rows, str(path), ".jsonl", lines)
+
+
+def _read_json(path: Path) -> Rows:
+    """A JSON list of objects; files named .json with one object a line are common, and read as such."""
+    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    if not text.lstrip().startswith(b"["):
+        return _read_jsonl(path)
+    try:
+        rows = json.loads(text.decode("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path}: is not valid JSON ({error}); it must be one list of objects") from error
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {i}: is a {type(row).__name__}; each must be a JSON object")
+    return Rows(rows, str(path), ".json")
+
+
+def _read_csv(path: Path) -> Rows:
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is shorter than a long trace
+    rows: list[Row] = []
+    lines: list[int] = []
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: does not have the header's "
+                        f"{len(reader.fieldnames or [])} fields; quote fields that hold commas or line breaks"
+                    )
+                rows.append(row)
+                lines.append(reader.line_num)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{path}, line {reader.line_num + 1}: is not valid CSV ({error}); save it as UTF-8"
+            ) from error
+    return Rows(rows, str(path), ".csv", lines)
+
+
+def _read_parquet(path: Path) -> Rows:
+    pa = need_pyarrow(path)
+    import pyarrow.parquet as pq
+
+    try:
+        return Rows(pq.read_table(path, memory_map=True), str(path), ".parquet")
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: is not a readable parquet file ({one_line(error)}); make it anew") from error
+
+
+def _read_arrow(path: Path) -> Rows:
+    """Arrow IPC: the stream format (what `datasets` writes) or the file format (Feather 2)."""
+    pa = need_pyarrow(path)
+    try:
+        mapped = pa.memory_map(str(path))
+        try:
+            table = pa.ipc.open_file(mapped).read_all()
+        except pa.ArrowInvalid:
+            mapped.seek(0)
+            table = pa.ipc.open_stream(mapped).read_all()
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: is not a readable arrow file ({one_line(error)}); make it anew") from error
+    return Rows(table, str(path), ".arrow")
+
+
+_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+
+
+def _load_folder(path: Path, split: str) -> Rows:
+    saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    if not saved:
+        return _load_hub(str(path), split)  # a cloned dataset repository: load_dataset reads those too
+    datasets = need_datasets(str(path))
+    try:
+        return _from_datasets(datasets.load_from_disk(str(path)), split, str(path), "")
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: cannot be read as a saved dataset ({one_line(error)}); save it anew") from error
+
+
+def _load_hub(source: str, split: str) -> Rows:
+    datasets = need_datasets(source)
+    name, config = (source, None) if os.path.isdir(source) else _split_config(source)
+    try:
+        loaded = datasets.load_dataset(name, config, split=split)
+    except Exception as error:
+        raise DataError(
+            f"{source}: is no local file, and could not be loaded from the hub "
+            f"({type(error).__name__}: {one_line(error)}); check the id (owner/name:configuration) and the "
+            "network, or give a local file"
+        ) from error
+    return _from_datasets(loaded, split, source, ".parquet")
+
+
+def _split_config(source: str) -> tuple[str, str | None]:
+    name, _, config = source.partition(":")
+    return name, config or None
+
+
+def _from_datasets(loaded: Any, split: str, name: str, suffix: str) -> Rows:
+    """Rows over the Arrow table of a `datasets.Dataset`, or of one split of a `DatasetDict`."""
+    if isinstance(loaded, dict):
+        if split not in loaded:
+            raise DataError(f"{name}: has no split {split!r}; {did_you_mean(split, loaded)}")
+        loaded = loaded[split]
+    if not hasattr(loaded, "column_names") or not hasattr(loaded, "__len__"):
+        raise DataError(f"{name}: is a streamed dataset; load it without streaming=True")
+    return Rows(loaded.with_format("arrow")[:], name, suffix)
+
+
+def need_datasets(source: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{source}: reading it needs the datasets package; install it (pip install datasets) or give a "
+            "local .jsonl or .parquet file"
+        ) from error
+    return datasets
+
+
+def need_pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise DataError(
+            f"{path}: this format needs the pyarrow package; install it (pip install pyarrow) or use .jsonl"
+        ) from error
+    return pyarrow
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

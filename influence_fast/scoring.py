@@ -1,0 +1,143 @@
+"""Influence scores: every stored training row against validation gradients, averaged over groups of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from influence_fast import preconditioners
+from influence_fast.errors import ConfigError, DataError
+from influence_fast.inner_products import inner_products
+from influence_fast.lora import LayoutEntry, layout_width
+from influence_fast.scores import ScoreTable
+from influence_fast.store import Store
+
+
+def influence_scores(
+    store: Store,
+    queries: torch.Tensor,
+    groups: Mapping[str, Sequence[int]],
+    *,
+    preconditioner: str = "fisher",
+    damping: float = 0.1,
+    blocks: list[tuple[int, int]] | None = None,
+) -> ScoreTable:
+    """Scores every row of `store` against groups of query gradients.
+
+    I(d, v) = grad l(v)^T H^-1 grad l(d): positive where more of d lowers the loss of v.
+
+    Args:
+        store: training gradients.
+        queries: [Q, k] fp32 query gradients, projected as the store's rows are.
+        groups: name -> row numbers of `queries`; the paper's are "correct" and "incorrect". An empty group is left
+            out of the table.
+        preconditioner: see `preconditioners.PRECONDITIONERS`.
+        damping: share of a block's mean eigenvalue added to its diagonal ("fisher").
+        blocks: [start, end) of the blocks "fisher" inverts one by one; by default those of the store's modules.
+
+    Returns:
+        For each group g: `s_g` (mean influence), `rank_g` (rank of that mean, 1 = lowest, ties averaged) and
+        `mean_rank_g` (mean of the ranks of the single queries).
+
+    Raises:
+        DataError: the queries do not fit the store, or every group is empty.
+        ConfigError: unknown preconditioner, or one that does not fit this width.
+    """
+    if queries.ndim != 2 or queries.shape[1] != store.width:
+        raise DataError(
+            f"queries of shape {tuple(queries.shape)} do not fit rows of {store.width} numbers: "
+            "project them as the store was"
+        )
+    used = {name: list(members) for name, members in groups.items() if len(members)}
+    if not used:
+        raise DataError("there is no query to score against: every group is empty")
+    fitted = preconditioners.fit(
+        preconditioner, lambda: _row_blocks(store), blocks or blocks_of(store), damping=damping
+    )
+    result = inner_products(
+        store,
+        fitted.apply(queries.float()),
+        normalize=fitted.normalize,
+        groups=list(used.values()),
+        ranks=True,
+    )
+    columns = {}
+    for g, name in enumerate(used):
+        mean = np.asarray(result.group_means[:, g], dtype=np.float64)
+        columns[f"s_{name}"] = mean
+        columns[f"rank_{name}"] = average_ranks(mean)
+        columns[f"mean_rank_{name}"] = np.asarray(result.mean_ranks[:, g], dtype=np.float64)
+    return ScoreTable(list(store.ids), columns)
+
+
+def blocks_of(store: Store) -> list[tuple[int, int]]:
+    """[start, end) of each module in the store's rows; one block where the whole row was sketched."""
+    if not store.manifest.modules:
+        return [(0, store.width)]
+    projection = store.projection
+    if projection is not None and projection.width is not None:
+        return [(0, store.width)]
+    return module_blocks([LayoutEntry(m.module, m.factor, tuple(m.shape), m.offset) for m in store.manifest.modules])
+
+
+def module_blocks(layout: list[LayoutEntry]) -> list[tuple[int, int]]:
+    """[start, end) of each module's factors in a row of `layout`."""
+    starts = [entry.offset for i, entry in enumerate(layout) if i == 0 or entry.module != layout[i - 1].module]
+    ends = [*starts[1:], layout_width(layout)]
+    return list(zip(starts, ends, strict=True))
+
+
+def average_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1 (lowest); equal values share the mean of their ranks."""
+    unique, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return ((last - counts + 1 + last) / 2)[inverse]
+
+
+def auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Probability that a random positive example scores above a random negative one (ties count half)."""
+    n_positive = int(positive.sum())
+    n_negative = len(positive) - n_positive
+    if n_positive == 0 or n_negative == 0:
+        return float("nan")
+    return float(
+        (average_ranks(scores)[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
+    )
+
+
+def bootstrap_auc(
+    scores: np.ndarray, positive: np.ndarray, rng: np.random.Generator, samples: int = 500
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of `auc` over examples."""
+    values = []
+    for _ in range(samples):
+        drawn = rng.integers(0, len(scores), len(scores))
+        values.append(auc(scores[drawn], positive[drawn]))
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def spearman(one: np.ndarray, other: np.ndarray) -> float:
+    """Rank correlation; NaN where one side is constant."""
+    a, b = average_ranks(one), average_ranks(other)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def check_groups(groups: Mapping[str, Sequence[int]]) -> None:
+    """ConfigError saying which of the two groups of own answers is empty, and what can be done about it."""
+    for name in ("correct", "incorrect"):
+        if not len(groups.get(name, ())):
+            other = "incorrect" if name == "correct" else "correct"
+            raise ConfigError(
+                f"every one of the model's own validation answers is {other}, so there is no {name} group: add "
+                "validation questions, set influence.fallback: reference, or use influence.queries: reference"
+            )
+
+
+def _row_blocks(store: Store, size: int = 1024) -> Iterable[torch.Tensor]:
+    for start in range(0, len(store), size):
+        yield store.rows(slice(start, start + size))

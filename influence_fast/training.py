@@ -1,0 +1,460 @@
+"""Fine-tuning through transformers' `Trainer`: a peft LoRA adapter, or every weight.
+
+A finished result is renamed into place as a whole, with a record of what made it (`training.json`): asking again
+for the same thing returns it at once, and an interrupted run goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, listing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RECORD = "training.json"
+PRECISIONS = ("auto", "fp32", "bf16")
+SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
+EXAMPLE_FIELDS = ("input_ids", "labels")
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """How to fine-tune. Batches hold examples of like length; the loss is the mean over completion tokens.
+
+    `max_steps` > 0 overrides `epochs`. `save_checkpoints`: True keeps one checkpoint an epoch, a number N one
+    every N optimizer steps, each with its optimizer state. `precision`: "auto" is bf16 where a GPU has it.
+    """
+
+    epochs: float = 3.0
+    learning_rate: float = 2e-4
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    max_steps: int = -1
+    save_checkpoints: bool | int = False
+    precision: str = "auto"
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("precision", self.precision, PRECISIONS),
+            ("schedule", self.schedule, SCHEDULES),
+        ):
+            if value not in known:
+                raise ConfigError(f"train.{name} {value!r} is unknown; {did_you_mean(str(value), known)}")
+        for name in ("learning_rate", "batch_size", "gradient_accumulation_steps"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be above 0")
+        if self.epochs <= 0 and self.max_steps <= 0:
+            raise ConfigError("train.epochs and train.max_steps are both not above 0; set one of them")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ConfigError(f"train.warmup_ratio is {self.warmup_ratio}; it must be at least 0 and below 1")
+        if self.save_checkpoints < 0:
+            raise ConfigError(f"train.save_checkpoints is {self.save_checkpoints}; use true, false or a step count")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """The peft adapter: `y = W x + (alpha / r) B A x` on `target_modules` (Hu et al., arXiv 2106.09685)."""
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigError(f"lora.r is {self.r}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What fine-tuning left behind.
+
+    `path` holds the adapter in peft's format, or the whole model after full fine-tuning. `loss_history` is
+    [(optimizer step, mean training loss since the last entry)]. `checkpoints` are in the order of training.
+    `reused` says that a finished result was found; its `seconds` are those of the run that made it.
+    """
+
+    path: Path
+    loss_history: list[tuple[int, float]]
+    seconds: float
+    tokens_seen: int
+    is_adapter: bool = True
+    checkpoints: list[Path] = field(default_factory=list)
+    reused: bool = False
+
+
+def finetune(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    output_dir: str | Path,
+    *,
+    config: TrainConfig,
+    lora: LoraSettings | None,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> TrainResult:
+    """Fine-tunes `model` on tokenized examples {"id", "input_ids" (n,), "labels" (n,)}, -100 labels ignored.
+
+    With `lora` a fresh adapter is trained and saved, and `model` comes back as it was given: attach the adapter
+    by `load_finetuned`. Without it every weight of `model` is trained in place, or, where `model` is a PeftModel,
+    the adapter that it carries. `output_dir` is written under a temporary name and renamed when it is whole.
+
+    Raises DataError (no examples, malformed or fully masked ones), ConfigError (`output_dir` holds another result
+    and `overwrite` is False), ModelError (unknown target modules) and NumericError (the loss became NaN).
+    """
+    from peft import PeftModel
+
+    final = Path(output_dir)
+    _check(examples)
+    if lora is not None and isinstance(model, PeftModel):
+        raise ModelError("the model already carries a LoRA adapter: pass lora=None to train that one further")
+    record = {
+        "train": asdict(config),
+        "lora": None if lora is None else asdict(lora),
+        "examples": fingerprint_examples(examples),
+        "model": fingerprint_model(model),
+    }
+    record = json.loads(json.dumps(record))  # tuples as lists, as it will be read back
+    found = _finished(final, record)
+    if found is not None:
+        return found
+    if final.exists() and any(final.iterdir()) and not overwrite:
+        raise ConfigError(
+            f"{final} holds a result of other data or settings: choose another output folder, or allow overwriting"
+        )
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
+    partial = final.parent / f".{final.name}.partial-{digest}"
+    partial.mkdir(parents=True, exist_ok=True)
+
+    is_adapter = lora is not None or isinstance(model, PeftModel)
+    trained = model if lora is None else _attach(model, lora, config.seed)
+    was_training = model.training
+    try:
+        history, seconds, tokens = _train(trained, tokenizer, examples, partial, config, progress)
+        trained.save_pretrained(partial)  # type: ignore[operator]
+        if not is_adapter:
+            tokenizer.save_pretrained(partial)
+    finally:
+        if lora is not None:
+            trained.unload()  # type: ignore[operator]
+            model.requires_grad_(True)
+        model.train(was_training)
+    record["result"] = {
+        "loss_history": history,
+        "seconds": seconds,
+        "tokens_seen": tokens,
+        "is_adapter": is_adapter,
+        "versions": _versions(),
+    }
+    (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    return TrainResult(final, history, seconds, tokens, is_adapter, list_checkpoints(final))
+
+
+def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool = False) -> torch.nn.Module:
+    """`model` (the base) with the adapter of `path`, or the fully fine-tuned model that `path` holds.
+
+    An adapter is attached to `model` in place; `.unload()` takes it off again. Raises ModelError when `path`
+    holds neither, or when the adapter does not fit the model.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    path = Path(path)
+    if (path / "adapter_config.json").exists():
+        try:
+            return PeftModel.from_pretrained(model, str(path), is_trainable=trainable)  # type: ignore[arg-type]
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"the adapter in {path} does not fit this model: {reason}") from error
+    if (path / "config.json").exists():
+        return AutoModelForCausalLM.from_pretrained(path)
+    raise ModelError(f"{path} holds neither adapter_config.json nor config.json: point to a fine-tuned result")
+
+
+def list_checkpoints(path: str | Path) -> list[Path]:
+    """The checkpoints kept in a result's folder, in the order of training."""
+    return sorted(Path(path).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def load_adam_moments(checkpoint: str | Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Adam's state of a checkpoint by parameter name: {name: {"exp_avg", "exp_avg_sq", "step"}}.
+
+    `exp_avg` and `exp_avg_sq` have their parameter's shape. Raises ModelError when the folder has no such state.
+    """
+    folder = Path(checkpoint)
+    try:
+        names = json.loads((folder / "optimizer_names.json").read_text(encoding="utf-8"))
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)["state"]
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{folder} has no {Path(error.filename).name}: train again with save_checkpoints set"
+        ) from error
+    return {names[index]: values for index, values in state.items()}
+
+
+def fingerprint_examples(examples: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 of every id, token and label, in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example.get('id')}\0{len(example['input_ids'])}\0".encode())
+        for name in EXAMPLE_FIELDS:
+            digest.update(torch.as_tensor(example[name], dtype=torch.int64).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fingerprint_model(model: torch.nn.Module, sample: int = 4096) -> str:
+    """SHA-256 over parameter names, shapes, dtypes and an even sample of at most `sample` values of each.
+
+    A sample, so that it costs milliseconds on models of any size; a training step changes nearly every value.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        flat = parameter.detach().reshape(-1)
+        taken = flat[:: max(1, flat.numel() // sample)].float().cpu()
+        digest.update(taken.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check(examples: Sequence[Mapping[str, Any]]) -> None:
+    if len(examples) == 0:
+        raise DataError("no training examples: check the data source, its limit, and what pruning kept")
+    masked = []
+    for i, example in enumerate(examples):
+        name = str(example.get("id", f"examples[{i}]"))
+        for key in EXAMPLE_FIELDS:
+            if key not in example:
+                raise DataError(f"{name}: no {key!r}; an example is {{'id', 'input_ids', 'labels'}}")
+        labels = torch.as_tensor(example["labels"])
+        if len(labels) != len(example["input_ids"]):
+            raise DataError(f"{name}: {len(example['input_ids'])} input_ids but {len(labels)} labels")
+        if not bool((labels[1:] != IGNORED).any()):
+            masked.append(name)
+    if masked:
+        raise DataError(
+            f"no completion token to learn from (every label is -100) in {listing(masked)}: drop these examples"
+        )
+
+
+def _finished(path: Path, record: Mapping[str, Any]) -> TrainResult | None:
+    """The finished result in `path` when exactly this configuration made it."""
+    try:
+        old = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        result = old.pop("result")
+    except (FileNotFoundError, NotADirectoryError, KeyError, json.JSONDecodeError):
+        return None
+    if old != record:
+        return None
+    history = [(int(step), float(loss)) for step, loss in result["loss_history"]]
+    return TrainResult(
+        path,
+        history,
+        result["seconds"],
+        result["tokens_seen"],
+        result["is_adapter"],
+        list_checkpoints(path),
+        reused=True,
+    )
+
+
+def _attach(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(model, settings)  # type: ignore[arg-type]
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"LoRA does not fit this model: {reason} Mend lora.target_modules.") from error
+
+
+def _train(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    folder: Path,
+    config: TrainConfig,
+    progress: bool,
+) -> tuple[list[tuple[int, float]], float, int]:
+    """Runs the Trainer in `folder`: (loss history, seconds, tokens seen)."""
+    from transformers import Trainer, TrainingArguments
+
+    per_step = config.batch_size * config.gradient_accumulation_steps
+    steps = config.max_steps
+    if steps <= 0:
+        steps = max(1, round(config.epochs * -(-len(examples) // per_step)))
+    save_steps = 0 if isinstance(config.save_checkpoints, bool) else config.save_checkpoints
+    saving = "no" if not config.save_checkpoints else ("steps" if save_steps else "epoch")
+    cuda = torch.cuda.is_available() and next(model.parameters()).is_cuda
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+    with _quiet():
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            num_train_epochs=config.epochs,
+            max_steps=config.max_steps,
+            learning_rate=config.learning_rate,
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            lr_scheduler_type=config.schedule,
+            warmup_steps=int(round(config.warmup_ratio * steps)),
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            seed=config.seed,
+            bf16=bf16,
+            gradient_checkpointing=config.gradient_checkpointing,
+            use_cpu=not cuda,
+            save_strategy=saving,
+            save_steps=save_steps or 500,
+            logging_strategy="steps",
+            logging_steps=max(1, steps // 50),
+            logging_first_step=True,
+            train_sampling_strategy="group_by_length",
+            remove_unused_columns=False,
+            dataloader_pin_memory=cuda,
+            disable_tqdm=True,
+            report_to=[],
+        )
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        collate = _Collator(int(pad or 0))
+        rows = [{key: torch.as_tensor(example[key]) for key in EXAMPLE_FIELDS} for example in examples]
+        callbacks = [_name_optimizer_state()] + ([_progress_bar(steps)] if progress else [])
+        trainer = Trainer(
+            model=model,  # type: ignore[arg-type]
+            args=arguments,
+            train_dataset=rows,  # type: ignore[arg-type]
+            data_collator=collate,
+            callbacks=callbacks,  # type: ignore[arg-type]
+        )
+        _drop_printers(trainer)
+        kept = list_checkpoints(folder)
+        start = time.perf_counter()
+        trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
+        seconds = time.perf_counter() - start
+    history = [(int(log["step"]), float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
+    bad = [step for step, loss in history if loss != loss or loss == float("inf")]
+    if bad:
+        raise NumericError(f"the training loss is not finite from step {bad[0]} on: lower train.learning_rate")
+    return history, seconds, collate.tokens
+
+
+class _Collator:
+    """Pads on the right to the longest example of the batch, and counts the tokens it hands out."""
+
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
+        self.tokens = 0
+
+    def __call__(self, batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        width = max(len(row["input_ids"]) for row in batch)
+        input_ids = torch.full((len(batch), width), self.pad, dtype=torch.int64)  # [B, width]
+        labels = torch.full((len(batch), width), IGNORED, dtype=torch.int64)
+        mask = torch.zeros((len(batch), width), dtype=torch.int64)
+        for i, row in enumerate(batch):
+            n = len(row["input_ids"])
+            input_ids[i, :n] = row["input_ids"]
+            labels[i, :n] = row["labels"]
+            mask[i, :n] = 1
+            self.tokens += n
+        return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+
+
+def _name_optimizer_state() -> Any:
+    """A callback that writes, beside each optimizer.pt, which parameter each of its indices is."""
+    from transformers import TrainerCallback
+
+    class NameOptimizerState(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            names = {id(p): name for name, p in kwargs["model"].named_parameters()}
+            groups = kwargs["optimizer"].param_groups
+            ordered = [names.get(id(p), "") for group in groups for p in group["params"]]
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / "optimizer_names.json").write_text(json.dumps(ordered), encoding="utf-8")
+
+    return NameOptimizerState()
+
+
+def _progress_bar(steps: int) -> Any:
+    from rich.progress import Progress
+    from transformers import TrainerCallback
+
+    class ProgressBar(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar = Progress(transient=True)
+            self.task = self.bar.add_task("fine-tuning", total=steps)
+            self.bar.start()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.update(self.task, completed=state.global_step)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.stop()
+
+    return ProgressBar()
+
+
+def _drop_printers(trainer: Any) -> None:
+    from transformers import PrinterCallback, ProgressCallback
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Trainer's and accelerate's notes about themselves off the screen; errors still raise."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate", "peft")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _versions() -> dict[str, str]:
+    import peft
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}

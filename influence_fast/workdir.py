@@ -1,0 +1,72 @@
+"""A run's folder: finished pieces of work are kept by name, and found again when the run is repeated."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from influence_fast.config import RunConfig, difference, to_dict
+from influence_fast.errors import ConfigError
+
+CONFIG = "config.yaml"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class RunFolder:
+    """Opens `config.output`, new or left by an earlier run of the same configuration.
+
+    Raises ConfigError when the folder holds something else, naming the first setting that differs.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        import yaml
+
+        self.path = Path(config.output)
+        settings = to_dict(config)
+        settings.pop("output")
+        record = self.path / CONFIG
+        if record.exists():
+            differs = difference(yaml.safe_load(record.read_text()), settings)
+            if differs:
+                raise ConfigError(
+                    f"{self.path} holds a run of another configuration ({differs}): choose another output folder, "
+                    "or delete this one"
+                )
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise ConfigError(f"{self.path} is not empty and holds no run: choose another output folder")
+        write_text(record, yaml.safe_dump(settings, sort_keys=False))
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def once(self, name: str, work: Callable[[], Any]) -> Any:
+        """The JSON value of `work()`, computed now or read from `<name>.json` if an earlier run finished it.
+
+        The seconds it took are kept with it; see `seconds`.
+        """
+        path = self.path / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))["value"]
+        start = time.perf_counter()
+        value = work()
+        finished = {"seconds": time.perf_counter() - start, "value": value}
+        write_text(path, json.dumps(finished) + "\n")
+        return value
+
+    def seconds(self, name: str) -> float:
+        """How long the finished piece `name` took when it was computed."""
+        return float(json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))["seconds"])

@@ -1,0 +1,461 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Per-example gradients of a whole factor straight into a sketch of `width` numbers.
+
+    G[e] = s * sum over tokens t of example e of  g[t] h[t]^T     (d x r, flattened: i = row * r + column)
+    rows[e] (+)= S G[e]                                            S (width, d r), from the counter function
+
+    sjlt        one ±1 a column of S: rows[e, bucket(i)] += sign(i) G[e, i]
+    rademacher  dense ±1 / sqrt(width), as TRAK and LESS use: rows[e, j] = sum_i S[j, i] G[e, i]
+
+Neither stores the exact gradient, and neither adds floats with atomics.
+
+**sjlt.** A program owns one chunk of an example and a run of tiles of d x r, and a float32 sketch of its own. It sums
+a tile of G over the tokens in registers, then adds it to its sketch in rounds: coordinates of one tile that share a
+bucket have different rounds, so a round writes no place twice, and a barrier stands between rounds. The round of a
+coordinate is a function of the map alone and is tabulated once (`FlatSketch`, 2 bytes a coordinate). A second kernel
+adds the sketches of an example in order. Traffic beyond g: C * splits sketches of `width` float32 (C chunks).
+
+**rademacher.** The rows of S go through in slabs of about SLAB coordinates: `segment_outer` sums that slab of G (E x
+SLAB float32, all that ever exists of the gradient), and a matrix product adds G_slab S_slab to the (E, width) sketch
+with S made in the kernel. ±1 is exact in bfloat16 and float32 is a sum of three bfloat16 numbers, so the products run
+on tensor cores and lose nothing: 2 E d r width FLOPs, times the terms kept. All examples of the pack share the
+generated bits, which are the larger part of the work.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from influence_fast.errors import ConfigError
+from influence_fast.kernels import segment_outer as outer
+from influence_fast.kernels.counter import select_word, sign_words, sjlt_entry
+from influence_fast.kernels.runtime import (
+    Cost,
+    ceil_div,
+    check_device,
+    check_dtype,
+    check_last_stride,
+    check_precision,
+    check_shape,
+    dot,
+    jit,
+    launch,
+    padded,
+    tl,
+)
+from influence_fast.kernels.segments import Segments, as_segments, check_tokens, segment_sum
+from influence_fast.projection import FLAT_KINDS, key, sign_matrix, sjlt_map
+
+SLAB = 4096
+TILES_A_PROGRAM = 8
+
+
+@jit
+def _scatter_kernel(
+    g,  # [T, d]
+    h,  # [T, r]
+    chunk_start,  # [C] int32
+    chunk_stop,  # [C] int32
+    rounds,  # [d * r] int16: round of each coordinate within its tile
+    tile_rounds,  # [tiles] int32: rounds of each tile
+    keys,  # [3] int64: k0, k1, width
+    parts,  # [C, splits, width] float32
+    d_size,
+    r_size,
+    tiles,
+    stride_gt,
+    stride_ht,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    split = tl.program_id(1)
+    k0 = tl.load(keys)
+    k1 = tl.load(keys + 1)
+    width = tl.load(keys + 2)
+    sketch = parts + (chunk.to(tl.int64) * tl.num_programs(1) + split) * width
+    for zeroed in range(0, width, BLOCK_W):
+        place = zeroed + tl.arange(0, BLOCK_W)
+        tl.store(sketch + place, tl.zeros([BLOCK_W], dtype=tl.float32), mask=place < width)
+    tl.debug_barrier()
+
+    begin = tl.load(chunk_start + chunk)
+    stop = tl.load(chunk_stop + chunk)
+    tiles_r = tl.cdiv(r_size, BLOCK_R)
+    for tile in range(split * TILES, tl.minimum(split * TILES + TILES, tiles)):
+        d = ((tile // tiles_r) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+        r = ((tile % tiles_r) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+        d_mask = d < d_size
+        r_mask = r < r_size
+        total = outer.outer_tile(g, h, d, r, d_mask, r_mask, begin, stop, stride_gt, stride_ht, BLOCK_L, PRECISION)
+        index = d[:, None] * r_size + r[None, :]
+        own_round = tl.load(rounds + index, mask=d_mask[:, None] & r_mask[None, :], other=-1)
+        bucket, sign = sjlt_entry(index, width, k0, k1)
+        total *= sign
+        # num_stages=1: the loads of a round must not be fetched ahead of the stores of the one before.
+        for i in tl.range(0, tl.load(tile_rounds + tile), num_stages=1):
+            now = own_round == i
+            before = tl.load(sketch + bucket, mask=now, other=0.0)
+            tl.store(sketch + bucket, before + total, mask=now)
+            tl.debug_barrier()
+
+
+@jit
+def _add_sketches_kernel(
+    parts,  # [C, splits, width] float32
+    first_chunk,  # [E + 1] int32
+    rows,  # [E, width]
+    scale,
+    splits,
+    width,
+    stride_row,
+    BLOCK: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    e = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < width
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    first = tl.load(first_chunk + e).to(tl.int64) * splits
+    last = tl.load(first_chunk + e + 1).to(tl.int64) * splits
+    for p in range(first, last):
+        total += tl.load(parts + p * width + i, mask=mask, other=0.0)
+    total *= scale
+    target = rows + e * stride_row + i
+    if ACCUMULATE:
+        total += tl.load(target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(target, total, mask=mask)
+
+
+@jit
+def _dense_kernel(
+    slab,  # [E, n] float32
+    keys,  # [3] int64: k0, k1, width
+    sketch,  # [E, width] float32, added to
+    first_row,
+    examples,
+    coordinates,
+    width,
+    BLOCK_E: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    TERMS: tl.constexpr,
+    FIRST: tl.constexpr,
+):
+    e = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
+    block = tl.program_id(0)
+    lane = tl.arange(0, 128)
+    column = block * 128 + lane
+    e_mask = (e < examples)[:, None]
+    k0 = tl.load(keys)
+    k1 = tl.load(keys + 1)
+    target = sketch + e[:, None] * width + column[None, :]
+    mask = e_mask & (column < width)[None, :]
+    if FIRST:
+        total = tl.zeros([BLOCK_E, 128], dtype=tl.float32)
+    else:
+        total = tl.load(target, mask=mask, other=0.0)
+    for start in range(0, coordinates, BLOCK_I):
+        i = (start + tl.arange(0, BLOCK_I)).to(tl.int64)
+        values = tl.load(
+            slab + e[:, None] * coordinates + i[None, :], mask=e_mask & (i < coordinates)[None, :], other=0.0
+        )
+        w0, w1, w2, w3 = sign_words(i + first_row, block, k0, k1)
+        lanes = lane[None, :]
+        word = select_word(lanes, w0[:, None], w1[:, None], w2[:, None], w3[:, None])
+        bit = (word >> (lanes % 32).to(tl.uint32)) & 1
+        signs = (1.0 - 2.0 * bit.to(tl.float32)).to(tl.bfloat16)
+        for _ in tl.static_range(TERMS):
+            term = values.to(tl.bfloat16)
+            total = dot(term, signs, total, "ieee")
+            values -= term.to(tl.float32)
+    tl.store(target, total, mask=mask)
+
+
+def configuration(d_size: int, r_size: int, itemsize: int, precision: str = "ieee") -> dict[str, int]:
+    """Tiles of d x r of the scatter kernel. `FlatSketch` tabulates rounds for these, so they depend on d and r alone
+    in their sides."""
+    fma = itemsize == 4 and precision == "ieee"
+    block_d, block_r = tile_sides(d_size, r_size)
+    return {
+        "BLOCK_L": 32 if fma else 64,
+        "BLOCK_D": block_d,
+        "BLOCK_R": block_r,
+        "num_warps": 4,
+        "num_stages": 2 if fma else 3,
+    }
+
+
+def tile_sides(d_size: int, r_size: int) -> tuple[int, int]:
+    """About 1024 coordinates a tile, the longer side cut first."""
+    block_d, block_r = min(padded(d_size), 64), min(padded(r_size), 64)
+    while block_d * block_r > 1024:
+        block_d, block_r = (block_d // 2, block_r) if block_d >= block_r else (block_d, block_r // 2)
+    return block_d, block_r
+
+
+@dataclass(frozen=True, slots=True)
+class FlatSketch:
+    """The map of one factor of d x r into `width` numbers, with its tables on the device; make once, keep.
+
+    rounds: (d * r,) int16, sjlt only: rank of a coordinate among those of its tile in the same bucket
+    tile_rounds: (tiles,) int32, sjlt only: rounds that a tile needs
+    keys: (3,) int64: the two key words and the width
+    """
+
+    kind: str
+    seed: int
+    name: str
+    d_size: int
+    r_size: int
+    width: int
+    keys: Tensor
+    rounds: Tensor
+    tile_rounds: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        seed: int,
+        name: str,
+        d_size: int,
+        r_size: int,
+        width: int,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> FlatSketch:
+        """name: "<module>/row". Raises ConfigError for an unknown kind or sizes out of range."""
+        if kind not in FLAT_KINDS:
+            raise ConfigError(f"a flat sketch is one of {', '.join(FLAT_KINDS)}, not {kind!r}")
+        if min(d_size, r_size, width) < 1 or width >= 2**31:
+            raise ConfigError(f"a flat sketch of {d_size} x {r_size} into {width} numbers is out of range")
+        rounds = torch.empty(0, dtype=torch.int16)
+        tile_rounds = torch.empty(0, dtype=torch.int32)
+        if kind == "sjlt":
+            bucket, _ = sjlt_map(seed, name, d_size * r_size, width)
+            rounds, tile_rounds = scatter_rounds(bucket, d_size, r_size, width)
+        keys = torch.tensor((*key(seed, name), width), dtype=torch.int64)
+        return cls(
+            kind,
+            seed,
+            name,
+            d_size,
+            r_size,
+            width,
+            keys.to(device),
+            rounds.to(device),
+            tile_rounds.to(device),
+        )
+
+
+def scatter_rounds(bucket: Tensor, d_size: int, r_size: int, width: int) -> tuple[Tensor, Tensor]:
+    """Rank of each coordinate among the earlier ones of its tile with the same bucket, and ranks + 1 of each tile.
+
+    bucket: (d * r,) int64 -> (d * r,) int16, (tiles,) int32.
+    """
+    block_d, block_r = tile_sides(d_size, r_size)
+    tiles_d, tiles_r = ceil_div(d_size, block_d), ceil_div(r_size, block_r)
+    row = torch.arange(d_size)[:, None] // block_d
+    column = torch.arange(r_size)[None, :] // block_r
+    tile = (row * tiles_r + column).flatten()
+    place = tile * width + bucket
+    order = torch.argsort(place, stable=True)
+    in_order = place[order]
+    position = torch.arange(place.numel())
+    begins = torch.ones_like(place, dtype=torch.bool)
+    begins[1:] = in_order[1:] != in_order[:-1]
+    rank_in_order = position - torch.where(begins, position, 0).cummax(0).values
+    rank = torch.empty_like(rank_in_order)
+    rank[order] = rank_in_order
+    most = torch.zeros(tiles_d * tiles_r, dtype=torch.int64)
+    most.scatter_reduce_(0, tile, rank + 1, "amax")
+    return rank.to(torch.int16), most.to(torch.int32)
+
+
+def project_flat(
+    g: Tensor,
+    h: Tensor,
+    segments: Segments | Tensor,
+    sketch: FlatSketch,
+    rows: Tensor,
+    *,
+    scale: float = 1.0,
+    accumulate: bool = False,
+    precision: str = "ieee",
+) -> Tensor:
+    """Writes (or adds) the sketch of s * sum_t g_t h_t^T of each example into `rows` and returns `rows`.
+
+    g: (T, d), h: (T, r), one dtype, rows contiguous (for dA put the long side where `sketch` was told)
+    segments: `Segments`, or cu_seqlens (E + 1,) int32 (then read on the host, which waits for a GPU)
+    sketch: the map, made for this d, r and width
+    rows: (E, width) float32 or bfloat16, rows contiguous (a slice of wider rows serves). accumulate: add to it, in
+        float32, as one row shared by many factors needs
+
+    Raises ConfigError for shapes, dtypes or devices that do not fit, DataError for an example of no tokens.
+    """
+    name = "project_flat"
+    segments = as_segments(segments)
+    check_shape(name, "g", g, ("T", sketch.d_size))
+    check_shape(name, "h", h, (g.shape[0], sketch.r_size))
+    check_tokens(name, "g", g, segments)
+    check_shape(name, "rows", rows, (segments.examples, sketch.width))
+    check_last_stride(name, g=g, h=h, rows=rows)
+    check_dtype(name, g=g, h=h)
+    check_precision(name, precision)
+    if rows.dtype not in outer.ROW_DTYPES:
+        raise ConfigError(f"{name}: rows must be float32 or bfloat16, got {rows.dtype}")
+    check_device(name, g=g, h=h, rows=rows, segments=segments.cu_seqlens, sketch=sketch.keys)
+    project = _project_sjlt if sketch.kind == "sjlt" else _project_rademacher
+    project(g, h, segments, sketch, rows, float(scale), accumulate, precision)
+    return rows
+
+
+def _project_sjlt(
+    g: Tensor,
+    h: Tensor,
+    segments: Segments,
+    sketch: FlatSketch,
+    rows: Tensor,
+    scale: float,
+    accumulate: bool,
+    precision: str,
+) -> None:
+    blocks: dict[str, Any] = configuration(sketch.d_size, sketch.r_size, g.element_size(), precision)
+    num_warps, num_stages = blocks.pop("num_warps"), blocks.pop("num_stages")
+    tiles = sketch.tile_rounds.numel()
+    splits = ceil_div(tiles, TILES_A_PROGRAM)
+    parts = torch.empty(segments.chunks, splits, sketch.width, dtype=torch.float32, device=g.device)
+    block_w = min(padded(sketch.width), 1024)
+    launch(
+        _scatter_kernel,
+        (segments.chunks, splits),
+        {
+            "g": g,
+            "h": h,
+            "chunk_start": segments.chunk_start,
+            "chunk_stop": segments.chunk_stop,
+            "rounds": sketch.rounds,
+            "tile_rounds": sketch.tile_rounds,
+            "keys": sketch.keys,
+            "parts": parts,
+            "d_size": sketch.d_size,
+            "r_size": sketch.r_size,
+            "tiles": tiles,
+            "stride_gt": g.stride(0),
+            "stride_ht": h.stride(0),
+        },
+        {**blocks, "TILES": TILES_A_PROGRAM, "BLOCK_W": block_w, "PRECISION": precision},
+        device=g.device,
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
+    launch(
+        _add_sketches_kernel,
+        (segments.examples, ceil_div(sketch.width, block_w)),
+        {
+            "parts": parts,
+            "first_chunk": segments.first_chunk,
+            "rows": rows,
+            "scale": scale,
+            "splits": splits,
+            "width": sketch.width,
+            "stride_row": rows.stride(0),
+        },
+        {"BLOCK": block_w, "ACCUMULATE": accumulate},
+        device=g.device,
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def _project_rademacher(
+    g: Tensor,
+    h: Tensor,
+    segments: Segments,
+    sketch: FlatSketch,
+    rows: Tensor,
+    scale: float,
+    accumulate: bool,
+    precision: str,
+) -> None:
+    examples, width, r_size = segments.examples, sketch.width, sketch.r_size
+    total = torch.empty(examples, width, dtype=torch.float32, device=g.device)
+    slab_rows = max(1, SLAB // r_size)
+    offsets = torch.zeros(1, dtype=torch.int64, device=g.device)
+    # A float32 gradient needs all three bfloat16 terms; sums of bfloat16 products keep 16 bits in two.
+    terms = 3 if g.dtype == torch.float32 else 2
+    block_e = min(padded(examples), 64)
+    for first in range(0, sketch.d_size, slab_rows):
+        part = g[:, None, first : first + slab_rows]
+        n = part.shape[2] * r_size
+        slab = torch.empty(examples, n, dtype=torch.float32, device=g.device)
+        outer.segment_outer(
+            part,
+            h[:, None, :],
+            segments,
+            slab,
+            offsets,
+            scale=scale / math.sqrt(width),
+            precision=precision,
+        )
+        launch(
+            _dense_kernel,
+            (ceil_div(width, 128), ceil_div(examples, block_e)),
+            {
+                "slab": slab,
+                "keys": sketch.keys,
+                "sketch": total,
+                "first_row": first * r_size,
+                "examples": examples,
+                "coordinates": n,
+                "width": width,
+            },
+            {"BLOCK_E": block_e, "BLOCK_I": 32, "TERMS": terms, "FIRST": first == 0},
+            device=g.device,
+            num_warps=8,
+            num_stages=2,
+        )
+    if accumulate:
+        rows.copy_(rows.float().add_(total))
+    else:
+        rows.copy_(total)
+
+
+def reference(g: Tensor, h: Tensor, segments: Segments | Tensor, sketch: FlatSketch, *, scale: float = 1.0) -> Tensor:
+    """The same in PyTorch, in the dtype of g, through the exact gradient: (E, width)."""
+    products = (g[:, :, None] * h[:, None, :]).flatten(1)
+    exact = scale * segment_sum(products, as_segments(segments))
+    n, width = exact.shape[1], sketch.width
+    if sketch.kind == "rademacher":
+        signs = sign_matrix(sketch.seed, sketch.name, n, width, dtype=g.dtype, device=g.device)
+        return exact @ signs / math.sqrt(width)
+    bucket, sign = sjlt_map(sketch.seed, sketch.name, n, width, dtype=g.dtype, device=g.device)
+    out = torch.zeros(exact.shape[0], width, dtype=g.dtype, device=g.device)
+    return out.index_add_(1, bucket, exact * sign)
+
+
+def cost(
+    kind: str,
+    tokens: int,
+    examples: int,
+    d_size: int,
+    r_size: int,
+    width: int,
+    *,
+    itemsize: int = 2,
+    row_itemsize: int = 2,
+) -> Cost:
+    """Floor of one call: 2 T d r FLOPs, and 2 E d r width more where dense; g, h and rows moved once."""
+    flops = 2 * tokens * d_size * r_size
+    flops += (2 * width if kind == "rademacher" else 2) * examples * d_size * r_size
+    moved = tokens * (d_size + r_size) * itemsize + examples * width * row_itemsize
+    return Cost(flops, moved)

@@ -1,0 +1,92 @@
+"""Configurations: every mistake is one line that names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from influence_fast.config import difference, load_config, to_dict
+from influence_fast.errors import ConfigError
+
+GOOD = {
+    "output": "out",
+    "model": {"path": "some/model"},
+    "data": {"pool": "pool.jsonl", "validation": {"path": "v.jsonl", "limit": 5}, "test": "t.jsonl"},
+}
+
+
+def write(folder: Path, changes: dict) -> Path:
+    raw = yaml.safe_load(yaml.safe_dump(GOOD))
+    for dotted, value in changes.items():
+        *parents, last = dotted.split(".")
+        place = raw
+        for key in parents:
+            place = place.setdefault(key, {})
+        place[last] = value
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_values_arrive_where_they_belong(tmp_path: Path) -> None:
+    changes = {"training.learning_rate": "1e-4", "pruning.fractions": 0.2, "pruning.seeds": [3, 4], "gradients.dim": 8}
+    config = load_config(write(tmp_path, changes))
+    assert config.training.learning_rate == 1e-4
+    assert config.pruning.fractions == (0.2,)
+    assert config.pruning.seeds == (3, 4)
+    assert config.gradients.projection.dim == 8
+    assert config.data.pool.path == "pool.jsonl"
+    assert config.data.validation is not None
+    assert config.data.validation.limit == 5
+
+
+def test_files_beside_the_configuration_are_found(tmp_path: Path) -> None:
+    (tmp_path / "pool.jsonl").write_text("{}")
+    config = load_config(write(tmp_path, {}))
+    assert config.data.pool.path == str(tmp_path / "pool.jsonl")
+    assert config.data.test is not None
+    assert config.data.test.path == "t.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainign": {}}, "unknown key 'trainign'; did you mean 'training'"),
+        ({"training.epoch": 2}, "unknown key 'training.epoch'; did you mean 'epochs'"),
+        ({"training.epochs": "many"}, "training.epochs: expected float, not 'many'"),
+        ({"pruning.strategies": ["combine"]}, "unknown value 'combine'; did you mean 'combined'"),
+        ({"pruning.fractions": [1.5]}, "1.5 is not between 0 and 1"),
+        ({"pruning.seeds": ["a"]}, r"pruning.seeds\[0\]: expected int"),
+        ({"influence.preconditioner": "fischer"}, "did you mean 'fisher'"),
+        ({"gradients.kind": "onesided"}, "did you mean 'one_sided'"),
+        ({"gradients.store_dtype": "fp8"}, "gradients.store_dtype"),
+        ({"data.validation": None}, "holdout_validation"),
+        ({"model": "x"}, "model: expected a mapping"),
+        ({"model": {}}, "missing key 'model.path'"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else next(iter(value)),
+)
+def test_mistakes_are_named(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, changes))
+
+
+def test_broken_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: [1")
+    with pytest.raises(ConfigError, match=r"broken\.yaml: not valid YAML"):
+        load_config(path)
+    path.write_text("- 1")
+    with pytest.raises(ConfigError, match="mapping of keys, not list"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="no such configuration"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_difference_names_the_first_key_that_differs(tmp_path: Path) -> None:
+    one = to_dict(load_config(write(tmp_path, {})))
+    other = to_dict(load_config(write(tmp_path, {"training.epochs": 9})))
+    assert difference(one, one) is None
+    assert difference(one, other) == "training.epochs: 3.0 against 9.0"
