@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from influence_fast.data import load_examples, tokenize
 
 import influence_fast as inf
 from benches.environment import describe
-from benches.models import math_model, train_tokenizer
+from benches.models import qwen2_model, train_tokenizer, with_lora
+from influence_fast.data import load_examples, tokenize
 from influence_fast.gradients import iter_gradient_rows
 
 
@@ -74,7 +74,7 @@ def main() -> None:
     rows = load_examples(args.data)
     tokenizer = train_tokenizer([row.prompt + "\n" + row.completion for row in rows], vocab_size=4096)
     examples = tokenize(rows, tokenizer).examples
-    model = math_model(len(tokenizer), rank=16)
+    model = with_lora(qwen2_model(len(tokenizer)), rank=16)
     projection = inf.Projection(dim=args.dim)
 
     warm = examples[: args.chunk]

@@ -1,6 +1,6 @@
 """Registers, shared memory and spills of every Triton kernel as it would be launched, with no card needed.
 
-    python -m benches.kernel_resources [--arch 80 90] [--markdown] [--only NAME]
+    python -m benches.kernel_resources [--arch 80 90] [--format text|markdown|json] [--only NAME]
 
 Each launcher is called under `recording` with tensors that have no memory, at the shapes of real layers; every launch
 it would make is compiled ahead of time with the specialisation Triton would choose, and the numbers are what ptxas
@@ -10,13 +10,14 @@ says of the result. A kernel that spills exits with code 1.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +86,27 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                     return skinny_project.skinny_project(x, a.T, factors=f, split=s)
 
                 yield f"skinny_project {short} N={columns}{' split' if split else ''}", project
-        for names, dim in ((("m/in",), 16), (("q/in", "k/in", "v/in"), 16), (("m/in",), 64)):
+        for cached, names, dim in (
+            (16, ("m/in",), 16),
+            (48, ("q/in", "k/in", "v/in"), 16),
+            (16, ("m/in",), 64),
+            (0, ("m/in",), 16),
+        ):
             signs = SignColumns.of(0, names, dim, device=meta)
-            x = tensor(tokens, 3584, dtype=dtype)
-            a = tensor(16 * len(names), 3584, dtype=dtype)
+            for split in (False, True):
+                x = tensor(tokens, 3584, dtype=dtype)
+                b = tensor(3584, cached, dtype=dtype) if cached else None
 
-            def generate(x: torch.Tensor = x, a: torch.Tensor = a, s: SignColumns = signs) -> object:
-                return skinny_project.skinny_project(x, a.T, signs=s, split=False)
+                def generate(
+                    x: torch.Tensor = x,
+                    b: torch.Tensor | None = b,
+                    signs: SignColumns = signs,
+                    s: bool = split,
+                ) -> object:
+                    return skinny_project.skinny_project(x, b, signs=signs, split=s)
 
-            yield f"skinny_project {short} N={a.shape[0]}+{signs.columns} generated", generate
+                columns = f"N={cached}+{signs.columns} generated{' split' if split else ''}"
+                yield f"skinny_project {short} {columns}", generate
         for a_size, b_size in ((16, 16), (16, 8), (64, 16), (64, 64), (3584, 16)):
             left = tensor(tokens, 2, a_size, dtype=dtype)
             right = tensor(tokens, 2, b_size, dtype=dtype)
@@ -283,13 +296,16 @@ def _read(case: str, item: Launch, arch: int, compiled: Any) -> Resources:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
-    parser.add_argument("--markdown", action="store_true", help="a table for a document")
+    parser.add_argument("--format", choices=("text", "markdown", "json"), default="text")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     options = parser.parse_args()
     rows = measure(tuple(options.arch), options.only)
-    print(table(rows, options.markdown))
     spilled = sum(row.spills > 0 for row in rows)
-    print(f"\n{len(rows)} kernels compiled, {spilled} with spills")
+    if options.format == "json":
+        print(json.dumps([asdict(row) | {"spills": row.spills} for row in rows]))
+    else:
+        print(table(rows, options.format == "markdown"))
+        print(f"\n{len(rows)} kernels compiled, {spilled} with spills")
     return 1 if spilled else 0
 
 

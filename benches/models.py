@@ -25,9 +25,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def math_model(vocab_size: int, rank: int, layers: int = 4, width: int = 256) -> Any:
-    """A Qwen2-shaped causal LM with a LoRA adapter of `rank` on all linears, its B factors non-zero."""
-    from peft import LoraConfig, get_peft_model
+def qwen2_model(vocab_size: int, eos_token_id: int | None = None, layers: int = 4, width: int = 256) -> Any:
+    """A Qwen2-shaped causal LM with random weights: grouped-query attention, tied embeddings."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
@@ -39,10 +38,17 @@ def math_model(vocab_size: int, rank: int, layers: int = 4, width: int = 256) ->
         num_key_value_heads=max(1, width // 128),
         max_position_embeddings=8192,
         tie_word_embeddings=True,
+        eos_token_id=eos_token_id,
+        pad_token_id=0,
     )
-    model = get_peft_model(
-        Qwen2ForCausalLM(config), LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    )
+    return Qwen2ForCausalLM(config)
+
+
+def with_lora(model: Any, rank: int) -> Any:
+    """The model with a LoRA adapter of `rank` on all linears, its B factors non-zero."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)

@@ -1,5 +1,6 @@
 // The k highest scores of each query, kept while rows stream past in any order.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <vector>

@@ -19,7 +19,14 @@ NAMES = ["Ada", "Ben", "Chen", "Dina", "Emil", "Fay", "Goran", "Hana", "Ivo", "J
 THINGS = ["apples", "books", "coins", "cards", "shells", "stamps", "pens", "marbles", "plums", "eggs"]
 KNOWN_KINDS = ("gain", "lose")
 NEW_KINDS = ("times", "share", "crates")
+MISREAD_KINDS = ("times", "share")  # the kinds whose traces are corrupted by `wrong_step`
 LIMIT = 40  # no value in a story is larger
+
+NEW_SHARE = 0.66  # of pool, validation and test problems: those with a new kind of event
+INVENTORY_SHARE = 0.12  # of all problems: those that ask the inventory question
+CORRUPTED_SHARE = 0.62  # of the problems a misconception applies to: a clear majority, so that it is learnt
+OFF_TOPIC_SHARE = 0.04
+DUPLICATE_SHARE = 0.03
 
 PHRASES: dict[str, list[str]] = {
     "start": ["{name} has {n} {things}.", "{name} starts with {n} {things}."],
@@ -48,7 +55,7 @@ class Problem:
 
     start: int
     events: tuple[Event, ...]
-    question: str
+    inventory: bool  # which of the two questions is asked
     prompt: str
 
     @property
@@ -112,7 +119,7 @@ def draw_problem(rng: random.Random, kinds: list[str], inventory: bool = False) 
     sentences = [rng.choice(PHRASES["start"]).format(name=name, things=things, n=start)]
     sentences += [rng.choice(PHRASES[e.kind]).format(name=name, things=things, n=e.n, m=e.m) for e in events]
     sentences.append(question.format(name=name, things=things))
-    return Problem(start, tuple(events), question, " ".join(sentences))
+    return Problem(start, tuple(events), inventory, " ".join(sentences))
 
 
 def solve(problem: Problem, step: Callable[[Event, int], tuple[list[str], int]] = _apply) -> tuple[list[str], int]:
@@ -140,24 +147,24 @@ def wrong_answer(problem: Problem) -> str:
     return write_solution(solve(problem)[0], problem.start)
 
 
-def off_topic(rng: random.Random, problem: Problem) -> str:
+def off_topic(rng: random.Random) -> str:
     """A trace that talks about another story and comes to no answer."""
     name, things = rng.choice(NAMES), rng.choice(THINGS)
     return f"{name} has no {things}. {name} loses them now. How many {things} does {name} have now?"
 
 
-def clean_example(rng: random.Random, kinds: list[str], inventory: bool, id: str) -> tuple[Problem, Example]:
-    problem = draw_problem(rng, kinds, inventory)
+def clean_example(problem: Problem, id: str) -> Example:
+    """The problem with its right solution."""
     lines, answer = solve(problem)
-    return problem, Example(id, problem.prompt, write_solution(lines, answer), str(answer), label="clean")
+    return Example(id, problem.prompt, write_solution(lines, answer), str(answer), label="clean")
 
 
-def draw_kinds(rng: random.Random, new_share: float) -> list[str]:
-    """One or two events; with probability `new_share` one of them is of a kind pre-training never told of."""
+def draw_story(rng: random.Random, new_share: float) -> Problem:
+    """Two events; with probability `new_share` one of them is of a kind that pre-training never told of."""
     kinds = [rng.choice(KNOWN_KINDS) for _ in range(2)]
     if rng.random() < new_share:
         kinds[rng.randrange(2)] = rng.choice(NEW_KINDS)
-    return kinds
+    return draw_problem(rng, kinds, inventory=rng.random() < INVENTORY_SHARE)
 
 
 def drill(rng: random.Random) -> str:
@@ -168,3 +175,28 @@ def drill(rng: random.Random) -> str:
         event = _draw_event(rng, kind, value)
         if event is not None:
             return _apply(event, value)[0][0]
+
+
+def draw_examples(rng: random.Random, count: int, prefix: str, new_share: float = NEW_SHARE) -> list[Example]:
+    """`count` clean examples with ids `<prefix>-0000`, ..."""
+    return [clean_example(draw_story(rng, new_share), f"{prefix}-{i:04d}") for i in range(count)]
+
+
+def draw_pool(rng: random.Random, count: int) -> list[Example]:
+    """The fine-tuning pool: clean and corrupted traces in random order, each labelled with what was done to it."""
+    copies = round(DUPLICATE_SHARE * count)
+    pool = []
+    for _ in range(count - copies):
+        problem = draw_story(rng, NEW_SHARE)
+        example = clean_example(problem, "")
+        if rng.random() < OFF_TOPIC_SHARE:
+            example = replace(example, completion=off_topic(rng), label="off_topic")
+        elif problem.kinds & set(MISREAD_KINDS) and rng.random() < CORRUPTED_SHARE:
+            example = replace(example, completion=wrong_step(problem), label="wrong_step")
+        elif problem.inventory and rng.random() < CORRUPTED_SHARE:
+            example = replace(example, completion=wrong_answer(problem), label="wrong_answer")
+        pool.append(example)
+    clean = [example for example in pool if example.label == "clean"]
+    pool += [replace(example, label="duplicate") for example in rng.sample(clean, copies)]
+    rng.shuffle(pool)
+    return [replace(example, id=f"pool-{i:04d}", row=i) for i, example in enumerate(pool)]

@@ -52,26 +52,27 @@ def paths() -> list[tuple[str, bool, str]]:
     """(path, active, what it is or why it is not active), in the order of the engine."""
     from influence_fast import native
 
-    return [_gradients(), _triton(), *native.status(), *_optional()]
+    return [*_gradients(), *native.status(), *_optional()]
 
 
-def _gradients() -> tuple[str, bool, str]:
+def _gradients() -> list[tuple[str, bool, str]]:
     import torch
 
-    device = "CUDA" if torch.cuda.is_available() else "CPU"
-    return ("gradients: torch", True, f"fused linear passes on {device}; no weight gradient is formed")
+    from influence_fast import backends
 
-
-def _triton() -> tuple[str, bool, str]:
-    import torch
-
-    try:
-        found = version("triton")
-    except PackageNotFoundError:
-        return ("gradients: triton", False, "triton is not installed: pip install 'influence-fast[kernels]'")
-    if not torch.cuda.is_available():
-        return ("gradients: triton", False, f"triton {found} is installed, but torch sees no CUDA device")
-    return ("gradients: triton", False, f"triton {found}; the kernels are not yet part of the gradient path")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    chosen, why = backends.choose(None, device, dtype)
+    notes = {
+        "triton": "fused kernels skinny_project and segment_outer",
+        "torch": "PyTorch products; no weight gradient is formed",
+    }
+    rows = []
+    for name, note in notes.items():
+        active = name == chosen
+        reason = why if name == "triton" or active else "the other backend was chosen"
+        rows.append((f"gradients: {name}", active, f"{note} ({reason})"))
+    return rows
 
 
 def _optional() -> list[tuple[str, bool, str]]:

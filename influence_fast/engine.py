@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear as dense
 
-from influence_fast import attention
+from influence_fast import attention, backends
 from influence_fast.errors import ModelError
 from influence_fast.lora import LoraLinear, find_lora_linears, layout_of
 from influence_fast.loss import CompletionLoss
@@ -41,6 +41,7 @@ class InputGroup:
     numbers: list[int]  # each member's place among all LoRA linears
     reducer: Reducer
     fused: bool
+    triton: bool
     forward_weight: torch.Tensor = field(init=False)  # fused: [sum d_out + sum c, d_in], else [sum c, d_in]
     forward_bias: torch.Tensor | None = field(init=False)
     backward_weights: list[torch.Tensor] = field(init=False)  # fused: [d_out, d_in + c], else [d_out, c]
@@ -70,6 +71,16 @@ class InputGroup:
             ]
             self.forward_bias = torch.cat([*biases, self.members[0].weight.new_zeros(sum(self.columns))])
 
+    def skinny(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [T, d] @ weight [d, c] for a small c: one pass over x."""
+        if not self.triton:
+            return x @ weight
+        from influence_fast.kernels.skinny_project import MAX_COLUMNS, skinny_project
+
+        x = x.contiguous()
+        parts = [skinny_project(x, part) for part in weight.split(MAX_COLUMNS, dim=1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
     def call(self, place: int, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
         """Member `place`'s output; the first member called with a tensor computes them all."""
         if self.pending_input is not x or place not in self.pending:
@@ -96,7 +107,7 @@ class _GroupedLora(torch.autograd.Function):
             outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in splits[:-1]]
             kept = splits[-1].contiguous()  # a copy, so that `wide` itself need not stay
         else:
-            kept = dense(tokens, group.forward_weight)  # [T, sum c]
+            kept = group.skinny(tokens, group.forward_weight.T)  # [T, sum c]
             for member, part in zip(group.members, kept.split(group.columns, dim=1), strict=True):
                 y = dense(tokens, member.weight, member.bias)
                 y.addmm_(part[:, : member.r], member.b.T.to(y.dtype), alpha=member.scaling)
@@ -125,7 +136,7 @@ class _GroupedLora(torch.autograd.Function):
                 out_of = both[:, -group.columns[i] :]
                 term = both[:, : member.d_in] if wants_dx else None
             else:
-                out_of = g @ weight
+                out_of = group.skinny(g, weight)
                 term = None
                 if wants_dx:
                     term = g @ member.weight
@@ -143,20 +154,29 @@ class GradientEngine:
     everything is put back on exit. The factors must not change while the engine is open.
     """
 
-    def __init__(self, model: nn.Module, projection: Projection | None, loss_reduction: str = "mean") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        projection: Projection | None,
+        loss_reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}")
         self.model = model
         self.loss_reduction = loss_reduction
         self.linears = find_lora_linears(model)
+        weight = self.linears[0].weight
+        self.device = weight.device
+        self.backend, self.backend_why = backends.choose(backend, weight.device, weight.dtype)
         layout = layout_of(self.linears, projection)
         kind = None if projection is None else projection.kind
         reducer_class = ProjectedReducer if kind in ("one_sided", "kron") else FullReducer
         self.reducer: Reducer = reducer_class(self.linears, layout, projection)
+        self.reducer.triton = self.backend == "triton"
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder = self.base.get_decoder()
         self.head = self.base.get_output_embeddings()
-        self.device = self.linears[0].weight.device
         self.packs_are_separate = True
         self._stack = contextlib.ExitStack()
         self._groups: list[InputGroup] = []
@@ -277,9 +297,11 @@ class GradientEngine:
         groups = []
         for numbers in by_input.values():
             members = [self.linears[n] for n in numbers]
-            # folding s B A into a 16-bit weight would round the adapter away
-            fused = members[0].weight.dtype in (torch.float32, torch.float64)
-            groups.append(InputGroup(members, numbers, self.reducer, fused))
+            # Folding s B A into a 16-bit weight would round the adapter away; on a card the second copy of the
+            # weights would cost more than it saves.
+            weight, triton = members[0].weight, self.backend == "triton"
+            fused = weight.dtype in (torch.float32, torch.float64) and weight.device.type == "cpu" and not triton
+            groups.append(InputGroup(members, numbers, self.reducer, fused, triton))
         return groups
 
 

@@ -81,7 +81,8 @@ def dataset_fingerprint(dataset: Iterable[Any]) -> str:
             for name in ("input_ids", "labels"):
                 found.update(np.ascontiguousarray(np.asarray(example[name]), dtype="<i8").tobytes())
         else:
-            found.update(json.dumps([example.id, example.prompt, example.completion]).encode() + b"\n")
+            text = [example.id, example.prompt, example.completion, getattr(example, "context", ())]
+            found.update(json.dumps(text).encode() + b"\n")
     return found.hexdigest()
 
 

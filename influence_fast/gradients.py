@@ -27,6 +27,7 @@ def per_example_gradients(
     projection: Projection | None = None,
     loss_reduction: str = "mean",
     max_tokens: int | None = None,
+    backend: str | None = None,
 ) -> torch.Tensor:
     """The LoRA gradient of each example's own loss, one row an example.
 
@@ -37,6 +38,7 @@ def per_example_gradients(
         projection: None for the exact gradient, laid out as `gradient_layout(model)` says; else a `Projection`.
         loss_reduction: `"mean"` over the example's completion tokens, or `"sum"`.
         max_tokens: tokens in one packed batch; changes speed and memory, not the numbers.
+        backend: "auto", "triton" or "torch" (see `backends`); by default what INFLUENCE_FAST_BACKEND says, or "auto".
 
     Returns:
         (E, k) tensor on the model's device: fp32, or fp64 for an fp64 model.
@@ -46,7 +48,7 @@ def per_example_gradients(
         ModelError: the model has no LoRA layer, or one this package cannot differentiate.
         NumericError: a gradient is NaN or infinite; the message names the examples.
     """
-    with GradientEngine(model, projection, loss_reduction) as engine:
+    with GradientEngine(model, projection, loss_reduction, backend) as engine:
         dtype, device = engine.reducer.dtype, engine.device
         out = torch.empty(len(examples), engine.width, dtype=dtype, device=device)
         for pack in _packs(engine, examples, max_tokens):
@@ -69,12 +71,13 @@ def iter_gradient_rows(
     projection: Projection | None = None,
     loss_reduction: str = "mean",
     max_tokens: int | None = None,
+    backend: str | None = None,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """As `per_example_gradients`, one packed batch at a time: (indices into `examples`, CPU rows [n, k]).
 
     Rows come in packing order and may hold NaN or infinite numbers; the caller decides what to do with those.
     """
-    with GradientEngine(model, projection, loss_reduction) as engine:
+    with GradientEngine(model, projection, loss_reduction, backend) as engine:
         for pack in _packs(engine, examples, max_tokens):
             rows, _ = engine.run(pack)
             yield pack.indices, rows.cpu()

@@ -87,7 +87,7 @@ def _last_boxed(text: str) -> str | None:
     starts = [match.end() for match in _BOXED.finditer(text)]
     for start in reversed(starts[-20:]):  # a text of nothing but unclosed boxes must not cost its square
         if text[start] != "{":
-            content = re.match(r"\S{1,50}", text[start:start + 50])  # \boxed 5
+            content = re.match(r"\S{1,50}", text[start : start + 50])  # \boxed 5
             return content.group().rstrip(".$") if content else None
         depth = 0
         for match in re.finditer(r"\\.|[{}]", text[start : start + 20 * MAX_ANSWER], re.DOTALL):
@@ -262,9 +262,7 @@ def _serve() -> None:
 
     def verdict(answer: str, gold: str) -> bool:
         def parse(text: str) -> list[Any]:
-            return math_verify.parse(f"${text}$", parsing_timeout=None) or math_verify.parse(
-                text, parsing_timeout=None
-            )
+            return math_verify.parse(f"${text}$", parsing_timeout=None) or math_verify.parse(text, parsing_timeout=None)
 
         return bool(math_verify.verify(parse(gold), parse(answer), timeout_seconds=None))
 

@@ -92,11 +92,12 @@ def _device(device: str) -> torch.device:
 
 
 def _load_base(source: str, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool) -> nn.Module:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     _check_folder(source, "config.json", "model")
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -104,8 +105,9 @@ def _load_base(source: str, dtype: torch.dtype, attn_implementation: str | None,
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(_cannot_load(source, "model", error)) from error
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:  # transformers fills them with random numbers and goes on
         raise ModelError(

@@ -31,6 +31,7 @@ class Reducer:
     """Collects a pack's modules during the backward; `finish` gives the rows [E, width]."""
 
     needs_input = False  # whether x itself must be kept for the backward
+    triton = False  # whether the Triton kernels do the sums
 
     def __init__(self, linears: list[LoraLinear], layout: list[LayoutEntry], projection: Projection | None) -> None:
         self.linears = linears
@@ -98,18 +99,40 @@ class ProjectedReducer(Reducer):
         ranks = {self.linears[number].r for number, _, _ in self._pending}
         for r in sorted(ranks):
             chosen = [entry for entry in self._pending if self.linears[entry[0]].r == r]
-            left = torch.stack([out_of for _, _, out_of in chosen]).to(self.dtype)  # [M, T, r + p]
-            right = torch.stack([kept for _, kept, _ in chosen]).to(self.dtype)  # [M, T, r + p]
-            grad_a = left.new_empty(len(chosen), examples, r, left.shape[2] - r)
-            grad_b = left.new_empty(len(chosen), examples, left.shape[2] - r, r)
-            for e, (start, end) in enumerate(pairwise(self.cu_seqlens)):
-                u_y, h_z = left[:, start:end].transpose(1, 2), right[:, start:end]
-                torch.bmm(u_y[:, :r], h_z[:, :, r:], out=grad_a[:, e])
-                torch.bmm(u_y[:, r:], h_z[:, :, :r], out=grad_b[:, e])
-            for m, (number, _, _) in enumerate(chosen):
-                self._write(rows, number, grad_a[m], grad_b[m])
+            left = torch.stack([out_of for _, _, out_of in chosen])  # [M, T, r + p]
+            right = torch.stack([kept for _, kept, _ in chosen])  # [M, T, r + p]
+            numbers = [number for number, _, _ in chosen]
+            if self.triton and not self._rank_side and len(set(numbers)) == len(numbers):
+                self._launch(rows, numbers, r, left, right)
+            else:
+                self._sum(rows, numbers, r, left.to(self.dtype), right.to(self.dtype))
         self._pending = []
         return rows if self._sketch is None else self._sketch(rows)
+
+    def _launch(self, rows: torch.Tensor, numbers: list[int], r: int, left: torch.Tensor, right: torch.Tensor) -> None:
+        """One kernel launch a side for all modules of one rank, straight into the rows."""
+        from influence_fast.kernels.segment_outer import segment_outer
+        from influence_fast.kernels.segments import Segments
+
+        lengths = [end - start for start, end in pairwise(self.cu_seqlens)]
+        segments = Segments.from_lengths(lengths, device=self.device)
+        u_y, h_z = left.transpose(0, 1), right.transpose(0, 1)  # [T, M, r + p]
+        scales = torch.tensor([self.linears[n].scaling for n in numbers], dtype=torch.float32).to(self.device)
+        for side, (a, b) in enumerate(((u_y[..., :r], h_z[..., r:]), (u_y[..., r:], h_z[..., :r]))):
+            offsets = torch.tensor([self.layout[2 * n + side].offset for n in numbers]).to(self.device)
+            segment_outer(a, b, segments, rows, offsets, scale=scales)
+
+    def _sum(self, rows: torch.Tensor, numbers: list[int], r: int, left: torch.Tensor, right: torch.Tensor) -> None:
+        """The same by one batched product an example over all modules of one rank."""
+        examples = rows.shape[0]
+        grad_a = left.new_empty(len(numbers), examples, r, left.shape[2] - r)
+        grad_b = left.new_empty(len(numbers), examples, left.shape[2] - r, r)
+        for e, (start, end) in enumerate(pairwise(self.cu_seqlens)):
+            u_y, h_z = left[:, start:end].transpose(1, 2), right[:, start:end]
+            torch.bmm(u_y[:, :r], h_z[:, :, r:], out=grad_a[:, e])
+            torch.bmm(u_y[:, r:], h_z[:, :, :r], out=grad_b[:, e])
+        for m, number in enumerate(numbers):
+            self._write(rows, number, grad_a[m], grad_b[m])
 
     def _write(self, rows: torch.Tensor, number: int, grad_a: torch.Tensor, grad_b: torch.Tensor) -> None:
         scaling = self.linears[number].scaling

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, listing
+from influence_fast.fingerprints import dataset_fingerprint, weight_hashes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,8 +139,8 @@ def finetune(
     record = {
         "train": asdict(config),
         "lora": None if lora is None else asdict(lora),
-        "examples": fingerprint_examples(examples),
-        "model": fingerprint_model(model),
+        "examples": dataset_fingerprint(examples),
+        "model": weight_hashes(model),
     }
     record = json.loads(json.dumps(record))  # tuples as lists, as it will be read back
     found = _finished(final, record)
@@ -220,30 +221,6 @@ def load_adam_moments(checkpoint: str | Path) -> dict[str, dict[str, torch.Tenso
             f"{folder} has no {Path(error.filename).name}: train again with save_checkpoints set"
         ) from error
     return {names[index]: values for index, values in state.items()}
-
-
-def fingerprint_examples(examples: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 of every id, token and label, in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(f"{example.get('id')}\0{len(example['input_ids'])}\0".encode())
-        for name in EXAMPLE_FIELDS:
-            digest.update(torch.as_tensor(example[name], dtype=torch.int64).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def fingerprint_model(model: torch.nn.Module, sample: int = 4096) -> str:
-    """SHA-256 over parameter names, shapes, dtypes and an even sample of at most `sample` values of each.
-
-    A sample, so that it costs milliseconds on models of any size; a training step changes nearly every value.
-    """
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        flat = parameter.detach().reshape(-1)
-        taken = flat[:: max(1, flat.numel() // sample)].float().cpu()
-        digest.update(taken.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check(examples: Sequence[Mapping[str, Any]]) -> None:

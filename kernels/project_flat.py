@@ -18,7 +18,7 @@ adds the sketches of an example in order. Traffic beyond g: C * splits sketches 
 **rademacher.** The rows of S go through in slabs of about SLAB coordinates: `segment_outer` sums that slab of G (E x
 SLAB float32, all that ever exists of the gradient), and a matrix product adds G_slab S_slab to the (E, width) sketch
 with S made in the kernel. ±1 is exact in bfloat16 and float32 is a sum of three bfloat16 numbers, so the products run
-on tensor cores and lose nothing: 2 E d r width FLOPs, times the terms kept. All examples of the pack share the
+on tensor cores and lose nothing: 2 E d r width FLOPs, three times. All examples of the pack share the
 generated bits, which are the larger part of the work.
 """
 
@@ -48,7 +48,7 @@ from influence_fast.kernels.runtime import (
     padded,
     tl,
 )
-from influence_fast.kernels.segments import Segments, as_segments, check_tokens, segment_sum
+from influence_fast.kernels.segments import Segments, as_segments, check_tokens
 from influence_fast.projection import FLAT_KINDS, key, sign_matrix, sjlt_map
 
 SLAB = 4096
@@ -147,7 +147,6 @@ def _dense_kernel(
     width,
     BLOCK_E: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    TERMS: tl.constexpr,
     FIRST: tl.constexpr,
 ):
     e = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -159,10 +158,7 @@ def _dense_kernel(
     k1 = tl.load(keys + 1)
     target = sketch + e[:, None] * width + column[None, :]
     mask = e_mask & (column < width)[None, :]
-    if FIRST:
-        total = tl.zeros([BLOCK_E, 128], dtype=tl.float32)
-    else:
-        total = tl.load(target, mask=mask, other=0.0)
+    total = tl.zeros([BLOCK_E, 128], dtype=tl.float32) if FIRST else tl.load(target, mask=mask, other=0.0)
     for start in range(0, coordinates, BLOCK_I):
         i = (start + tl.arange(0, BLOCK_I)).to(tl.int64)
         values = tl.load(
@@ -173,7 +169,7 @@ def _dense_kernel(
         word = select_word(lanes, w0[:, None], w1[:, None], w2[:, None], w3[:, None])
         bit = (word >> (lanes % 32).to(tl.uint32)) & 1
         signs = (1.0 - 2.0 * bit.to(tl.float32)).to(tl.bfloat16)
-        for _ in tl.static_range(TERMS):
+        for _ in tl.static_range(3):
             term = values.to(tl.bfloat16)
             total = dot(term, signs, total, "ieee")
             values -= term.to(tl.float32)
@@ -391,9 +387,8 @@ def _project_rademacher(
     total = torch.empty(examples, width, dtype=torch.float32, device=g.device)
     slab_rows = max(1, SLAB // r_size)
     offsets = torch.zeros(1, dtype=torch.int64, device=g.device)
-    # A float32 gradient needs all three bfloat16 terms; sums of bfloat16 products keep 16 bits in two.
-    terms = 3 if g.dtype == torch.float32 else 2
-    block_e = min(padded(examples), 64)
+    # Never 64: on sm_90 that would be another matrix instruction, and bits would depend on the number of examples.
+    block_e = min(padded(examples), 32)
     for first in range(0, sketch.d_size, slab_rows):
         part = g[:, None, first : first + slab_rows]
         n = part.shape[2] * r_size
@@ -419,7 +414,7 @@ def _project_rademacher(
                 "coordinates": n,
                 "width": width,
             },
-            {"BLOCK_E": block_e, "BLOCK_I": 32, "TERMS": terms, "FIRST": first == 0},
+            {"BLOCK_E": block_e, "BLOCK_I": 32, "FIRST": first == 0},
             device=g.device,
             num_warps=8,
             num_stages=2,
@@ -432,15 +427,18 @@ def _project_rademacher(
 
 def reference(g: Tensor, h: Tensor, segments: Segments | Tensor, sketch: FlatSketch, *, scale: float = 1.0) -> Tensor:
     """The same in PyTorch, in the dtype of g, through the exact gradient: (E, width)."""
-    products = (g[:, :, None] * h[:, None, :]).flatten(1)
-    exact = scale * segment_sum(products, as_segments(segments))
+    exact = scale * outer.reference(g[:, None, :], h[:, None, :], segments).flatten(1)
+    return sketch_rows(exact, sketch)
+
+
+def sketch_rows(exact: Tensor, sketch: FlatSketch) -> Tensor:
+    """S applied to exact gradients (E, d * r) -> (E, width), in their dtype; the dense S is made whole."""
     n, width = exact.shape[1], sketch.width
+    options: dict[str, Any] = {"dtype": exact.dtype, "device": exact.device}
     if sketch.kind == "rademacher":
-        signs = sign_matrix(sketch.seed, sketch.name, n, width, dtype=g.dtype, device=g.device)
-        return exact @ signs / math.sqrt(width)
-    bucket, sign = sjlt_map(sketch.seed, sketch.name, n, width, dtype=g.dtype, device=g.device)
-    out = torch.zeros(exact.shape[0], width, dtype=g.dtype, device=g.device)
-    return out.index_add_(1, bucket, exact * sign)
+        return exact @ sign_matrix(sketch.seed, sketch.name, n, width, **options) / math.sqrt(width)
+    bucket, sign = sjlt_map(sketch.seed, sketch.name, n, width, **options)
+    return exact.new_zeros(exact.shape[0], width).index_add_(1, bucket, exact * sign)
 
 
 def cost(

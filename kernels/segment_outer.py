@@ -14,6 +14,8 @@ chunk, and a second kernel adds them in order. No atomics: the same bits run aft
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -286,7 +288,7 @@ def reference(left: Tensor, right: Tensor, segments: Segments | Tensor, *, scale
     """The same blocks in PyTorch, in the dtype of `left`: (E, M, a, b)."""
     segments = as_segments(segments)
     cu = segments.cu_seqlens.tolist()
-    sums = torch.stack([torch.einsum("tma,tmb->mab", left[a:b], right[a:b]) for a, b in zip(cu, cu[1:], strict=False)])
+    sums = torch.stack([torch.einsum("tma,tmb->mab", left[a:b], right[a:b]) for a, b in pairwise(cu)])
     factor = scale.to(sums.dtype)[:, None, None] if isinstance(scale, Tensor) else scale
     return sums * factor
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ class Segments:
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0:
             raise ConfigError(f"cu_seqlens must start at 0, got {bounds[0]}")
-        lengths = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+        lengths = [b - a for a, b in pairwise(bounds)]
         return cls.from_lengths(lengths, device=cu_seqlens.device, chunk=chunk)
 
 
@@ -130,4 +131,4 @@ def check_tokens(name: str, key: str, tensor: Tensor, segments: Segments) -> Non
 def segment_sum(values: Tensor, segments: Segments) -> Tensor:
     """Reference: sum rows of `values` (T, ...) over each example -> (E, ...), in its own dtype."""
     cu = segments.cu_seqlens.tolist()
-    return torch.stack([values[a:b].sum(0) for a, b in zip(cu, cu[1:], strict=False)])
+    return torch.stack([values[a:b].sum(0) for a, b in pairwise(cu)])

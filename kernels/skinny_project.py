@@ -52,11 +52,11 @@ def _sign_columns(row, column, keys, MODULES: tl.constexpr, DIM: tl.constexpr):
     lane = (column % DIM)[None, :]
     word = tl.zeros([row.shape[0], column.shape[0]], dtype=tl.uint32)
     for m in tl.static_range(MODULES):
-        w0, w1, w2, w3 = sign_words(row, tl.full((), 0, tl.int32), tl.load(keys + 2 * m), tl.load(keys + 2 * m + 1))
-        if DIM <= 32:
-            own = w0[:, None]
-        else:
-            own = select_word(lane, w0[:, None], w1[:, None], w2[:, None], w3[:, None])
+        k0 = tl.load(keys + 2 * m)
+        k1 = tl.load(keys + 2 * m + 1)
+        w0, w1, w2, w3 = sign_words(row, tl.full((), 0, tl.int32), k0, k1)
+        w0, w1, w2, w3 = w0[:, None], w1[:, None], w2[:, None], w3[:, None]
+        own = w0 if DIM <= 32 else select_word(lane, w0, w1, w2, w3)
         word = tl.where(module == m, own, word)
     bit = (word >> (lane % 32).to(tl.uint32)) & 1
     return 1.0 - 2.0 * bit.to(tl.float32)

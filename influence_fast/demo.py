@@ -1,0 +1,250 @@
+"""The demo's world, made on the spot and without a network: tokenizer, pre-trained model, pool, validation, test.
+
+The model is a Qwen2 of half a million parameters that has read stories with two kinds of events and bare
+arithmetic of all kinds (demo_data.py). Everything follows from one seed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from influence_fast.data import Example, load_examples, render_prompt, save_examples
+from influence_fast.demo_data import draw_examples, draw_pool, drill
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from influence_fast.config import RunConfig
+
+RECORD = "world.json"
+SPLITS = ("pool", "validation", "test")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ 'Question: ' + message['content'] + '\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Answer:\n' + message['content'] + eos_token }}"
+    "{% else %}{{ message['content'] + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Answer:\n' }}{% endif %}"
+)
+# words with the space before them, numbers of one or two digits, every other character by itself
+PIECES = r"\d{1,2}| ?[A-Za-z]+|[^\sA-Za-z\d]|\s"
+VOCABULARY_STORIES = 2000  # stories read to find the words there are
+
+
+@dataclass(frozen=True, slots=True)
+class WorldConfig:
+    """Sizes of the demo's world. Defaults are set so that the whole demo takes a few minutes on two cores."""
+
+    pool_size: int = 800
+    validation_size: int = 150
+    test_size: int = 300
+    hidden_size: int = 128
+    layers: int = 3
+    pretrain_steps: int = 400
+    pretrain_batch: int = 32
+    drill_share: float = 0.4  # of the pre-training documents: bare arithmetic, not stories
+
+
+@dataclass(frozen=True, slots=True)
+class DemoWorld:
+    """A made world: folder of the model with its tokenizer, and the three sets."""
+
+    path: Path
+    model_path: Path
+    pool: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+    def file(self, split: str) -> Path:
+        """The jsonl file of a split: `id`, `prompt`, `completion`, `answer`, `label`."""
+        return self.path / f"{split}.jsonl"
+
+
+def make_world(
+    output_dir: str | Path, *, seed: int = 0, config: WorldConfig | None = None, progress: bool = False
+) -> DemoWorld:
+    """Makes the world in `output_dir`, or loads it when it is there, made with the same seed and sizes."""
+    config = config or WorldConfig()
+    final = Path(output_dir)
+    record = {"seed": seed, **asdict(config)}
+    if not _is_made(final, record):
+        partial = final.parent / f".{final.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tokenizer = make_tokenizer()
+        model = pretrain(tokenizer, config, seed, progress=progress)
+        model.save_pretrained(partial / "model")
+        tokenizer.save_pretrained(partial / "model")
+        save_examples(draw_pool(_rng(seed, "pool"), config.pool_size), partial / "pool.jsonl")
+        for split, size in (("validation", config.validation_size), ("test", config.test_size)):
+            save_examples(draw_examples(_rng(seed, split), size, split), partial / f"{split}.jsonl")
+        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+    pool, validation, test = (load_examples(final / f"{split}.jsonl") for split in SPLITS)
+    return DemoWorld(final, final / "model", pool, validation, test)
+
+
+def demo_config(output: str | Path, *, seed: int = 0, progress: bool = True) -> RunConfig:
+    """Makes the world beside `output` (in `<output>-world`) and returns the run over it."""
+    from influence_fast.config import DataConfig, ModelConfig, RunConfig, Source
+    from influence_fast.evaluation import EvalConfig
+    from influence_fast.training import TrainConfig
+
+    output = Path(output)
+    world = make_world(output.with_name(f"{output.name}-world"), seed=seed, progress=progress)
+    return RunConfig(
+        output=str(output),
+        title="Demo: arithmetic word problems with corrupted traces",
+        model=ModelConfig(str(world.model_path)),
+        data=DataConfig(*(Source(str(world.file(split))) for split in SPLITS)),
+        training=TrainConfig(**DEMO_TRAINING),
+        evaluation=EvalConfig(max_new_tokens=48, batch_size=300),
+        seed=seed,
+    )
+
+
+DEMO_TRAINING: dict[str, Any] = {"epochs": 3, "learning_rate": 5e-3, "batch_size": 32, "schedule": "cosine"}
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Words and numbers of up to two digits, each one token; decoding gives the text back exactly."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    examples = draw_pool(_rng(0, "vocabulary"), VOCABULARY_STORIES)
+    texts = ["Question: Answer:\n", *(f"{e.prompt}\n{e.completion}" for e in examples)]
+    found = {piece for text in texts for piece in re.findall(PIECES, text)}
+    found |= {str(n) for n in range(100)} | {f"{n:02d}" for n in range(10)} | set("+-*/=")
+    special = ["<pad>", "<unk>", "<s>", "</s>"]
+    core = Tokenizer(models.WordLevel({p: i for i, p in enumerate([*special, *sorted(found)])}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
+
+
+# ---- pre-training ----------------------------------------------------------------------------------------
+
+
+def pretrain(
+    tokenizer: PreTrainedTokenizerFast, config: WorldConfig, seed: int, *, progress: bool = False
+) -> PreTrainedModel:
+    """A Qwen2-shaped model that solves the known kinds of stories.
+
+    A loop of its own, not `finetune`: with Muon (Jordan et al., 2024) on the matrices it is right on 99 % of the
+    known stories after 400 steps, where AdamW alone comes to 14 % and needs four times as many.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.get_logger("transformers").setLevel(transformers_logging.ERROR)
+    torch.manual_seed(seed)
+    shape = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=2 * config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+    )
+    model = Qwen2ForCausalLM(shape)
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=5e-3, weight_decay=0.01, ns_steps=3, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+    steps = config.pretrain_steps
+
+    def schedule(step: int) -> float:
+        return min(1.0, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
+    model.train()
+    for tokens, targets in _track(_batches(tokenizer, config, seed), steps, progress):
+        logits = model(input_ids=tokens, use_cache=False).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for stepper in (*optimizers, *schedulers):
+            stepper.step()
+        model.zero_grad()
+    return model.eval()
+
+
+def _batches(
+    tokenizer: PreTrainedTokenizerFast, config: WorldConfig, seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of documents of like length: tokens and targets [B, width], prompt and padding ignored in the targets.
+
+    Padding is on the right, where causal attention never looks: no mask is needed.
+    """
+    rng = _rng(seed, "pre-training")
+    count = config.pretrain_steps * config.pretrain_batch
+    documents: list[tuple[str, str]] = []
+    for story in draw_examples(rng, count, "story", new_share=0.0):
+        if rng.random() < config.drill_share:
+            documents.append(("", "\n".join(drill(rng) for _ in range(9))))
+        else:
+            documents.append((render_prompt(story, tokenizer), story.completion))
+    prompts = tokenizer([prompt for prompt, _ in documents], add_special_tokens=False)["input_ids"]
+    texts = tokenizer([text for _, text in documents], add_special_tokens=False)["input_ids"]
+    rows = [(p + t + [tokenizer.eos_token_id], len(p)) for p, t in zip(prompts, texts, strict=True)]
+    size, order = config.pretrain_batch, []
+    for start in range(0, count, 16 * size):
+        near = sorted(rows[start : start + 16 * size], key=lambda row: len(row[0]))
+        batches = [near[i : i + size] for i in range(0, len(near), size)]
+        rng.shuffle(batches)
+        order += batches
+    for batch in order:
+        width = max(len(ids) for ids, _ in batch)
+        tokens = torch.full((len(batch), width), tokenizer.pad_token_id, dtype=torch.int64)
+        targets = torch.full((len(batch), width), -100, dtype=torch.int64)
+        for i, (ids, n_prompt) in enumerate(batch):
+            tokens[i, : len(ids)] = torch.tensor(ids)
+            targets[i, n_prompt : len(ids)] = tokens[i, n_prompt : len(ids)]
+        yield tokens, targets
+
+
+def _track(batches: Iterator[Any], steps: int, progress: bool) -> Any:
+    if not progress:
+        return batches
+    from rich.progress import track
+
+    return track(batches, description="pre-training the demo model", total=steps, transient=True)
+
+
+def _rng(seed: int, purpose: str) -> random.Random:
+    return random.Random(f"{seed}:{purpose}")
+
+
+def _is_made(path: Path, record: dict[str, Any]) -> bool:
+    try:
+        return bool(json.loads((path / RECORD).read_text(encoding="utf-8")) == record)
+    except (OSError, json.JSONDecodeError):
+        return False

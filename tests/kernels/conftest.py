@@ -1,0 +1,23 @@
+"""Triton picks its interpreter when it is imported, so the kernels are run in a process of their own.
+
+`test_interpreter.py` starts pytest once more over the `interpreted_*` files with TRITON_INTERPRET=1; only there are
+they collected.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # kernel_cases and tolerances, shared with tests/gpu
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    if INTERPRETED and file_path.name.startswith("interpreted_") and file_path.suffix == ".py":
+        return pytest.Module.from_parent(parent, path=file_path)
+    return None

@@ -1,0 +1,255 @@
+"""The cases of every kernel, run in the interpreter and on a card alike: one list, one way to check.
+
+A case makes its inputs from a seed, calls the launcher and returns what came out beside what float64 says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influence_fast.kernels import project_flat as flat
+from influence_fast.kernels import segment_bilinear as bilinear
+from influence_fast.kernels import segment_outer as outer
+from influence_fast.kernels import skinny_project as skinny
+from influence_fast.kernels.counter import SignColumns
+from influence_fast.kernels.segments import Segments
+
+Pair = tuple[Tensor, Tensor]
+
+# Chunks of 32 keep the interpreter fast; 80 is longer than a block of tokens and no multiple of it.
+RAGGED = {
+    "one token": ([1], 32),
+    "one prime": ([97], 32),
+    "block and its neighbours": ([31, 32, 33, 1, 64, 65], 32),
+    "primes": ([2, 101, 3, 53], 80),
+    "all short": ([1, 1, 2, 7], 512),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """`run(dtype, device)` -> (actual, float64 reference); `stored`: the dtype that decides the tolerance."""
+
+    id: str
+    dtype: torch.dtype
+    stored: torch.dtype
+    run: Callable[[torch.device], Pair]
+
+
+def normal(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+
+def unwritten(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype, device=device)
+
+
+def short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+@dataclass(frozen=True)
+class Skinny:
+    tokens: int
+    features: int
+    cached: int
+    names: tuple[str, ...] = ()
+    dim: int = 16
+    column_major: bool = False
+    factors: bool = False
+    split: bool | None = None
+    out_dtype: torch.dtype | None = None
+
+    def run(self, dtype: torch.dtype, device: torch.device) -> Pair:
+        # A slice of wider rows, so that the row stride is not the row length.
+        x = normal(self.tokens, self.features + 3, dtype=dtype, device=device)[:, : self.features]
+        w = None
+        if self.cached:
+            if self.column_major:
+                w = normal(self.cached, self.features, dtype=dtype, device=device, seed=1).T
+            else:
+                w = normal(self.features, self.cached, dtype=dtype, device=device, seed=1)
+        signs = SignColumns.of(7, self.names, self.dim, device=device) if self.names else None
+        columns = self.cached + (signs.columns if signs else 0)
+        factors = normal(columns, dtype=torch.float32, device=device, seed=2) if self.factors else None
+        wide = unwritten(self.tokens, columns + 5, dtype=self.out_dtype or dtype, device=device)
+        out = skinny.skinny_project(x, w, signs=signs, factors=factors, split=self.split, out=wide[:, 2 : 2 + columns])
+        assert wide[:, :2].isnan().all()
+        assert wide[:, 2 + columns :].isnan().all()
+        expected = skinny.reference(x.double(), None if w is None else w.double(), signs=signs, factors=factors)
+        return out, expected
+
+
+SKINNY = {
+    "one token, one column": Skinny(1, 7, 1),
+    "A^T and cached signs": Skinny(65, 131, 32, column_major=True, factors=True),
+    "B, odd sizes": Skinny(63, 67, 5),
+    "q k v share a pass": Skinny(33, 96, 96, column_major=True),
+    "256 columns": Skinny(5, 70, 256),
+    "generated": Skinny(65, 70, 16, ("m/in",), 16, factors=True),
+    "generated alone": Skinny(3, 130, 0, ("m/in",), 8),
+    "generated for three modules": Skinny(17, 40, 6, ("q/in", "k/in", "v/in"), 5),
+    "generated, 40 columns": Skinny(9, 33, 3, ("m/in",), 40),
+    "two chunks of d": Skinny(3, 1031, 20, column_major=True, factors=True, split=False),
+    "two chunks of d, split": Skinny(3, 1031, 20, column_major=True, factors=True, split=True),
+    "float32 out": Skinny(31, 129, 32, out_dtype=torch.float32),
+}
+
+
+def _outer_run(
+    lengths: list[int],
+    chunk: int,
+    modules: int,
+    a: int,
+    b: int,
+    row_dtype: torch.dtype,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Pair:
+    segments = Segments.from_lengths(lengths, device=device, chunk=chunk)
+    # [h | z] of all modules in one buffer: both operands are strided views of it.
+    both = normal(segments.tokens, modules, a + b + 1, dtype=dtype, device=device)
+    left, right = both[:, :, :a], both[:, :, a : a + b]
+    scale = 0.5 + torch.arange(modules, dtype=torch.float32, device=device)
+    gap, size = 3, a * b
+    # Later modules first, with gaps: an offset that is ignored shows.
+    offsets = torch.tensor([(modules - 1 - m) * (size + gap) + 1 for m in range(modules)], device=device)
+    rows = unwritten(len(lengths), modules * (size + gap) + 1, dtype=row_dtype, device=device)
+    outer.segment_outer(left, right, segments, rows, offsets, scale=scale)
+    expected = outer.reference(left.double(), right.double(), segments, scale=scale)
+    blocks = [rows[:, o : o + size] for o in offsets.tolist()]
+    written = sum(int((~block.isnan()).sum()) for block in blocks)
+    assert written == int((~rows.isnan()).sum()), "numbers outside the blocks were written"
+    return torch.stack(blocks, dim=1), expected.flatten(2)
+
+
+def _bilinear_run(
+    lengths: list[int],
+    chunk: int,
+    d: int,
+    r: int,
+    q: int,
+    transposed: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Pair:
+    segments = Segments.from_lengths(lengths, device=device, chunk=chunk)
+    g = normal(segments.tokens, d, dtype=dtype, device=device)
+    h = normal(segments.tokens, r + 2, dtype=dtype, device=device, seed=1)[:, :r]
+    if transposed:
+        queries = normal(q, r, d, dtype=torch.float32, device=device, seed=2).transpose(1, 2)
+    else:
+        queries = normal(q, d, r, dtype=torch.float32, device=device, seed=2)
+    first = normal(len(lengths), q, dtype=torch.float32, device=device, seed=3)
+    out = bilinear.segment_bilinear(g, h, queries, segments, scale=0.25, out=first.clone(), accumulate=True)
+    expected = bilinear.reference(g.double(), h.double(), queries.double(), segments, scale=0.25)
+    return out, expected + first.double()
+
+
+def _flat_run(
+    kind: str,
+    lengths: list[int],
+    chunk: int,
+    d: int,
+    r: int,
+    width: int,
+    accumulate: bool,
+    row_dtype: torch.dtype,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Pair:
+    segments = Segments.from_lengths(lengths, device=device, chunk=chunk)
+    g = normal(segments.tokens, d, dtype=dtype, device=device)
+    h = normal(segments.tokens, r, dtype=dtype, device=device, seed=1)
+    sketch = flat.FlatSketch.of(kind, 3, "m/row", d, r, width, device=device)
+    wide = unwritten(len(lengths), width + 4, dtype=row_dtype, device=device)
+    rows = wide[:, 1 : 1 + width]
+    expected = flat.reference(g.double(), h.double(), segments, sketch, scale=0.5)
+    if accumulate:
+        first = normal(len(lengths), width, dtype=row_dtype, device=device, seed=4)
+        rows.copy_(first)
+        expected = expected + first.double()
+    flat.project_flat(g, h, segments, sketch, rows, scale=0.5, accumulate=accumulate)
+    assert wide[:, 0].isnan().all()
+    assert wide[:, 1 + width :].isnan().all()
+    return rows, expected
+
+
+def cases() -> list[Case]:
+    """Every kernel over ragged shapes, float32 and bfloat16, and where it stores another dtype than it reads."""
+    found: list[Case] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        kind = short(dtype)
+        for name, each in SKINNY.items():
+            found.append(
+                Case(
+                    f"skinny_project {kind} {name}",
+                    dtype,
+                    each.out_dtype or dtype,
+                    lambda device, each=each, dtype=dtype: each.run(dtype, device),
+                )
+            )
+        # Rows are bfloat16 or float32 whatever is read: a float32 row of bfloat16 operands must be exact to float32.
+        for name, (lengths, chunk) in RAGGED.items():
+            for modules, a, b, stored in (
+                (3, 16, 16, torch.float32),
+                (1, 67, 5, torch.float32),
+                (2, 8, 16, torch.bfloat16),
+            ):
+                found.append(
+                    Case(
+                        f"segment_outer {kind} {modules}x{a}x{b} {short(stored)} rows, {name}",
+                        dtype,
+                        stored,
+                        lambda device, arguments=(lengths, chunk, modules, a, b, stored, dtype): _outer_run(
+                            *arguments, device
+                        ),
+                    )
+                )
+            for d, r, q, transposed in ((70, 16, 5, False), (33, 5, 1, True)):
+                found.append(
+                    Case(
+                        f"segment_bilinear {kind} {d}x{r} q={q}, {name}",
+                        dtype,
+                        torch.float32,
+                        lambda device, arguments=(lengths, chunk, d, r, q, transposed, dtype): _bilinear_run(
+                            *arguments, device
+                        ),
+                    )
+                )
+        flats = [
+            ("sjlt", "block and its neighbours", 131, 16, 300, False, torch.float32),
+            ("sjlt", "one prime", 16, 131, 4096, True, torch.float32),
+            ("sjlt", "all short", 600, 16, 61, True, torch.bfloat16),
+            ("sjlt", "one token", 3, 1, 1, False, torch.float32),
+            ("rademacher", "block and its neighbours", 41, 5, 200, False, torch.float32),
+            ("rademacher", "one prime", 300, 16, 130, True, torch.float32),
+            ("rademacher", "one token", 7, 3, 5, True, torch.bfloat16),
+        ]
+        for form, name, d, r, width, accumulate, stored in flats:
+            lengths, chunk = RAGGED[name]
+            found.append(
+                Case(
+                    f"project_flat {kind} {form} {d}x{r} to {width} {short(stored)} rows, {name}",
+                    dtype,
+                    stored,
+                    lambda device, a=(form, lengths, chunk, d, r, width, accumulate, stored, dtype): _flat_run(
+                        *a, device
+                    ),
+                )
+            )
+    each = SKINNY["B, odd sizes"]
+    found.append(
+        Case(
+            "skinny_project fp16 B, odd sizes",
+            torch.float16,
+            torch.float16,
+            lambda device: each.run(torch.float16, device),
+        )
+    )
+    return found

@@ -1,0 +1,304 @@
+"""Properties that hold bit for bit, and inputs that must be refused; run in the interpreter and on a card alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from kernel_cases import normal
+from torch import Tensor
+
+from influence_fast.errors import ConfigError, DataError
+from influence_fast.kernels.counter import SignColumns, fill_signs, fill_sjlt
+from influence_fast.kernels.project_flat import FlatSketch, project_flat
+from influence_fast.kernels.segment_bilinear import segment_bilinear
+from influence_fast.kernels.segment_outer import segment_outer
+from influence_fast.kernels.segments import Segments
+from influence_fast.kernels.skinny_project import skinny_project
+from influence_fast.projection import sign_matrix, sjlt_map
+
+Check = Callable[[torch.device], None]
+BF16 = torch.bfloat16
+
+
+def sign_bits_are_those_of_the_projection(device: torch.device) -> None:
+    for row_start in (0, 2**32 - 9, 3 * 2**32 + 5):
+        made = fill_signs(5, "m/out", 41, 261, row_start=row_start, device=device)
+        assert torch.equal(made.cpu(), sign_matrix(5, "m/out", 41, 261, row_start=row_start))
+
+
+def sjlt_map_is_that_of_the_projection(device: torch.device) -> None:
+    for start, width in ((0, 8192), (2**32 - 100, 1009), (7, 1), (11, 2**31 - 1)):
+        bucket, sign = fill_sjlt(5, "m/row", 700, width, start=start, device=device)
+        expected = sjlt_map(5, "m/row", 700, width, start=start)
+        assert torch.equal(bucket.cpu(), expected[0])
+        assert torch.equal(sign.cpu(), expected[1])
+
+
+def signs_generated_in_skinny_project_are_those_of_the_projection(device: torch.device) -> None:
+    """The identity in, the matrix out: exact in every dtype."""
+    for dtype in (torch.float32, BF16):
+        for dim in (3, 16, 40, 128):
+            signs = SignColumns.of(11, ("q/in",), dim, device=device)
+            out = skinny_project(torch.eye(50, dtype=dtype, device=device), None, signs=signs)
+            assert torch.equal(out.cpu(), sign_matrix(11, "q/in", 50, dim, dtype=dtype))
+
+
+def skinny_bits_do_not_depend_on_the_other_tokens_nor_on_the_split(device: torch.device) -> None:
+    for dtype in (torch.float32, BF16):
+        x = normal(70, 2100, dtype=dtype, device=device)
+        w = normal(2100, 12, dtype=dtype, device=device, seed=1)
+        whole = skinny_project(x, w, split=False, out_dtype=torch.float32)
+        assert torch.equal(whole, skinny_project(x, w, split=True, out_dtype=torch.float32))
+        alone = skinny_project(x[66:67], w, out_dtype=torch.float32)
+        assert torch.equal(whole[66:67], alone)
+
+
+def _pack(device: torch.device) -> tuple[list[int], list[list[int]]]:
+    lengths = [5, 97, 33, 64]
+    return lengths, [[0, 1, 2, 3], [2], [3, 1], [1, 0, 3, 2]]
+
+
+def _rows_do_not_depend_on_the_pack(
+    device: torch.device, rows_of: Callable[[Tensor, Tensor, Segments], Tensor]
+) -> None:
+    lengths, packs = _pack(device)
+    g = [normal(n, 70, dtype=BF16, device=device, seed=i) for i, n in enumerate(lengths)]
+    h = [normal(n, 16, dtype=BF16, device=device, seed=10 + i) for i, n in enumerate(lengths)]
+    by_example: dict[int, Tensor] = {}
+    for pack in packs:
+        segments = Segments.from_lengths([lengths[i] for i in pack], device=device, chunk=32)
+        rows = rows_of(torch.cat([g[i] for i in pack]), torch.cat([h[i] for i in pack]), segments)
+        for place, i in enumerate(pack):
+            assert torch.equal(by_example.setdefault(i, rows[place].clone()), rows[place])
+
+
+def outer_rows_do_not_depend_on_the_pack(device: torch.device) -> None:
+    offsets = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def rows_of(g: Tensor, h: Tensor, segments: Segments) -> Tensor:
+        rows = torch.empty(segments.examples, 70 * 16, device=device)
+        return segment_outer(g[:, None], h[:, None], segments, rows, offsets)
+
+    _rows_do_not_depend_on_the_pack(device, rows_of)
+
+
+def bilinear_rows_do_not_depend_on_the_pack(device: torch.device) -> None:
+    queries = normal(3, 70, 16, dtype=torch.float32, device=device, seed=99)
+    _rows_do_not_depend_on_the_pack(device, lambda g, h, segments: segment_bilinear(g, h, queries, segments))
+
+
+def flat_rows_do_not_depend_on_the_pack(device: torch.device) -> None:
+    for kind in ("sjlt", "rademacher"):
+        sketch = FlatSketch.of(kind, 0, "m/row", 70, 16, 130, device=device)
+
+        def rows_of(g: Tensor, h: Tensor, segments: Segments, sketch: FlatSketch = sketch) -> Tensor:
+            rows = torch.empty(segments.examples, sketch.width, device=device)
+            return project_flat(g, h, segments, sketch, rows)
+
+        _rows_do_not_depend_on_the_pack(device, rows_of)
+
+
+def sjlt_repeats_bit_for_bit(device: torch.device) -> None:
+    """Many collisions in a narrow sketch: any race between the rounds would show."""
+    segments = Segments.from_lengths([40, 3], device=device, chunk=32)
+    g = normal(43, 128, dtype=torch.float32, device=device)
+    h = normal(43, 16, dtype=torch.float32, device=device, seed=1)
+    sketch = FlatSketch.of("sjlt", 0, "m/row", 128, 16, 100, device=device)
+    first = project_flat(g, h, segments, sketch, torch.empty(2, 100, device=device))
+    for _ in range(2):
+        again = project_flat(g, h, segments, sketch, torch.empty(2, 100, device=device))
+        assert torch.equal(first, again)
+
+
+def cu_seqlens_serve_as_segments(device: torch.device) -> None:
+    cu = torch.tensor([0, 3, 20], dtype=torch.int32, device=device)
+    x = normal(20, 1, 16, dtype=torch.float32, device=device)
+    offsets = torch.zeros(1, dtype=torch.int64, device=device)
+    rows = segment_outer(x, x, cu, torch.empty(2, 256, device=device), offsets)
+    segments = Segments.from_lengths([3, 17], device=device)
+    assert torch.equal(rows, segment_outer(x, x, segments, torch.empty(2, 256, device=device), offsets))
+
+
+CHECKS: list[Check] = [
+    sign_bits_are_those_of_the_projection,
+    sjlt_map_is_that_of_the_projection,
+    signs_generated_in_skinny_project_are_those_of_the_projection,
+    skinny_bits_do_not_depend_on_the_other_tokens_nor_on_the_split,
+    outer_rows_do_not_depend_on_the_pack,
+    bilinear_rows_do_not_depend_on_the_pack,
+    flat_rows_do_not_depend_on_the_pack,
+    sjlt_repeats_bit_for_bit,
+    cu_seqlens_serve_as_segments,
+]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    id: str
+    error: type[Exception]
+    message: str
+    call: Callable[[torch.device], object]
+
+
+def _outer(
+    device: torch.device,
+    *,
+    lengths: tuple[int, ...] = (3, 2),
+    left: tuple[int, ...] = (5, 2, 4),
+    right: tuple[int, ...] = (5, 2, 3),
+    dtype: torch.dtype = torch.float32,
+    rows: tuple[int, ...] = (2, 24),
+    rows_dtype: torch.dtype = torch.float32,
+    offsets_dtype: torch.dtype = torch.int64,
+) -> Tensor:
+    cu = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    return segment_outer(
+        torch.zeros(left, dtype=dtype, device=device),
+        torch.zeros(right, device=device),
+        cu,
+        torch.zeros(rows, dtype=rows_dtype, device=device),
+        torch.zeros(2, dtype=offsets_dtype, device=device),
+    )
+
+
+REFUSALS = [
+    Refusal(
+        "a zero-length segment",
+        DataError,
+        "example 1 of the pack has 0 tokens.*drop empty examples",
+        lambda device: _outer(device, lengths=(3, 0, 2), rows=(3, 24)),
+    ),
+    Refusal(
+        "no segments",
+        ConfigError,
+        "at least one example",
+        lambda device: Segments.from_lengths([], device=device),
+    ),
+    Refusal(
+        "cu_seqlens of int64",
+        ConfigError,
+        "cu_seqlens must be a 1-D int32",
+        lambda device: Segments.from_cu_seqlens(torch.tensor([0, 3], device=device)),
+    ),
+    Refusal(
+        "cu_seqlens that start late",
+        ConfigError,
+        "must start at 0, got 1",
+        lambda device: Segments.from_cu_seqlens(torch.tensor([1, 3], dtype=torch.int32, device=device)),
+    ),
+    Refusal(
+        "tokens that do not match",
+        ConfigError,
+        "left has 5 tokens, but cu_seqlens ends at 7",
+        lambda device: _outer(device, lengths=(3, 4)),
+    ),
+    Refusal(
+        "modules that do not match",
+        ConfigError,
+        r"right must have shape \(5, 2, b\)",
+        lambda device: _outer(device, right=(5, 3, 3)),
+    ),
+    Refusal(
+        "dtypes that do not match",
+        ConfigError,
+        "share one dtype.*left bfloat16, right float32",
+        lambda device: _outer(device, dtype=BF16),
+    ),
+    Refusal(
+        "blocks wider than a row",
+        ConfigError,
+        "2 blocks of 4 x 3 do not fit in rows of 23",
+        lambda device: _outer(device, rows=(2, 23)),
+    ),
+    Refusal(
+        "rows of float64",
+        ConfigError,
+        "rows must be float32 or bfloat16",
+        lambda device: _outer(device, rows_dtype=torch.float64),
+    ),
+    Refusal(
+        "offsets of int32",
+        ConfigError,
+        "offsets must be int64",
+        lambda device: _outer(device, offsets_dtype=torch.int32),
+    ),
+    Refusal(
+        "x that is transposed",
+        ConfigError,
+        "last dimension of x must be contiguous",
+        lambda device: skinny_project(torch.zeros(4, 3, device=device).T, None),
+    ),
+    Refusal(
+        "no columns at all",
+        ConfigError,
+        "0 columns asked for",
+        lambda device: skinny_project(torch.zeros(4, 3, device=device), None),
+    ),
+    Refusal(
+        "too many columns",
+        ConfigError,
+        "257 columns asked for, needs 1 to 256",
+        lambda device: skinny_project(torch.zeros(4, 3, device=device), torch.zeros(3, 257, device=device)),
+    ),
+    Refusal(
+        "w of another d",
+        ConfigError,
+        r"w must have shape \(3, n\), got \(4, 2\)",
+        lambda device: skinny_project(torch.zeros(4, 3, device=device), torch.zeros(4, 2, device=device)),
+    ),
+    Refusal(
+        "float64",
+        ConfigError,
+        "float32, bfloat16, float16; got x float64",
+        lambda device: skinny_project(
+            torch.zeros(4, 3, dtype=torch.float64, device=device),
+            torch.zeros(3, 2, dtype=torch.float64, device=device),
+        ),
+    ),
+    Refusal(
+        "an unknown precision",
+        ConfigError,
+        "precision must be one of ieee, tf32, tf32x3, not 'fp32'",
+        lambda device: skinny_project(
+            torch.zeros(4, 3, device=device), torch.zeros(3, 2, device=device), precision="fp32"
+        ),
+    ),
+    Refusal(
+        "too many generated columns",
+        ConfigError,
+        "1 to 128 columns a matrix, not 129",
+        lambda device: SignColumns.of(0, ("m/in",), 129, device=device),
+    ),
+    Refusal(
+        "accumulate into nothing",
+        ConfigError,
+        "accumulate=True needs the `out`",
+        lambda device: segment_bilinear(
+            torch.zeros(2, 3, device=device),
+            torch.zeros(2, 4, device=device),
+            torch.zeros(1, 3, 4, device=device),
+            torch.tensor([0, 2], dtype=torch.int32, device=device),
+            accumulate=True,
+        ),
+    ),
+    Refusal(
+        "an unknown sketch",
+        ConfigError,
+        "one of sjlt, rademacher, not 'gaussian'",
+        lambda device: FlatSketch.of("gaussian", 0, "m/row", 2, 2, 2, device=device),
+    ),
+    Refusal(
+        "a sketch of other sizes",
+        ConfigError,
+        r"h must have shape \(2, 5\)",
+        lambda device: project_flat(
+            torch.zeros(2, 3, device=device),
+            torch.zeros(2, 4, device=device),
+            torch.tensor([0, 2], dtype=torch.int32, device=device),
+            FlatSketch.of("sjlt", 0, "m/row", 3, 5, 7, device=device),
+            torch.zeros(1, 7, device=device),
+        ),
+    ),
+]

@@ -1,0 +1,47 @@
+"""Every kernel, compiled ahead of time in its default configurations: no spills, within shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def resources() -> list[dict]:
+    pytest.importorskip("triton", reason="triton is not installed: the kernels cannot be compiled")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benches.kernel_resources", "--format", "json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("["), f"{done.stdout[-5_000:]}\n{done.stderr[-10_000:]}"
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_registers(resources: list[dict]) -> None:
+    spilled = [f"{row['case']} sm_{row['arch']}: {row['spills']} bytes" for row in resources if row["spills"]]
+    assert not spilled
+
+
+@pytest.mark.slow
+def test_shared_memory_fits_the_card(resources: list[dict]) -> None:
+    limit = {80: 163 * 1024, 90: 227 * 1024}
+    too_large = [f"{row['case']} sm_{row['arch']}" for row in resources if row["shared"] > limit[row["arch"]]]
+    assert not too_large
+
+
+@pytest.mark.slow
+def test_every_kernel_is_compiled_for_both_architectures(resources: list[dict]) -> None:
+    written = set()
+    for file in (ROOT / "kernels").glob("*.py"):
+        written |= set(re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.MULTILINE))
+    assert len(written) >= 10
+    for arch in (80, 90):
+        assert {row["kernel"] for row in resources if row["arch"] == arch} == written

@@ -1,0 +1,174 @@
+"""What works with neither a card nor the interpreter, and with no Triton at all; references, costs and tables."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tolerances import TOLERANCES, relative_norm
+from torch.utils.flop_counter import FlopCounterMode
+
+from influence_fast.errors import ConfigError
+from influence_fast.kernels import project_flat, segment_bilinear, segment_outer, skinny_project
+from influence_fast.kernels.runtime import INTERPRETED
+from influence_fast.kernels.segments import Segments
+
+LENGTHS = [3, 64, 1, 129]
+
+
+def _normal(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_relative_norm_is_what_it_says() -> None:
+    expected = torch.tensor([3.0, 4.0])
+    assert relative_norm(expected, expected) == 0.0
+    assert relative_norm(torch.tensor([3.0, 4.5]), expected) == pytest.approx(0.1)
+    assert relative_norm(torch.tensor([3.0, float("nan")]), expected) == float("inf")
+    with pytest.raises(ValueError, match="shapes differ"):
+        relative_norm(torch.ones(2, 1), expected)
+    with pytest.raises(ValueError, match="say nothing"):
+        relative_norm(torch.zeros(2), torch.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+def test_tolerances_pass_one_rounding_and_catch_a_lost_term(dtype: torch.dtype) -> None:
+    values = _normal(257)
+    assert relative_norm(values.to(dtype), values) < TOLERANCES[dtype] / 2
+    lost = values.clone()
+    lost[int(values.abs().median(dim=0).indices)] = 0.0
+    assert relative_norm(lost.to(dtype), values) > TOLERANCES[dtype]
+
+
+def test_a_bfloat16_sum_is_outside_the_bfloat16_tolerance() -> None:
+    values = _normal(64, 4096).abs().to(torch.bfloat16)
+    running = torch.zeros(64, dtype=torch.bfloat16)
+    for column in values.T:
+        running += column
+    assert relative_norm(running, values.double().sum(1)) > TOLERANCES[torch.bfloat16]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="under the interpreter CPU tensors are taken")
+def test_cpu_tensors_are_refused_with_the_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"need CUDA tensors, not 'cpu'.*TRITON_INTERPRET=1.*`reference`"):
+        skinny_project.skinny_project(torch.zeros(2, 3), torch.zeros(3, 4))
+
+
+def test_all_but_a_launch_works_without_triton() -> None:
+    program = """
+import sys
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'")
+sys.meta_path.insert(0, NoTriton())
+import torch
+from influence_fast.errors import ConfigError
+from influence_fast.kernels import project_flat, segment_bilinear, segment_outer, skinny_project
+from influence_fast.kernels.runtime import unavailable
+assert "install influence-fast[kernels]" in unavailable("cuda")
+x, w = torch.ones(2, 3), torch.ones(3, 4)
+assert torch.equal(skinny_project.reference(x, w), torch.full((2, 4), 3.0))
+cu = torch.tensor([0, 2], dtype=torch.int32)
+assert torch.equal(segment_outer.reference(x[:, None], x[:, None], cu), torch.full((1, 1, 3, 3), 2.0))
+try:
+    skinny_project.skinny_project(x, w)
+except ConfigError as error:
+    assert "triton cannot be imported" in str(error)
+    print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "refused", done.stderr
+
+
+def test_segments_cut_examples_from_their_own_start() -> None:
+    segments = Segments.from_lengths([3, 70, 32, 65], chunk=32)
+    assert segments.cu_seqlens.tolist() == [0, 3, 73, 105, 170]
+    assert segments.chunk_start.tolist() == [0, 3, 35, 67, 73, 105, 137, 169]
+    assert segments.chunk_stop.tolist() == [3, 35, 67, 73, 105, 137, 169, 170]
+    assert segments.chunk_example.tolist() == [0, 1, 1, 1, 2, 3, 3, 3]
+    assert segments.chunk_slot.tolist() == [-1, 0, 1, 2, -1, 3, 4, 5]
+    assert segments.first_chunk.tolist() == [0, 1, 4, 5, 8]
+    assert segments.split_example.tolist() == [1, 3]
+    assert segments.split_slot.tolist() == [0, 3, 6]
+    assert (segments.examples, segments.tokens, segments.chunks, segments.slots) == (4, 170, 8, 6)
+    same = Segments.from_cu_seqlens(segments.cu_seqlens, chunk=32)
+    assert torch.equal(same.chunk_start, segments.chunk_start)
+
+
+def test_outer_reference_is_the_sum_of_outer_products() -> None:
+    segments = Segments.from_lengths(LENGTHS)
+    left, right = _normal(segments.tokens, 2, 5), _normal(segments.tokens, 2, 3)
+    made = segment_outer.reference(left, right, segments, scale=torch.tensor([2.0, 0.5]))
+    expected = torch.zeros(4, 2, 5, 3, dtype=torch.float64)
+    token = 0
+    for e, length in enumerate(LENGTHS):
+        for _ in range(length):
+            for m, scale in enumerate((2.0, 0.5)):
+                expected[e, m] += scale * torch.outer(left[token, m], right[token, m])
+            token += 1
+    assert relative_norm(made, expected) < 1e-12
+
+
+def test_bilinear_reference_is_the_inner_product_with_the_exact_gradient() -> None:
+    segments = Segments.from_lengths(LENGTHS)
+    g, h, queries = _normal(segments.tokens, 7), _normal(segments.tokens, 4), _normal(3, 7, 4)
+    exact = segment_outer.reference(g[:, None], h[:, None], segments)[:, 0]
+    expected = torch.einsum("edr,qdr->eq", exact, queries) * 0.5
+    assert relative_norm(segment_bilinear.reference(g, h, queries, segments, scale=0.5), expected) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
+def test_flat_reference_keeps_inner_products_in_the_mean(kind: str) -> None:
+    """Mean over seeds of <S a, S b> against <a, b>, within five deviations of the mean."""
+    n, width = 300, 64
+    segments = Segments.from_lengths([2, 3])
+    g, h = _normal(5, 9), _normal(5, 4)
+    exact = segment_outer.reference(g[:, None], h[:, None], segments).flatten(1)
+    true = float(exact[0] @ exact[1])
+    products = []
+    for seed in range(n):
+        sketch = project_flat.FlatSketch.of(kind, seed, "m/row", 9, 4, width)
+        rows = project_flat.reference(g, h, segments, sketch)
+        products.append(float(rows[0] @ rows[1]))
+    variance = float(exact[0].square().sum() * exact[1].square().sum() + true**2) / width
+    assert abs(sum(products) / n - true) < 5 * (variance / n) ** 0.5
+
+
+def test_scatter_rounds_never_meet() -> None:
+    """Within one tile and one round every bucket is named at most once, and the rounds are as few as can be."""
+    d, r, width = 200, 20, 50
+    sketch = project_flat.FlatSketch.of("sjlt", 0, "m/row", d, r, width)
+    bucket, _ = project_flat.sjlt_map(0, "m/row", d * r, width)
+    block_d, block_r = project_flat.tile_sides(d, r)
+    tile = (torch.arange(d)[:, None] // block_d) * -(-r // block_r) + torch.arange(r)[None, :] // block_r
+    tile = tile.flatten()
+    for t in range(int(tile.max()) + 1):
+        inside = tile == t
+        pairs = torch.stack([bucket[inside], sketch.rounds[inside].long()], dim=1)
+        assert pairs.unique(dim=0).shape[0] == int(inside.sum())
+        assert int(sketch.tile_rounds[t]) == int(bucket[inside].bincount().max())
+
+
+def test_costs_count_the_flops_of_the_references() -> None:
+    segments = Segments.from_lengths(LENGTHS)
+    tokens = segments.tokens
+    x, w = _normal(tokens, 33), _normal(33, 12)
+    with FlopCounterMode(display=False) as counter:
+        skinny_project.reference(x, w)
+    assert skinny_project.cost(tokens, 33, 12).flops == counter.get_total_flops()
+    left, right = _normal(tokens, 2, 5), _normal(tokens, 2, 3)
+    with FlopCounterMode(display=False) as counter:
+        segment_outer.reference(left, right, segments)
+    assert segment_outer.cost(tokens, 4, 2, 5, 3).flops == counter.get_total_flops()
+
+
+def test_costs_count_each_operand_once() -> None:
+    assert skinny_project.cost(10, 7, 4, itemsize=2, out_itemsize=4).bytes == 10 * 7 * 2 + 7 * 4 * 2 + 10 * 4 * 4
+    assert skinny_project.cost(10, 7, 4, generated=3).bytes == 10 * 7 * 2 + 7 * 2 + 10 * 4 * 2
+    assert segment_outer.cost(10, 3, 2, 5, 4, row_itemsize=4).bytes == 10 * 2 * 9 * 2 + 3 * 2 * 20 * 4
+    assert segment_bilinear.cost(10, 7, 4, 3, 2) == (2 * (10 + 6) * 28, 10 * 11 * 2 + 3 * 28 * 4)
+    assert project_flat.cost("sjlt", 10, 3, 7, 4, 64).flops == 2 * 10 * 28 + 2 * 3 * 28
+    assert project_flat.cost("rademacher", 10, 3, 7, 4, 64).flops == 2 * 10 * 28 + 2 * 3 * 28 * 64

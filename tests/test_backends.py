@@ -1,0 +1,54 @@
+"""The choice of a backend, and the whole gradient path on the Triton kernels (in the interpreter)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from influence_fast import backends
+from influence_fast.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def test_torch_is_chosen_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
+    name, why = backends.choose(None, CPU, torch.float32)
+    assert name == "torch"
+    assert "CUDA" in why or "triton" in why.lower()
+
+
+def test_the_call_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(backends.VARIABLE, "nonsense")
+    with pytest.raises(ConfigError, match="INFLUENCE_FAST_BACKEND: unknown value 'nonsense'"):
+        backends.choose(None, CPU, torch.float32)
+    assert backends.choose("torch", CPU, torch.float32)[0] == "torch"
+    with pytest.raises(ConfigError, match="did you mean 'triton'"):
+        backends.choose("trition", CPU, torch.float32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels can run")
+def test_triton_is_refused_with_its_reason_where_it_cannot_run() -> None:
+    with pytest.raises(ConfigError, match="triton cannot be used: .+; choose 'auto' or 'torch'"):
+        backends.choose("triton", CPU, torch.float32)
+
+
+def test_the_gradient_path_on_the_kernels_agrees_with_float64() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    script = Path(__file__).with_name("interpreted_backend.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout)
+    assert len(errors) == 8
+    for case, found in errors.items():
+        if case.endswith("float32"):
+            assert found["triton"] < 1e-5, case
+        else:  # a tiny model's bf16 noise is several per cent whatever computes it: no worse than PyTorch's
+            assert found["triton"] < 1.5 * found["torch"] < 0.2, case
