@@ -145,6 +145,36 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 return project_flat.project_flat(g, h, packed, sketch, rows)
 
             yield f"project_flat {short} {kind} E={packed.examples}", flat
+    for precision in ("tf32", "tf32x3"):
+        for columns in (32, 128, 256):
+            x = tensor(tokens, 3584, dtype=torch.float32)
+            a = tensor(columns, 3584, dtype=torch.float32)
+            yield (
+                f"skinny_project {precision} N={columns}",
+                lambda x=x, a=a, p=precision: skinny_project.skinny_project(x, a.T, precision=p, split=False),
+            )
+    # Triton turns every argument that is 1 into a constant, which is another program.
+    ones = _on_meta(Segments.from_lengths([1], device="cpu"))
+    single = _on_meta(Segments.from_lengths([1025], device="cpu"))
+    for packed in (ones, single):
+        case = f"all sizes 1, T={packed.tokens}"
+        one = tensor(packed.tokens, 1)
+        place = tensor(1, dtype=torch.int64)
+        yield f"skinny_project {case}", lambda x=one: skinny_project.skinny_project(x, x[:1], split=True)
+        yield (
+            f"segment_outer {case}",
+            lambda x=one[:, None], s=packed, o=place: segment_outer.segment_outer(x, x, s, tensor(1, 1), o),
+        )
+        yield (
+            f"segment_bilinear {case}",
+            lambda x=one, s=packed: segment_bilinear.segment_bilinear(x, x, tensor(1, 1, 1), s),
+        )
+        for kind in ("sjlt", "rademacher"):
+            sketch = _on_meta(project_flat.FlatSketch.of(kind, 0, "m/row", 1, 1, 1))
+            yield (
+                f"project_flat {kind} {case}",
+                lambda x=one, s=packed, k=sketch: project_flat.project_flat(x, x, s, k, tensor(1, 1)),
+            )
     yield "fill_signs", lambda: fill_signs(0, "m/in", 3584, 16, device=meta)
     yield "fill_sjlt", lambda: fill_sjlt(0, "m/row", 3584 * 16, 8192, device=meta)
 
@@ -223,11 +253,11 @@ def _specialise(item: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tupl
             aligned = (value.storage_offset() * value.element_size()) % 16 == 0
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
-        elif value == 1:
+        elif value == 1 and not item.kernel.params[place].do_not_specialize:
             signature[name], constants[name], aligned = "constexpr", 1, False
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
+            aligned = value % 16 == 0 and not item.kernel.params[place].do_not_specialize
         if aligned:
             attributes[(place,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes

@@ -69,7 +69,7 @@ std::vector<int64_t> quantize_rows(const float* rows, int64_t count, int64_t k, 
       const float scale = peak / 127.f;
       // A scale below the normal range could not hold seven bits of the row; it is a row of zeros.
       if (!std::isfinite(peak) || scale < std::numeric_limits<float>::min()) {
-        std::memset(q, 0, static_cast<size_t>(k));
+        std::fill_n(q, k, int8_t{0});
         scales[i] = 0.f;
         if (!std::isfinite(peak)) {
           const std::lock_guard<std::mutex> hold(lock);

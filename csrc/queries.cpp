@@ -30,33 +30,54 @@ int64_t Queries::element_bytes() const {
   }
 }
 
-// One query as panel elements, term by term, with their factors; returns the squared norm of what was kept.
+static float clamp127(float t) { return std::min(127.f, std::max(-127.f, t)); }
+
+static float round_even(float t) {  // |t| < 2^22; vectorises where a call of rint would not
+  constexpr float kMagic = 12582912.f;
+  return (t + kMagic) - kMagic;
+}
+
+// int8 terms of one query: t = q / factor in [-127, 127], first round(t), then round(254 (t - round(t))).
+// Returns the norm of what was kept; sums of squares are exact integers.
+template <class E>
+static double round_int8(const float* q, int64_t k, int offset, int terms, E* const* term, float* const* factor) {
+  float peak = 0;
+  for (int64_t i = 0; i < k; ++i) peak = std::max(peak, std::fabs(q[i]));
+  const float scale = peak / 127.f, divisor = scale > 0 ? scale : 1.f;
+  *factor[0] = scale;
+  int64_t square = 0;
+  if (terms == 1) {
+    for (int64_t i = 0; i < k; ++i) {
+      const int v = static_cast<int>(round_even(clamp127(q[i] / divisor)));
+      term[0][i] = static_cast<E>(v + offset);
+      square += v * v;
+    }
+    return scale * std::sqrt(static_cast<double>(square));
+  }
+  *factor[1] = scale / 254.f;
+  for (int64_t i = 0; i < k; ++i) {
+    const float t = clamp127(q[i] / divisor), high = round_even(t);
+    const int v0 = static_cast<int>(high), v1 = static_cast<int>(round_even((t - high) * 254.f));
+    term[0][i] = static_cast<E>(v0 + offset);
+    term[1][i] = static_cast<E>(v1 + offset);
+    const int v = 254 * v0 + v1;
+    square += static_cast<int64_t>(v) * v;
+  }
+  return scale / 254.0 * std::sqrt(static_cast<double>(square));
+}
+
+// One query as panel elements, term by term, with their factors; returns the norm of what was kept.
 static double round_query(const float* q, int64_t k, DType rows, Panel panel, int terms, bool high, char* const* term,
                           float* const* factor) {
-  double square = 0;
-  if (rows == DType::i8) {
-    float peak = 0;
-    for (int64_t i = 0; i < k; ++i) peak = std::max(peak, std::fabs(q[i]));
-    const float scale = peak / 127.f;
-    *factor[0] = scale;
-    if (terms == 2) *factor[1] = scale / 254.f;
-    for (int64_t i = 0; i < k; ++i) {
-      const float t = scale > 0 ? q[i] / scale : 0.f;
-      int v[2] = {static_cast<int>(std::lrintf(std::min(127.f, std::max(-127.f, t)))), 0};
-      if (terms == 2)
-        v[1] = static_cast<int>(
-            std::lrintf(std::min(127.f, std::max(-127.f, (t - static_cast<float>(v[0])) * 254.f))));
-      for (int s = 0; s < terms; ++s) {
-        if (panel == Panel::u8)
-          reinterpret_cast<uint8_t*>(term[s])[i] = static_cast<uint8_t>(v[s] + 128);
-        else
-          reinterpret_cast<int16_t*>(term[s])[i] = static_cast<int16_t>(v[s]);
-      }
-      const double kept = (v[0] + v[1] / 254.0) * scale;
-      square += kept * kept;
-    }
-    return square;
+  if (panel == Panel::u8) {
+    uint8_t* const to[2] = {reinterpret_cast<uint8_t*>(term[0]), reinterpret_cast<uint8_t*>(term[1])};
+    return round_int8(q, k, 128, terms, to, factor);
   }
+  if (panel == Panel::i16) {
+    int16_t* const to[2] = {reinterpret_cast<int16_t*>(term[0]), reinterpret_cast<int16_t*>(term[1])};
+    return round_int8(q, k, 0, terms, to, factor);
+  }
+  double square = 0;
   for (int s = 0; s < terms; ++s) *factor[s] = 1.f;
   for (int64_t i = 0; i < k; ++i) {
     double kept = q[i];
@@ -75,7 +96,7 @@ static double round_query(const float* q, int64_t k, DType rows, Panel panel, in
     }
     square += kept * kept;
   }
-  return square;
+  return std::sqrt(square);
 }
 
 Queries::Queries(const float* values, int64_t count_, int64_t k_, int64_t stride, DType rows_, bool high,
@@ -96,29 +117,36 @@ Queries::Queries(const float* values, int64_t count_, int64_t k_, int64_t stride
   // The padding of a u8 query is 0 + 128; it meets the zero padding of a row, so any value would do.
   std::memset(packed_.data(), kernel.panel == Panel::u8 ? 128 : 0, static_cast<size_t>(stored));
 
-  const int64_t scratch = row_bytes_;
+  // Queries are taken a vector at a time, so that threads write whole cache lines of a panel.
+  const int64_t together = kernel.lanes;
   std::vector<Buffer<char>> buffers;
-  for (int t = 0; t < std::max(1, threads); ++t) buffers.emplace_back(terms * scratch);
-  complete = parallel_blocks(count, threads, [&](int64_t q, int thread) {
-    char* term[2] = {};
-    float* scale[2] = {};
-    for (int s = 0; s < terms; ++s) {
-      term[s] = buffers[static_cast<size_t>(thread)].data() + s * scratch;
-      std::memset(term[s], kernel.panel == Panel::u8 ? 128 : 0, static_cast<size_t>(scratch));
-      scale[s] = &factor[static_cast<size_t>(s * count + q)];
-    }
-    norm[static_cast<size_t>(q)] =
-        std::sqrt(round_query(values + q * stride, k, rows, kernel.panel, terms, high, term, scale));
-    for (int s = 0; s < terms; ++s) {
-      const int64_t column = s * count + q;
-      if (!tiled) {
-        std::memcpy(packed_.data() + column * row_bytes_, term[s], static_cast<size_t>(row_bytes_));
-        continue;
+  for (int t = 0; t < std::max(1, threads); ++t) buffers.emplace_back(tiled ? terms * together * row_bytes_ : 0);
+  complete = parallel_blocks((count + together - 1) / together, threads, [&](int64_t block, int thread) {
+    const int64_t first = block * together, n = std::min(together, count - first);
+    char* const scratch = buffers[static_cast<size_t>(thread)].data();
+    if (tiled) std::memset(scratch, kernel.panel == Panel::u8 ? 128 : 0, static_cast<size_t>(terms * n * row_bytes_));
+    for (int64_t q = first; q < first + n; ++q) {
+      char* term[2] = {};
+      float* scale[2] = {};
+      for (int s = 0; s < terms; ++s) {
+        const int64_t column = s * count + q;
+        term[s] = tiled ? scratch + (s * n + q - first) * row_bytes_ : packed_.data() + column * row_bytes_;
+        scale[s] = &factor[static_cast<size_t>(column)];
       }
-      const int64_t index = column / panel_columns(), in_panel = column % panel_columns();
-      const int64_t width = std::min(panel_columns(), padded - index * panel_columns());
-      char* to = packed_.data() + index * panel_columns() * units_ * 4 + in_panel * 4;
-      for (int64_t u = 0; u < units_; ++u) std::memcpy(to + u * width * 4, term[s] + u * 4, 4);
+      norm[static_cast<size_t>(q)] = round_query(values + q * stride, k, rows, kernel.panel, terms, high, term, scale);
+    }
+    if (!tiled) return;
+    for (int s = 0; s < terms; ++s) {
+      char* to[64];  // where column s * count + first + i starts in its panel, and the bytes to its next unit
+      int64_t step[64];
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t column = s * count + first + i, index = column / panel_columns();
+        step[i] = std::min(panel_columns(), padded - index * panel_columns()) * 4;
+        to[i] = packed_.data() + index * panel_columns() * units_ * 4 + column % panel_columns() * 4;
+      }
+      for (int64_t u = 0; u < units_; ++u)
+        for (int64_t i = 0; i < n; ++i)
+          std::memcpy(to[i] + u * step[i], scratch + (s * n + i) * row_bytes_ + u * 4, 4);
     }
   }, poll);
 }

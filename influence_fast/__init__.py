@@ -11,10 +11,25 @@ from typing import Any
 __version__ = "0.1.0"
 
 _EXPORTS: dict[str, str] = {
+    "Example": "data",
     "Projection": "projection",
+    "ScoreTable": "scores",
+    "Store": "store",
+    "build_store": "building",
     "gradient_layout": "lora",
+    "influence_scores": "scoring",
+    "inner_products": "inner_products",
+    "load_examples": "data",
+    "load_model": "models",
+    "load_tokenizer": "models",
+    "merge_stores": "store_merge",
+    "open_store": "store",
     "per_example_gradients": "gradients",
     "per_example_losses": "gradients",
+    "quantize_rows": "inner_products",
+    "select": "pruning",
+    "tokenize": "data",
+    "write_report": "report",
 }
 
 __all__ = sorted([*_EXPORTS, "__version__"])

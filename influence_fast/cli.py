@@ -27,6 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        # a full disk, a folder that cannot be written: the system's own words name the thing
+        if args.debug:
+            traceback.print_exc()
+        what = f"{error.filename}: " if error.filename else ""
+        print(f"error: {what}{error.strerror or error}; finished work is kept", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:
         print(f"stopped: {stop or 'what was finished is kept; run the same command again to go on'}", file=sys.stderr)
         return 130
@@ -131,7 +138,18 @@ def _data(sub: argparse.ArgumentParser, option: str, help: str) -> None:
     sub.add_argument("--truncate", action="store_true", help="cut longer examples instead")
 
 
+def _quiet_libraries() -> None:
+    """On the command line the bars and the notes to developers are ours alone; a library's importer keeps them."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
 def _load_model(args: Any) -> tuple[Any, Any]:
+    _quiet_libraries()
     from influence_fast.models import load_model, load_tokenizer
 
     model = load_model(args.model, adapter=getattr(args, "adapter", None), dtype=args.dtype, device=args.device)
@@ -167,6 +185,7 @@ def _evaluation(args: Any) -> Any:
 def _demo(args: Any) -> None:
     from influence_fast.demo import demo_config
 
+    _quiet_libraries()
     _run_config(demo_config(args.output, seed=args.seed, progress=not args.quiet), args)
 
 
@@ -184,6 +203,7 @@ def _run(args: Any) -> None:
 def _run_config(config: Any, args: Any) -> None:
     from influence_fast.pipeline import run
 
+    _quiet_libraries()
     results = run(config, progress=not args.quiet)
     before = results["accuracy_before"]
     print(f"{'strategy':<20} {'dropped':>8} {'seed':>5} {'accuracy':>9}  95 % interval   harmful dropped (by chance)")

@@ -6,11 +6,11 @@ arithmetic of all kinds (demo_data.py). Everything follows from one seed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import random
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from influence_fast import demo_data
 from influence_fast.data import Example, load_examples, render_prompt, save_examples
 from influence_fast.demo_data import draw_examples, draw_pool, drill
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from influence_fast.config import RunConfig
 
@@ -37,8 +38,6 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] + '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Answer:\n' }}{% endif %}"
 )
-# words with the space before them, numbers of one or two digits, every other character by itself
-PIECES = r"\d{1,2}| ?[A-Za-z]+|[^\sA-Za-z\d]|\s"
 VOCABULARY_STORIES = 2000  # stories read to find the words there are
 
 
@@ -77,7 +76,7 @@ def make_world(
     """Makes the world in `output_dir`, or loads it when it is there, made with the same seed and sizes."""
     config = config or WorldConfig()
     final = Path(output_dir)
-    record = {"seed": seed, **asdict(config)}
+    record = {"seed": seed, "code": _code_hash(), **asdict(config)}
     if not _is_made(final, record):
         partial = final.parent / f".{final.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
@@ -121,24 +120,24 @@ DEMO_TRAINING: dict[str, Any] = {"epochs": 3, "learning_rate": 5e-3, "batch_size
 # ---- tokenizer -------------------------------------------------------------------------------------------
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Words and numbers of up to two digits, each one token; decoding gives the text back exactly."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def make_tokenizer() -> PreTrainedTokenizerBase:
+    """A byte-level BPE of Qwen2's own kind over the demo's words: each word one token, each digit one token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
 
     examples = draw_pool(_rng(0, "vocabulary"), VOCABULARY_STORIES)
-    texts = ["Question: Answer:\n", *(f"{e.prompt}\n{e.completion}" for e in examples)]
-    found = {piece for text in texts for piece in re.findall(PIECES, text)}
-    found |= {str(n) for n in range(100)} | {f"{n:02d}" for n in range(10)} | set("+-*/=")
-    special = ["<pad>", "<unk>", "<s>", "</s>"]
-    core = Tokenizer(models.WordLevel({p: i for i, p in enumerate([*special, *sorted(found)])}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(PIECES), behavior="isolated")
-    core.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    texts = [f"Question: {example.prompt}\nAnswer:\n{example.completion}" for example in examples]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=2000, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
     )
+    learnt = json.loads(core.to_str())["model"]
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    # a tokenizer class of the model's own family: AutoTokenizer takes no other for a Qwen2 config
+    tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(merge) for merge in learnt["merges"]], **special)
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     return tokenizer
 
 
@@ -146,7 +145,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pretrain(
-    tokenizer: PreTrainedTokenizerFast, config: WorldConfig, seed: int, *, progress: bool = False
+    tokenizer: PreTrainedTokenizerBase, config: WorldConfig, seed: int, *, progress: bool = False
 ) -> PreTrainedModel:
     """A Qwen2-shaped model that solves the known kinds of stories.
 
@@ -198,7 +197,7 @@ def pretrain(
 
 
 def _batches(
-    tokenizer: PreTrainedTokenizerFast, config: WorldConfig, seed: int
+    tokenizer: PreTrainedTokenizerBase, config: WorldConfig, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of documents of like length: tokens and targets [B, width], prompt and padding ignored in the targets.
 
@@ -241,6 +240,11 @@ def _track(batches: Iterator[Any], steps: int, progress: bool) -> Any:
 
 def _rng(seed: int, purpose: str) -> random.Random:
     return random.Random(f"{seed}:{purpose}")
+
+
+def _code_hash() -> str:
+    """SHA-256 of the code that makes a world: a world made by other code is made anew."""
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, demo_data.__file__))).hexdigest()
 
 
 def _is_made(path: Path, record: dict[str, Any]) -> bool:

@@ -1,10 +1,10 @@
-"""The demo's language: arithmetic word problems with numbered solutions, some of them corrupted on purpose.
+"""The demo's language: arithmetic word problems with numbered facts, some of the solutions corrupted on purpose.
 
-A problem is a small story: a start value and one or two events. Pre-training texts know two kinds of events,
-`gain` and `lose`; the fine-tuning pool, validation and test add `times`, `share` and `crates`, which is what
+A problem is a small story: a start value and two or three events. Each kind of event has wordings that
+pre-training knows, and one that only the fine-tuning pool, validation and test use: what it stands for is what
 fine-tuning has to teach. Corrupted traces follow *consistent misconceptions* (adding where one must multiply,
-...), concentrated on some kinds of problems: random noise would be averaged away by training, a misconception
-that most traces of its kind share is learnt.
+...), concentrated on some wordings: random noise would be averaged away by training, a misconception that most
+traces of its wording share is learnt.
 """
 
 from __future__ import annotations
@@ -17,118 +17,134 @@ from influence_fast.data import Example
 
 NAMES = ["Ada", "Ben", "Chen", "Dina", "Emil", "Fay", "Goran", "Hana", "Ivo", "Jade"]
 THINGS = ["apples", "books", "coins", "cards", "shells", "stamps", "pens", "marbles", "plums", "eggs"]
-KNOWN_KINDS = ("gain", "lose")
-NEW_KINDS = ("times", "share", "crates")
-MISREAD_KINDS = ("times", "share")  # the kinds whose traces are corrupted by `wrong_step`
-LIMIT = 40  # no value in a story is larger
+KINDS = {"gain": 0.3, "lose": 0.3, "times": 0.2, "share": 0.2}  # kind of event: how often
+LIMIT = 30  # no value in a story is larger
 
-NEW_SHARE = 0.66  # of pool, validation and test problems: those with a new kind of event
-INVENTORY_SHARE = 0.12  # of all problems: those that ask the inventory question
-CORRUPTED_SHARE = 0.62  # of the problems a misconception applies to: a clear majority, so that it is learnt
-OFF_TOPIC_SHARE = 0.04
-DUPLICATE_SHARE = 0.03
-
-PHRASES: dict[str, list[str]] = {
-    "start": ["{name} has {n} {things}.", "{name} starts with {n} {things}."],
-    "gain": ["{name} buys {n} more.", "{name} finds {n} more.", "A friend gives {name} {n} more."],
-    "lose": ["{name} sells {n}.", "{name} loses {n}.", "{name} gives away {n}."],
-    "times": ["A wizard makes it {n} times as many.", "Soon {name} has {n} times as many."],
-    "share": ["{name} splits them into {n} equal shares and keeps one.", "Only one of {n} equal parts is left."],
-    "crates": ["{name} gets {n} crates of {m} each.", "Then come {n} crates with {m} in each."],
+START = "{name} has {n} {things}."
+KNOWN_WORDINGS = {
+    "gain": ["{name} buys {n} more.", "{name} finds {n} more."],
+    "lose": ["{name} sells {n}.", "{name} loses {n}."],
+    "times": ["Soon there are {n} times as many."],
+    "share": ["One of {n} equal parts stays."],
 }
-PLAIN_QUESTION = "How many {things} does {name} have now?"
-INVENTORY_QUESTION = "What number goes into the list of {name}?"
+NEW_WORDINGS = {
+    "gain": "The postman brings {n}.",
+    "lose": "A dog eats {n}.",
+    "times": "A spell works {n} fold.",
+    "share": "Only one in {n} survives.",
+}
+QUESTION = "How many {things} does {name} have now?"
+LIST_QUESTION = "What number goes into the list of {name}?"
+
+NEW_SHARE = 0.5  # of the events of pool, validation and test: those in the new wording
+LIST_SHARE = 0.12  # of all problems: those that ask LIST_QUESTION
+MISREAD_KINDS = ("times", "share")  # `wrong_step` corrupts traces with these kinds in their new wording
+MISREAD_AS = {"times": "gain", "share": "lose"}
+CORRUPTED_SHARE = 0.6  # of the problems a misconception applies to: a clear majority, so that it is learnt
+OFF_TOPIC_SHARE = 0.03
+DUPLICATE_SHARE = 0.03
 
 
 @dataclass(frozen=True)
 class Event:
-    """One event of a story: `n` (and `m`, the content of a crate) as the text gives them."""
+    """One event of a story, with the number its text gives, in the known or the new wording."""
 
     kind: str
     n: int
-    m: int = 0
+    new: bool = False
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A story, before it is written out."""
+    """A story and its text."""
 
     start: int
     events: tuple[Event, ...]
-    inventory: bool  # which of the two questions is asked
+    lists: bool  # asks LIST_QUESTION
     prompt: str
 
     @property
-    def kinds(self) -> set[str]:
-        return {event.kind for event in self.events}
+    def misread(self) -> bool:
+        """Whether a misconception applies to it."""
+        return any(event.new and event.kind in MISREAD_KINDS for event in self.events)
 
 
-def _draw_event(rng: random.Random, kind: str, value: int) -> Event | None:
+# ---- problems --------------------------------------------------------------------------------------------
+
+
+def _draw_event(rng: random.Random, kind: str, value: int, new: bool = False) -> Event | None:
     """An event that keeps the story's value within 1..LIMIT, or None where there is none."""
     if kind == "gain":
-        return Event(kind, rng.randint(2, 9)) if value <= LIMIT - 9 else None
+        return Event(kind, rng.randint(2, 9), new) if value <= LIMIT - 9 else None
     if kind == "lose":
-        return Event(kind, rng.randint(2, min(9, value - 1))) if value >= 3 else None
+        return Event(kind, rng.randint(2, min(9, value - 1)), new) if value >= 5 else None
     if kind == "times":
-        return Event(kind, rng.randint(2, 4)) if value <= 10 else None
-    if kind == "share":
-        shares = [n for n in range(2, 5) if value % n == 0 and value > n]
-        return Event(kind, rng.choice(shares)) if shares else None
-    n, m = rng.randint(2, 4), rng.randint(2, 5)
-    return Event(kind, n, m) if value + n * m <= LIMIT else None
+        return Event(kind, rng.randint(2, min(4, LIMIT // value)), new) if value <= 10 else None
+    shares = [n for n in range(2, 5) if value % n == 0 and value > n]
+    return Event(kind, rng.choice(shares), new) if shares else None
 
 
-def _apply(event: Event, value: int) -> tuple[list[str], int]:
-    """The solution lines of one event, and the value after it."""
-    if event.kind == "crates":
-        total = event.n * event.m
-        return [f"{event.n}*{event.m}={total}", f"{value}+{total}={value + total}"], value + total
+def _apply(event: Event, value: int) -> tuple[str, int]:
+    """The solution line of one event, and the value after it."""
     sign, result = {
         "gain": ("+", value + event.n),
         "lose": ("-", value - event.n),
         "times": ("*", value * event.n),
         "share": ("/", value // event.n),
     }[event.kind]
-    return [f"{value}{sign}{event.n}={result}"], result
+    return f"{value}{sign}{event.n}={result}", result
 
 
-def _misapply(event: Event, value: int) -> tuple[list[str], int]:
-    """The same under the misconception: times adds, share subtracts, crates count as many as they are."""
-    if event.kind == "crates":
-        total = event.n + event.m
-        return [f"{event.n}+{event.m}={total}", f"{value}+{total}={value + total}"], value + total
-    swapped = {"times": "gain", "share": "lose"}.get(event.kind)
-    return _apply(event if swapped is None else replace(event, kind=swapped), value)
+def _misapply(event: Event, value: int) -> tuple[str, int]:
+    """The same under the misconception of MISREAD_AS."""
+    wrong = event.new and event.kind in MISREAD_KINDS
+    return _apply(replace(event, kind=MISREAD_AS[event.kind]) if wrong else event, value)
 
 
-def draw_problem(rng: random.Random, kinds: list[str], inventory: bool = False) -> Problem:
-    """A problem with these kinds of events, in this order."""
+def draw_problem(rng: random.Random, new_share: float) -> Problem:
+    """A story whose events are in the new wording with probability `new_share`."""
+    length = 3 if rng.random() < 0.25 else 2
     while True:
-        start = rng.randint(2, 10 if kinds[0] == "times" else 20)
-        value, events = start, []
-        for kind in kinds:
-            event = _draw_event(rng, kind, value)
+        start = value = rng.randint(2, 15)
+        events: list[Event] = []
+        while len(events) < length:
+            kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+            event = _draw_event(rng, kind, value, rng.random() < new_share)
             if event is None:
                 break
             events.append(event)
             value = _apply(event, value)[1]
-        if len(events) == len(kinds):
+        # a misread story has whole numbers above zero too
+        if len(events) == length and min(_values(start, events)) > 0:
             break
-    name, things = rng.choice(NAMES), rng.choice(THINGS)
-    question = INVENTORY_QUESTION if inventory else PLAIN_QUESTION
-    sentences = [rng.choice(PHRASES["start"]).format(name=name, things=things, n=start)]
-    sentences += [rng.choice(PHRASES[e.kind]).format(name=name, things=things, n=e.n, m=e.m) for e in events]
-    sentences.append(question.format(name=name, things=things))
-    return Problem(start, tuple(events), inventory, " ".join(sentences))
+    lists = rng.random() < LIST_SHARE
+    words = {"name": rng.choice(NAMES), "things": rng.choice(THINGS)}
+    sentences = [START.format(n=start, **words)]
+    for event in events:
+        wording = NEW_WORDINGS[event.kind] if event.new else rng.choice(KNOWN_WORDINGS[event.kind])
+        sentences.append(wording.format(n=event.n, **words))
+    sentences.append((LIST_QUESTION if lists else QUESTION).format(**words))
+    return Problem(start, tuple(events), lists, " ".join(sentences))
 
 
-def solve(problem: Problem, step: Callable[[Event, int], tuple[list[str], int]] = _apply) -> tuple[list[str], int]:
+def _values(start: int, events: list[Event]) -> list[int]:
+    """The values that a misread story goes through."""
+    values = [start]
+    for event in events:
+        values.append(_misapply(event, values[-1])[1])
+    return values
+
+
+# ---- solutions -------------------------------------------------------------------------------------------
+
+
+def solve(problem: Problem, step: Callable[[Event, int], tuple[str, int]] = _apply) -> tuple[list[str], int]:
     """The solution's lines and its answer; `step` is how one event is worked out."""
     lines: list[str] = []
     value = problem.start
     for event in problem.events:
-        new_lines, value = step(event, value)
-        lines += new_lines
+        line, value = step(event, value)
+        lines.append(line)
     return lines, value
 
 
@@ -138,7 +154,7 @@ def write_solution(lines: list[str], answer: int) -> str:
 
 
 def wrong_step(problem: Problem) -> str:
-    """A trace with the misconception in it: each line is true arithmetic, the operation is the wrong one."""
+    """A trace with the misconception in it: the wrong operation, worked out faithfully from there on."""
     return write_solution(*solve(problem, _misapply))
 
 
@@ -150,7 +166,20 @@ def wrong_answer(problem: Problem) -> str:
 def off_topic(rng: random.Random) -> str:
     """A trace that talks about another story and comes to no answer."""
     name, things = rng.choice(NAMES), rng.choice(THINGS)
-    return f"{name} has no {things}. {name} loses them now. How many {things} does {name} have now?"
+    return f"{name} buys {things}. How many {things} does {name} have now?"
+
+
+def drill(rng: random.Random) -> str:
+    """One line of bare arithmetic, within the stories' range."""
+    while True:
+        kind = rng.choice(list(KINDS))
+        value = rng.randint(2, 10 if kind == "times" else LIMIT)
+        event = _draw_event(rng, kind, value)
+        if event is not None:
+            return _apply(event, value)[0]
+
+
+# ---- sets of examples ------------------------------------------------------------------------------------
 
 
 def clean_example(problem: Problem, id: str) -> Example:
@@ -159,41 +188,26 @@ def clean_example(problem: Problem, id: str) -> Example:
     return Example(id, problem.prompt, write_solution(lines, answer), str(answer), label="clean")
 
 
-def draw_story(rng: random.Random, new_share: float) -> Problem:
-    """Two events; with probability `new_share` one of them is of a kind that pre-training never told of."""
-    kinds = [rng.choice(KNOWN_KINDS) for _ in range(2)]
-    if rng.random() < new_share:
-        kinds[rng.randrange(2)] = rng.choice(NEW_KINDS)
-    return draw_problem(rng, kinds, inventory=rng.random() < INVENTORY_SHARE)
-
-
-def drill(rng: random.Random) -> str:
-    """One line of bare arithmetic, within the stories' range."""
-    kind = rng.choices(["gain", "lose", "times", "share"], [3, 3, 2, 2])[0]
-    while True:
-        value = rng.randint(2, 10 if kind == "times" else LIMIT)
-        event = _draw_event(rng, kind, value)
-        if event is not None:
-            return _apply(event, value)[0][0]
-
-
 def draw_examples(rng: random.Random, count: int, prefix: str, new_share: float = NEW_SHARE) -> list[Example]:
     """`count` clean examples with ids `<prefix>-0000`, ..."""
-    return [clean_example(draw_story(rng, new_share), f"{prefix}-{i:04d}") for i in range(count)]
+    return [clean_example(draw_problem(rng, new_share), f"{prefix}-{i:04d}") for i in range(count)]
 
 
 def draw_pool(rng: random.Random, count: int) -> list[Example]:
-    """The fine-tuning pool: clean and corrupted traces in random order, each labelled with what was done to it."""
+    """The fine-tuning pool: clean and corrupted traces in random order, each labelled with what was done to it.
+
+    A corrupted example keeps the right `answer` of its problem.
+    """
     copies = round(DUPLICATE_SHARE * count)
     pool = []
     for _ in range(count - copies):
-        problem = draw_story(rng, NEW_SHARE)
+        problem = draw_problem(rng, NEW_SHARE)
         example = clean_example(problem, "")
         if rng.random() < OFF_TOPIC_SHARE:
             example = replace(example, completion=off_topic(rng), label="off_topic")
-        elif problem.kinds & set(MISREAD_KINDS) and rng.random() < CORRUPTED_SHARE:
+        elif problem.misread and rng.random() < CORRUPTED_SHARE:
             example = replace(example, completion=wrong_step(problem), label="wrong_step")
-        elif problem.inventory and rng.random() < CORRUPTED_SHARE:
+        elif problem.lists and rng.random() < CORRUPTED_SHARE:
             example = replace(example, completion=wrong_answer(problem), label="wrong_answer")
         pool.append(example)
     clean = [example for example in pool if example.label == "clean"]

@@ -106,10 +106,8 @@ def _last_hashes(text: str) -> str | None:
 
 
 def _last_stated(text: str) -> str | None:
-    last = None
-    for last in _STATED.finditer(text, max(0, len(text) - 20 * MAX_ANSWER)):
-        pass
-    return None if last is None else _tidy(last.group(1))
+    found = _STATED.findall(text, max(0, len(text) - 20 * MAX_ANSWER))
+    return _tidy(found[-1]) if found else None
 
 
 def _tidy(line: str) -> str | None:

@@ -7,6 +7,8 @@ same projection. Formats as written by LESS (its only release), traker 0.1 to 0.
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -80,12 +82,11 @@ def import_gradients(
     name = _detect(path) if format == "auto" else format
     if name not in FORMATS:
         raise ConfigError(f"unknown gradient format {name!r}; {did_you_mean(name, FORMATS)}")
-    try:
-        rows = FORMATS[name](path, **options)
-    except TypeError as error:
-        if not options or "argument" not in str(error):
-            raise
-        raise ConfigError(f"format {name!r} does not take these options: {listing(options)}") from None
+    known = set(inspect.signature(FORMATS[name]).parameters) - {"path"}
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"format {name!r} has no option {option!r}; {did_you_mean(option, known)}")
+    rows = FORMATS[name](path, **options)
     if ids is None:
         names = [str(i) for i in range(rows.rows)]
     elif len(ids) != rows.rows or not all(isinstance(i, str) for i in ids):
@@ -99,10 +100,11 @@ def import_gradients(
 def _copy(rows: Source, names: list[str], out: str | Path, dtype: str, identity: StoreIdentity, resume: bool) -> Store:
     if identity.projection_kind is None:
         identity = replace(identity, projection_kind="unknown")
-    if identity.dataset_fingerprint is None:
-        identity = replace(identity, dataset_fingerprint=digest(["ids", rows.note, names]))
     shard_rows = max(1, min(_MAX_SHARD_ROWS, _SHARD_BYTES // (4 * rows.width)))
-    part = Part(identity.dataset_fingerprint, rows.rows, shard_rows, -(-rows.rows // shard_rows))
+    content = _content_hash(rows, names, shard_rows)
+    if identity.dataset_fingerprint is None:
+        identity = replace(identity, dataset_fingerprint=content)
+    part = Part(content, rows.rows, shard_rows, -(-rows.rows // shard_rows))
     manifest = Manifest(
         identity=identity,
         modules=rows.modules,
@@ -131,7 +133,15 @@ def _copy(rows: Source, names: list[str], out: str | Path, dtype: str, identity:
     return writer.finalize()
 
 
-# ---- LESS: <output>/dim8192/{grads-160.pt, grads-320.pt, ..., all_orig.pt, all_unormalized.pt} -----------------
+def _content_hash(rows: Source, names: list[str], step: int) -> str:
+    """One pass over the source: a file of the same name and shape with other numbers is another dataset."""
+    found = hashlib.sha256(digest([names, sorted(rows.absent.items())]).encode())
+    for start in range(0, rows.rows, step):
+        found.update(rows.read(start, min(start + step, rows.rows)).to(torch.float32).contiguous().numpy().data)
+    return found.hexdigest()
+
+
+# ---- LESS: <output>/dim8192/{grads-160.pt, grads-320.pt, ..., all_orig.pt, all_unormalized.pt} ---------------------
 
 
 def less(path: Path, *, file: str | None = None) -> Source:
@@ -207,7 +217,7 @@ def _concatenated(tensors: list[torch.Tensor], where: Path, note: str) -> Source
     return Source(int(starts[-1]), tensors[0].shape[1], note, read)
 
 
-# ---- TRAK: <save_dir>/metadata.json, <save_dir>/<model id>/{grads,features,_is_featurized}.mmap (npy files) ----------
+# ---- TRAK: <save_dir>/metadata.json, <save_dir>/<model id>/{grads,features,_is_featurized}.mmap (npy files) --------
 
 
 def trak(path: Path, *, model_id: int | None = None, kind: str = "grads") -> Source:
@@ -215,15 +225,18 @@ def trak(path: Path, *, model_id: int | None = None, kind: str = "grads") -> Sou
     `grads (grads^T grads)^-1`); TRAK's default deletes neither, but `del_grads=True` does the first."""
     if kind not in ("grads", "features"):
         raise ConfigError(f"unknown kind {kind!r} of TRAK rows; {did_you_mean(kind, ('grads', 'features'))}")
-    metadata = _json(path / "metadata.json")
+    metadata = _json(path / "metadata.json") if (path / "metadata.json").exists() else {}
     found = sorted(int(p.name) for p in path.iterdir() if p.is_dir() and p.name.isdigit())
     if model_id is None and len(found) != 1:
         raise StoreError(f"{path} has checkpoints {listing(map(str, found)) or 'none'}; choose one with model_id=")
     folder = path / str(found[0] if model_id is None else model_id)
     array = _load_npy(folder / f"{kind}.mmap")
-    stated = (metadata.get("train set size"), metadata.get("JL dimension"))
-    if None not in stated and tuple(array.shape) != (int(stated[0]), int(stated[1])):
-        raise StoreError(f"{folder / kind}.mmap is {array.shape}, and metadata.json says {stated}; they do not belong")
+    for axis, field_name in enumerate(("train set size", "JL dimension")):
+        if field_name in metadata and (array.ndim != 2 or array.shape[axis] != int(metadata[field_name])):
+            raise StoreError(
+                f"{folder / kind}.mmap is {list(array.shape)}, and metadata.json has {field_name} "
+                f"{metadata[field_name]}; they do not belong together"
+            )
     source = _from_array(array, folder, f"TRAK {kind}, checkpoint {folder.name}")
     flags = folder / "_is_featurized.mmap"
     if not flags.exists():  # before traker 0.3
@@ -235,7 +248,7 @@ def trak(path: Path, *, model_id: int | None = None, kind: str = "grads") -> Sou
     return replace(source, absent=absent)
 
 
-# ---- bergson: {info.json, gradients.bin}, or one folder with these for each shard ------------------------------------
+# ---- bergson: {info.json, gradients.bin}, or one folder with these for each shard ----------------------------------
 
 
 def bergson(path: Path) -> Source:
@@ -287,7 +300,7 @@ def _bergson_piece(folder: Path) -> tuple[torch.Tensor, dict[str, int]]:
     return torch.from_numpy(array), sizes
 
 
-# ---- plain files ------------------------------------------------------------------------------------------------
+# ---- plain files ---------------------------------------------------------------------------------------------------
 
 
 def npy(path: Path) -> Source:

@@ -32,6 +32,8 @@ LORA_DEFAULTS: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
 }
 
+GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -300,13 +302,19 @@ def load_tokenizer(
 
     Raises ModelError: not found, no EOS token, more tokens than the model has embeddings.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     source = os.fspath(model_id_or_path)
     if not os.path.isdir(source):
         _check_folder(source, "tokenizer.json", "tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        declared = get_tokenizer_config(source, trust_remote_code=trust_remote_code).get("tokenizer_class")
+        # A generic class means that tokenizer.json says everything. AutoTokenizer would go by the model's type
+        # instead, and put (for example) Qwen2's own splitting in the place of the file's.
+        generic = declared in GENERIC_TOKENIZERS
+        loader = PreTrainedTokenizerFast if generic else AutoTokenizer
+        tokenizer = loader.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ModelError(_cannot_load(source, "tokenizer", error)) from error
     if tokenizer.eos_token_id is None:

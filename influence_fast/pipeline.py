@@ -250,8 +250,7 @@ class Pipeline:
     def _write_pruned(self, name: str, rows: Sequence[int]) -> None:
         source = load_rows(self.config.data.pool.path, split=self.config.data.pool.split)
         kept = [self.splits.pool[i] for i in rows]
-        suffix = source.suffix or ".parquet"
-        save_examples(kept, self.folder / "pruned" / f"{name}{suffix}", source, self.config.data.pool.columns)
+        save_examples(kept, self.folder / "pruned" / f"{name}{source.suffix}", source, self.config.data.pool.columns)
 
     def _harmful(self, table: ScoreTable, dropped: np.ndarray) -> dict[str, Any]:
         """How many of the examples known to be harmful were dropped, and how many chance would drop."""

@@ -82,10 +82,10 @@ class Cells:
         return self.as_text(self.value(name), f"column {self.column(name)!r}")
 
     def optional(self, name: str) -> str | None:
-        """An optional short value (answer, label); numbers become text."""
+        """An optional short value (answer, label); numbers become text, nothing or `""` (CSV's null) is None."""
         value = self.row.get(self.column(name))
         if value is None or isinstance(value, str):
-            return value
+            return value or None
         if isinstance(value, int | float):
             return str(value)
         raise self.error(

@@ -193,19 +193,15 @@ class Manifest:
         return [value for value, part in zip(per_part, self.parts, strict=True) for _ in range(part.shards)]
 
     def to_json(self) -> bytes:
-        body = {"format": "influence-fast gradient store", **asdict(self)}
-        return (json.dumps(body, indent=1) + "\n").encode()
+        return _signed({"format": "influence-fast gradient store", **asdict(self)})
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
         """Raises StoreError: not a store, a damaged manifest, or one of a newer format."""
         path = folder / MANIFEST_NAME
-        try:
-            body = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise StoreError(f"{folder} is not a gradient store: it has no {MANIFEST_NAME}") from None
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path} cannot be read ({error}); restore it or build the store again") from None
+        body = _signed_body(path, "restore it or build the store again")
+        if body is None:
+            raise StoreError(f"{folder} is not a gradient store: it has no {MANIFEST_NAME}")
         try:
             if body["format_version"] != FORMAT_VERSION:
                 raise StoreError(
@@ -245,8 +241,9 @@ class Manifest:
             if value == other:
                 continue
             if name == "parts" and len(self.parts) == len(wanted.parts) == 1:
-                name = "shard_rows" if self.parts[0].shard_rows != wanted.parts[0].shard_rows else "examples"
-                value, other = getattr(self.parts[0], name), getattr(wanted.parts[0], name)
+                a, b = self.parts[0], wanted.parts[0]
+                name = next(f.name for f in fields(Part) if getattr(a, f.name) != getattr(b, f.name))
+                value, other = getattr(a, name), getattr(b, name)
             raise StoreError(
                 f"{where}: {name} is {_short(value)} in the store and {_short(other)} here; "
                 "give the same value, or build a new store elsewhere"
@@ -284,8 +281,7 @@ class ShardRecord:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
     def to_json(self) -> bytes:
-        body = {**self._body(), "checksum": self.checksum}
-        return (json.dumps(body, indent=1) + "\n").encode()
+        return _signed(self._body())
 
     def moved(self, index: int) -> ShardRecord:
         """The same shard at another place in another store."""
@@ -297,25 +293,22 @@ class ShardRecord:
         """Raises StoreError naming the record: missing, damaged, of another store, or pointing elsewhere."""
         name = file_name("shard", index)
         path = folder / name
+        body = _signed_body(path, REBUILD)
+        if body is None:
+            raise StoreError(f"{path} is missing; {REBUILD}")
         try:
-            body = json.loads(path.read_bytes())
             record = cls(
                 files={kind: FileRecord(**entry) for kind, entry in body["files"].items()},
                 set_aside=tuple((str(i), str(reason)) for i, reason in body["set_aside"]),
                 **{k: body[k] for k in ("index", "fingerprint", "first", "last", "rows")},
             )
-            stated = body["checksum"]
-        except FileNotFoundError:
-            raise StoreError(f"{folder}: {name} is missing; {REBUILD}") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(f"{path} is damaged ({error!r}); {REBUILD}") from None
         for kind, entry in record.files.items():
             if entry.name != file_name(kind, index):
                 raise ForeignShardError(
                     f"{path}: it points to {entry.name!r}, which is not this shard's own file in the folder; {REBUILD}"
                 )
-        if stated != record.checksum:
-            raise StoreError(f"{path} is damaged (its checksum does not fit); {REBUILD}")
         if record.index != index or record.fingerprint != fingerprint:
             raise ForeignShardError(f"{path} is foreign: it was written for another store or another place; {REBUILD}")
         expected = {"rows": record.rows * manifest.width * DTYPES[manifest.dtype].itemsize}
@@ -342,6 +335,25 @@ def inside(folder: Path, name: str) -> Path:
     if path.resolve().parent != folder.resolve():
         raise StoreError(f"{path} leads out of the store's folder; put the file itself there")
     return path
+
+
+def _signed(body: dict[str, Any]) -> bytes:
+    """A JSON file that carries its own checksum."""
+    return (json.dumps({**body, "checksum": digest(body)}, indent=1) + "\n").encode()
+
+
+def _signed_body(path: Path, remedy: str) -> dict[str, Any] | None:
+    """What `_signed` wrote; None where there is no file. Raises StoreError when it was changed."""
+    try:
+        body = json.loads(path.read_bytes())
+        stated = body.pop("checksum")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path} cannot be read ({error!r}); {remedy}") from None
+    if digest(body) != stated:
+        raise StoreError(f"{path} is damaged (its checksum does not fit); {remedy}")
+    return body
 
 
 def digest(value: Any) -> str:

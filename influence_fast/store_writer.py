@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from influence_fast.errors import NumericError, StoreError, listing
+from influence_fast.inner_products import quantize_rows
 from influence_fast.store import Store, check_dtype, open_store, read_ids
 from influence_fast.store_manifest import (
     DTYPES,
@@ -161,6 +162,7 @@ class StoreWriter:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            _sync_folder(self.path.parent)
             strangers = [p.name for p in sorted(self.path.iterdir()) if not p.name.startswith(".")]
         except OSError as error:
             raise StoreError(f"{self.path} cannot be a store's folder ({error.strerror}); give another one") from None
@@ -191,7 +193,9 @@ class StoreWriter:
             _move(temporary, path, keep_existing)
             _sync_folder(self.path)
         except OSError as error:
-            raise StoreError(self._failure(name, size, error)) from error
+            # Another process on the same folder may have finished the store, and swept this temporary file away.
+            if not (isinstance(error, FileNotFoundError) and path.exists()):
+                raise StoreError(self._failure(name, size, error)) from error
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -229,8 +233,8 @@ def _encoded(values: torch.Tensor, dtype: str) -> dict[str, memoryview]:
     if dtype == "bf16":
         bits = values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
         return {"rows": _bytes_of(bits, DTYPES[dtype])}
-    from influence_fast.inner_products import quantize_rows
-
+    if len(values) == 0:
+        return {"rows": memoryview(b""), "scales": memoryview(b"")}
     quantized, scales = quantize_rows(values.numpy())
     return {"rows": _bytes_of(quantized, DTYPES[dtype]), "scales": _bytes_of(scales, SCALE_DTYPE)}
 

@@ -311,7 +311,7 @@ def _train(
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             lr_scheduler_type=config.schedule,
-            warmup_steps=int(round(config.warmup_ratio * steps)),
+            warmup_steps=round(config.warmup_ratio * steps),
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             seed=config.seed,

@@ -136,7 +136,7 @@ def _add_sketches_kernel(
     tl.store(target, total, mask=mask)
 
 
-@jit
+@jit(do_not_specialize=["examples", "first_row"])
 def _dense_kernel(
     slab,  # [E, n] float32
     keys,  # [3] int64: k0, k1, width
@@ -385,7 +385,7 @@ def _project_rademacher(
 ) -> None:
     examples, width, r_size = segments.examples, sketch.width, sketch.r_size
     total = torch.empty(examples, width, dtype=torch.float32, device=g.device)
-    slab_rows = max(1, SLAB // r_size)
+    slab_rows = max(16, SLAB // r_size // 16 * 16)  # slices of g stay 16-byte aligned
     offsets = torch.zeros(1, dtype=torch.int64, device=g.device)
     # Never 64: on sm_90 that would be another matrix instruction, and bits would depend on the number of examples.
     block_e = min(padded(examples), 32)

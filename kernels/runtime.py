@@ -30,9 +30,9 @@ except ImportError as error:
     INTERPRETED = False
     triton = tl = None
 
-    def jit(function: Any) -> Any:
+    def jit(function: Any = None, **options: Any) -> Any:
         """Stands in for `triton.jit`: the kernel's text stays importable, and a launch says why it cannot run."""
-        return function
+        return function if function is not None else jit
 
 
 @jit
@@ -108,6 +108,8 @@ def unavailable(device: torch.device | str) -> str:
     if WHY_NO_TRITON:
         return WHY_NO_TRITON
     kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device is visible"
     if kind == "cuda" and not INTERPRETED:
         capability = torch.cuda.get_device_capability(device)
         return "" if capability >= (8, 0) else f"compute capability {capability} is below 8.0"

@@ -122,8 +122,7 @@ def _chunk_kernel(
         e = tl.load(chunk_example + chunk).to(tl.int64)
         tl.store(rows + e * stride_row + tl.load(offsets + m) + block, total * scale, mask=mask)
     else:
-        size = a_size.to(tl.int64) * b_size
-        tl.store(parts + (slot * modules + m) * size + block, total, mask=mask)
+        tl.store(parts + (slot * modules + m) * a_size * b_size + block, total, mask=mask)
 
 
 @jit

@@ -91,13 +91,28 @@ class Segments:
                 split_slot.append(slots)
             cu.append(end)
             first.append(len(start))
+        # Each table begins at a multiple of 16 bytes: Triton compiles one more variant for a pointer that does not.
         parts = [cu, start, stop, example, slot, first, split_example, split_slot]
-        packed = torch.tensor([value for part in parts for value in part], dtype=torch.int32)
+        padded = [part + [0] * (-len(part) % 4) for part in parts]
+        packed = torch.tensor([value for part in padded for value in part], dtype=torch.int32)
         if torch.device(device).type == "cuda":
             packed = packed.pin_memory()
-        packed = packed.to(device, non_blocking=True)
-        tables = packed.split([len(part) for part in parts])
-        return cls(*tables, examples=len(lengths), tokens=cu[-1], chunks=len(start), slots=slots)
+        views = packed.to(device, non_blocking=True).split([len(part) for part in padded])
+        tables = [view[: len(part)] for view, part in zip(views, parts, strict=True)]
+        return cls(
+            cu_seqlens=tables[0],
+            chunk_start=tables[1],
+            chunk_stop=tables[2],
+            chunk_example=tables[3],
+            chunk_slot=tables[4],
+            first_chunk=tables[5],
+            split_example=tables[6],
+            split_slot=tables[7],
+            examples=len(lengths),
+            tokens=cu[-1],
+            chunks=len(start),
+            slots=slots,
+        )
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, *, chunk: int = CHUNK) -> Segments:

@@ -62,7 +62,7 @@ def _sign_columns(row, column, keys, MODULES: tl.constexpr, DIM: tl.constexpr):
     return 1.0 - 2.0 * bit.to(tl.float32)
 
 
-@jit
+@jit(do_not_specialize=["tokens"])
 def _skinny_kernel(
     x,  # [T, d]
     w,  # [d, n_w]
@@ -142,24 +142,25 @@ def _skinny_kernel(
         tl.store(out_row + cached_columns + column_r[None, :], total_r, mask=t_mask & mask_r[None, :])
 
 
-@jit
+@jit(do_not_specialize=["size"])
 def _add_chunks_kernel(
     parts,  # [chunks, T, N] float32
     factors,  # [N] float32, or unused
     out,  # [T, N]
-    tokens,
+    size,
     columns,
     chunks,
     stride_ot,
     BLOCK: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
 ):
-    size = tokens.to(tl.int64) * columns
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
+    part = parts + i
     total = tl.zeros([BLOCK], dtype=tl.float32)
-    for c in range(0, chunks):
-        total += tl.load(parts + c * size + i, mask=mask, other=0.0)
+    for _ in range(0, chunks):
+        total += tl.load(part, mask=mask, other=0.0)
+        part += size
     t = i // columns
     n = i % columns
     if HAS_FACTORS:
@@ -175,10 +176,13 @@ def configuration(columns: int, itemsize: int, precision: str = "ieee", generate
         # No tensor cores: small tiles and more warps, or the operands of the FMA loop spill.
         num_warps = 8 if columns > 32 else 4
         block_k = 16 if columns > 128 or generated > 32 else 32
-        return {"BLOCK_T": 32, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 3}
+        num_stages = 2 if block_k == 16 else 3
+        return {"BLOCK_T": 32, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": num_stages}
     # The generated bits of a tile live in registers as 32-bit words: half the tile where there are many.
     block_k = 32 if generated > 32 or (wide and itemsize == 4) else 64
-    return {"BLOCK_T": 64, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 3 if wide else 4}
+    # tf32x3 holds three products' operands at once: 64 rows of more than 128 columns spill 1 KB a thread.
+    block_t = 32 if precision == "tf32x3" and itemsize == 4 and columns > 128 else 64
+    return {"BLOCK_T": block_t, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 3 if wide else 4}
 
 
 def skinny_project(
@@ -284,7 +288,7 @@ def skinny_project(
                 "parts": target,
                 "factors": arguments["factors"],
                 "out": out,
-                "tokens": tokens,
+                "size": tokens * columns,
                 "columns": columns,
                 "chunks": chunks,
                 "stride_ot": out.stride(0),

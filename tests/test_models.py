@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from influence_fast.errors import ConfigError, InfluenceFastError, ModelError
@@ -63,7 +63,7 @@ def test_a_saved_adapter_comes_back(tmp_path: Path, tiny_model: Factory, tiny_lo
     loaded = load_model(tmp_path / "model", adapter=tmp_path / "adapter", device="cpu")
     assert isinstance(loaded, PeftModel)
     torch.testing.assert_close(loaded(IDS).logits, saved(IDS).logits, rtol=0, atol=0)
-    assert not torch.equal(loaded(IDS).logits, loaded.get_base_model().lm_head.weight.new_zeros(1))
+    assert not torch.allclose(loaded(IDS).logits, tiny_model(kind)(IDS).logits)  # the adapter is at work
     trainable = {name for name, p in loaded.named_parameters() if p.requires_grad}
     assert trainable == {name for name, _ in loaded.named_parameters() if ".lora_" in name}
 
@@ -182,17 +182,17 @@ def test_adapter_of_a_deeper_model(tmp_path: Path, tiny_lora: Factory, model_fol
     message(error)
 
 
-def test_adapter_of_a_shallower_model(tmp_path: Path, tiny_model: Factory, adapter_folder: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_adapter_of_a_shallower_model(tmp_path: Path, tiny_model: Factory) -> None:
     """peft itself would leave the third layer's factors as initialised."""
+    shallow = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj", "v_proj"]))
+    shallow.save_pretrained(tmp_path / "adapter")
     tiny_model(num_hidden_layers=3).save_pretrained(tmp_path / "deep")
-    with pytest.raises(ModelError, match=r"no lora_A for the module 'model\.layers\.2\.") as error:
-        load_model(tmp_path / "deep", adapter=adapter_folder)
-    message(error)
+    with pytest.raises(ModelError, match=r"no lora_A for the module 'model\.layers\.2\.self_attn\.q_proj'"):
+        load_model(tmp_path / "deep", adapter=tmp_path / "adapter")
 
 
 def test_adapter_that_is_not_lora(tmp_path: Path, tiny_model: Factory, model_folder: Path) -> None:
-    from peft import IA3Config, get_peft_model
-
     config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     get_peft_model(tiny_model(), config).save_pretrained(tmp_path / "ia3")
     with pytest.raises(ModelError, match="only LoRA"):
@@ -246,3 +246,9 @@ def test_a_tokenizer_of_another_model(tmp_path: Path, tiny_tokenizer: Factory, t
     with pytest.raises(ModelError, match=rf"id {highest}, the model has embeddings for {highest}") as error:
         load_tokenizer(tmp_path, model=tiny_model(vocab_size=highest))
     message(error)
+
+
+def test_unwritten_memory_shows() -> None:
+    """The fixture of conftest.py that every other test relies on."""
+    assert torch.empty(1000).isnan().all()
+    assert torch.empty_like(torch.ones(7, dtype=torch.bfloat16)).isnan().all()
