@@ -46,7 +46,7 @@ void check_matrix(const py::array& a, const char* name, char kind, py::ssize_t i
     fail(std::string(name) + " has dtype " + std::string(py::str(a.dtype())) + "; expected " + std::to_string(itemsize) +
          " bytes of kind '" + kind + "'");
   if (a.ndim() != 2) fail(std::string(name) + " has shape " + shape_of(a) + "; expected two dimensions");
-  if (a.shape(1) > 1 && a.strides(1) != itemsize)
+  if (a.size() > 0 && a.shape(1) > 1 && a.strides(1) != itemsize)
     fail(std::string(name) + " is not contiguous along its rows; pass np.ascontiguousarray(" + name + ")");
   if (reinterpret_cast<uintptr_t>(a.data()) % static_cast<uintptr_t>(itemsize) != 0 ||
       (a.shape(0) > 1 && a.strides(0) % itemsize != 0))

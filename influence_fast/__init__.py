@@ -15,8 +15,12 @@ _EXPORTS: dict[str, str] = {
     "Projection": "projection",
     "ScoreTable": "scores",
     "Store": "store",
+    "append_store": "store_merge",
+    "build_shards": "building",
     "build_store": "building",
     "gradient_layout": "lora",
+    "identity_of": "building",
+    "import_gradients": "importers",
     "influence_scores": "scoring",
     "inner_products": "inner_products",
     "load_examples": "data",
@@ -29,6 +33,7 @@ _EXPORTS: dict[str, str] = {
     "quantize_rows": "inner_products",
     "select": "pruning",
     "tokenize": "data",
+    "verify_store": "store",
     "write_report": "report",
 }
 

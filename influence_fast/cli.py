@@ -116,6 +116,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("store")
     sub = verb("verify", _verify, "check every byte of a gradient store against its checksums")
     sub.add_argument("store")
+    sub = verb("merge", _merge, "join stores of the same work into one")
+    sub.add_argument("stores", nargs="+")
+    sub.add_argument("--output", required=True, help="folder of the joined store")
+    sub = verb("import", _import, "make a store of gradients that another tool wrote")
+    sub.add_argument("source", help="LESS .pt folder, TRAK memory map, bergson index, .npy or .safetensors")
+    sub.add_argument("--output", required=True, help="folder of the store")
+    sub.add_argument("--format", default="auto")
+    sub.add_argument("--dtype", default="fp32", help="fp32 (default), bf16 or int8")
     verb("doctor", _doctor, "print versions, and which kernels and native paths are active and why not")
     return parser
 
@@ -324,11 +332,25 @@ def _inspect(args: Any) -> None:
 
 
 def _verify(args: Any) -> None:
-    from influence_fast.store import open_store
+    from influence_fast.errors import StoreError
+    from influence_fast.store import open_store, verify_store
 
-    store = open_store(args.store)
-    store.verify()
-    print(f"{args.store}: {len(store)} rows, every checksum holds")
+    problems = verify_store(args.store)
+    if problems:
+        raise StoreError("; ".join(problems))
+    print(f"{args.store}: {len(open_store(args.store))} rows, every checksum holds")
+
+
+def _merge(args: Any) -> None:
+    from influence_fast.store_merge import merge_stores
+
+    print(repr(merge_stores(args.stores, args.output)))
+
+
+def _import(args: Any) -> None:
+    from influence_fast.importers import import_gradients
+
+    print(repr(import_gradients(args.source, args.output, format=args.format, dtype=args.dtype)))
 
 
 def _doctor(args: Any) -> None:

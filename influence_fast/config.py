@@ -257,7 +257,7 @@ def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
         beside = folder / path
         return str(beside) if not Path(path).is_absolute() and beside.exists() else path
 
-    def source(value: Source | None) -> Source | None:
+    def source(value: Any) -> Any:
         return None if value is None else dataclasses.replace(value, path=local(value.path))
 
     data = config.data

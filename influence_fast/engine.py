@@ -156,7 +156,7 @@ class GradientEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         projection: Projection | None,
         loss_reduction: str = "mean",
         backend: str | None = None,
@@ -306,7 +306,7 @@ class GradientEngine:
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def _frozen(model: Any) -> Iterator[None]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     training = {module: module.training for module in model.modules()}
@@ -328,7 +328,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _packed_attention(base: nn.Module, decoder: nn.Module) -> Iterator[None]:
+def _packed_attention(base: Any, decoder: Any) -> Iterator[None]:
     attention.register()
     before = decoder.config._attn_implementation
     if before in ("eager", "sdpa", None):

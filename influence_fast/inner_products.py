@@ -334,7 +334,7 @@ def _row_array(rows: Array) -> tuple[Array, str]:
     if kind is None:
         raise DataError(f"rows have dtype {rows.dtype}; convert them to float32, bfloat16, or int8 with quantize_rows")
     if isinstance(rows, np.ndarray):
-        if rows.shape[1] > 1 and rows.strides[1] != rows.itemsize:
+        if rows.size and rows.shape[1] > 1 and rows.strides[1] != rows.itemsize:
             raise DataError("rows are not contiguous along k; pass numpy.ascontiguousarray(rows) or rows.contiguous()")
         if not rows.flags.aligned:
             raise DataError("rows are not aligned to their elements; pass rows.copy()")
@@ -414,7 +414,7 @@ def _check_out(out: Array, count: int, q_count: int) -> Array:
     if isinstance(array, np.ndarray):
         if not array.flags.writeable:
             raise DataError("out is read-only; pass an array that may be written")
-        if q_count > 1 and array.strides[1] != array.itemsize:
+        if array.size and q_count > 1 and array.strides[1] != array.itemsize:
             raise DataError("out is not contiguous along its rows; pass numpy.empty((N, Q), numpy.float32)")
     return array
 

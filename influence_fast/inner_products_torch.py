@@ -159,12 +159,13 @@ def to_bf16(values: Any, threads: int = 1) -> np.ndarray:
 
 
 def tensor(array: Any) -> Tensor:
-    """A tensor over the same memory; a copy only where numpy says that it may not be written."""
+    """A tensor over the same memory; a copy where PyTorch has no view: read-only memory, rows in reverse."""
     if isinstance(array, Tensor):
         return array
     if array.dtype == np.uint16:
         array = array.view(np.int16)
-    return torch.from_numpy(array if array.flags.writeable else array.copy())
+    copy = not array.flags.writeable or any(stride < 0 for stride in array.strides)
+    return torch.from_numpy(array.copy() if copy else array)
 
 
 def _row_values(rows: Any) -> Tensor:

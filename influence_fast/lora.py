@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -73,7 +73,7 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
     return found
 
 
-def _as_plain(name: str, layer: nn.Module) -> LoraLinear:
+def _as_plain(name: str, layer: Any) -> LoraLinear:
     base = layer.get_base_layer()
     active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     if len(active) != 1:

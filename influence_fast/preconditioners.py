@@ -21,7 +21,10 @@ MAX_DENSE = 8192
 class Preconditioner(Protocol):
     """Anything with `normalize` and `apply`."""
 
-    normalize: bool  # whether scores are then taken between unit-norm rows
+    @property
+    def normalize(self) -> bool:
+        """Whether scores are taken between unit-norm rows."""
+        ...
 
     def apply(self, queries: torch.Tensor) -> torch.Tensor:
         """[Q, k] query gradients -> [Q, k], so that the score of a training row is a plain inner product."""

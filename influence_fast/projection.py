@@ -62,13 +62,9 @@ class Projection:
         if self.width is not None:
             _check_integer("width", self.width, 1)
             if self.width > _MAX_WIDTH:
-                raise ConfigError(
-                    f"projection width {self.width} is above {_MAX_WIDTH}; choose a smaller one"
-                )
+                raise ConfigError(f"projection width {self.width} is above {_MAX_WIDTH}; choose a smaller one")
         elif self.kind in FLAT_KINDS:
-            raise ConfigError(
-                f"projection kind {self.kind!r} needs width=<length of a row>, for example width=8192"
-            )
+            raise ConfigError(f"projection kind {self.kind!r} needs width=<length of a row>, for example width=8192")
 
     @property
     def flat(self) -> bool:

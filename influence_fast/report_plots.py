@@ -51,7 +51,7 @@ SHAPES = (
     "M0-4.6L4.4-1.4L2.7 3.8H-2.7L-4.4-1.4Z",  # pentagon
 )
 
-_RC = {
+_RC: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "influence-fast",
     "text.parse_math": False,
@@ -502,7 +502,8 @@ def distribution_chart(groups: Sequence[tuple[str, int, np.ndarray, np.ndarray]]
             ax.grid(axis="x")
             ax.axvline(0, color=INK["muted"], lw=1, zorder=1)
             for y, group in enumerate(groups):
-                values = group[2 + which][np.isfinite(group[2 + which])]
+                scores = group[3] if which else group[2]
+                values = scores[np.isfinite(scores)]
                 if not values.size:
                     continue
                 colour = INK[f"c{group[1]}"]
@@ -560,7 +561,7 @@ def curves_chart(curves: Mapping[str, Sequence[Sequence[Any]]]) -> Chart | None:
         for name in rest:
             ax.plot(*lines[name], color=INK["muted"], lw=0.8, alpha=0.35)
         for i, name in enumerate(named):
-            point = {"marker": "o", "ms": 4} if len(lines[name][0]) == 1 else {}
+            point: dict[str, Any] = {"marker": "o", "ms": 4} if len(lines[name][0]) == 1 else {}
             ax.plot(*lines[name], color=INK[f"c{i + 1}"], lw=1.7, ls=_DASHES[i], **point)
         ax.set_xlabel("optimizer step")
         ax.set_ylabel("training loss")

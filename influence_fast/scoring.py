@@ -63,12 +63,12 @@ def influence_scores(
         groups=list(used.values()),
         ranks=True,
     )
+    means, ranks = np.asarray(result.group_means, np.float64), np.asarray(result.mean_ranks, np.float64)
     columns = {}
     for g, name in enumerate(used):
-        mean = np.asarray(result.group_means[:, g], dtype=np.float64)
-        columns[f"s_{name}"] = mean
-        columns[f"rank_{name}"] = average_ranks(mean)
-        columns[f"mean_rank_{name}"] = np.asarray(result.mean_ranks[:, g], dtype=np.float64)
+        columns[f"s_{name}"] = means[:, g]
+        columns[f"rank_{name}"] = average_ranks(means[:, g])
+        columns[f"mean_rank_{name}"] = ranks[:, g]
     return ScoreTable(list(store.ids), columns)
 
 
@@ -76,10 +76,11 @@ def blocks_of(store: Store) -> list[tuple[int, int]]:
     """[start, end) of each module in the store's rows; one block where the whole row was sketched."""
     if not store.manifest.modules:
         return [(0, store.width)]
-    projection = store.projection
-    if projection is not None and projection.width is not None:
+    if store.identity.projection_width is not None:
         return [(0, store.width)]
-    return module_blocks([LayoutEntry(m.module, m.factor, tuple(m.shape), m.offset) for m in store.manifest.modules])
+    return module_blocks(
+        [LayoutEntry(m.module, m.factor, (m.shape[0], m.shape[1]), m.offset) for m in store.manifest.modules]
+    )
 
 
 def module_blocks(layout: list[LayoutEntry]) -> list[tuple[int, int]]:
@@ -91,7 +92,7 @@ def module_blocks(layout: list[LayoutEntry]) -> list[tuple[int, int]]:
 
 def average_ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1 (lowest); equal values share the mean of their ranks."""
-    unique, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return ((last - counts + 1 + last) / 2)[inverse]
 

@@ -326,6 +326,7 @@ def _train(
             train_sampling_strategy="group_by_length",
             remove_unused_columns=False,
             dataloader_pin_memory=cuda,
+            include_num_input_tokens_seen="non_padding",
             disable_tqdm=True,
             report_to=[],
         )
@@ -349,15 +350,14 @@ def _train(
     bad = [step for step, loss in history if loss != loss or loss == float("inf")]
     if bad:
         raise NumericError(f"the training loss is not finite from step {bad[0]} on: lower train.learning_rate")
-    return history, seconds, collate.tokens
+    return history, seconds, int(trainer.state.num_input_tokens_seen)
 
 
 class _Collator:
-    """Pads on the right to the longest example of the batch, and counts the tokens it hands out."""
+    """Pads on the right to the longest example of the batch."""
 
     def __init__(self, pad: int) -> None:
         self.pad = pad
-        self.tokens = 0
 
     def __call__(self, batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         width = max(len(row["input_ids"]) for row in batch)
@@ -369,7 +369,6 @@ class _Collator:
             input_ids[i, :n] = row["input_ids"]
             labels[i, :n] = row["labels"]
             mask[i, :n] = 1
-            self.tokens += n
         return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
 
 

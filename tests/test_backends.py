@@ -35,7 +35,7 @@ def test_the_call_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels can run")
 def test_triton_is_refused_with_its_reason_where_it_cannot_run() -> None:
-    with pytest.raises(ConfigError, match="triton cannot be used: .+; choose 'auto' or 'torch'"):
+    with pytest.raises(ConfigError, match=r"triton cannot be used: .+; choose 'auto' or 'torch'"):
         backends.choose("triton", CPU, torch.float32)
 
 

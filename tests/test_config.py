@@ -90,3 +90,10 @@ def test_difference_names_the_first_key_that_differs(tmp_path: Path) -> None:
     other = to_dict(load_config(write(tmp_path, {"training.epochs": 9})))
     assert difference(one, one) is None
     assert difference(one, other) == "training.epochs: 3.0 against 9.0"
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("recipes/*.yaml")), ids=lambda p: p.name)
+def test_recipes_load(path: Path) -> None:
+    config = load_config(path)
+    assert config.pruning.strategies
+    assert config.output.startswith("runs/")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,7 @@ def write_model(folder: Path) -> None:
     vocabulary = {word: i for i, word in enumerate(WORDS)}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -60,7 +57,7 @@ def write_rows(path: Path, n: int, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     write_model(folder / "model")
     for name, n in (("pool", 40), ("validation", 24), ("test", 10)):
@@ -76,7 +73,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "evaluation": {"max_new_tokens": 6},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    yield folder
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -34,15 +34,19 @@ def test_keep_and_drop_part_the_examples(strategy: str, fraction: float) -> None
 
 def test_each_strategy_drops_what_its_name_says() -> None:
     scores = table()
-    lowest = lambda name: set(np.argsort(scores.columns[name])[:4])  # noqa: E731
-    highest = lambda name: set(np.argsort(-scores.columns[name])[:4])  # noqa: E731
+
+    def lowest(name: str) -> set[int]:
+        return set(np.argsort(scores.columns[name])[:4])
+
+    def highest(name: str) -> set[int]:
+        return set(np.argsort(-scores.columns[name])[:4])
+
     assert set(select(scores, "low_benefit", count=4).drop) == lowest("s_correct")
     assert set(select(scores, "high_harm", count=4).drop) == highest("s_incorrect")
     assert set(select(scores, "perplexity_high", count=4).drop) == highest("loss")
     assert set(select(scores, "perplexity_low", count=4).drop) == lowest("loss")
-    assert set(select(scores, "perplexity_mid", count=4).drop) == lowest("loss") - set(
-        np.argsort(scores.columns["loss"])[2:4]
-    ) | set(np.argsort(-scores.columns["loss"])[:2])
+    by_loss = np.argsort(scores.columns["loss"])
+    assert set(select(scores, "perplexity_mid", count=4).drop) == {*by_loss[:2], *by_loss[-2:]}
     assert set(select(scores, "short", count=4).drop) == lowest("tokens")
     combined = scores.columns["rank_incorrect"] - scores.columns["rank_correct"]
     dropped = select(scores, "combined", count=4).drop

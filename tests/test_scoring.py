@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_blocks_are_the_modules(store: Store) -> None:
     blocks = blocks_of(store)
     assert blocks[0][0] == 0
     assert blocks[-1][1] == store.width
-    assert all(end == start for (_, end), (start, _) in zip(blocks[:-1], blocks[1:], strict=True))
+    assert all(end == start for (_, end), (start, _) in pairwise(blocks))
     assert len(blocks) == len({entry.module for entry in store.manifest.modules})
 
 

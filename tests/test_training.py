@@ -1,0 +1,232 @@
+"""Fine-tuning: the loss falls, results are whole, resumed and reused, and bad input is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from influence_fast import training
+from influence_fast.demo import make_tokenizer
+from influence_fast.errors import ConfigError, DataError, ModelError
+from influence_fast.training import (
+    LoraSettings,
+    TrainConfig,
+    finetune,
+    list_checkpoints,
+    load_adam_moments,
+    load_finetuned,
+)
+
+LORA = LoraSettings(r=4, alpha=8)
+CONFIG = TrainConfig(epochs=3, learning_rate=1e-2, batch_size=4, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer: Any) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            max_position_embeddings=128,
+        )
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for i in range(14):
+        n = int(torch.randint(6, 20, (1,), generator=generator))
+        ids = torch.randint(100, 140, (n,), generator=generator)
+        labels = ids.clone()
+        labels[: n // 2] = -100
+        made.append({"id": f"e{i}", "input_ids": ids, "labels": labels})
+    return made
+
+
+def loss_of(model: torch.nn.Module, examples: list[dict[str, Any]]) -> float:
+    with torch.no_grad():
+        return sum(float(model(e["input_ids"][None], labels=e["labels"][None]).loss) for e in examples) / len(examples)
+
+
+def run(model: Any, tokenizer: Any, examples: Any, path: Path, config: TrainConfig = CONFIG, **options: Any) -> Any:
+    options = {"lora": LORA, "progress": False} | options
+    return finetune(model, tokenizer, examples, path, config=config, **options)
+
+
+def test_lora_lowers_the_loss_and_gives_the_base_back(
+    model: Any, tokenizer: Any, examples: Any, tmp_path: Path
+) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loss = loss_of(model, examples)
+    result = run(model, tokenizer, examples, tmp_path / "out")
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not model.training
+    assert result.tokens_seen == 3 * sum(len(e["input_ids"]) for e in examples)
+    tuned = load_finetuned(model, result.path)
+    assert loss_of(tuned, examples) < loss - 0.3
+    assert result.loss_history[-1][0] == 12
+    assert result.loss_history[-1][1] < result.loss_history[0][1]
+    assert (result.path / "adapter_model.safetensors").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_first_logged_loss_is_the_mean_over_completion_tokens(
+    model: Any, tokenizer: Any, examples: Any, tmp_path: Path
+) -> None:
+    config = TrainConfig(max_steps=1, learning_rate=1e-9, batch_size=len(examples), precision="fp32")
+    result = run(model, tokenizer, examples, tmp_path / "out", config)
+    reference = model.double()
+    total, count = 0.0, 0
+    for e in examples:
+        with torch.no_grad():
+            logits = reference(e["input_ids"][None]).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits, e["labels"][1:], ignore_index=-100, reduction="sum"))
+        count += int((e["labels"][1:] != -100).sum())
+    assert abs(result.loss_history[0][1] - total / count) < 1e-4
+
+
+def test_same_seed_same_adapter_other_seed_another(model: Any, tokenizer: Any, examples: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    def adapter(name: str, seed: int) -> dict[str, torch.Tensor]:
+        config = TrainConfig(epochs=1, learning_rate=1e-2, batch_size=4, precision="fp32", seed=seed)
+        return load_file(run(model, tokenizer, examples, tmp_path / name, config).path / "adapter_model.safetensors")
+
+    first, second, third = adapter("a", 0), adapter("b", 0), adapter("c", 1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], third[name]) for name in first)
+
+
+def test_finished_result_is_reused_only_for_the_same_work(
+    model: Any, tokenizer: Any, examples: Any, tmp_path: Path
+) -> None:
+    first = run(model, tokenizer, examples, tmp_path / "out")
+    again = run(model, tokenizer, examples, tmp_path / "out")
+    assert not first.reused
+    assert again.reused
+    assert (again.loss_history, again.tokens_seen) == (first.loss_history, first.tokens_seen)
+    with pytest.raises(ConfigError, match=r"holds a result of other data or settings"):
+        run(model, tokenizer, examples[:-1], tmp_path / "out")
+    other = run(model, tokenizer, examples[:-1], tmp_path / "out", overwrite=True)
+    assert not other.reused
+
+
+def test_interrupted_run_leaves_nothing_in_place_and_goes_on_from_its_checkpoint(
+    model: Any, tokenizer: Any, examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+
+    config = TrainConfig(epochs=3, learning_rate=1e-2, batch_size=4, precision="fp32", save_checkpoints=True)
+    whole = run(model, tokenizer, examples, tmp_path / "whole", config)
+    assert [p.name for p in whole.checkpoints] == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+
+    collate = training._Collator.__call__
+    calls = []
+
+    def failing(self: Any, batch: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 11:
+            raise KeyboardInterrupt
+        return collate(self, batch)
+
+    monkeypatch.setattr(training._Collator, "__call__", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tokenizer, examples, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+    resumed = run(model, tokenizer, examples, tmp_path / "out", config)
+    assert len(calls) < 11 + 12  # it did not start over
+    one, other = (load_file(r.path / "adapter_model.safetensors") for r in (whole, resumed))
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+    assert resumed.tokens_seen == whole.tokens_seen
+
+
+def test_adam_moments_are_found_by_parameter_name(model: Any, tokenizer: Any, examples: Any, tmp_path: Path) -> None:
+    config = TrainConfig(max_steps=2, batch_size=4, precision="fp32", save_checkpoints=2)
+    result = run(model, tokenizer, examples, tmp_path / "out", config)
+    (checkpoint,) = list_checkpoints(result.path)
+    moments = load_adam_moments(checkpoint)
+    tuned = load_finetuned(model, checkpoint, trainable=True)
+    expected = {name: p.shape for name, p in tuned.named_parameters() if p.requires_grad}
+    assert {name: state["exp_avg_sq"].shape for name, state in moments.items()} == expected
+    assert all(bool((state["exp_avg_sq"] >= 0).all()) and float(state["step"]) == 2 for state in moments.values())
+    # lora_B starts at zero, so the first gradient of lora_A is zero and that of lora_B is not
+    assert all(float(s["exp_avg_sq"].max()) > 0 for name, s in moments.items() if "lora_B" in name)
+    with pytest.raises(ModelError, match=r"has no optimizer_names.json"):
+        load_adam_moments(result.path)
+
+
+def test_full_training_moves_every_weight(model: Any, tokenizer: Any, examples: Any, tmp_path: Path) -> None:
+    before = [p.detach().clone() for p in model.parameters()]
+    loss = loss_of(model, examples)
+    config = TrainConfig(epochs=3, learning_rate=3e-3, batch_size=4, precision="fp32")
+    result = run(model, tokenizer, examples, tmp_path / "out", config, lora=None)
+    assert not result.is_adapter
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    loaded = load_finetuned(model, result.path)
+    assert loss_of(loaded, examples) < loss - 0.3
+    assert abs(loss_of(loaded, examples) - loss_of(model, examples)) < 1e-6
+
+
+def test_an_adapter_at_hand_is_trained_further(model: Any, tokenizer: Any, examples: Any, tmp_path: Path) -> None:
+    first = run(model, tokenizer, examples, tmp_path / "one")
+    tuned = load_finetuned(model, first.path, trainable=True)
+    loss = loss_of(tuned, examples)
+    with pytest.raises(ModelError, match="already carries a LoRA adapter"):
+        run(tuned, tokenizer, examples, tmp_path / "two")
+    second = run(tuned, tokenizer, examples, tmp_path / "two", lora=None)
+    assert second.is_adapter
+    assert loss_of(tuned, examples) < loss
+
+
+def test_record_names_what_made_the_result(model: Any, tokenizer: Any, examples: Any, tmp_path: Path) -> None:
+    result = run(model, tokenizer, examples, tmp_path / "out")
+    record = json.loads((result.path / "training.json").read_text())
+    assert record["train"]["seed"] == 0
+    assert record["lora"]["target_modules"] == "all-linear"
+    assert {"torch", "transformers", "peft"} <= record["result"]["versions"].keys()
+
+
+def test_training_is_quiet(model: Any, tokenizer: Any, examples: Any, tmp_path: Path, capfd: Any) -> None:
+    run(model, tokenizer, examples, tmp_path / "out")
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == ""
+
+
+def test_bad_input_is_named(model: Any, tokenizer: Any, examples: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no training examples"):
+        run(model, tokenizer, [], tmp_path / "out")
+    masked = {"id": "mute", "input_ids": torch.arange(5), "labels": torch.full((5,), -100)}
+    with pytest.raises(DataError, match="mute"):
+        run(model, tokenizer, [*examples, masked], tmp_path / "out")
+    with pytest.raises(DataError, match=r"e0.*'labels'"):
+        run(model, tokenizer, [{"id": "e0", "input_ids": torch.arange(5)}], tmp_path / "out")
+    with pytest.raises(ModelError, match=r"lora\.target_modules"):
+        run(model, tokenizer, examples, tmp_path / "out", lora=LoraSettings(target_modules=("nowhere",)))
+    with pytest.raises(ModelError, match="neither adapter_config"):
+        load_finetuned(model, tmp_path)
+    assert not (tmp_path / "out").exists()
+    for bad in ({"precision": "fp8"}, {"schedule": "cosin"}, {"learning_rate": 0}, {"epochs": 0}, {"warmup_ratio": 1}):
+        with pytest.raises(ConfigError):
+            TrainConfig(**bad)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError):
+        LoraSettings(r=0)
