@@ -50,7 +50,8 @@ class Worker {
     int32_t sum[kDotRows] = {};
     alignas(4) char square[kDotRows * 4];
     for (int64_t r = 0; r < n; ++r) pointer[r] = row(i + r, at);
-    q_.kernel.dot(pointer, static_cast<int>(n), nullptr, 0, length, nullptr, 0, sum, out_.normalize ? square : nullptr);
+    q_.kernel.dot(pointer, static_cast<int>(n), nullptr, 0, length, nullptr, 0, sum, out_.normalize ? square : nullptr,
+                  0);
     add_statistics(i, n, sum, square);
   }
 
@@ -111,7 +112,8 @@ class Worker {
         alignas(4) char square[kDotRows * 4];
         const bool first = c == 0;
         q_.kernel.dot(pointer, static_cast<int>(n), query, static_cast<int>(nq), length,
-                      raw_.data() + i * q_.padded + c, q_.padded, sum, first && out_.normalize ? square : nullptr);
+                      raw_.data() + i * q_.padded + c, q_.padded, sum, first && out_.normalize ? square : nullptr,
+                      first ? kDotRows * rows_.stride : 0);
         if (first) add_statistics(i, n, sum, square);
       }
     }

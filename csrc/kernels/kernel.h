@@ -42,9 +42,10 @@ struct Kernel {
 
   // dots[r * ldd + q] = <row r, query q> for rows <= kDotRows unpacked rows and queries <= kDotQueries queries
   // (panel elements, row-major, padded), sums[r] = sum of row r (u8 only), squares[r] = <row r, row r> if not null.
-  // 4-byte results: float or int32 after the panel; int32 wraps modulo 2^32.
+  // 4-byte results: float or int32 after the panel; int32 wraps modulo 2^32. `ahead` bytes past each row element read,
+  // memory is prefetched (0: not).
   void (*dot)(const void* const* rows, int nrows, const void* const* queries, int nqueries, int64_t k, void* dots,
-              int64_t ldd, void* sums, void* squares);
+              int64_t ldd, void* sums, void* squares, int64_t ahead);
 };
 
 struct Isa {

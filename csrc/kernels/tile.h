@@ -62,7 +62,7 @@ void tile_any(const char* a, const char* b, int64_t units, int vecs, void* c_, i
 
 template <class T, class S, int RB, int NQ, bool SQUARES>
 void dot_fixed(const void* const* rows_, const void* const* queries_, int64_t k, typename T::Sum* dots, int64_t ldd,
-               typename T::Sum* sums, typename T::Sum* squares) {
+               typename T::Sum* sums, typename T::Sum* squares, int64_t ahead) {
   const S* row[RB];
   const typename T::Element* query[NQ > 0 ? NQ : 1];
   for (int r = 0; r < RB; ++r) row[r] = static_cast<const S*>(rows_[r]);
@@ -93,6 +93,10 @@ void dot_fixed(const void* const* rows_, const void* const* queries_, int64_t k,
     const S* at[RB];
 #pragma GCC unroll 4
     for (int r = 0; r < RB; ++r) at[r] = row[r] + i;
+    if (ahead)  // rows are short: the hardware's own prefetch starts anew at each page of each
+#pragma GCC unroll 4
+      for (int r = 0; r < RB; ++r)
+        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at[r]) + ahead), 0, 2);
     step(i, at);
   }
   if (whole < k) {  // the ragged end, copied to zero-padded vectors so that nothing past a row is read
@@ -118,14 +122,14 @@ void dot_fixed(const void* const* rows_, const void* const* queries_, int64_t k,
 
 template <class T, class S, int RB>
 void dot_rows(const void* const* rows, const void* const* queries, int nq, int64_t k, void* dots_, int64_t ldd,
-              void* sums_, void* squares_) {
+              void* sums_, void* squares_, int64_t ahead) {
   auto* dots = static_cast<typename T::Sum*>(dots_);
   auto* sums = static_cast<typename T::Sum*>(sums_);
   auto* squares = static_cast<typename T::Sum*>(squares_);
 #define IF_DOT(NQ)                                                                                     \
   case NQ:                                                                                             \
-    if (squares) return dot_fixed<T, S, RB, NQ, true>(rows, queries, k, dots, ldd, sums, squares);     \
-    return dot_fixed<T, S, RB, NQ, false>(rows, queries, k, dots, ldd, sums, squares);
+    if (squares) return dot_fixed<T, S, RB, NQ, true>(rows, queries, k, dots, ldd, sums, squares, ahead);     \
+    return dot_fixed<T, S, RB, NQ, false>(rows, queries, k, dots, ldd, sums, squares, ahead);
   switch (nq) {
     IF_DOT(0)
     IF_DOT(1)
@@ -139,12 +143,12 @@ void dot_rows(const void* const* rows, const void* const* queries, int nq, int64
 
 template <class T, class S>
 void dot_any(const void* const* rows, int nrows, const void* const* queries, int nq, int64_t k, void* dots,
-             int64_t ldd, void* sums, void* squares) {
-  if (nrows == kDotRows) return dot_rows<T, S, kDotRows>(rows, queries, nq, k, dots, ldd, sums, squares);
+             int64_t ldd, void* sums, void* squares, int64_t ahead) {
+  if (nrows == kDotRows) return dot_rows<T, S, kDotRows>(rows, queries, nq, k, dots, ldd, sums, squares, ahead);
   for (int r = 0; r < nrows; ++r)
     dot_rows<T, S, 1>(rows + r, queries, nq, k, static_cast<typename T::Sum*>(dots) + r * ldd, ldd,
                       sums ? static_cast<typename T::Sum*>(sums) + r : nullptr,
-                      squares ? static_cast<typename T::Sum*>(squares) + r : nullptr);
+                      squares ? static_cast<typename T::Sum*>(squares) + r : nullptr, ahead);
 }
 
 inline void widen(const float* in, int64_t n, float* out) { std::memcpy(out, in, static_cast<size_t>(n) * 4); }

@@ -1,0 +1,294 @@
+"""Everything that needs a card, in one command and under eight minutes: correctness first, then time.
+
+    python -m benches.gpu_session [--output benches/results]
+    python -m benches.gpu_session --smoke        # no card: tiny shapes on the CPU, to see that the script itself runs
+
+1. tests/gpu: every kernel and the whole gradient path against the CPU; the session stops if one fails.
+2. Kernels at Qwen2.5-7B's widths against the card's measured copy bandwidth, plain PyTorch and torch.compile.
+3. Whole per-example-gradient steps at the shapes of Qwen2.5-0.5B, 1.5B and 7B (random weights, a few layers) beside a
+   plain LoRA forward+backward of the same packed batch: seconds, tokens a second, model-FLOP utilisation.
+
+Writes one JSON and one markdown table, named after the card and the date, with commit and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import influence_fast as inf
+from benches.environment import describe
+from influence_fast.engine import GradientEngine
+from influence_fast.kernels import segment_outer as outer
+from influence_fast.kernels import skinny_project as skinny
+from influence_fast.kernels.segments import Segments
+from influence_fast.packing import pack_examples
+
+# hidden, intermediate, heads, key/value heads, vocabulary, layers run here (the 7B is repeated layers of its shape)
+SHAPES = {
+    "Qwen2.5-0.5B": (896, 4864, 14, 2, 151_936, 24),
+    "Qwen2.5-1.5B": (1536, 8960, 12, 2, 151_936, 14),
+    "Qwen2.5-7B": (3584, 18_944, 28, 4, 152_064, 4),
+}
+SMOKE_SHAPES = {"tiny": (64, 128, 2, 1, 300, 2)}
+RANK = DIM = 16
+BUDGET = 8 * 60
+
+
+def timed(device: torch.device, run: Callable[[], Any], rounds: int) -> list[float]:
+    """Seconds of each of `rounds` runs after a warm-up; the L2 cache is overwritten before each on a card."""
+    run()
+    flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    found = []
+    for _ in range(rounds):
+        if flush is not None:
+            flush.zero_()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            found.append(begin.elapsed_time(end) / 1e3)
+        else:
+            start = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - start)
+    return found
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """p20, p50 and p80."""
+    ordered = sorted(seconds)
+    at = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
+    return {"p20": at(0.2), "p50": statistics.median(ordered), "p80": at(0.8)}
+
+
+def correctness() -> dict[str, Any]:
+    """Runs tests/gpu; stops the session where one fails."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/gpu",
+        "-q",
+        "-x",
+        "--import-mode=importlib",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr.strip()
+    print(f"tests/gpu: {last}", flush=True)
+    if done.returncode not in (0, 5):
+        sys.exit(f"tests/gpu failed, so nothing was timed:\n{done.stdout[-4000:]}")
+    return {"tests": last}
+
+
+def copy_bandwidth(device: torch.device, numbers: int, rounds: int) -> float:
+    """Bytes read and written a second by a plain copy."""
+    source = torch.empty(numbers, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(timed(device, lambda: target.copy_(source), rounds))
+
+
+def kernels(device: torch.device, tokens: int, widths: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+    """Kernels against their byte floor, plain PyTorch and torch.compile; on a CPU the PyTorch side alone."""
+    bandwidth = copy_bandwidth(device, tokens * max(widths), rounds)
+    rows = []
+
+    def add(name: str, shape: str, cost: Any, variants: dict[str, Callable[[], Any]]) -> None:
+        seconds = {variant: summary(timed(device, run, rounds)) for variant, run in variants.items()}
+        best = seconds.get("triton", seconds["pytorch"])["p50"]
+        row = {"kernel": name, "shape": shape, "seconds": seconds, "bytes": cost.bytes, "flops": cost.flops}
+        row["share_of_copy_bandwidth"] = cost.bytes / best / bandwidth
+        rows.append(row)
+        print(f"{name:<16} {shape:<36} {best * 1e6:9.1f} us  {row['share_of_copy_bandwidth']:.0%} of copy", flush=True)
+
+    triton = device.type == "cuda"
+    for d in widths:
+        for columns in (32, 64, 96):
+            x = torch.randn(tokens, d, device=device).bfloat16()
+            w = torch.randn(d, columns, device=device).bfloat16()
+            variants: dict[str, Callable[[], Any]] = {"pytorch": lambda x=x, w=w: x @ w}
+            if triton:
+                compiled = torch.compile(lambda x, w: x @ w)
+                variants["torch.compile"] = lambda x=x, w=w, f=compiled: f(x, w)
+                variants["triton"] = lambda x=x, w=w: skinny.skinny_project(x, w)
+            add("skinny_project", f"T={tokens} d={d} N={columns}", skinny.cost(tokens, d, columns), variants)
+    modules = 28
+    lengths = [tokens // 16] * 16
+    left = torch.randn(tokens, modules, DIM, device=device).bfloat16()
+    right = torch.randn(tokens, modules, RANK, device=device).bfloat16()
+    segments = Segments.from_lengths(lengths, device=device)
+    block = DIM * RANK
+    out = torch.empty(len(lengths), modules * block, device=device)
+    offsets = torch.arange(modules, device=device) * block
+    variants = {"pytorch": lambda: outer.reference(left, right, segments)}
+    if triton:
+        variants["triton"] = lambda: outer.segment_outer(left, right, segments, out, offsets)
+    cost = outer.cost(tokens, len(lengths), modules, DIM, RANK, row_itemsize=4)
+    add("segment_outer", f"T={tokens} E=16 M={modules} {DIM}x{RANK}", cost, variants)
+    return rows
+
+
+def model_of(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Any:
+    """A Qwen2-shaped peft model with random weights on the device."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    hidden, intermediate, heads, kv_heads, vocabulary, layers = shape
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=hidden < 3584,
+    )
+    with torch.device(device):
+        model = Qwen2ForCausalLM(config).to(dtype)
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+    return get_peft_model(model, lora, autocast_adapter_dtype=False).to(device)
+
+
+def matmul_flops(shape: tuple[int, ...], tokens: int) -> float:
+    """Forward and activation backward through the frozen linears and the head: 4 N T."""
+    hidden, intermediate, heads, kv_heads, vocabulary, layers = shape
+    head_dim = hidden // heads
+    attention = hidden * hidden * 2 + 2 * hidden * kv_heads * head_dim
+    return 4.0 * tokens * (layers * (attention + 3 * hidden * intermediate) + vocabulary * hidden)
+
+
+def steps(
+    device: torch.device, shapes: dict[str, Any], tokens: int, rounds: int, deadline: float
+) -> list[dict[str, Any]]:
+    """Per-example projected gradients of one packed batch beside a plain LoRA forward+backward of it, interleaved."""
+    rows = []
+    peak = matmul_peak(device, 8192 if device.type == "cuda" else 256, rounds)
+    for name, shape in shapes.items():
+        if time.monotonic() > deadline:
+            print(f"{name}: left out, the session's time is used up", flush=True)
+            continue
+        model = model_of(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        length = tokens // 16
+        ids = [torch.randint(0, shape[4], (length,)) for _ in range(16)]
+        examples = [{"input_ids": i, "labels": torch.where(torch.arange(length) < length // 8, -100, i)} for i in ids]
+        packed = torch.stack(ids).to(device)
+        labels = torch.stack([e["labels"] for e in examples]).to(device)
+        projection = inf.Projection(dim=DIM)
+
+        pack = pack_examples(examples, tokens)[0]
+
+        def plain(model: Any = model, packed: Any = packed, labels: Any = labels) -> None:
+            model(input_ids=packed, labels=labels, use_cache=False).loss.backward()
+            model.zero_grad(set_to_none=True)
+
+        seconds: dict[str, list[float]] = {}
+        for _ in range(rounds):
+            seconds.setdefault("plain LoRA step", []).extend(timed(device, plain, 1))
+            for backend in ("torch", "triton") if device.type == "cuda" else ("torch",):
+                with GradientEngine(model, projection, backend=backend) as engine:
+                    found = timed(device, lambda engine=engine, pack=pack: engine.run(pack), 1)
+                seconds.setdefault(f"ours, {backend}", []).extend(found)
+        best = statistics.median(seconds.get("ours, triton", seconds["ours, torch"]))
+        row = {
+            "model": name,
+            "layers": shape[5],
+            "tokens": tokens,
+            "seconds": {variant: summary(found) for variant, found in seconds.items()},
+            "ratio_to_plain": best / statistics.median(seconds["plain LoRA step"]),
+            "tokens_per_second": tokens / best,
+            "model_flop_utilisation": matmul_flops(shape, tokens) / best / peak,
+            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+        }
+        rows.append(row)
+        print(
+            f"{name:<14} {row['ratio_to_plain']:.3f} x plain, {row['tokens_per_second']:.0f} tokens/s, "
+            f"{row['model_flop_utilisation']:.0%} of the measured matmul peak",
+            flush=True,
+        )
+        del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+    return rows
+
+
+def matmul_peak(device: torch.device, size: int, rounds: int) -> float:
+    """FLOP/s of a large square product in the steps' dtype: the ceiling that utilisation is measured against."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / min(timed(device, lambda: a @ b, rounds))
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The tables, as they are committed beside the JSON."""
+    lines = [
+        f"# {result['machine']['gpu'] or result['machine']['cpu']}, commit {result['commit']}, {result['measured']}",
+        "",
+        "| kernel | shape | p50 us | share of copy bandwidth | PyTorch / ours |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["kernels"]:
+        ours = row["seconds"].get("triton", row["seconds"]["pytorch"])["p50"]
+        ratio = row["seconds"]["pytorch"]["p50"] / ours
+        share = row["share_of_copy_bandwidth"]
+        lines.append(f"| {row['kernel']} | {row['shape']} | {ours * 1e6:.1f} | {share:.0%} | {ratio:.2f} |")
+    lines += [
+        "",
+        "| model | layers | tokens | / plain LoRA step | tokens/s | MFU | GiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["steps"]:
+        memory = "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f}"
+        lines.append(
+            f"| {row['model']} | {row['layers']} | {row['tokens']} | {row['ratio_to_plain']:.3f} | "
+            f"{row['tokens_per_second']:.0f} | {row['model_flop_utilisation']:.0%} | {memory} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("benches/results"))
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU; writes nothing")
+    args = parser.parse_args()
+    deadline = time.monotonic() + BUDGET - 60
+    if args.smoke:
+        device = torch.device("cpu")
+        result: dict[str, Any] = {
+            "kernels": kernels(device, 256, (64,), 3),
+            "steps": steps(device, SMOKE_SHAPES, 256, 2, deadline),
+            **describe(),
+        }
+        print(markdown(result))
+        return
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA device: run this where there is one, or try the script itself with --smoke")
+    device = torch.device("cuda")
+    result = correctness()
+    result["kernels"] = kernels(device, 16_384, (3584, 18_944), 20)
+    result["steps"] = steps(device, SHAPES, 16_384, 5, deadline)
+    result |= describe()
+    args.output.mkdir(parents=True, exist_ok=True)
+    card = str(result["machine"]["gpu"]).replace(" ", "-")
+    stem = args.output / f"gpu-{card}-{datetime.now(UTC):%Y%m%d-%H%M}"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(markdown(result))
+    print(markdown(result) + f"written: {stem}.json, {stem}.md")
+
+
+if __name__ == "__main__":
+    main()
