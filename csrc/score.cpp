@@ -113,7 +113,7 @@ class Worker {
         const bool first = c == 0;
         q_.kernel.dot(pointer, static_cast<int>(n), query, static_cast<int>(nq), length,
                       raw_.data() + i * q_.padded + c, q_.padded, sum, first && out_.normalize ? square : nullptr,
-                      first ? kDotRows * rows_.stride : 0);
+                      first ? 2 * rows_.stride : 0);
         if (first) add_statistics(i, n, sum, square);
       }
     }

@@ -50,8 +50,8 @@ class WorldConfig:
     test_size: int = 300
     hidden_size: int = 128
     layers: int = 3
-    pretrain_steps: int = 400
-    pretrain_batch: int = 32
+    pretrain_steps: int = 700
+    pretrain_batch: int = 16
     drill_share: float = 0.4  # of the pre-training documents: bare arithmetic, not stories
 
 
@@ -103,18 +103,19 @@ def demo_config(output: str | Path, *, seed: int = 0, progress: bool = True) -> 
 
     output = Path(output)
     world = make_world(output.with_name(f"{output.name}-world"), seed=seed, progress=progress)
+    pool, validation, test = (Source(str(world.file(split))) for split in SPLITS)
     return RunConfig(
         output=str(output),
         title="Demo: arithmetic word problems with corrupted traces",
         model=ModelConfig(str(world.model_path)),
-        data=DataConfig(*(Source(str(world.file(split))) for split in SPLITS)),
+        data=DataConfig(pool=pool, validation=validation, test=test),
         training=TrainConfig(**DEMO_TRAINING),
         evaluation=EvalConfig(max_new_tokens=48, batch_size=300),
         seed=seed,
     )
 
 
-DEMO_TRAINING: dict[str, Any] = {"epochs": 3, "learning_rate": 5e-3, "batch_size": 32, "schedule": "cosine"}
+DEMO_TRAINING: dict[str, Any] = {"epochs": 3, "learning_rate": 5e-3, "batch_size": 8, "schedule": "cosine"}
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------
@@ -136,7 +137,8 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
     learnt = json.loads(core.to_str())["model"]
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     # a tokenizer class of the model's own family: AutoTokenizer takes no other for a Qwen2 config
-    tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(merge) for merge in learnt["merges"]], **special)
+    merges: list[Any] = [tuple(merge) for merge in learnt["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=merges, **special)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -169,6 +171,7 @@ def pretrain(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        initializer_range=config.hidden_size**-0.5,  # 0.02 is for wider models: 0.86 right instead of 0.96
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
     )
     model = Qwen2ForCausalLM(shape)
@@ -176,7 +179,7 @@ def pretrain(
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.Muon(matrices, lr=5e-3, weight_decay=0.01, ns_steps=3, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        torch.optim.AdamW(others, lr=1e-2, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     steps = config.pretrain_steps
 
@@ -190,8 +193,9 @@ def pretrain(
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for stepper in (*optimizers, *schedulers):
-            stepper.step()
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
         model.zero_grad()
     return model.eval()
 

@@ -18,7 +18,7 @@ from influence_fast.data import Example
 NAMES = ["Ada", "Ben", "Chen", "Dina", "Emil", "Fay", "Goran", "Hana", "Ivo", "Jade"]
 THINGS = ["apples", "books", "coins", "cards", "shells", "stamps", "pens", "marbles", "plums", "eggs"]
 KINDS = {"gain": 0.3, "lose": 0.3, "times": 0.2, "share": 0.2}  # kind of event: how often
-LIMIT = 30  # no value in a story is larger
+LIMIT = 20  # no value in a story is larger
 
 START = "{name} has {n} {things}."
 KNOWN_WORDINGS = {
@@ -75,9 +75,9 @@ class Problem:
 def _draw_event(rng: random.Random, kind: str, value: int, new: bool = False) -> Event | None:
     """An event that keeps the story's value within 1..LIMIT, or None where there is none."""
     if kind == "gain":
-        return Event(kind, rng.randint(2, 9), new) if value <= LIMIT - 9 else None
+        return Event(kind, rng.randint(2, 6), new) if value <= LIMIT - 6 else None
     if kind == "lose":
-        return Event(kind, rng.randint(2, min(9, value - 1)), new) if value >= 5 else None
+        return Event(kind, rng.randint(2, min(6, value - 1)), new) if value >= 4 else None
     if kind == "times":
         return Event(kind, rng.randint(2, min(4, LIMIT // value)), new) if value <= 10 else None
     shares = [n for n in range(2, 5) if value % n == 0 and value > n]
@@ -105,7 +105,7 @@ def draw_problem(rng: random.Random, new_share: float) -> Problem:
     """A story whose events are in the new wording with probability `new_share`."""
     length = 3 if rng.random() < 0.25 else 2
     while True:
-        start = value = rng.randint(2, 15)
+        start = value = rng.randint(2, 12)
         events: list[Event] = []
         while len(events) < length:
             kind = rng.choices(list(KINDS), list(KINDS.values()))[0]

@@ -13,7 +13,7 @@ folded into the base weight, and `(T, r + p)` numbers a module are all that is k
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +23,11 @@ from torch.nn.functional import linear as dense
 
 from influence_fast import attention, backends
 from influence_fast.errors import ModelError
-from influence_fast.lora import LoraLinear, find_lora_linears, layout_of
+from influence_fast.lora import LayoutEntry, LoraLinear, find_lora_linears, layout_of
 from influence_fast.loss import CompletionLoss
 from influence_fast.packing import IGNORED, Pack
 from influence_fast.projection import Projection
-from influence_fast.reduction import FullReducer, ProjectedReducer, Reducer, random_columns
+from influence_fast.reduction import FullReducer, ProjectedReducer, Reducer
 
 # Heads that do more than a matrix product; their logits are taken from the model itself.
 _HEAD_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -52,8 +52,8 @@ class InputGroup:
     def __post_init__(self) -> None:
         dtype, device = self.members[0].weight.dtype, self.members[0].weight.device
         skinny, self.backward_weights, self.columns, merged = [], [], [], []
-        for member in self.members:
-            r_in, r_out = random_columns(self.reducer.projection, member)
+        for number, member in zip(self.numbers, self.members, strict=True):
+            r_in, r_out = self.reducer.columns(number)
             into = torch.cat([member.a.to(dtype), r_in.T.to(device, dtype)])
             out_of = torch.cat([member.b.to(dtype), r_out.to(device, dtype)], dim=1)
             skinny.append(into)
@@ -152,6 +152,9 @@ class GradientEngine:
 
     While open, the LoRA layers' forwards are replaced, dropout is off and no parameter asks for a gradient;
     everything is put back on exit. The factors must not change while the engine is open.
+
+    `reducer`, a function of the model's LoRA linears and their row layout, makes something else of each module's
+    tokens than gradient rows (see `streaming`).
     """
 
     def __init__(
@@ -160,6 +163,7 @@ class GradientEngine:
         projection: Projection | None,
         loss_reduction: str = "mean",
         backend: str | None = None,
+        reducer: Callable[[list[LoraLinear], list[LayoutEntry]], Reducer] | None = None,
     ) -> None:
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}")
@@ -170,9 +174,12 @@ class GradientEngine:
         self.device = weight.device
         self.backend, self.backend_why = backends.choose(backend, weight.device, weight.dtype)
         layout = layout_of(self.linears, projection)
-        kind = None if projection is None else projection.kind
-        reducer_class = ProjectedReducer if kind in ("one_sided", "kron") else FullReducer
-        self.reducer: Reducer = reducer_class(self.linears, layout, projection)
+        if reducer is not None:
+            self.reducer = reducer(self.linears, layout)
+        else:
+            kind = None if projection is None else projection.kind
+            reducer_class = ProjectedReducer if kind in ("one_sided", "kron") else FullReducer
+            self.reducer = reducer_class(self.linears, layout, projection)
         self.reducer.triton = self.backend == "triton"
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder = self.base.get_decoder()

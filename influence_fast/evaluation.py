@@ -229,7 +229,8 @@ def wilson_interval(correct: int, n: int, z: float = Z95) -> tuple[float, float]
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # rounding must not leave the share itself outside, as it can at 0 and 1
+    return max(0.0, min(share, (centre - spread) / scale)), min(1.0, max(share, (centre + spread) / scale))
 
 
 def bootstrap_interval(values: Sequence[float], *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
@@ -263,9 +264,8 @@ def _generation_config(config: EvalConfig, pad: int, ends: set[int]) -> Any:
 def _end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokenizer's EOS, and the others that the model names (chat models end a turn by another token)."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = set(named) if isinstance(named, list | tuple) else {named}
-    ends.add(tokenizer.eos_token_id)
-    ends.discard(None)
+    candidates = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id]
+    ends = {int(token) for token in candidates if token is not None}
     if not ends:
         raise ModelError("neither tokenizer nor model has an EOS token: set tokenizer.eos_token")
     return ends

@@ -47,6 +47,10 @@ class Reducer:
         sketched = None if self.projection is None else self.projection.width
         return layout_width(self.layout) if sketched is None else sketched
 
+    def columns(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What one module's input [d_in, p] and output gradient [d_out, p] are multiplied by beside A^T and B."""
+        return random_columns(self.projection, self.linears[number])
+
     def begin(self, cu_seqlens: list[int]) -> None:
         self.cu_seqlens = cu_seqlens
 

@@ -155,18 +155,21 @@ def finetune(
     partial.mkdir(parents=True, exist_ok=True)
 
     is_adapter = lora is not None or isinstance(model, PeftModel)
-    trained = model if lora is None else _attach(model, lora, config.seed)
     was_training = model.training
-    try:
-        history, seconds, tokens = _train(trained, tokenizer, examples, partial, config, progress)
-        trained.save_pretrained(partial)  # type: ignore[operator]
-        if not is_adapter:
-            tokenizer.save_pretrained(partial)
-    finally:
-        if lora is not None:
-            trained.unload()  # type: ignore[operator]
-            model.requires_grad_(True)
-        model.train(was_training)
+    was_trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with _quiet():
+        trained = model if lora is None else _attach(model, lora, config.seed)
+        try:
+            history, seconds, tokens = _train(trained, tokenizer, examples, partial, config, progress)
+            trained.save_pretrained(partial)  # type: ignore[operator]
+            if not is_adapter:
+                tokenizer.save_pretrained(partial)
+        finally:
+            if lora is not None:
+                trained.unload()  # type: ignore[operator]
+                for parameter, flag in was_trainable:
+                    parameter.requires_grad_(flag)
+            model.train(was_training)
     record["result"] = {
         "loss_history": history,
         "seconds": seconds,
@@ -302,50 +305,49 @@ def _train(
     saving = "no" if not config.save_checkpoints else ("steps" if save_steps else "epoch")
     cuda = torch.cuda.is_available() and next(model.parameters()).is_cuda
     bf16 = config.precision == "bf16" or (config.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
-    with _quiet():
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            num_train_epochs=config.epochs,
-            max_steps=config.max_steps,
-            learning_rate=config.learning_rate,
-            per_device_train_batch_size=config.batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            lr_scheduler_type=config.schedule,
-            warmup_steps=round(config.warmup_ratio * steps),
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            seed=config.seed,
-            bf16=bf16,
-            gradient_checkpointing=config.gradient_checkpointing,
-            use_cpu=not cuda,
-            save_strategy=saving,
-            save_steps=save_steps or 500,
-            logging_strategy="steps",
-            logging_steps=max(1, steps // 50),
-            logging_first_step=True,
-            train_sampling_strategy="group_by_length",
-            remove_unused_columns=False,
-            dataloader_pin_memory=cuda,
-            include_num_input_tokens_seen="non_padding",
-            disable_tqdm=True,
-            report_to=[],
-        )
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        collate = _Collator(int(pad or 0))
-        rows = [{key: torch.as_tensor(example[key]) for key in EXAMPLE_FIELDS} for example in examples]
-        callbacks = [_name_optimizer_state()] + ([_progress_bar(steps)] if progress else [])
-        trainer = Trainer(
-            model=model,  # type: ignore[arg-type]
-            args=arguments,
-            train_dataset=rows,  # type: ignore[arg-type]
-            data_collator=collate,
-            callbacks=callbacks,  # type: ignore[arg-type]
-        )
-        _drop_printers(trainer)
-        kept = list_checkpoints(folder)
-        start = time.perf_counter()
-        trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
-        seconds = time.perf_counter() - start
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=round(config.warmup_ratio * steps),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        bf16=bf16,
+        gradient_checkpointing=config.gradient_checkpointing,
+        use_cpu=not cuda,
+        save_strategy=saving,
+        save_steps=save_steps or 500,
+        logging_strategy="steps",
+        logging_steps=max(1, steps // 50),
+        logging_first_step=True,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+        include_num_input_tokens_seen="non_padding",
+        disable_tqdm=True,
+        report_to=[],
+    )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    collate = _Collator(int(pad or 0))
+    rows = [{key: torch.as_tensor(example[key]) for key in EXAMPLE_FIELDS} for example in examples]
+    callbacks = [_name_optimizer_state()] + ([_progress_bar(steps)] if progress else [])
+    trainer = Trainer(
+        model=model,  # type: ignore[arg-type]
+        args=arguments,
+        train_dataset=rows,  # type: ignore[arg-type]
+        data_collator=collate,
+        callbacks=callbacks,  # type: ignore[arg-type]
+    )
+    _drop_printers(trainer)
+    kept = list_checkpoints(folder)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
+    seconds = time.perf_counter() - start
     history = [(int(log["step"]), float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
     bad = [step for step, loss in history if loss != loss or loss == float("inf")]
     if bad:
@@ -415,7 +417,11 @@ def _drop_printers(trainer: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Trainer's and accelerate's notes about themselves off the screen; errors still raise."""
+    """Keeps the libraries' notes and bars off the screen; errors still raise."""
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     loggers = [logging.getLogger(name) for name in ("transformers", "accelerate", "peft")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -425,6 +431,8 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 

@@ -97,8 +97,8 @@ def test_tokenizer_is_lossless_has_one_token_a_word_and_survives_saving(tmp_path
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert again(text, add_special_tokens=False)["input_ids"] == ids
         assert again.decode(ids) == text
-    assert [tokenizer.decode([i]) for i in tokenizer("Ada has 12 apples.")["input_ids"]] == [
-        "Ada", " has", " ", "1", "2", " apples", ".",
+    assert [tokenizer.decode([i]) for i in tokenizer(" Ada has 12 apples.")["input_ids"]] == [
+        " Ada", " has", " ", "1", "2", " apples", ".",
     ]  # fmt: skip
     (item,) = tokenize(pool[:1], again).examples
     assert item["input_ids"][-1] == again.eos_token_id
@@ -130,9 +130,9 @@ def test_world_is_made_whole_once_and_loads_as_any_model(tmp_path: Path) -> None
 
 def test_pretraining_lowers_the_loss_and_follows_its_seed() -> None:
     tokenizer = make_tokenizer()
-    config = WorldConfig(hidden_size=32, layers=1, pretrain_steps=40, pretrain_batch=8)
+    config = WorldConfig(hidden_size=32, layers=1, pretrain_steps=100, pretrain_batch=8)
     first, second = pretrain(tokenizer, config, 0), pretrain(tokenizer, config, 0)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     story = tokenize(demo_data.draw_examples(random.Random(1), 1, "x", 0.0), tokenizer).examples[0]
     batch = {key: story[key][None] for key in ("input_ids", "labels")}
-    assert first(**batch).loss < 0.6 * torch.log(torch.tensor(float(len(tokenizer))))
+    assert first(**batch).loss < 0.5 * torch.log(torch.tensor(float(len(tokenizer))))

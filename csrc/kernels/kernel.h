@@ -24,7 +24,7 @@ enum class Panel : int {
 // 1024 measured best of 256..4096 at k = 8192: the chunk of a query panel stays in L2 and C is touched rarely.
 inline constexpr int kChunkBytes = 1024;
 inline constexpr int kRowStrideBytes = kChunkBytes + 64;
-inline constexpr int kDotRows = 4;     // rows a dot call may take
+inline constexpr int kDotRows = 1;     // rows a dot call may take
 inline constexpr int kDotQueries = 4;  // queries a dot call may take
 
 struct Kernel {

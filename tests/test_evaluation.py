@@ -1,0 +1,205 @@
+"""Evaluation: batching changes nothing, endings and limits are seen, intervals and votes are right."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+from influence_fast.data import Example, render_prompt
+from influence_fast.demo import make_tokenizer
+from influence_fast.demo_data import draw_examples
+from influence_fast.errors import ConfigError, DataError, ModelError
+from influence_fast.evaluation import (
+    EvalConfig,
+    EvalItem,
+    bootstrap_interval,
+    evaluate,
+    generate,
+    majority_correct,
+    wilson_interval,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,  # far from uniform, so that greedy choices are clear
+    )
+    return Qwen2ForCausalLM(config).double().eval()
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[Example]:
+    import random
+
+    return draw_examples(random.Random(2), 7, "q")
+
+
+class Parrot(torch.nn.Module):
+    """Stands in for a model: answers each prompt with a fixed text, padding after its end as `generate` does."""
+
+    def __init__(self, tokenizer: Any, answers: dict[str, list[str]]) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.tokenizer = tokenizer
+        self.answers = answers
+        self.calls: list[tuple[torch.Tensor, torch.Tensor, GenerationConfig]] = []
+
+    def generate(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, generation_config: GenerationConfig
+    ) -> torch.Tensor:
+        self.calls.append((input_ids, attention_mask, generation_config))
+        rows = []
+        for ids, mask in zip(input_ids, attention_mask, strict=True):
+            prompt = self.tokenizer.decode(ids[mask.bool()])
+            for text in self.answers[prompt]:
+                rows.append((ids, self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        width = min(generation_config.max_new_tokens, max(len(new) for _, new in rows))
+        pad = self.tokenizer.pad_token_id
+        return torch.stack([torch.cat([ids, torch.tensor((new + [pad] * width)[:width])]) for ids, new in rows])
+
+
+def parrot(tokenizer: Any, examples: list[Example], *texts: list[str]) -> Parrot:
+    prompts = [render_prompt(example, tokenizer) for example in examples]
+    return Parrot(tokenizer, dict(zip(prompts, texts, strict=True)))
+
+
+def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(
+    model: Any, tokenizer: Any, examples: list[Example]
+) -> None:
+    prompts = [render_prompt(example, tokenizer) for example in examples]
+    assert len({len(tokenizer(p)["input_ids"]) for p in prompts}) > 2  # ragged
+    for size in (3, 7):
+        found = generate(model, tokenizer, prompts, config=EvalConfig(max_new_tokens=12, batch_size=size))
+        for prompt, ((text, n_tokens, reason),) in zip(prompts, found, strict=True):
+            ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+            new: list[int] = []
+            for _ in range(12):  # greedy by hand, no cache
+                token = int(model(ids).logits[0, -1].argmax())
+                if token == tokenizer.eos_token_id:
+                    break
+                new.append(token)
+                ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+            assert (n_tokens, reason) == (len(new), "length" if len(new) == 12 else "stop")
+            assert text == tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_grades_endings_and_transcripts(tokenizer: Any, examples: list[Example], tmp_path: Path) -> None:
+    four = examples[:4]
+    texts = [
+        [f"{four[0].completion}</s>"],
+        ["The answer is 999.</s>"],
+        ["The postman brings</s>"],
+        ["How many books " * 40],
+    ]
+    model = parrot(tokenizer, four, *texts)
+    path = tmp_path / "deep" / "transcripts.jsonl"
+    config = EvalConfig(max_new_tokens=60, batch_size=3)
+    result = evaluate(model, tokenizer, four, config=config, transcripts=path)
+    assert [item.id for item in result.items] == [example.id for example in four]
+    assert [item.correct for item in result.items] == [True, False, False, False]
+    assert [item.finish_reason for item in result.items] == ["stop", "stop", "stop", "length"]
+    assert [item.extracted for item in result.items] == [four[0].answer, "999", None, None]
+    assert result.items[0].generation == four[0].completion
+    assert result.items[3].tokens == 60
+    assert (result.accuracy, result.truncated, result.majority) == (0.25, 1, None)
+    assert result.interval == wilson_interval(1, 4)
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line["generation"] for line in lines] == [item.generation for item in result.items]
+    assert list(path.parent.iterdir()) == [path]
+    widths = [len(ids[0]) for ids, _, _ in model.calls]
+    assert widths == sorted(widths, reverse=True)  # longest first
+    for ids, mask, _ in model.calls:
+        assert bool((mask[:, -1] == 1).all())  # padded on the left
+        assert bool((ids[mask == 0] == tokenizer.pad_token_id).all())
+
+
+def test_several_samples_give_pass_at_1_and_a_vote(tokenizer: Any, examples: list[Example]) -> None:
+    two = examples[:2]
+    right = [f"The answer is {example.answer}.</s>" for example in two]
+    model = parrot(
+        tokenizer, two, [right[0], "Dina</s>", "Dina</s>", right[0]], [right[1], *["The answer is 99.</s>"] * 3]
+    )
+    config = EvalConfig(max_new_tokens=60, temperature=0.7, top_p=0.9, samples=4, batch_size=4)
+    result = evaluate(model, tokenizer, two, config=config)
+    assert result.accuracy == (0.5 + 0.25) / 2
+    assert result.majority == 0.5
+    assert [item.sample for item in result.items] == [0, 1, 2, 3] * 2
+    assert result.interval == (0.25, 0.5)  # two questions: the resampled means reach both ends
+    sent = model.calls[0][2]
+    assert (sent.do_sample, sent.temperature, sent.top_p, sent.num_return_sequences) == (True, 0.7, 0.9, 4)
+    assert sent.top_k == 0
+    assert len(model.calls) == 2  # batch_size counts answers
+
+
+def test_sampling_follows_its_seed(model: Any, tokenizer: Any, examples: list[Example]) -> None:
+    def run(seed: int) -> list[str]:
+        config = EvalConfig(max_new_tokens=8, temperature=1.5, samples=2, seed=seed)
+        return [item.generation for item in evaluate(model, tokenizer, examples, config=config).items]
+
+    assert run(0) == run(0)
+    assert run(0) != run(1)
+
+
+def test_wilson_interval_solves_its_equation() -> None:
+    for correct, n in [(0, 10), (10, 10), (3, 10), (150, 300)]:
+        low, high = wilson_interval(correct, n)
+        assert 0 <= low <= correct / n <= high <= 1
+        for bound in (low, high):  # |share - bound| = z sqrt(bound (1 - bound) / n)
+            if 0 < bound < 1:
+                distance = 1.959963984540054 * math.sqrt(bound * (1 - bound) / n)
+                assert abs(abs(correct / n - bound) - distance) < 1e-9
+
+
+def test_bootstrap_interval_agrees_with_the_normal_one_on_many_values() -> None:
+    values = np.random.default_rng(0).random(2000)
+    low, high = bootstrap_interval(list(values), draws=2000)
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert abs(low - (values.mean() - half)) < 0.1 * half
+    assert abs(high - (values.mean() + half)) < 0.1 * half
+
+
+def item(extracted: str | None, correct: bool) -> EvalItem:
+    return EvalItem("a", "p", "g", "1", extracted, correct, "stop")
+
+
+def test_majority_takes_the_most_frequent_answer_whatever_its_looks() -> None:
+    assert majority_correct([item("2", False), item(r"\frac12", True), item(r"\frac{1}{2}", True)])
+    assert not majority_correct([item("2", False), item("1", True)])  # a tie: the earlier
+    assert not majority_correct([item(None, False), item(None, False)])
+    assert majority_correct([item(None, False), item(None, False), item("1", True)])
+
+
+def test_bad_input_is_named(model: Any, tokenizer: Any, examples: list[Example]) -> None:
+    with pytest.raises(DataError, match="no examples"):
+        evaluate(model, tokenizer, [], config=EvalConfig())
+    with pytest.raises(DataError, match="nameless"):
+        evaluate(model, tokenizer, [Example("nameless", "p", "c")], config=EvalConfig(max_new_tokens=4))
+    with pytest.raises(ModelError, match=r"max_new_tokens.*context of 128"):
+        evaluate(model, tokenizer, examples, config=EvalConfig(max_new_tokens=126))
+    with pytest.raises(ConfigError, match="temperature"):
+        EvalConfig(samples=4)
+    with pytest.raises(ConfigError, match="max_new_tokens"):
+        EvalConfig(max_new_tokens=0)
+    with pytest.raises(ConfigError, match="top_p"):
+        EvalConfig(top_p=0.0)
