@@ -87,8 +87,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--store", help="folder of the gradient store (default: OUTPUT with .store)")
     sub.add_argument("--queries", default="own_answers", help="own_answers (default) or reference")
     sub.add_argument("--fallback", help="reference: let the solutions stand in where no own answer is correct")
-    sub.add_argument("--preconditioner", default="fisher", help="fisher (default), none or cosine")
-    sub.add_argument("--damping", type=float, default=0.1, help="share of the mean eigenvalue (default 0.1)")
+    sub.add_argument(
+        "--preconditioner", default="fisher", help="fisher (default), ekfac, datainf, adam, cosine or none"
+    )
+    sub.add_argument("--damping", type=_damping, default=0.1, help="share of the mean eigenvalue (0.1), or auto")
+    sub.add_argument("--optimizer", help="checkpoint whose Adam state 'adam' reads (default: moments of the rows)")
     sub.add_argument("--dim", type=int, default=16, help="projection dim p (default 16)")
     sub.add_argument("--width", type=int, help="sketch each row to this many numbers")
     sub.add_argument("--max-new-tokens", type=int, help="limit of a generated answer")
@@ -144,6 +147,13 @@ def _data(sub: argparse.ArgumentParser, option: str, help: str) -> None:
     sub.add_argument("--limit", type=int)
     sub.add_argument("--max-length", type=int, help="longer examples are left out and listed")
     sub.add_argument("--truncate", action="store_true", help="cut longer examples instead")
+
+
+def _damping(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # "auto", or a word that the preconditioners refuse by name
 
 
 def _quiet_libraries() -> None:
@@ -246,7 +256,7 @@ def _train(args: Any) -> None:
 
 def _score(args: Any) -> None:
     from influence_fast import pipeline
-    from influence_fast.config import QUERY_KINDS, GradientConfig, InfluenceConfig
+    from influence_fast.config import QUERY_KINDS, GradientConfig, InfluenceConfig, check_influence
     from influence_fast.data import load_examples
     from influence_fast.errors import did_you_mean
     from influence_fast.preconditioners import PRECONDITIONERS
@@ -256,6 +266,9 @@ def _score(args: Any) -> None:
     if args.preconditioner not in PRECONDITIONERS:
         hint = did_you_mean(args.preconditioner, PRECONDITIONERS)
         raise ConfigError(f"--preconditioner: unknown value {args.preconditioner!r}; {hint}")
+    gradients = GradientConfig(dim=args.dim, width=args.width)
+    influence = InfluenceConfig(preconditioner=args.preconditioner, damping=args.damping, optimizer=args.optimizer)
+    check_influence(influence, gradients)
     model, tokenizer = _load_model(args)
     pool = _tokenize(args, _load_data(args), tokenizer)
     validation = load_examples(args.validation)
@@ -269,8 +282,8 @@ def _score(args: Any) -> None:
         pool,
         queries,
         Path(args.store or f"{args.output}.store"),
-        GradientConfig(dim=args.dim, width=args.width),
-        InfluenceConfig(preconditioner=args.preconditioner, damping=args.damping),
+        gradients,
+        influence,
         progress=not args.quiet,
     )
     table.save(args.output)

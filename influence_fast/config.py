@@ -15,7 +15,7 @@ from typing import Any
 
 from influence_fast.errors import ConfigError, did_you_mean
 from influence_fast.evaluation import EvalConfig
-from influence_fast.preconditioners import PRECONDITIONERS
+from influence_fast.preconditioners import AUTO, PRECONDITIONERS, Damping, check_damping
 from influence_fast.projection import Projection
 from influence_fast.pruning import STRATEGIES
 from influence_fast.training import LoraSettings, TrainConfig
@@ -87,11 +87,13 @@ class InfluenceConfig:
     `queries: own_answers` uses the model's own answers to the validation questions, split into correct and
     incorrect (the paper's s_C and s_I); `reference` uses the reference solutions as the correct group alone.
     `fallback: reference` lets the reference solutions stand in for the correct group where the model got every
-    question wrong; without it that is an error.
+    question wrong; without it that is an error. `damping` is a share of the mean eigenvalue, or `auto` (picked on
+    held-out rows); `optimizer`, a checkpoint folder with Adam's state, is where `adam` reads second moments.
     """
 
     preconditioner: str = "fisher"
-    damping: float = 0.1
+    damping: Damping = 0.1
+    optimizer: str | None = None
     queries: str = "own_answers"
     fallback: str | None = None
 
@@ -126,6 +128,7 @@ class RunConfig:
         _one_of("gradients.store_dtype", self.gradients.store_dtype, ("fp32", "bf16", "int8"))
         _one_of("gradients.loss_reduction", self.gradients.loss_reduction, ("mean", "sum"))
         _one_of("influence.preconditioner", self.influence.preconditioner, PRECONDITIONERS)
+        check_influence(self.influence, self.gradients)
         _one_of("influence.queries", self.influence.queries, QUERY_KINDS)
         if self.influence.fallback is not None:
             _one_of("influence.fallback", self.influence.fallback, ("reference",))
@@ -138,6 +141,23 @@ class RunConfig:
             raise ConfigError("data: give a validation source, or holdout_validation to hold some of the pool out")
         if self.data.test is None and self.data.holdout_test < 1:
             raise ConfigError("data: give a test source, or holdout_test to hold some of the pool out")
+
+
+def check_influence(influence: InfluenceConfig, gradients: GradientConfig) -> None:
+    """ConfigError for settings that do not fit together, before any work is done for them."""
+    try:
+        check_damping(influence.damping)
+    except ConfigError as error:
+        raise ConfigError(f"influence.damping: {error}") from None
+    if influence.optimizer is not None and influence.preconditioner != "adam":
+        raise ConfigError("influence.optimizer is read by preconditioner 'adam' only; choose that, or leave it out")
+    if influence.optimizer is not None and influence.damping == AUTO:
+        raise ConfigError("influence.damping: 'auto' cannot be picked for an optimizer's own moments; give a number")
+    if influence.preconditioner == "ekfac" and gradients.width is not None:
+        raise ConfigError(
+            "influence.preconditioner: 'ekfac' needs a block for each LoRA factor, which a sketch to gradients.width "
+            "mixes: leave the width out, or use 'fisher' or 'datainf'"
+        )
 
 
 def load_config(path: str | Path) -> RunConfig:
@@ -260,9 +280,10 @@ def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
     def source(value: Any) -> Any:
         return None if value is None else dataclasses.replace(value, path=local(value.path))
 
-    data = config.data
+    data, optimizer = config.data, config.influence.optimizer
     return dataclasses.replace(
         config,
+        influence=dataclasses.replace(config.influence, optimizer=None if optimizer is None else local(optimizer)),
         model=dataclasses.replace(config.model, path=local(config.model.path)),
         data=dataclasses.replace(
             data, pool=source(data.pool), validation=source(data.validation), test=source(data.test)

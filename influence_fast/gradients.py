@@ -51,7 +51,7 @@ def per_example_gradients(
     with GradientEngine(model, projection, loss_reduction, backend) as engine:
         dtype, device = engine.reducer.dtype, engine.device
         out = torch.empty(len(examples), engine.width, dtype=dtype, device=device)
-        for pack in _packs(engine, examples, max_tokens):
+        for pack in packs_for(engine, examples, max_tokens):
             rows, _ = engine.run(pack)
             out[pack.indices] = rows
     bad = out.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist()
@@ -78,7 +78,7 @@ def iter_gradient_rows(
     Rows come in packing order and may hold NaN or infinite numbers; the caller decides what to do with those.
     """
     with GradientEngine(model, projection, loss_reduction, backend) as engine:
-        for pack in _packs(engine, examples, max_tokens):
+        for pack in packs_for(engine, examples, max_tokens):
             rows, _ = engine.run(pack)
             yield pack.indices, rows.cpu()
 
@@ -92,12 +92,13 @@ def per_example_losses(
     """
     with GradientEngine(model, None, loss_reduction) as engine:
         out = torch.empty(len(examples), dtype=engine.reducer.dtype)
-        for pack in _packs(engine, examples, None):
+        for pack in packs_for(engine, examples, None):
             out[pack.indices] = engine.losses(pack).cpu()
     return out
 
 
-def _packs(engine: GradientEngine, examples: Sequence[Mapping[str, Any]], max_tokens: int | None) -> list[Pack]:
+def packs_for(engine: GradientEngine, examples: Sequence[Mapping[str, Any]], max_tokens: int | None) -> list[Pack]:
+    """The examples, checked against the engine's model and packed for it; raises as `per_example_gradients`."""
     check_examples(examples)
     vocab = engine.base.get_input_embeddings().weight.shape[0]
     for index, example in enumerate(examples):

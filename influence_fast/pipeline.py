@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 
 from influence_fast import doctor, pruning, scoring
+from influence_fast.adam import adam_moments
 from influence_fast.building import build_store
 from influence_fast.config import GradientConfig, InfluenceConfig, RunConfig, Source, to_dict
 from influence_fast.data import Example, TokenizedSet, load_examples, load_rows, save_examples, tokenize
 from influence_fast.errors import ConfigError, DataError, listing
 from influence_fast.evaluation import EvalConfig, evaluate
 from influence_fast.gradients import per_example_gradients, per_example_losses
+from influence_fast.lora import gradient_layout
 from influence_fast.models import load_model, load_tokenizer
 from influence_fast.packing import IGNORED
 from influence_fast.report import save_results, write_report
@@ -472,9 +474,17 @@ def score_pool(
         )
     with timed("query gradients"):
         rows = per_example_gradients(model, tokenize(queries.examples, tokenizer).examples, **options).cpu()
+    moments = None
+    if influence.optimizer is not None:
+        moments = adam_moments(influence.optimizer, gradient_layout(model), projection=gradients.projection)
     with timed("inner products and ranks"):
         table = scoring.influence_scores(
-            store, rows, queries.groups, preconditioner=influence.preconditioner, damping=influence.damping
+            store,
+            rows,
+            queries.groups,
+            preconditioner=influence.preconditioner,
+            damping=influence.damping,
+            moments=moments,
         )
     by_id = {example["id"]: example for example in pool}
     stored = [by_id[name] for name in table.ids]

@@ -1,7 +1,14 @@
 """The H^-1 of I(d, v) = grad l(v)^T H^-1 grad l(d), fitted on training rows and applied to the few query rows.
 
-A preconditioner is a function from (training row blocks, layout) to an object with `apply(queries) -> queries`;
-add one by writing it and registering its name in `PRECONDITIONERS`.
+    none      plain gradient dot product (TracIn at one checkpoint)
+    cosine    the same between unit-norm rows
+    adam      diag(sqrt(v) + eps), the optimizer's second moments (`adam.py`)
+    fisher    damped empirical Fisher of each module (`fisher.py`)
+    ekfac     eigenvalue-corrected Kronecker factors of each LoRA factor (`ekfac.py`)
+    datainf   mean of the inverses of each row's damped outer product (`datainf.py`)
+
+A preconditioner is a function from (training rows, damping) to an object with `normalize` and
+`apply(queries) -> queries`; add one by writing it and registering its name in `PRECONDITIONERS`.
 """
 
 from __future__ import annotations
@@ -12,10 +19,34 @@ from typing import Protocol
 
 import torch
 
-from influence_fast.errors import ConfigError, NumericError, did_you_mean
+from influence_fast.adam import Adam, adam_moments, fit_adam
+from influence_fast.damping import AUTO, MAX_DENSE, Damping, RowBlocks, check_damping
+from influence_fast.datainf import DataInf, fit_datainf
+from influence_fast.ekfac import Ekfac, fit_ekfac
+from influence_fast.errors import ConfigError, DataError, did_you_mean
+from influence_fast.fisher import Fisher, fit_fisher
+from influence_fast.lora import LayoutEntry
 
-# Above this width a dense k x k Fisher no longer fits beside the work (8192^2 fp64 is 512 MiB).
-MAX_DENSE = 8192
+__all__ = [
+    "AUTO",
+    "MAX_DENSE",
+    "PRECONDITIONERS",
+    "Adam",
+    "Damping",
+    "DataInf",
+    "Ekfac",
+    "Fisher",
+    "Identity",
+    "Preconditioner",
+    "TrainingRows",
+    "adam_moments",
+    "check_damping",
+    "fit",
+    "fit_adam",
+    "fit_datainf",
+    "fit_ekfac",
+    "fit_fisher",
+]
 
 
 class Preconditioner(Protocol):
@@ -42,59 +73,19 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Fisher:
-    """Damped empirical Fisher, block by block: (F_b + lambda_b I)^-1, F_b = mean of g_b g_b^T over training rows.
+class TrainingRows:
+    """What a preconditioner is fitted on.
 
-    A block is one module's factors (both sides), so correlations inside a module are seen and those between modules
-    are not; TRAK (Park et al. 2023) and LoGra (Choe et al. 2024) use the same form on their projections.
-    lambda_b is `damping` times the mean eigenvalue of F_b, so one number serves blocks of every scale.
+    row_blocks: each call is one pass over the training rows, in pieces [n, k].
+    blocks: [start, end) of each module's numbers in a row, in order and without gaps.
+    factors: each LoRA factor's shape and offset in a row; None where rows have no such blocks (a sketch).
+    moments: [k] an optimizer's second moments in the coordinates of a row, if there are any.
     """
 
-    blocks: list[tuple[int, int]]  # [start, end) of each block in a row
-    factors: list[torch.Tensor]  # lower Cholesky factor of each damped block, fp64
-    normalize: bool = False
-
-    def apply(self, queries: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(queries)
-        for (start, end), factor in zip(self.blocks, self.factors, strict=True):
-            block = queries[:, start:end].to(torch.float64)
-            out[:, start:end] = torch.cholesky_solve(block.T, factor).T.to(queries.dtype)
-        return out
-
-
-def fit_fisher(
-    row_blocks: Callable[[], Iterable[torch.Tensor]], blocks: list[tuple[int, int]], damping: float
-) -> Fisher:
-    """Fits `Fisher` in one pass; `row_blocks()` yields [n, k] pieces of the training rows."""
-    if damping <= 0:
-        raise ConfigError(f"damping must be above 0, not {damping}: it is a share of the mean eigenvalue")
-    widest = max(end - start for start, end in blocks)
-    if widest > MAX_DENSE:
-        raise ConfigError(
-            f"a Fisher block of {widest} numbers is too wide for a dense factorisation (limit {MAX_DENSE}): "
-            "use a smaller projection dim or width, or preconditioner 'cosine'"
-        )
-    sums = [torch.zeros(end - start, end - start, dtype=torch.float64) for start, end in blocks]
-    count = 0
-    for rows in row_blocks():
-        count += rows.shape[0]
-        for total, (start, end) in zip(sums, blocks, strict=True):
-            block = rows[:, start:end].to(torch.float64)
-            total.addmm_(block.T, block)
-    if count == 0:
-        raise ConfigError("preconditioner 'fisher' needs at least one training row to be fitted on")
-    factors = []
-    for total, (start, end) in zip(sums, blocks, strict=True):
-        total /= count
-        mean_eigenvalue = float(total.diagonal().mean())
-        if not mean_eigenvalue < float("inf"):
-            raise NumericError("the training rows hold NaN or infinite numbers; rebuild the store")
-        # an all-zero block has no scale of its own; any positive damping leaves its (zero) scores zero
-        ridge = damping * mean_eigenvalue or 1.0
-        total.diagonal().add_(ridge)
-        factors.append(torch.linalg.cholesky(total))
-        assert end > start
-    return Fisher(blocks, factors)
+    row_blocks: RowBlocks
+    blocks: list[tuple[int, int]]
+    factors: list[LayoutEntry] | None = None
+    moments: torch.Tensor | None = None
 
 
 def fit(
@@ -102,18 +93,42 @@ def fit(
     row_blocks: Callable[[], Iterable[torch.Tensor]],
     blocks: list[tuple[int, int]],
     *,
-    damping: float = 0.1,
+    damping: Damping = 0.1,
+    factors: list[LayoutEntry] | None = None,
+    moments: torch.Tensor | None = None,
 ) -> Preconditioner:
-    """Fits the preconditioner called `name`; ConfigError names the nearest one if there is none."""
+    """Fits the preconditioner called `name`.
+
+    Args:
+        row_blocks, blocks, factors, moments: see `TrainingRows`. "ekfac" needs `factors`; "adam" uses `moments`, or
+            else those of the rows.
+        damping: share of the mean eigenvalue of each block that is added to its eigenvalues, or "auto" (see
+            `damping.py`). Not used by "none" and "cosine".
+
+    Raises:
+        ConfigError: an unknown name (the nearest one is given), a damping that is not above 0, or rows that do not
+            fit the preconditioner.
+        DataError: the rows and the blocks are of different widths.
+        NumericError: the rows hold NaN or infinite numbers.
+    """
     if name not in PRECONDITIONERS:
         raise ConfigError(f"unknown preconditioner {name!r}; {did_you_mean(name, PRECONDITIONERS)}")
-    return PRECONDITIONERS[name](row_blocks, blocks, damping)
+    width = blocks[-1][1]
+
+    def checked() -> Iterable[torch.Tensor]:
+        for rows in row_blocks():
+            if rows.ndim != 2 or rows.shape[1] != width:
+                raise DataError(f"training rows of shape {tuple(rows.shape)} do not fit blocks of {width} numbers")
+            yield rows
+
+    return PRECONDITIONERS[name](TrainingRows(checked, blocks, factors, moments), damping)
 
 
-PRECONDITIONERS: dict[
-    str, Callable[[Callable[[], Iterable[torch.Tensor]], list[tuple[int, int]], float], Preconditioner]
-] = {
-    "none": lambda row_blocks, blocks, damping: Identity(),
-    "cosine": lambda row_blocks, blocks, damping: Identity(normalize=True),
-    "fisher": fit_fisher,
+PRECONDITIONERS: dict[str, Callable[[TrainingRows, Damping], Preconditioner]] = {
+    "none": lambda rows, damping: Identity(),
+    "cosine": lambda rows, damping: Identity(normalize=True),
+    "adam": lambda rows, damping: fit_adam(rows.row_blocks, rows.blocks, damping, rows.moments),
+    "fisher": lambda rows, damping: fit_fisher(rows.row_blocks, rows.blocks, damping),
+    "ekfac": lambda rows, damping: fit_ekfac(rows.row_blocks, rows.factors, damping),
+    "datainf": lambda rows, damping: fit_datainf(rows.row_blocks, rows.blocks, damping),
 }

@@ -21,8 +21,9 @@ def influence_scores(
     groups: Mapping[str, Sequence[int]],
     *,
     preconditioner: str = "fisher",
-    damping: float = 0.1,
+    damping: preconditioners.Damping = 0.1,
     blocks: list[tuple[int, int]] | None = None,
+    moments: torch.Tensor | None = None,
 ) -> ScoreTable:
     """Scores every row of `store` against groups of query gradients.
 
@@ -34,8 +35,10 @@ def influence_scores(
         groups: name -> row numbers of `queries`; the paper's are "correct" and "incorrect". An empty group is left
             out of the table.
         preconditioner: see `preconditioners.PRECONDITIONERS`.
-        damping: share of a block's mean eigenvalue added to its diagonal ("fisher").
-        blocks: [start, end) of the blocks "fisher" inverts one by one; by default those of the store's modules.
+        damping: share of a block's mean eigenvalue added to its eigenvalues, or "auto" (see `damping`).
+        blocks: [start, end) of the blocks that are damped one by one ("fisher" inverts them whole); by default those
+            of the store's modules.
+        moments: [k] second moments for "adam" (see `adam.adam_moments`); by default those of the store's rows.
 
     Returns:
         For each group g: `s_g` (mean influence), `rank_g` (rank of that mean, 1 = lowest, ties averaged) and
@@ -54,7 +57,12 @@ def influence_scores(
     if not used:
         raise DataError("there is no query to score against: every group is empty")
     fitted = preconditioners.fit(
-        preconditioner, lambda: _row_blocks(store), blocks or blocks_of(store), damping=damping
+        preconditioner,
+        lambda: _row_blocks(store),
+        blocks or blocks_of(store),
+        damping=damping,
+        factors=factors_of(store),
+        moments=moments,
     )
     result = inner_products(
         store,
@@ -74,13 +82,15 @@ def influence_scores(
 
 def blocks_of(store: Store) -> list[tuple[int, int]]:
     """[start, end) of each module in the store's rows; one block where the whole row was sketched."""
-    if not store.manifest.modules:
-        return [(0, store.width)]
-    if store.identity.projection_width is not None:
-        return [(0, store.width)]
-    return module_blocks(
-        [LayoutEntry(m.module, m.factor, (m.shape[0], m.shape[1]), m.offset) for m in store.manifest.modules]
-    )
+    factors = factors_of(store)
+    return [(0, store.width)] if factors is None else module_blocks(factors)
+
+
+def factors_of(store: Store) -> list[LayoutEntry] | None:
+    """Each LoRA factor's shape and offset in the store's rows; None where the whole row was sketched or is unknown."""
+    if not store.manifest.modules or store.identity.projection_width is not None:
+        return None
+    return [LayoutEntry(m.module, m.factor, (m.shape[0], m.shape[1]), m.offset) for m in store.manifest.modules]
 
 
 def module_blocks(layout: list[LayoutEntry]) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from influence_fast.engine import GradientEngine
 from influence_fast.errors import DataError, NumericError, listing
-from influence_fast.gradients import _packs
+from influence_fast.gradients import packs_for
 from influence_fast.lora import LayoutEntry, LoraLinear, layout_width
 from influence_fast.packing import example_name
 from influence_fast.reduction import Reducer
@@ -91,7 +91,7 @@ def _score(
     from rich.console import Console
     from rich.progress import track
 
-    packs = _packs(engine, [examples[i] for i in places], max_tokens)
+    packs = packs_for(engine, [examples[i] for i in places], max_tokens)
     for pack in track(packs, "influence", console=Console(stderr=True), disable=not progress):
         found, _ = engine.run(pack)
         scores[[places[i] for i in pack.indices]] = found
