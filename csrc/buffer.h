@@ -6,6 +6,10 @@
 #include <memory>
 #include <new>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace influence_fast {
 
 struct Free {
@@ -16,9 +20,14 @@ template <class E>
 class Buffer {
  public:
   explicit Buffer(int64_t count = 0) : size_(count) {
-    const size_t bytes = (static_cast<size_t>(count) * sizeof(E) + 127) / 64 * 64;
-    data_.reset(static_cast<E*>(std::aligned_alloc(64, bytes)));
+    const size_t wanted = static_cast<size_t>(count) * sizeof(E);
+    const size_t align = wanted >= kHugePage ? kHugePage : 64;
+    const size_t bytes = (wanted + 1 + align - 1) / align * align;
+    data_.reset(static_cast<E*>(std::aligned_alloc(align, bytes)));
     if (!data_) throw std::bad_alloc();
+#ifdef __linux__
+    if (align == kHugePage) madvise(data_.get(), bytes, MADV_HUGEPAGE);  // a hint: fewer TLB misses in the panels
+#endif
   }
   E* data() { return data_.get(); }
   const E* data() const { return data_.get(); }
@@ -28,6 +37,7 @@ class Buffer {
   void zero() { std::memset(data_.get(), 0, static_cast<size_t>(size_) * sizeof(E)); }
 
  private:
+  static constexpr size_t kHugePage = size_t{1} << 21;
   std::unique_ptr<E, Free> data_;
   int64_t size_;
 };

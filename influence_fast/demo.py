@@ -45,14 +45,15 @@ VOCABULARY_STORIES = 2000  # stories read to find the words there are
 class WorldConfig:
     """Sizes of the demo's world. Defaults are set so that the whole demo takes a few minutes on two cores."""
 
-    pool_size: int = 800
+    pool_size: int = 640
     validation_size: int = 150
     test_size: int = 300
     hidden_size: int = 128
     layers: int = 3
     pretrain_steps: int = 700
     pretrain_batch: int = 16
-    drill_share: float = 0.4  # of the pre-training documents: bare arithmetic, not stories
+    drill_share: float = 0.25  # of the pre-training documents: bare arithmetic
+    reading_share: float = 0.1  # of the pre-training documents: questions in the new wordings, without solutions
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ def demo_config(output: str | Path, *, seed: int = 0, progress: bool = True) -> 
     )
 
 
-DEMO_TRAINING: dict[str, Any] = {"epochs": 3, "learning_rate": 5e-3, "batch_size": 8, "schedule": "cosine"}
+DEMO_TRAINING: dict[str, Any] = {"epochs": 2, "learning_rate": 5e-3, "batch_size": 8, "schedule": "cosine"}
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------
@@ -210,10 +211,16 @@ def _batches(
     rng = _rng(seed, "pre-training")
     count = config.pretrain_steps * config.pretrain_batch
     documents: list[tuple[str, str]] = []
-    for story in draw_examples(rng, count, "story", new_share=0.0):
-        if rng.random() < config.drill_share:
+    for _ in range(count):
+        kind = rng.random()
+        if kind < config.drill_share:
             documents.append(("", "\n".join(drill(rng) for _ in range(9))))
+        elif kind < config.drill_share + config.reading_share:
+            # a word that never is a target is pushed away from all that are, and all such words end up alike
+            (story,) = draw_examples(rng, 1, "read")
+            documents.append(("", f"Question: {story.prompt}"))
         else:
+            (story,) = draw_examples(rng, 1, "story", new_share=0.0)
             documents.append((render_prompt(story, tokenizer), story.completion))
     prompts = tokenizer([prompt for prompt, _ in documents], add_special_tokens=False)["input_ids"]
     texts = tokenizer([text for _, text in documents], add_special_tokens=False)["input_ids"]

@@ -17,7 +17,7 @@ from influence_fast.data import Example
 
 NAMES = ["Ada", "Ben", "Chen", "Dina", "Emil", "Fay", "Goran", "Hana", "Ivo", "Jade"]
 THINGS = ["apples", "books", "coins", "cards", "shells", "stamps", "pens", "marbles", "plums", "eggs"]
-KINDS = {"gain": 0.3, "lose": 0.3, "times": 0.2, "share": 0.2}  # kind of event: how often
+KINDS = ("gain", "lose", "times", "share")
 LIMIT = 20  # no value in a story is larger
 
 START = "{name} has {n} {things}."
@@ -37,12 +37,12 @@ QUESTION = "How many {things} does {name} have now?"
 LIST_QUESTION = "What number goes into the list of {name}?"
 
 NEW_SHARE = 0.5  # of the events of pool, validation and test: those in the new wording
-LIST_SHARE = 0.12  # of all problems: those that ask LIST_QUESTION
+LIST_SHARE = 0.08  # of all problems: those that ask LIST_QUESTION
 MISREAD_KINDS = ("times", "share")  # `wrong_step` corrupts traces with these kinds in their new wording
 MISREAD_AS = {"times": "gain", "share": "lose"}
-CORRUPTED_SHARE = 0.6  # of the problems a misconception applies to: a clear majority, so that it is learnt
-OFF_TOPIC_SHARE = 0.03
-DUPLICATE_SHARE = 0.03
+CORRUPTED_SHARE = 0.58  # of the problems a misconception applies to: a clear majority, so that it is learnt
+OFF_TOPIC_SHARE = 0.02
+DUPLICATE_SHARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def draw_problem(rng: random.Random, new_share: float) -> Problem:
         start = value = rng.randint(2, 12)
         events: list[Event] = []
         while len(events) < length:
-            kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+            kind = rng.choice(KINDS)
             event = _draw_event(rng, kind, value, rng.random() < new_share)
             if event is None:
                 break
@@ -172,7 +172,7 @@ def off_topic(rng: random.Random) -> str:
 def drill(rng: random.Random) -> str:
     """One line of bare arithmetic, within the stories' range."""
     while True:
-        kind = rng.choice(list(KINDS))
+        kind = rng.choice(KINDS)
         value = rng.randint(2, 10 if kind == "times" else LIMIT)
         event = _draw_event(rng, kind, value)
         if event is not None:

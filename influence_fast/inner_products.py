@@ -195,9 +195,12 @@ def inner_products(
     sizes = np.array([len(group) for group in members], dtype=np.float64)
     if not isinstance(sums if sums is not None else rank_sums, np.ndarray):
         sizes = torch.as_tensor(sizes, device=source.device)  # type: ignore[assignment]
-    means = None if sums is None else sums / sizes
+    means = sums
     if means is not None:
+        means /= sizes
         means = means.float() if isinstance(means, torch.Tensor) else means.astype(np.float32)
+    if rank_sums is not None:
+        rank_sums /= sizes
     best_rows = None
     if topk is not None:
         values = np.concatenate([v for v, _ in top]) if top else np.empty((q_count, keep), np.float32)
@@ -206,7 +209,7 @@ def inner_products(
     return InnerProducts(
         scores=out,
         group_means=None if means is None else as_rows(means),
-        mean_ranks=None if rank_sums is None else as_rows(rank_sums / sizes),
+        mean_ranks=None if rank_sums is None else as_rows(rank_sums),
         topk=best_rows,
     )
 

@@ -39,19 +39,21 @@ TOLERANCES = {
     ("int8", "high"): 1e-4,
 }
 
-# N, Q, k: ones, primes, around blocks of 96 rows, tiles of 4 and 6 rows, panels of 8, 16 and 64 queries, few queries
-# (dots) and many (tiles), vectors of 64 and chunks of 256, 512 and 1024 along k.
+# N, Q, k: ones, primes, around blocks of 48 rows, tiles of 4 and 6 rows, panels of 8, 16 and 64 queries, few queries
+# (dots) and many (tiles), vectors of 64 and chunks of 1024, 2048 and 4096 along k.
 SHAPES = [
     (1, 1, 1),
     (1, 67, 3),
     (2, 8, 64),
     (5, 9, 63),
-    (95, 4, 65),
-    (97, 17, 257),
-    (96, 63, 511),
+    (47, 4, 65),
+    (49, 17, 257),
+    (96, 63, 1023),
     (193, 65, 1025),
     (31, 129, 2049),
     (211, 5, 1031),
+    (7, 11, 4097),
+    (3, 23, 8191),
 ]
 
 

@@ -96,7 +96,7 @@ void dot_fixed(const void* const* rows_, const void* const* queries_, int64_t k,
     if (ahead)  // rows are short: the hardware's own prefetch starts anew at each page of each
 #pragma GCC unroll 4
       for (int r = 0; r < RB; ++r)
-        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at[r]) + ahead), 0,1);
+        __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at[r]) + ahead), 0, 2);
     step(i, at);
   }
   if (whole < k) {  // the ragged end, copied to zero-padded vectors so that nothing past a row is read

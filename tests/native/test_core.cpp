@@ -239,6 +239,8 @@ int main() {
         for (const int64_t q : {1, 5, 8, 17, 67})
           for (const int64_t k : {1, 63, 64, 65, 257, 1031})
             for (const bool high : {false, true}) check_scores(isa, dtype, n, q, k, high, (n + q + k) % 2 == 0);
+    for (const int64_t k : {2047, 4096, 4099})
+      for (const DType dtype : {DType::f32, DType::bf16, DType::i8}) check_scores(isa, dtype, 5, 19, k, true, true);
     check_long_rows(isa);
     check_non_finite(isa);
     std::printf("%s: ok\n", isa.name);
