@@ -36,4 +36,4 @@ format: install  ## rewrite the sources in the house's format
 	$(BIN)/ruff check --fix
 
 clean:  ## remove what was built (not the virtual environment)
-	rm -rf build demo-run .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build demo-run demo-run-world .pytest_cache .mypy_cache .ruff_cache

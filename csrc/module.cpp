@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cmath>
 
+#include "cuda/bind.h"
 #include "dispatch.h"
 #include "quantize.h"
 #include "ranks.h"
@@ -233,6 +234,7 @@ py::dict build_config() {
   config["available"] = available;
   config["paths"] = paths;
   config["compiler"] = IF_COMPILER;
+  config["cuda"] = cuda::config();
   return config;
 }
 
@@ -271,5 +273,6 @@ PYBIND11_MODULE(_native, m) {
         py::arg("first_row"), py::arg("threads") = 1);
   m.def("to_bf16", &bf16, py::arg("values"), py::arg("threads") = 1);
   m.def("build_config", &build_config);
+  cuda::bind(m);
   m.def("best_isa", [](const std::string& isa) { return std::string(find_isa(isa).name); }, py::arg("isa") = "");
 }

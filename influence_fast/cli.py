@@ -201,9 +201,13 @@ def _evaluation(args: Any) -> Any:
 
 
 def _demo(args: Any) -> None:
+    import torch
+
     from influence_fast.demo import demo_config
 
     _quiet_libraries()
+    # a second thread buys nothing on a model this small, and on a busy machine its waiting costs several times over
+    torch.set_num_threads(1)
     _run_config(demo_config(args.output, seed=args.seed, progress=not args.quiet), args)
 
 

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from influence_fast import demo_data
 from influence_fast.data import Example, load_examples, render_prompt, save_examples
 from influence_fast.demo_data import draw_examples, draw_pool, drill
+from influence_fast.training import TrainConfig, quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,7 +85,8 @@ def make_world(
         partial.mkdir(parents=True)
         tokenizer = make_tokenizer()
         model = pretrain(tokenizer, config, seed, progress=progress)
-        model.save_pretrained(partial / "model")
+        with quiet_libraries():
+            model.save_pretrained(partial / "model")
         tokenizer.save_pretrained(partial / "model")
         save_examples(draw_pool(_rng(seed, "pool"), config.pool_size), partial / "pool.jsonl")
         for split, size in (("validation", config.validation_size), ("test", config.test_size)):
@@ -96,27 +98,29 @@ def make_world(
     return DemoWorld(final, final / "model", pool, validation, test)
 
 
-def demo_config(output: str | Path, *, seed: int = 0, progress: bool = True) -> RunConfig:
+def demo_config(
+    output: str | Path, *, seed: int = 0, config: WorldConfig | None = None, progress: bool = True
+) -> RunConfig:
     """Makes the world beside `output` (in `<output>-world`) and returns the run over it."""
     from influence_fast.config import DataConfig, ModelConfig, RunConfig, Source
     from influence_fast.evaluation import EvalConfig
-    from influence_fast.training import TrainConfig
 
     output = Path(output)
-    world = make_world(output.with_name(f"{output.name}-world"), seed=seed, progress=progress)
+    world = make_world(output.with_name(f"{output.name}-world"), seed=seed, config=config, progress=progress)
     pool, validation, test = (Source(str(world.file(split))) for split in SPLITS)
     return RunConfig(
         output=str(output),
         title="Demo: arithmetic word problems with corrupted traces",
         model=ModelConfig(str(world.model_path)),
         data=DataConfig(pool=pool, validation=validation, test=test),
-        training=TrainConfig(**DEMO_TRAINING),
+        training=DEMO_TRAINING,
         evaluation=EvalConfig(max_new_tokens=48, batch_size=300),
         seed=seed,
     )
 
 
-DEMO_TRAINING: dict[str, Any] = {"epochs": 2, "learning_rate": 5e-3, "batch_size": 8, "schedule": "cosine"}
+# rates are those of a model of half a million parameters, not of a language model
+DEMO_TRAINING = TrainConfig(epochs=2, learning_rate=5e-3, batch_size=8)
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------
@@ -152,13 +156,11 @@ def pretrain(
 ) -> PreTrainedModel:
     """A Qwen2-shaped model that solves the known kinds of stories.
 
-    A loop of its own, not `finetune`: with Muon (Jordan et al., 2024) on the matrices it is right on 99 % of the
-    known stories after 400 steps, where AdamW alone comes to 14 % and needs four times as many.
+    A loop of its own, not `finetune`: batches are drawn as they are needed, and Muon (Jordan et al., 2024) on the
+    matrices leaves 1 % of the known stories wrong where AdamW alone, in as many steps, leaves 4 %.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.get_logger("transformers").setLevel(transformers_logging.ERROR)
     torch.manual_seed(seed)
     shape = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -172,7 +174,7 @@ def pretrain(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        initializer_range=config.hidden_size**-0.5,  # 0.02 is for wider models: 0.86 right instead of 0.96
+        initializer_range=config.hidden_size**-0.5,  # with 0.02 14 % of the known stories stay wrong, not 4 %
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
     )
     model = Qwen2ForCausalLM(shape)

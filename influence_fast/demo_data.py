@@ -1,4 +1,4 @@
-"""The demo's language: arithmetic word problems with numbered facts, some of the solutions corrupted on purpose.
+"""The demo's language: arithmetic word problems solved step by step, some of the solutions corrupted on purpose.
 
 A problem is a small story: a start value and two or three events. Each kind of event has wordings that
 pre-training knows, and one that only the fine-tuning pool, validation and test use: what it stands for is what

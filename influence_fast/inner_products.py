@@ -7,7 +7,9 @@ while a block's scores are in cache. Ranks need whole columns, so as many column
 and the rows are read once for each such set of columns. Memory above rows and results stays below 512 MiB, whatever
 N and Q (up to 20 million rows; beyond, one column and its sort are 20 bytes a row).
 
-The work is done by `influence_fast._native` (csrc/), or by `inner_products_torch` where that is missing.
+The work is done by `influence_fast._native` (csrc/), or by `inner_products_torch` where that is missing. On a CUDA
+device int8 and bf16 rows go to our kernels (`inner_products_cuda`), streamed from the host where they lie there, and
+fp32 rows to PyTorch.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from typing import Any, Literal, overload
 import numpy as np
 import torch
 
-from influence_fast import inner_products_torch, native
-from influence_fast.errors import DataError, NumericError, listing
+from influence_fast import inner_products_cuda, native
+from influence_fast.errors import ConfigError, DataError, NumericError, listing
 from influence_fast.projection import key
 
 __all__ = ["InnerProducts", "inner_products", "quantize_rows", "to_bf16"]
@@ -66,6 +68,7 @@ def inner_products(
     threads: int | None = ...,
     precision: str = ...,
     isa: str | None = ...,
+    device: str | torch.device | None = ...,
 ) -> Array: ...
 @overload
 def inner_products(
@@ -81,6 +84,7 @@ def inner_products(
     threads: int | None = ...,
     precision: str = ...,
     isa: str | None = ...,
+    device: str | torch.device | None = ...,
 ) -> InnerProducts: ...
 def inner_products(
     rows: Any,
@@ -95,6 +99,7 @@ def inner_products(
     threads: int | None = None,
     precision: str = "fast",
     isa: str | None = None,
+    device: str | torch.device | None = None,
 ) -> Array | InnerProducts:
     """Scores N rows against Q queries; sums are accumulated in fp32 (int32 for int8 rows).
 
@@ -102,7 +107,7 @@ def inner_products(
         rows: [N, k] numpy array or torch tensor: fp32, bf16 (torch.bfloat16, or its bits as numpy uint16) or int8
             with `row_scales`; contiguous along k. Or a store: an object with `len()` and `blocks()`, which yields
             (index of the first row, [n, k] rows, fp32 [n] scales or None) in order, for example memory-mapped
-            shards; its `ids`, if any, name rows in messages. CUDA tensors are scored by PyTorch on their device.
+            shards; its `ids`, if any, name rows in messages. CUDA tensors are scored on their device.
         queries: [Q, k] of any floating dtype.
         row_scales: fp32 [N], multiplied into the scores; required for int8 rows.
         normalize: cosines: divided by the norms of the row and of the query. A zero vector has cosine 0.
@@ -114,7 +119,10 @@ def inner_products(
         precision: "fast" rounds queries to the dtype of the rows (int8: scale max|q| / 127), which lets the matrix
             units multiply; "high" keeps 16 significant bits of a query, at twice the multiplications. For few
             queries the time is that of reading the rows, and "high" is free. fp32 rows meet fp32 queries either way.
-        isa: a path of `native.available()`, for tests; the variable INFLUENCE_FAST_ISA does the same.
+        isa: a path of `native.available()`, for tests; the variable INFLUENCE_FAST_ISA does the same. On a device
+            "torch" asks for PyTorch, other names say nothing.
+        device: "cuda" scores rows of the host on a GPU, streamed block by block; results come back to the host. By
+            default rows are scored where they lie.
 
     Returns:
         fp32 scores [N, Q] (`out` if given), or `InnerProducts` when any of `groups`, `topk` and `ranks` is given.
@@ -122,7 +130,7 @@ def inner_products(
     Raises:
         DataError: shapes, dtypes or strides do not fit, or a group is empty or names no query.
         NumericError: a NaN or infinite value in the queries, or in rows, which are named.
-        ConfigError: unknown `isa`.
+        ConfigError: unknown `isa`, or a `device` that is not there.
     """
     source = _source(rows, row_scales)
     if source.kind == "int8" and row_scales is None and source.array is not None:
@@ -139,12 +147,12 @@ def inner_products(
     fused = groups is not None or topk is not None or ranks
     threads = native.default_threads() if threads is None else _positive("threads", threads)
 
-    on_device = source.device is not None and source.device.type != "cpu"
-    engine, path = (inner_products_torch, native.TORCH) if on_device else native.engine(isa)
-    new = _allocator(source.device if on_device else None)
+    target = _device(source, device)
+    engine, path = native.engine(isa) if target is None else native.device_engine(target, source.kind, isa)
+    new = _allocator(target)
     scores = _check_out(out, source.count, q_count) if out is not None else None
     if scores is None and not fused:
-        scores = new((source.count, q_count), np.float32)
+        scores = _allocator(target if source.on_device else None)((source.count, q_count), np.float32)
     sums = new((source.count, len(members)), np.float64, zero=True) if groups is not None else None
     rank_sums = new((source.count, len(members)), np.float64, zero=True) if ranks else None
     top: list[tuple[Array, Array]] = []
@@ -156,10 +164,10 @@ def inner_products(
         last = min(q_count, first + chunk)
         begin, query = _members_in(members, first, last)
         packed = engine.Queries(
-            _query_values(queries, first, last, source.device if on_device else None),
+            _query_values(queries, first, last, target),
             rows=source.kind,
             high=precision == "high",
-            isa="" if path == native.TORCH else path,
+            isa="" if target is not None or path == native.TORCH else path,
             threads=threads,
         )
         columns = held[: last - first] if held is not None else None
@@ -181,6 +189,8 @@ def inner_products(
                 best,
                 threads,
             )
+        if path == native.CUDA:
+            bad += inner_products_cuda.finish(packed)
         _check_finite(bad, source)
         if best is not None:
             top.append(best.result())
@@ -188,13 +198,15 @@ def inner_products(
             engine.rank(columns, begin, query, rank_sums, sort_threads)
 
     def as_rows(array: Array) -> Array:
-        return torch.as_tensor(array, device=source.device) if source.is_torch else np.asarray(array)
+        if source.is_torch:
+            return torch.as_tensor(array, device=source.device)
+        return array.cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
 
     if not fused:
         return out if out is not None else as_rows(scores)
     sizes = np.array([len(group) for group in members], dtype=np.float64)
     if not isinstance(sums if sums is not None else rank_sums, np.ndarray):
-        sizes = torch.as_tensor(sizes, device=source.device)  # type: ignore[assignment]
+        sizes = torch.as_tensor(sizes, device=target)  # type: ignore[assignment]
     means = sums
     if means is not None:
         means /= sizes
@@ -263,6 +275,32 @@ class _Source:
     is_torch: bool = False
     device: torch.device | None = None
     ids: Sequence[str] | None = None
+
+    @property
+    def on_device(self) -> bool:
+        return self.device is not None and self.device.type != "cpu"
+
+
+def _device(source: _Source, device: str | torch.device | None) -> torch.device | None:
+    """The device to score on; None for the CPU's own paths."""
+    if device is None:
+        return source.device if source.on_device else None
+    try:
+        asked = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {device!r}; use 'cpu', 'cuda' or 'cuda:0'") from None
+    if source.on_device:
+        assert source.device is not None
+        if asked.type != source.device.type or asked.index not in (None, source.device.index):
+            raise DataError(f"rows lie on {source.device} and device is {asked}; move the rows, or leave device out")
+        return source.device
+    if asked.type == "cpu":
+        return None
+    if asked.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {str(device)!r} is not available to this PyTorch; leave device out to use the CPU")
+    if asked.type == "cuda" and asked.index is None:
+        asked = torch.device("cuda", torch.cuda.current_device())
+    return asked
 
 
 def _source(rows: Any, row_scales: Array | None) -> _Source:

@@ -9,10 +9,13 @@ import warnings
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from influence_fast.errors import ConfigError, did_you_mean
 
 ISA_VARIABLE = "INFLUENCE_FAST_ISA"
 TORCH = "torch"  # the name that asks for the fallback
+CUDA = "cuda"  # the kernels of csrc/cuda, chosen where rows or the call name a CUDA device
 
 _REINSTALL = "install g++ or clang++ and reinstall influence-fast"
 
@@ -52,6 +55,34 @@ def engine(isa: str | None = None) -> tuple[ModuleType, str]:
     return module, name or available()[0]
 
 
+def device_engine(device: torch.device, rows: str, isa: str | None = None) -> tuple[ModuleType, str]:
+    """What computes inner products on `device`: our CUDA kernels where they can be used, else PyTorch.
+
+    rows: "float32", "bfloat16" or "int8". isa: "torch" (or the variable INFLUENCE_FAST_ISA) asks for PyTorch; names
+    of instruction sets say nothing about a device.
+    """
+    from influence_fast import inner_products_cuda, inner_products_torch
+
+    name = isa or os.environ.get(ISA_VARIABLE, "")
+    if name != TORCH and device.type == "cuda" and rows in inner_products_cuda.KINDS and not cuda_why():
+        major, _ = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return inner_products_cuda, CUDA
+    return inner_products_torch, TORCH
+
+
+def cuda_why() -> str:
+    """Why the CUDA kernels cannot be used, or an empty string."""
+    module, why = load()
+    if module is None:
+        return why
+    if not module.build_config()["cuda"]["compiled"]:
+        return f"not compiled: {_build_info('CUDA_WHY') or 'no CUDA when the package was installed'}"
+    if not torch.cuda.is_available():
+        return module.cuda_why() or "this PyTorch is built without CUDA, or sees no device"
+    return str(module.cuda_why())
+
+
 def available() -> list[str]:
     """Paths usable on this machine, best first; the last one is "torch"."""
     module, _ = load()
@@ -89,7 +120,17 @@ def status() -> list[tuple[str, bool, str]]:
         rows.append((f"inner products: {name}", active, what if active else f"{what} ({reason})"))
     missing = [name for name in config["compiled"] if name.split("_")[0] not in {n.split("_")[0] for n in available()}]
     rows += [(f"inner products: {name}", False, "compiled, but this processor lacks it") for name in missing]
-    return rows
+    return [*rows, _cuda_status(config)]
+
+
+def _cuda_status(config: dict[str, Any]) -> tuple[str, bool, str]:
+    cuda, why = config["cuda"], cuda_why()
+    what = f"tensor cores for int8 and bf16 rows on a device; sm_{', sm_'.join(cuda['architectures'])}"
+    if not why and os.environ.get(ISA_VARIABLE) == TORCH:
+        why = f"not chosen; {ISA_VARIABLE}={TORCH} asks for PyTorch"
+    if why and cuda["compiled"]:
+        why = f"{what} ({why})"
+    return f"inner products: {CUDA}", not why, why or what
 
 
 def default_threads() -> int:

@@ -157,7 +157,7 @@ def finetune(
     is_adapter = lora is not None or isinstance(model, PeftModel)
     was_training = model.training
     was_trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with _quiet():
+    with quiet_libraries():
         trained = model if lora is None else _attach(model, lora, config.seed)
         try:
             history, seconds, tokens = _train(trained, tokenizer, examples, partial, config, progress)
@@ -196,12 +196,14 @@ def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool 
     path = Path(path)
     if (path / "adapter_config.json").exists():
         try:
-            return PeftModel.from_pretrained(model, str(path), is_trainable=trainable)  # type: ignore[arg-type]
+            with quiet_libraries():
+                return PeftModel.from_pretrained(model, str(path), is_trainable=trainable)  # type: ignore[arg-type]
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ModelError(f"the adapter in {path} does not fit this model: {reason}") from error
     if (path / "config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(path)
+        with quiet_libraries():
+            return AutoModelForCausalLM.from_pretrained(path)
     raise ModelError(f"{path} holds neither adapter_config.json nor config.json: point to a fine-tuned result")
 
 
@@ -416,7 +418,7 @@ def _drop_printers(trainer: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Keeps the libraries' notes and bars off the screen; errors still raise."""
     from transformers.utils import logging as transformers_logging
 

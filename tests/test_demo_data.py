@@ -128,6 +128,22 @@ def test_world_is_made_whole_once_and_loads_as_any_model(tmp_path: Path) -> None
     assert other.pool != world.pool
 
 
+def test_demo_config_points_at_a_world_that_the_pipeline_can_load(tmp_path: Path) -> None:
+    from influence_fast.data import load_examples
+    from influence_fast.demo import demo_config
+
+    config = demo_config(tmp_path / "run", seed=3, config=SMALL, progress=False)
+    assert not (tmp_path / "run").exists()  # the run's own folder is the pipeline's to make
+    world = make_world(tmp_path / "run-world", seed=3, config=SMALL)
+    assert config.data.validation is not None
+    assert config.data.test is not None
+    assert load_examples(config.data.pool.path) == world.pool
+    assert load_examples(config.data.validation.path) == world.validation
+    assert load_examples(config.data.test.path) == world.test
+    assert Path(config.model.path) == world.model_path
+    assert config.seed == 3
+
+
 def test_pretraining_lowers_the_loss_and_follows_its_seed() -> None:
     tokenizer = make_tokenizer()
     config = WorldConfig(hidden_size=32, layers=1, pretrain_steps=100, pretrain_batch=8)
