@@ -27,7 +27,7 @@ import torch
 
 from benches.environment import describe
 from influence_fast import native
-from influence_fast.inner_products import inner_products, quantize_rows
+from influence_fast.products import inner_products, quantize_rows
 from influence_fast.scoring import spearman
 
 Variants = dict[str, Callable[[], Any]]

@@ -1,6 +1,6 @@
 """Writes the README's figures from the result files, so that no number in it is typed.
 
-    python -m benches.update_readme
+python -m benches.update_readme
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def gradients(result: dict[str, Any]) -> list[str]:
         "| against | ratio |",
         "|---|---|",
     ]
-    lines += [f"| {name} | **{r['median']:.2f}** ({r['min']:.2f}-{r['max']:.2f}) |" for name, r in result["ratio"].items()]
+    lines += [
+        f"| {name} | **{r['median']:.2f}** ({r['min']:.2f}-{r['max']:.2f}) |" for name, r in result["ratio"].items()
+    ]
     return [*lines, "", f"`python -m benches.bench_gradients`: {measured(result)}", ""]
 
 

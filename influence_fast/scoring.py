@@ -9,8 +9,8 @@ import torch
 
 from influence_fast import preconditioners
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.inner_products import inner_products
 from influence_fast.lora import LayoutEntry, layout_width
+from influence_fast.products import inner_products
 from influence_fast.scores import ScoreTable
 from influence_fast.store import Store
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from influence_fast.errors import NumericError, StoreError, listing
-from influence_fast.inner_products import quantize_rows
+from influence_fast.products import quantize_rows
 from influence_fast.store import Store, check_dtype, open_store, read_ids
 from influence_fast.store_manifest import (
     DTYPES,

@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 
 from influence_fast import inner_products_cuda, native
 from influence_fast.errors import DataError, NumericError
-from influence_fast.inner_products import inner_products, quantize_rows
+from influence_fast.products import inner_products, quantize_rows
 
 pytestmark = [
     pytest.mark.requires_gpu,
