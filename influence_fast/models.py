@@ -73,7 +73,7 @@ def load_model(
     source = os.fspath(model_id_or_path)
     model = _load_base(source, DTYPES[dtype], attn_implementation, trust_remote_code)
     if adapter is not None:
-        model = _load_adapter(model, os.fspath(adapter), source)
+        model = attach_adapter(model, os.fspath(adapter), source)
     elif config is not None:
         model = _fresh_adapter(model, config, source)
     return model.to(target).eval()
@@ -180,7 +180,11 @@ def _fresh_adapter(model: nn.Module, config: LoraConfig, source: str) -> nn.Modu
         ) from error
 
 
-def _load_adapter(model: nn.Module, adapter: str, source: str) -> nn.Module:
+def attach_adapter(model: nn.Module, adapter: str, source: str, *, trainable: bool = True) -> nn.Module:
+    """`model` with the LoRA adapter of a folder or hub id attached in place; `source` names the model in messages.
+
+    Raises ModelError: not found, not a LoRA adapter, incomplete, or one that does not fit (first mismatch, shapes).
+    """
     from peft import PeftConfig, PeftModel
 
     folder = _adapter_folder(adapter)
@@ -193,7 +197,7 @@ def _load_adapter(model: nn.Module, adapter: str, source: str) -> nn.Module:
     shapes = _stored_shapes(folder, adapter)
     _check_fit(model, shapes, adapter, source)
     try:
-        wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)  # type: ignore[arg-type]
+        wrapped = PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)  # type: ignore[arg-type]
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(
             f"the adapter {adapter} does not fit {source} ({' '.join(str(error).split())[:300]}); "

@@ -32,7 +32,7 @@ from influence_fast.models import load_model, load_tokenizer
 from influence_fast.packing import IGNORED
 from influence_fast.report import save_results, write_report
 from influence_fast.scores import ScoreTable
-from influence_fast.training import finetune, load_finetuned
+from influence_fast.training import TrainResult, finetune, load_finetuned
 from influence_fast.workdir import RunFolder
 
 HARMLESS = (None, "clean")  # labels that do not mark an example as known to be harmful
@@ -126,15 +126,15 @@ class Pipeline:
 
     # ---- the fine-tuned model that is asked ------------------------------------------------------------------
 
-    def reference_adapter(self) -> Path:
+    def reference_adapter(self) -> str | Path:
         """The adapter whose answers and gradients the scores are made of: given, or trained on the whole pool."""
         if self.config.model.adapter is not None:
-            return Path(self.config.model.adapter)
-        return self._train("full", self.config.pruning.seeds[0], range(len(self.splits.pool)))
+            return self.config.model.adapter
+        return self._train("full", self.config.pruning.seeds[0], range(len(self.splits.pool))).path
 
-    def _train(self, name: str, seed: int, rows: Sequence[int]) -> Path:
+    def _train(self, name: str, seed: int, rows: Sequence[int]) -> TrainResult:
         examples = [self.splits.tokenized.examples[i] for i in rows]
-        result = finetune(
+        return finetune(
             self.base,
             self.tokenizer,
             examples,
@@ -143,9 +143,8 @@ class Pipeline:
             lora=self.config.lora,
             progress=self.progress,
         )
-        return result.path
 
-    def _evaluate(self, name: str, adapter: Path | None) -> dict[str, Any]:
+    def _evaluate(self, name: str, adapter: str | Path | None) -> dict[str, Any]:
         """Accuracy on the test questions, with its interval; transcripts are kept."""
 
         def work() -> dict[str, Any]:
@@ -165,7 +164,7 @@ class Pipeline:
 
     # ---- scores --------------------------------------------------------------------------------------------
 
-    def queries(self, adapter: Path) -> Queries:
+    def queries(self, adapter: str | Path) -> Queries:
         """The texts whose gradients ask, and which of them form the correct and the incorrect group."""
         validation = self.splits.validation
         if self.config.influence.queries == "reference":
@@ -181,7 +180,7 @@ class Pipeline:
         answers = self.folder.once("own_answers", work)
         return make_queries(validation, answers, self.config.influence.fallback)
 
-    def scores(self, adapter: Path) -> ScoreTable:
+    def scores(self, adapter: str | Path) -> ScoreTable:
         """Scores of the pool, in `scores.parquet` and `scores.csv`."""
         queries = self.queries(adapter)
         self.warnings += queries.warnings
@@ -208,7 +207,7 @@ class Pipeline:
         return ScoreTable.load(path)
 
     @contextlib.contextmanager
-    def _finetuned(self, adapter: Path) -> Iterator[Any]:
+    def _finetuned(self, adapter: str | Path) -> Iterator[Any]:
         """The base with an adapter, taken off again at the end."""
         model: Any = load_finetuned(self.base, adapter)
         try:
@@ -239,13 +238,11 @@ class Pipeline:
         def work() -> dict[str, Any]:
             if strategy != "full":
                 self._write_pruned(name if strategy != "random" else f"{name}-seed{seed}", rows)
-            start = time.perf_counter()
-            adapter = self._train(name, seed, range(len(self.splits.pool)) if strategy == "full" else rows)
-            seconds = time.perf_counter() - start
-            cell = {"strategy": strategy, "fraction": fraction, "seed": seed, "seconds": seconds}
+            trained = self._train(name, seed, range(len(self.splits.pool)) if strategy == "full" else rows)
+            cell = {"strategy": strategy, "fraction": fraction, "seed": seed, "seconds": trained.seconds}
             cell |= {"kept": len(rows), "dropped": len(selection.drop)}
             cell |= self._harmful(table, selection.drop)
-            return cell | self._evaluate(f"{name}-seed{seed}", adapter)
+            return cell | self._evaluate(f"{name}-seed{seed}", trained.path)
 
         return self.folder.once(f"cells/{name}-seed{seed}", work)
 

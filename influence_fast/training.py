@@ -185,26 +185,21 @@ def finetune(
 
 
 def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool = False) -> torch.nn.Module:
-    """`model` (the base) with the adapter of `path`, or the fully fine-tuned model that `path` holds.
+    """`model` (the base) with the adapter of `path`, or the fully fine-tuned model that the folder `path` holds.
 
-    An adapter is attached to `model` in place; `.unload()` takes it off again. Raises ModelError when `path`
-    holds neither, or when the adapter does not fit the model.
+    `path`: a folder, or the hub id of an adapter. An adapter is attached to `model` in place; `.unload()` takes it off
+    again. Raises ModelError when `path` holds neither, or when the adapter does not fit the model.
     """
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    path = Path(path)
-    if (path / "adapter_config.json").exists():
-        try:
-            with quiet_libraries():
-                return PeftModel.from_pretrained(model, str(path), is_trainable=trainable)  # type: ignore[arg-type]
-        except (RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(f"the adapter in {path} does not fit this model: {reason}") from error
-    if (path / "config.json").exists():
-        with quiet_libraries():
-            return AutoModelForCausalLM.from_pretrained(path)
-    raise ModelError(f"{path} holds neither adapter_config.json nor config.json: point to a fine-tuned result")
+    from influence_fast.models import attach_adapter
+
+    folder = Path(path)
+    with quiet_libraries():
+        if (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+            return AutoModelForCausalLM.from_pretrained(folder)
+        name = getattr(getattr(model, "config", None), "name_or_path", "") or "this model"
+        return attach_adapter(model, str(path), name, trainable=trainable)
 
 
 def list_checkpoints(path: str | Path) -> list[Path]:
