@@ -46,7 +46,8 @@ def inner_products(result: dict[str, Any]) -> list[str]:
     ]
     names = {"many": "512 queries", "many ranks": "512 queries, ranks and group means", "few": "2 queries"}
     for case, name in names.items():
-        for other, r in result[case]["ratio"].items():
+        for other, found in result[case].items():
+            r = found["ratio"]
             if not other.startswith("ours"):
                 lines.append(f"| {name} | {other} | **{r['median']:.2f}** ({r['min']:.2f}-{r['max']:.2f}) |")
     return [*lines, "", f"`python -m benches.bench_inner_products`: {measured(result)}", ""]
