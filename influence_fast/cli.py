@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=help, description=help)
         # SUPPRESS: given before the verb or after it, the flag counts; absent here, it does not overwrite
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
-        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+        sub.add_argument("--quiet", action="store_true", help="no progress on the screen")
         sub.set_defaults(work=work)
         return sub
 
@@ -166,6 +166,11 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
+def _bars(args: Any) -> bool:
+    """Progress bars are for terminals; in a log they would be blank lines."""
+    return not args.quiet and sys.stderr.isatty()
+
+
 def _load_model(args: Any) -> tuple[Any, Any]:
     _quiet_libraries()
     from influence_fast.models import load_model, load_tokenizer
@@ -208,7 +213,9 @@ def _demo(args: Any) -> None:
     _quiet_libraries()
     # a second thread buys nothing on a model this small, and on a busy machine its waiting costs several times over
     torch.set_num_threads(1)
-    _run_config(demo_config(args.output, seed=args.seed, progress=not args.quiet), args)
+    if not args.quiet:
+        print("making the world: a tokenizer, a small pre-trained model, the data (about a minute)", file=sys.stderr)
+    _run_config(demo_config(args.output, seed=args.seed, progress=_bars(args)), args)
 
 
 def _run(args: Any) -> None:
@@ -253,7 +260,7 @@ def _train(args: Any) -> None:
     names = ("epochs", "learning_rate", "batch_size", "seed")
     config = TrainConfig(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
     lora = LoraSettings() if args.rank is None else LoraSettings(r=args.rank, alpha=2.0 * args.rank)
-    result = finetune(model, tokenizer, examples, args.output, config=config, lora=lora, progress=not args.quiet)
+    result = finetune(model, tokenizer, examples, args.output, config=config, lora=lora, progress=_bars(args))
     last = f", last loss {result.loss_history[-1][1]:.4f}" if result.loss_history else ""
     print(f"adapter: {result.path} ({len(examples)} examples, {result.seconds:.1f} s{last})")
 
@@ -278,7 +285,7 @@ def _score(args: Any) -> None:
     validation = load_examples(args.validation)
     answers = None
     if args.queries == "own_answers":
-        answers = pipeline.own_answers(model, tokenizer, validation, _evaluation(args), progress=not args.quiet)
+        answers = pipeline.own_answers(model, tokenizer, validation, _evaluation(args), progress=_bars(args))
     queries = pipeline.make_queries(validation, answers, args.fallback)
     table, seconds = pipeline.score_pool(
         model,
@@ -288,7 +295,7 @@ def _score(args: Any) -> None:
         Path(args.store or f"{args.output}.store"),
         gradients,
         influence,
-        progress=not args.quiet,
+        progress=_bars(args),
     )
     table.save(args.output)
     for warning in queries.warnings:
@@ -322,7 +329,7 @@ def _eval(args: Any) -> None:
         _load_data(args),
         config=_evaluation(args),
         transcripts=Path(args.output),
-        progress=not args.quiet,
+        progress=_bars(args),
     )
     low, high = result.interval
     print(f"accuracy {result.accuracy:.4f} (95 % interval {low:.4f} to {high:.4f}, n={len(result.items)})")

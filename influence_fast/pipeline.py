@@ -10,8 +10,9 @@ import contextlib
 import dataclasses
 import json
 import random
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,7 +63,9 @@ class Pipeline:
 
     def __init__(self, config: RunConfig, *, progress: bool = True) -> None:
         self.config = config
-        self.progress = progress
+        self.talks = progress
+        self.progress = progress and sys.stderr.isatty()  # bars are for terminals; a log gets a line a piece of work
+        self.started = time.perf_counter()
         self.folder = RunFolder(config)
         self.warnings: list[str] = []
         self.groups: dict[str, int] = {}
@@ -74,6 +77,11 @@ class Pipeline:
             trust_remote_code=config.model.trust_remote_code,
         )
         self.splits = self._load()
+
+    def _once(self, name: str, work: Callable[[], Any]) -> Any:
+        if self.talks and not self.folder.has(name):
+            print(f"{time.perf_counter() - self.started:7.1f} s  {name}", file=sys.stderr, flush=True)
+        return self.folder.once(name, work)
 
     def run(self) -> dict[str, Any]:
         """Everything, to `report.html` and `results.json`; returns what the report shows."""
@@ -160,7 +168,7 @@ class Pipeline:
             low, high = result.interval
             return {"accuracy": result.accuracy, "low": low, "high": high, "n": len(self.splits.test)}
 
-        return self.folder.once(f"evaluations/{name}", work)
+        return self._once(f"evaluations/{name}", work)
 
     # ---- scores --------------------------------------------------------------------------------------------
 
@@ -177,7 +185,7 @@ class Pipeline:
                     model, self.tokenizer, validation, self.config.evaluation, transcripts, progress=self.progress
                 )
 
-        answers = self.folder.once("own_answers", work)
+        answers = self._once("own_answers", work)
         return make_queries(validation, answers, self.config.influence.fallback)
 
     def scores(self, adapter: str | Path) -> ScoreTable:
@@ -203,7 +211,7 @@ class Pipeline:
             table.save(path)
             return seconds
 
-        self.folder.once("scoring_seconds", work)
+        self._once("scoring_seconds", work)
         return ScoreTable.load(path)
 
     @contextlib.contextmanager
@@ -244,7 +252,7 @@ class Pipeline:
             cell |= self._harmful(table, selection.drop)
             return cell | self._evaluate(f"{name}-seed{seed}", trained.path)
 
-        return self.folder.once(f"cells/{name}-seed{seed}", work)
+        return self._once(f"cells/{name}-seed{seed}", work)
 
     def _write_pruned(self, name: str, rows: Sequence[int]) -> None:
         source = load_rows(self.config.data.pool.path, split=self.config.data.pool.split)
@@ -365,7 +373,7 @@ class Pipeline:
         n = len(self.splits.pool)
         tokens = sum(len(e["input_ids"]) for e in self.splits.tokenized.examples)
         cost = []
-        for stage, seconds in self.folder.once("scoring_seconds", dict).items():
+        for stage, seconds in self._once("scoring_seconds", dict).items():
             detail = f"{n} examples, {tokens} tokens" if stage == "training gradients" else ""
             cost.append({"stage": stage, "seconds": seconds, "detail": detail})
         if (self.folder / "own_answers.json").exists():

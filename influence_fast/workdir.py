@@ -53,13 +53,17 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
+    def has(self, name: str) -> bool:
+        """Whether the piece `name` is finished."""
+        return (self.path / f"{name}.json").exists()
+
     def once(self, name: str, work: Callable[[], Any]) -> Any:
         """The JSON value of `work()`, computed now or read from `<name>.json` if an earlier run finished it.
 
         The seconds it took are kept with it; see `seconds`.
         """
         path = self.path / f"{name}.json"
-        if path.exists():
+        if self.has(name):
             return json.loads(path.read_text(encoding="utf-8"))["value"]
         start = time.perf_counter()
         value = work()
