@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--queries", default="own_answers", help="own_answers (default) or reference")
     sub.add_argument("--fallback", help="reference: let the solutions stand in where no own answer is correct")
     sub.add_argument(
-        "--preconditioner", default="fisher", help="fisher (default), ekfac, datainf, adam, cosine or none"
+        "--preconditioner", default="cosine", help="cosine (default), fisher, ekfac, datainf, adam or none"
     )
     sub.add_argument("--damping", type=_damping, default=0.1, help="share of the mean eigenvalue (0.1), or auto")
     sub.add_argument("--optimizer", help="checkpoint whose Adam state 'adam' reads (default: moments of the rows)")

@@ -91,7 +91,7 @@ class InfluenceConfig:
     held-out rows); `optimizer`, a checkpoint folder with Adam's state, is where `adam` reads second moments.
     """
 
-    preconditioner: str = "fisher"
+    preconditioner: str = "cosine"
     damping: Damping = 0.1
     optimizer: str | None = None
     queries: str = "own_answers"

@@ -20,7 +20,7 @@ def influence_scores(
     queries: torch.Tensor,
     groups: Mapping[str, Sequence[int]],
     *,
-    preconditioner: str = "fisher",
+    preconditioner: str = "cosine",
     damping: preconditioners.Damping = 0.1,
     blocks: list[tuple[int, int]] | None = None,
     moments: torch.Tensor | None = None,

@@ -69,6 +69,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "training": {"epochs": 20, "learning_rate": 5e-3, "batch_size": 8},
         "lora": {"r": 4, "alpha": 8},
         "gradients": {"dim": 4},
+        "influence": {"preconditioner": "fisher"},
         "pruning": {"strategies": ["random", "combined", "perplexity_high"], "fractions": [0.25]},
         "evaluation": {"max_new_tokens": 6},
     }
