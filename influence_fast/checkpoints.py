@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from influence_fast.atomic import replacing
 from influence_fast.errors import ConfigError, DataError, ModelError, listing
 from influence_fast.scores import ScoreTable
 from influence_fast.scoring import average_ranks, spearman
@@ -167,11 +167,12 @@ def plot_ranking_over_training(
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)
         axes.set_xticks(steps)
         axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "influence-fast"}):
-        figure.savefig(temporary, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    os.replace(temporary, path)
+    with (
+        replacing(path) as temporary,
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "influence-fast"}),
+    ):
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=metadata)
     return path
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from influence_fast.errors import DataError, ModelError, listing
+from influence_fast.packing import IGNORED
 from influence_fast.pruned_rows import kept_rows
 from influence_fast.row_files import write_rows
 from influence_fast.rows import Row, Rows, load_rows
@@ -37,7 +38,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # label of a token that the loss leaves out
 _CHUNK = 1024  # examples in one call of the tokenizer: enough for its threads, little to hold
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from influence_fast.atomic import replacing
 from influence_fast.data import Example, render_prompt
 from influence_fast.errors import ConfigError, DataError, ModelError, listing
 from influence_fast.grading import grade, normalise
@@ -203,13 +203,9 @@ def generate(
 
 def write_transcripts(items: Iterable[EvalItem], path: str | Path) -> None:
     """One JSON object an answer; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
         for item in items:
             file.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
-    os.replace(partial, path)
 
 
 def majority_correct(samples: Sequence[EvalItem]) -> bool:

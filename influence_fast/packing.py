@@ -11,7 +11,7 @@ import torch
 
 from influence_fast.errors import DataError, listing
 
-IGNORED = -100
+IGNORED = -100  # label of a token that the loss leaves out
 
 
 @dataclass(frozen=True)

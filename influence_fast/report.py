@@ -36,7 +36,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,6 +47,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from influence_fast import report_plots as plots
 from influence_fast import report_summary as summary
+from influence_fast.atomic import replacing
 from influence_fast.errors import DataError
 from influence_fast.report_summary import between, count, fraction_name, number, percent
 
@@ -68,24 +68,6 @@ _KNOWN = {
 
 
 # --- files -------------------------------------------------------------------------------------------------
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """All of `content` at `path` or nothing: temporary name in the same folder, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide the report from colleagues
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _jsonable(value: Any) -> Any:
@@ -109,7 +91,8 @@ def save_results(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pa
     target = Path(path)
     target = target / RESULTS_NAME if target.is_dir() else target
     text = json.dumps(_jsonable(results), ensure_ascii=True, allow_nan=False, indent=1)
-    _write_atomically(target, text.encode("ascii"))
+    with replacing(target) as temporary:
+        temporary.write_bytes(text.encode("ascii"))
     return target
 
 
@@ -140,7 +123,8 @@ def write_report(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pa
     """
     target = Path(path)
     target = target / REPORT_NAME if target.is_dir() else target
-    _write_atomically(target, render(results).encode("utf-8", "replace"))
+    with replacing(target) as temporary:
+        temporary.write_bytes(render(results).encode("utf-8", "replace"))
     return target
 
 

@@ -7,34 +7,17 @@ import csv
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from influence_fast.atomic import replacing
 from influence_fast.errors import DataError, listing
 from influence_fast.rows import BATCH, Row, Rows, need_datasets, need_pyarrow, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is removed if not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        if temporary.is_file():
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
 
 
 def write_rows(rows: Iterable[Row], path: str | os.PathLike[str], *, schema: pa.Schema | None = None) -> int:

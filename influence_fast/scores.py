@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from influence_fast.atomic import replacing
 from influence_fast.errors import DataError
 
 
@@ -40,15 +40,11 @@ class ScoreTable:
 
         path = Path(path)
         table = pa.table({"id": self.ids, **{name: np.asarray(c, np.float64) for name, c in self.columns.items()}})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        if path.suffix == ".parquet":
-            pyarrow.parquet.write_table(table, temporary)
-        elif path.suffix == ".csv":
-            pyarrow.csv.write_csv(table, temporary)
-        else:
+        write = {".parquet": pyarrow.parquet.write_table, ".csv": pyarrow.csv.write_csv}.get(path.suffix)
+        if write is None:
             raise DataError(f"{path}: a score table is written as .parquet or .csv")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            write(table, temporary)
 
     @classmethod
     def load(cls, path: str | Path) -> ScoreTable:

@@ -23,6 +23,7 @@ import torch
 
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, listing
 from influence_fast.fingerprints import dataset_fingerprint, weight_hashes
+from influence_fast.packing import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,6 @@ RECORD = "training.json"
 PRECISIONS = ("auto", "fp32", "bf16")
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
 EXAMPLE_FIELDS = ("input_ids", "labels")
-IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
