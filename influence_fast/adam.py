@@ -9,8 +9,8 @@ Where v comes from:
                      at this checkpoint; Adam averages those of batches, over the last 1 / (1 - beta2) steps
 
 eps is `damping` times the mean of sqrt(v) in a module, as for the other preconditioners, where Adam has an absolute
-1e-8: a coordinate that training never moved would otherwise outweigh all others. LESS takes cosines afterwards; scores
-here are plain inner products.
+1e-8: a coordinate that training never moved would otherwise outweigh all others. Scores are plain inner products; for
+LESS's cosines see `whitened`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ class Adam:
 
     def apply(self, queries: torch.Tensor) -> torch.Tensor:
         return (queries / self.scale.to(queries.device)).to(queries.dtype)
+
+    def whiten(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, k] -> rows over the root of the scale, fp64."""
+        return rows.to(self.scale) / self.scale.sqrt()
 
 
 def fit_adam(

@@ -47,6 +47,13 @@ class Ekfac:
             block_of(out, entry).copy_(solved)
         return out
 
+    def whiten(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, k] -> every block in the eigenbasis over the root of its eigenvalues, fp64."""
+        out = torch.empty(rows.shape, dtype=torch.float64)
+        for entry, (left, right), eigenvalues in zip(self.factors, self.bases, self.eigenvalues, strict=True):
+            block_of(out, entry).copy_(left.T @ block_of(rows, entry).to(left) @ right / eigenvalues.sqrt())
+        return out
+
 
 def fit_ekfac(row_blocks: RowBlocks, factors: list[LayoutEntry] | None, damping: Damping) -> Ekfac:
     """Fits `Ekfac` in two passes over the rows (four for "auto"): Kronecker factors, then corrected eigenvalues.

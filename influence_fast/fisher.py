@@ -39,6 +39,13 @@ class Fisher:
             out[:, start:end] = torch.cholesky_solve(block.T, factor).T.to(queries)
         return out
 
+    def whiten(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, k] -> L_b^-1 of every block, fp64: inner products of the results are those under (F + lambda I)^-1."""
+        out = torch.empty(rows.shape, dtype=torch.float64)
+        for (start, end), factor in zip(self.blocks, self.factors, strict=True):
+            out[:, start:end] = torch.linalg.solve_triangular(factor, rows[:, start:end].to(factor).T, upper=False).T
+        return out
+
 
 def fit_fisher(row_blocks: RowBlocks, blocks: list[tuple[int, int]], damping: Damping) -> Fisher:
     """Fits `Fisher` in one pass; `row_blocks()` yields [n, k] pieces of the training rows."""

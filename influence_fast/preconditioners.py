@@ -6,9 +6,11 @@
     fisher    damped empirical Fisher of each module (`fisher.py`)
     ekfac     eigenvalue-corrected Kronecker factors of each LoRA factor (`ekfac.py`)
     datainf   mean of the inverses of each row's damped outer product (`datainf.py`)
+    fisher_cosine, ekfac_cosine, less    the same between unit-norm rows in the metric of H^-1 (`whitened.py`)
 
 A preconditioner is a function from (training rows, damping) to an object with `normalize` and
-`apply(queries) -> queries`; add one by writing it and registering its name in `PRECONDITIONERS`.
+`apply(queries) -> queries` (and `row_norms`, where it is a `whitened.UnitNorm`); add one by writing it and registering
+its name in `PRECONDITIONERS`.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from influence_fast.ekfac import Ekfac, fit_ekfac
 from influence_fast.errors import ConfigError, DataError, did_you_mean
 from influence_fast.fisher import Fisher, fit_fisher
 from influence_fast.lora import LayoutEntry
+from influence_fast.whitened import UnitNorm
 
 __all__ = [
     "AUTO",
@@ -39,6 +42,7 @@ __all__ = [
     "Identity",
     "Preconditioner",
     "TrainingRows",
+    "UnitNorm",
     "adam_moments",
     "check_damping",
     "fit",
@@ -131,4 +135,9 @@ PRECONDITIONERS: dict[str, Callable[[TrainingRows, Damping], Preconditioner]] = 
     "fisher": lambda rows, damping: fit_fisher(rows.row_blocks, rows.blocks, damping),
     "ekfac": lambda rows, damping: fit_ekfac(rows.row_blocks, rows.factors, damping),
     "datainf": lambda rows, damping: fit_datainf(rows.row_blocks, rows.blocks, damping),
+    "fisher_cosine": lambda rows, damping: UnitNorm(fit_fisher(rows.row_blocks, rows.blocks, damping)),
+    "ekfac_cosine": lambda rows, damping: UnitNorm(fit_ekfac(rows.row_blocks, rows.factors, damping)),
+    "less": lambda rows, damping: UnitNorm(
+        fit_adam(rows.row_blocks, rows.blocks, damping, rows.moments), plain_queries=True, row_power=2
+    ),
 }

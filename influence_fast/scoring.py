@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from influence_fast.lora import LayoutEntry, layout_width
 from influence_fast.products import inner_products
 from influence_fast.scores import ScoreTable
 from influence_fast.store import Store
+from influence_fast.whitened import UnitNorm
 
 
 def influence_scores(
@@ -48,14 +50,51 @@ def influence_scores(
         DataError: the queries do not fit the store, or every group is empty.
         ConfigError: unknown preconditioner, or one that does not fit this width.
     """
+    used = {name: list(members) for name, members in groups.items() if len(members)}
+    if not used:
+        raise DataError("there is no query to score against: every group is empty")
+    rows, queries, options = _prepared(store, queries, preconditioner, damping, blocks, moments)
+    result = inner_products(rows, queries, **options, groups=list(used.values()), ranks=True)
+    means, ranks = np.asarray(result.group_means, np.float64), np.asarray(result.mean_ranks, np.float64)
+    columns = {}
+    for g, name in enumerate(used):
+        columns[f"s_{name}"] = means[:, g]
+        columns[f"rank_{name}"] = average_ranks(means[:, g])
+        columns[f"mean_rank_{name}"] = ranks[:, g]
+    return ScoreTable(list(store.ids), columns)
+
+
+def influence_matrix(
+    store: Store,
+    queries: torch.Tensor,
+    *,
+    preconditioner: str = "cosine",
+    damping: preconditioners.Damping = 0.1,
+    blocks: list[tuple[int, int]] | None = None,
+    moments: torch.Tensor | None = None,
+) -> np.ndarray:
+    """[N, Q] fp32: I(d, v) of every row of `store` (in the order of `store.ids`) on every query.
+
+    For many queries take `influence_scores`, which never holds the matrix. Arguments and errors are its own.
+    """
+    rows, queries, options = _prepared(store, queries, preconditioner, damping, blocks, moments)
+    return np.asarray(inner_products(rows, queries, **options), np.float32)
+
+
+def _prepared(
+    store: Store,
+    queries: torch.Tensor,
+    preconditioner: str,
+    damping: preconditioners.Damping,
+    blocks: list[tuple[int, int]] | None,
+    moments: torch.Tensor | None,
+) -> tuple[Any, torch.Tensor, dict[str, Any]]:
+    """What `inner_products` is called with: rows, preconditioned queries [Q, k], options."""
     if queries.ndim != 2 or queries.shape[1] != store.width:
         raise DataError(
             f"queries of shape {tuple(queries.shape)} do not fit rows of {store.width} numbers: "
             "project them as the store was"
         )
-    used = {name: list(members) for name, members in groups.items() if len(members)}
-    if not used:
-        raise DataError("there is no query to score against: every group is empty")
     fitted = preconditioners.fit(
         preconditioner,
         lambda: _row_blocks(store),
@@ -64,20 +103,27 @@ def influence_scores(
         factors=factors_of(store),
         moments=moments,
     )
-    result = inner_products(
-        store,
-        fitted.apply(queries.float()),
-        normalize=fitted.normalize,
-        groups=list(used.values()),
-        ranks=True,
-    )
-    means, ranks = np.asarray(result.group_means, np.float64), np.asarray(result.mean_ranks, np.float64)
-    columns = {}
-    for g, name in enumerate(used):
-        columns[f"s_{name}"] = means[:, g]
-        columns[f"rank_{name}"] = average_ranks(means[:, g])
-        columns[f"mean_rank_{name}"] = ranks[:, g]
-    return ScoreTable(list(store.ids), columns)
+    rows = _Divided(store, fitted) if isinstance(fitted, UnitNorm) else store
+    # H^-1 q spreads over decades where the rows are small: 8 bits of it would be too few
+    precision = "fast" if isinstance(fitted, preconditioners.Identity) else "high"
+    return rows, fitted.apply(queries.float()), {"normalize": fitted.normalize, "precision": precision}
+
+
+class _Divided:
+    """A store whose rows are divided by their lengths in a preconditioner's metric; a zero row scores 0."""
+
+    def __init__(self, store: Store, fitted: UnitNorm) -> None:
+        self.store, self.ids = store, store.ids
+        lengths = torch.cat([fitted.row_norms(rows) for rows in _row_blocks(store)]).cpu().numpy()
+        self.scales = np.divide(1, lengths, out=np.zeros_like(lengths), where=lengths > 0).astype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def blocks(self) -> Iterator[tuple[int, Any, np.ndarray]]:
+        for start, rows, scales in self.store.blocks():
+            mine = self.scales[start : start + len(rows)]
+            yield start, rows, mine if scales is None else mine * scales
 
 
 def blocks_of(store: Store) -> list[tuple[int, int]]:

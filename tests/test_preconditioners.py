@@ -398,3 +398,29 @@ def test_a_checkpoint_of_another_adapter_is_named(tmp_path: Path, layout: list[L
     fake_checkpoint(tmp_path, other)
     with pytest.raises(ModelError, match=r"\(4, 32\), holds one of shape \(9, 9\)"):
         adam_moments(tmp_path, layout)
+
+
+# ---- cosines in the metric of H^-1 -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["fisher", "ekfac"])
+def test_whitened_cosine_is_the_cosine_under_the_dense_inverse(name: str) -> None:
+    data, queries = rows(), rows(5, seed=1)
+    found = fitted(f"{name}_cosine", data)
+    scores = (data.double() @ found.apply(queries.double()).T) / found.row_norms(data)[:, None]
+    inverse = dense(name, data, 0.1)
+    g, q = data.double().numpy(), queries.double().numpy()
+    lengths = [np.sqrt(np.einsum("ij,jk,ik->i", side, inverse, side)) for side in (g, q)]
+    wanted = (g @ inverse @ q.T) / np.outer(*lengths)
+    assert np.abs(wanted).max() <= 1 + 1e-9
+    np.testing.assert_allclose(scores.numpy(), wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_less_is_the_cosine_of_adams_step_and_the_plain_query() -> None:
+    data, queries = rows(), rows(5, seed=1)
+    found = fitted("less", data)
+    scores = (data.double() @ found.apply(queries.double()).T) / found.row_norms(data)[:, None]
+    inverse = dense("adam", data, 0.1)
+    steps, q = data.double().numpy() @ inverse, queries.double().numpy()
+    wanted = (steps @ q.T) / np.outer(np.linalg.norm(steps, axis=1), np.linalg.norm(q, axis=1))
+    np.testing.assert_allclose(scores.numpy(), wanted, rtol=1e-6, atol=1e-9)

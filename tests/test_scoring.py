@@ -14,7 +14,15 @@ from scipy import stats
 from influence_fast.building import build_store
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.projection import Projection
-from influence_fast.scoring import auc, average_ranks, blocks_of, bootstrap_auc, influence_scores, spearman
+from influence_fast.scoring import (
+    auc,
+    average_ranks,
+    blocks_of,
+    bootstrap_auc,
+    influence_matrix,
+    influence_scores,
+    spearman,
+)
 from influence_fast.store import Store
 
 N, Q = 37, 6
@@ -29,15 +37,19 @@ def exact(tiny_lora: Any) -> torch.Tensor:
     return torch.randn(N + Q, width, generator=generator) * torch.logspace(-2, 2, width)
 
 
-@pytest.fixture
-def store(tmp_path: Path, tiny_lora: Any, exact: torch.Tensor) -> Store:
+def store_of(path: Path, model: Any, exact: torch.Tensor, dtype: str = "fp32") -> Store:
     def rows(model: Any, examples: list[dict[str, Any]], **_: Any) -> Any:
         yield list(range(len(examples))), torch.stack([exact[int(e["id"][1:])] for e in examples])
 
     ids = torch.tensor([1, 2, 3])
     examples = [{"id": f"d{i}", "input_ids": ids, "labels": ids} for i in range(N)]
-    options = {"projection": Projection(dim=4), "dtype": "fp32", "shard_rows": 10, "progress": False}
-    return build_store(tmp_path / "store", tiny_lora(), None, examples, gradients=rows, **options)
+    options = {"projection": Projection(dim=4), "dtype": dtype, "shard_rows": 10, "progress": False}
+    return build_store(path, model, None, examples, gradients=rows, **options)
+
+
+@pytest.fixture
+def store(tmp_path: Path, tiny_lora: Any, exact: torch.Tensor) -> Store:
+    return store_of(tmp_path / "store", tiny_lora(), exact)
 
 
 GROUPS = {"correct": [0, 2, 5], "incorrect": [1, 2]}
@@ -64,6 +76,31 @@ def test_scores_agree_with_float64(store: Store, exact: torch.Tensor, name: str)
         np.testing.assert_array_equal(table.columns[f"rank_{group}"], stats.rankdata(table.columns[f"s_{group}"]))
         ranks = stats.rankdata(scores[:, members], axis=0).mean(axis=1)
         np.testing.assert_allclose(table.columns[f"mean_rank_{group}"], ranks, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("name", ["none", "cosine", "fisher_cosine", "ekfac_cosine", "less"])
+def test_the_matrix_and_its_group_means_agree(
+    tmp_path: Path, tiny_lora: Any, exact: torch.Tensor, dtype: str, name: str
+) -> None:
+    exact /= exact.norm(dim=0)  # four decades in one row are more than 8 bits can hold
+    store = store_of(tmp_path / "store", tiny_lora(), exact, dtype)
+    matrix = influence_matrix(store, exact[N:], preconditioner=name)
+    table = influence_scores(store, exact[N:], GROUPS, preconditioner=name)
+    for group, members in GROUPS.items():
+        wanted = matrix[:, members].astype(np.float64).mean(axis=1)
+        assert np.linalg.norm(table.columns[f"s_{group}"] - wanted) < 1e-5 * np.linalg.norm(wanted)
+    if name != "none":
+        assert 0.05 < np.abs(matrix).max() <= 1.01
+
+
+def test_a_zero_row_scores_zero_in_every_metric(tmp_path: Path, tiny_lora: Any, exact: torch.Tensor) -> None:
+    exact[3] = 0
+    store = store_of(tmp_path / "store", tiny_lora(), exact)
+    for name in ("fisher_cosine", "less"):
+        matrix = influence_matrix(store, exact[N:], preconditioner=name)
+        assert (matrix[3] == 0).all()
+        assert np.abs(matrix[4]).min() > 0
 
 
 def test_blocks_are_the_modules(store: Store) -> None:

@@ -1,0 +1,148 @@
+"""The linear datamodeling score: does the sum of a subset's influences tell what a model trained on that subset does?
+
+For subsets S of the training set, each retrained with several seeds (Park et al. 2023, TRAK, section 4),
+
+    predicted(S, v) = sum over d in S of I(d, v)        actual(S, v) = - mean over seeds of l(v; model trained on S)
+    LDS = mean over v of Spearman over S of (predicted, actual)
+
+Intervals are 95 % percentile bootstrap intervals over subsets and seeds, drawn anew together: all methods see the same
+draws, so that the difference of two methods has an interval of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+
+import numpy as np
+
+from influence_fast.errors import ConfigError, DataError
+
+_CHUNK = 1 << 25  # numbers of one chunk of bootstrap ranks
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with the ends of its 95 % bootstrap interval, and the bootstrap draws [B] behind them."""
+
+    value: float
+    low: float
+    high: float
+    draws: np.ndarray
+
+    def minus(self, other: Estimate) -> Estimate:
+        """The difference; its interval is paired where both came from one call."""
+        return _estimate(self.value - other.value, self.draws - other.draws)
+
+
+def draw_subsets(n: int, size: int, count: int, seed: int) -> np.ndarray:
+    """[count, n] bool: `count` uniform subsets of `size` of n examples; the first ones do not depend on `count`.
+
+    Raises ConfigError for a size that leaves nothing to choose.
+    """
+    if not 0 < size < n:
+        raise ConfigError(f"subsets of {size} of {n} examples leave nothing to choose; the size must lie between")
+    masks = np.zeros((count, n), dtype=bool)
+    for i in range(count):
+        masks[i, np.random.default_rng([seed, i]).permutation(n)[:size]] = True
+    return masks
+
+
+def linear_datamodeling_scores(
+    scores: Mapping[str, np.ndarray],
+    subsets: np.ndarray,
+    losses: np.ndarray,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """The LDS of every method, with intervals from the same draws.
+
+    Args:
+        scores: method -> [N, Q] influence of every training example on every query, positive = lowers its loss.
+        subsets: [S, N] bool, the training sets.
+        losses: [S, R, Q] loss of every query after training on each subset with each of R seeds.
+
+    A query whose predictions or outcomes are all equal counts as 0. Raises DataError where shapes do not fit.
+    """
+    count, seeds, queries = losses.shape
+    if count < 3 or subsets.shape[0] != count:
+        raise DataError(f"{subsets.shape[0]} subsets and the losses of {count}: at least 3, and of one number")
+    if not np.isfinite(losses).all():
+        raise DataError("a retrained model's loss is NaN or infinite: lower training.learning_rate")
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(count, np.full(count, 1 / count), size=draws)  # [B, S] times each subset was drawn
+    seed_draws = np.sort(rng.integers(0, seeds, (draws, seeds)), axis=1)
+    order = [np.flatnonzero((seed_draws == which).all(axis=1)) for which in _multisets(seeds)]
+    everything = np.ones((1, count))
+    signs = [_signs(-losses[:, which].mean(axis=1)) for which in _multisets(seeds)]
+    whole = _signs(-losses.mean(axis=1))
+    result = {}
+    for name, matrix in scores.items():
+        if matrix.shape != (subsets.shape[1], queries):
+            raise DataError(f"scores of {name} have shape {matrix.shape}, not ({subsets.shape[1]}, {queries})")
+        predicted = _signs(subsets.astype(np.float64) @ np.asarray(matrix, np.float64))
+        drawn = np.empty(draws)
+        for members, actual in zip(order, signs, strict=True):
+            if len(members):
+                drawn[members] = _mean_spearman(predicted, actual, counts[members])
+        result[name] = _estimate(float(_mean_spearman(predicted, whole, everything)[0]), drawn)
+    return result
+
+
+def seed_agreement(losses: np.ndarray) -> float:
+    """Mean over queries and pairs of seeds of the Spearman correlation of two seeds' losses [S, R, Q] over subsets.
+
+    Where retraining with another seed moves the outcomes about as much as another subset does, no method can have a
+    high LDS: the square root of the reliability of the mean over seeds (Spearman-Brown) bounds it. NaN for one seed.
+    """
+    seeds = losses.shape[1]
+    if seeds < 2:
+        return float("nan")
+    signs = [_signs(losses[:, r]) for r in range(seeds)]
+    everything = np.ones((1, losses.shape[0]))
+    pairs = [(a, b) for a in range(seeds) for b in range(a)]
+    return float(np.mean([_mean_spearman(signs[a], signs[b], everything)[0] for a, b in pairs]))
+
+
+def ceiling(losses: np.ndarray) -> float:
+    """sqrt of the reliability of the seeds' mean, R a / (1 + (R - 1) a) for the seeds' agreement a: see above."""
+    seeds, agreement = losses.shape[1], seed_agreement(losses)
+    reliability = seeds * agreement / (1 + (seeds - 1) * agreement)
+    return float(np.sqrt(max(reliability, 0.0))) if np.isfinite(reliability) else float("nan")
+
+
+def _multisets(seeds: int) -> list[list[int]]:
+    return [list(which) for which in combinations_with_replacement(range(seeds), seeds)]
+
+
+def _signs(values: np.ndarray) -> np.ndarray:
+    """[Q, S, S] sign of value i - value j, of values [S, Q]: weighted sums over j give centred average ranks."""
+    columns = values.T
+    return np.sign(columns[:, :, None] - columns[:, None, :]).astype(np.float32)
+
+
+def _mean_spearman(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """[B] mean over queries of the rank correlation when subset i counts counts[b, i] times."""
+    queries, size, _ = one.shape
+    step = max(1, _CHUNK // (queries * size))
+    out = []
+    for start in range(0, len(counts), step):
+        weights = counts[start : start + step].astype(np.float32)
+        a, b = one @ weights.T, other @ weights.T  # [Q, S, B] centred ranks, doubled
+        w = weights.T[None]
+        covariance = (w * a * b).sum(axis=1)
+        spread = np.sqrt((w * a * a).sum(axis=1) * (w * b * b).sum(axis=1))
+        out.append(np.divide(covariance, spread, out=np.zeros_like(spread), where=spread > 0).mean(axis=0))
+    return np.concatenate(out).astype(np.float64)
+
+
+def _estimate(value: float, draws: np.ndarray) -> Estimate:
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Estimate(value, float(low), float(high), draws)
+
+
+def named_differences(estimates: Mapping[str, Estimate], reference: str, others: Sequence[str]) -> dict[str, Estimate]:
+    """Paired differences reference - other."""
+    return {name: estimates[reference].minus(estimates[name]) for name in others if name != reference}
