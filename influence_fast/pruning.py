@@ -1,65 +1,39 @@
-"""Which examples to drop: selection strategies over a table of scores.
-
-A strategy is one small class with a `drop_first` method and one `@register` line. `drop_first` gives each example a
-number; examples with the highest numbers are dropped. Ties are broken by a seeded shuffle, never by the data's order.
-"""
+"""Which examples to drop: a strategy's order over a table of scores, and what must go whatever the strategy says."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
 
 import numpy as np
 
-from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
+from influence_fast.errors import ConfigError, DataError, listing
 from influence_fast.schemas import Example
 from influence_fast.scores import ScoreTable
+from influence_fast.strategies import STRATEGIES, check_columns, find
 
-
-class Strategy(Protocol):
-    """What `register` takes."""
-
-    needs: tuple[str, ...]  # columns of the table it reads
-
-    def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
-        """[N] float64, higher = dropped sooner."""
-        ...
-
-
-STRATEGIES: dict[str, Strategy] = {}
-
-
-def register(name: str) -> Callable[[type], type]:
-    """Adds a strategy class under `name`, for `select`, the command line and configurations alike."""
-
-    def add(kind: type) -> type:
-        STRATEGIES[name] = kind()
-        return kind
-
-    return add
+__all__ = ["STRATEGIES", "Selection", "aligned_examples", "save_selection", "select", "selection_table"]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The outcome: `keep` and `drop` are row numbers in the table's order, ascending."""
+    """The outcome: `keep` and `drop` are row numbers in the table's order, ascending.
+
+    `why` says of each example "kept" or "dropped: " and the reason.
+    """
 
     strategy: str
     keep: np.ndarray  # [N - n] int64
     drop: np.ndarray  # [n] int64
     priority: np.ndarray  # [N] float64, what the strategy gave each example
+    why: tuple[str, ...]  # N
 
     def kept_examples(self, table: ScoreTable, examples: Sequence[Example]) -> list[Example]:
         """The examples to keep, in their own order. Raises DataError where ids and table do not match."""
+        aligned_examples(table, examples)
         kept = {table.ids[i] for i in self.keep}
-        known = {example.id for example in examples}
-        missing = [name for name in table.ids if name not in known]
-        if missing:
-            raise DataError(
-                f"the score table has ids that the data does not: {listing(missing)}; give the data that was scored, "
-                "read with the same options"
-            )
         return [example for example in examples if example.id in kept]
 
 
@@ -70,141 +44,136 @@ def select(
     fraction: float | None = None,
     count: int | None = None,
     seed: int = 0,
+    groups: Sequence[str] | None = None,
+    clusters: Sequence[int] | np.ndarray | None = None,
+    keep_similar: int = 1,
+    exclude: Mapping[str, str] | None = None,
 ) -> Selection:
     """Drops `fraction` of the examples (rounded to the nearest whole one), or exactly `count` of them.
 
+    Args:
+        table: scores of N examples.
+        strategy: a name in `STRATEGIES`.
+        fraction: share to drop, 0 to 1.
+        count: number to drop, instead of a fraction.
+        seed: breaks ties, and makes the choice of `random`.
+        groups: a name for each example (its task, say): the fraction is dropped inside each group, of which at least
+            one example stays.
+        clusters: a cluster number for each example (see `diversity.near_duplicates`): of each cluster only the
+            `keep_similar` examples that the strategy would drop last stay.
+        exclude: id -> reason of examples that must go (see `decontamination`).
+
+    Examples that must go (excluded ones and near-duplicates) are dropped first and count towards the size, so
+    strategies are compared at one size; where there are more of them than that, all of them go.
+
     Raises ConfigError for an unknown strategy or an impossible size, DataError where the table lacks the scores
-    that the strategy reads.
+    that the strategy reads or nothing would be left.
     """
-    if strategy not in STRATEGIES:
-        raise ConfigError(f"unknown strategy {strategy!r}; {did_you_mean(strategy, STRATEGIES)}")
-    if (fraction is None) == (count is None):
-        raise ConfigError("give either a fraction or a count of examples to drop")
+    chosen = find(strategy)
     total = len(table.ids)
-    if fraction is not None:
-        if not 0 <= fraction <= 1:
-            raise ConfigError(f"fraction {fraction} is not between 0 and 1")
-        count = math.floor(fraction * total + 0.5)
-    assert count is not None
-    if not 0 <= count < total:
-        raise ConfigError(f"dropping {count} of {total} examples would leave none: choose a smaller fraction")
-    chosen = STRATEGIES[strategy]
-    missing = [name for name in chosen.needs if name not in table.columns]
-    if missing:
-        raise DataError(
-            f"strategy {strategy!r} needs the score {missing[0]!r}, which this table does not have "
-            f"(it has {', '.join(table.columns)})"
-        )
+    count = _count(total, fraction, count, grouped=groups is not None)
+    check_columns(table, strategy)
     rng = np.random.default_rng(seed)
     priority = np.asarray(chosen.drop_first(table, rng), dtype=np.float64)
+    unknown = np.flatnonzero(np.isnan(priority))
+    if len(unknown):
+        raise DataError(
+            f"strategy {strategy!r} has no number for {listing(table.ids[i] for i in unknown)} "
+            f"(NaN in {', '.join(chosen.needs)}): score the data again"
+        )
     # lexsort's last key is the first to count: by priority, then by the shuffle
     order = np.lexsort((rng.permutation(total), -priority))
-    return Selection(strategy, np.sort(order[count:]), np.sort(order[:count]), priority)
+    forced = {i: exclude[name] for i, name in enumerate(table.ids) if name in exclude} if exclude else {}
+    if clusters is not None:
+        forced |= _near_duplicates(table, order, _of_each(clusters, total, "clusters"), keep_similar, forced)
+    why = ["kept"] * total
+    members = {"": order}
+    if groups is not None:
+        names = _of_each(groups, total, "groups")
+        members = {str(name): order[names[order] == name] for name in dict.fromkeys(names.tolist())}
+    dropped: list[int] = []
+    for group, ordered in members.items():
+        first = [i for i in ordered.tolist() if i in forced]
+        wanted = count if groups is None else min(_rounded(fraction or 0.0, len(ordered)), len(ordered) - 1)
+        gone = (first + [i for i in ordered.tolist() if i not in forced])[: max(wanted, len(first))]
+        place = {i: rank for rank, i in enumerate(ordered.tolist(), 1)}
+        inside = f" in {group!r}" if groups is not None else ""
+        for i in gone:
+            why[i] = f"dropped: {forced.get(i) or f'{strategy} rank {place[i]} of {len(ordered)}{inside}'}"
+        dropped += gone
+    if len(dropped) == total:
+        raise DataError("nothing would be left: every example is excluded or in a group that is")
+    drop = np.array(sorted(dropped), dtype=np.int64)
+    return Selection(strategy, np.setdiff1d(np.arange(total), drop), drop, priority, tuple(why))
 
 
 def selection_table(table: ScoreTable, selection: Selection) -> ScoreTable:
-    """`table` with what became of each example: `kept` (1 or 0) and the strategy's `drop_priority`."""
+    """`table` with what became of each example: `kept` (1 or 0), the strategy's `drop_priority`, and `why`."""
     kept = np.zeros(len(table.ids))
     kept[selection.keep] = 1
-    return table.with_columns({"kept": kept, "drop_priority": selection.priority})
+    return table.with_columns({"kept": kept, "drop_priority": selection.priority}, texts={"why": list(selection.why)})
 
 
-@register("full")
-class Full:
-    """The baseline that drops nothing; it is run once, at fraction 0."""
-
-    needs: tuple[str, ...] = ()
-
-    def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
-        return np.zeros(len(table.ids))
+def save_selection(table: ScoreTable, selection: Selection, output: str | Path) -> None:
+    """Writes the `selection_table` beside the pruned data `output`, as `<output>.table.parquet` and `.table.csv`."""
+    result = selection_table(table, selection)
+    for suffix in (".parquet", ".csv"):
+        result.save(f"{output}.table{suffix}")
 
 
-@register("random")
-class Random:
-    """A uniformly random choice."""
-
-    needs: tuple[str, ...] = ()
-
-    def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
-        return rng.random(len(table.ids))
-
-
-@register("low_benefit")
-class LowBenefit:
-    """Lowest mean influence on correct answers first."""
-
-    needs: tuple[str, ...] = ("s_correct",)
-
-    def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
-        return -table.columns["s_correct"]
+def aligned_examples(table: ScoreTable, examples: Sequence[Example]) -> list[Example]:
+    """The example of each row of `table`. Raises DataError naming the ids that `examples` do not have."""
+    known = {example.id: example for example in examples}
+    missing = [name for name in table.ids if name not in known]
+    if missing:
+        raise DataError(
+            f"the score table has ids that the data does not: {listing(missing)}; give the data that was scored, "
+            "read with the same options"
+        )
+    return [known[name] for name in table.ids]
 
 
-@register("high_harm")
-class HighHarm:
-    """Highest mean influence on incorrect answers first."""
-
-    needs: tuple[str, ...] = ("s_incorrect",)
-
-    def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
-        return table.columns["s_incorrect"]
-
-
-@register("combined")
-class Combined:
-    """Low benefit and high harm together, by the ranks of the two means (the paper's best)."""
-
-    needs: tuple[str, ...] = ("rank_correct", "rank_incorrect")
-
-    def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
-        return table.columns["rank_incorrect"] - table.columns["rank_correct"]
+def _count(total: int, fraction: float | None, count: int | None, *, grouped: bool) -> int:
+    if (fraction is None) == (count is None):
+        raise ConfigError("give either a fraction or a count of examples to drop")
+    if fraction is not None:
+        if not 0 <= fraction <= 1:
+            raise ConfigError(f"fraction {fraction} is not between 0 and 1")
+        count = _rounded(fraction, total)
+    elif grouped:
+        raise ConfigError("a count cannot be shared out over groups: give a fraction")
+    assert count is not None
+    if not 0 <= count < total:
+        size = "count" if fraction is None else "fraction"
+        raise ConfigError(f"dropping {count} of {total} examples would leave none: choose a smaller {size}")
+    return count
 
 
-@register("combined_mean_rank")
-class CombinedMeanRank:
-    """As `combined`, by the means of the per-query ranks: no single query can dominate."""
-
-    needs: tuple[str, ...] = ("mean_rank_correct", "mean_rank_incorrect")
-
-    def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
-        return table.columns["mean_rank_incorrect"] - table.columns["mean_rank_correct"]
+def _rounded(fraction: float, total: int) -> int:
+    return math.floor(fraction * total + 0.5)
 
 
-@register("perplexity_high")
-class PerplexityHigh:
-    """Drops what the fine-tuned model finds hardest to predict."""
-
-    needs: tuple[str, ...] = ("loss",)
-
-    def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
-        return table.columns["loss"]
+def _of_each(values: Sequence[object] | np.ndarray, total: int, what: str) -> np.ndarray:
+    array = np.asarray(values)
+    if array.shape != (total,):
+        raise DataError(f"{what} has {len(array)} entries for {total} examples; give one for each row of the table")
+    return array
 
 
-@register("perplexity_low")
-class PerplexityLow:
-    """Drops what the fine-tuned model predicts best."""
-
-    needs: tuple[str, ...] = ("loss",)
-
-    def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
-        return -table.columns["loss"]
-
-
-@register("perplexity_mid")
-class PerplexityMid:
-    """Keeps the middle: drops the losses furthest from the median rank."""
-
-    needs: tuple[str, ...] = ("loss",)
-
-    def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
-        ranks = np.argsort(np.argsort(table.columns["loss"], kind="stable"), kind="stable")
-        return np.abs(ranks - (len(ranks) - 1) / 2)
-
-
-@register("short")
-class Short:
-    """Drops the shortest completions first (the `length` baseline)."""
-
-    needs: tuple[str, ...] = ("tokens",)
-
-    def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
-        return -table.columns["tokens"]
+def _near_duplicates(
+    table: ScoreTable, order: np.ndarray, clusters: np.ndarray, keep: int, excluded: Mapping[int, str]
+) -> dict[int, str]:
+    """Row -> reason of all but the best `keep` of each cluster; `order` begins with what is dropped first."""
+    if keep < 1:
+        raise ConfigError(f"keep_similar is {keep}; at least one of a cluster of near-duplicates stays")
+    stay: dict[int, list[int]] = {}
+    gone = {}
+    for i in order[::-1].tolist():
+        if i in excluded:
+            continue
+        best = stay.setdefault(int(clusters[i]), [])
+        if len(best) < keep:
+            best.append(i)
+        else:
+            gone[i] = f"near-duplicate of {table.ids[best[0]]}"
+    return gone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,24 +14,29 @@ from influence_fast.errors import DataError
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """`ids` in the data's order and float64 columns of the same length.
+    """`ids` in the data's order, float64 `columns` and text columns (`texts`) of the same length.
 
     Columns that scoring writes: `s_correct`, `s_incorrect` (mean influence on the queries of each group),
     `rank_correct`, `rank_incorrect` (rank of that mean, 1 = lowest), `mean_rank_correct`, `mean_rank_incorrect`
-    (mean over queries of the per-query ranks), `loss`, `tokens`.
+    (mean over queries of the per-query ranks), the same three for each task where tasks are named, `loss`, `tokens`,
+    and where a strategy needs them `embedding_rank` (1 = taken first) and `pass_rate` (0 to 1). Pruning adds
+    `kept`, `drop_priority` and the text `why`.
     """
 
     ids: list[str]
     columns: dict[str, np.ndarray] = field(default_factory=dict)
+    texts: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, column in self.columns.items():
+        for name, column in (self.columns | self.texts).items():
             if len(column) != len(self.ids):
                 raise DataError(f"score column {name!r} has {len(column)} rows for {len(self.ids)} examples")
 
-    def with_columns(self, columns: dict[str, np.ndarray]) -> ScoreTable:
+    def with_columns(
+        self, columns: Mapping[str, np.ndarray], *, texts: Mapping[str, list[str]] | None = None
+    ) -> ScoreTable:
         """A copy with more columns."""
-        return ScoreTable(self.ids, self.columns | columns)
+        return ScoreTable(self.ids, {**self.columns, **columns}, {**self.texts, **(texts or {})})
 
     def save(self, path: str | Path) -> None:
         """Writes `.parquet` or `.csv`, by the ending; the file appears whole or not at all."""
@@ -39,7 +45,8 @@ class ScoreTable:
         import pyarrow.parquet
 
         path = Path(path)
-        table = pa.table({"id": self.ids, **{name: np.asarray(c, np.float64) for name, c in self.columns.items()}})
+        numbers = {name: np.asarray(column, np.float64) for name, column in self.columns.items()}
+        table = pa.table({"id": self.ids, **numbers, **self.texts})
         write = {".parquet": pyarrow.parquet.write_table, ".csv": pyarrow.csv.write_csv}.get(path.suffix)
         if write is None:
             raise DataError(f"{path}: a score table is written as .parquet or .csv")
@@ -48,7 +55,8 @@ class ScoreTable:
 
     @classmethod
     def load(cls, path: str | Path) -> ScoreTable:
-        """Reads what `save` wrote. Raises DataError naming the file."""
+        """Reads what `save` wrote. Raises DataError naming the file, and the column that is neither number nor text."""
+        import pyarrow as pa
         import pyarrow.csv
         import pyarrow.parquet
 
@@ -63,5 +71,16 @@ class ScoreTable:
         )
         if "id" not in table.column_names:
             raise DataError(f"{path}: no 'id' column, so this is not a score table")
-        columns = {name: table[name].to_numpy() for name in table.column_names if name != "id"}
-        return cls(table["id"].to_pylist(), columns)
+        columns: dict[str, np.ndarray] = {}
+        texts: dict[str, list[str]] = {}
+        for name in table.column_names:
+            kind = table.schema.field(name).type
+            if name == "id":
+                continue
+            if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+                texts[name] = table[name].to_pylist()
+            elif pa.types.is_floating(kind) or pa.types.is_integer(kind):
+                columns[name] = table[name].to_numpy().astype(np.float64)
+            else:
+                raise DataError(f"{path}: column {name!r} holds {kind}, and a score table holds numbers and texts")
+        return cls(table["id"].to_pylist(), columns, texts)

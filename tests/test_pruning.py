@@ -9,14 +9,18 @@ import pytest
 
 from influence_fast.data import Example
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.pruning import STRATEGIES, select, selection_table
+from influence_fast.pruning import STRATEGIES, save_selection, select, selection_table
 from influence_fast.scores import ScoreTable
+from influence_fast.strategies import needed_columns
 
 
 def table(n: int = 20, seed: int = 0) -> ScoreTable:
     rng = np.random.default_rng(seed)
     names = ("s_correct", "s_incorrect", "loss", "tokens")
     columns = {name: rng.standard_normal(n) for name in names}
+    columns["s_algebra"], columns["s_number theory"] = rng.standard_normal((2, n))
+    columns["embedding_rank"] = rng.permutation(n) + 1.0
+    columns["pass_rate"] = rng.integers(0, 5, n) / 4
     for side in ("correct", "incorrect"):
         columns[f"rank_{side}"] = np.argsort(np.argsort(columns[f"s_{side}"])) + 1.0
         columns[f"mean_rank_{side}"] = columns[f"rank_{side}"] + rng.random(n)
@@ -48,9 +52,28 @@ def test_each_strategy_drops_what_its_name_says() -> None:
     by_loss = np.argsort(scores.columns["loss"])
     assert set(select(scores, "perplexity_mid", count=4).drop) == {*by_loss[:2], *by_loss[-2:]}
     assert set(select(scores, "short", count=4).drop) == lowest("tokens")
+    assert set(select(scores, "long", count=4).drop) == highest("tokens")
+    assert set(select(scores, "embedding", count=4).drop) == highest("embedding_rank")
     combined = scores.columns["rank_incorrect"] - scores.columns["rank_correct"]
     dropped = select(scores, "combined", count=4).drop
     assert combined[dropped].min() >= np.delete(combined, dropped).max()
+
+
+@pytest.mark.parametrize(("strategy", "stays"), [("easy", {0.0, 0.25}), ("hard", {0.75, 1.0}), ("difficulty", {0.5})])
+def test_difficulty_filters_keep_their_part_of_the_pass_rates(strategy: str, stays: set[float]) -> None:
+    scores = table(40)
+    rates = scores.columns["pass_rate"]
+    selection = select(scores, strategy, count=int((~np.isin(rates, list(stays))).sum()))
+    assert set(rates[selection.keep]) == stays
+
+
+def test_less_takes_the_best_of_the_tasks() -> None:
+    scores = table()
+    tasks = [scores.columns[f"s_{name}"] for name in ("algebra", "number theory", "correct")]
+    selection = select(scores, "less", count=7)
+    assert set(selection.drop) == set(np.argsort(np.max(tasks, axis=0))[:7])
+    bare = ScoreTable(scores.ids, {name: scores.columns[name] for name in ("s_correct", "s_incorrect")})
+    assert np.array_equal(select(bare, "less", count=7).drop, select(bare, "low_benefit", count=7).drop)
 
 
 def test_random_depends_on_the_seed_alone() -> None:
@@ -76,6 +99,8 @@ def test_ties_fall_by_the_seed_not_by_order() -> None:
         ({"strategy": "random", "fraction": -0.1}, "not between 0 and 1"),
         ({"strategy": "random"}, "either a fraction or a count"),
         ({"strategy": "random", "fraction": 0.1, "count": 2}, "either a fraction or a count"),
+        ({"strategy": "random", "count": 2, "groups": ["a"] * 20}, "cannot be shared out over groups"),
+        ({"strategy": "random", "count": 2, "clusters": [0] * 20, "keep_similar": 0}, "at least one of a cluster"),
     ],
 )
 def test_impossible_selections_are_refused(arguments: dict, message: str) -> None:
@@ -87,6 +112,68 @@ def test_missing_scores_are_named() -> None:
     bare = ScoreTable(["a", "b"], {"s_correct": np.zeros(2)})
     with pytest.raises(DataError, match="'high_harm' needs the score 's_incorrect'"):
         select(bare, "high_harm", count=1)
+    with pytest.raises(DataError, match=r"'pass_rate'.*it has s_correct\).*'influence-fast score --strategies easy'"):
+        select(bare, "easy", count=1)
+    with pytest.raises(DataError, match="clusters has 3 entries for 2 examples"):
+        select(bare, "low_benefit", count=1, clusters=[1, 2, 3])
+    hole = ScoreTable(["a", "b"], {"s_correct": np.array([0.0, np.nan])})
+    with pytest.raises(DataError, match=r"'low_benefit' has no number for b \(NaN in s_correct\)"):
+        select(hole, "low_benefit", count=1)
+
+
+def test_columns_that_strategies_need() -> None:
+    assert needed_columns(["random", "combined", "easy"]) == {"rank_correct", "rank_incorrect", "pass_rate"}
+    with pytest.raises(ConfigError, match="did you mean 'embedding'"):
+        needed_columns(["embeding"])
+
+
+# ---- what must go ------------------------------------------------------------------------------------------
+
+
+def line(n: int) -> ScoreTable:
+    """d0 is dropped first by `low_benefit`, then d1, ..."""
+    return ScoreTable([f"d{i}" for i in range(n)], {"s_correct": np.arange(n, dtype=np.float64)})
+
+
+def test_of_near_duplicates_the_best_stay() -> None:
+    clusters = [0, 1, 0, 2, 0, 3, 1, 4]  # d0 d2 d4 and d1 d6 are alike
+    selection = select(line(8), "low_benefit", count=4, clusters=clusters)
+    assert selection.drop.tolist() == [0, 1, 2, 3]  # three of them near-duplicates, then the lowest score
+    assert selection.why[2] == selection.why[0] == "dropped: near-duplicate of d4"
+    assert selection.why[1] == "dropped: near-duplicate of d6"
+    assert selection.why[3] == "dropped: low_benefit rank 4 of 8"
+    assert selection.why[7] == "kept"
+    # more of them than are to go: all go
+    assert select(line(8), "low_benefit", count=1, clusters=clusters).drop.tolist() == [0, 1, 2]
+    assert select(line(8), "low_benefit", count=1, clusters=clusters, keep_similar=2).drop.tolist() == [0]
+
+
+@pytest.mark.parametrize("strategy", ["random", "combined", "embedding", "easy"])
+def test_no_two_of_a_cluster_stay_whatever_the_strategy(strategy: str) -> None:
+    clusters = np.random.default_rng(3).integers(0, 12, 40)
+    selection = select(table(40), strategy, fraction=0.1, clusters=clusters)
+    assert len(set(clusters[selection.keep])) == len(selection.keep) == len(set(clusters))
+
+
+def test_excluded_examples_go_first_and_are_nobodys_best() -> None:
+    selection = select(line(6), "low_benefit", count=2, exclude={"d5": "shares 8 words with test/17", "gone": "x"})
+    assert selection.drop.tolist() == [0, 5]
+    assert selection.why[5] == "dropped: shares 8 words with test/17"
+    both = select(line(6), "low_benefit", count=0, clusters=[0, 1, 2, 3, 4, 4], exclude={"d5": "x"})
+    assert both.keep.tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(DataError, match="nothing would be left"):
+        select(line(2), "low_benefit", count=0, exclude={"d0": "x", "d1": "x"})
+
+
+def test_the_fraction_is_dropped_inside_each_group() -> None:
+    groups = ["a"] * 10 + ["b"] * 4 + ["c"]
+    selection = select(line(15), "low_benefit", fraction=0.5, groups=groups)
+    assert selection.drop.tolist() == [0, 1, 2, 3, 4, 10, 11]  # the only one of c stays
+    assert selection.why[11] == "dropped: low_benefit rank 2 of 4 in 'b'"
+    assert np.array_equal(
+        select(line(15), "low_benefit", fraction=0.5, groups=["all"] * 15).drop,
+        select(line(15), "low_benefit", fraction=0.5).drop,
+    )
 
 
 def test_kept_examples_must_be_the_scored_ones() -> None:
@@ -110,6 +197,26 @@ def test_tables_survive_the_disk(tmp_path: Path, suffix: str) -> None:
     assert read.columns.keys() == written.columns.keys()
     for name, column in written.columns.items():
         np.testing.assert_array_equal(read.columns[name], column)
+        assert read.columns[name].dtype == np.float64
+    assert read.texts == written.texts
+    assert read.texts["why"].count("kept") == 10
     assert [p.name for p in tmp_path.iterdir()] == [f"t{suffix}"]
     with pytest.raises(DataError, match="no such score table"):
         ScoreTable.load(tmp_path / "absent.csv")
+
+
+def test_the_selection_is_written_in_both_formats(tmp_path: Path) -> None:
+    selection = select(table(), "combined", fraction=0.25)
+    save_selection(table(), selection, tmp_path / "kept.jsonl")
+    for suffix in ("csv", "parquet"):
+        read = ScoreTable.load(tmp_path / f"kept.jsonl.table.{suffix}")
+        assert read.texts["why"] == list(selection.why)
+        assert np.flatnonzero(read.columns["kept"]).tolist() == selection.keep.tolist()
+
+
+def test_a_table_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("id,when\na,2024-01-01\n")
+    with pytest.raises(DataError, match="column 'when' holds date32"):
+        ScoreTable.load(tmp_path / "t.csv")
+    with pytest.raises(DataError, match="'why' has 1 rows for 2 examples"):
+        ScoreTable(["a", "b"], texts={"why": ["x"]})
