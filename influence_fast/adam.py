@@ -23,7 +23,7 @@ import torch
 
 from influence_fast.damping import GRID, Damping, RowBlocks, check_damping, ridge, split_rows
 from influence_fast.errors import ConfigError, ModelError
-from influence_fast.lora import LayoutEntry
+from influence_fast.lora import LayoutEntry, in_top_layers
 from influence_fast.projection import Projection, sjlt_map
 
 _PEFT_PREFIX = "base_model.model."
@@ -94,6 +94,7 @@ def adam_moments(
 
     state = load_adam_moments(checkpoint)
     by_factor = {name.removeprefix(_PEFT_PREFIX).rsplit(".", 2)[0]: values for name, values in state.items()}
+    layout = in_top_layers(layout, projection)
     pieces = []
     for entry in layout:
         name = f"{entry.module.removeprefix(_PEFT_PREFIX)}.{entry.factor}"

@@ -45,6 +45,8 @@ class Projection:
     seed: any integer; the same seed gives the same bits everywhere.
     width: length of the final row. Needed by the flat kinds; for the others, a second stage (one SJLT of the
         whole row to `width` numbers) or None for no second stage.
+    layers: share of the decoder's layers, counted from the top, whose LoRA modules are in a row (rounded up to whole
+        layers). The backward pass ends at the lowest of them.
 
     Raises ConfigError for an unknown kind or a value out of range.
     """
@@ -53,11 +55,14 @@ class Projection:
     dim: int = 16
     seed: int = 0
     width: int | None = None
+    layers: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"unknown projection kind {self.kind!r}; {did_you_mean(str(self.kind), KINDS)}")
         _check_integer("dim", self.dim, 1)
+        if not 0 < self.layers <= 1:
+            raise ConfigError(f"projection layers is {self.layers}; it is a share, above 0 and at most 1")
         _check_integer("seed", self.seed, None)
         if self.width is not None:
             _check_integer("width", self.width, 1)

@@ -154,7 +154,7 @@ def _inline(svg: str, name: str, alt: str, extra: str, *, scatter: bool = False)
     )
 
 
-def _render(
+def render_chart(
     name: str, draw: Draw, sizes: tuple[tuple[float, float], tuple[float, float]], alt: str, **how: Any
 ) -> Markup:
     """Both versions of a chart; sizes are (width, height) in CSS pixels, wide then narrow."""
@@ -280,7 +280,7 @@ def accuracy_chart(settings: Sequence[Setting], base: Mapping[str, Any] | None) 
         *([Key("dash", "ink", name_before)] if math.isfinite(before) else []),
         *([Key("tick", "muted", "single seeds")] if any(s.seeds > 1 for s in settings) else []),
     ]
-    return Chart(_render("accuracy", draw, _rows_size(len(strategies), len(fractions)), alt), keys)
+    return Chart(render_chart("accuracy", draw, _rows_size(len(strategies), len(fractions)), alt), keys)
 
 
 def harmful_chart(settings: Sequence[Setting]) -> Chart | None:
@@ -322,7 +322,7 @@ def harmful_chart(settings: Sequence[Setting]) -> Chart | None:
         *([Key("bar", "baseline", "other baselines")] if "baseline" in kinds else []),
         Key("tick", "ink", "expected from dropping as many at random"),
     ]
-    return Chart(_render("harmful", draw, _rows_size(len(strategies), len(fractions)), alt), keys)
+    return Chart(render_chart("harmful", draw, _rows_size(len(strategies), len(fractions)), alt), keys)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------
@@ -449,7 +449,7 @@ def scatter_chart(
         f"Scatter of s_correct (benefit) against s_incorrect (harm) for {shown:,} traces; "
         "the most helpful and most harmful ones are listed with their text below"
     )
-    return Chart(_render("scatter", draw, ((620, 540), (350, 390)), alt, scatter=True))
+    return Chart(render_chart("scatter", draw, ((620, 540), (350, 390)), alt, scatter=True))
 
 
 def _hexagons(spots: np.ndarray, radius: float) -> list[str]:
@@ -528,7 +528,8 @@ def distribution_chart(groups: Sequence[tuple[str, int, np.ndarray, np.ndarray]]
     )
     size = ((980.0, 48.0 * n + 78), (350.0, 2 * (44.0 * n + 72)))
     return Chart(
-        _render("distribution", draw, size, f"Score distributions by label. {medians}"), [Key("tick", "ink", "median")]
+        render_chart("distribution", draw, size, f"Score distributions by label. {medians}"),
+        [Key("tick", "ink", "median")],
     )
 
 
@@ -575,7 +576,7 @@ def curves_chart(curves: Mapping[str, Sequence[Sequence[Any]]]) -> Chart | None:
     keys = [Key("dash" if i % 4 else "line", f"c{i + 1}", name) for i, name in enumerate(named)]
     if rest:
         keys.append(Key("line", "muted", f"{len(rest)} further runs"))
-    return Chart(_render("curves", draw, ((980, 320), (350, 250)), f"Training loss by step. {ends}"), keys)
+    return Chart(render_chart("curves", draw, ((980, 320), (350, 250)), f"Training loss by step. {ends}"), keys)
 
 
 def key_svg(key: Key) -> Markup:

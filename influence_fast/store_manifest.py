@@ -68,6 +68,7 @@ class StoreIdentity:
     projection_dim: int | None = None
     projection_width: int | None = None
     projection_seed: int | None = None
+    projection_layers: float | None = None  # None: all of them
     loss_reduction: str | None = None
 
     @classmethod
@@ -114,12 +115,12 @@ class StoreIdentity:
             return None
         if self.projection_kind is None or self.projection_kind == "unknown":
             raise StoreError("the store does not record its projection; give query gradients made like its rows")
-        values = {"dim": self.projection_dim, "seed": self.projection_seed, "width": self.projection_width}
+        values = {name: getattr(self, f"projection_{name}") for name in ("dim", "seed", "width", "layers")}
         return Projection(self.projection_kind, **{k: v for k, v in values.items() if v is not None})
 
 
 def projection_fields(projection: Projection | None) -> dict[str, Any]:
-    """The four `projection_*` fields of a StoreIdentity."""
+    """The `projection_*` fields of a StoreIdentity."""
     if projection is None:
         return {"projection_kind": "none"}
     return {
@@ -127,6 +128,7 @@ def projection_fields(projection: Projection | None) -> dict[str, Any]:
         "projection_dim": None if projection.kind in FLAT_KINDS else projection.dim,
         "projection_width": projection.width,
         "projection_seed": projection.seed,
+        "projection_layers": None if projection.layers == 1 else projection.layers,
     }
 
 

@@ -33,6 +33,7 @@ class RunFolder:
         self.path = Path(config.output)
         settings = to_dict(config)
         settings.pop("output")
+        settings.pop("validate")  # more methods or subsets over the same run are no other run
         record = self.path / CONFIG
         if record.exists():
             differs = difference(yaml.safe_load(record.read_text()), settings)

@@ -1,0 +1,156 @@
+"""Influence scores against retraining, on worlds made on the spot; writes benches/results/proof-<world>.json.
+
+    python -m benches.proof demo --output runs/proof-demo
+    python -m benches.proof math500 --data problems.jsonl --output runs/proof-math500
+
+`demo` is the demo's own model and data: arithmetic stories with corrupted traces, own answers as queries. `math500`
+takes a file of worked solutions (`problem`, `solution`, `answer`): a byte-level BPE tokenizer and a 2-layer, 128-wide
+Qwen2-shaped model are made from 200 of the problems, a LoRA adapter is fine-tuned on 240 others, and the reference
+solutions of 60 more are the queries. Both retrain 64 random halves with two seeds, 16 sets without a tenth, and what is
+left without the most helpful and the most harmful examples.
+
+`--peers FOLDER` adds the scores that other tools computed (FOLDER/<name>.npz, see benches/peers); `--work FOLDER`
+writes what they need, and stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benches.environment import describe
+from benches.models import qwen2_model, train_tokenizer
+from influence_fast.config import (
+    DataConfig,
+    InfluenceConfig,
+    ModelConfig,
+    PruningConfig,
+    RunConfig,
+    Source,
+    ValidateConfig,
+)
+from influence_fast.data import Example, load_examples, save_examples, tokenize
+from influence_fast.demo import demo_config
+from influence_fast.pipeline import Pipeline
+from influence_fast.training import TrainConfig, finetune, list_checkpoints
+from influence_fast.validate import validate
+from influence_fast.validation_page import text_tables, write_page
+
+METHODS: tuple[Any, ...] = (
+    "cosine",
+    "dot",
+    "exact-dot",
+    "exact-cosine",
+    "tracin",
+    "cosine-checkpoints",
+    "adam",
+    "less",
+    "less-checkpoints",
+    "fisher",
+    "fisher-auto",
+    "fisher-cosine",
+    "ekfac",
+    "ekfac-cosine",
+    "datainf",
+    "trak",
+    "loss",
+    {"name": "cosine dim 4", "dim": 4},
+    {"name": "cosine dim 64", "dim": 64},
+    {"name": "cosine kron 16", "projection": "kron"},
+    {"name": "cosine sjlt 1024", "projection": "sjlt", "width": 1024},
+    {"name": "cosine sketch 1024", "width": 1024},
+    {"name": "cosine int8", "store_dtype": "int8"},
+    {"name": "cosine top half", "layers": 0.5},
+    {"name": "cosine half traces", "tokens": 0.5},
+    {"name": "cosine quarter traces", "tokens": 0.25},
+)
+
+
+def demo(output: Path) -> RunConfig:
+    """The demo's run, its checkpoints kept."""
+    config = demo_config(output, progress=False)
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, save_checkpoints=True))
+
+
+def math500(output: Path, data: str) -> RunConfig:
+    """A LoRA fine-tuning over worked solutions of a small model pre-trained on others of the same file."""
+    world = output.with_name(f"{output.name}-world")
+    examples = load_examples(data)
+    base, pool, queries, test = examples[:200], examples[200:440], examples[440:], examples[:20]
+    parts = {"pool": pool, "validation": queries, "test": test}
+    if not (world / "made").exists():
+        tokenizer = train_tokenizer([e.prompt + "\n" + e.completion for e in examples], vocab_size=2048)
+        torch.manual_seed(0)
+        model = qwen2_model(len(tokenizer), tokenizer.eos_token_id, layers=2, width=128)
+        training = TrainConfig(epochs=6, learning_rate=2e-3, batch_size=8)
+        finetune(model, tokenizer, tokenize(base, tokenizer).examples, world / "model", config=training, lora=None)
+        for name, part in parts.items():
+            save_examples(part, world / f"{name}.jsonl")
+        (world / "made").touch()
+    sources = {name: Source(str(world / f"{name}.jsonl")) for name in parts}
+    return RunConfig(
+        output=str(output),
+        title="Worked solutions, a small model",
+        model=ModelConfig(str(world / "model")),
+        data=DataConfig(**sources),
+        training=TrainConfig(epochs=3, learning_rate=2e-3, batch_size=8, save_checkpoints=True),
+        influence=InfluenceConfig(queries="reference"),
+        pruning=PruningConfig(strategies=("random",)),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("world", choices=("demo", "math500"))
+    parser.add_argument("--data", help="the problems, for math500")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--subsets", type=int, default=64)
+    parser.add_argument("--peers", type=Path, help="folder of <name>.npz with other tools' scores")
+    parser.add_argument("--work", type=Path, help="write the work folder for other tools here, and stop")
+    args = parser.parse_args()
+    if args.world == "math500" and not args.data:
+        parser.error("math500 needs --data")
+    torch.set_num_threads(1)
+
+    config = demo(args.output) if args.world == "demo" else math500(args.output, args.data)
+    if args.work:
+        write_peer_work(config, args.work)
+        return
+    external = {path.stem: str(path) for path in sorted(args.peers.glob("*.npz"))} if args.peers else {}
+    settings = ValidateConfig(METHODS, subsets=args.subsets, processes=args.processes, external=external)
+    results = validate(dataclasses.replace(config, validate=settings))
+    print(text_tables(results))
+    write_page(results, args.output / "validation.html")
+    kept = {key: value for key, value in results.items() if key not in ("config", "environment", "versions")}
+    for row in kept["cost"]["rows"]:
+        row.pop("settings")
+    path = Path(__file__).parent / "results" / f"proof-{args.world}.json"
+    path.write_text(json.dumps(describe() | kept, indent=1) + "\n")
+    print(f"results: {path}")
+
+
+def write_peer_work(config: RunConfig, folder: Path) -> None:
+    """The run's reference model, pool and queries in the form that benches/peers reads."""
+    from benches.peers.work import write_work
+
+    pipeline = Pipeline(config)
+    adapter = Path(pipeline.reference_adapter())
+    queries: list[Example] = pipeline.queries(adapter).examples
+    write_work(
+        folder,
+        Path(config.model.path),
+        list_checkpoints(adapter)[-1],
+        pipeline.splits.tokenized.examples,
+        tokenize(queries, pipeline.tokenizer).examples,
+    )
+    print(f"work folder for other tools: {folder}")
+
+
+if __name__ == "__main__":
+    main()

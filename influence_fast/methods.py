@@ -1,0 +1,203 @@
+"""Ways of making influence scores, by name: what `validate` compares and `plan` chooses from.
+
+A method is a preconditioner together with everything that makes it cheaper: how gradients are projected and stored,
+which layers and how much of a trace they see, one adapter or all saved checkpoints, the model itself or a smaller one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from influence_fast.adam import adam_moments
+from influence_fast.building import build_store
+from influence_fast.damping import Damping
+from influence_fast.data import TokenizedSet
+from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
+from influence_fast.gradients import per_example_gradients, per_example_losses
+from influence_fast.lora import gradient_layout
+from influence_fast.packing import IGNORED
+from influence_fast.preconditioners import PRECONDITIONERS
+from influence_fast.projection import Projection
+from influence_fast.scoring import influence_matrix
+from influence_fast.training import load_finetuned
+
+EXACT = "none"  # the projection kind that keeps whole gradients
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way of scoring.
+
+    projection: kind, or "none" for exact gradients; dim, width, layers: see `Projection`. store_dtype: fp32, bf16 or
+    int8. tokens: share of each trace's completion tokens that is kept, from its start. checkpoints: sum over the
+    reference's saved checkpoints, weighted by learning rate (TracIn), in place of its final adapter alone. moments:
+    second moments of the reference's optimizer, for "adam" and "less". loss: no influence at all, the example's loss
+    under the reference (the perplexity baseline).
+    """
+
+    name: str
+    preconditioner: str = "cosine"
+    damping: Damping = 0.1
+    projection: str = "one_sided"
+    dim: int = 16
+    width: int | None = None
+    layers: float = 1.0
+    store_dtype: str = "bf16"
+    tokens: float = 1.0
+    checkpoints: bool = False
+    moments: bool = False
+    loss: bool = False
+
+    def __post_init__(self) -> None:
+        if self.preconditioner not in PRECONDITIONERS:
+            raise ConfigError(
+                f"method {self.name}: unknown preconditioner {self.preconditioner!r}; "
+                f"{did_you_mean(self.preconditioner, PRECONDITIONERS)}"
+            )
+        if not 0 < self.tokens <= 1:
+            raise ConfigError(f"method {self.name}: tokens is {self.tokens}; it is a share, above 0 and at most 1")
+        if self.moments and self.preconditioner not in ("adam", "less"):
+            raise ConfigError(f"method {self.name}: moments are read by 'adam' and 'less' only")
+        self.rows()  # raises where the settings do not fit together
+
+    def rows(self) -> Projection | None:
+        """The projection of its rows; None for exact gradients."""
+        if self.projection == EXACT:
+            return None
+        return Projection(self.projection, dim=self.dim, width=self.width, layers=self.layers)
+
+
+#: What can be named in a configuration; anything else is spelt out as a mapping.
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("cosine"),
+        Method("dot", "none"),
+        Method("exact-dot", "none", projection=EXACT, store_dtype="fp32"),
+        Method("exact-cosine", "cosine", projection=EXACT, store_dtype="fp32"),
+        Method("fisher", "fisher"),
+        Method("fisher-auto", "fisher", damping="auto"),
+        Method("fisher-cosine", "fisher_cosine"),
+        Method("fisher-cosine-auto", "fisher_cosine", damping="auto"),
+        Method("ekfac", "ekfac"),
+        Method("ekfac-cosine", "ekfac_cosine"),
+        Method("datainf", "datainf"),
+        Method("adam", "adam", moments=True),
+        Method("less", "less", moments=True),
+        Method("tracin", "none", checkpoints=True),
+        Method("less-checkpoints", "less", moments=True, checkpoints=True),
+        Method("cosine-checkpoints", "cosine", checkpoints=True),
+        Method("trak", "fisher", projection="sjlt", width=2048, store_dtype="fp32"),
+        Method("loss", loss=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """`matrix` [N, Q] fp32, positive = lowers the query's loss; seconds by stage; stored bytes an example."""
+
+    matrix: np.ndarray
+    seconds: dict[str, float]
+    bytes_per_example: int
+
+
+def method_of(given: str | Mapping[str, Any]) -> Method:
+    """A method by its name, or from a mapping of `Method`'s fields. Raises ConfigError naming what is unknown."""
+    if isinstance(given, str):
+        if given not in METHODS:
+            raise ConfigError(f"unknown method {given!r}; {did_you_mean(given, METHODS)}")
+        return METHODS[given]
+    known = [field.name for field in dataclasses.fields(Method)]
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"method: unknown key {key!r}; {did_you_mean(str(key), known)}")
+    if "name" not in given:
+        raise ConfigError(f"a method that is spelt out needs a name: {dict(given)}")
+    return Method(**given)
+
+
+def score_by(
+    method: Method,
+    base: Any,
+    adapters: Sequence[tuple[Path, float]],
+    pool: Sequence[dict[str, Any]],
+    queries: Sequence[dict[str, Any]],
+    scratch: Path,
+) -> Scored:
+    """Scores of the tokenized `pool` on the tokenized `queries`, from start to end and with nothing reused.
+
+    adapters: (folder, weight); more than one only for a method of `checkpoints`. scratch: a folder for the store,
+    removed afterwards.
+
+    Raises DataError where an example has no finite gradient: a comparison of methods needs all rows.
+    """
+    seconds: dict[str, float] = {}
+    shortened = [shorten(example, method.tokens) for example in pool]
+    total = np.zeros((len(pool), len(queries)), np.float32)
+    bytes_per_example = 0
+    for path, weight in adapters:
+        model: Any = load_finetuned(base, path)
+        try:
+            if method.loss:
+                with _timed(seconds, "losses"):
+                    losses = per_example_losses(model, shortened).numpy().astype(np.float32)
+                return Scored(np.repeat(-losses[:, None], len(queries), axis=1), seconds, 4)
+            shutil.rmtree(scratch, ignore_errors=True)
+            options: dict[str, Any] = {"projection": method.rows()}
+            with _timed(seconds, "training gradients"):
+                store = build_store(
+                    scratch, model, None, shortened, dtype=method.store_dtype, progress=False, **options
+                )
+            if store.set_aside:
+                names = listing(name for name, _ in store.set_aside)
+                raise DataError(f"method {method.name}: no gradient for {names}; leave these examples out of the pool")
+            with _timed(seconds, "query gradients"):
+                rows = per_example_gradients(model, queries, **options).cpu()
+            moments = adam_moments(path, gradient_layout(model), **options) if method.moments else None
+            with _timed(seconds, "scores"):
+                matrix = influence_matrix(
+                    store, rows, preconditioner=method.preconditioner, damping=method.damping, moments=moments
+                )
+            total += np.float32(weight) * matrix
+            bytes_per_example += sum(file.stat().st_size for file in scratch.glob("rows-*")) // max(1, len(store))
+        finally:
+            model.unload()
+    shutil.rmtree(scratch, ignore_errors=True)
+    return Scored(total, seconds, bytes_per_example)
+
+
+def shorten(example: Mapping[str, Any], share: float) -> dict[str, Any]:
+    """The example up to `share` of its completion tokens (at least one), its prompt whole."""
+    labels = torch.as_tensor(example["labels"])
+    places = (labels != IGNORED).nonzero().flatten()
+    kept = max(1, round(share * len(places)))
+    if share == 1 or len(places) == 0:
+        return dict(example)
+    end = int(places[kept - 1]) + 1
+    return {**example, "input_ids": torch.as_tensor(example["input_ids"])[:end], "labels": labels[:end]}
+
+
+class _timed:
+    def __init__(self, seconds: dict[str, float], stage: str) -> None:
+        self.seconds, self.stage = seconds, stage
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.start
+
+
+def token_count(tokenized: TokenizedSet) -> int:
+    """Tokens of a tokenized set, prompts included."""
+    return sum(len(example["input_ids"]) for example in tokenized.examples)

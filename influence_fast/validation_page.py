@@ -1,0 +1,146 @@
+"""What `validate` found, as text tables for a terminal and as one self-contained HTML page with plots."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from influence_fast.atomic import replacing
+from influence_fast.report_plots import INK, Chart, Key, key_svg, plain, render_chart
+
+Row = Mapping[str, Any]
+
+
+def write_page(results: Row, path: str | os.PathLike[str]) -> Path:
+    """Writes the page of `validate`'s results to `path`, whole or not at all, and returns where it is."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["key"] = key_svg
+    target = Path(path)
+    page = environment.get_template("validation.html.j2").render(
+        title=results["config"]["title"], results=results, sections=sections(results), removal=_removal_rows(results)
+    )
+    with replacing(target) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return target
+
+
+def sections(results: Row) -> list[dict[str, Any]]:
+    """Chart and table of each set of intervals: title, what it says, rows, chart."""
+    found = []
+    for key, name in (("lds", "Linear datamodeling score"), ("leave_out", "Leave-k-out")):
+        part = results[key]
+        if part is None:
+            continue
+        for group, kind in _groups(part["rows"]):
+            rows = [row for row in part["rows"] if (row["group"], row["of"]) == (group, kind)]
+            rows.sort(key=lambda row: -row["value"])
+            noise = part["noise"][f"{group}/{kind}"]
+            found.append(
+                {
+                    "title": f"{name}: {_group_name(group, kind)}",
+                    "note": f"{part['subsets']} training sets of {part['size']} of {results['pool']} examples, "
+                    f"{part['seeds']} seed{'s' * (part['seeds'] > 1)} each. Two seeds' outcomes agree at "
+                    f"{noise['agreement']:.2f} (Spearman); with their mean as outcome no method can be expected above "
+                    f"{noise['ceiling']:.2f}.",
+                    "rows": rows,
+                    "ahead": True,
+                    "chart": _chart(f"{key}-{group}-{kind}", rows, results["default"], "rank correlation", 0.0),
+                }
+            )
+    if results["detection"]:
+        rows = [row | {"value": row["auc"], "default_ahead": None} for row in results["detection"]]
+        found.append(
+            {
+                "title": "Corrupted traces found",
+                "note": "AUC of the dropping order against the labels; 0.5 is chance. Intervals are over examples.",
+                "rows": rows,
+                "ahead": False,
+                "chart": _chart("detection", rows, results["default"], "AUC", 0.5),
+            }
+        )
+    return found
+
+
+def text_tables(results: Row) -> str:
+    """The same rows as plain text."""
+    lines = []
+    for section in sections(results):
+        lines += [section["title"], f"  {section['note']}"]
+        for row in section["rows"]:
+            ahead = row["default_ahead"]
+            tail = "" if ahead is None else f"   {results['default']} ahead by {_span(ahead)}"
+            lines.append(f"  {row['method']:<22} {_span(row)}{tail}")
+        lines.append("")
+    for row in _removal_rows(results):
+        lines.append(f"  {row['name']:<42} query loss over random {_span(row)}   accuracy {row['accuracy']}")
+    cost = results["cost"]
+    lines += ["", f"Cost (one fine-tuning epoch: {cost['epoch_seconds'] or float('nan'):.1f} s)"]
+    for row in cost["rows"]:
+        epochs = "" if row["epochs"] is None else f"{row['epochs']:.2f} epochs"
+        agrees = "" if row["spearman_to_exact"] is None else f"   Spearman to exact {row['spearman_to_exact']:.4f}"
+        lines.append(f"  {row['method']:<22} {epochs:<14} {row['bytes_per_example']:>9} bytes an example{agrees}")
+    return "\n".join(lines)
+
+
+def _groups(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((row["group"], row["of"]) for row in rows))
+
+
+def _group_name(group: str, kind: str) -> str:
+    whose = {"all": "all queries", "correct": "right answers", "incorrect": "wrong answers"}.get(group, group)
+    return f"{whose}, one by one" if kind == "queries" else f"mean loss of {whose}"
+
+
+def _span(row: Row) -> str:
+    return f"{row['value']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+
+
+def _removal_rows(results: Row) -> list[dict[str, Any]]:
+    rows = []
+    for row in results["removal"] or ():
+        share = f"{100 * row['share']:.0f} %"
+        name = (
+            f"{share} at random" if row["method"] == "random" else f"most {row['direction']} {share} by {row['method']}"
+        )
+        accuracy = " ".join(f"{value:.3f}" for value in row["accuracy"])
+        rows.append({"name": name, "value": row["loss_over_random"], "low": row["low"], "high": row["high"]})
+        rows[-1] |= {"loss": row["loss"], "accuracy": accuracy}
+    return rows
+
+
+def _chart(name: str, rows: Sequence[Row], default: str, what: str, nothing: float) -> Chart:
+    """One line a method: value and interval; the value of a method that knows nothing as a vertical line."""
+
+    def draw(figure: Figure, narrow: bool) -> None:
+        ax: Axes = figure.subplots()
+        for y, row in enumerate(rows):
+            colour = INK["accent"] if row["method"] == default else INK["baseline"]
+            ax.plot([row["low"], row["high"]], [y, y], color=colour, lw=2.2, solid_capstyle="round")
+            ax.plot([row["value"]], [y], ls="", marker="o", ms=8, color=colour)
+            ax.text(1.015, y, f"{row['value']:.3f}", transform=ax.get_yaxis_transform(), va="center", fontsize=11.5)
+        ax.axvline(nothing, color=INK["ink"], lw=1.3, ls=(0, (4, 3)), zorder=0)
+        ax.set_yticks(range(len(rows)), [plain(row["method"], 20) for row in rows])
+        ax.set_ylim(len(rows) - 0.45, -0.55)
+        ax.grid(axis="x")
+        ax.set_xlabel(what)
+
+    height = 29.0 * len(rows) + 50
+    alt = f"{what} of each method: " + "; ".join(f"{row['method']} {row['value']:.3f}" for row in rows)
+    keys = [
+        Key("dot", "accent", f"{default} (the default)"),
+        Key("dot", "baseline", "other methods"),
+        Key("dash", "ink", "chance"),
+    ]
+    return Chart(render_chart(name, draw, ((700.0, height), (350.0, height)), alt), keys)

@@ -1,0 +1,233 @@
+"""The proof on a tiny model: every part is there, nothing is retrained twice, mistakes are found before the work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from influence_fast import retraining
+from influence_fast.cli import main
+from influence_fast.config import load_config
+from influence_fast.data import load_examples
+from influence_fast.errors import ConfigError, DataError
+from influence_fast.lds import linear_datamodeling_scores
+from influence_fast.methods import METHODS, method_of, shorten
+from influence_fast.retraining import Retraining, retrain
+from influence_fast.validate import drop_priority, validate
+
+from .test_pipeline import write_model, write_rows
+
+SETTINGS: dict[str, Any] = {
+    "model": {"path": "model"},
+    "training": {"epochs": 6, "learning_rate": 5e-3, "batch_size": 8, "save_checkpoints": True},
+    "lora": {"r": 4, "alpha": 8},
+    "influence": {"queries": "reference"},
+    "pruning": {"strategies": ["random"], "fractions": [0.25]},
+    "evaluation": {"max_new_tokens": 6},
+    "validate": {
+        "methods": [
+            "cosine",
+            "less",
+            "exact-dot",
+            "exact-cosine",
+            "loss",
+            {"name": "wide", "dim": 64, "store_dtype": "fp32"},
+        ],
+        "subsets": 4,
+        "leave_out_sets": 3,
+        "remove": [0.2],
+        "removal_methods": ["cosine"],
+        "draws": 50,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def proof(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("proof")
+    write_model(folder / "model")
+    for name, n in (("pool", 24), ("validation", 6), ("test", 4)):
+        write_rows(folder / f"{name}.jsonl", n, seed=n)
+    data = {"pool": "pool.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(SETTINGS | {"output": str(folder / "run"), "data": data}))
+    assert main(["validate", "--quiet", str(folder / "config.yaml")]) == 0
+    return folder, json.loads((folder / "run" / "validation.json").read_text())
+
+
+def test_every_part_is_there(proof: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = proof
+    names = {"cosine", "less", "exact-dot", "exact-cosine", "loss", "wide"}
+    for part, subsets, size in (("lds", 4, 12), ("leave_out", 3, 22)):
+        assert (results[part]["subsets"], results[part]["seeds"], results[part]["size"]) == (subsets, 2, size)
+        for group, kind in (("all", "queries"), ("correct", "mean")):
+            rows = [r for r in results[part]["rows"] if (r["group"], r["of"]) == (group, kind)]
+            assert {row["method"] for row in rows} == names
+            assert all(-1 <= row["low"] <= row["high"] <= 1 for row in rows)
+    assert {row["method"] for row in results["detection"]} == names
+    assert {(r["method"], r["direction"]) for r in results["removal"]} == {
+        ("cosine", "helpful"),
+        ("cosine", "harmful"),
+        ("random", "random"),
+    }
+    costs = {row["method"]: row for row in results["cost"]["rows"]}
+    assert costs["wide"]["spearman_to_exact"] > costs["cosine"]["spearman_to_exact"] > 0.5
+    page = (folder / "run" / "validation.html").read_text()
+    assert "Linear datamodeling score" in page
+    assert "<svg" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_score_is_that_of_the_kept_retrainings(proof: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = proof
+    config = load_config(folder / "config.yaml")
+    from influence_fast.lds import draw_subsets
+
+    masks = draw_subsets(24, 12, 4, config.seed)
+    losses = []
+    for i in range(4):
+        found = [np.load(folder / "run" / "retrained" / f"half-{i:04d}-seed{s}.npz") for s in (0, 1)]
+        losses.append([f["losses"] for f in found])
+        assert np.abs(losses[-1][0] - losses[-1][1]).max() > 0
+    matrix = np.load(folder / "run" / "validate" / "cosine.npz")["matrix"]
+    wanted = linear_datamodeling_scores({"m": matrix}, masks, np.array(losses), draws=50)["m"]
+    (row,) = [r for r in results["lds"]["rows"] if (r["method"], r["group"], r["of"]) == ("cosine", "all", "queries")]
+    assert (row["value"], row["low"], row["high"]) == (wanted.value, wanted.low, wanted.high)
+
+
+def test_nothing_is_done_twice(proof: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, results = proof
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("influence_fast.training.finetune", refuse)
+    monkeypatch.setattr("influence_fast.validate.score_by", refuse)
+    again = validate(load_config(folder / "config.yaml"), progress=False)
+    assert json.loads(json.dumps(again))["lds"] == results["lds"]
+
+
+def test_processes_and_interruptions_change_no_outcome(proof: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    import dataclasses
+
+    folder, _ = proof
+    config = dataclasses.replace(load_config(folder / "config.yaml"), output=str(tmp_path / "run"))
+    queries = load_examples(folder / "validation.jsonl")
+    work = [Retraining(f"half-{i}-seed0", np.arange(i, 24, 2), 0) for i in range(2)]
+    two = retrain(config, queries, work, processes=2, talks=False)
+    (tmp_path / "run" / "retrained" / "half-1-seed0.npz").unlink()
+    one = retrain(config, queries, work, processes=1, talks=False)
+    for job in work:
+        np.testing.assert_allclose(one[job.name].losses, two[job.name].losses, rtol=1e-5)
+    assert not list((tmp_path / "run" / "retrained").glob(".*"))
+
+
+def test_a_retraining_of_other_rows_is_not_taken(proof: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = proof
+    config = load_config(folder / "config.yaml")
+    queries = load_examples(folder / "validation.jsonl")
+    with pytest.raises(DataError, match=r"half-0000-seed0\.npz is a retraining on other rows"):
+        retrain(config, queries, [Retraining("half-0000-seed0", np.arange(3), 0)], talks=False)
+
+
+def test_a_killed_process_is_a_clear_error(
+    proof: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import dataclasses
+
+    folder, _ = proof
+    config = dataclasses.replace(load_config(folder / "config.yaml"), output=str(tmp_path / "run"))
+    monkeypatch.setattr(retraining, "_open", _die)
+    queries = load_examples(folder / "validation.jsonl")
+    work = [Retraining(f"half-{i}", np.arange(10), i) for i in range(2)]
+    with pytest.raises(DataError, match=r"killed \(out of memory\?\); 0 of 2 retrainings are done and kept"):
+        retrain(config, queries, work, processes=2, talks=False)
+
+
+def _die(*_: Any) -> None:
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def change(folder: Path, tmp_path: Path, **validate_settings: Any) -> str:
+    raw = yaml.safe_load((folder / "config.yaml").read_text())
+    raw["validate"] |= validate_settings
+    for name in ("pool", "validation", "test"):
+        raw["data"][name] = str(folder / raw["data"][name])
+    raw["model"]["path"] = str(folder / "model")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": ["cosin"]}, "unknown method 'cosin'; did you mean 'cosine'"),
+        ({"methods": ["dot"]}, "'cosine' is not among the methods (dot)"),
+        ({"methods": ["cosine", "cosine"]}, "a name comes twice"),
+        ({"methods": ["cosine", {"name": "x", "dims": 3}]}, "unknown key 'dims'"),
+        ({"methods": ["cosine", {"name": "x", "tokens": 0}]}, "tokens is 0"),
+        ({"share": 1.5}, "validate.share is 1.5"),
+        ({"subsets": 2}, "at least 3"),
+        ({"external": {"other": "missing.npz"}}, "no scores of another tool"),
+    ],
+)
+def test_mistakes_are_named(
+    proof: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    settings: dict[str, Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["validate", "--quiet", change(proof[0], tmp_path, **settings)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_methods_that_read_checkpoints_say_so_before_any_work(
+    proof: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    import dataclasses
+
+    config = load_config(proof[0] / "config.yaml")
+    training = dataclasses.replace(config.training, save_checkpoints=False)
+    with pytest.raises(
+        ConfigError, match=r"less read checkpoints with optimizer state: set training\.save_checkpoints"
+    ):
+        validate(dataclasses.replace(config, training=training, output=str(tmp_path / "run")), progress=False)
+
+
+def test_scores_of_another_tool_are_compared_too(proof: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, _ = proof
+    matrix = np.load(folder / "run" / "validate" / "cosine.npz")["matrix"]
+    np.savez(tmp_path / "other.npz", scores=matrix)
+    config = change(folder, tmp_path, external={"other": str(tmp_path / "other.npz")})
+    found = validate(load_config(config), progress=False)
+    rows = {r["method"]: r for r in found["lds"]["rows"] if (r["group"], r["of"]) == ("all", "queries")}
+    assert rows["other"]["value"] == rows["cosine"]["value"]
+    assert rows["other"]["default_ahead"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_shortened_traces_keep_their_prompt_and_a_token() -> None:
+    example = {"id": "a", "input_ids": torch.arange(10), "labels": torch.tensor([-100] * 4 + list(range(4, 10)))}
+    assert shorten(example, 0.5)["input_ids"].tolist() == list(range(7))
+    assert shorten(example, 0.5)["labels"].tolist() == [-100] * 4 + [4, 5, 6]
+    assert len(shorten(example, 0.01)["input_ids"]) == 5
+    assert shorten(example, 1.0) == example
+
+
+def test_named_methods_are_named_after_themselves() -> None:
+    assert all(method_of(name).name == name for name in METHODS)
+
+
+def test_priority_is_the_difference_of_ranks() -> None:
+    matrix = np.array([[3.0, 1.0], [2.0, 5.0], [1.0, 2.0]])
+    assert drop_priority(matrix, {"correct": [0], "incorrect": [1]}).tolist() == [-2.0, 1.0, 1.0]
+    assert drop_priority(matrix, {"correct": [0]}).tolist() == [-3.0, -2.0, -1.0]
