@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt as stop:
         print(f"stopped: {stop or 'what was finished is kept; run the same command again to go on'}", file=sys.stderr)
-        return 130
+        return getattr(stop, "exit_code", 130)  # SIGTERM has its own
     return 0
 
 
@@ -65,6 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb("run", _run, "run the whole pipeline from a configuration file")
     sub.add_argument("config", help="YAML file; see recipes/ and influence_fast/config.py")
     sub.add_argument("--output", help="overrides the configuration's output folder")
+    sub.add_argument("--dry-run", action="store_true", help="print sizes, memory and time, and do nothing")
+    sub.add_argument("--rows", type=int, help="dry run: examples of a pool that is not on this machine")
+    sub.add_argument("--tokens-per-example", type=float, help="dry run: their mean length")
+    sub.add_argument("--tokens-per-second", type=float, help="dry run: measured speed of training, for the time")
 
     sub = verb("train", _train, "fine-tune a LoRA adapter")
     _model(sub, adapter=False)
@@ -88,13 +92,36 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--queries", default="own_answers", help="own_answers (default) or reference")
     sub.add_argument("--fallback", help="reference: let the solutions stand in where no own answer is correct")
     sub.add_argument(
-        "--preconditioner", default="cosine", help="cosine (default), fisher, ekfac, datainf, adam or none"
+        "--preconditioner",
+        default="default",
+        help="ekfac_cosine (the default; cosine where a width is given), cosine, fisher, less, none, ...",
     )
     sub.add_argument("--damping", type=_damping, default=0.1, help="share of the mean eigenvalue (0.1), or auto")
-    sub.add_argument("--optimizer", help="checkpoint whose Adam state 'adam' reads (default: moments of the rows)")
-    sub.add_argument("--dim", type=int, default=16, help="projection dim p (default 16)")
+    sub.add_argument(
+        "--optimizer", help="checkpoint whose Adam state 'adam' and 'less' read (default: moments of the rows)"
+    )
+    sub.add_argument("--dim", type=int, default=64, help="projection dim p (default 64)")
     sub.add_argument("--width", type=int, help="sketch each row to this many numbers")
+    sub.add_argument("--store-dtype", default="bf16", help="fp32, bf16 (default) or int8")
     sub.add_argument("--max-new-tokens", type=int, help="limit of a generated answer")
+    sub.add_argument("--tasks", metavar="COLUMN", help="validation column that names tasks, a score each (for less)")
+    sub.add_argument(
+        "--strategies", nargs="+", default=[], metavar="NAME", help="add the scores that only some strategies read"
+    )
+
+    sub = verb("build", _build, "build a gradient store; under torchrun and the like, on all processes together")
+    _model(sub, adapter=True)
+    _data(sub, "--data", "training examples")
+    sub.add_argument("--output", required=True, help="folder of the store, which all processes see")
+    sub.add_argument("--dim", type=int, default=64, help="projection dim p (default 64)")
+    sub.add_argument("--width", type=int, help="sketch each row to this many numbers")
+    sub.add_argument("--store-dtype", default="bf16", help="fp32, bf16 (default) or int8")
+    sub.add_argument("--shard-rows", type=int, help="examples in a shard, which is what a process takes at a time")
+    sub.add_argument("--max-tokens", type=int, help="tokens in one packed batch")
+    sub.add_argument("--fsdp", type=int, default=1, metavar="N", help="spread each copy of the model over N processes")
+    sub.add_argument("--time-limit", type=float, default=600.0, help="seconds without a batch after which one hangs")
+    sub.add_argument("--peak-tflops", type=float, help="of one card, for the utilisation (default: known cards)")
+    sub.add_argument("--profile", action="store_true", help="write a Chrome trace of the first batches")
 
     sub = verb("prune", _prune, "write the data that a strategy keeps, in the input's own format")
     _data(sub, "--data", "the data that was scored")
@@ -103,14 +130,36 @@ def build_parser() -> argparse.ArgumentParser:
     size = sub.add_mutually_exclusive_group(required=True)
     size.add_argument("--fraction", type=float, help="share to drop, 0 to 1")
     size.add_argument("--count", type=int, help="number of examples to drop")
+    sub.add_argument("--groups", metavar="COLUMN", help="column that names groups: drop the fraction inside each")
+    sub.add_argument("--max-similar", type=float, metavar="J", help="let one stay of traces with Jaccard similarity J")
+    sub.add_argument(
+        "--decontaminate", nargs="+", default=[], metavar="FILE", help="drop what shares 8 words with these questions"
+    )
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--output", required=True, help="file for the kept rows; the table goes to OUTPUT.table.csv")
+    sub.add_argument(
+        "--output", required=True, help="file for the kept rows; the table goes to OUTPUT.table.csv and .table.parquet"
+    )
 
     sub = verb("eval", _eval, "answer questions and grade the answers")
-    _model(sub, adapter=True, adapter_needed=False)
-    _data(sub, "--data", "questions with final answers")
-    sub.add_argument("--output", required=True, help="transcripts, .jsonl")
+    _model(sub, adapter=True, adapter_needed=False, needed=False)
+    sub.add_argument("--task", help="gsm8k, math500, ... or a task's .yaml file; --data then overrides its source")
+    _data(sub, "--data", "questions with final answers", needed=False)
+    sub.set_defaults(split=None)  # a task has its own
+    sub.add_argument("--output", help="transcripts, .jsonl; the same command again goes on from them")
     sub.add_argument("--max-new-tokens", type=int, help="limit of a generated answer")
+    sub.add_argument("--samples", type=int, help="answers to each question")
+    sub.add_argument("--temperature", type=float, help="0 is greedy")
+    sub.add_argument("--top-p", type=float)
+    sub.add_argument("--seed", type=int, help="seed of the sampling")
+    sub.add_argument("--pass-at", type=int, nargs="+", metavar="K", help="estimate pass@K from the samples")
+    sub.add_argument("--answer-kind", help="math (default), last_number or choice")
+    sub.add_argument("--engine", help="transformers, vllm, or auto (default): vllm where installed and there is a GPU")
+    sub.add_argument("--export-lm-eval", metavar="FOLDER", help="write the questions as an lm-eval task, and stop")
+
+    sub = verb("validate", _validate, "prove the scores by retraining: LDS, leave-k-out, removal, detection")
+    sub.add_argument("config", help="a run's YAML file; its section 'validate' names methods and sizes")
+    sub.add_argument("--output", help="another folder than the configuration's")
+    sub.add_argument("--processes", type=int, help="retrainings at a time")
 
     sub = verb("report", _report, "write the HTML report of a run again from its results.json")
     sub.add_argument("run", help="the run's folder")
@@ -131,16 +180,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model(sub: argparse.ArgumentParser, *, adapter: bool, adapter_needed: bool = True) -> None:
-    sub.add_argument("--model", required=True, help="base model: hub id or folder")
+def _model(sub: argparse.ArgumentParser, *, adapter: bool, adapter_needed: bool = True, needed: bool = True) -> None:
+    sub.add_argument("--model", required=needed, help="base model: hub id or folder")
     if adapter:
         sub.add_argument("--adapter", required=adapter_needed, help="peft adapter: hub id or folder")
     sub.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
     sub.add_argument("--device", default="auto")
 
 
-def _data(sub: argparse.ArgumentParser, option: str, help: str) -> None:
-    sub.add_argument(option, required=True, help=f"{help}: hub id, .jsonl/.json/.parquet/.csv file or saved folder")
+def _data(sub: argparse.ArgumentParser, option: str, help: str, *, needed: bool = True) -> None:
+    sub.add_argument(option, required=needed, help=f"{help}: hub id, .jsonl/.json/.parquet/.csv file or saved folder")
     sub.add_argument("--split", default="train")
     sub.add_argument("--format", default="auto", help="schema of the rows (default: found from the columns)")
     sub.add_argument("--trace", default="first_correct", help="which of an OpenR1 row's traces")
@@ -182,27 +231,58 @@ def _load_model(args: Any) -> tuple[Any, Any]:
 def _load_data(args: Any) -> list[Any]:
     from influence_fast.data import load_examples
 
-    trace = int(args.trace) if args.trace.lstrip("-").isdigit() else args.trace
-    return load_examples(args.data, split=args.split, format=args.format, trace=trace, limit=args.limit)
+    return load_examples(args.data, split=args.split, format=args.format, trace=_trace(args), limit=args.limit)
+
+
+def _trace(args: Any) -> str | int:
+    return int(args.trace) if args.trace.lstrip("-").isdigit() else args.trace
+
+
+def _say_left_out(args: Any, too_long: Sequence[tuple[str, int]]) -> None:
+    from influence_fast.errors import listing
+
+    if too_long:
+        names = listing(f"{name} ({n} tokens)" for name, n in too_long)
+        print(f"left out, longer than {args.max_length} tokens: {len(too_long)} examples: {names}")
 
 
 def _tokenize(args: Any, examples: list[Any], tokenizer: Any) -> list[dict[str, Any]]:
     from influence_fast.data import tokenize
-    from influence_fast.errors import DataError, listing
+    from influence_fast.errors import DataError
 
     result = tokenize(examples, tokenizer, max_length=args.max_length, truncate=args.truncate)
-    if result.too_long:
-        names = listing(f"{name} ({n} tokens)" for name, n in result.too_long)
-        print(f"left out, longer than {args.max_length} tokens: {len(result.too_long)} examples: {names}")
+    _say_left_out(args, result.too_long)
     if not result.examples:
         raise DataError("no example is left: raise --max-length, or cut the examples with --truncate")
     return result.examples
 
 
-def _evaluation(args: Any) -> Any:
+def _evaluation(args: Any, settings: Any = None) -> Any:
+    """`settings` (default: EvalConfig's own) with what the command line says otherwise."""
+    import dataclasses
+
     from influence_fast.evaluation import EvalConfig
 
-    return EvalConfig() if args.max_new_tokens is None else EvalConfig(max_new_tokens=args.max_new_tokens)
+    names = ("max_new_tokens", "samples", "temperature", "top_p", "seed", "answer_kind", "engine")
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    if getattr(args, "pass_at", None) is not None:
+        given["pass_at"] = tuple(args.pass_at)
+    return dataclasses.replace(settings or EvalConfig(), **given)
+
+
+def _questions(args: Any) -> tuple[list[Any], Any]:
+    """What `eval` asks, and its settings: a task's, or those of any data with answers."""
+    from influence_fast.tasks import known_tasks, load_task, task_examples
+
+    if args.task is None:
+        if args.data is None:
+            raise ConfigError(f"eval needs questions: --task ({', '.join(known_tasks())}) or --data")
+        args.split = args.split or "train"
+        return _load_data(args), _evaluation(args)
+    if args.format != "auto" or args.trace != "first_correct":
+        raise ConfigError("--format and --trace are of no use with --task, which names its own columns: leave them out")
+    task = load_task(args.task)
+    return task_examples(task, args.limit, args.data, args.split), _evaluation(args, task.evaluation)
 
 
 def _demo(args: Any) -> None:
@@ -226,6 +306,16 @@ def _run(args: Any) -> None:
     config = load_config(args.config)
     if args.output:
         config = dataclasses.replace(config, output=args.output)
+    assumed = {name: getattr(args, name) for name in ("rows", "tokens_per_example", "tokens_per_second")}
+    if args.dry_run:
+        from influence_fast.dry_run import describe, plan
+
+        _quiet_libraries()
+        print(describe(config, plan(config, **assumed)))
+        return
+    for name, value in assumed.items():
+        if value is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} is for --dry-run only; add that, or leave it out")
     _run_config(config, args)
 
 
@@ -247,6 +337,13 @@ def _run_config(config: Any, args: Any) -> None:
             f"{cell['strategy']:<20} {share:>8} {cell['seed']:>5} {cell['accuracy']:>9.3f}  "
             f"{cell['low']:.3f}-{cell['high']:.3f}{harmful}"
         )
+    for c in results["comparisons"]:
+        print(
+            f"{c['strategy']} at {100 * c['fraction']:.0f} % less {c['against']}: {100 * c['difference']:+.1f} points "
+            f"(95 % {100 * c['low']:+.1f} to {100 * c['high']:+.1f}), p {c['p']:.3f}, corrected {c['p_adjusted']:.3f}"
+        )
+    if results["comparisons"] and len(config.pruning.seeds) == 1:
+        print("one seed: intervals and p are over the test questions only, not over training runs")
     for warning in results["warnings"]:
         print(f"warning: {warning}")
     print(f"report: {Path(config.output) / 'report.html'}")
@@ -267,26 +364,35 @@ def _train(args: Any) -> None:
 
 def _score(args: Any) -> None:
     from influence_fast import pipeline
-    from influence_fast.config import QUERY_KINDS, GradientConfig, InfluenceConfig, check_influence
-    from influence_fast.data import load_examples
+    from influence_fast.config import QUERY_KINDS, GradientConfig, InfluenceConfig, PruningConfig, check_influence
+    from influence_fast.data import load_examples, load_rows
+    from influence_fast.difficulty import check_answers
     from influence_fast.errors import did_you_mean
-    from influence_fast.preconditioners import PRECONDITIONERS
+    from influence_fast.grouping import row_groups
+    from influence_fast.preconditioners import DEFAULT, PRECONDITIONERS
+    from influence_fast.strategies import PASS_RATE, needed_columns
 
     if args.queries not in QUERY_KINDS:
         raise ConfigError(f"--queries: unknown value {args.queries!r}; {did_you_mean(args.queries, QUERY_KINDS)}")
-    if args.preconditioner not in PRECONDITIONERS:
-        hint = did_you_mean(args.preconditioner, PRECONDITIONERS)
+    if args.preconditioner not in (DEFAULT, *PRECONDITIONERS):
+        hint = did_you_mean(args.preconditioner, (DEFAULT, *PRECONDITIONERS))
         raise ConfigError(f"--preconditioner: unknown value {args.preconditioner!r}; {hint}")
-    gradients = GradientConfig(dim=args.dim, width=args.width)
+    gradients = GradientConfig(dim=args.dim, width=args.width, store_dtype=args.store_dtype)
     influence = InfluenceConfig(preconditioner=args.preconditioner, damping=args.damping, optimizer=args.optimizer)
     check_influence(influence, gradients)
+    needs = needed_columns(args.strategies)
+    examples = _load_data(args)
+    if PASS_RATE in needs:
+        check_answers(examples)
     model, tokenizer = _load_model(args)
-    pool = _tokenize(args, _load_data(args), tokenizer)
+    pool = _tokenize(args, examples, tokenizer)
     validation = load_examples(args.validation)
     answers = None
     if args.queries == "own_answers":
         answers = pipeline.own_answers(model, tokenizer, validation, _evaluation(args), progress=_bars(args))
     queries = pipeline.make_queries(validation, answers, args.fallback)
+    if args.tasks is not None:
+        queries = pipeline.with_tasks(queries, row_groups(load_rows(args.validation), args.tasks))
     table, seconds = pipeline.score_pool(
         model,
         tokenizer,
@@ -297,6 +403,19 @@ def _score(args: Any) -> None:
         influence,
         progress=_bars(args),
     )
+    tokens = {example["id"]: example for example in pool}
+    by_id = {example.id: example for example in examples}
+    table, more = pipeline.baseline_columns(
+        table,
+        needs,
+        model,
+        tokenizer,
+        [(by_id[name], tokens[name]) for name in table.ids],
+        queries,
+        PruningConfig().pass_rate_config(_evaluation(args)),
+        progress=_bars(args),
+    )
+    seconds |= more
     table.save(args.output)
     for warning in queries.warnings:
         print(f"warning: {warning}")
@@ -305,34 +424,161 @@ def _score(args: Any) -> None:
     print(f"scores: {args.output} ({len(table.ids)} examples against {sizes} answers; {spent})")
 
 
+def _build(args: Any) -> None:
+    import torch
+
+    from influence_fast import distributed, metrics, sharded, spooling
+    from influence_fast.config import GradientConfig
+    from influence_fast.models import load_model, load_tokenizer
+
+    _quiet_libraries()
+    gradients = GradientConfig(dim=args.dim, width=args.width, store_dtype=args.store_dtype)
+    world = distributed.World.from_environment()
+    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    device = f"cuda:{world.local_rank}" if cuda else args.device
+    mesh, group = None, None
+    if args.fsdp != 1:
+        mesh, group = distributed.init_group(world, args.fsdp, "cuda" if cuda else "cpu")
+    place = device if group is None else "cpu"
+    model = distributed.retried(lambda: load_model(args.model, adapter=args.adapter, dtype=args.dtype, device=place))
+    tokenizer = distributed.retried(lambda: load_tokenizer(args.model))
+    if group is not None:
+        model = sharded.shard_model(model, mesh)
+    source = spooling.TokenSource(
+        args.data, args.split, args.format, _trace(args), args.limit, {}, args.max_length, args.truncate
+    )
+    folder = Path(f"{args.output}.tokens")
+    distributed.once(
+        folder,
+        world,
+        lambda: spooling.is_spooled(folder, source, tokenizer),
+        lambda beat: distributed.retried(lambda: spooling.spool(folder, source, tokenizer, beat)),
+        args.time_limit,
+    )
+    tokens = spooling.Tokens(folder)
+    if world.rank == 0:
+        _say_left_out(args, tokens.too_long)
+        if tokens.without:
+            print(f"left out, without a trace for --trace {args.trace}: {len(tokens.without)} rows")
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else metrics.peak_flops(torch.device(device if cuda else "cpu"))
+    store = distributed.build_distributed(
+        args.output,
+        model,
+        None,
+        tokens,
+        world=world,
+        group=group,
+        time_limit=args.time_limit,
+        progress=False if args.quiet else None,
+        profile=args.profile,
+        peak=None if peak is None else peak * args.fsdp,
+        projection=gradients.projection,
+        dtype=gradients.store_dtype,
+        shard_rows=args.shard_rows,
+        max_tokens=args.max_tokens,
+    )
+    if group is not None:
+        torch.distributed.destroy_process_group()
+    if world.rank == 0:
+        totals = metrics.summary(metrics.folder_of(Path(args.output)))
+        print(f"store: {args.output} ({len(store)} rows; {100 * totals.idle_share:.1f} % of the ranks' time idle)")
+
+
 def _prune(args: Any) -> None:
-    from influence_fast.data import load_rows, save_examples
-    from influence_fast.pruning import select, selection_table
+    from influence_fast.data import load_examples, load_rows, save_examples
+    from influence_fast.decontamination import contaminated
+    from influence_fast.diversity import near_duplicates
+    from influence_fast.grouping import row_groups
+    from influence_fast.pruning import aligned_examples, save_selection, select
     from influence_fast.scores import ScoreTable
 
     table = ScoreTable.load(args.scores)
     examples = _load_data(args)
-    selection = select(table, args.strategy, fraction=args.fraction, count=args.count, seed=args.seed)
+    scored = aligned_examples(table, examples)
+    rows = load_rows(args.data, split=args.split)
+    groups = clusters = None
+    if args.groups is not None:
+        of_row = row_groups(rows, args.groups)
+        groups = [of_row[example.row] for example in scored]
+    if args.max_similar is not None:
+        clusters = near_duplicates([example.completion for example in scored], args.max_similar)
+    tests: dict[str, list[Any]] = {}
+    for file in args.decontaminate:
+        tests.setdefault(Path(file).stem, []).extend(load_examples(file))
+    overlaps = contaminated(scored, tests)
+    for found in overlaps[:20]:
+        print(f"{found.id} {found.why}: {found.ngram}")
+    if len(overlaps) > 20:
+        print(f"and {len(overlaps) - 20} more; the table has all of them")
+    selection = select(
+        table,
+        args.strategy,
+        fraction=args.fraction,
+        count=args.count,
+        seed=args.seed,
+        groups=groups,
+        clusters=clusters,
+        exclude={found.id: found.why for found in overlaps},
+    )
     kept = selection.kept_examples(table, examples)
-    save_examples(kept, args.output, load_rows(args.data, split=args.split))
-    selection_table(table, selection).save(f"{args.output}.table.csv")
+    save_examples(kept, args.output, rows)
+    save_selection(table, selection, args.output)
     print(f"kept {len(selection.keep)} and dropped {len(selection.drop)} of {len(table.ids)} examples: {args.output}")
 
 
 def _eval(args: Any) -> None:
     from influence_fast.evaluation import evaluate
+    from influence_fast.generation import ModelFiles, choose_engine
 
-    model, tokenizer = _load_model(args)
-    result = evaluate(
-        model,
-        tokenizer,
-        _load_data(args),
-        config=_evaluation(args),
-        transcripts=Path(args.output),
-        progress=_bars(args),
-    )
+    examples, config = _questions(args)
+    if args.export_lm_eval:
+        from influence_fast.lm_eval_export import export_lm_eval
+
+        name = Path(args.task or args.data).stem
+        command = export_lm_eval(name, examples, config, args.export_lm_eval)
+        print(f"{len(examples)} questions: {args.export_lm_eval}\nrun, where lm-eval and influence-fast are: {command}")
+        return
+    if args.model is None or args.output is None:
+        raise ConfigError("eval needs --model and --output; only --export-lm-eval does without")
+    model: Any
+    if choose_engine(config.engine) == "vllm":
+        from influence_fast.models import load_tokenizer
+
+        model, tokenizer = ModelFiles(args.model, args.adapter, args.dtype), load_tokenizer(args.model)
+    else:
+        model, tokenizer = _load_model(args)
+    result = evaluate(model, tokenizer, examples, config=config, transcripts=Path(args.output), progress=_bars(args))
+    total = len(result.items)
     low, high = result.interval
-    print(f"accuracy {result.accuracy:.4f} (95 % interval {low:.4f} to {high:.4f}, n={len(result.items)})")
+    asked = f"n={len(examples)}" + (f", {config.samples} samples each" if config.samples > 1 else "")
+    print(f"accuracy {result.accuracy:.4f} (95 % interval {low:.4f} to {high:.4f}, {asked}, {result.engine})")
+    for found in result.pass_at:
+        low, high = found.interval
+        print(f"pass@{found.k} {found.value:.4f} (95 % interval {low:.4f} to {high:.4f}; unbiased estimator)")
+    if result.majority is not None:
+        print(f"maj@{config.samples} {result.majority:.4f}")
+    share = 100 * result.truncated / total
+    print(f"cut at {config.max_new_tokens} new tokens: {result.truncated} of {total} answers ({share:.1f} %)")
+    if result.reused:
+        print(f"{result.reused} of {total} answers are an earlier run's; delete {args.output} to ask anew")
+
+
+def _validate(args: Any) -> None:
+    import dataclasses
+
+    from influence_fast.config import load_config
+    from influence_fast.validate import validate
+    from influence_fast.validation_page import text_tables, write_page
+
+    config = load_config(args.config)
+    if args.output:
+        config = dataclasses.replace(config, output=args.output)
+    if args.processes:
+        config = dataclasses.replace(config, validate=dataclasses.replace(config.validate, processes=args.processes))
+    _quiet_libraries()
+    results = validate(config, progress=not args.quiet)
+    print(text_tables(results))
+    print(f"page: {write_page(results, Path(config.output) / 'validation.html')}")
 
 
 def _report(args: Any) -> None:

@@ -1,35 +1,43 @@
-"""Lets a model answer questions in batches and grades what it says; every transcript is kept."""
+"""Lets a model answer questions and grades what it says; every transcript is kept."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from influence_fast.atomic import replacing
+from influence_fast import __version__
 from influence_fast.data import Example, render_prompt
-from influence_fast.errors import ConfigError, DataError, ModelError, listing
-from influence_fast.grading import grade, normalise
+from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
+from influence_fast.fingerprints import tokenizer_hash, weight_hashes
+from influence_fast.generation import CUT, ENGINES, Answer, ModelFiles, answer_batches
+from influence_fast.grading import ANSWER_KINDS, choice_letter, grade, normalise
+from influence_fast.transcripts import EvalItem, Journal, write_transcripts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-STOPPED = "stop"  # the model ended its answer
-CUT = "length"  # it was still talking at max_new_tokens
 Z95 = 1.959963984540054  # 97.5 % point of the normal distribution
 
 
 @dataclass(frozen=True, slots=True)
 class EvalConfig:
-    """How the model answers. `temperature` 0 is greedy; `samples` answers a question need a temperature above 0.
+    """How the model answers and how its answers are judged.
 
-    `last_number` grades the last number of an answer that names none in a known form.
+    `temperature` 0 is greedy; several `samples` a question need a temperature above 0. `pass_at`: the k for which
+    pass@k is estimated, each at most `samples`. `answer_kind`: `math`; `last_number`, which grades the last number of
+    an answer that names none in a known form; or `choice`, the letter of an option. `engine`: `transformers`, `vllm`,
+    or `auto`, by which a model in memory answers itself and one named by its files is vLLM's where that is installed
+    and there is a GPU.
     """
 
     max_new_tokens: int = 512
@@ -38,7 +46,9 @@ class EvalConfig:
     top_p: float = 1.0
     samples: int = 1
     seed: int = 0
-    last_number: bool = False
+    pass_at: tuple[int, ...] = ()
+    answer_kind: str = "math"
+    engine: str = "auto"
     grade_timeout: float = 5.0
 
     def __post_init__(self) -> None:
@@ -54,25 +64,25 @@ class EvalConfig:
             raise ConfigError(
                 f"evaluation.samples is {self.samples} but temperature is 0, so all would be equal; set a temperature"
             )
+        for k in self.pass_at:
+            if not 1 <= k <= self.samples:
+                raise ConfigError(
+                    f"evaluation.pass_at: pass@{k} cannot be estimated from {self.samples} samples a question; "
+                    "take k from 1 up to samples"
+                )
+        for name, known in (("answer_kind", ANSWER_KINDS), ("engine", ENGINES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(f"evaluation.{name}: unknown value {value!r}; {did_you_mean(value, known)}")
 
 
 @dataclass(frozen=True, slots=True)
-class EvalItem:
-    """One answer: `generation` as the model wrote it, `extracted` the answer found in it (None: none).
+class PassAt:
+    """The estimate of pass@k, the chance that one of `k` answers to a question is right, and its 95 % interval."""
 
-    `finish_reason`: "stop", or "length" when the model had not ended after `max_new_tokens` tokens.
-    """
-
-    id: str
-    prompt: str
-    generation: str
-    answer: str
-    extracted: str | None
-    correct: bool
-    finish_reason: str
-    sample: int = 0
-    tokens: int = 0
-    note: str = ""
+    k: int
+    value: float
+    interval: tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,21 +90,25 @@ class EvalResult:
     """`accuracy` is pass@1: the mean over all answers. `interval` is its 95 % interval.
 
     Wilson's interval with one answer a question; with more, a bootstrap over questions, since answers to one
-    question are not independent. `majority` is maj@n, None with one answer a question. `items` are in the order
-    of the questions, samples side by side.
+    question are not independent. `majority` is maj@n, None with one answer a question; `pass_at` has pass@k for the k
+    of the settings. `items` are in the order of the questions, samples side by side; `truncated` of them were cut at
+    `max_new_tokens`, and `reused` come from an earlier run.
     """
 
     accuracy: float
     interval: tuple[float, float]
     items: list[EvalItem]
     majority: float | None = None
+    pass_at: tuple[PassAt, ...] = ()
     truncated: int = 0
     tokens: int = 0
+    engine: str = "transformers"
+    reused: int = field(default=0, compare=False)
     seconds: float = field(default=0.0, compare=False)
 
 
 def evaluate(
-    model: torch.nn.Module,
+    model: torch.nn.Module | ModelFiles,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     *,
@@ -104,108 +118,121 @@ def evaluate(
 ) -> EvalResult:
     """Answers and grades every example's prompt; `transcripts` names a jsonl file for the items.
 
-    Prompts of like length share a batch, padded on the left. Raises DataError for no examples or examples without
-    an `answer`, ModelError for prompts that leave no room in the model's context.
+    A module answers by transformers, `ModelFiles` by vLLM (see `answer_batches`). Transcripts are written as the
+    answers come. When the same questions are put to the same weights with the same settings again, the answers that
+    are there already are taken from them; delete the file to ask anew. Those of `ModelFiles` are always asked anew,
+    their weights not being at hand to be compared.
+
+    Raises DataError for no examples or examples without an `answer` (`choice`: without a letter), ModelError for
+    prompts that leave no room in the model's context, ConfigError for an engine that does not fit the model.
     """
     if len(examples) == 0:
         raise DataError("no examples to evaluate on: check the test source and its limit")
     without = [example.id for example in examples if example.answer is None]
     if without:
         raise DataError(f"no answer to grade against in {listing(without)}: add an 'answer' column")
+    if config.answer_kind == "choice":
+        strange = [f"{e.id} ({e.answer!r})" for e in examples if choice_letter(e.answer or "") is None]
+        if strange:
+            raise DataError(f"answer_kind 'choice' needs a letter from A to J as the answer, not {listing(strange)}")
     start = time.perf_counter()
-    answers = generate(
-        model, tokenizer, [render_prompt(example, tokenizer) for example in examples], config=config, progress=progress
-    )
-    items = []
-    for example, samples in zip(examples, answers, strict=True):
-        assert example.answer is not None
-        for number, (text, tokens, reason) in enumerate(samples):
-            verdict = grade(text, example.answer, timeout=config.grade_timeout, last_number=config.last_number)
-            items.append(
-                EvalItem(
-                    id=example.id,
-                    prompt=example.prompt,
-                    generation=text,
-                    answer=example.answer,
-                    extracted=verdict.extracted,
-                    correct=verdict.correct,
-                    finish_reason=reason,
-                    sample=number,
-                    tokens=tokens,
-                    note=verdict.note,
-                )
-            )
+    prompts = [render_prompt(example, tokenizer) for example in examples]
+    journal = None
+    if transcripts is not None and not isinstance(model, ModelFiles):
+        journal = Journal(transcripts, _run_record(model, tokenizer, examples, prompts, config))
+    answered: dict[int, list[EvalItem]] = dict(journal.found) if journal else {}
+    reused = sum(len(items) for items in answered.values())
+    with contextlib.closing(journal) if journal else contextlib.nullcontext():
+        for batch in answer_batches(
+            model, tokenizer, prompts, config=config, answered=answered.__contains__, progress=progress
+        ):
+            for i, samples in batch.items():
+                if i not in answered:
+                    answered[i] = _graded(examples[i], samples, config)
+                    if journal is not None:
+                        journal.add(i, answered[i])
+        items = [item for i in range(len(examples)) for item in answered[i]]
+        if journal is not None:
+            journal.finish(items)
+        elif transcripts is not None:
+            write_transcripts(items, transcripts)
     n = config.samples
-    by_question = [items[i : i + n] for i in range(0, len(items), n)]
-    shares = [sum(item.correct for item in group) / n for group in by_question]
-    accuracy = sum(shares) / len(shares)
-    result = EvalResult(
-        accuracy=accuracy,
-        interval=wilson_interval(round(sum(shares)), len(shares)) if n == 1 else bootstrap_interval(shares),
+    by_question = [answered[i] for i in range(len(examples))]
+    right = [sum(item.correct for item in group) for group in by_question]
+    shares = [c / n for c in right]
+    return EvalResult(
+        accuracy=sum(shares) / len(shares),
+        interval=wilson_interval(sum(right), len(right)) if n == 1 else bootstrap_interval(shares),
         items=items,
         majority=None if n == 1 else sum(majority_correct(group) for group in by_question) / len(by_question),
+        pass_at=tuple(_pass_at(k, n, right) for k in config.pass_at),
         truncated=sum(item.finish_reason == CUT for item in items),
         tokens=sum(item.tokens for item in items),
+        engine="vllm" if isinstance(model, ModelFiles) else "transformers",
+        reused=reused,
         seconds=time.perf_counter() - start,
     )
-    if transcripts is not None:
-        write_transcripts(items, transcripts)
-    return result
 
 
-@torch.no_grad()
-def generate(
+def _graded(example: Example, samples: Sequence[Answer], config: EvalConfig) -> list[EvalItem]:
+    assert example.answer is not None
+    items = []
+    for number, (text, tokens, reason) in enumerate(samples):
+        verdict = grade(text, example.answer, timeout=config.grade_timeout, kind=config.answer_kind)
+        items.append(
+            EvalItem(
+                id=example.id,
+                prompt=example.prompt,
+                generation=text,
+                answer=example.answer,
+                extracted=verdict.extracted,
+                correct=verdict.correct,
+                finish_reason=reason,
+                sample=number,
+                tokens=tokens,
+                note=verdict.note,
+            )
+        )
+    return items
+
+
+def _run_record(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
     prompts: Sequence[str],
-    *,
     config: EvalConfig,
-    progress: bool = False,
-) -> list[list[tuple[str, int, str]]]:
-    """For each prompt text its `config.samples` answers: (text, tokens before the end, finish reason)."""
-    encoded: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
-    _check_room(model, encoded, config)
-    device = next(model.parameters()).device
-    ends = _end_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
-    # longest first: a batch too large for the memory fails at once, not at the end
-    order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
-    per_batch = max(1, config.batch_size // config.samples)
-    batches = [order[i : i + per_batch] for i in range(0, len(order), per_batch)]
-    answers: list[list[tuple[str, int, str]]] = [[] for _ in encoded]
-    was_training = model.training
-    model.eval()
-    torch.manual_seed(config.seed)
-    try:
-        for batch in _track(batches, progress):
-            width = len(encoded[batch[0]])
-            input_ids = torch.full((len(batch), width), pad, dtype=torch.int64)  # [B, width], padded on the left
-            mask = torch.zeros_like(input_ids)
-            for row, i in enumerate(batch):
-                n = len(encoded[i])
-                input_ids[row, width - n :] = torch.tensor(encoded[i], dtype=torch.int64)
-                mask[row, width - n :] = 1
-            output = model.generate(  # type: ignore[operator]
-                input_ids=input_ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=_generation_config(config, pad, ends),
-            )[:, width:].cpu()  # [B * samples, new tokens]
-            for row, tokens in enumerate(output.tolist()):
-                end = next((k for k, token in enumerate(tokens) if token in ends), None)
-                kept = tokens if end is None else tokens[:end]
-                text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                reason = STOPPED if end is not None else CUT
-                answers[batch[row // config.samples]].append((str(text), len(kept), reason))
-    finally:
-        model.train(was_training)
-    return answers
+) -> dict[str, Any]:
+    """All that graded answers depend on; two evaluations with equal records may share them."""
+    asked = [[example.id, prompt, example.answer] for example, prompt in zip(examples, prompts, strict=True)]
+    settings = dataclasses.asdict(config)
+    for name in ("pass_at", "engine"):  # read after the answers, or settled by what the model is
+        settings.pop(name)
+    base, adapter = weight_hashes(model)
+    return {
+        "version": __version__,
+        "config": settings,
+        "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+        "tokenizer": tokenizer_hash(tokenizer),
+        "weights": base,
+        "adapter": adapter,
+    }
 
 
-def write_transcripts(items: Iterable[EvalItem], path: str | Path) -> None:
-    """One JSON object an answer; the file appears whole or not at all."""
-    with replacing(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
-        for item in items:
-            file.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The unbiased estimator of pass@k from `n` answers of which `c` are right: 1 - C(n-c, k) / C(n, k).
+
+    Chen et al., Evaluating Large Language Models Trained on Code (2021), equation 1. Raises ValueError unless
+    0 <= c <= n and 1 <= k <= n.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} of {c} right among {n}: need 0 <= c <= n and 1 <= k <= n")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def _pass_at(k: int, n: int, right: Sequence[int]) -> PassAt:
+    values = [pass_at_k(n, c, k) for c in right]
+    return PassAt(k, sum(values) / len(values), bootstrap_interval(values))
 
 
 def majority_correct(samples: Sequence[EvalItem]) -> bool:
@@ -238,51 +265,3 @@ def bootstrap_interval(values: Sequence[float], *, draws: int = 10_000, seed: in
     means = np.array([data[rng.integers(0, len(data), len(data))].mean() for _ in range(draws)])
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
-
-
-def _generation_config(config: EvalConfig, pad: int, ends: set[int]) -> Any:
-    from transformers import GenerationConfig
-
-    sampling: dict[str, Any] = {"do_sample": False}
-    if config.temperature > 0:
-        # top_k=0 switches off transformers' own default of 50, which nobody asked for
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    return GenerationConfig(
-        max_new_tokens=config.max_new_tokens,
-        num_return_sequences=config.samples,
-        pad_token_id=pad,
-        eos_token_id=sorted(ends),
-        use_cache=True,
-        **sampling,
-    )
-
-
-def _end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokenizer's EOS, and the others that the model names (chat models end a turn by another token)."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    candidates = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id]
-    ends = {int(token) for token in candidates if token is not None}
-    if not ends:
-        raise ModelError("neither tokenizer nor model has an EOS token: set tokenizer.eos_token")
-    return ends
-
-
-def _check_room(model: torch.nn.Module, encoded: Sequence[Sequence[int]], config: EvalConfig) -> None:
-    longest = max(len(tokens) for tokens in encoded)
-    if min(len(tokens) for tokens in encoded) == 0:
-        raise DataError("a prompt has no tokens: drop the empty prompts or set a chat template")
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if limit is not None and longest + config.max_new_tokens > limit:
-        raise ModelError(
-            f"the longest prompt ({longest} tokens) and evaluation.max_new_tokens ({config.max_new_tokens}) exceed "
-            f"the model's context of {limit}: lower max_new_tokens to at most {max(1, limit - longest)} or drop "
-            "the long prompts"
-        )
-
-
-def _track(batches: list[list[int]], progress: bool) -> Iterable[list[int]]:
-    if not progress:
-        return batches
-    from rich.progress import track
-
-    return track(batches, description="answering", transient=True)

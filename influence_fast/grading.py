@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+ANSWER_KINDS = ("math", "last_number", "choice")
 MAX_ANSWER = 2000  # characters; a longer "answer" is no answer, and only costs time to parse
 WORKER_MEMORY = 4 << 30  # bytes of address space: 9^9^9^9 must fail in the worker, not take the machine
 START_LIMIT = 120.0  # seconds for the worker to import sympy, on a busy machine
@@ -33,14 +34,19 @@ class Grade:
     note: str
 
 
-def grade(text: str, gold: str, *, timeout: float = 5.0, last_number: bool = False) -> Grade:
+def grade(text: str, gold: str, *, timeout: float = 5.0, kind: str = "math") -> Grade:
     """Whether `text` comes to the answer `gold`. Never raises on hostile text, never takes much over `timeout`.
 
-    `last_number=True` takes the last number of a text that states no answer in a known form. Thread-safe.
+    `kind`: `math`; `last_number`, which takes the last number of a text that states no answer in a known form; or
+    `choice`, where `gold` is the letter of an option. Raises ValueError for another kind. Thread-safe.
     """
-    extracted = extract_answer(text, last_number=last_number)
+    if kind not in ANSWER_KINDS:
+        raise ValueError(f"unknown kind of answer {kind!r}; known: {', '.join(ANSWER_KINDS)}")
+    extracted = extract_choice(text) if kind == "choice" else extract_answer(text, last_number=kind == "last_number")
     if extracted is None:
         return Grade(False, None, "no answer found")
+    if kind == "choice":
+        return Grade(extracted == choice_letter(gold), extracted, "compared as letters")
     if len(extracted) > MAX_ANSWER:
         return Grade(False, extracted[:MAX_ANSWER], f"answer longer than {MAX_ANSWER} characters")
     correct, note = equal_answers(extracted, gold, timeout=timeout)
@@ -80,6 +86,44 @@ def extract_answer(text: str, *, last_number: bool = False) -> str | None:
         if numbers:
             return numbers[-1].rstrip(",")
     return None
+
+
+# A letter that names an option. A and I are words too: as such they are followed by a word of a sentence.
+_LETTER = r"(?:[B-HJ]|[AI](?!\s+(?!(?:because|since|as|and|with|for)\b)[a-z]))(?![\w'])"
+_MARKS = r"[ \t*$`_]{0,8}"  # markup that may stand around a letter; bounded, as every repeat here: no quadratic search
+_STATED_CHOICE = re.compile(
+    r"\b(?i:answer|choice|option)\b(?:\s{1,4}(?i:is|are|choice|option)\b){0,3}\s{0,4}[:=]?"
+    rf"\s{{0,4}}{_MARKS}(?i:(?:option|choice)\s{{1,4}})?(?:\\(?:text|mathrm|textbf|mathbf)\{{)?{_MARKS}"
+    rf"(?:\(\s?([A-Ja-j])\s?\)|({_LETTER}))"
+)
+_LONE_CHOICE = re.compile(rf"^{_MARKS}(?:\(([A-Ja-j])\)|([A-J])[.):]?){_MARKS}$", re.MULTILINE)
+_BRACKETED_CHOICE = re.compile(r"\(([A-J])\)")
+_LEADING_LETTER = re.compile(r"\(?\s*([A-Ja-j])\s*(?:$|[).:,\s])")
+
+
+def extract_choice(text: str) -> str | None:
+    r"""The option that a text comes to, as a capital letter from A to J; None where it names none.
+
+    The last `\boxed{C}` (also `\boxed{\text{(C)}}`), else the last "the answer is C", "Answer: (C)" or "option C",
+    else the last line that is a letter and nothing more, else the last "(C)".
+    """
+    boxed = _last_boxed(text)
+    if boxed:
+        found = _LEADING_LETTER.match(_TEXT.sub(r"\1", boxed[:MAX_ANSWER]).strip(" $*"))
+        if found:
+            return found.group(1).upper()
+    tail = text[-20 * MAX_ANSWER :]
+    for pattern in (_STATED_CHOICE, _LONE_CHOICE, _BRACKETED_CHOICE):
+        matches = list(pattern.finditer(tail))
+        if matches:
+            return str(next(group for group in matches[-1].groups() if group)).upper()
+    return None
+
+
+def choice_letter(gold: str) -> str | None:
+    """The letter of a reference such as `C`, `(c)` or `C.`; None where it is no option's letter."""
+    found = re.fullmatch(r"\(?([A-Ja-j])[).]?", gold.strip())
+    return found.group(1).upper() if found else None
 
 
 def _last_boxed(text: str) -> str | None:

@@ -20,7 +20,6 @@ import torch
 from influence_fast.adam import adam_moments
 from influence_fast.building import build_store
 from influence_fast.damping import Damping
-from influence_fast.data import TokenizedSet
 from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
 from influence_fast.gradients import per_example_gradients, per_example_losses
 from influence_fast.lora import gradient_layout
@@ -45,10 +44,10 @@ class Method:
     """
 
     name: str
-    preconditioner: str = "cosine"
+    preconditioner: str = "ekfac_cosine"
     damping: Damping = 0.1
     projection: str = "one_sided"
-    dim: int = 16
+    dim: int = 64
     width: int | None = None
     layers: float = 1.0
     store_dtype: str = "bf16"
@@ -80,16 +79,17 @@ class Method:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("cosine"),
+        Method("ekfac-cosine"),
+        Method("cosine", "cosine"),
         Method("dot", "none"),
         Method("exact-dot", "none", projection=EXACT, store_dtype="fp32"),
         Method("exact-cosine", "cosine", projection=EXACT, store_dtype="fp32"),
+        Method("exact-ekfac-cosine", projection=EXACT, store_dtype="fp32"),
         Method("fisher", "fisher"),
         Method("fisher-auto", "fisher", damping="auto"),
         Method("fisher-cosine", "fisher_cosine"),
         Method("fisher-cosine-auto", "fisher_cosine", damping="auto"),
         Method("ekfac", "ekfac"),
-        Method("ekfac-cosine", "ekfac_cosine"),
         Method("datainf", "datainf"),
         Method("adam", "adam", moments=True),
         Method("less", "less", moments=True),
@@ -196,8 +196,3 @@ class _timed:
 
     def __exit__(self, *exc: object) -> None:
         self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.start
-
-
-def token_count(tokenized: TokenizedSet) -> int:
-    """Tokens of a tokenized set, prompts included."""
-    return sum(len(example["input_ids"]) for example in tokenized.examples)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,16 +24,24 @@ import numpy as np
 from influence_fast import doctor, pruning, scoring
 from influence_fast.adam import adam_moments
 from influence_fast.building import build_store
-from influence_fast.config import GradientConfig, InfluenceConfig, RunConfig, Source, to_dict
+from influence_fast.config import GradientConfig, InfluenceConfig, ModelConfig, RunConfig, Source, to_dict
 from influence_fast.data import Example, TokenizedSet, load_examples, load_rows, save_examples, tokenize
+from influence_fast.decontamination import contaminated
+from influence_fast.difficulty import check_answers, pass_rates
+from influence_fast.diversity import near_duplicates
+from influence_fast.embeddings import embedding_ranks
 from influence_fast.errors import ConfigError, DataError, listing
 from influence_fast.evaluation import EvalConfig, evaluate
+from influence_fast.generation import ModelFiles, choose_engine
 from influence_fast.gradients import per_example_gradients, per_example_losses
+from influence_fast.grouping import row_groups
 from influence_fast.lora import gradient_layout
 from influence_fast.models import load_model, load_tokenizer
 from influence_fast.packing import IGNORED
 from influence_fast.report import save_results, write_report
 from influence_fast.scores import ScoreTable
+from influence_fast.statistics import grid_statistics
+from influence_fast.strategies import EMBEDDING_RANK, PASS_RATE, needed_columns
 from influence_fast.training import TrainResult, finetune, load_finetuned
 from influence_fast.workdir import RunFolder
 
@@ -47,6 +56,7 @@ class Splits:
     validation: list[Example]
     test: list[Example]
     tokenized: TokenizedSet
+    for_target: TokenizedSet  # the same pool in the target model's tokens; `tokenized` itself where there is one model
 
 
 @dataclass(frozen=True)
@@ -62,20 +72,19 @@ class Pipeline:
     """One run of `config`. `run()` goes the whole road; each step can be called again and finds its result."""
 
     def __init__(self, config: RunConfig, *, progress: bool = True) -> None:
+        choose_engine(config.evaluation.engine)  # an engine that is not installed is an error now, not after training
         self.config = config
         self.talks = progress
         self.progress = progress and sys.stderr.isatty()  # bars are for terminals; a log gets a line a piece of work
         self.started = time.perf_counter()
         self.folder = RunFolder(config)
         self.warnings: list[str] = []
+        self.set_aside: list[dict[str, str]] = []
+        self.needs = needed_columns(config.pruning.strategies)
         self.groups: dict[str, int] = {}
-        self.tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-        self.base = load_model(
-            config.model.path,
-            dtype=config.model.dtype,
-            device=config.model.device,
-            trust_remote_code=config.model.trust_remote_code,
-        )
+        self.tokenizer = _tokenizer(config.model)
+        self.target_tokenizer = self.tokenizer if config.target_model is None else _tokenizer(config.target_model)
+        self.base = _model(config.model)
         self.splits = self._load()
 
     def _once(self, name: str, work: Callable[[], Any]) -> Any:
@@ -85,9 +94,10 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         """Everything, to `report.html` and `results.json`; returns what the report shows."""
-        before = self._evaluate("base", None)
+        # scores first: with two models the one that scored makes room for the one that is fine-tuned
         reference = self.reference_adapter()
         table = self.scores(reference)
+        before = self._evaluate("base", None)
         cells = self.cells(table)
         results = self._results(before, table, cells)
         save_results(results, self.folder / "results.json")
@@ -120,31 +130,89 @@ class Pipeline:
                     f"{name}: no final answer to grade against in {listing(without)}: add an 'answer' column, "
                     r"or solutions that end in \boxed{} or ####"
                 )
-        tokenized = tokenize(kept, self.tokenizer, max_length=data.max_length, truncate=data.truncate)
+        if data.decontaminate:
+            kept = self._decontaminated(kept, test)
+        if PASS_RATE in self.needs:
+            check_answers(kept)
+        tokenized = self._tokenize(kept, self.tokenizer)
+        if self.config.target_model is None:
+            target = tokenized
+        else:
+            target = self._tokenize(kept, self.target_tokenizer, " in the target model's tokens")
+            # the pool is what both models can read
+            both = {e["id"] for e in tokenized.examples} & {e["id"] for e in target.examples}
+            for tokens in (tokenized, target):
+                tokens.examples[:] = [e for e in tokens.examples if e["id"] in both]
+        usable = {example["id"] for example in tokenized.examples}
+        return Splits([e for e in kept if e.id in usable], validation, test, tokenized, target)
+
+    def _decontaminated(self, pool: list[Example], test: list[Example]) -> list[Example]:
+        """The pool without what shares words with the test set; what is set aside becomes a warning."""
+        overlaps = contaminated(pool, {"test": test})
+        if len(overlaps) == len(pool):
+            raise DataError(
+                "data.decontaminate: every pool example shares words with the test set; is it the same data?"
+            )
+        if overlaps:
+            self.warnings.append(
+                f"{len(overlaps)} of {len(pool)} pool examples share words with the test set and were set aside: "
+                + listing(f"{found.id} ({found.item}: {found.ngram!r})" for found in overlaps)
+            )
+        self.set_aside += [{"id": found.id, "why": found.why} for found in overlaps]
+        aside = {found.id for found in overlaps}
+        return [example for example in pool if example.id not in aside]
+
+    def _tokenize(self, examples: list[Example], tokenizer: Any, whose: str = "") -> TokenizedSet:
+        """Token ids of the pool; what was left out or cut becomes a warning."""
+        data = self.config.data
+        tokenized = tokenize(examples, tokenizer, max_length=data.max_length, truncate=data.truncate)
         if tokenized.too_long:
             names = listing(f"{name} ({n} tokens)" for name, n in tokenized.too_long)
             self.warnings.append(
-                f"{len(tokenized.too_long)} of {len(kept)} pool examples are longer than max_length "
-                f"{data.max_length} and were left out: {names}"
+                f"{len(tokenized.too_long)} of {len(examples)} pool examples are longer than max_length "
+                f"{data.max_length}{whose} and were left out: {names}"
             )
         if tokenized.truncated:
-            self.warnings.append(f"{len(tokenized.truncated)} pool examples were cut to {data.max_length} tokens")
-        usable = {example["id"] for example in tokenized.examples}
-        return Splits([e for e in kept if e.id in usable], validation, test, tokenized)
+            self.warnings.append(
+                f"{len(tokenized.truncated)} pool examples were cut to {data.max_length} tokens{whose}"
+            )
+        return tokenized
+
+    @functools.cached_property
+    def target(self) -> Any:
+        """The model that is fine-tuned and evaluated: the base, or `target_model`, for which the base makes room."""
+        if self.config.target_model is None:
+            return self.base
+        self.base.to("cpu")
+        return _model(self.config.target_model)
 
     # ---- the fine-tuned model that is asked ------------------------------------------------------------------
 
     def reference_adapter(self) -> str | Path:
         """The adapter whose answers and gradients the scores are made of: given, or trained on the whole pool."""
-        if self.config.model.adapter is not None:
-            return self.config.model.adapter
-        return self._train("full", self.config.pruning.seeds[0], range(len(self.splits.pool))).path
+        return self.config.model.adapter or self._reference().path
 
-    def _train(self, name: str, seed: int, rows: Sequence[int]) -> TrainResult:
-        examples = [self.splits.tokenized.examples[i] for i in rows]
+    def _reference(self) -> TrainResult:
+        seed, everything = self.config.pruning.seeds[0], range(len(self.splits.pool))
+        if self.config.target_model is None:
+            return self._train("full", seed, everything)  # the grid's own cell
+        return self._train("reference", seed, everything, scorer=True)
+
+    def epoch_seconds(self) -> float | None:
+        """What one epoch of the fine-tuning behind `reference_adapter` took; None where the adapter was given."""
+        if self.config.model.adapter is not None:
+            return None
+        tokens = sum(len(example["input_ids"]) for example in self.splits.tokenized.examples)
+        result = self._reference()
+        return result.seconds * tokens / max(1, result.tokens_seen)
+
+    def _train(self, name: str, seed: int, rows: Sequence[int], *, scorer: bool = False) -> TrainResult:
+        """Fine-tunes on some of the pool: the target model, or the one that scores."""
+        pool = self.splits.tokenized if scorer else self.splits.for_target
+        examples = [pool.examples[i] for i in rows]
         return finetune(
-            self.base,
-            self.tokenizer,
+            self.base if scorer else self.target,
+            self.tokenizer if scorer else self.target_tokenizer,
             examples,
             self.folder / "adapters" / f"{name}-seed{seed}",
             config=dataclasses.replace(self.config.training, seed=seed),
@@ -156,17 +224,26 @@ class Pipeline:
         """Accuracy on the test questions, with its interval; transcripts are kept."""
 
         def work() -> dict[str, Any]:
-            with contextlib.nullcontext(self.base) if adapter is None else self._finetuned(adapter) as model:
+            files = self.config.target_model or self.config.model
+            with _answering(self.target, adapter, files, self.config.evaluation.engine) as model:
                 result = evaluate(
                     model,
-                    self.tokenizer,
+                    self.target_tokenizer,
                     self.splits.test,
                     config=self.config.evaluation,
                     transcripts=self.folder / "transcripts" / f"{name}.jsonl",
                     progress=self.progress,
                 )
             low, high = result.interval
-            return {"accuracy": result.accuracy, "low": low, "high": high, "n": len(self.splits.test)}
+            return {
+                "accuracy": result.accuracy,
+                "low": low,
+                "high": high,
+                "n": len(self.splits.test),
+                "majority": result.majority,
+                "pass_at": [dataclasses.asdict(found) for found in result.pass_at],
+                "cut": result.truncated / len(result.items),
+            }
 
         return self._once(f"evaluations/{name}", work)
 
@@ -176,17 +253,23 @@ class Pipeline:
         """The texts whose gradients ask, and which of them form the correct and the incorrect group."""
         validation = self.splits.validation
         if self.config.influence.queries == "reference":
-            return make_queries(validation, None, None)
+            return self._by_task(make_queries(validation, None, None))
 
         def work() -> list[dict[str, Any]]:
-            with self._finetuned(adapter) as model:
+            with _answering(self.base, adapter, self.config.model, self.config.evaluation.engine) as model:
                 transcripts = self.folder / "transcripts" / "validation.jsonl"
                 return own_answers(
                     model, self.tokenizer, validation, self.config.evaluation, transcripts, progress=self.progress
                 )
 
         answers = self._once("own_answers", work)
-        return make_queries(validation, answers, self.config.influence.fallback)
+        return self._by_task(make_queries(validation, answers, self.config.influence.fallback))
+
+    def _by_task(self, queries: Queries) -> Queries:
+        column, source = self.config.influence.tasks, self.config.data.validation or self.config.data.pool
+        if column is None:
+            return queries
+        return with_tasks(queries, row_groups(load_rows(source.path, split=source.split), column))
 
     def scores(self, adapter: str | Path) -> ScoreTable:
         """Scores of the pool, in `scores.parquet` and `scores.csv`."""
@@ -207,22 +290,31 @@ class Pipeline:
                     self.config.influence,
                     progress=self.progress,
                 )
+            table, more = self._baselines(table, queries)
             table.save(self.folder / "scores.csv")
             table.save(path)
-            return seconds
+            return seconds | more
 
         self._once("scoring_seconds", work)
         return ScoreTable.load(path)
 
-    @contextlib.contextmanager
-    def _finetuned(self, adapter: str | Path) -> Iterator[Any]:
-        """The base with an adapter, taken off again at the end."""
-        model: Any = load_finetuned(self.base, adapter)
-        try:
-            yield model
-        finally:
-            if hasattr(model, "unload"):
-                model.unload()
+    def _baselines(self, table: ScoreTable, queries: Queries) -> tuple[ScoreTable, dict[str, float]]:
+        """The table with the columns that only some baselines read, and the seconds they took."""
+        by_id = {example.id: (example, self.splits.tokenized.examples[i]) for i, example in enumerate(self.splits.pool)}
+        return baseline_columns(
+            table,
+            self.needs,
+            self.base,
+            self.tokenizer,
+            [by_id[name] for name in table.ids],
+            queries,
+            self.config.pruning.pass_rate_config(self.config.evaluation),
+            transcripts=self.folder / "transcripts" / "pool.jsonl",
+            progress=self.progress,
+        )
+
+    def _finetuned(self, adapter: str | Path) -> contextlib.AbstractContextManager[Any]:
+        return _with_adapter(self.base, adapter)
 
     # ---- the grid ------------------------------------------------------------------------------------------
 
@@ -238,14 +330,17 @@ class Pipeline:
         return cells
 
     def _cell(self, table: ScoreTable, strategy: str, fraction: float, seed: int) -> dict[str, Any]:
-        name = "full" if strategy == "full" else f"{strategy}-{round(100 * fraction)}"
+        name = _cell_name(strategy, fraction)
         place = {example.id: i for i, example in enumerate(self.splits.pool)}
-        selection = pruning.select(table, strategy, fraction=fraction, seed=seed)
+        # another seed is another training run on the same traces; only what is drawn at random is drawn again
+        draw = seed if strategy == "random" else self.config.pruning.seeds[0]
+        selection = self._select(table, strategy, fraction, draw)
         rows = [place[table.ids[i]] for i in selection.keep]
 
         def work() -> dict[str, Any]:
             if strategy != "full":
-                self._write_pruned(name if strategy != "random" else f"{name}-seed{seed}", rows)
+                written = self._write_pruned(name if strategy != "random" else f"{name}-seed{seed}", rows)
+                pruning.save_selection(table, selection, written)
             trained = self._train(name, seed, range(len(self.splits.pool)) if strategy == "full" else rows)
             cell = {"strategy": strategy, "fraction": fraction, "seed": seed, "seconds": trained.seconds}
             cell |= {"kept": len(rows), "dropped": len(selection.drop)}
@@ -254,10 +349,25 @@ class Pipeline:
 
         return self._once(f"cells/{name}-seed{seed}", work)
 
-    def _write_pruned(self, name: str, rows: Sequence[int]) -> None:
+    def _select(self, table: ScoreTable, strategy: str, fraction: float, seed: int) -> pruning.Selection:
+        clusters = None
+        if self.config.pruning.max_similar is not None and strategy != "full":
+            clusters = [self._clusters[name] for name in table.ids]
+        return pruning.select(table, strategy, fraction=fraction, seed=seed, clusters=clusters)
+
+    @functools.cached_property
+    def _clusters(self) -> dict[str, int]:
+        """The cluster of near-duplicates that each pool example's completion is in."""
+        assert self.config.pruning.max_similar is not None
+        clusters = near_duplicates([e.completion for e in self.splits.pool], self.config.pruning.max_similar)
+        return {e.id: int(cluster) for e, cluster in zip(self.splits.pool, clusters, strict=True)}
+
+    def _write_pruned(self, name: str, rows: Sequence[int]) -> Path:
         source = load_rows(self.config.data.pool.path, split=self.config.data.pool.split)
         kept = [self.splits.pool[i] for i in rows]
-        save_examples(kept, self.folder / "pruned" / f"{name}{source.suffix}", source, self.config.data.pool.columns)
+        path = self.folder / "pruned" / f"{name}{source.suffix}"
+        save_examples(kept, path, source, self.config.data.pool.columns)
+        return path
 
     def _harmful(self, table: ScoreTable, dropped: np.ndarray) -> dict[str, Any]:
         """How many of the examples known to be harmful were dropped, and how many chance would drop."""
@@ -295,13 +405,15 @@ class Pipeline:
                 "validation": len(self.splits.validation),
                 "test": len(self.splits.test),
                 "labels": labels or None,
-                "set_aside": [
+                "set_aside": self.set_aside
+                + [
                     {"id": name, "why": f"{n} tokens, longer than max_length"}
                     for name, n in self.splits.tokenized.too_long
                 ],
             },
             "accuracy_before": {"name": "base model"} | before,
             "cells": cells,
+            **grid_statistics(cells, [self._correct(cell) for cell in cells], seed=self.config.seed),
             "detection": self._detection(table),
             "scores": self._trace_scores(table, pool),
             "rank_agreement": _rank_agreement(table),
@@ -311,6 +423,17 @@ class Pipeline:
             "warnings": self.warnings,
         }
 
+    def _correct(self, cell: dict[str, Any]) -> dict[str, float]:
+        """Question id -> share of its answers that were right, from a cell's transcripts."""
+        path = (
+            self.folder / "transcripts" / f"{_cell_name(cell['strategy'], cell['fraction'])}-seed{cell['seed']}.jsonl"
+        )
+        answers: dict[str, list[bool]] = {}
+        with path.open(encoding="utf-8") as lines:
+            for item in map(json.loads, lines):
+                answers.setdefault(item["id"], []).append(item["correct"])
+        return {question: sum(right) / len(right) for question, right in answers.items()}
+
     def _trace_scores(self, table: ScoreTable, pool: dict[str, Example]) -> list[dict[str, Any]] | None:
         if "s_incorrect" not in table.columns:
             return None
@@ -318,7 +441,7 @@ class Pipeline:
         dropped: dict[int, list[str]] = {}
         for strategy in grid.strategies:
             for fraction in grid.fractions if strategy not in ("full", "random") else ():
-                selection = pruning.select(table, strategy, fraction=fraction, seed=grid.seeds[0])
+                selection = self._select(table, strategy, fraction, grid.seeds[0])
                 for i in selection.drop:
                     dropped.setdefault(int(i), []).append(f"{strategy} {round(100 * fraction)} %")
         n = len(table.ids)
@@ -379,6 +502,9 @@ class Pipeline:
         if (self.folder / "own_answers.json").exists():
             detail = f"{len(self.splits.validation)} validation questions"
             cost.append({"stage": "own answers", "seconds": self.folder.seconds("own_answers"), "detail": detail})
+        for record in sorted((self.folder / "adapters").glob("reference-seed*/training.json")):
+            seconds = json.loads(record.read_text(encoding="utf-8"))["result"]["seconds"]
+            cost.append({"stage": "fine-tuning the model that scores", "seconds": seconds, "detail": ""})
         cost.append(
             {
                 "stage": "fine-tuning",
@@ -444,6 +570,56 @@ def make_queries(
     return Queries(asked, groups, warnings)
 
 
+def with_tasks(queries: Queries, tasks: Sequence[str]) -> Queries:
+    """`queries` with a group for each task: its members of the correct group (see the strategy `less`).
+
+    `tasks` has the task of each row of the validation data. Raises ConfigError for a task with a group's own name.
+    """
+    groups = dict(queries.groups)
+    taken = sorted(set(tasks) & {"correct", "incorrect"})
+    if taken:
+        raise ConfigError(f"influence.tasks: a task cannot be called {taken[0]!r}, as one of the groups is; rename it")
+    for place in queries.groups["correct"]:
+        groups.setdefault(tasks[queries.examples[place].row], []).append(place)
+    asked = {tasks[example.row] for example in queries.examples}
+    silent = sorted(asked - groups.keys())
+    warnings = [f"no correct answer to ask for the tasks {listing(silent)}"] if silent else []
+    return Queries(queries.examples, groups, queries.warnings + warnings)
+
+
+def baseline_columns(
+    table: ScoreTable,
+    needs: Collection[str],
+    model: Any,
+    tokenizer: Any,
+    pool: Sequence[tuple[Example, dict[str, Any]]],
+    queries: Queries,
+    config: EvalConfig,
+    *,
+    transcripts: Path | None = None,
+    progress: bool = True,
+) -> tuple[ScoreTable, dict[str, float]]:
+    """`table` with those columns of `needs` that only some baselines read, and the seconds of each.
+
+    `embedding_rank` by the correct queries and `pass_rate` under `config`, both of the pretrained model. `pool` has the
+    example and its tokens for each row of the table.
+    """
+    columns, seconds = {}, {}
+    if EMBEDDING_RANK in needs:
+        start = time.perf_counter()
+        asked = tokenize([queries.examples[i] for i in queries.groups["correct"]], tokenizer).examples
+        columns[EMBEDDING_RANK] = embedding_ranks(model, [tokens for _, tokens in pool], asked)
+        seconds["embeddings"] = time.perf_counter() - start
+    if PASS_RATE in needs:
+        start = time.perf_counter()
+        examples = [example for example, _ in pool]
+        columns[PASS_RATE] = pass_rates(
+            model, tokenizer, examples, config=config, transcripts=transcripts, progress=progress
+        )
+        seconds["pass rates"] = time.perf_counter() - start
+    return table.with_columns(columns), seconds
+
+
 def score_pool(
     model: Any,
     tokenizer: Any,
@@ -497,6 +673,39 @@ def score_pool(
         losses = per_example_losses(model, stored).double().numpy()
     tokens = np.array([int((example["labels"] != IGNORED).sum()) for example in stored], dtype=np.float64)
     return table.with_columns({"loss": losses, "tokens": tokens}), seconds
+
+
+def _cell_name(strategy: str, fraction: float) -> str:
+    return "full" if strategy == "full" else f"{strategy}-{round(100 * fraction)}"
+
+
+def _tokenizer(model: ModelConfig) -> Any:
+    return load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+
+
+def _model(model: ModelConfig) -> Any:
+    return load_model(model.path, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code)
+
+
+@contextlib.contextmanager
+def _with_adapter(base: Any, adapter: str | Path) -> Iterator[Any]:
+    """`base` with an adapter, taken off again at the end."""
+    model: Any = load_finetuned(base, adapter)
+    try:
+        yield model
+    finally:
+        if hasattr(model, "unload"):
+            model.unload()
+
+
+def _answering(
+    base: Any, adapter: str | Path | None, files: ModelConfig, engine: str
+) -> contextlib.AbstractContextManager[Any]:
+    """What answers questions: the model in memory with its adapter, or for vLLM the files of both."""
+    if engine == "vllm":
+        folder = None if adapter is None else str(adapter)
+        return contextlib.nullcontext(ModelFiles(files.path, folder, files.dtype, files.trust_remote_code))
+    return contextlib.nullcontext(base) if adapter is None else _with_adapter(base, adapter)
 
 
 def _examples(source: Source) -> list[Example]:

@@ -32,6 +32,7 @@ from influence_fast.whitened import UnitNorm
 
 __all__ = [
     "AUTO",
+    "DEFAULT",
     "MAX_DENSE",
     "PRECONDITIONERS",
     "Adam",
@@ -51,6 +52,11 @@ __all__ = [
     "fit_ekfac",
     "fit_fisher",
 ]
+
+
+#: The best of both proofs by retraining (benches/results/proof-*.json) that the rows allow: "ekfac_cosine" where they
+#: have a block for each LoRA factor, "cosine" where they were sketched or imported without one.
+DEFAULT = "default"
 
 
 class Preconditioner(Protocol):
@@ -115,8 +121,7 @@ def fit(
         DataError: the rows and the blocks are of different widths.
         NumericError: the rows hold NaN or infinite numbers.
     """
-    if name not in PRECONDITIONERS:
-        raise ConfigError(f"unknown preconditioner {name!r}; {did_you_mean(name, PRECONDITIONERS)}")
+    name = resolve(name, factors)
     width = blocks[-1][1]
 
     def checked() -> Iterable[torch.Tensor]:
@@ -126,6 +131,15 @@ def fit(
             yield rows
 
     return PRECONDITIONERS[name](TrainingRows(checked, blocks, factors, moments), damping)
+
+
+def resolve(name: str, factors: list[LayoutEntry] | None) -> str:
+    """The preconditioner that `name` stands for on rows with these `factors`. Raises ConfigError for an unknown one."""
+    if name == DEFAULT:
+        return "cosine" if factors is None else "ekfac_cosine"
+    if name not in PRECONDITIONERS:
+        raise ConfigError(f"unknown preconditioner {name!r}; {did_you_mean(name, (DEFAULT, *PRECONDITIONERS))}")
+    return name
 
 
 PRECONDITIONERS: dict[str, Callable[[TrainingRows, Damping], Preconditioner]] = {

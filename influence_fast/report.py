@@ -15,8 +15,11 @@ number that is None, NaN or infinite is shown as `n/a`. Accuracies, fractions an
                       "dropped", "accuracy", "low", "high" (95 % over test questions), "n", "harmful_dropped",
                       "harmful_total", "expected_by_chance", "seconds"}; needed: strategy, accuracy. Several seeds of
                       one (strategy, fraction) are put together by `report_summary.interval`
+    settings         {"strategy", "fraction", "accuracy", "low", "high"}: intervals over seeds and questions from
+                      `statistics.grid_statistics`, in place of those of `report_summary.interval`
     comparisons      paired tests: {"strategy", "fraction", "against": other strategy, "difference", "low", "high",
-                      "p", "p_adjusted"}; where present, the headline uses their interval
+                      "p", "p_adjusted", "effect", "effect_low", "effect_high", "seeds"}; where present, the headline
+                      uses their interval
     detection        [{"method", "auc", "low", "high", "precision_at": {"10%": float}}]   known harmful traces
     scores           one a trace: {"id", "s_correct", "s_incorrect", "rank_correct", "rank_incorrect" (1 = largest),
                       "label", "prompt", "completion", "loss", "dropped_by": [strategy]}; needed: id and both scores
@@ -63,7 +66,7 @@ MAX_TEXT = 20_000  # ... and with it
 
 _KNOWN = {
     "title", "summary", "created", "config", "versions", "environment", "data", "accuracy_before", "cells",
-    "comparisons", "detection", "scores", "rank_agreement", "curves", "cost", "queries", "warnings",
+    "settings", "comparisons", "detection", "scores", "rank_agreement", "curves", "cost", "queries", "warnings",
 }  # fmt: skip
 
 
@@ -210,7 +213,7 @@ def _pairs(value: Any) -> list[tuple[str, str]]:
 
 
 def _view(results: Mapping[str, Any]) -> dict[str, Any]:
-    settings = summary.aggregate(results.get("cells") or [])
+    settings = summary.aggregate(results.get("cells") or [], results.get("settings") or [])
     base = results.get("accuracy_before") or None
     head = summary.headline(results, settings)
     warnings = [str(w) for w in results.get("warnings") or []]
@@ -231,9 +234,10 @@ def _view(results: Mapping[str, Any]) -> dict[str, Any]:
         "base": base,
         "tried": sum(s.kind not in ("full", "random") for s in settings),
         "several_seeds": any(s.seeds > 1 for s in settings),
+        "bootstrapped": bool(results.get("settings")),
         "accuracy": plots.accuracy_chart(settings, base),
         "harmful": plots.harmful_chart(settings),
-        "comparisons": results.get("comparisons") or [],
+        "comparisons": [dict(c) for c in results.get("comparisons") or []],
         "data": _data(results.get("data") or {}),
         "queries": results.get("queries") or {},
         "scatter": _scatter(scores, labels, settings),

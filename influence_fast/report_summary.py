@@ -115,14 +115,25 @@ def interval(cells: Sequence[Row]) -> tuple[float, float, float]:
     return mean, float(np.clip(mean - below, 0, 1)), float(np.clip(mean + above, 0, 1))
 
 
-def aggregate(cells: Sequence[Row]) -> list[Setting]:
-    """Cells grouped by (strategy, fraction), fractions rounded to 1e-6, in order of first appearance."""
+def _setting_key(row: Row) -> tuple[str, float]:
+    return str(row["strategy"]), round(number(row.get("fraction") or 0.0), 6)
+
+
+def aggregate(cells: Sequence[Row], intervals: Sequence[Row] = ()) -> list[Setting]:
+    """Cells grouped by (strategy, fraction), fractions rounded to 1e-6, in order of first appearance.
+
+    `intervals`: the results' `settings`; a setting that is not among them gets its interval from its cells.
+    """
+    known = {_setting_key(row): row for row in intervals}
     groups: dict[tuple[str, float], list[Row]] = {}
     for cell in cells:
-        groups.setdefault((str(cell["strategy"]), round(number(cell.get("fraction") or 0.0), 6)), []).append(cell)
+        groups.setdefault(_setting_key(cell), []).append(cell)
     settings = []
     for (strategy, fraction), group in groups.items():
         mean, low, high = interval(group)
+        if (strategy, fraction) in known:
+            row = known[strategy, fraction]
+            low, high = number(row.get("low")), number(row.get("high"))
         questions = _mean(c.get("n") for c in group)
         settings.append(
             Setting(
@@ -362,6 +373,7 @@ def check_results(results: Any) -> None:
         "detection": ("method", "auc"),
         "cost": ("stage", "seconds"),
         "comparisons": ("strategy", "fraction", "against"),
+        "settings": ("strategy", "fraction", "low", "high"),
     }
     for part, keys in needed.items():
         rows = results.get(part) or []

@@ -22,7 +22,7 @@ def influence_scores(
     queries: torch.Tensor,
     groups: Mapping[str, Sequence[int]],
     *,
-    preconditioner: str = "cosine",
+    preconditioner: str = preconditioners.DEFAULT,
     damping: preconditioners.Damping = 0.1,
     blocks: list[tuple[int, int]] | None = None,
     moments: torch.Tensor | None = None,
@@ -36,7 +36,7 @@ def influence_scores(
         queries: [Q, k] fp32 query gradients, projected as the store's rows are.
         groups: name -> row numbers of `queries`; the paper's are "correct" and "incorrect". An empty group is left
             out of the table.
-        preconditioner: see `preconditioners.PRECONDITIONERS`.
+        preconditioner: see `preconditioners`; by default the best one that the rows allow.
         damping: share of a block's mean eigenvalue added to its eigenvalues, or "auto" (see `damping`).
         blocks: [start, end) of the blocks that are damped one by one ("fisher" inverts them whole); by default those
             of the store's modules.
@@ -68,7 +68,7 @@ def influence_matrix(
     store: Store,
     queries: torch.Tensor,
     *,
-    preconditioner: str = "cosine",
+    preconditioner: str = preconditioners.DEFAULT,
     damping: preconditioners.Damping = 0.1,
     blocks: list[tuple[int, int]] | None = None,
     moments: torch.Tensor | None = None,

@@ -1,4 +1,4 @@
-"""Fine-tuning through transformers' `Trainer`: a peft LoRA adapter, or every weight.
+"""Fine-tuning through trl (see sft.py for the steps): a peft LoRA adapter, or every weight.
 
 A finished result is renamed into place as a whole, with a record of what made it (`training.json`): asking again
 for the same thing returns it at once, and an interrupted run goes on from its last checkpoint.
@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, listing
+from influence_fast import sft
+from influence_fast.errors import ConfigError, DataError, ModelError, did_you_mean, listing
 from influence_fast.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.packing import IGNORED
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 RECORD = "training.json"
 PRECISIONS = ("auto", "fp32", "bf16")
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
-EXAMPLE_FIELDS = ("input_ids", "labels")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +39,8 @@ class TrainConfig:
 
     `max_steps` > 0 overrides `epochs`. `save_checkpoints`: True keeps one checkpoint an epoch, a number N one
     every N optimizer steps, each with its optimizer state. `precision`: "auto" is bf16 where a GPU has it.
+    `packing`: examples share rows of so many tokens (best fit decreasing), each seeing itself alone, and `batch_size`
+    counts rows; None pads.
     """
 
     epochs: float = 3.0
@@ -55,6 +56,7 @@ class TrainConfig:
     save_checkpoints: bool | int = False
     precision: str = "auto"
     gradient_checkpointing: bool = False
+    packing: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -70,6 +72,8 @@ class TrainConfig:
             raise ConfigError("train.epochs and train.max_steps are both not above 0; set one of them")
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(f"train.warmup_ratio is {self.warmup_ratio}; it must be at least 0 and below 1")
+        if self.packing is not None and self.packing < 2:
+            raise ConfigError(f"train.packing is {self.packing}; it is the tokens of a row, or left out")
         if self.save_checkpoints < 0:
             raise ConfigError(f"train.save_checkpoints is {self.save_checkpoints}; use true, false or a step count")
 
@@ -158,9 +162,9 @@ def finetune(
     was_training = model.training
     was_trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     with quiet_libraries():
-        trained = model if lora is None else _attach(model, lora, config.seed)
+        trained = model if lora is None else attach_lora(model, lora, config.seed)
         try:
-            history, seconds, tokens = _train(trained, tokenizer, examples, partial, config, progress)
+            history, seconds, tokens = sft.train(trained, tokenizer, examples, partial, config, progress)
             trained.save_pretrained(partial)  # type: ignore[operator]
             if not is_adapter:
                 tokenizer.save_pretrained(partial)
@@ -214,7 +218,7 @@ def load_adam_moments(checkpoint: str | Path) -> dict[str, dict[str, torch.Tenso
     """
     folder = Path(checkpoint)
     try:
-        names = json.loads((folder / "optimizer_names.json").read_text(encoding="utf-8"))
+        names = json.loads((folder / sft.NAMES).read_text(encoding="utf-8"))
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)["state"]
     except FileNotFoundError as error:
         raise ModelError(
@@ -229,7 +233,7 @@ def _check(examples: Sequence[Mapping[str, Any]]) -> None:
     masked = []
     for i, example in enumerate(examples):
         name = str(example.get("id", f"examples[{i}]"))
-        for key in EXAMPLE_FIELDS:
+        for key in sft.FIELDS:
             if key not in example:
                 raise DataError(f"{name}: no {key!r}; an example is {{'id', 'input_ids', 'labels'}}")
         labels = torch.as_tensor(example["labels"])
@@ -264,7 +268,8 @@ def _finished(path: Path, record: Mapping[str, Any]) -> TrainResult | None:
     )
 
 
-def _attach(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.nn.Module:
+def attach_lora(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.nn.Module:
+    """`model` with a fresh adapter, its A factors drawn from `seed`. Raises ModelError where LoRA does not fit."""
     from peft import LoraConfig, get_peft_model
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
@@ -283,135 +288,6 @@ def _attach(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.nn.M
         raise ModelError(f"LoRA does not fit this model: {reason} Mend lora.target_modules.") from error
 
 
-def _train(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Mapping[str, Any]],
-    folder: Path,
-    config: TrainConfig,
-    progress: bool,
-) -> tuple[list[tuple[int, float]], float, int]:
-    """Runs the Trainer in `folder`: (loss history, seconds, tokens seen)."""
-    from transformers import Trainer, TrainingArguments
-
-    per_step = config.batch_size * config.gradient_accumulation_steps
-    steps = config.max_steps
-    if steps <= 0:
-        steps = max(1, round(config.epochs * -(-len(examples) // per_step)))
-    save_steps = 0 if isinstance(config.save_checkpoints, bool) else config.save_checkpoints
-    saving = "no" if not config.save_checkpoints else ("steps" if save_steps else "epoch")
-    cuda = torch.cuda.is_available() and next(model.parameters()).is_cuda
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and cuda and torch.cuda.is_bf16_supported())
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
-        learning_rate=config.learning_rate,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=round(config.warmup_ratio * steps),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        bf16=bf16,
-        gradient_checkpointing=config.gradient_checkpointing,
-        use_cpu=not cuda,
-        save_strategy=saving,
-        save_steps=save_steps or 500,
-        logging_strategy="steps",
-        logging_steps=max(1, steps // 50),
-        logging_first_step=True,
-        train_sampling_strategy="group_by_length",
-        remove_unused_columns=False,
-        dataloader_pin_memory=cuda,
-        include_num_input_tokens_seen="non_padding",
-        disable_tqdm=True,
-        report_to=[],
-    )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collate = _Collator(int(pad or 0))
-    rows = [{key: torch.as_tensor(example[key]) for key in EXAMPLE_FIELDS} for example in examples]
-    callbacks = [_name_optimizer_state()] + ([_progress_bar(steps)] if progress else [])
-    trainer = Trainer(
-        model=model,  # type: ignore[arg-type]
-        args=arguments,
-        train_dataset=rows,  # type: ignore[arg-type]
-        data_collator=collate,
-        callbacks=callbacks,  # type: ignore[arg-type]
-    )
-    _drop_printers(trainer)
-    kept = list_checkpoints(folder)
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
-    seconds = time.perf_counter() - start
-    history = [(int(log["step"]), float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
-    bad = [step for step, loss in history if loss != loss or loss == float("inf")]
-    if bad:
-        raise NumericError(f"the training loss is not finite from step {bad[0]} on: lower train.learning_rate")
-    return history, seconds, int(trainer.state.num_input_tokens_seen)
-
-
-class _Collator:
-    """Pads on the right to the longest example of the batch."""
-
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
-
-    def __call__(self, batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        width = max(len(row["input_ids"]) for row in batch)
-        input_ids = torch.full((len(batch), width), self.pad, dtype=torch.int64)  # [B, width]
-        labels = torch.full((len(batch), width), IGNORED, dtype=torch.int64)
-        mask = torch.zeros((len(batch), width), dtype=torch.int64)
-        for i, row in enumerate(batch):
-            n = len(row["input_ids"])
-            input_ids[i, :n] = row["input_ids"]
-            labels[i, :n] = row["labels"]
-            mask[i, :n] = 1
-        return {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
-
-
-def _name_optimizer_state() -> Any:
-    """A callback that writes, beside each optimizer.pt, which parameter each of its indices is."""
-    from transformers import TrainerCallback
-
-    class NameOptimizerState(TrainerCallback):
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            names = {id(p): name for name, p in kwargs["model"].named_parameters()}
-            groups = kwargs["optimizer"].param_groups
-            ordered = [names.get(id(p), "") for group in groups for p in group["params"]]
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            (folder / "optimizer_names.json").write_text(json.dumps(ordered), encoding="utf-8")
-
-    return NameOptimizerState()
-
-
-def _progress_bar(steps: int) -> Any:
-    from rich.progress import Progress
-    from transformers import TrainerCallback
-
-    class ProgressBar(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar = Progress(transient=True)
-            self.task = self.bar.add_task("fine-tuning", total=steps)
-            self.bar.start()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar.update(self.task, completed=state.global_step)
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar.stop()
-
-    return ProgressBar()
-
-
-def _drop_printers(trainer: Any) -> None:
-    from transformers import PrinterCallback, ProgressCallback
-
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-
-
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Keeps the libraries' notes and bars off the screen; errors still raise."""
@@ -419,7 +295,7 @@ def quiet_libraries() -> Iterator[None]:
 
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
-    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate", "peft")]
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate", "peft", "trl", "datasets")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -437,5 +313,7 @@ def quiet_libraries() -> Iterator[None]:
 def _versions() -> dict[str, str]:
     import peft
     import transformers
+    import trl
 
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__}
+    modules = (torch, transformers, peft, trl)
+    return {module.__name__: str(module.__version__) for module in modules}

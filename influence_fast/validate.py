@@ -39,6 +39,7 @@ from influence_fast.training import list_checkpoints
 
 FOLDER = "validate"
 RESULTS = "validation.json"
+EXACT_OF = {"exact-dot": "none", "exact-cosine": "cosine", "exact-ekfac-cosine": "ekfac_cosine"}
 
 
 def validate(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def validate(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
         "leave_out": plan.lds(outcomes, "out"),
         "removal": plan.removal(outcomes),
         "detection": _detection(pipeline, scores, queries, settings.draws),
-        "cost": _cost(pipeline, scored, scores, methods),
+        "cost": _cost(pipeline, scored, scores, methods, queries),
         "retraining_seconds": float(sum(outcome.seconds for outcome in outcomes.values())),
     }
     with replacing(pipeline.folder / RESULTS) as partial:
@@ -299,19 +300,30 @@ def _detection(
 
 
 def _cost(
-    pipeline: Pipeline, scored: Mapping[str, Scored], scores: Mapping[str, np.ndarray], methods: Sequence[Method]
+    pipeline: Pipeline,
+    scored: Mapping[str, Scored],
+    scores: Mapping[str, np.ndarray],
+    methods: Sequence[Method],
+    queries: Queries,
 ) -> dict[str, Any]:
-    """Seconds and bytes of every method, seconds over those of one epoch, and rank agreement with exact scores."""
+    """Seconds and bytes of every method, seconds over those of one epoch, and Spearman to the same scores from exact
+    gradients: mean over single queries, and of each group's mean."""
     epoch = pipeline.epoch_seconds()
-    exact = {"dot": scores.get("exact-dot"), "cosine": scores.get("exact-cosine")}
+    exact = {EXACT_OF[name]: matrix for name, matrix in scores.items() if name in EXACT_OF}
     rows = []
     for method in methods:
         found = scored[method.name]
         seconds = sum(found.seconds.values())
-        alike = exact.get({"none": "dot", "cosine": "cosine"}.get(method.preconditioner, ""))
+        alike = exact.get(method.preconditioner)
         agreement = None
         if alike is not None and not method.loss and not method.checkpoints:
-            agreement = float(np.mean([spearman(a, b) for a, b in zip(found.matrix.T, alike.T, strict=True)]))
+            groups = {name: list(members) for name, members in queries.groups.items() if len(members)}
+            agreement = {
+                "queries": float(np.mean([spearman(a, b) for a, b in zip(found.matrix.T, alike.T, strict=True)]))
+            }
+            agreement |= {
+                g: spearman(found.matrix[:, m].mean(axis=1), alike[:, m].mean(axis=1)) for g, m in groups.items()
+            }
         rows.append(
             {
                 "method": method.name,

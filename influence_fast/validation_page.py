@@ -86,10 +86,12 @@ def text_tables(results: Row) -> str:
     for row in _removal_rows(results):
         lines.append(f"  {row['name']:<42} query loss over random {_span(row)}   accuracy {row['accuracy']}")
     cost = results["cost"]
-    lines += ["", f"Cost (one fine-tuning epoch: {cost['epoch_seconds'] or float('nan'):.1f} s)"]
+    epoch = "" if cost["epoch_seconds"] is None else f" (one fine-tuning epoch: {cost['epoch_seconds']:.1f} s)"
+    lines += ["", f"Cost{epoch}, and Spearman to the same scores from exact gradients"]
     for row in cost["rows"]:
         epochs = "" if row["epochs"] is None else f"{row['epochs']:.2f} epochs"
-        agrees = "" if row["spearman_to_exact"] is None else f"   Spearman to exact {row['spearman_to_exact']:.4f}"
+        exact = row["spearman_to_exact"] or {}
+        agrees = "".join(f"   {name} {value:.4f}" for name, value in exact.items())
         lines.append(f"  {row['method']:<22} {epochs:<14} {row['bytes_per_example']:>9} bytes an example{agrees}")
     return "\n".join(lines)
 

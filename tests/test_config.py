@@ -59,12 +59,18 @@ def test_files_beside_the_configuration_are_found(tmp_path: Path) -> None:
         ({"pruning.strategies": ["combine"]}, "unknown value 'combine'; did you mean 'combined'"),
         ({"pruning.fractions": [1.5]}, "1.5 is not between 0 and 1"),
         ({"pruning.seeds": ["a"]}, r"pruning.seeds\[0\]: expected int"),
+        ({"pruning.max_similar": 1.5}, "max_similar 1.5 is not above 0 and at most 1"),
+        ({"pruning.pass_rate_samples": 0}, "pass_rate_samples must be at least 1"),
+        ({"influence.queries": "reference"}, "'high_harm' reads the model's wrong answers"),
         ({"influence.preconditioner": "fischer"}, "did you mean 'fisher'"),
         ({"gradients.kind": "onesided"}, "did you mean 'one_sided'"),
         ({"gradients.store_dtype": "fp8"}, "gradients.store_dtype"),
         ({"data.validation": None}, "holdout_validation"),
         ({"model": "x"}, "model: expected a mapping"),
         ({"model": {}}, "missing key 'model.path'"),
+        ({"target_model": {"path": "m", "adapter": "a"}}, "target_model.adapter"),
+        ({"pruning.seeds": [1, 1]}, "no different seeds"),
+        ({"pruning.fractions": [0.101, 0.1]}, "a strategy or fraction comes twice"),
     ],
     ids=lambda value: str(value) if isinstance(value, str) else next(iter(value)),
 )
@@ -90,6 +96,21 @@ def test_difference_names_the_first_key_that_differs(tmp_path: Path) -> None:
     other = to_dict(load_config(write(tmp_path, {"training.epochs": 9})))
     assert difference(one, one) is None
     assert difference(one, other) == "training.epochs: 3.0 against 9.0"
+
+
+def test_the_demo_recipe_is_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    from influence_fast import demo
+
+    world = demo.DemoWorld(Path("demo-run-world"), Path("demo-run-world/model"), [], [], [])
+    monkeypatch.setattr(demo, "make_world", lambda *_, **__: world)
+    recipe, own = (
+        to_dict(c)
+        for c in (
+            load_config(Path(__file__).parents[1] / "recipes/demo.yaml"),
+            demo.demo_config("runs/demo", progress=False),
+        )
+    )
+    assert difference(recipe, own) is None
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("recipes/*.yaml")), ids=lambda p: p.name)

@@ -1,7 +1,8 @@
-"""Evaluation: batching changes nothing, endings and limits are seen, intervals and votes are right."""
+"""Evaluation: endings and limits are seen, estimates and votes are right, an interrupted run goes on."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -12,19 +13,20 @@ import pytest
 import torch
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
+from influence_fast import evaluation
 from influence_fast.data import Example, render_prompt
 from influence_fast.demo import make_tokenizer
 from influence_fast.demo_data import draw_examples
 from influence_fast.errors import ConfigError, DataError, ModelError
 from influence_fast.evaluation import (
     EvalConfig,
-    EvalItem,
     bootstrap_interval,
     evaluate,
-    generate,
     majority_correct,
+    pass_at_k,
     wilson_interval,
 )
+from influence_fast.transcripts import EvalItem
 
 
 @pytest.fixture(scope="module")
@@ -84,26 +86,6 @@ def parrot(tokenizer: Any, examples: list[Example], *texts: list[str]) -> Parrot
     return Parrot(tokenizer, dict(zip(prompts, texts, strict=True)))
 
 
-def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(
-    model: Any, tokenizer: Any, examples: list[Example]
-) -> None:
-    prompts = [render_prompt(example, tokenizer) for example in examples]
-    assert len({len(tokenizer(p)["input_ids"]) for p in prompts}) > 2  # ragged
-    for size in (3, 7):
-        found = generate(model, tokenizer, prompts, config=EvalConfig(max_new_tokens=12, batch_size=size))
-        for prompt, ((text, n_tokens, reason),) in zip(prompts, found, strict=True):
-            ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
-            new: list[int] = []
-            for _ in range(12):  # greedy by hand, no cache
-                token = int(model(ids).logits[0, -1].argmax())
-                if token == tokenizer.eos_token_id:
-                    break
-                new.append(token)
-                ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
-            assert (n_tokens, reason) == (len(new), "length" if len(new) == 12 else "stop")
-            assert text == tokenizer.decode(new, skip_special_tokens=True)
-
-
 def test_grades_endings_and_transcripts(tokenizer: Any, examples: list[Example], tmp_path: Path) -> None:
     four = examples[:4]
     texts = [
@@ -126,7 +108,7 @@ def test_grades_endings_and_transcripts(tokenizer: Any, examples: list[Example],
     assert result.interval == wilson_interval(1, 4)
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert [line["generation"] for line in lines] == [item.generation for item in result.items]
-    assert list(path.parent.iterdir()) == [path]
+    assert {p.name for p in path.parent.iterdir()} == {path.name, f"{path.name}.run.json"}
     widths = [len(ids[0]) for ids, _, _ in model.calls]
     assert widths == sorted(widths, reverse=True)  # longest first
     for ids, mask, _ in model.calls:
@@ -140,9 +122,13 @@ def test_several_samples_give_pass_at_1_and_a_vote(tokenizer: Any, examples: lis
     model = parrot(
         tokenizer, two, [right[0], "Dina</s>", "Dina</s>", right[0]], [right[1], *["The answer is 99.</s>"] * 3]
     )
-    config = EvalConfig(max_new_tokens=60, temperature=0.7, top_p=0.9, samples=4, batch_size=4)
+    config = EvalConfig(max_new_tokens=60, temperature=0.7, top_p=0.9, samples=4, batch_size=4, pass_at=(1, 2, 4))
     result = evaluate(model, tokenizer, two, config=config)
     assert result.accuracy == (0.5 + 0.25) / 2
+    # of 4 answers 2 and 1 are right: of the 6 pairs 5 and 3 hold a right one
+    assert [(found.k, found.value) for found in result.pass_at] == [(1, 0.375), (2, pytest.approx(8 / 12)), (4, 1.0)]
+    assert result.pass_at[0].interval == (0.25, 0.5)
+    assert result.pass_at[1].interval == pytest.approx((3 / 6, 5 / 6))
     assert result.majority == 0.5
     assert [item.sample for item in result.items] == [0, 1, 2, 3] * 2
     assert result.interval == (0.25, 0.5)  # two questions: the resampled means reach both ends
@@ -159,6 +145,98 @@ def test_sampling_follows_its_seed(model: Any, tokenizer: Any, examples: list[Ex
 
     assert run(0) == run(0)
     assert run(0) != run(1)
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(n, c, k) for n in (1, 3, 6) for c in range(n + 1) for k in range(1, n + 1)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n: int, c: int, k: int) -> None:
+    subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets), abs=1e-15)
+
+
+def test_pass_at_k_of_many_samples_is_exact_and_bounded() -> None:
+    assert pass_at_k(10_000, 1, 100) == pytest.approx(0.01, rel=1e-12)  # one right answer: k of n draws meet it
+    for bad in [(4, 5, 1), (4, 2, 5), (4, 2, 0), (4, -1, 1)]:
+        with pytest.raises(ValueError, match="need 0 <= c"):
+            pass_at_k(*bad)
+
+
+def test_choices_are_graded_by_their_letter(tokenizer: Any) -> None:
+    three = [Example(f"q{i}", f"How many {word} are there?", "C", "C") for i, word in enumerate(("a", "an", "the"))]
+    texts = [["The answer is (C).</s>"], ["Answer: B</s>"], ["C or so, who knows</s>"]]
+    config = EvalConfig(max_new_tokens=60, answer_kind="choice")
+    result = evaluate(parrot(tokenizer, three, *texts), tokenizer, three, config=config)
+    assert [(item.extracted, item.correct) for item in result.items] == [("C", True), ("B", False), (None, False)]
+    with pytest.raises(DataError, match=r"letter from A to J.*q9 \('12'\)"):
+        evaluate(parrot(tokenizer, []), tokenizer, [Example("q9", "p", "c", "12")], config=config)
+
+
+SAMPLED = EvalConfig(max_new_tokens=8, temperature=1.5, samples=2, batch_size=4, seed=5)
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Grading stops the run, as Ctrl-C would, after so many answers."""
+    graded = itertools.count(1)
+    real = evaluation.grade
+
+    def stopping(*args: Any, **options: Any) -> Any:
+        if next(graded) > after:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(evaluation, "grade", stopping)
+
+
+def test_an_interrupted_evaluation_goes_on_and_comes_out_the_same(
+    model: Any, tokenizer: Any, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(model, tokenizer, examples, config=SAMPLED)
+    path = tmp_path / "t.jsonl"
+    with monkeypatch.context() as patch:
+        interrupted(patch, after=5)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, tokenizer, examples, config=SAMPLED, transcripts=path)
+    assert not path.exists()
+    journal = tmp_path / "t.jsonl.partial"
+    with journal.open("ab") as file:
+        file.write('{"question": 6, "items": [{"id": "ü'.encode()[:-1])  # as a kill in the middle of a write leaves it
+    again = evaluate(model, tokenizer, examples, config=SAMPLED, transcripts=path)
+    assert again.reused == 4  # two questions were finished, the third was not
+    assert again == whole
+    assert not journal.exists()
+    third = evaluate(model, tokenizer, examples, config=SAMPLED, transcripts=path)
+    assert third.reused == 14
+    assert third == whole
+
+
+def test_answers_of_another_run_are_not_reused(
+    model: Any, tokenizer: Any, examples: list[Example], tmp_path: Path
+) -> None:
+    import dataclasses
+
+    path = tmp_path / "t.jsonl"
+    evaluate(model, tokenizer, examples, config=SAMPLED, transcripts=path)
+
+    def reused(model: Any = model, examples: list[Example] = examples, **changes: Any) -> int:
+        config = dataclasses.replace(SAMPLED, **changes)
+        return evaluate(model, tokenizer, examples, config=config, transcripts=path).reused
+
+    assert reused(pass_at=(1, 2)) == 14  # read off the same answers
+    assert reused(seed=6) == 0
+    assert reused(seed=6) == 14  # what was written last
+    assert reused() == 0
+    changed = [dataclasses.replace(examples[0], answer="77"), *examples[1:]]
+    assert reused(examples=changed) == 0
+    assert reused() == 0
+    weight = next(model.parameters())
+    with torch.no_grad():
+        weight[0, 0] += 1e-9
+    try:
+        assert reused() == 0
+    finally:
+        with torch.no_grad():
+            weight[0, 0] -= 1e-9
+    path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
+    assert reused() == 0  # a line is gone: the record does not fit
 
 
 def test_wilson_interval_solves_its_equation() -> None:
@@ -203,3 +281,9 @@ def test_bad_input_is_named(model: Any, tokenizer: Any, examples: list[Example])
         EvalConfig(max_new_tokens=0)
     with pytest.raises(ConfigError, match="top_p"):
         EvalConfig(top_p=0.0)
+    with pytest.raises(ConfigError, match="pass@8 cannot be estimated from 4 samples"):
+        EvalConfig(samples=4, temperature=1.0, pass_at=(1, 8))
+    with pytest.raises(ConfigError, match="answer_kind: unknown value 'choise'; did you mean 'choice'"):
+        EvalConfig(answer_kind="choise")
+    with pytest.raises(ConfigError, match="engine: unknown value 'vlm'; did you mean 'vllm'"):
+        EvalConfig(engine="vlm")

@@ -387,3 +387,31 @@ def test_models_that_cannot_be_differentiated_are_refused_by_name() -> None:
     merged.merge_adapter()
     with pytest.raises(ModelError, match="merged"):
         inf.per_example_gradients(merged, make_examples())
+
+
+def test_top_layers_are_a_part_of_the_whole_row() -> None:
+    model, examples = make_model(), make_examples()
+    whole, part = inf.Projection(dim=4), inf.Projection(dim=4, layers=0.5)
+    rows = inf.per_example_gradients(model, examples, projection=whole)
+    upper = inf.per_example_gradients(model, examples, projection=part)
+    names = {entry.module for entry in inf.gradient_layout(model, part)}
+    assert names
+    assert all(".layers.1." in name for name in names)
+    columns = [
+        torch.arange(entry.offset, entry.offset + entry.shape[0] * entry.shape[1])
+        for entry in inf.gradient_layout(model, whole)
+        if entry.module in names
+    ]
+    torch.testing.assert_close(upper, rows[:, torch.cat(columns)], rtol=1e-5, atol=1e-7)
+
+
+def test_the_backward_ends_at_the_lowest_layer_in_the_row() -> None:
+    model = make_model()
+    layers = model.get_base_model().model.layers
+    seen = []
+    handles = [layer.register_full_backward_hook(lambda *_, n=n: seen.append(n)) for n, layer in enumerate(layers)]
+    inf.per_example_gradients(model, make_examples(), projection=inf.Projection(dim=4, layers=0.5))
+    for handle in handles:
+        handle.remove()
+    assert seen
+    assert set(seen) == {1}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from influence_fast.grading import Grade, equal_answers, extract_answer, grade, normalise
+from influence_fast.grading import Grade, choice_letter, equal_answers, extract_answer, extract_choice, grade, normalise
 
 MATH500 = Path(__file__).parents[2] / "shared" / "data" / "math500.jsonl"
 
@@ -86,6 +89,54 @@ def test_normalise_keeps_what_differs() -> None:
     assert normalise("a") != normalise("A")
 
 
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("(C)", "C"),
+        ("C", "C"),
+        ("So\n\n**B.**\n", "B"),
+        (r"\boxed{C}", "C"),
+        (r"$\boxed{\text{(C)}}$", "C"),
+        (r"\boxed{C. 3 eV}", "C"),
+        ("Answer: C", "C"),
+        ("**Answer:** D", "D"),
+        ("Answer: $C$", "C"),
+        ("the answer is C", "C"),
+        ("The answer is (b).", "B"),
+        ("The answer is A.", "A"),
+        ("The correct answer is option A because of x", "A"),
+        ("The correct choice is: E", "E"),
+        ("Option B is wrong. The answer is D", "D"),
+        ("I think (A) is wrong and (B) is right", "B"),
+        (r"\boxed{Carbon}, so the answer is B", "B"),
+        ("The answer is (A). No, the answer is (C).", "C"),
+        ("The answer is A long story", None),
+        ("the answer is a long story", None),
+        ("the answer is I have no idea", None),
+        ("Answer: Carbon", None),
+        (r"\boxed{42}", None),
+        ("no letters here", None),
+        ("", None),
+    ],
+)
+def test_extracts_the_chosen_letter(text: str, letter: str | None) -> None:
+    assert extract_choice(text) == letter
+
+
+def test_choices_are_compared_as_letters() -> None:
+    assert grade("The answer is (C).", "C", kind="choice") == Grade(True, "C", "compared as letters")
+    assert grade("The answer is (C).", "(c)", kind="choice").correct
+    assert not grade("The answer is (C).", "D", kind="choice").correct
+    assert grade("perhaps", "D", kind="choice") == Grade(False, None, "no answer found")
+    assert [choice_letter(gold) for gold in ("b", "(B)", "B.", " B) ", "BC", "12", "")] == ["B"] * 4 + [None] * 3
+    # the kinds do not leak into each other
+    assert grade("The answer is C", "C").correct
+    assert not grade("I take (C) and 3 pens", "3").correct
+    assert grade("I take (C) and 3 pens", "3", kind="last_number").correct
+    with pytest.raises(ValueError, match="unknown kind of answer 'letters'; known: math, last_number, choice"):
+        grade("C", "C", kind="letters")
+
+
 HOSTILE = [
     "",
     "{{{{{{",
@@ -114,6 +165,28 @@ def test_hostile_text_is_graded_wrong_and_in_time(text: str) -> None:
     verdict = grade(text, r"\frac{\pi}{7}", timeout=2.0)
     assert not verdict.correct
     assert time.monotonic() - start < 150  # starting the worker on a busy machine included
+
+
+def _hostile_grading() -> Any:
+    """benches/hostile_grading.py, which grades all 5,000 in some minutes: too long for a test."""
+    path = Path(__file__).parents[1] / "benches" / "hostile_grading.py"
+    spec = importlib.util.spec_from_file_location("hostile_grading", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_hostile_answers_neither_crash_nor_hang_nor_pass() -> None:
+    bench = _hostile_grading()
+    drawn = list(bench.hostile_answers(2000, seed=1))
+    assert {family for family, _, _ in drawn} == set(bench.FAMILIES)
+    assert drawn[:50] == list(bench.hostile_answers(50, seed=1))
+    found = bench.run(60, seed=1, timeout=0.3)
+    assert sum(len(seconds) for seconds in found.seconds.values()) == 60
+    assert (found.crashes, found.over_limit, found.passed_for_right, found.good_ones_lost) == ([], [], [], 0)
 
 
 @pytest.mark.parametrize("answer", ["9^{9^{9^{9}}}", "9^9^9^9", "10^{10^{10}}", "(x+1)^{300000}", "(((((10!)!)!)!)!)"])

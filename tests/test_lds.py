@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.lds import ceiling, draw_subsets, linear_datamodeling_scores, named_differences, seed_agreement
+from influence_fast.lds import ceiling, draw_subsets, linear_datamodeling_scores, seed_agreement
 
 
 def world(noise: float, *, n: int = 60, queries: int = 5, subsets: int = 40, seeds: int = 2, seed: int = 0):
@@ -50,7 +50,7 @@ def test_truth_scores_one_without_noise_and_nothing_when_shuffled() -> None:
     found = linear_datamodeling_scores({"truth": truth, "shuffled": shuffled}, masks, losses, draws=200)
     assert found["truth"].value == pytest.approx(1.0)
     assert abs(found["shuffled"].value) < 0.3
-    difference = named_differences(found, "truth", ["shuffled"])["shuffled"]
+    difference = found["truth"].minus(found["shuffled"])
     assert difference.low > 0
     assert difference.value == pytest.approx(found["truth"].value - found["shuffled"].value)
 

@@ -23,23 +23,23 @@ from influence_fast.scores import ScoreTable
 WORDS = ["<pad>", "<eos>", "<unk>", "what", "is", "plus", "The", "answer", "#", *map(str, range(20))]
 
 
-def write_model(folder: Path) -> None:
-    vocabulary = {word: i for i, word in enumerate(WORDS)}
+def write_model(folder: Path, hidden: int = 32, words: list[str] = WORDS) -> None:
+    vocabulary = {word: i for i, word in enumerate(words)}
     raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=len(WORDS),
-        hidden_size=32,
+        vocab_size=len(words),
+        hidden_size=hidden,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         tie_word_embeddings=True,
-        eos_token_id=1,
-        pad_token_id=0,
+        eos_token_id=words.index("<eos>"),
+        pad_token_id=words.index("<pad>"),
     )
     Qwen2ForCausalLM(config).save_pretrained(folder)
 
@@ -185,6 +185,116 @@ def test_another_configuration_does_not_overwrite_a_run(world: Path, results: di
         pipeline.run(load_config(world / "other.yaml"), progress=False)
 
 
+@pytest.fixture(scope="module")
+def crossed(world: Path) -> tuple[Path, dict[str, Any]]:
+    """Scores from one model, fine-tuning of another of other width and tokens, two seeds."""
+    write_model(world / "other-model", hidden=48, words=[*reversed(WORDS), "more", "words"])
+    raw = yaml.safe_load((world / "config.yaml").read_text())
+    raw |= {"output": str(world / "crossed"), "target_model": {"path": "other-model"}}
+    raw["influence"]["queries"] = "reference"
+    raw["training"] |= {"epochs": 4}
+    raw["pruning"] = {"strategies": ["random", "low_benefit"], "fractions": [0.25], "seeds": [0, 1]}
+    (world / "crossed.yaml").write_text(yaml.safe_dump(raw))
+    return world / "crossed", pipeline.run(load_config(world / "crossed.yaml"), progress=False)
+
+
+def _training_record(run: Path, name: str) -> dict[str, Any]:
+    return json.loads((run / "adapters" / name / "training.json").read_text())
+
+
+def test_seeds_share_what_they_can_and_only_random_draws_again(crossed: tuple[Path, dict[str, Any]]) -> None:
+    run, results = crossed
+    assert [(c["strategy"], c["seed"]) for c in results["cells"]] == [
+        (strategy, seed) for seed in (0, 1) for strategy in ("full", "random", "low_benefit")
+    ]
+    data = {name: [_training_record(run, f"{name}-seed{s}")["examples"] for s in (0, 1)] for name in
+            ("full", "random-25", "low_benefit-25")}  # fmt: skip
+    assert data["low_benefit-25"][0] == data["low_benefit-25"][1]
+    assert data["full"][0] == data["full"][1]
+    assert data["random-25"][0] != data["random-25"][1]
+    assert [_training_record(run, f"full-seed{s}")["train"]["seed"] for s in (0, 1)] == [0, 1]
+    assert [p.name for p in (run / "adapters").glob("reference*")] == ["reference-seed0"]
+    assert len(list((run / "evaluations").glob("base*"))) == 1
+    assert len(list(run.glob("**/manifest.json"))) == 1
+
+
+def test_scores_of_one_model_prune_the_data_of_another(world: Path, crossed: tuple[Path, dict[str, Any]]) -> None:
+    from influence_fast.data import tokenize
+    from influence_fast.evaluation import EvalConfig, evaluate
+    from influence_fast.fingerprints import dataset_fingerprint, weight_hashes
+    from influence_fast.models import load_model, load_tokenizer
+    from influence_fast.training import load_finetuned
+
+    run, results = crossed
+    pool = load_examples(world / "pool.jsonl")
+    kept = load_examples(run / "pruned/low_benefit-25.jsonl")
+    for name, model, examples in (
+        ("reference-seed0", "model", pool),
+        ("full-seed1", "other-model", pool),
+        ("low_benefit-25-seed1", "other-model", kept),
+    ):
+        record = _training_record(run, name)
+        tokens = tokenize(examples, load_tokenizer(world / model)).examples
+        assert record["model"] == list(weight_hashes(load_model(world / model)))
+        assert record["examples"] == dataset_fingerprint(tokens), name
+    # what is judged is the other model, with its own tokens, before and after
+    other, tokenizer = load_model(world / "other-model"), load_tokenizer(world / "other-model")
+    test, config = load_examples(world / "test.jsonl"), EvalConfig(max_new_tokens=6)
+    for name, adapter in (("base", None), ("random-25-seed1", run / "adapters/random-25-seed1")):
+        model = other if adapter is None else load_finetuned(other, adapter)
+        expected = [item.generation for item in evaluate(model, tokenizer, test, config=config).items]
+        lines = (run / "transcripts" / f"{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["generation"] for line in lines] == expected
+    assert "fine-tuning the model that scores" in [row["stage"] for row in results["cost"]]
+
+
+def test_the_reports_statistics_are_those_of_the_transcripts(crossed: tuple[Path, dict[str, Any]]) -> None:
+    from influence_fast.statistics import compare
+
+    run, results = crossed
+
+    def answers(name: str) -> np.ndarray:
+        files = [(run / "transcripts" / f"{name}-seed{seed}.jsonl").read_text().splitlines() for seed in (0, 1)]
+        return np.array([[json.loads(line)["correct"] for line in lines] for lines in files], dtype=float)
+
+    for row in results["comparisons"]:
+        other = answers("full" if row["against"] == "full" else "random-25")
+        expected = compare(answers("low_benefit-25"), other, seed=0)
+        assert {key: row[key] for key in expected} == expected
+        assert row["p_adjusted"] >= row["p"]
+    assert [row["against"] for row in results["comparisons"]] == ["random", "full"]
+    assert {s["strategy"]: s["accuracy"] for s in results["settings"]}["full"] == pytest.approx(answers("full").mean())
+    saved = json.loads((run / "results.json").read_text())
+    assert (saved["comparisons"], saved["settings"]) == (results["comparisons"], results["settings"])
+    assert "Paired comparisons" in (run / "report.html").read_text()
+
+
+def test_a_lost_cell_is_the_only_one_done_again(
+    world: Path, crossed: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, results = crossed
+    name = "random-25-seed1"
+    for lost in (f"cells/{name}", f"evaluations/{name}"):
+        (run / f"{lost}.json").unlink()
+    evaluate, finetune, asked, trained = pipeline.evaluate, pipeline.finetune, [], []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["transcripts"].stem)
+        return evaluate(*args, **kwargs)
+
+    def tuned(*args: Any, **kwargs: Any) -> Any:
+        result = finetune(*args, **kwargs)
+        trained.append((Path(args[3]).name, result.reused))
+        return result
+
+    monkeypatch.setattr(pipeline, "evaluate", counted)
+    monkeypatch.setattr(pipeline, "finetune", tuned)
+    again = pipeline.run(load_config(world / "crossed.yaml"), progress=False)
+    assert asked == [name]
+    assert trained == [("reference-seed0", True), (name, True)]
+    assert again["comparisons"] == results["comparisons"]
+
+
 @pytest.mark.parametrize("empty", ["correct", "incorrect"])
 def test_an_empty_group_is_said_by_name(world: Path, empty: str) -> None:
     validation = load_examples(world / "validation.jsonl")
@@ -251,3 +361,134 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def chosen(world: Path) -> Path:
+    """The folder of a run with the baselines that ask for more, near-duplicates, tasks and a leaked test question."""
+
+    def row(name: str, a: int, b: int) -> dict[str, str]:
+        answer = str(a + b)
+        return {
+            "id": name,
+            "prompt": f"what is {a} plus {b}",
+            "completion": f"The answer is {answer}",
+            "answer": answer,
+        }
+
+    def write(name: str, rows: list[dict[str, str]]) -> None:
+        (world / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("test2.jsonl", [row(f"t{i}", 5 + i, 6) for i in range(4)])
+    pool = [json.loads(line) for line in (world / "pool.jsonl").read_text().splitlines()]
+    write("pool2.jsonl", [*pool, {**row("leak", 7, 6), "label": "clean"}])
+    asked = [row(f"v{i}", i % 3, 2) | {"task": "odd" if i % 2 else "even"} for i in range(6)]
+    write("validation2.jsonl", asked)
+    settings = yaml.safe_load((world / "config.yaml").read_text())
+    data = {"pool": "pool2.jsonl", "validation": "validation2.jsonl", "test": "test2.jsonl", "decontaminate": True}
+    settings |= {
+        "output": str(world / "chosen"),
+        "data": data,
+        "training": {"epochs": 1, "batch_size": 8},
+        "influence": {"queries": "reference", "tasks": "task"},
+        "pruning": {
+            "strategies": ["embedding", "difficulty", "less"],
+            "fractions": [0.25],
+            "max_similar": 1.0,
+            "pass_rate_samples": 2,
+        },
+    }
+    (world / "chosen.yaml").write_text(yaml.safe_dump(settings))
+    pipeline.run(load_config(world / "chosen.yaml"), progress=False)
+    return world / "chosen"
+
+
+def test_a_run_computes_what_its_strategies_read(chosen: Path) -> None:
+    table = ScoreTable.load(chosen / "scores.parquet")
+    assert sorted(table.columns["embedding_rank"]) == list(range(1, 41))
+    assert set(table.columns["pass_rate"]) <= {0.0, 0.5, 1.0}
+    halves = table.columns["s_even"] + table.columns["s_odd"]  # three questions each
+    np.testing.assert_allclose(halves / 2, table.columns["s_correct"], rtol=1e-4, atol=1e-6)
+    results = json.loads((chosen / "results.json").read_text())
+    assert {"embeddings", "pass rates"} <= {row["stage"] for row in results["cost"]}
+    assert results["queries"] == {"correct": 6, "even": 3, "odd": 3}
+
+
+def test_a_run_sets_leaked_questions_aside(chosen: Path) -> None:
+    results = json.loads((chosen / "results.json").read_text())
+    assert results["data"]["pool"] == 40
+    assert results["data"]["set_aside"] == [{"id": "leak", "why": "shares 5 words with test/t2"}]
+    assert "1 of 41 pool examples share words with the test set" in results["warnings"][0]
+    assert "leak (test/t2: 'what is 7 plus 6')" in results["warnings"][0]
+
+
+def test_a_run_keeps_one_of_each_cluster_and_says_why(chosen: Path) -> None:
+    for strategy in ("embedding", "difficulty", "less"):
+        path = chosen / "pruned" / f"{strategy}-25.jsonl"
+        kept = [json.loads(line) for line in path.read_text().splitlines()]
+        assert len({row["completion"] for row in kept}) == len(kept) > 1
+        for suffix in ("csv", "parquet"):
+            table = ScoreTable.load(f"{path}.table.{suffix}")
+            why = dict(zip(table.ids, table.texts["why"], strict=True))
+            assert [name for name in table.ids if why[name] == "kept"] == [row["id"] for row in kept]
+            assert all(text.startswith(("kept", "dropped: near-duplicate of pool")) for text in why.values())
+
+
+def test_prune_groups_near_duplicates_and_test_questions(
+    chosen: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def prune(*extra: Any) -> ScoreTable:
+        table, kept = chosen / "scores.parquet", tmp_path / "kept.jsonl"
+        code = main(
+            [str(a) for a in ("prune", "--data", world / "pool2.jsonl", "--scores", table, *extra, "--output", kept)]
+        )
+        assert code == 0, capsys.readouterr().err
+        return ScoreTable.load(f"{kept}.table.csv")
+
+    pool = [json.loads(line) for line in (world / "pool2.jsonl").read_text().splitlines()]
+    label = {row["id"]: row["label"] for row in pool}
+    grouped = prune("--strategy", "less", "--fraction", 0.5, "--groups", "label")
+    kept = [label[name] for name, stays in zip(grouped.ids, grouped.columns["kept"], strict=True) if stays]
+    assert (kept.count("wrong_answer"), kept.count("clean")) == (5, 15)
+    one_each = prune("--strategy", "embedding", "--count", 1, "--max-similar", 1)
+    assert one_each.columns["kept"].sum() == len({row["completion"] for row in pool if row["id"] != "leak"})
+    capsys.readouterr()
+    leaked = prune("--strategy", "random", "--count", 2, "--decontaminate", world / "validation2.jsonl")
+    out = capsys.readouterr().out
+    shared = {row["id"] for row in pool if row["prompt"] in {f"what is {a} plus 2" for a in range(3)}}
+    assert 2 < len(shared) < 40
+    assert {name for name, why in zip(leaked.ids, leaked.texts["why"], strict=True) if why != "kept"} == shared
+    assert "shares 5 words with validation2/v" in out
+    code = main(["prune", "--data", str(world / "pool2.jsonl"), "--scores", str(chosen / "scores.csv"), "--strategy",
+                 "perplexity_hi", "--count", "1", "--output", str(tmp_path / "x.jsonl")])  # fmt: skip
+    assert code == 2
+    assert "did you mean 'perplexity_high'" in capsys.readouterr().err
+
+
+def test_score_adds_what_the_named_strategies_read(
+    chosen: Path, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the command line, with the run's own adapter: the columns are those of the run."""
+    arguments = [
+        "score", "--model", world / "model", "--adapter", chosen / "adapters" / "full-seed0", "--dim", 4,
+        "--data", world / "pool.jsonl", "--validation", world / "validation2.jsonl", "--queries", "reference",
+        "--tasks", "task", "--strategies", "embedding", "--output", tmp_path / "s.parquet", "--quiet",
+    ]  # fmt: skip
+    assert main([str(a) for a in arguments]) == 0
+    assert "embeddings" in capsys.readouterr().out
+    ours, runs = ScoreTable.load(tmp_path / "s.parquet"), ScoreTable.load(chosen / "scores.parquet")
+    assert np.array_equal(ours.columns["embedding_rank"], runs.columns["embedding_rank"])
+    np.testing.assert_allclose(ours.columns["s_odd"], runs.columns["s_odd"], rtol=1e-4, atol=1e-6)
+    arguments[arguments.index("embedding")] = "embeding"
+    assert main([str(a) for a in arguments]) == 2
+    assert "did you mean 'embedding'" in capsys.readouterr().err
+
+
+def test_tasks_may_not_be_called_as_groups_are() -> None:
+    examples = [pipeline.Example(str(i), "p", "c", row=i) for i in range(2)]
+    queries = pipeline.Queries(examples, {"correct": [0], "incorrect": [1]}, [])
+    with pytest.raises(ConfigError, match="a task cannot be called 'correct'"):
+        pipeline.with_tasks(queries, ["correct", "x"])
+    named = pipeline.with_tasks(queries, ["a", "b"])
+    assert named.groups == {"correct": [0], "incorrect": [1], "a": [0]}
+    assert named.warnings == ["no correct answer to ask for the tasks b"]

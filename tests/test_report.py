@@ -18,6 +18,7 @@ import pytest
 from influence_fast import report
 from influence_fast import report_summary as summary
 from influence_fast.errors import DataError
+from influence_fast.statistics import grid_statistics
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 HOSTILE = (
@@ -259,6 +260,37 @@ def test_headline_prefers_a_paired_comparison() -> None:
     pair = {"strategy": "combined", "fraction": 0.1, "against": "random", "difference": 0.01}
     assert "above random" in _found(*cells, comparisons=[{**pair, "low": 0.004, "high": 0.016}])
     assert "within noise of random" in _found(*cells, comparisons=[{**pair, "low": -0.004, "high": 0.016}])
+
+
+def test_grid_statistics_are_what_the_page_shows() -> None:
+    """Two seeds whose intervals come from `statistics`: the chart's table, the comparison and the sentence agree."""
+    rng = np.random.default_rng(0)
+    cells, correct = [], []
+    for seed in (0, 1):
+        for strategy, share in (("full", 0.4), ("random", 0.4), ("combined", 0.8)):
+            answers = rng.random(90) < share
+            fraction = 0.0 if strategy == "full" else 0.1
+            cells.append({"strategy": strategy, "fraction": fraction, "seed": seed, "accuracy": float(answers.mean())})
+            correct.append({str(i): float(a) for i, a in enumerate(answers)})
+    found = grid_statistics(cells, correct)
+    results = {"title": "t", "cells": cells, **found}
+    html = report.render(results)
+    rows = table_rows(html)
+    for s in found["settings"]:
+        (row,) = [r for r in rows if r[0] == s["strategy"] and r[4] == "2"]
+        assert row[2] == f"{100 * s['accuracy']:.1f} %"
+        assert row[3] == f"{100 * s['low']:.1f} to {100 * s['high']:.1f} %"
+    c = found["comparisons"][0]
+    h = [f"{c['effect']:.2f}", f"{c['effect_low']:.2f} to {c['effect_high']:.2f}"]
+    p = [report.p_value(c["p"]), report.p_value(c["p_adjusted"])]
+    interval = f"{100 * c['low']:.1f} to {100 * c['high']:.1f} %"
+    assert ["combined", "10 %", "random", f"{100 * c['difference']:.1f} %", interval, *h, *p] in rows
+    text = Page(html).text()
+    assert "bootstrap over seeds and test questions" in text
+    assert "above random at 10 %" in text
+    assert "One seed" not in text
+    one = {"title": "t", "cells": cells[:3], **grid_statistics(cells[:3], correct[:3])}
+    assert "One seed: intervals and p are over the questions only" in Page(report.render(one)).text()
 
 
 def test_headline_without_cells_claims_detection_or_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from influence_fast import training
+from influence_fast import sft
 from influence_fast.demo import make_tokenizer
 from influence_fast.errors import ConfigError, DataError, ModelError
 from influence_fast.training import (
@@ -132,8 +133,9 @@ def test_finished_result_is_reused_only_for_the_same_work(
     assert not other.reused
 
 
+@pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed while it wrote a checkpoint"])
 def test_interrupted_run_leaves_nothing_in_place_and_goes_on_from_its_checkpoint(
-    model: Any, tokenizer: Any, examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Any, tokenizer: Any, examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
     from safetensors.torch import load_file
 
@@ -141,7 +143,7 @@ def test_interrupted_run_leaves_nothing_in_place_and_goes_on_from_its_checkpoint
     whole = run(model, tokenizer, examples, tmp_path / "whole", config)
     assert [p.name for p in whole.checkpoints] == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
 
-    collate = training._Collator.__call__
+    collate = sft.Collator.__call__
     calls = []
 
     def failing(self: Any, batch: Any) -> Any:
@@ -150,12 +152,16 @@ def test_interrupted_run_leaves_nothing_in_place_and_goes_on_from_its_checkpoint
             raise KeyboardInterrupt
         return collate(self, batch)
 
-    monkeypatch.setattr(training._Collator, "__call__", failing)
+    monkeypatch.setattr(sft.Collator, "__call__", failing)
     with pytest.raises(KeyboardInterrupt):
         run(model, tokenizer, examples, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
+    if killed:
+        (last,) = tmp_path.glob(".out.partial-*/checkpoint-8")
+        (last / "optimizer_names.json").unlink()
+        (last / "optimizer.pt").write_bytes((last / "optimizer.pt").read_bytes()[:100])
     resumed = run(model, tokenizer, examples, tmp_path / "out", config)
-    assert len(calls) < 11 + 12  # it did not start over
+    assert len(calls) == 11 + (8 if killed else 4)  # it did not start over
     one, other = (load_file(r.path / "adapter_model.safetensors") for r in (whole, resumed))
     assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
     assert resumed.tokens_seen == whole.tokens_seen
@@ -204,13 +210,104 @@ def test_record_names_what_made_the_result(model: Any, tokenizer: Any, examples:
     record = json.loads((result.path / "training.json").read_text())
     assert record["train"]["seed"] == 0
     assert record["lora"]["target_modules"] == "all-linear"
-    assert {"torch", "transformers", "peft"} <= record["result"]["versions"].keys()
+    assert {"torch", "transformers", "peft", "trl"} <= record["result"]["versions"].keys()
 
 
 def test_training_is_quiet(model: Any, tokenizer: Any, examples: Any, tmp_path: Path, capfd: Any) -> None:
     run(model, tokenizer, examples, tmp_path / "out")
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("packing", [None, 40], ids=["padded", "packed"])
+def test_trl_takes_our_labels_and_its_loss_and_gradient_are_those_by_hand(
+    model: Any, tokenizer: Any, examples: Any, tmp_path: Path, packing: int | None, recompute: bool
+) -> None:
+    """All examples in one step: mean over completion tokens, each example seeing itself alone, in float64 by hand."""
+    config = TrainConfig(
+        max_steps=1, batch_size=len(examples), precision="fp32", packing=packing, gradient_checkpointing=recompute
+    )
+    reference = copy.deepcopy(model).double()
+    counted = sum(int((e["labels"][1:] != -100).sum()) for e in examples)
+    loss = torch.zeros((), dtype=torch.float64)
+    for e in examples:
+        logits = reference(e["input_ids"][None]).logits[0, :-1]
+        loss = loss + torch.nn.functional.cross_entropy(logits, e["labels"][1:], reduction="sum") / counted
+    loss.backward()
+    with sft._packs_apart(model, config):
+        trainer = sft.make_trainer(model, tokenizer, examples, tmp_path, config)
+        (batch,) = trainer.get_train_dataloader()
+        assert ("seq_idx" in batch) == (packing is not None)
+        if recompute:
+            trainer.model.gradient_checkpointing_enable()  # as trainer.train() does
+        trainer.model.train()
+        got = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=None)
+        got.backward()
+    assert abs(got.item() - loss.item()) < 1e-6
+    for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() < 1e-5 * q.grad.norm(), name
+
+
+def test_packed_training_learns_and_goes_on_like_padded_training(
+    model: Any, tokenizer: Any, examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from safetensors.torch import load_file
+    from trl import SFTTrainer
+
+    config = TrainConfig(
+        epochs=6, learning_rate=3e-2, batch_size=2, precision="fp32", packing=48, save_checkpoints=True
+    )
+    loss, before = loss_of(model, examples), model.config._attn_implementation
+    whole = run(model, tokenizer, examples, tmp_path / "whole", config)
+    assert model.config._attn_implementation == before
+    assert whole.tokens_seen == 6 * sum(len(e["input_ids"]) for e in examples)
+    tuned = load_finetuned(model, whole.path)
+    assert loss_of(tuned, examples) < loss - 0.3
+    tuned.unload()
+    assert load_adam_moments(whole.checkpoints[-1])
+
+    step, calls = SFTTrainer.training_step, []
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tokenizer, examples, tmp_path / "out", config)
+    resumed = run(model, tokenizer, examples, tmp_path / "out", config)
+    one, other = (load_file(r.path / "adapter_model.safetensors") for r in (whole, resumed))
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+
+
+def test_packs_whose_examples_see_each_other_are_refused(
+    model: Any, tokenizer: Any, examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(max_steps=1, packing=40)
+    with pytest.raises(ConfigError, match=r"train.packing is 10 tokens, and longer are e\d"):
+        run(model, tokenizer, examples, tmp_path / "out", TrainConfig(max_steps=1, packing=10))
+    apart = sft.attention.packed_attention
+    without = lambda *args, cu_seq_lens_q=None, **kwargs: apart(*args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(sft.attention, "packed_attention", without)
+    with pytest.raises(ConfigError, match="see each other"):
+        run(model, tokenizer, examples, tmp_path / "out", config)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_model_comes_back_without_trls_patches(model: Any, tokenizer: Any, examples: Any, tmp_path: Path) -> None:
+    model.config.eos_token_id, model.generation_config.eos_token_id = 7, [7, 9]
+    config = TrainConfig(max_steps=2, batch_size=4, precision="fp32", gradient_checkpointing=True)
+    logits = model(examples[0]["input_ids"][None]).logits
+    run(model, tokenizer, examples, tmp_path / "out", config)
+    assert "forward" not in model.__dict__
+    assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (7, [7, 9])
+    assert torch.equal(model(examples[0]["input_ids"][None]).logits, logits)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    model.requires_grad_(False)
+    assert not model(examples[0]["input_ids"][None]).logits.requires_grad
 
 
 def test_bad_input_is_named(model: Any, tokenizer: Any, examples: Any, tmp_path: Path) -> None:
@@ -226,7 +323,14 @@ def test_bad_input_is_named(model: Any, tokenizer: Any, examples: Any, tmp_path:
     with pytest.raises(ModelError, match=r"no adapter_config\.json"):
         load_finetuned(model, tmp_path)
     assert not (tmp_path / "out").exists()
-    for bad in ({"precision": "fp8"}, {"schedule": "cosin"}, {"learning_rate": 0}, {"epochs": 0}, {"warmup_ratio": 1}):
+    for bad in (
+        {"precision": "fp8"},
+        {"schedule": "cosin"},
+        {"learning_rate": 0},
+        {"epochs": 0},
+        {"warmup_ratio": 1},
+        {"packing": 1},
+    ):
         with pytest.raises(ConfigError):
             TrainConfig(**bad)  # type: ignore[arg-type]
     with pytest.raises(ConfigError):

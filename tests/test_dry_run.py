@@ -1,0 +1,182 @@
+"""The dry run against the real thing: the same rows, tokens and bytes, with no weights and no network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from influence_fast.building import build_store
+from influence_fast.cli import main
+from influence_fast.config import DataConfig, GradientConfig, ModelConfig, PruningConfig, RunConfig, Source, load_config
+from influence_fast.data import load_examples, tokenize
+from influence_fast.dry_run import describe, model_shape, plan, row_bytes
+from influence_fast.errors import ConfigError, ModelError
+from influence_fast.models import load_tokenizer
+from influence_fast.training import LoraSettings, TrainConfig, finetune
+
+RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
+LORA = LoraSettings(r=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_config: Any, tiny_tokenizer: Any) -> Path:
+    """A model's configuration and tokenizer, without weights, and a pool."""
+    path = tmp_path_factory.mktemp("dry")
+    tiny_config("llama").save_pretrained(path / "model")
+    tiny_tokenizer().save_pretrained(path / "model")
+    rows = [{"prompt": "1+1?" * (1 + i % 5), "completion": f"It is {i}. " * (1 + i % 7)} for i in range(23)]
+    (path / "pool.jsonl").write_text("".join(json.dumps(row | {"answer": "2"}) + "\n" for row in rows))
+    return path
+
+
+def config_of(folder: Path, **changes: Any) -> RunConfig:
+    pool = Source(str(folder / "pool.jsonl"))
+    settings: dict[str, Any] = {
+        "output": str(folder / "run"),
+        "model": ModelConfig(str(folder / "model")),
+        "data": DataConfig(pool, validation=pool, test=Source("some/where", limit=7)),
+        "lora": LORA,
+        "gradients": GradientConfig(dim=3),
+        "training": TrainConfig(epochs=2, batch_size=4),
+        "pruning": PruningConfig(strategies=("random", "combined"), fractions=(0.25,), seeds=(0, 1)),
+    }
+    return RunConfig(**{**settings, **changes})
+
+
+@pytest.mark.parametrize("gradients", [{}, {"width": 50}, {"store_dtype": "int8"}, {"kind": "kron"}, {"layers": 0.5}])
+def test_rows_tokens_and_bytes_are_those_of_the_run(
+    folder: Path, tmp_path: Path, tiny_model: Any, tiny_lora: Any, gradients: dict[str, Any]
+) -> None:
+    config = config_of(
+        folder, gradients=GradientConfig(dim=3, **gradients), pruning=PruningConfig(strategies=("full",))
+    )
+    found = plan(config)
+    tokenizer = load_tokenizer(folder / "model")
+    examples = tokenize(load_examples(folder / "pool.jsonl"), tokenizer).examples
+    tuned = tiny_lora("llama")
+    options = {"projection": config.gradients.projection, "dtype": config.gradients.store_dtype}
+    store = build_store(tmp_path / "store", tuned, None, examples, **options)
+    size = sum(p.stat().st_size for name in ("rows", "scales") for p in (tmp_path / "store").glob(f"{name}-*.bin"))
+    assert found.row == store.width
+    assert found.store_bytes == size
+    assert found.pool == found.examples == len(examples)
+    assert found.model is not None
+    assert found.model.trained == sum(p.numel() for n, p in tuned.named_parameters() if "lora_" in n)
+    assert found.model.parameters == sum(p.numel() for p in tiny_model("llama").parameters())
+    assert found.longest == max(len(e["input_ids"]) for e in examples)
+    if not gradients:
+        model = tiny_model("llama")
+        result = finetune(
+            model, tokenizer, examples, tmp_path / "out", config=config.training, lora=LORA, progress=False
+        )
+        assert found.fine_tunings == 1
+        assert found.training_tokens == result.tokens_seen
+
+
+def test_the_grid_is_counted(folder: Path) -> None:
+    found = plan(config_of(folder), tokens_per_second=100)
+    assert (found.cells, found.fine_tunings) == (6, 6)
+    assert found.tokens is not None
+    assert found.training_tokens == round(found.tokens * 2 * 2 * (1 + 0.75 + 0.75))
+    assert found.seconds == {"fine-tunings": found.training_tokens / 100, "gradients": found.tokens / 100}
+    other = plan(config_of(folder, target_model=ModelConfig(str(folder / "model"))))
+    assert other.fine_tunings == 7  # and the model that scores
+    assert other.training_tokens == found.training_tokens + 2 * found.tokens
+    held = config_of(folder)
+    held = dataclasses.replace(held, data=DataConfig(held.data.pool, holdout_validation=4, holdout_test=5))
+    assert (plan(held).pool, plan(held).validation, plan(held).test) == (14, 4, 5)
+
+
+def test_memory_is_the_sum_of_formulas_with_their_inputs(folder: Path) -> None:
+    config = config_of(folder)
+    found = plan(config)
+    assert found.model is not None
+    assert found.longest is not None
+    weights, factors, activations = (amount for _, amount in found.memory)
+    assert weights == 4 * found.model.parameters
+    assert factors == 16 * found.model.trained
+    assert activations == 4 * found.longest * found.model.layers * 34 * found.model.hidden * 2
+    again = dataclasses.replace(config, training=TrainConfig(batch_size=4, gradient_checkpointing=True))
+    assert plan(again).memory[2][1] < activations
+    text = describe(config, found)
+    assert f"{found.model.parameters:,} x 4 bytes (float32)" in text
+    assert "time               unknown: give --tokens-per-second" in text
+
+
+def test_what_is_on_the_hub_is_unknown_and_not_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub import constants
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    config = config_of(
+        folder,
+        model=ModelConfig("nobody/nothing"),
+        data=DataConfig(Source("a/b"), holdout_validation=3, holdout_test=4),
+    )
+    found = plan(config)
+    assert (found.pool, found.examples, found.tokens, found.model, found.store_bytes) == (None, 1000, None, None, None)
+    assert "2 r dim numbers" in describe(config, found)
+    known = plan(
+        dataclasses.replace(config, gradients=GradientConfig(width=64, store_dtype="int8")),
+        rows=107, tokens_per_example=10.0,
+    )  # fmt: skip
+    assert (known.pool, known.tokens, known.store_bytes) == (100, 1000, 100 * (64 + 4))
+    bounded = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=50))
+    assert "at most (max_length) 50,000 for each 1,000 examples" in describe(bounded, plan(bounded))
+    assert constants.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_recipes_plan(path: Path) -> None:
+    config = load_config(path)
+    found = plan(config)
+    strategies, grid = len(config.pruning.strategies), config.pruning
+    assert found.cells == len(grid.seeds) * (1 + strategies * len(grid.fractions))
+    assert "cells" in describe(config, found)
+
+
+def test_the_command_prints_the_plan_and_does_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import yaml
+
+    raw = {
+        "output": str(folder / "never"),
+        "model": {"path": "model"},
+        "data": {"pool": "pool.jsonl", "validation": "pool.jsonl", "test": "pool.jsonl", "max_length": 40},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(raw))
+    assert main(["run", str(folder / "config.yaml"), "--dry-run", "--tokens-per-second", "1000"]) == 0
+    out = capsys.readouterr().out
+    assert "cells              9 = 1 seeds x (1 full + 4 strategies x 2 fractions)" in out
+    assert "examples are longer than max_length and would be left out" in out
+    assert "time, fine-tunings" in out
+    assert not (folder / "never").exists()
+    assert main(["run", str(folder / "config.yaml"), "--rows", "3"]) == 2
+    assert "--rows is for --dry-run only" in capsys.readouterr().err
+    assert main(["run", str(folder / "config.yaml"), "--dry-run", "--rows", "0"]) == 2
+    assert "--rows is 0; it must be above 0" in capsys.readouterr().err
+
+
+def test_bad_input_is_named(folder: Path, tmp_path: Path) -> None:
+    held = DataConfig(Source(str(folder / "pool.jsonl")), holdout_validation=10, holdout_test=20)
+    with pytest.raises(ConfigError, match=r"holding out 30 of the pool's 23"):
+        plan(config_of(folder, data=held))
+    with pytest.raises(ConfigError, match=r"--rows: the pool is on this machine \(23 examples\)"):
+        plan(config_of(folder), rows=5)
+    with pytest.raises(ConfigError, match="--tokens-per-example: the pool and its tokenizer are on this machine"):
+        plan(config_of(folder), tokens_per_example=5)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=str(tmp_path)):
+        model_shape(ModelConfig(str(tmp_path)), config_of(folder))
+    assert row_bytes(10, "bf16") == 20

@@ -1,0 +1,216 @@
+"""Generation: batching changes nothing, and vLLM is asked as it documents."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import random
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from influence_fast import generation
+from influence_fast.data import Example, render_prompt
+from influence_fast.demo import make_tokenizer
+from influence_fast.demo_data import draw_examples
+from influence_fast.errors import ConfigError, ModelError
+from influence_fast.evaluation import EvalConfig, evaluate
+from influence_fast.generation import Answer, ModelFiles, choose_engine, generate
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any) -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,  # far from uniform, so that greedy choices are clear
+    )
+    return Qwen2ForCausalLM(config).double().eval()
+
+
+@pytest.fixture(scope="module")
+def examples() -> list[Example]:
+    return draw_examples(random.Random(2), 7, "q")
+
+
+def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(
+    model: Any, tokenizer: Any, examples: list[Example]
+) -> None:
+    prompts = [render_prompt(example, tokenizer) for example in examples]
+    assert len({len(tokenizer(p)["input_ids"]) for p in prompts}) > 2  # ragged
+    for size in (3, 7):
+        found = generate(model, tokenizer, prompts, config=EvalConfig(max_new_tokens=12, batch_size=size))
+        for prompt, ((text, n_tokens, reason),) in zip(prompts, found, strict=True):
+            ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+            new: list[int] = []
+            for _ in range(12):  # greedy by hand, no cache
+                token = int(model(ids).logits[0, -1].argmax())
+                if token == tokenizer.eos_token_id:
+                    break
+                new.append(token)
+                ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+            assert (n_tokens, reason) == (len(new), "length" if len(new) == 12 else "stop")
+            assert text == tokenizer.decode(new, skip_special_tokens=True)
+
+
+@dataclass
+class Completion:
+    """vLLM's CompletionOutput, as far as it is read: the ending token is among `token_ids`."""
+
+    token_ids: list[int]
+    finish_reason: str
+
+
+class FakeVllm:
+    """A module of vLLM's documented names that records how they are called."""
+
+    def __init__(self, tokenizer: Any, texts: list[str]) -> None:
+        self.calls: dict[str, Any] = {}
+        outer = self
+
+        class LLM:
+            def __init__(self, **options: Any) -> None:
+                outer.calls["llm"] = options
+
+            def generate(self, prompts: Any, sampling_params: Any, **options: Any) -> list[Any]:
+                outer.calls["generate"] = (prompts, sampling_params, options)
+                outputs = []
+                for params in sampling_params:
+                    made = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+                    ended = [Completion([*ids, tokenizer.eos_token_id], "stop") for ids in made[:-1]]
+                    cut = Completion(made[-1][: params["max_tokens"]], "length")
+                    outputs.append(types.SimpleNamespace(outputs=[*ended, cut]))
+                return outputs
+
+        def request(name: str, number: int, path: str) -> tuple[str, int, str]:
+            return name, number, path
+
+        self.modules = {name: types.ModuleType(name) for name in ("vllm", "vllm.lora", "vllm.lora.request")}
+        self.modules["vllm"].__dict__.update(LLM=LLM, SamplingParams=dict)
+        self.modules["vllm.lora.request"].__dict__["LoRARequest"] = request
+        for name, module in self.modules.items():
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, module in self.modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.fixture
+def files(model: Qwen2ForCausalLM, tmp_path: Path) -> ModelFiles:
+    model.config.save_pretrained(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 12, "rank_pattern": {"q_proj": 20}}))
+    return ModelFiles(str(tmp_path / "base"), str(adapter), "bfloat16")
+
+
+def test_vllm_is_asked_as_it_documents(
+    tokenizer: Any, examples: list[Example], files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeVllm(tokenizer, [examples[0].completion, "How many books " * 20])
+    fake.install(monkeypatch)
+    prompts = [render_prompt(example, tokenizer) for example in examples[:3]]
+    config = EvalConfig(max_new_tokens=40, temperature=0.6, top_p=0.95, samples=2, seed=3, engine="vllm")
+    found = generate(files, tokenizer, prompts, config=config)
+    assert fake.calls["llm"] == {
+        "model": files.path, "dtype": "bfloat16", "seed": 3, "trust_remote_code": False,
+        "enable_lora": True, "max_lora_rank": 32,
+    }  # fmt: skip
+    asked, params, options = fake.calls["generate"]
+    assert [row["prompt_token_ids"] for row in asked] == [
+        tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts
+    ]
+    assert options == {"use_tqdm": False, "lora_request": ("adapter", 1, files.adapter)}
+    wanted = {"n": 2, "temperature": 0.6, "top_p": 0.95, "top_k": -1, "max_tokens": 40, "detokenize": False}
+    for one in params:
+        assert wanted.items() <= one.items()
+        assert one["stop_token_ids"] == [tokenizer.eos_token_id]
+    seeds = [one["seed"] for one in params]
+    assert seeds == [3 * 1_000_003, 3 * 1_000_003 + 2, 3 * 1_000_003 + 4]  # a request's samples take seed, seed + 1
+    tokens = len(tokenizer(examples[0].completion, add_special_tokens=False)["input_ids"])
+    for samples in found:
+        assert samples[0] == Answer(examples[0].completion, tokens, "stop")
+        assert samples[1][1:] == (40, "length")
+
+
+def test_an_evaluation_by_vllm_is_graded_like_any_other(
+    tokenizer: Any, examples: list[Example], files: ModelFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    FakeVllm(tokenizer, [examples[0].completion, "How many"]).install(monkeypatch)
+    config = EvalConfig(max_new_tokens=40, temperature=1.0, samples=2, engine="vllm")
+    bare = ModelFiles(files.path)
+    result = evaluate(bare, tokenizer, examples[:1], config=config, transcripts=tmp_path / "t.jsonl")
+    assert [item.correct for item in result.items] == [True, False]
+    assert (result.engine, result.truncated) == ("vllm", 1)
+    assert len((tmp_path / "t.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_engine_is_never_another_than_asked_for(
+    model: Any, tokenizer: Any, files: ModelFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed, and this is about its absence")
+    assert choose_engine("auto") == choose_engine("transformers") == "transformers"
+    with pytest.raises(ConfigError, match="'vllm', which is not installed"):
+        choose_engine("vllm")
+    with pytest.raises(ConfigError, match="not installed"):
+        generate(files, tokenizer, ["a"], config=EvalConfig(max_new_tokens=4))
+    with pytest.raises(ConfigError, match="give ModelFiles, not a module"):
+        generate(model, tokenizer, ["a"], config=EvalConfig(max_new_tokens=4, engine="vllm"))
+    with pytest.raises(ConfigError, match="load it"):
+        generate(files, tokenizer, ["a"], config=EvalConfig(max_new_tokens=4, engine="transformers"))
+
+    FakeVllm(tokenizer, ["a", "b"]).install(monkeypatch)
+    assert choose_engine("vllm") == "vllm"
+    for gpu, engine in ((True, "vllm"), (False, "transformers")):
+        monkeypatch.setattr(generation.torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert choose_engine("auto") == engine
+        assert choose_engine("transformers") == "transformers"
+
+    with pytest.raises(ModelError, match="context of 128"):
+        generate(files, tokenizer, ["a"], config=EvalConfig(max_new_tokens=128, engine="vllm"))
+    (Path(files.adapter or "") / "adapter_config.json").write_text(json.dumps({"r": 513}))
+    with pytest.raises(ModelError, match="rank 513; vLLM takes at most 512"):
+        generate(files, tokenizer, ["a"], config=EvalConfig(max_new_tokens=4, engine="vllm"))
+    absent = ModelFiles(files.path, str(tmp_path / "absent"))
+    with pytest.raises(ModelError, match="adapter as a local folder"):
+        generate(absent, tokenizer, ["a"], config=EvalConfig(max_new_tokens=4, engine="vllm"))
+
+
+def test_a_run_by_vllm_gives_it_files_and_says_at_once_where_it_is_missing(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from influence_fast import pipeline
+    from influence_fast.config import DataConfig, ModelConfig, RunConfig, Source
+
+    base = ModelConfig("absent/model", dtype="bfloat16", trust_remote_code=True)
+    with pipeline._answering(model, tmp_path, base, "vllm") as answering:
+        assert answering == ModelFiles("absent/model", str(tmp_path), "bfloat16", True)
+    with pipeline._answering(model, None, base, "auto") as answering:
+        assert answering is model
+    data = DataConfig(Source("absent.jsonl"), holdout_validation=1, holdout_test=1)
+    config = RunConfig(str(tmp_path / "run"), base, data, evaluation=EvalConfig(engine="vllm"))
+    assert config.pruning.pass_rate_config(config.evaluation).engine == "auto"
+    monkeypatch.setattr(generation.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="'vllm', which is not installed"):
+        pipeline.run(config, progress=False)
+    assert not (tmp_path / "run").exists()
