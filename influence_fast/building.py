@@ -4,35 +4,74 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from array import array
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+import numpy as np
 from torch import nn
 
 import influence_fast
-from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, listing
+from influence_fast.errors import ConfigError, DataError, NumericError, did_you_mean, listing
 from influence_fast.fingerprints import dataset_fingerprint, tokenizer_hash, weight_hashes
 from influence_fast.projection import Projection
+from influence_fast.shard_rows import GradientSource, ShardWork, tokenized
 from influence_fast.store import Store, check_dtype
 from influence_fast.store_manifest import Manifest, ModuleEntry, Part, StoreIdentity, projection_fields
-from influence_fast.store_writer import StoreWriter, check_unique
+from influence_fast.store_writer import StoreWriter, UniqueIds
 
 if TYPE_CHECKING:
     from influence_fast.data import Example
 
-#: As `influence_fast.gradients.iter_gradient_rows`: (model, examples, *, projection, loss_reduction, max_tokens) ->
-#: batches of (places in `examples`, rows [n, width]).
-GradientSource = Callable[..., Iterator[tuple[list[int], torch.Tensor]]]
-#: Told how many examples are now done.
-Advance = Callable[[int], None]
-
 ON_NONFINITE = ("set_aside", "error")
 _SHARD_ROWS = 1024
 _SHARD_BYTES = 1 << 28  # in fp32, in memory, while a shard is computed
+
+
+class Turns(Protocol):
+    """Which shards this process computes, in which order, and who hears of it."""
+
+    def shards(self, writer: StoreWriter, sizes: Sequence[tuple[int, int]]) -> Generator[int]:
+        """The shards, one after the other; going on means that the last one is done. `sizes`: (examples, tokens or
+        characters) of every shard of the store."""
+        ...
+
+    def owns(self, index: int) -> bool:
+        """Whether shard `index`, computed, is this process's to write."""
+        ...
+
+    def advance(self, lengths: Sequence[int]) -> None:
+        """Some examples are done, of so many tokens each (0: set aside). May raise KeyboardInterrupt to stop."""
+        ...
+
+
+class FixedTurns:
+    """With part=(rank, world) the shards rank, rank + world, ... of those that are not done yet."""
+
+    def __init__(self, part: tuple[int, int] = (0, 1), progress: bool | None = None) -> None:
+        self.rank, self.world = part
+        self.progress = progress
+        self._bar: Callable[[int], None] = lambda count: None
+
+    def shards(self, writer: StoreWriter, sizes: Sequence[tuple[int, int]]) -> Generator[int]:
+        mine = [index for index in writer.pending() if index % self.world == self.rank]
+        todo = sum(sizes[index][0] for index in mine)
+        whole = sum(examples for examples, _ in sizes) if self.world == 1 else todo
+        with _progress_bar(self.progress, todo, whole) as self._bar:
+            for index in mine:
+                if writer.is_done(index):  # by another process on the same folder
+                    self._bar(sizes[index][0])
+                else:
+                    yield index
+
+    def owns(self, index: int) -> bool:
+        return True
+
+    def advance(self, lengths: Sequence[int]) -> None:
+        self._bar(len(lengths))
 
 
 def build_store(
@@ -103,13 +142,7 @@ def build_store(
         gradients=gradients,
     )
     store = writer.finalize()
-    if store.set_aside:
-        names = listing(f"{name} ({reason})" for name, reason in store.set_aside)
-        warnings.warn(
-            f"{len(store.set_aside)} of {len(dataset)} examples were set aside and have no row: {names}; "
-            "store.set_aside lists them all",
-            stacklevel=2,
-        )
+    warn_of_set_aside(store, len(dataset))
     return store
 
 
@@ -131,11 +164,13 @@ def build_shards(
     on_nonfinite: str = "set_aside",
     gradients: GradientSource | None = None,
     part: tuple[int, int] = (0, 1),
+    turns: Turns | None = None,
 ) -> StoreWriter:
     """One process's share of `build_store`: with part=(rank, world), the shards rank, rank + world, ...
 
     All processes give the same arguments, and either one shared folder (then any of them calls `finalize()` of the
-    writer returned, once all are done) or a folder each (then `merge_stores`). Raises as `build_store`.
+    writer returned, once all are done) or a folder each (then `merge_stores`). With `turns` that says which shards
+    are this process's (`distributed.build_distributed` shares them out as they come). Raises as `build_store`.
     """
     rank, world = part
     if not 0 <= rank < world:
@@ -145,29 +180,33 @@ def build_shards(
     if shard_rows is not None and shard_rows < 1:
         raise ConfigError(f"shard_rows must be at least 1, not {shard_rows}")
     check_dtype(dtype)
-    ids = _ids_of(dataset)
-    check_unique(ids, "the dataset")
+    survey = Survey.of(dataset)
+    ours = gradients is None
     if gradients is None:
         from influence_fast.gradients import iter_gradient_rows
 
         gradients = iter_gradient_rows
-    manifest = _plan(model, tokenizer, dataset, projection, dtype, loss_reduction, shard_rows, max_length, truncate)
+    manifest = _plan(model, tokenizer, survey, projection, dtype, loss_reduction, shard_rows, max_length, truncate)
     writer = StoreWriter(path, manifest, resume=resume)
     shard_rows = manifest.parts[0].shard_rows
-    mine = [index for index in writer.pending() if index % world == rank]
     options = {"projection": projection, "loss_reduction": loss_reduction}
-    total = sum(_range(index, shard_rows, len(dataset))[2] for index in mine)
-    with _interruptible(writer), _progress_bar(progress, total, len(dataset) if world == 1 else total) as advance:
-        for index in mine:
-            first, last, count = _range(index, shard_rows, len(dataset))
-            if writer.is_done(index):  # by another process on the same folder
-                advance(count)
-                continue
+    turns = FixedTurns(part, progress) if turns is None else turns
+    with _interruptible(writer), closing(turns.shards(writer, survey.shard_sizes(shard_rows))) as shards:
+        for index in shards:
+            first, last = index * shard_rows, min((index + 1) * shard_rows, len(dataset))
             shard = [dataset[i] for i in range(first, last)]
-            examples, set_aside = _tokenized(shard, ids[first:last], tokenizer, max_length, truncate)
-            advance(len(set_aside))
-            rows = _rows(gradients, model, examples, manifest.width, options, max_tokens, advance)
-            kept, bad = _finite(gradients, model, examples, rows, options)
+            ids = [_id_of(example) for example in shard]
+            examples, set_aside = tokenized(shard, ids, tokenizer, max_length, truncate)
+            turns.advance([0] * len(set_aside))
+            found = writer.partial(index, len(examples)) if ours else None
+            work = ShardWork.start(examples, manifest.width, found)
+            try:
+                work.compute(gradients, model, options, max_tokens, turns.advance)
+            except KeyboardInterrupt:
+                if ours and work.done and turns.owns(index):
+                    writer.keep_partial(index, work.rows, work.done)
+                raise
+            kept, bad = work.finite(gradients, model, options)
             if bad and on_nonfinite == "error":
                 names = listing(examples[i]["id"] for i in bad)
                 raise NumericError(
@@ -175,11 +214,23 @@ def build_shards(
                     'or set them aside (on_nonfinite="set_aside")'
                 )
             set_aside += [(examples[i]["id"], "the gradient is NaN or infinite") for i in bad]
-            place = {name: i for i, name in enumerate(ids[first:last])}
+            place = {name: i for i, name in enumerate(ids)}
             set_aside.sort(key=lambda item: place[item[0]])
-            stored = [examples[i]["id"] for i in kept]
-            writer.write_shard(index, stored, rows[kept], first=first, last=last, set_aside=set_aside)
+            if turns.owns(index):
+                stored = [examples[i]["id"] for i in kept]
+                writer.write_shard(index, stored, work.rows[kept], first=first, last=last, set_aside=set_aside)
     return writer
+
+
+def warn_of_set_aside(store: Store, examples: int) -> None:
+    """One warning that sums up which of the dataset's `examples` have no row, if any."""
+    if store.set_aside:
+        names = listing(f"{name} ({reason})" for name, reason in store.set_aside)
+        warnings.warn(
+            f"{len(store.set_aside)} of {examples} examples were set aside and have no row: {names}; "
+            "store.set_aside lists them all",
+            stacklevel=3,
+        )
 
 
 def identity_of(
@@ -204,7 +255,7 @@ def identity_of(
 def _plan(
     model: nn.Module,
     tokenizer: Any,
-    dataset: Sequence[Any],
+    survey: Survey,
     projection: Projection | None,
     dtype: str,
     loss_reduction: str,
@@ -218,8 +269,7 @@ def _plan(
     width = layout_width(layout) if projection is None or projection.width is None else projection.width
     if shard_rows is None:
         shard_rows = max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * width)))
-    texts = len(dataset) > 0 and not isinstance(dataset[0], Mapping)
-    fingerprint = dataset_fingerprint(dataset)
+    texts, fingerprint, examples = survey.texts, survey.fingerprint, len(survey.sizes)
     identity = replace(
         identity_of(model, tokenizer if texts else None, projection=projection, loss_reduction=loss_reduction),
         dataset_fingerprint=fingerprint,
@@ -230,110 +280,58 @@ def _plan(
         modules=tuple(ModuleEntry(e.module, e.factor, tuple(e.shape), e.offset) for e in layout),
         dtype=dtype,
         width=width,
-        parts=(Part(fingerprint, len(dataset), shard_rows, -(-len(dataset) // shard_rows)),),
+        parts=(Part(fingerprint, examples, shard_rows, -(-examples // shard_rows)),),
         source="build_store",
         code_version=influence_fast.__version__,
     )
 
 
-def _ids_of(dataset: Sequence[Any]) -> list[str]:
-    ids = []
-    for place, example in enumerate(dataset):
-        if isinstance(example, Mapping) != isinstance(dataset[0], Mapping):
-            raise DataError(f"dataset[{place}]: texts and tokenized examples are mixed; give one kind")
-        if isinstance(example, Mapping) and not {"id", "input_ids", "labels"} <= example.keys():
-            raise DataError(f"dataset[{place}]: a tokenized example is {{'id', 'input_ids', 'labels'}}")
-        name = example["id"] if isinstance(example, Mapping) else getattr(example, "id", None)
-        if not isinstance(name, str):
-            raise DataError(f"dataset[{place}]: its id must be a string, not {name!r}")
-        ids.append(name)
-    return ids
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over a dataset finds out, in a few bytes an example."""
+
+    fingerprint: str
+    texts: bool  # examples as text, not as tokens
+    sizes: np.ndarray  # [N] int64: tokens, or characters of texts
+
+    @classmethod
+    def of(cls, dataset: Sequence[Any]) -> Survey:
+        """Raises DataError naming the place of an example without an id, or of another kind than the first;
+        StoreError naming ids that come twice."""
+        texts = len(dataset) > 0 and not isinstance(dataset[0], Mapping)
+        sizes, seen = array("q"), UniqueIds()
+
+        def checked() -> Iterator[Any]:
+            for place, example in enumerate(dataset):
+                check_example(example, place, texts)
+                seen.add([_id_of(example)])
+                sizes.append(len(example.prompt) + len(example.completion) if texts else len(example["input_ids"]))
+                yield example
+
+        fingerprint = dataset_fingerprint(checked())
+        seen.check(lambda: (_id_of(example) for example in dataset), "the dataset")
+        return cls(fingerprint, texts, np.array(sizes, dtype=np.int64))
+
+    def shard_sizes(self, shard_rows: int) -> list[tuple[int, int]]:
+        """(examples, sum of their sizes) of each shard."""
+        starts = range(0, len(self.sizes), shard_rows)
+        parts = [self.sizes[start : start + shard_rows] for start in starts]
+        return [(len(part), int(part.sum())) for part in parts]
 
 
-def _range(index: int, shard_rows: int, examples: int) -> tuple[int, int, int]:
-    first, last = index * shard_rows, min((index + 1) * shard_rows, examples)
-    return first, last, last - first
+def check_example(example: Any, place: int, texts: bool) -> None:
+    """Raises DataError for what is no example, or of another kind than the dataset's first."""
+    if isinstance(example, Mapping) == texts:
+        raise DataError(f"dataset[{place}]: texts and tokenized examples are mixed; give one kind")
+    if not texts and not {"id", "input_ids", "labels"} <= example.keys():
+        raise DataError(f"dataset[{place}]: a tokenized example is {{'id', 'input_ids', 'labels'}}")
+    name = _id_of(example)
+    if not isinstance(name, str):
+        raise DataError(f"dataset[{place}]: its id must be a string, not {name!r}")
 
 
-def _tokenized(
-    shard: list[Any], ids: list[str], tokenizer: Any, max_length: int | None, truncate: bool
-) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """The shard's examples that have a gradient, tokenized, and (id, reason) of the others."""
-    set_aside: dict[str, str] = {}
-    if shard and not isinstance(shard[0], Mapping):
-        from influence_fast.data import tokenize
-
-        if tokenizer is None:
-            raise DataError("a dataset of texts needs the model's tokenizer; give it, or tokenized examples")
-        empty = {example.id: "empty completion" for example in shard if not example.completion.strip()}
-        live = [example for example in shard if example.id not in empty]
-        done = tokenize(live, tokenizer, max_length=max_length, truncate=truncate)
-        too_long = {i: f"too long: {n} tokens, the limit is {max_length}" for i, n in done.too_long}
-        set_aside = {**empty, **too_long}
-        examples = [dict(example) for example in done.examples]
-    else:
-        examples = []
-        for example in shard:
-            tokens = len(example["input_ids"])
-            if max_length is not None and tokens > max_length and not truncate:
-                set_aside[example["id"]] = f"too long: {tokens} tokens, the limit is {max_length}"
-                continue
-            cut = {name: torch.as_tensor(example[name])[:max_length] for name in ("input_ids", "labels")}
-            examples.append({**example, **cut})
-    for example in examples:
-        if not bool((example["labels"][1:] != -100).any()):
-            set_aside[example["id"]] = "no completion token to learn from"
-    kept = [example for example in examples if example["id"] not in set_aside]
-    found = {example["id"] for example in kept}
-    for name in ids:
-        if name not in found:
-            set_aside.setdefault(name, "not tokenized")
-    return kept, list(set_aside.items())
-
-
-def _rows(
-    gradients: GradientSource,
-    model: nn.Module,
-    examples: list[dict[str, Any]],
-    width: int,
-    options: dict[str, Any],
-    max_tokens: int | None,
-    advance: Advance,
-) -> torch.Tensor:
-    """(E, width) fp32, in the examples' order."""
-    rows = torch.full((len(examples), width), torch.nan)
-    missing = set(range(len(examples)))
-    if examples:
-        for places, batch in gradients(model, examples, **options, max_tokens=max_tokens):
-            if batch.shape != (len(places), width):
-                raise ModelError(
-                    f"the gradient source gave rows {tuple(batch.shape)} for {len(places)} examples of width {width}; "
-                    "its layout must be gradient_layout(model, projection)"
-                )
-            rows[places] = batch.to("cpu", torch.float32)
-            missing.difference_update(places)
-            advance(len(places))
-    if missing:
-        names = listing(examples[i]["id"] for i in sorted(missing))
-        raise ModelError(f"the gradient source gave no row for {names}; it must give one for each example")
-    return rows
-
-
-def _finite(
-    gradients: GradientSource,
-    model: nn.Module,
-    examples: list[dict[str, Any]],
-    rows: torch.Tensor,
-    options: dict[str, Any],
-) -> tuple[list[int], list[int]]:
-    """Places of finite and of other rows. A NaN may come from a neighbour in the pack (0 * NaN in masked attention),
-    so each suspect is computed once more, in a pack of its own, and `rows` is mended in place."""
-    suspects = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten().tolist()
-    if suspects:
-        alone = _rows(gradients, model, [examples[i] for i in suspects], rows.shape[1], options, 1, lambda _: None)
-        rows[suspects] = alone
-    finite = torch.isfinite(rows).all(dim=1)
-    return finite.nonzero().flatten().tolist(), (~finite).nonzero().flatten().tolist()
+def _id_of(example: Any) -> Any:
+    return example["id"] if isinstance(example, Mapping) else getattr(example, "id", None)
 
 
 def _model_id(model: nn.Module) -> str | None:
@@ -345,16 +343,16 @@ def _model_id(model: nn.Module) -> str | None:
 def _interruptible(writer: StoreWriter) -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         total = writer.manifest.shard_count
         done = total - len(writer.pending())
-        raise KeyboardInterrupt(
+        raise type(stop)(
             f"stopped: {done} of {total} shards of {writer.path} are done; run the same build again to go on"
         ) from None
 
 
 @contextmanager
-def _progress_bar(wanted: bool | None, todo: int, examples: int) -> Iterator[Advance]:
+def _progress_bar(wanted: bool | None, todo: int, examples: int) -> Iterator[Callable[[int], None]]:
     if not (sys.stderr.isatty() if wanted is None else wanted) or todo == 0:
         yield lambda count: None
         return

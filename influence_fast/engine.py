@@ -23,7 +23,7 @@ from torch.nn.functional import linear as dense
 
 from influence_fast import attention, backends
 from influence_fast.errors import ModelError
-from influence_fast.lora import LayoutEntry, LoraLinear, find_lora_linears, layout_of
+from influence_fast.lora import LayoutEntry, LoraLinear, find_lora_linears, in_top_layers, layout_of
 from influence_fast.loss import CompletionLoss
 from influence_fast.packing import IGNORED, Pack
 from influence_fast.projection import Projection
@@ -109,7 +109,7 @@ class _GroupedLora(torch.autograd.Function):
         else:
             kept = group.skinny(tokens, group.forward_weight.T)  # [T, sum c]
             for member, part in zip(group.members, kept.split(group.columns, dim=1), strict=True):
-                y = dense(tokens, member.weight, member.bias)
+                y = dense(tokens, member.live_weight, member.live_bias)
                 y.addmm_(part[:, : member.r], member.b.T.to(y.dtype), alpha=member.scaling)
                 outputs.append(y.view(*x.shape[:-1], member.d_out))
         ctx.save_for_backward(kept, *([tokens] if group.reducer.needs_input else []))
@@ -139,7 +139,7 @@ class _GroupedLora(torch.autograd.Function):
                 out_of = group.skinny(g, weight)
                 term = None
                 if wants_dx:
-                    term = g @ member.weight
+                    term = g @ member.live_weight
                     term.addmm_(out_of[:, : member.r], member.a.to(term.dtype), alpha=member.scaling)
             if term is not None:
                 dx = term if dx is None else dx + term
@@ -169,7 +169,7 @@ class GradientEngine:
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}")
         self.model = model
         self.loss_reduction = loss_reduction
-        self.linears = find_lora_linears(model)
+        self.linears = in_top_layers(find_lora_linears(model), projection)
         weight = self.linears[0].weight
         self.device = weight.device
         self.backend, self.backend_why = backends.choose(backend, weight.device, weight.dtype)
@@ -306,8 +306,10 @@ class GradientEngine:
             members = [self.linears[n] for n in numbers]
             # Folding s B A into a 16-bit weight would round the adapter away; on a card the second copy of the
             # weights would cost more than it saves.
+            # Sharded weights (FSDP2) are whole only inside their own layer's forward and backward: nothing to fold.
             weight, triton = members[0].weight, self.backend == "triton"
-            fused = weight.dtype in (torch.float32, torch.float64) and weight.device.type == "cpu" and not triton
+            wide = weight.dtype in (torch.float32, torch.float64)
+            fused = wide and weight.device.type == "cpu" and not triton and not members[0].sharded
             groups.append(InputGroup(members, numbers, self.reducer, fused, triton))
         return groups
 

@@ -90,6 +90,8 @@ def _update(found: _Hash, name: str, tensor: torch.Tensor) -> None:
     if tensor.is_meta:
         raise ModelError(f"{name} is on the meta device and has no data; load the model's weights first")
     found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+    if hasattr(tensor, "full_tensor"):  # sharded by FSDP2: gathered one by one, by all its ranks together
+        tensor = tensor.full_tensor()
     flat = tensor.detach().reshape(-1)
     step = max(1, _CHUNK_BYTES // max(1, tensor.element_size()))
     for start in range(0, flat.numel(), step):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,13 +72,18 @@ def iter_gradient_rows(
     loss_reduction: str = "mean",
     max_tokens: int | None = None,
     backend: str | None = None,
+    skip: Collection[int] = (),
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """As `per_example_gradients`, one packed batch at a time: (indices into `examples`, CPU rows [n, k]).
 
     Rows come in packing order and may hold NaN or infinite numbers; the caller decides what to do with those.
+    `skip`: places whose rows are not needed. Batches of none but these are left out, and the others are what they
+    would have been.
     """
     with GradientEngine(model, projection, loss_reduction, backend) as engine:
         for pack in packs_for(engine, examples, max_tokens):
+            if skip and set(pack.indices) <= set(skip):
+                continue
             rows, _ = engine.run(pack)
             yield pack.indices, rows.cpu()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +15,7 @@ from influence_fast.errors import ModelError
 from influence_fast.projection import Projection
 
 _PEFT_PREFIX = "base_model.model."
+_LAYER_NUMBER = re.compile(r"\.(?:layers|h|blocks|block|layer)\.(\d+)\.")
 
 
 class LayoutEntry(NamedTuple):
@@ -55,6 +59,30 @@ class LoraLinear:
     @property
     def r(self) -> int:
         return self.a.shape[0]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 holds the weight, which is then whole only while the layer around it runs."""
+        return hasattr(self.weight, "full_tensor")  # a DTensor; to import that class costs everybody a second
+
+    @property
+    def live_weight(self) -> torch.Tensor:
+        """[d_out, d_in]: `weight`, or what FSDP2 has gathered of it for the layer that is running."""
+        if not self.sharded:
+            return self.weight
+        base: Any = self.layer.get_base_layer()  # type: ignore[operator]
+        return base.weight.detach() if type(base) is nn.Linear else base.weight.detach().T
+
+    @property
+    def live_bias(self) -> torch.Tensor | None:
+        """[d_out], as `live_weight`."""
+        if not self.sharded or self.bias is None:
+            return self.bias
+        base: Any = self.layer.get_base_layer()  # type: ignore[operator]
+        return base.bias.detach()
+
+
+Module = TypeVar("Module", LoraLinear, LayoutEntry)
 
 
 def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
@@ -110,7 +138,7 @@ def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -
     """The row layout of `linears`: exact factors, or their projections (before any sketch of the whole row)."""
     entries: list[LayoutEntry] = []
     offset = 0
-    for linear in linears:
+    for linear in in_top_layers(linears, projection):
         if projection is None or projection.kind in ("sjlt", "rademacher"):
             shape_a, shape_b = (linear.r, linear.d_in), (linear.d_out, linear.r)
         elif projection.kind == "one_sided":
@@ -121,6 +149,33 @@ def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -
             entries.append(LayoutEntry(linear.name, factor, shape, offset))
             offset += shape[0] * shape[1]
     return entries
+
+
+def in_top_layers(modules: Sequence[Module], projection: Projection | None) -> list[Module]:
+    """Those of `modules` that `projection.layers` leaves in a row; modules outside all layers (a head) stay.
+
+    Raises ModelError where no module's name has a layer's number to go by.
+    """
+    if projection is None or projection.layers == 1:
+        return list(modules)
+    numbers = [_layer_number(module) for module in modules]
+    known = [number for number in numbers if number is not None]
+    if not known:
+        raise ModelError(
+            f"the LoRA modules' names have no layer number ({_module_name(modules[0])}): leave projection layers at 1"
+        )
+    count = max(known) + 1
+    lowest = count - math.ceil(projection.layers * count)
+    return [module for module, n in zip(modules, numbers, strict=True) if n is None or n >= lowest]
+
+
+def _layer_number(module: LoraLinear | LayoutEntry) -> int | None:
+    found = _LAYER_NUMBER.search(_module_name(module))
+    return int(found[1]) if found else None
+
+
+def _module_name(module: LoraLinear | LayoutEntry) -> str:
+    return module.name if isinstance(module, LoraLinear) else module.module
 
 
 def layout_width(layout: list[LayoutEntry]) -> int:
@@ -135,7 +190,8 @@ def gradient_layout(model: nn.Module, projection: Projection | None = None) -> l
     With `projection=None` the row is the exact LoRA gradient: for each LoRA layer in `named_modules` order,
     `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order. `one_sided` rows hold `dA R_in (r, p)`
     and `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to `width`
-    numbers afterwards; the layout returned is then the one that is sketched.
+    numbers afterwards; the layout returned is then the one that is sketched. `projection.layers` leaves the modules
+    of lower layers out.
 
     Raises ModelError when the model has no LoRA layer or an unsupported one.
     """

@@ -13,15 +13,18 @@ import hashlib
 import json
 import os
 import secrets
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
+from influence_fast.atomic import replacing
 from influence_fast.errors import NumericError, StoreError, listing
 from influence_fast.products import quantize_rows
 from influence_fast.store import Store, check_dtype, open_store, read_ids
@@ -118,6 +121,43 @@ class StoreWriter:
             size = memoryview(data).nbytes
             files[kind] = FileRecord(name, size, self._publish(name, [data], size))
         self._record(ShardRecord(index, self._fingerprints[index], first, last, len(ids), files, tuple(set_aside)))
+        (self.path / _partial_name(index)).unlink(missing_ok=True)
+
+    def keep_partial(self, index: int, rows: torch.Tensor, done: Collection[int]) -> None:
+        """Keeps the rows at the places `done` of a shard that is not finished, for `partial` to find.
+
+        rows: [E, width] fp32, for the shard's E examples that have a gradient. Raises StoreError: the disk refuses.
+        """
+        from safetensors.torch import save_file
+
+        places = torch.tensor(sorted(done), dtype=torch.int64)
+        values = {"rows": rows[places].contiguous(), "places": places}
+        path = self.path / _partial_name(index)
+        try:
+            with replacing(path) as temporary:
+                save_file(values, temporary, {"fingerprint": self._fingerprints[index], "examples": str(len(rows))})
+        except (OSError, SafetensorError) as error:
+            raise StoreError(f"{path} cannot be written ({error}); the finished shards are kept") from error
+
+    def partial(self, index: int, examples: int) -> tuple[torch.Tensor, list[int]] | None:
+        """(rows [n, width], their n places among the shard's `examples`) that `keep_partial` left; None where there
+        are none, or none that can be used."""
+        from safetensors import safe_open
+
+        path = inside(self.path, _partial_name(index))
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                if file.metadata() != {"fingerprint": self._fingerprints[index], "examples": str(examples)}:
+                    return None
+                rows, places = file.get_tensor("rows"), file.get_tensor("places")
+        except (OSError, SafetensorError):
+            return None
+        inside_shard = places.numel() == 0 or (int(places.min()) >= 0 and int(places.max()) < examples)
+        if rows.shape != (len(places), self.manifest.width) or not inside_shard:
+            return None
+        return rows, places.tolist()
 
     def copy_shard(self, index: int, source: Path, record: ShardRecord) -> None:
         """Shard `index` as a copy of a shard of the store in `source`, checked against its record on the way."""
@@ -140,7 +180,10 @@ class StoreWriter:
         if missing:
             raise StoreError(f"{self.path}: shards {listing(missing)} are not written yet; run the same build again")
         ordered = [records[i] for i in range(self.manifest.shard_count)]
-        check_unique((i for record in ordered for i in read_ids(self.path, record)), str(self.path))
+        seen = UniqueIds()
+        for record in ordered:
+            seen.add(read_ids(self.path, record))
+        seen.check(lambda: (i for record in ordered for i in read_ids(self.path, record)), str(self.path))
         done = replace(
             self.manifest,
             row_count=sum(record.rows for record in ordered),
@@ -150,9 +193,9 @@ class StoreWriter:
             data = done.to_json()
             self._publish(MANIFEST_NAME, [data], len(data))
             self.manifest = done
-        for kind in ("rows", "scales", "ids", "shard"):  # left by processes that were killed
-            for left_over in self.path.glob(f".{kind}-*.tmp"):
-                left_over.unlink(missing_ok=True)
+        for left_over in (".rows-*.tmp", ".scales-*.tmp", ".ids-*.tmp", ".shard-*.tmp", ".partial-*", "..partial-*"):
+            for path in self.path.glob(left_over):  # left by processes that were killed
+                path.unlink(missing_ok=True)
         return open_store(self.path)
 
     def _create(self, manifest: Manifest, resume: bool) -> None:
@@ -224,6 +267,31 @@ def check_unique(ids: Iterable[str], where: str) -> None:
     double = [name for name, count in Counter(ids).items() if count > 1]
     if double:
         raise StoreError(f"{where}: an id must name one example, but these come more than once: {listing(double)}")
+
+
+class UniqueIds:
+    """`check_unique` for ids that are too many to keep: 8 bytes each, and another look where hashes agree."""
+
+    def __init__(self) -> None:
+        self._hashes = array("Q")
+
+    def add(self, ids: Iterable[str]) -> None:
+        self._hashes.extend(_id_hash(name) for name in ids)
+
+    def check(self, again: Callable[[], Iterable[str]], where: str) -> None:
+        """Raises as `check_unique`; `again()` are the ids once more, asked for only when some may be repeated."""
+        ordered = np.sort(np.array(self._hashes, np.uint64))
+        repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+        if repeated:
+            check_unique((name for name in again() if _id_hash(name) in repeated), where)
+
+
+def _id_hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def _partial_name(index: int) -> str:
+    return f".partial-{index:05d}.safetensors"
 
 
 def _encoded(values: torch.Tensor, dtype: str) -> dict[str, memoryview]:

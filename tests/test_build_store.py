@@ -369,6 +369,54 @@ def test_ctrl_c_says_what_is_done_and_the_build_goes_on(tmp_path: Path, model: A
     assert stored_bytes(tmp_path / "s") == stored_bytes(tmp_path / "whole")
 
 
+def test_the_batches_of_an_interrupted_shard_are_not_computed_again(
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tmp_path / "whole", model, make_examples(), max_tokens=30)
+    computed: list[list[int]] = []
+
+    def watched(*args: Any, limit: int, **options: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
+        for places, rows in iter_gradient_rows(*args, **options):
+            if len(computed) == limit:
+                raise KeyboardInterrupt
+            computed.append(places)
+            yield places, rows
+
+    monkeypatch.setattr("influence_fast.gradients.iter_gradient_rows", lambda *a, **o: watched(*a, limit=2, **o))
+    with pytest.raises(KeyboardInterrupt, match="0 of 3 shards"):
+        build(tmp_path / "s", model, make_examples(), max_tokens=30)
+    first = list(computed)
+    assert [p.name for p in (tmp_path / "s").glob(".partial*")] == [".partial-00000.safetensors"]
+    computed.clear()
+    monkeypatch.setattr("influence_fast.gradients.iter_gradient_rows", lambda *a, **o: watched(*a, limit=99, **o))
+    build(tmp_path / "s", model, make_examples(), max_tokens=30)
+    assert sum(map(len, first + computed)) == 11  # each example once
+    assert stored_bytes(tmp_path / "s") == stored_bytes(tmp_path / "whole")
+    assert not list((tmp_path / "s").glob(".*"))
+
+
+@pytest.mark.parametrize("damage", ["garbage", "another seed", "another place"])
+def test_a_partial_shard_that_does_not_fit_is_left_aside(tmp_path: Path, model: Any, damage: str) -> None:
+    from safetensors.torch import save_file
+
+    build(tmp_path / "whole", model, make_examples())
+    part = build_shards(
+        tmp_path / "s", model, None, make_examples(), projection=PROJECTION, dtype="fp32", shard_rows=4, part=(2, 3)
+    )
+    path = tmp_path / "s" / ".partial-00000.safetensors"
+    part.keep_partial(0, torch.ones(4, 64), {0, 1})
+    assert part.partial(0, 4) is not None
+    if damage == "garbage":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif damage == "another seed":
+        save_file({"rows": torch.ones(1, 64), "places": torch.tensor([0])}, path, {"fingerprint": "0" * 64})
+    else:
+        about = {"fingerprint": part.manifest.fingerprints()[0], "examples": "4"}
+        save_file({"rows": torch.ones(1, 64), "places": torch.tensor([4])}, path, about)
+    build(tmp_path / "s", model, make_examples())
+    assert stored_bytes(tmp_path / "s") == stored_bytes(tmp_path / "whole")
+
+
 def test_a_finished_store_is_opened_and_nothing_computed(tmp_path: Path, model: Any) -> None:
     def never(*args: Any, **options: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
         raise AssertionError("computed again")

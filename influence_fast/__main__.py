@@ -1,0 +1,7 @@
+"""`python -m influence_fast`, which launchers such as torchrun start."""
+
+import sys
+
+from influence_fast.cli import main
+
+sys.exit(main())

@@ -1,0 +1,475 @@
+"""Many processes on one store: whoever dies, hangs, joins or leaves, the store is bit for bit that of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from influence_fast.claims import Claims, Owner
+from influence_fast.distributed import World, retried
+from influence_fast.errors import ConfigError, DataError
+from influence_fast.metrics import Follower, folder_of, rates_text, summary
+from influence_fast.store import open_store, verify_store
+
+EXAMPLES = 48
+SHARDS = 16
+
+# Imports everything once, then forks a process for each line it reads, so that a trial costs the build alone.
+NURSERY = """
+import json, os, signal, sys, time
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Qwen2Config
+from influence_fast.building import build_store
+from influence_fast.distributed import Preempted, World, build_distributed
+from influence_fast import gradients, store_writer
+from influence_fast.gradients import iter_gradient_rows
+from influence_fast.projection import Projection
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+config = Qwen2Config(vocab_size=320, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=2)
+model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=4, target_modules="all-linear"))
+for name, parameter in model.named_parameters():
+    if "lora_B" in name:
+        torch.nn.init.normal_(parameter, std=0.2)
+generator = torch.Generator().manual_seed(0)
+examples = []
+for i in range(48):
+    ids = torch.randint(5, 300, (int(torch.randint(3, 60, (), generator=generator)),), generator=generator)
+    examples.append(dict(id=f"e{i}", input_ids=ids, labels=ids.clone()))
+examples[25]["labels"] = torch.full_like(examples[25]["labels"], -100)
+options = dict(projection=Projection(dim=4, width=64), dtype="int8", shard_rows=3, progress=False)
+
+def slow(*args, pause, **more):
+    for batch in iter_gradient_rows(*args, **more):
+        time.sleep(pause)
+        yield batch
+
+def child(task):
+    torch.set_num_threads(1)
+    settings = dict(options)
+    settings.update(task.get("options", {}))
+    if task.get("pause"):
+        gradients.iter_gradient_rows = lambda *args, **more: slow(*args, pause=task["pause"], **more)
+    if task.get("full"):
+        def full(handle, data):
+            if ".rows-" in handle.name and handle.tell() == 0 and len(os.listdir(task["path"])) > 30:
+                raise OSError(28, "No space left on device")
+            handle.write(data)
+        store_writer._write = full
+    try:
+        if task["world"] == 0:
+            build_store(task["path"], model, None, examples, **settings)
+        else:
+            world = World(task["rank"], task["world"])
+            build_distributed(task["path"], model, None, examples, world=world, time_limit=task["time_limit"],
+                              profile=task.get("profile", False), **settings)
+    except Preempted as stop:
+        print("stopped:", stop, file=sys.stderr)
+        os._exit(stop.exit_code)
+    except BaseException as error:
+        print(type(error).__name__, error, file=sys.stderr)
+        os._exit(1)
+    os._exit(0)
+
+print("ready", flush=True)
+for line in sys.stdin:
+    task = json.loads(line)
+    if "wait" in task:
+        print(os.waitstatus_to_exitcode(os.waitpid(task["wait"], 0)[1]), flush=True)
+        continue
+    pid = os.fork()
+    if pid == 0:
+        child(task)
+    print(pid, flush=True)
+"""
+
+
+class Nursery:
+    """Starts builds as processes of their own, which may be killed."""
+
+    def __init__(self, folder: Path) -> None:
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONWARNINGS": "ignore",
+        }
+        self.log = folder / "stderr"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", NURSERY],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=environment,
+            )
+        assert self._answer() == "ready"
+
+    def start(self, path: Path, rank: int = 0, world: int = 1, **more: Any) -> int:
+        return int(self._ask({"path": str(path), "rank": rank, "world": world, "time_limit": 60.0} | more))
+
+    def start_all(self, path: Path, world: int, **more: Any) -> list[int]:
+        return [self.start(path, rank, world, **more) for rank in range(world)]
+
+    def wait(self, pid: int) -> int:
+        """Its exit code, -9 for one that was killed."""
+        return int(self._ask({"wait": pid}))
+
+    def whole(self, path: Path, **more: Any) -> dict[str, bytes]:
+        """The files of the store that one process makes."""
+        assert self.wait(self.start(path, world=0, **more)) == 0
+        return stored_bytes(path)
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def _ask(self, task: dict[str, Any]) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(task) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def stored_bytes(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def recorded(folder: Path) -> int:
+    return len(list(folder.glob("shard-*.json")))
+
+
+def until(condition: Any, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    made = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def expected(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    files = nursery.whole(tmp_path_factory.mktemp("whole") / "s")
+    assert len(files) == 1 + 4 * SHARDS
+    return files
+
+
+# ---- the same store ------------------------------------------------------------------------------------------------
+
+
+def test_four_processes_make_the_store_of_one(nursery: Nursery, expected: dict[str, bytes], tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    codes = [nursery.wait(pid) for pid in nursery.start_all(folder, 4)]
+    assert codes == [0] * 4
+    assert stored_bytes(folder) == expected
+    assert verify_store(folder) == []
+    assert open_store(folder).set_aside == [("e25", "no completion token to learn from")]
+    totals = summary(folder_of(folder))
+    assert totals.examples == EXAMPLES  # each shard was computed once
+    assert 0 <= totals.idle_share < 1
+    assert totals.ranks == {0, 1, 2, 3}
+
+
+def test_a_process_joins_late_and_finds_the_finished_store(
+    nursery: Nursery, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "s"
+    first = nursery.start(folder, 0, 2, pause=0.02)
+    until(lambda: recorded(folder) > 2)
+    second = nursery.start(folder, 1, 2)
+    assert [nursery.wait(first), nursery.wait(second)] == [0, 0]
+    assert nursery.wait(nursery.start(folder, 5, 6)) == 0
+    assert stored_bytes(folder) == expected
+
+
+@pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kill_9_of_any_rank_with_changing_world_sizes_loses_nothing(
+    nursery: Nursery, expected: dict[str, bytes], tmp_path: Path, rounds: int
+) -> None:
+    """Each round starts 1 to 4 processes on what the rounds before have left, and kills some or all of them."""
+    rng = random.Random(rounds)
+    killed = in_the_middle = trial = played = 0
+    while played < rounds:
+        trial += 1
+        folder = tmp_path / f"trial{trial}"
+        for _ in range(4):
+            if played == rounds:
+                break
+            world = rng.randint(1, 4)
+            pids = nursery.start_all(folder, world)
+            goal = min(recorded(folder) + rng.randint(0, 6), SHARDS - 1) if folder.exists() else rng.randint(0, 6)
+            victims = rng.sample(pids, rng.randint(1, world))
+            end = time.monotonic() + 10
+            while folder.exists() <= (goal > 0) and recorded(folder) < goal and time.monotonic() < end:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.03))
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)  # its number is its own until it is waited for, even when it has ended
+            codes = dict(zip(pids, (nursery.wait(pid) for pid in pids), strict=True))
+            assert all(codes[pid] == 0 for pid in pids if pid not in victims)
+            dead = sum(codes[pid] == -signal.SIGKILL for pid in victims)
+            killed += dead
+            in_the_middle += dead > 0
+            played += 1
+            if recorded(folder) == SHARDS and len(victims) < world:
+                break
+        last = nursery.start_all(folder, rng.randint(1, 3))
+        assert {nursery.wait(pid) for pid in last} == {0}
+        assert stored_bytes(folder) == expected
+        assert verify_store(folder) == []
+    assert killed >= rounds
+    assert in_the_middle >= rounds // 2
+
+
+# ---- stopping and hanging --------------------------------------------------------------------------------------------
+
+
+def test_sigterm_keeps_the_finished_batches_of_the_shard_in_hand(nursery: Nursery, tmp_path: Path) -> None:
+    options = {"shard_rows": EXAMPLES, "max_tokens": 1}  # one shard, a batch an example
+    expected = nursery.whole(tmp_path / "whole", options=options)
+    folder = tmp_path / "s"
+    pid = nursery.start(folder, options=options, pause=0.05)
+    until(lambda: (folder / ".claim-00000").exists())
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGTERM)
+    assert nursery.wait(pid) == 128 + signal.SIGTERM
+    assert "0 of 1 shards" in nursery.said()
+    assert [p.name for p in folder.glob(".*")] == [".partial-00000.safetensors"]  # and the claim is given back
+    assert nursery.wait(nursery.start(folder, options=options)) == 0
+    assert stored_bytes(folder) == expected
+    lines = [json.loads(line) for line in (folder_of(folder) / "rank-00000.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines].count("stopped") == 1
+    whole = sum(int(shard["tokens"]) for shard in lines)
+    second = sum(int(line["tokens"]) for line in lines[[line["event"] for line in lines].index("stopped") + 1 :])
+    assert 0 < second < whole  # no token was computed twice: the two runs add up to the data
+    assert whole == nursery_tokens()
+
+
+def nursery_tokens() -> int:
+    """Tokens of the nursery's examples that have a gradient."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = []
+    for _ in range(EXAMPLES):
+        lengths.append(int(torch.randint(3, 60, (), generator=generator)))
+        torch.randint(5, 300, (lengths[-1],), generator=generator)
+    return sum(lengths) - lengths[25]
+
+
+def test_a_rank_that_hangs_is_named_and_its_work_taken_over(
+    nursery: Nursery, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "s"
+    hanging = nursery.start(folder, 1, 2, pause=1000, time_limit=2.0)
+    until(lambda: list(folder.glob(".claim-0*")))
+    claim = next(folder.glob(".claim-0*")).name.removeprefix(".claim-")
+    other = nursery.start(folder, 0, 2)
+    assert nursery.wait(hanging) == 75
+    assert nursery.wait(other) == 0
+    said = nursery.said()
+    assert f"rank 1 hangs in shard {claim}: no batch finished for 2 s" in said
+    assert "in slow" in said  # the stack trace
+    assert f"rank 0 takes over shard {claim} of rank 1 (process {hanging} on " in said
+    assert stored_bytes(folder) == expected
+
+
+def test_a_suspended_rank_loses_its_shard_and_does_no_harm(
+    nursery: Nursery, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "s"
+    suspended = nursery.start(folder, 1, 2, pause=0.5)
+    until(lambda: list(folder.glob(".claim-0*")))
+    os.kill(suspended, signal.SIGSTOP)
+    other = nursery.start(folder, 0, 2, time_limit=1.0)
+    assert nursery.wait(other) == 0
+    os.kill(suspended, signal.SIGCONT)
+    assert nursery.wait(suspended) == 0
+    assert "no progress for 1 s" in nursery.said()
+    assert stored_bytes(folder) == expected
+
+
+def test_a_full_disk_stops_every_rank_and_loses_nothing(
+    nursery: Nursery, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "s"
+    assert [nursery.wait(pid) for pid in nursery.start_all(folder, 2, full=1)] == [1, 1]
+    assert "the disk is full while writing" in nursery.said()
+    assert [nursery.wait(pid) for pid in nursery.start_all(folder, 2)] == [0, 0]
+    assert stored_bytes(folder) == expected
+
+
+def test_alone_it_shows_one_bar_keeps_metrics_and_a_trace(
+    tmp_path: Path, tiny_lora: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from influence_fast.building import build_store
+    from influence_fast.distributed import build_distributed
+    from influence_fast.projection import Projection
+
+    model, generator = tiny_lora(), torch.Generator().manual_seed(0)
+    examples = []
+    for i in range(12):
+        ids = torch.randint(5, 300, (int(torch.randint(3, 40, (), generator=generator)),), generator=generator)
+        examples.append({"id": f"e{i}", "input_ids": ids, "labels": ids.clone()})
+    options: dict[str, Any] = {"projection": Projection(dim=4), "dtype": "fp32", "shard_rows": 4, "max_tokens": 30}
+    before = signal.getsignal(signal.SIGTERM)
+    build_distributed(
+        tmp_path / "s", model, None, examples, world=World(), progress=True, profile=True, peak=1e9, **options
+    )
+    assert signal.getsignal(signal.SIGTERM) is before
+    said = capsys.readouterr().err
+    assert "12/12" in said
+    assert "tokens/s" in said
+    assert "MFU" in said
+    build_store(tmp_path / "whole", model, None, examples, **options)
+    assert stored_bytes(tmp_path / "s") == stored_bytes(tmp_path / "whole")
+    totals = summary(folder_of(tmp_path / "s"))
+    assert (totals.examples, totals.tokens) == (12, sum(len(e["input_ids"]) for e in examples))
+    # 2 layers of 32 wide: q, o 32 x 32; k, v 32 x 16; gate, up, down 32 x 56
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 56)
+    flops = sum(4 * weights * n + 6 * 2 * 32 * n * n for n in (len(e["input_ids"]) for e in examples))
+    assert totals.flops == pytest.approx(flops)
+    trace = json.loads((folder_of(tmp_path / "s") / "trace-rank-00000.json").read_text())
+    assert any("addmm" in str(event.get("name")) for event in trace["traceEvents"])
+
+
+# ---- the pieces ----------------------------------------------------------------------------------------------------
+
+
+def owner(pid: int, host: str | None = None) -> Owner:
+    here = Owner.here(0)
+    return Owner(1, host or here.host, pid, here.started)
+
+
+def test_a_claim_has_one_owner_until_it_is_released(tmp_path: Path) -> None:
+    first, second = (Claims(tmp_path, Owner.here(rank), 60.0) for rank in (0, 1))
+    assert first.take("a")
+    assert not second.take("a")
+    assert (first.holds("a"), second.holds("a")) == (True, False)
+    second.release("a")  # not its own
+    assert first.holds("a")
+    first.release("a")
+    assert second.take("a")
+    second.sweep()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dead_owner_on_this_host_is_known_at_once_and_one_elsewhere_by_the_time_limit(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert Claims(tmp_path, owner(ended.pid), 60.0).take("a")
+    assert Claims(tmp_path, owner(ended.pid, "elsewhere"), 60.0).take("b")
+    (tmp_path / ".claim-c").write_bytes(b"")  # of a process that was killed as it wrote it
+    watcher = Claims(tmp_path, Owner.here(0), 0.2)
+    assert watcher.take("a")
+    assert not watcher.take("b")
+    assert not watcher.take("c")
+    time.sleep(0.15)
+    os.utime(tmp_path / ".claim-b")  # a sign of life, whatever the other host's clock says
+    time.sleep(0.15)
+    assert not watcher.take("b")
+    assert watcher.take("c")
+    time.sleep(0.25)
+    assert watcher.take("b")
+    assert str(watcher.lost[0]).startswith("a of rank 1 (")
+    assert str(watcher.lost[1]) == "c of an unknown process: no progress for 0 s"
+
+
+def test_a_pid_that_another_process_has_now_is_a_dead_owner() -> None:
+    here = Owner.here(0)
+    assert not here.is_dead()
+    assert Owner(0, here.host, here.pid, here.started - 5).is_dead()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4, 1)),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1"}, (5, 8, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1, 0)),  # the batch script itself
+        ({"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_ARRAY_TASK_MIN": "1"}, (6, 8, 0)),
+        ({"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "8", "RANK": "1", "WORLD_SIZE": "2"}, (1, 2, 0)),
+    ],
+)
+def test_ranks_come_from_the_launcher(environment: dict[str, str], expected: tuple[int, int, int]) -> None:
+    world = World.from_environment(environment)
+    assert (world.rank, world.size, world.local_rank) == expected
+
+
+def test_a_launcher_that_contradicts_itself_is_named() -> None:
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 'two'"):
+        World.from_environment({"RANK": "0", "WORLD_SIZE": "two"})
+    with pytest.raises(ConfigError, match="RANK=2, WORLD_SIZE=2"):
+        World.from_environment({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+def test_only_what_passes_is_tried_again(capsys: pytest.CaptureFixture[str]) -> None:
+    calls: list[int] = []
+
+    def work(error: Exception, failures: int) -> str:
+        calls.append(1)
+        if len(calls) <= failures:
+            try:
+                raise error
+            except Exception as cause:
+                raise DataError("the hub did not answer") from cause
+        return "done"
+
+    assert retried(lambda: work(ConnectionError("reset"), 2), first_pause=0.001) == "done"
+    assert len(calls) == 3
+    assert "trying again" in capsys.readouterr().err
+    calls.clear()
+    with pytest.raises(DataError, match="did not answer"):
+        retried(lambda: work(ValueError("no such split"), 2), first_pause=0.001)
+    assert len(calls) == 1
+    calls.clear()
+    with pytest.raises(DataError):
+        retried(lambda: work(TimeoutError(), 9), attempts=3, first_pause=0.001)
+    assert len(calls) == 3
+
+
+def test_totals_follow_the_lines_as_they_are_written(tmp_path: Path) -> None:
+    line = {"rank": 2, "examples": 3, "tokens": 100, "flops": 4e12, "work_s": 3.0, "wait_s": 1.0}
+    file = tmp_path / "rank-00002.jsonl"
+    file.write_text(json.dumps(line) + "\n" + '{"rank": 2, "exam')
+    follower = Follower(tmp_path)
+    assert follower.look().tokens == 100
+    with file.open("a") as more:
+        more.write("\n" + json.dumps(line) + "\n")  # the torn line of a killed process, and one that is whole
+    (tmp_path / "rank-00000.jsonl").write_text(json.dumps(line | {"rank": 0, "wait_s": 5.0}) + "\n")
+    totals = follower.look()
+    assert (totals.examples, totals.tokens, totals.ranks) == (9, 300, {0, 2})
+    assert totals.idle_share == pytest.approx(7 / 16)
+    assert rates_text(totals, 10.0, 6e11) == "30 tokens/s, 0.90 examples/s, 2 ranks, MFU 100 %"
