@@ -25,6 +25,7 @@ import torch
 
 from benches.environment import describe
 from benches.models import qwen2_model, train_tokenizer
+from influence_fast import planner
 from influence_fast.config import (
     DataConfig,
     InfluenceConfig,
@@ -36,11 +37,14 @@ from influence_fast.config import (
 )
 from influence_fast.data import Example, load_examples, save_examples, tokenize
 from influence_fast.demo import demo_config
+from influence_fast.methods import EXACT
 from influence_fast.pipeline import Pipeline
 from influence_fast.training import TrainConfig, finetune, list_checkpoints
 from influence_fast.validate import validate
 from influence_fast.validation_page import text_tables, write_page
 
+RESULTS = Path(__file__).parent / "results"
+PROOF = ("all", "queries")  # the group and kind of LDS that a method is judged by
 METHODS: tuple[Any, ...] = (
     "ekfac-cosine",
     "cosine",
@@ -132,11 +136,32 @@ def main() -> None:
     print(text_tables(results))
     write_page(results, args.output / "validation.html")
     kept = {key: value for key, value in results.items() if key not in ("config", "environment", "versions")}
-    for row in kept["cost"]["rows"]:
-        row.pop("settings")
-    path = Path(__file__).parent / "results" / f"proof-{args.world}.json"
+    path = RESULTS / f"proof-{args.world}.json"
     path.write_text(json.dumps(describe() | kept, indent=1) + "\n")
-    print(f"results: {path}")
+    write_fidelity()
+    print(f"results: {path}, {planner.TABLE}")
+
+
+def write_fidelity() -> None:
+    """The table that `influence_fast.plan` chooses from, out of the result files there are."""
+    worlds = {path.stem.removeprefix("proof-"): json.loads(path.read_text()) for path in RESULTS.glob("proof-*.json")}
+    rows: dict[str, dict[str, Any]] = {}
+    for world, result in sorted(worlds.items()):
+        costs = {row["method"]: row for row in result["cost"]["rows"]}
+        scores = {row["method"]: row for row in result["lds"]["rows"] if (row["group"], row["of"]) == PROOF}
+        whole = sum(costs[result["default"]]["seconds"].values())
+        for name, cost in costs.items():
+            settings = cost["settings"]
+            if settings["loss"] or settings["projection"] == EXACT or settings["moments"]:
+                continue  # no influence, no store worth its name, or another run's optimizer state
+            row = rows.setdefault(name, {"settings": settings, "cost": [], "worlds": {}})
+            row["cost"].append(sum(cost["seconds"].values()) / whole)
+            exact = cost["spearman_to_exact"]
+            found = {key: scores[name][key] for key in ("low", "high")} | {"lds": scores[name]["value"]}
+            row["worlds"][world] = found | {"agreement": None if exact is None else exact["correct"]}
+    table = [row | {"cost": sum(row["cost"]) / len(row["cost"])} for row in rows.values()]
+    made = {world: {key: result[key] for key in ("commit", "measured")} for world, result in worlds.items()}
+    planner.TABLE.write_text(json.dumps({"made_from": made, "rows": table}, indent=1) + "\n")
 
 
 def write_peer_work(config: RunConfig, folder: Path) -> None:

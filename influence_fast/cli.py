@@ -156,6 +156,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--engine", help="transformers, vllm, or auto (default): vllm where installed and there is a GPU")
     sub.add_argument("--export-lm-eval", metavar="FOLDER", help="write the questions as an lm-eval task, and stop")
 
+    sub = verb("plan", _plan, "settings for a time or disk budget, and the fidelity measured for them")
+    _model(sub, adapter=True)
+    _data(sub, "--data", "the examples that are to be scored")
+    sub.add_argument("--seconds", type=float, help="time for the pass over the data, on this machine")
+    sub.add_argument("--gigabytes", type=float, help="disk for the gradient store")
+
     sub = verb("validate", _validate, "prove the scores by retraining: LDS, leave-k-out, removal, detection")
     sub.add_argument("config", help="a run's YAML file; its section 'validate' names methods and sizes")
     sub.add_argument("--output", help="another folder than the configuration's")
@@ -561,6 +567,16 @@ def _eval(args: Any) -> None:
     print(f"cut at {config.max_new_tokens} new tokens: {result.truncated} of {total} answers ({share:.1f} %)")
     if result.reused:
         print(f"{result.reused} of {total} answers are an earlier run's; delete {args.output} to ask anew")
+
+
+def _plan(args: Any) -> None:
+    from influence_fast.planner import describe, plan
+
+    model, tokenizer = _load_model(args)
+    examples = _tokenize(args, _load_data(args), tokenizer)
+    size = None if args.gigabytes is None else int(args.gigabytes * 1e9)
+    print(describe(plan(model, examples, seconds=args.seconds, bytes=size)))
+    print("LDS: measured on small models, see influence_fast/fidelity.json; expect the order, not the numbers, to hold")
 
 
 def _validate(args: Any) -> None:

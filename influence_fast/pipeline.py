@@ -413,7 +413,7 @@ class Pipeline:
             },
             "accuracy_before": {"name": "base model"} | before,
             "cells": cells,
-            **grid_statistics(cells, [self._correct(cell) for cell in cells], seed=self.config.seed),
+            **grid_statistics(cells, [self.correct_answers(cell) for cell in cells], seed=self.config.seed),
             "detection": self._detection(table),
             "scores": self._trace_scores(table, pool),
             "rank_agreement": _rank_agreement(table),
@@ -423,7 +423,7 @@ class Pipeline:
             "warnings": self.warnings,
         }
 
-    def _correct(self, cell: dict[str, Any]) -> dict[str, float]:
+    def correct_answers(self, cell: dict[str, Any]) -> dict[str, float]:
         """Question id -> share of its answers that were right, from a cell's transcripts."""
         path = (
             self.folder / "transcripts" / f"{_cell_name(cell['strategy'], cell['fraction'])}-seed{cell['seed']}.jsonl"
