@@ -40,7 +40,7 @@ from influence_fast.demo import demo_config
 from influence_fast.methods import EXACT
 from influence_fast.pipeline import Pipeline
 from influence_fast.training import TrainConfig, finetune, list_checkpoints
-from influence_fast.validate import validate
+from influence_fast.proof import validate
 from influence_fast.validation_page import text_tables, write_page
 
 RESULTS = Path(__file__).parent / "results"

@@ -53,7 +53,7 @@ _EXPORTS: dict[str, str] = {
     "stream_influence": "streaming",
     "task_examples": "tasks",
     "tokenize": "data",
-    "validate": "validate",
+    "validate": "proof",
     "verify_store": "store",
     "write_report": "report",
 }

@@ -583,7 +583,7 @@ def _validate(args: Any) -> None:
     import dataclasses
 
     from influence_fast.config import load_config
-    from influence_fast.validate import validate
+    from influence_fast.proof import validate
     from influence_fast.validation_page import text_tables, write_page
 
     config = load_config(args.config)

@@ -19,7 +19,7 @@ from influence_fast.errors import ConfigError, DataError
 from influence_fast.lds import linear_datamodeling_scores
 from influence_fast.methods import METHODS, method_of, shorten
 from influence_fast.retraining import Retraining, retrain
-from influence_fast.validate import drop_priority, validate
+from influence_fast.proof import drop_priority, validate
 
 from .test_pipeline import write_model, write_rows
 
@@ -112,7 +112,7 @@ def test_nothing_is_done_twice(proof: tuple[Path, dict[str, Any]], monkeypatch: 
         raise AssertionError("computed again")
 
     monkeypatch.setattr("influence_fast.training.finetune", refuse)
-    monkeypatch.setattr("influence_fast.validate.score_by", refuse)
+    monkeypatch.setattr("influence_fast.proof.score_by", refuse)
     again = validate(load_config(folder / "config.yaml"), progress=False)
     assert json.loads(json.dumps(again))["lds"] == results["lds"]
 
