@@ -39,9 +39,9 @@ from influence_fast.data import Example, load_examples, save_examples, tokenize
 from influence_fast.demo import demo_config
 from influence_fast.methods import EXACT
 from influence_fast.pipeline import Pipeline
-from influence_fast.training import TrainConfig, finetune, list_checkpoints
 from influence_fast.proof import validate
-from influence_fast.validation_page import text_tables, write_page
+from influence_fast.proof_page import text_tables, write_page
+from influence_fast.training import TrainConfig, finetune, list_checkpoints
 
 RESULTS = Path(__file__).parent / "results"
 PROOF = ("all", "queries")  # the group and kind of LDS that a method is judged by

@@ -584,7 +584,7 @@ def _validate(args: Any) -> None:
 
     from influence_fast.config import load_config
     from influence_fast.proof import validate
-    from influence_fast.validation_page import text_tables, write_page
+    from influence_fast.proof_page import text_tables, write_page
 
     config = load_config(args.config)
     if args.output:

@@ -18,8 +18,8 @@ from influence_fast.data import load_examples
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.lds import linear_datamodeling_scores
 from influence_fast.methods import METHODS, method_of, shorten
-from influence_fast.retraining import Retraining, retrain
 from influence_fast.proof import drop_priority, validate
+from influence_fast.retraining import Retraining, retrain
 
 from .test_pipeline import write_model, write_rows
 

@@ -28,7 +28,7 @@ def write_page(results: Row, path: str | os.PathLike[str]) -> Path:
     )
     environment.filters["key"] = key_svg
     target = Path(path)
-    page = environment.get_template("validation.html.j2").render(
+    page = environment.get_template("proof.html.j2").render(
         title=results["config"]["title"], results=results, sections=sections(results), removal=_removal_rows(results)
     )
     with replacing(target) as partial:
