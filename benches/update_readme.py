@@ -1,6 +1,6 @@
 """Writes the README's figures from the result files, so that no number in it is typed.
 
-python -m benches.update_readme [--demo demo-run]     # --demo: take a finished demo's outcome into the results
+python -m benches.update_readme
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benches.environment import describe
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benches" / "results"
+PROOF_METHODS = {"ekfac-cosine", "cosine", "dot", "less", "fisher", "fisher-cosine", "ekfac", "datainf", "trak", "loss"}
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -56,41 +55,71 @@ def inner_products(result: dict[str, Any]) -> list[str]:
     return [*lines, "", f"`python -m benches.bench_inner_products`: {measured(result)}", ""]
 
 
-def demo(result: dict[str, Any]) -> list[str]:
-    before = result["accuracy_before"]
+def paper_mini(result: dict[str, Any]) -> list[str]:
+    seeds = len(result["seeds"])
+    settings = {(row["strategy"], row["fraction"]): row for row in result["settings"]}
+    full = settings["full", 0.0]
+    fractions = sorted({fraction for _, fraction in settings if fraction})
+    names = sorted({name for name, _ in settings} - {"full"}, key=lambda n: -settings[n, fractions[-1]]["accuracy"])
     lines = [
-        f"The demo: {result['data']['pool']} traces, {before['n']} test questions, one seed; accuracy with its 95 % "
-        "interval over questions. Harmful: traces corrupted on purpose, which no strategy is told.",
+        f"Accuracy after dropping part of a pool with corrupted traces, mean over {seeds} seeds (each a world of its "
+        f"own: model, data, scores, fine-tunings) and {result['questions']} questions, 95 % interval over both. All "
+        f"data: {_accuracy(full)}; before fine-tuning: {sum(result['base']) / seeds:.3f}.",
         "",
-        "| strategy | dropped | accuracy | harmful dropped | by chance |",
-        "|---|---|---|---|---|",
-        f"| base model | | {before['accuracy']:.3f} ({before['low']:.3f}-{before['high']:.3f}) | | |",
+        "| strategy | "
+        + " | ".join(f"{100 * f:.0f} % dropped" for f in fractions)
+        + " | corrupted traces found, AUC |",
+        "|---|" + "---|" * (len(fractions) + 1),
     ]
-    for cell in result["cells"]:
-        accuracy = f"{cell['accuracy']:.3f} ({cell['low']:.3f}-{cell['high']:.3f})"
-        harmful = f"{cell['harmful_dropped']} of {cell['harmful_total']} | {cell['expected_by_chance']:.0f}"
-        lines.append(f"| {cell['strategy']} | {100 * cell['fraction']:.0f} % | {accuracy} | {harmful} |")
-    return [*lines, "", f"`make demo`: {measured(result)}", ""]
+    for name in names:
+        auc = result["auc"].get(name)
+        found = "" if auc is None else f"{sum(auc) / seeds:.3f} ({min(auc):.3f}-{max(auc):.3f})"
+        lines.append(f"| {name} | " + " | ".join(_accuracy(settings[name, f]) for f in fractions) + f" | {found} |")
+    return [*lines, "", f"`make paper-mini`, [whole table](docs/paper-mini.md): {measured(result)}", ""]
 
 
-def take_demo(run: Path) -> None:
-    """Keeps of a finished demo what the README shows."""
-    results = json.loads((run / "results.json").read_text())
-    kept = {key: results[key] for key in ("accuracy_before", "cells", "data", "queries", "detection", "cost")}
-    (RESULTS / "demo-cpu.json").write_text(json.dumps(kept | describe(), indent=1) + "\n")
+def _accuracy(row: dict[str, Any]) -> str:
+    return f"**{row['accuracy']:.3f}** ({row['low']:.3f}-{row['high']:.3f})"
+
+
+def proof(results: dict[str, dict[str, Any]]) -> list[str]:
+    first = next(iter(results.values()))
+    lines = [
+        "Do the scores tell what retraining does? Linear datamodeling score (rank correlation of summed influence and "
+        f"outcome over {first['lds']['subsets']} retrained halves of the pool, {first['lds']['seeds']} seeds; 95 % "
+        f"interval over both), by method; `{first['default']}` is the default.",
+        "",
+        "| method | " + " | ".join(results) + " |",
+        "|---|" + "---|" * len(results),
+    ]
+    scores = {
+        world: {row["method"]: row for row in result["lds"]["rows"] if (row["group"], row["of"]) == ("all", "queries")}
+        for world, result in results.items()
+    }
+    for name in sorted(scores[next(iter(scores))], key=lambda n: -scores[next(iter(scores))][n]["value"]):
+        if all(name in rows for rows in scores.values()) and name in PROOF_METHODS | set(_external(first)):
+            spans = (
+                f"**{r[name]['value']:.3f}** ({r[name]['low']:.3f}-{r[name]['high']:.3f})" for r in scores.values()
+            )
+            lines.append(f"| {name} | " + " | ".join(spans) + " |")
+    where = "; ".join(f"{world}: {measured(result)}" for world, result in results.items())
+    return [*lines, "", f"`python -m benches.proof`: {where}", ""]
+
+
+def _external(result: dict[str, Any]) -> list[str]:
+    ours = {row["method"] for row in result["cost"]["rows"]}
+    return [row["method"] for row in result["lds"]["rows"] if row["method"] not in ours]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--demo", type=Path, help="folder of a finished demo")
-    args = parser.parse_args()
-    if args.demo:
-        take_demo(args.demo)
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    proofs = {name.removeprefix("proof-"): result for name, result in found.items() if name.startswith("proof-")}
     lines: list[str] = []
-    for name, render in (("demo-cpu", demo), ("gradients-cpu", gradients), ("inner-products-cpu", inner_products)):
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            lines += render(json.loads(path.read_text()))
+    for name, render in (("paper-mini-cpu", paper_mini), ("gradients-cpu", gradients)):
+        lines += render(found[name]) if name in found else []
+    lines += proof(proofs) if proofs else []
+    lines += inner_products(found["inner-products-cpu"]) if "inner-products-cpu" in found else []
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     _, after = rest.split(END)

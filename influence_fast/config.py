@@ -96,6 +96,8 @@ class InfluenceConfig:
     question wrong; without it that is an error. `damping` is a share of the mean eigenvalue, or `auto` (picked on
     held-out rows); `optimizer`, a checkpoint folder with Adam's state, is where `adam` reads second moments. `tasks`
     names the column of the validation rows that says which task a question belongs to, for the strategy `less`.
+    `checkpoints` sums the scores over the checkpoints of the fine-tuning, weighted by learning rate (TracIn, LESS), and
+    shows how the ranking moved; it needs `training.save_checkpoints`.
     """
 
     preconditioner: str = DEFAULT
@@ -104,6 +106,7 @@ class InfluenceConfig:
     queries: str = "own_answers"
     fallback: str | None = None
     tasks: str | None = None
+    checkpoints: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,8 @@ class RunConfig:
         _one_of("influence.preconditioner", self.influence.preconditioner, (DEFAULT, *PRECONDITIONERS))
         check_influence(self.influence, self.gradients)
         _one_of("influence.queries", self.influence.queries, QUERY_KINDS)
+        if self.influence.checkpoints and not self.training.save_checkpoints and self.model.adapter is None:
+            raise ConfigError("influence.checkpoints: there will be none; set training.save_checkpoints")
         if self.influence.fallback is not None:
             _one_of("influence.fallback", self.influence.fallback, ("reference",))
         if self.target_model is not None and self.target_model.adapter is not None:

@@ -24,6 +24,12 @@ import numpy as np
 from influence_fast import doctor, pruning, scoring
 from influence_fast.adam import adam_moments
 from influence_fast.building import build_store
+from influence_fast.checkpoints import (
+    checkpoint_scores,
+    learning_rates,
+    plot_ranking_over_training,
+    ranking_over_training,
+)
 from influence_fast.config import GradientConfig, InfluenceConfig, ModelConfig, RunConfig, Source, to_dict
 from influence_fast.data import Example, TokenizedSet, load_examples, load_rows, save_examples, tokenize
 from influence_fast.decontamination import contaminated
@@ -42,8 +48,8 @@ from influence_fast.report import save_results, write_report
 from influence_fast.scores import ScoreTable
 from influence_fast.statistics import grid_statistics
 from influence_fast.strategies import EMBEDDING_RANK, PASS_RATE, needed_columns
-from influence_fast.training import TrainResult, finetune, load_finetuned
-from influence_fast.workdir import RunFolder
+from influence_fast.training import TrainResult, finetune, list_checkpoints, load_finetuned
+from influence_fast.workdir import RunFolder, write_text
 
 HARMLESS = (None, "clean")  # labels that do not mark an example as known to be harmful
 
@@ -279,17 +285,10 @@ class Pipeline:
         path = self.folder / "scores.parquet"
 
         def work() -> dict[str, float]:
-            with self._finetuned(adapter) as model:
-                table, seconds = score_pool(
-                    model,
-                    self.tokenizer,
-                    self.splits.tokenized.examples,
-                    queries,
-                    self.folder / "store",
-                    self.config.gradients,
-                    self.config.influence,
-                    progress=self.progress,
-                )
+            if self.config.influence.checkpoints:
+                table, seconds = self._over_checkpoints(Path(adapter), queries)
+            else:
+                table, seconds = self._score_under(adapter, queries, "store", self.config.influence)
             table, more = self._baselines(table, queries)
             table.save(self.folder / "scores.csv")
             table.save(path)
@@ -297,6 +296,44 @@ class Pipeline:
 
         self._once("scoring_seconds", work)
         return ScoreTable.load(path)
+
+    def _score_under(
+        self, adapter: str | Path, queries: Queries, store: str, influence: InfluenceConfig
+    ) -> tuple[ScoreTable, dict[str, float]]:
+        with self._finetuned(adapter) as model:
+            return score_pool(
+                model,
+                self.tokenizer,
+                self.splits.tokenized.examples,
+                queries,
+                self.folder / store,
+                self.config.gradients,
+                influence,
+                progress=self.progress,
+            )
+
+    def _over_checkpoints(self, reference: Path, queries: Queries) -> tuple[ScoreTable, dict[str, float]]:
+        """Scores summed over the reference's checkpoints, and how the ranking moved, as a table and a plot."""
+        saved = list_checkpoints(reference)
+        if not saved:
+            raise ConfigError(f"influence.checkpoints: {reference} has no checkpoint-* folder; save them in training")
+        seconds: dict[str, float] = {}
+
+        def score(checkpoint: Path) -> ScoreTable:
+            influence = self.config.influence
+            if influence.preconditioner in ("adam", "less"):  # each checkpoint has moments of its own
+                influence = dataclasses.replace(influence, optimizer=str(checkpoint))
+            table, spent = self._score_under(checkpoint, queries, f"store-{checkpoint.name}", influence)
+            for stage, value in spent.items():
+                seconds[stage] = seconds.get(stage, 0.0) + value
+            return table
+
+        found = checkpoint_scores(list(zip(saved, learning_rates(saved, average=True), strict=True)), score)
+        plot_ranking_over_training(found, self.folder / "ranking-over-training.svg")
+        write_text(
+            self.folder / "ranking-over-training.json", json.dumps(ranking_over_training(found), indent=1) + "\n"
+        )
+        return found.total, seconds
 
     def _baselines(self, table: ScoreTable, queries: Queries) -> tuple[ScoreTable, dict[str, float]]:
         """The table with the columns that only some baselines read, and the seconds they took."""

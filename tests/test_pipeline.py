@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -492,3 +493,38 @@ def test_tasks_may_not_be_called_as_groups_are() -> None:
     named = pipeline.with_tasks(queries, ["a", "b"])
     assert named.groups == {"correct": [0], "incorrect": [1], "a": [0]}
     assert named.warnings == ["no correct answer to ask for the tasks b"]
+
+
+def test_scores_over_checkpoints_are_their_weighted_sum(world: Path, tmp_path: Path) -> None:
+    from influence_fast.checkpoints import learning_rates
+    from influence_fast.training import list_checkpoints
+
+    config = load_config(world / "config.yaml")
+    config = dataclasses.replace(
+        config,
+        output=str(tmp_path / "run"),
+        training=dataclasses.replace(config.training, epochs=2, save_checkpoints=True),
+        influence=dataclasses.replace(config.influence, checkpoints=True, queries="reference", preconditioner="none"),
+        pruning=dataclasses.replace(config.pruning, strategies=("random", "low_benefit")),
+    )
+    run = pipeline.Pipeline(config, progress=False)
+    reference = Path(run.reference_adapter())
+    table = run.scores(reference)
+    saved = list_checkpoints(reference)
+    assert len(saved) == 2
+    total = np.zeros(len(table.ids))
+    for path, rate in zip(saved, learning_rates(saved, average=True), strict=True):
+        single, _ = run._score_under(path, run.queries(reference), f"single-{path.name}", config.influence)
+        assert single.ids == table.ids
+        total += rate * single.columns["s_correct"]
+    np.testing.assert_allclose(table.columns["s_correct"], total, rtol=1e-6)
+    moved = json.loads((tmp_path / "run" / "ranking-over-training.json").read_text())
+    assert [row["checkpoint"] for row in moved] == [path.name for path in saved]
+    assert "<svg" in (tmp_path / "run" / "ranking-over-training.svg").read_text()
+
+
+def test_checkpoints_that_will_not_be_there_are_said_at_once(world: Path) -> None:
+    config = load_config(world / "config.yaml")
+    influence = dataclasses.replace(config.influence, checkpoints=True)
+    with pytest.raises(ConfigError, match=r"set training\.save_checkpoints"):
+        dataclasses.replace(config, influence=influence)
