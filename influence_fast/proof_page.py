@@ -29,7 +29,12 @@ def write_page(results: Row, path: str | os.PathLike[str]) -> Path:
     environment.filters["key"] = key_svg
     target = Path(path)
     page = environment.get_template("proof.html.j2").render(
-        title=results["config"]["title"], results=results, sections=sections(results), removal=_removal_rows(results)
+        title=results["config"]["title"],
+        results=results,
+        sections=sections(results),
+        removal=_removal_rows(results),
+        cost=cost_rows(results),
+        tradeoff=_tradeoff_chart(results),
     )
     with replacing(target) as partial:
         partial.write_text(page, encoding="utf-8")
@@ -94,6 +99,54 @@ def text_tables(results: Row) -> str:
         agrees = "".join(f"   {name} {value:.4f}" for name, value in exact.items())
         lines.append(f"  {row['method']:<22} {epochs:<14} {row['bytes_per_example']:>9} bytes an example{agrees}")
     return "\n".join(lines)
+
+
+def cost_rows(results: Row) -> list[dict[str, Any]]:
+    """Cost beside fidelity: epochs, seconds and bytes of every method, its LDS, and its agreement with exact scores."""
+    lds = {}
+    if results["lds"] is not None:
+        rows = results["lds"]["rows"]
+        lds = {row["method"]: row for row in rows if (row["group"], row["of"]) == ("all", "queries")}
+    return [
+        {
+            **row,
+            "total": sum(row["seconds"].values()),
+            "lds": lds.get(row["method"]),
+            "exact": row["spearman_to_exact"] or {},
+        }
+        for row in results["cost"]["rows"]
+    ]
+
+
+def _tradeoff_chart(results: Row) -> Chart | None:
+    """LDS against cost, the methods that nothing cheaper beats named; None where either is unknown."""
+    rows = [row for row in cost_rows(results) if row["lds"] is not None and row["epochs"] is not None]
+    if not rows:
+        return None
+    rows.sort(key=lambda row: (row["epochs"], -row["lds"]["value"]))
+    best = float("-inf")
+    for row in rows:
+        row["front"] = row["lds"]["value"] > best
+        best = max(best, row["lds"]["value"])
+
+    def draw(figure: Figure, narrow: bool) -> None:
+        ax: Axes = figure.subplots()
+        for row in rows:
+            x, y = row["epochs"], row["lds"]["value"]
+            colour = INK["accent"] if row["front"] else INK["baseline"]
+            ax.plot([x], [y], ls="", marker="o", ms=7, color=colour)
+            if row["front"]:
+                ax.annotate(plain(row["method"], 30), (x, y), (5, -13), textcoords="offset points", fontsize=10.5)
+        front = [row for row in rows if row["front"]]
+        ax.plot([r["epochs"] for r in front], [r["lds"]["value"] for r in front], color=INK["accent"], lw=1.2, zorder=0)
+        ax.set_xscale("log")
+        ax.set_xlabel("cost, fine-tuning epochs")
+        ax.set_ylabel("LDS")
+        ax.grid()
+
+    alt = "LDS against cost: " + "; ".join(f"{r['method']} {r['lds']['value']:.3f} at {r['epochs']:.2f}" for r in rows)
+    keys = [Key("dot", "accent", "nothing cheaper is better"), Key("dot", "baseline", "other methods")]
+    return Chart(render_chart("tradeoff", draw, ((700.0, 420.0), (350.0, 330.0)), alt), keys)
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ import torch
 from worker import PROJECTION_DIM, Method, Run, Scoring, TokenizedExample, Work, main, scratch_folder
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-# bergson's default budget of a batch; a longer example must fit whole, or bergson refuses it
+# bergson's default budget of a batch; a longer example must fit whole, and the model's context bounds both
 TOKENS = 2048
 
 
@@ -50,6 +50,7 @@ def index_config(work: Work, run_path: Path, adapter: str, **options: Any) -> An
     from bergson import IndexConfig
 
     longest = max(len(e["input_ids"]) for e in [*work.pool, *work.queries])
+    context = json.loads((work.model_folder / "config.json").read_text()).get("max_position_embeddings", TOKENS)
     config = IndexConfig(
         **{
             "run_path": str(run_path),
@@ -58,7 +59,7 @@ def index_config(work: Work, run_path: Path, adapter: str, **options: Any) -> An
             "precision": PRECISIONS[work.dtype],
             "projection_dim": PROJECTION_DIM,
             "loss_reduction": "mean",
-            "token_batch_size": max(TOKENS, longest),
+            "token_batch_size": min(max(TOKENS, longest), context),
             **options,
         }
     )
