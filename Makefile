@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
 
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo paper-mini test lint format clean
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -22,6 +22,9 @@ $(STAMP): $(SOURCES)
 
 demo: install  ## the main job on the built-in world: under 5 minutes on two cores; see demo-run/report.html
 	$(BIN)/influence-fast demo --output demo-run
+
+paper-mini: install  ## the paper's experiment over five worlds, under 40 minutes on two cores; see docs/paper-mini.md
+	$(BIN)/python -m benches.paper_mini --output runs/paper-mini
 
 test: lint  ## lint, types and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
