@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
 
-.PHONY: help install demo paper-mini test lint format clean
+.PHONY: help install demo paper-mini test lint format bench bench-compare clean
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -37,6 +37,15 @@ lint: install  ## ruff (format and lint) and mypy
 format: install  ## rewrite the sources in the house's format
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+bench: install  ## the benchmark suites and their plots, on the CPU: under 15 minutes on two quiet cores
+	$(BIN)/python -m pytest benches/suites -p no:xdist -p no:cacheprovider --timeout=1200 \
+	  --benchmark-columns=median,iqr,rounds --benchmark-sort=name --results benches/results/suites-cpu.json
+	$(BIN)/python -m benches.roofline --output benches/results/roofline-cpu.json
+	$(BIN)/python -m benches.suites.plots
+
+bench-compare: install  ## every suite, this tree against another commit: make bench-compare BASE=main
+	$(BIN)/python -m benches.compare_refs $(BASE)
 
 clean:  ## remove what was built (not the virtual environment)
 	rm -rf build demo-run demo-run-world .pytest_cache .mypy_cache .ruff_cache

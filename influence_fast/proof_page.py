@@ -186,7 +186,7 @@ def _chart(name: str, rows: Sequence[Row], default: str, what: str, nothing: flo
             ax.plot([row["value"]], [y], ls="", marker="o", ms=8, color=colour)
             ax.text(1.015, y, f"{row['value']:.3f}", transform=ax.get_yaxis_transform(), va="center", fontsize=11.5)
         ax.axvline(nothing, color=INK["ink"], lw=1.3, ls=(0, (4, 3)), zorder=0)
-        ax.set_yticks(range(len(rows)), [plain(row["method"], 20) for row in rows])
+        ax.set_yticks(range(len(rows)), [plain(row["method"], 18 if narrow else 36) for row in rows])
         ax.set_ylim(len(rows) - 0.45, -0.55)
         ax.grid(axis="x")
         ax.set_xlabel(what)
