@@ -6,7 +6,9 @@
 1. tests/gpu: every kernel and the whole gradient path against the CPU; the session stops if one fails.
 2. Kernels at Qwen2.5-7B's widths against the card's measured copy bandwidth, plain PyTorch and torch.compile.
 3. Whole per-example-gradient steps at the shapes of Qwen2.5-0.5B, 1.5B and 7B (random weights, a few layers) beside a
-   plain LoRA forward+backward of the same packed batch: seconds, tokens a second, model-FLOP utilisation.
+   plain LoRA forward+backward of the same packed batch: seconds, tokens a second, model-FLOP utilisation, and the
+   batch's peak memory beside the sum of docs/memory.md.
+4. Rows to the host over eight packs: waited for after each pack, or written behind as fp32, bf16 and int8.
 
 Writes one JSON and one markdown table, named after the card and the date, with commit and versions.
 """
@@ -29,9 +31,12 @@ import torch
 import influence_fast as inf
 from benches.environment import describe
 from influence_fast.engine import GradientEngine
+from influence_fast.gradients import iter_gradient_rows
+from influence_fast.kernels import quantize_rows as quantize
 from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels import skinny_project as skinny
 from influence_fast.kernels.segments import Segments
+from influence_fast.memory import gradient_memory
 from influence_fast.packing import pack_examples
 
 # hidden, intermediate, heads, key/value heads, vocabulary, layers run here (the 7B is repeated layers of its shape)
@@ -131,13 +136,20 @@ def kernels(device: torch.device, tokens: int, widths: tuple[int, ...], rounds: 
     right = torch.randn(tokens, modules, RANK, device=device).bfloat16()
     segments = Segments.from_lengths(lengths, device=device)
     block = DIM * RANK
-    out = torch.empty(len(lengths), modules * block, device=device)
     offsets = torch.arange(modules, device=device) * block
-    variants = {"pytorch": lambda: outer.reference(left, right, segments)}
-    if triton:
-        variants["triton"] = lambda: outer.segment_outer(left, right, segments, out, offsets)
-    cost = outer.cost(tokens, len(lengths), modules, DIM, RANK, row_itemsize=4)
-    add("segment_outer", f"T={tokens} E=16 M={modules} {DIM}x{RANK}", cost, variants)
+    for stored in (torch.float32, torch.bfloat16):
+        out = torch.empty(len(lengths), modules * block, dtype=stored, device=device)
+        variants = {"pytorch": lambda: outer.reference(left, right, segments)}
+        if triton:
+            variants["triton"] = lambda out=out: outer.segment_outer(left, right, segments, out, offsets)
+        cost = outer.cost(tokens, len(lengths), modules, DIM, RANK, row_itemsize=out.element_size())
+        add("segment_outer", f"T={tokens} E=16 M={modules} {DIM}x{RANK} {out.element_size()}-byte rows", cost, variants)
+    for width in (8192, 2 * block * 7 * modules):  # sketched rows, and the whole ones of a 7B model
+        made = torch.randn(16, width, device=device)
+        variants = {"pytorch": lambda made=made: quantize.reference(made)}
+        if triton:
+            variants["triton"] = lambda made=made: quantize.quantize_rows(made)
+        add("quantize_rows", f"E=16 K={width}", quantize.cost(16, width), variants)
     return rows
 
 
@@ -203,6 +215,7 @@ def steps(
                     found = timed(device, lambda engine=engine, pack=pack: engine.run(pack), 1)
                 seconds.setdefault(f"ours, {backend}", []).extend(found)
         best = statistics.median(seconds.get("ours, triton", seconds["ours, torch"]))
+        measured, summed = batch_memory(device, model, projection, pack)
         row = {
             "model": name,
             "layers": shape[5],
@@ -211,7 +224,8 @@ def steps(
             "ratio_to_plain": best / statistics.median(seconds["plain LoRA step"]),
             "tokens_per_second": tokens / best,
             "model_flop_utilisation": matmul_flops(shape, tokens) / best / peak,
-            "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+            "batch_memory_gib": measured,
+            "batch_memory_sum_gib": summed,
         }
         rows.append(row)
         print(
@@ -222,8 +236,62 @@ def steps(
         del model
         if device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
     return rows
+
+
+def batch_memory(device: torch.device, model: Any, projection: inf.Projection, pack: Any) -> tuple[float | None, float]:
+    """GiB that one batch adds at its peak, as the allocator counts it (None on a CPU) and as the sum says."""
+    checkpointing, measured = False, None
+    with GradientEngine(model, projection) as engine:
+        checkpointing = engine.overflows(len(pack.input_ids))
+        if device.type == "cuda":
+            engine.run(pack)
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            engine.run(pack)
+            measured = (torch.cuda.max_memory_allocated() - before) / 2**30
+        summed = gradient_memory(
+            engine.base.config,
+            len(pack.input_ids),
+            parameters=0,
+            rank=RANK,
+            dim=DIM,
+            examples=len(pack.indices),
+            completion_tokens=int((pack.targets >= 0).sum()),
+            weight_bytes=engine.linears[0].weight.element_size(),
+            checkpointing=checkpointing,
+            triton=engine.backend == "triton",
+        )
+    return measured, summed.batch / 2**30
+
+
+def crossing(device: torch.device, shape: tuple[int, ...], tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Seconds of eight packs with their rows on the host, by how the rows get there."""
+    model = model_of(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    length = tokens // 16
+    ids = [torch.randint(0, shape[4], (length,)) for _ in range(8 * 16)]
+    examples = [{"input_ids": i, "labels": i} for i in ids]
+    projection = inf.Projection(dim=DIM)
+
+    def waiting() -> None:
+        with GradientEngine(model, projection) as engine:
+            for pack in pack_examples(examples, tokens):
+                engine.run(pack)[0].cpu()
+
+    def behind(dtype: str) -> None:
+        for _ in iter_gradient_rows(model, examples, projection=projection, max_tokens=tokens, row_dtype=dtype):
+            pass
+
+    ways: dict[str, Callable[[], Any]] = {"waited for": waiting}
+    ways |= {f"behind, {dtype}": lambda dtype=dtype: behind(dtype) for dtype in ("fp32", "bf16", "int8")}
+    found: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for way, run in ways.items():
+            found.setdefault(way, []).extend(timed(device, run, 1))
+    for way, seconds in found.items():
+        print(f"rows {way:<14} {statistics.median(seconds):.4f} s for 8 packs", flush=True)
+    return [{"rows": way, "packs": 8, "tokens": tokens, "seconds": summary(s)} for way, s in found.items()]
 
 
 def matmul_peak(device: torch.device, size: int, rounds: int) -> float:
@@ -248,15 +316,19 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {row['kernel']} | {row['shape']} | {ours * 1e6:.1f} | {share:.0%} | {ratio:.2f} |")
     lines += [
         "",
-        "| model | layers | tokens | / plain LoRA step | tokens/s | MFU | GiB |",
-        "|---|---|---|---|---|---|---|",
+        "| model | layers | tokens | / plain LoRA step | tokens/s | MFU | batch GiB | by the sum |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in result["steps"]:
-        memory = "" if row["peak_memory_gib"] is None else f"{row['peak_memory_gib']:.1f}"
+        memory = "" if row["batch_memory_gib"] is None else f"{row['batch_memory_gib']:.2f}"
         lines.append(
             f"| {row['model']} | {row['layers']} | {row['tokens']} | {row['ratio_to_plain']:.3f} | "
-            f"{row['tokens_per_second']:.0f} | {row['model_flop_utilisation']:.0%} | {memory} |"
+            f"{row['tokens_per_second']:.0f} | {row['model_flop_utilisation']:.0%} | {memory} | "
+            f"{row['batch_memory_sum_gib']:.2f} |"
         )
+    lines += ["", "| rows to the host | packs | tokens each | p50 s |", "|---|---|---|---|"]
+    for row in result["crossing"]:
+        lines.append(f"| {row['rows']} | {row['packs']} | {row['tokens']} | {row['seconds']['p50']:.4f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -271,6 +343,7 @@ def main() -> None:
         result: dict[str, Any] = {
             "kernels": kernels(device, 256, (64,), 3),
             "steps": steps(device, SMOKE_SHAPES, 256, 2, deadline),
+            "crossing": crossing(device, SMOKE_SHAPES["tiny"], 256, 2),
             **describe(),
         }
         print(markdown(result))
@@ -281,6 +354,7 @@ def main() -> None:
     result = correctness()
     result["kernels"] = kernels(device, 16_384, (3584, 18_944), 20)
     result["steps"] = steps(device, SHAPES, 16_384, 5, deadline)
+    result["crossing"] = crossing(device, SHAPES["Qwen2.5-0.5B"], 4096, 3) if time.monotonic() < deadline else []
     result |= describe()
     args.output.mkdir(parents=True, exist_ok=True)
     card = str(result["machine"]["gpu"]).replace(" ", "-")

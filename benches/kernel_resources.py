@@ -25,6 +25,7 @@ import torch
 
 from influence_fast.kernels import project_flat, segment_bilinear, segment_outer, skinny_project
 from influence_fast.kernels.counter import SignColumns, fill_signs, fill_sjlt
+from influence_fast.kernels.quantize_rows import quantize_rows
 from influence_fast.kernels.runtime import INTERPRETED, WHY_NO_TRITON, Launch, recording
 from influence_fast.kernels.segments import Segments
 
@@ -36,6 +37,7 @@ _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.int8: "i8",
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -110,18 +112,20 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         for a_size, b_size in ((16, 16), (16, 8), (64, 16), (64, 64), (3584, 16)):
             left = tensor(tokens, 2, a_size, dtype=dtype)
             right = tensor(tokens, 2, b_size, dtype=dtype)
-            rows = tensor(3, 2 * a_size * b_size)
             offsets = tensor(2, dtype=torch.int64)
 
-            def outer(
-                left: torch.Tensor = left,
-                right: torch.Tensor = right,
-                rows: torch.Tensor = rows,
-                offsets: torch.Tensor = offsets,
-            ) -> object:
-                return segment_outer.segment_outer(left, right, on_meta, rows, offsets)
+            for stored in segment_outer.ROW_DTYPES:
+                rows = tensor(3, 2 * a_size * b_size, dtype=stored)
 
-            yield f"segment_outer {short} {a_size}x{b_size}", outer
+                def outer(
+                    left: torch.Tensor = left,
+                    right: torch.Tensor = right,
+                    rows: torch.Tensor = rows,
+                    offsets: torch.Tensor = offsets,
+                ) -> object:
+                    return segment_outer.segment_outer(left, right, on_meta, rows, offsets)
+
+                yield f"segment_outer {short} {a_size}x{b_size}, {_TYPES[stored]} rows", outer
         for r_size in (8, 16, 64):
             g, h = tensor(tokens, 3584, dtype=dtype), tensor(tokens, r_size, dtype=dtype)
             queries = tensor(16, 3584, r_size, dtype=torch.float32)
@@ -175,6 +179,9 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 f"project_flat {kind} {case}",
                 lambda x=one, s=packed, k=sketch: project_flat.project_flat(x, x, s, k, tensor(1, 1)),
             )
+        yield f"quantize_rows {case}", lambda x=one: quantize_rows(x.float())
+    for width in (16, 8192, 8191):
+        yield f"quantize_rows K={width}", lambda k=width: quantize_rows(tensor(16, k, dtype=torch.float32))
     yield "fill_signs", lambda: fill_signs(0, "m/in", 3584, 16, device=meta)
     yield "fill_sjlt", lambda: fill_sjlt(0, "m/row", 3584 * 16, 8192, device=meta)
 

@@ -3,6 +3,8 @@
     auto     triton where a CUDA device can run it, else torch
     triton   `skinny_project` and `segment_outer`; an error, with the reason, where they cannot run
     torch    PyTorch alone (on a CPU: one fused matrix product a layer and pass)
+    native   none of these: the C++ and CUDA module takes over once there are rows (see `native`); asking for it here is
+             an error that says so
 
 The environment variable INFLUENCE_FAST_BACKEND names the default; a call's own `backend=` wins.
 """
@@ -17,6 +19,8 @@ from influence_fast.errors import ConfigError, did_you_mean
 
 VARIABLE = "INFLUENCE_FAST_BACKEND"
 BACKENDS = ("auto", "triton", "torch")
+NATIVE = "native"
+NOT_NATIVE = "no gradients: the C++ and CUDA module computes inner products of rows and quantises them"
 
 
 def choose(requested: str | None, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -26,6 +30,8 @@ def choose(requested: str | None, device: torch.device, dtype: torch.dtype) -> t
     """
     source = "backend" if requested is not None else VARIABLE
     name = requested if requested is not None else os.environ.get(VARIABLE, "auto")
+    if name == NATIVE:
+        raise ConfigError(f"{source}: native computes {NOT_NATIVE}; choose {', '.join(BACKENDS)}")
     if name not in BACKENDS:
         raise ConfigError(f"{source}: unknown value {name!r}; {did_you_mean(name, BACKENDS)}")
     if name == "torch":

@@ -189,7 +189,9 @@ def build_shards(
     manifest = _plan(model, tokenizer, survey, projection, dtype, loss_reduction, shard_rows, max_length, truncate)
     writer = StoreWriter(path, manifest, resume=resume)
     shard_rows = manifest.parts[0].shard_rows
-    options = {"projection": projection, "loss_reduction": loss_reduction}
+    options: dict[str, Any] = {"projection": projection, "loss_reduction": loss_reduction}
+    if ours:
+        options["row_dtype"] = dtype
     turns = FixedTurns(part, progress) if turns is None else turns
     with _interruptible(writer), closing(turns.shards(writer, survey.shard_sizes(shard_rows))) as shards:
         for index in shards:

@@ -205,6 +205,7 @@ class ClaimedTurns:
         claims = self._claims_on(writer.path)
         for pause in _pauses():
             if Manifest.load(writer.path).complete:
+                claims.sweep()  # whoever closed the store may have been killed before its own claim was gone
                 return open_store(writer.path)
             if claims.take(_FINALIZE):
                 with self._holding(_FINALIZE):

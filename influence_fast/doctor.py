@@ -72,7 +72,7 @@ def _gradients() -> list[tuple[str, bool, str]]:
         active = name == chosen
         reason = why if name == "triton" or active else "the other backend was chosen"
         rows.append((f"gradients: {name}", active, f"{note} ({reason})"))
-    return rows
+    return [*rows, (f"gradients: {backends.NATIVE}", False, backends.NOT_NATIVE)]
 
 
 def _optional() -> list[tuple[str, bool, str]]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from influence_fast.config import ModelConfig, RunConfig, Source
 from influence_fast.errors import ConfigError, ModelError
+from influence_fast.memory import GradientMemory, gradient_memory
 from influence_fast.store_manifest import DTYPES, SCALE_DTYPE
 
 THOUSAND = 1000
@@ -39,6 +40,7 @@ class ModelShape:
     context: int | None
     trained: int  # LoRA parameters
     row: int
+    config: Any = field(default=None, repr=False, compare=False)  # of transformers, for the memory of a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class Plan:
     model: ModelShape | None
     target: ModelShape | None
     memory: list[tuple[str, int]] = field(default_factory=list)
+    gradient_memory: dict[bool, GradientMemory] = field(default_factory=dict)  # with layers computed again, or not
+    gradient_batch: int = 0  # tokens
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -150,6 +154,8 @@ def plan(
         model=shape,
         target=target,
         memory=_memory(config, target, longest),
+        gradient_memory=_gradient_memory(config, shape, _gradient_batch(config, longest)),
+        gradient_batch=_gradient_batch(config, longest),
         seconds=_seconds(training, tokens, tokens_per_second),
     )
 
@@ -193,6 +199,7 @@ def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
         context=getattr(text, "max_position_embeddings", None),
         trained=trained,
         row=projection.width or layout_width(gradient_layout(tuned, projection)),
+        config=text,
     )
 
 
@@ -290,6 +297,14 @@ def describe(config: RunConfig, found: Plan) -> str:
             "unknown without the model's shape: weights (4 or 2 bytes a parameter) + "
             f"{TRAINED_BYTES} bytes a LoRA parameter + {ACTIVATION_BYTES} x hidden bytes a token and layer",
         )
+    for again, memory in found.gradient_memory.items():
+        how = "layers computed again" if again else "all activations kept"
+        heading = f"a batch of {found.gradient_batch:,} tokens, {how}; fullest at {memory.fullest}"
+        lines.append(("memory, gradients", heading))
+        for what, amount in {**memory.throughout, **memory.moments[memory.fullest]}.items():
+            if amount:
+                lines.append(("", f"{_bytes(amount):>10}  {what}"))
+        lines.append(("", f"{_bytes(memory.peak):>10}  together, without the CUDA context (docs/memory.md)"))
     if found.seconds:
         for name, seconds in found.seconds.items():
             lines.append((f"time, {name}", f"{at_most}{_time(seconds)}{per}"))
@@ -325,6 +340,33 @@ def _memory(config: RunConfig, shape: ModelShape | None, longest: int | None) ->
             how = f"{shape.layers} layers x {layer} bytes ({ACTIVATION_BYTES} x hidden in 16 bits)"
         parts.append((f"activations: {config.training.batch_size} x {width:,} tokens x {how}", amount))
     return parts
+
+
+def _gradient_batch(config: RunConfig, longest: int | None) -> int:
+    """Tokens of the largest batch of the gradient pass on a card: an example longer than the budget has its own."""
+    from influence_fast.gradients import DEFAULT_MAX_TOKENS
+
+    return max(config.gradients.max_tokens or DEFAULT_MAX_TOKENS["cuda"], longest or 0)
+
+
+def _gradient_memory(config: RunConfig, shape: ModelShape | None, tokens: int) -> dict[bool, GradientMemory]:
+    """The sum for such a batch, of one example, with all activations kept and with layers computed again; none for
+    models, modules or rows that it does not describe."""
+    gradients = config.gradients
+    described = gradients.kind in ("one_sided", "kron") and gradients.layers == 1.0
+    if shape is None or not described or config.lora.target_modules != "all-linear":
+        return {}
+    sizes: dict[str, Any] = {
+        "parameters": shape.parameters,
+        "rank": config.lora.r,
+        "dim": gradients.dim,
+        "row": shape.row,
+        "weight_bytes": WEIGHT_BYTES.get(config.model.dtype, 4),
+    }
+    try:
+        return {again: gradient_memory(shape.config, tokens, checkpointing=again, **sizes) for again in (False, True)}
+    except ConfigError:  # another kind of model
+        return {}
 
 
 def _seconds(training: int | None, gradients: int | None, speed: float | None) -> dict[str, float]:

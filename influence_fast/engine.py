@@ -22,13 +22,17 @@ from torch import nn
 from torch.nn.functional import linear as dense
 
 from influence_fast import attention, backends
-from influence_fast.errors import ModelError
+from influence_fast.errors import ConfigError, ModelError
 from influence_fast.lora import LayoutEntry, LoraLinear, find_lora_linears, in_top_layers, layout_of
 from influence_fast.loss import CompletionLoss
+from influence_fast.memory import layer_bytes
 from influence_fast.packing import IGNORED, Pack
 from influence_fast.projection import Projection
 from influence_fast.reduction import FullReducer, ProjectedReducer, Reducer
+from influence_fast.transfer import to_device
 
+# Share of a card's free memory that kept activations may fill: gradients inside a layer, and fragments, need the rest.
+_ROOM = 0.8
 # Heads that do more than a matrix product; their logits are taken from the model itself.
 _HEAD_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -154,7 +158,7 @@ class GradientEngine:
     everything is put back on exit. The factors must not change while the engine is open.
 
     `reducer`, a function of the model's LoRA linears and their row layout, makes something else of each module's
-    tokens than gradient rows (see `streaming`).
+    tokens than gradient rows (see `streaming`). With `bf16_rows` the kernels may write rows in bf16.
     """
 
     def __init__(
@@ -164,6 +168,7 @@ class GradientEngine:
         loss_reduction: str = "mean",
         backend: str | None = None,
         reducer: Callable[[list[LoraLinear], list[LayoutEntry]], Reducer] | None = None,
+        bf16_rows: bool = False,
     ) -> None:
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}")
@@ -181,12 +186,15 @@ class GradientEngine:
             reducer_class = ProjectedReducer if kind in ("one_sided", "kron") else FullReducer
             self.reducer = reducer_class(self.linears, layout, projection)
         self.reducer.triton = self.backend == "triton"
+        self.reducer.bf16_rows = bf16_rows
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder = self.base.get_decoder()
         self.head = self.base.get_output_embeddings()
         self.packs_are_separate = True
         self._stack = contextlib.ExitStack()
         self._groups: list[InputGroup] = []
+        self._layers: list[Any] = []  # those that can be computed again in the backward, and are not already
+        self.room = _free_bytes(self.device)
         self._whole_model_logits = type(self.head) is not nn.Linear or any(
             getattr(self.base.config, name, None) not in (None, 1, 1.0) for name in _HEAD_TRANSFORMS
         )
@@ -199,6 +207,7 @@ class GradientEngine:
     def __enter__(self) -> GradientEngine:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_frozen(self.model))
+            self._layers = stack.enter_context(_recomputable(self.base)) if self.room is not None else []
             stack.enter_context(_packed_attention(self.base, self.decoder))
             inputs = self._probe()
             self._groups = self._group(inputs)
@@ -214,12 +223,28 @@ class GradientEngine:
         self._groups = []
 
     def run(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients and losses of a pack: rows [E, k], losses [E] (reduced as the gradients are)."""
+        """Gradients and losses of a pack: rows [E, k], losses [E] (reduced as the gradients are).
+
+        On a card it returns as soon as all is queued; nothing in it waits for the card. A pack whose activations would
+        not fit in the card's free memory has its layers computed again in the backward (docs/memory.md).
+        """
         self.reducer.begin(pack.cu_seqlens)
-        with torch.enable_grad():
+        with torch.enable_grad(), _recomputing(self._layers if self.overflows(len(pack.input_ids)) else []):
             loss, losses = self._loss(pack)
             loss.backward()
         return self.reducer.finish(), losses
+
+    def overflows(self, tokens: int) -> bool:
+        """Whether what the layers keep of so many tokens is more than `room`; unknown models are taken to fit."""
+        if self.room is None or not self._layers:
+            return False
+        columns = max(max(group.columns) for group in self._groups)
+        inputs, weight = self.reducer.needs_input, self.linears[0].weight
+        try:
+            layer = layer_bytes(self.base.config, weight_bytes=weight.element_size(), columns=columns, inputs=inputs)
+        except ConfigError:
+            return False
+        return tokens * layer * len(self._layers) > _ROOM * self.room
 
     @torch.no_grad()
     def losses(self, pack: Pack) -> torch.Tensor:
@@ -230,15 +255,16 @@ class GradientEngine:
         """The pack's summed loss, to differentiate, and the loss of each example [E]."""
         wide = torch.float64 if self.linears[0].weight.dtype == torch.float64 else torch.float32
         positions = (pack.targets != IGNORED).nonzero().squeeze(1)
-        targets = pack.targets[positions].to(self.device)
-        weights = pack.token_weights(self.loss_reduction)[positions].to(self.device, wide)
+        targets = to_device(pack.targets[positions], self.device)
+        weights = to_device(pack.token_weights(self.loss_reduction)[positions], self.device, wide)
         try:
-            hidden, weight, bias = self._hidden(pack, positions.to(self.device))
+            hidden, weight, bias = self._hidden(pack, to_device(positions, self.device))
         finally:
             for group in self._groups:
                 group.forget()
         loss, token_losses = CompletionLoss.apply(hidden, weight, bias, targets, weights)
-        owner = torch.searchsorted(torch.tensor(pack.cu_seqlens[1:]), positions, right=True).to(self.device)
+        owner = torch.searchsorted(torch.tensor(pack.cu_seqlens[1:]), positions, right=True)
+        owner = to_device(owner, self.device)
         losses = torch.zeros(len(pack.indices), dtype=wide, device=self.device)
         losses.index_add_(0, owner, token_losses * weights)
         return loss, losses
@@ -256,10 +282,10 @@ class GradientEngine:
         longest = max(pack.lengths)
         bounds: Any = pack.cu_seqlens
         if self.decoder.config._attn_implementation != attention.PACKED:
-            bounds = torch.tensor(bounds, dtype=torch.int32, device=self.device)
+            bounds = to_device(torch.tensor(bounds, dtype=torch.int32), self.device)
         return module(
-            input_ids=pack.input_ids[None].to(self.device),
-            position_ids=pack.position_ids[None].to(self.device),
+            input_ids=to_device(pack.input_ids[None], self.device),
+            position_ids=to_device(pack.position_ids[None], self.device),
             use_cache=False,
             cu_seq_lens_q=bounds,
             cu_seq_lens_k=bounds,
@@ -334,6 +360,39 @@ def _frozen(model: Any) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, flag in training.items():
             module.training = flag
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """What a card has left, PyTorch's own cache counted as free; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+@contextlib.contextmanager
+def _recomputable(base: Any) -> Iterator[list[Any]]:
+    """The layers that `_recomputing` can switch; none where the model does so already, or cannot."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    already = getattr(base, "is_gradient_checkpointing", False)
+    if already or not getattr(base, "supports_gradient_checkpointing", False):
+        yield []
+        return
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.gradient_checkpointing_disable()  # what it has set up stays, switched off
+    yield [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextlib.contextmanager
+def _recomputing(layers: list[Any]) -> Iterator[None]:
+    try:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = True
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = False
 
 
 @contextlib.contextmanager

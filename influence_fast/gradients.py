@@ -13,6 +13,7 @@ from influence_fast.errors import DataError, NumericError, listing
 from influence_fast.lora import gradient_layout
 from influence_fast.packing import Pack, check_examples, example_name, pack_examples
 from influence_fast.projection import Projection
+from influence_fast.transfer import WriteBehind, decoded, encoded, to_device
 
 __all__ = ["Projection", "gradient_layout", "iter_gradient_rows", "per_example_gradients"]
 
@@ -53,7 +54,7 @@ def per_example_gradients(
         out = torch.empty(len(examples), engine.width, dtype=dtype, device=device)
         for pack in packs_for(engine, examples, max_tokens):
             rows, _ = engine.run(pack)
-            out[pack.indices] = rows
+            out[to_device(torch.tensor(pack.indices), device)] = rows
     bad = out.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist()
     if bad:
         names = listing(example_name(examples[i], i) for i in bad)
@@ -73,19 +74,27 @@ def iter_gradient_rows(
     max_tokens: int | None = None,
     backend: str | None = None,
     skip: Collection[int] = (),
+    row_dtype: str = "fp32",
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """As `per_example_gradients`, one packed batch at a time: (indices into `examples`, CPU rows [n, k]).
 
     Rows come in packing order and may hold NaN or infinite numbers; the caller decides what to do with those.
     `skip`: places whose rows are not needed. Batches of none but these are left out, and the others are what they
     would have been.
+    `row_dtype`: the dtype of the store that the rows are for. From a card they come in it, and are fp32 again here:
+    rounded, but the same bits in that store. A batch then comes once the next one has been launched.
     """
-    with GradientEngine(model, projection, loss_reduction, backend) as engine:
+    with GradientEngine(model, projection, loss_reduction, backend, bf16_rows=row_dtype == "bf16") as engine:
+        behind = WriteBehind(engine.device)
         for pack in packs_for(engine, examples, max_tokens):
             if skip and set(pack.indices) <= set(skip):
                 continue
             rows, _ = engine.run(pack)
-            yield pack.indices, rows.cpu()
+            sent = encoded(rows, row_dtype, engine.backend == "triton") if behind.crosses else [rows]
+            for places, found in behind.push(pack.indices, sent):
+                yield places, decoded(found)
+        for places, found in behind.flush():
+            yield places, decoded(found)
 
 
 def per_example_losses(

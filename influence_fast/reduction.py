@@ -6,12 +6,14 @@ The segment sums use fp32 (fp64 for an fp64 model) whatever the products' dtype 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
 from influence_fast.lora import LayoutEntry, LoraLinear, layout_width
 from influence_fast.projection import Projection, random_matrix, sign_matrix, sjlt_map
+from influence_fast.transfer import to_device
 
 # Rows of a dense Rademacher matrix made at once: 2^24 signs, 64 MiB in fp32.
 _RADEMACHER_CHUNK = 1 << 24
@@ -32,6 +34,7 @@ class Reducer:
 
     needs_input = False  # whether x itself must be kept for the backward
     triton = False  # whether the Triton kernels do the sums
+    bf16_rows = False  # whether rows that are final once summed may be bf16
 
     def __init__(self, linears: list[LoraLinear], layout: list[LayoutEntry], projection: Projection | None) -> None:
         self.linears = linears
@@ -82,6 +85,7 @@ class ProjectedReducer(Reducer):
                 for linear in linears
             ]
         self._sketch = None if projection.width is None else RowSketch(linears, layout, projection, self.device)
+        self._tables: dict[tuple[int, ...], tuple[torch.Tensor, list[torch.Tensor]]] = {}
 
     def begin(self, cu_seqlens: list[int]) -> None:
         super().begin(cu_seqlens)
@@ -99,14 +103,18 @@ class ProjectedReducer(Reducer):
 
     def finish(self) -> torch.Tensor:
         examples = len(self.cu_seqlens) - 1
-        rows = torch.zeros(examples, layout_width(self.layout), dtype=self.dtype, device=self.device)
-        ranks = {self.linears[number].r for number, _, _ in self._pending}
+        pending = [number for number, _, _ in self._pending]
+        once = len(set(pending)) == len(pending)  # else a module is called twice, and its parts are added
+        launched = self.triton and not self._rank_side and once
+        final = torch.bfloat16 if launched and self.bf16_rows and self._sketch is None else self.dtype
+        rows = torch.zeros(examples, layout_width(self.layout), dtype=final, device=self.device)
+        ranks = {self.linears[number].r for number in pending}
         for r in sorted(ranks):
             chosen = [entry for entry in self._pending if self.linears[entry[0]].r == r]
             left = torch.stack([out_of for _, _, out_of in chosen])  # [M, T, r + p]
             right = torch.stack([kept for _, kept, _ in chosen])  # [M, T, r + p]
             numbers = [number for number, _, _ in chosen]
-            if self.triton and not self._rank_side and len(set(numbers)) == len(numbers):
+            if launched:
                 self._launch(rows, numbers, r, left, right)
             else:
                 self._sum(rows, numbers, r, left.to(self.dtype), right.to(self.dtype))
@@ -121,10 +129,16 @@ class ProjectedReducer(Reducer):
         lengths = [end - start for start, end in pairwise(self.cu_seqlens)]
         segments = Segments.from_lengths(lengths, device=self.device)
         u_y, h_z = left.transpose(0, 1), right.transpose(0, 1)  # [T, M, r + p]
-        scales = torch.tensor([self.linears[n].scaling for n in numbers], dtype=torch.float32).to(self.device)
+        if tuple(numbers) not in self._tables:  # the same in every pack
+            scales = torch.tensor([self.linears[n].scaling for n in numbers], dtype=torch.float32)
+            places = [torch.tensor([self.layout[2 * n + side].offset for n in numbers]) for side in (0, 1)]
+            self._tables[tuple(numbers)] = (
+                to_device(scales, self.device),
+                [to_device(place, self.device) for place in places],
+            )
+        scales, offsets = self._tables[tuple(numbers)]
         for side, (a, b) in enumerate(((u_y[..., :r], h_z[..., r:]), (u_y[..., r:], h_z[..., :r]))):
-            offsets = torch.tensor([self.layout[2 * n + side].offset for n in numbers]).to(self.device)
-            segment_outer(a, b, segments, rows, offsets, scale=scales)
+            segment_outer(a, b, segments, rows, offsets[side], scale=scales)
 
     def _sum(self, rows: torch.Tensor, numbers: list[int], r: int, left: torch.Tensor, right: torch.Tensor) -> None:
         """The same by one batched product an example over all modules of one rank."""
@@ -193,6 +207,28 @@ class FullReducer(Reducer):
         return rows
 
 
+@dataclass(frozen=True, slots=True)
+class BucketSums:
+    """Signed sums of numbers by bucket, each in the order of the numbers: no atomics, the same bits in every run."""
+
+    order: torch.Tensor  # [n] int64: the numbers, sorted by bucket
+    sign: torch.Tensor  # [n], in that order
+    offsets: torch.Tensor  # [width + 1] int64: where each bucket begins there
+
+    @classmethod
+    def of(cls, bucket: torch.Tensor, sign: torch.Tensor, width: int) -> BucketSums:
+        """For number i of n in bucket[i] < width, times sign[i]."""
+        order = torch.argsort(bucket, stable=True)
+        edges = torch.arange(width + 1, dtype=bucket.dtype, device=bucket.device)
+        return cls(order, sign[order], torch.searchsorted(bucket[order], edges))
+
+    def __call__(self, values: torch.Tensor) -> torch.Tensor:
+        """[E, n] -> [E, width]."""
+        signed = (values[:, self.order] * self.sign.to(values.dtype)).T.contiguous()
+        # unsafe: the offsets are not checked, which would wait for the card
+        return torch.segment_reduce(signed, "sum", offsets=self.offsets, axis=0, initial=0, unsafe=True).T
+
+
 class RowSketch:
     """Sketches a laid-out row to `width` numbers: SJLT with one nonzero an input, or dense Rademacher.
 
@@ -215,6 +251,7 @@ class RowSketch:
         self.names = [f"{keys[entry.module]}/row/{entry.factor}" for entry in layout]
         self.sizes = [entry.shape[0] * entry.shape[1] for entry in layout]
         self._maps: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._sums: dict[int | None, BucketSums] = {}
 
     def _map(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         if block not in self._maps:
@@ -222,16 +259,36 @@ class RowSketch:
             self._maps[block] = (bucket.to(self.device), sign.to(self.device))
         return self._maps[block]
 
+    def _whole_map(self) -> tuple[torch.Tensor, torch.Tensor]:
+        maps = [self._map(block) for block in range(len(self.names))]
+        return torch.cat([bucket for bucket, _ in maps]), torch.cat([sign for _, sign in maps])
+
+    @property
+    def _is_card(self) -> bool:
+        """On a card `index_add_` adds by atomics, in another order in every run."""
+        return self.device.type == "cuda"
+
+    def _in_order(self, block: int | None) -> BucketSums:
+        """The sums of one block, or of whole rows, in an order that never changes."""
+        if block not in self._sums:
+            bucket, sign = self._whole_map() if block is None else self._map(block)
+            self._sums[block] = BucketSums.of(bucket, sign, self.width)
+        return self._sums[block]
+
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """SJLT of whole rows: [E, sum of sizes] -> [E, width]."""
-        maps = [self._map(block) for block in range(len(self.names))]
-        bucket = torch.cat([bucket for bucket, _ in maps])
-        sign = torch.cat([sign for _, sign in maps]).to(rows.dtype)
+        if self._is_card:
+            return self._in_order(None)(rows)
+        bucket, sign = self._whole_map()
+        sign = sign.to(rows.dtype)
         out = torch.zeros(rows.shape[0], self.width, dtype=rows.dtype, device=rows.device)
         return out.index_add_(1, bucket, rows * sign)
 
     def add_sparse(self, row: torch.Tensor, block: int, values: torch.Tensor) -> None:
         """row [width] += SJLT of one factor's block [n]."""
+        if self._is_card:
+            row += self._in_order(block)(values[None])[0]
+            return
         bucket, sign = self._map(block)
         row.index_add_(0, bucket, values * sign.to(values.dtype))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from influence_fast import backends
+from influence_fast import backends, doctor
 from influence_fast.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -31,6 +31,14 @@ def test_the_call_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert backends.choose("torch", CPU, torch.float32)[0] == "torch"
     with pytest.raises(ConfigError, match="did you mean 'triton'"):
         backends.choose("trition", CPU, torch.float32)
+
+
+def test_native_is_no_backend_of_the_gradients_and_doctor_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"backend: native computes no gradients: .*; choose auto, triton, torch"):
+        backends.choose("native", CPU, torch.float32)
+    lines = {name: (active, note) for name, active, note in doctor.paths()}
+    assert lines["gradients: native"] == (False, backends.NOT_NATIVE)
+    assert any(active for name, (active, _) in lines.items() if name.startswith("gradients: "))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the kernels can run")

@@ -180,3 +180,19 @@ def test_bad_input_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=str(tmp_path)):
         model_shape(ModelConfig(str(tmp_path)), config_of(folder))
     assert row_bytes(10, "bf16") == 20
+
+
+def test_memory_of_the_gradients_is_that_of_their_largest_batch(folder: Path) -> None:
+    config = config_of(folder)
+    found = plan(config)
+    assert found.gradient_batch == 16_384
+    kept, again = found.gradient_memory[False], found.gradient_memory[True]
+    assert kept.peak > again.peak > sum(again.throughout.values()) > 4 * found.model.parameters
+    text = describe(config, found)
+    assert "a batch of 16,384 tokens, layers computed again; fullest at" in text
+    short = plan(config_of(folder, gradients=GradientConfig(dim=3, max_tokens=1)))
+    assert short.gradient_batch == found.longest
+    assert short.gradient_memory[True].batch < again.batch / 10
+    exact = config_of(folder, gradients=GradientConfig(kind="sjlt", width=50))
+    assert plan(exact).gradient_memory == {}
+    assert "memory, gradients" not in describe(exact, plan(exact))

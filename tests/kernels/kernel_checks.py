@@ -7,16 +7,23 @@ from dataclasses import dataclass
 
 import torch
 from kernel_cases import normal
+from peft import LoraConfig, get_peft_model
+from tolerances import TOLERANCES, relative_norm
 from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from influence_fast.engine import GradientEngine
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.kernels.counter import SignColumns, fill_signs, fill_sjlt
 from influence_fast.kernels.project_flat import FlatSketch, project_flat
+from influence_fast.kernels.quantize_rows import quantize_rows, reference
 from influence_fast.kernels.segment_bilinear import segment_bilinear
 from influence_fast.kernels.segment_outer import segment_outer
 from influence_fast.kernels.segments import Segments
 from influence_fast.kernels.skinny_project import skinny_project
-from influence_fast.projection import sign_matrix, sjlt_map
+from influence_fast.packing import pack_examples
+from influence_fast.products import quantize_rows as quantize_for_the_store
+from influence_fast.projection import Projection, sign_matrix, sjlt_map
 
 Check = Callable[[torch.device], None]
 BF16 = torch.bfloat16
@@ -121,6 +128,72 @@ def cu_seqlens_serve_as_segments(device: torch.device) -> None:
     assert torch.equal(rows, segment_outer(x, x, segments, torch.empty(2, 256, device=device), offsets))
 
 
+def _rows_to_quantize(examples: int, width: int, device: torch.device) -> Tensor:
+    """Rows of many sizes, some of zeros, in a wider buffer; halves of a step, and a scale that has no fp32 number."""
+    wide = normal(examples, width + 3, dtype=torch.float32, device=torch.device("cpu"), seed=width)
+    wide *= 10.0 ** torch.linspace(-37, 37, examples)[:, None]
+    wide[examples // 2] = 0
+    if width > 5 and examples > 4:
+        wide[1, 2:7] = torch.tensor([127.0, 0.5, 1.5, -2.5, -0.0])
+        wide[1, 7:] = 0
+        wide[-1] = 1e-40
+        wide[-2, :] = torch.finfo(torch.float32).max
+    return wide.to(device)[:, 2 : 2 + width]
+
+
+def quantized_rows_are_those_of_the_store(device: torch.device) -> None:
+    for examples, width in ((1, 1), (2, 17), (7, 130), (5, 4096), (9, 4099), (6, 8500)):
+        rows = _rows_to_quantize(examples, width, device)
+        made, scales = quantize_rows(rows)
+        expected = quantize_for_the_store(rows.cpu().contiguous())
+        assert torch.equal(made.cpu(), expected[0])
+        assert torch.equal(scales.cpu(), expected[1])
+        by_hand = reference(rows)
+        assert torch.equal(by_hand[0], made)
+        assert torch.equal(by_hand[1], scales)
+    assert quantize_rows(torch.empty(0, 5, device=device))[0].shape == (0, 5)
+
+
+def quantized_rows_that_are_not_finite_have_no_scale(device: torch.device) -> None:
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        rows = normal(3, 4100, dtype=torch.float32, device=device)
+        good = quantize_rows(rows)
+        rows[1, 4099] = bad
+        made, scales = quantize_rows(rows)
+        assert scales.isnan().tolist() == [False, True, False]
+        assert not made[1].any()
+        assert torch.equal(made[[0, 2]], good[0][[0, 2]])
+        assert torch.equal(scales[[0, 2]], good[1][[0, 2]])
+        by_hand = reference(rows)
+        assert torch.equal(by_hand[0], made)
+        assert torch.equal(by_hand[1].isnan(), scales.isnan())
+
+
+def rows_for_a_bf16_store_are_written_by_the_kernel(device: torch.device) -> None:
+    """The whole path, where the sums are final: bf16 rows from `segment_outer`; with a sketch behind it, fp32."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, rank_pattern={"q_proj": 2})
+    model = get_peft_model(Qwen2ForCausalLM(config), lora, autocast_adapter_dtype=False).to(device)
+    ids = torch.arange(50) % 61
+    (pack,) = pack_examples([{"input_ids": ids[:n], "labels": ids[:n]} for n in (50, 7, 21)], 78)
+    for width, dtype in ((None, BF16), (32, torch.float32)):
+        found = []
+        for bf16_rows in (True, False):
+            projection = Projection(dim=8, width=width)
+            with GradientEngine(model, projection, backend="triton", bf16_rows=bf16_rows) as engine:
+                found.append(engine.run(pack)[0])
+        assert [rows.dtype for rows in found] == [dtype, torch.float32]
+        assert relative_norm(found[0], found[1]) < TOLERANCES[dtype]
+
+
 CHECKS: list[Check] = [
     sign_bits_are_those_of_the_projection,
     sjlt_map_is_that_of_the_projection,
@@ -131,6 +204,9 @@ CHECKS: list[Check] = [
     flat_rows_do_not_depend_on_the_pack,
     sjlt_repeats_bit_for_bit,
     cu_seqlens_serve_as_segments,
+    quantized_rows_are_those_of_the_store,
+    quantized_rows_that_are_not_finite_have_no_scale,
+    rows_for_a_bf16_store_are_written_by_the_kernel,
 ]
 
 
@@ -217,6 +293,18 @@ REFUSALS = [
         ConfigError,
         "rows must be float32 or bfloat16",
         lambda device: _outer(device, rows_dtype=torch.float64),
+    ),
+    Refusal(
+        "rows to quantize that are not float32",
+        ConfigError,
+        "quantize_rows: rows must be float32, got torch.bfloat16",
+        lambda device: quantize_rows(torch.zeros(2, 3, dtype=BF16, device=device)),
+    ),
+    Refusal(
+        "rows to quantize of no numbers",
+        ConfigError,
+        "quantize_rows: rows have no numbers",
+        lambda device: quantize_rows(torch.zeros(2, 0, device=device)),
     ),
     Refusal(
         "offsets of int32",

@@ -10,8 +10,9 @@ import torch
 from tolerances import TOLERANCES, relative_norm
 from torch.utils.flop_counter import FlopCounterMode
 
+from influence_fast import products
 from influence_fast.errors import ConfigError
-from influence_fast.kernels import project_flat, segment_bilinear, segment_outer, skinny_project
+from influence_fast.kernels import project_flat, quantize_rows, segment_bilinear, segment_outer, skinny_project
 from influence_fast.kernels.runtime import INTERPRETED
 from influence_fast.kernels.segments import Segments
 
@@ -140,6 +141,15 @@ def test_flat_reference_keeps_inner_products_in_the_mean(kind: str) -> None:
     assert abs(sum(products) / n - true) < 5 * (variance / n) ** 0.5
 
 
+def test_quantized_reference_has_the_bits_of_the_store() -> None:
+    rows = _normal(40, 77).float() * torch.logspace(-44, 38, 40)[:, None]
+    rows[7] = 0
+    made, scales = quantize_rows.reference(rows)
+    expected = products.quantize_rows(rows)
+    assert torch.equal(made, expected[0])
+    assert torch.equal(scales, expected[1])
+
+
 def test_scatter_rounds_never_meet() -> None:
     """Within one tile and one round every bucket is named at most once, and the rounds are as few as can be."""
     d, r, width = 200, 20, 50
@@ -173,5 +183,6 @@ def test_costs_count_each_operand_once() -> None:
     assert skinny_project.cost(10, 7, 4, generated=3).bytes == 10 * 7 * 2 + 7 * 2 + 10 * 4 * 2
     assert segment_outer.cost(10, 3, 2, 5, 4, row_itemsize=4).bytes == 10 * 2 * 9 * 2 + 3 * 2 * 20 * 4
     assert segment_bilinear.cost(10, 7, 4, 3, 2) == (2 * (10 + 6) * 28, 10 * 11 * 2 + 3 * 28 * 4)
+    assert quantize_rows.cost(10, 7) == (70, 10 * 7 * 5 + 10 * 4)
     assert project_flat.cost("sjlt", 10, 3, 7, 4, 64).flops == 2 * 10 * 28 + 2 * 3 * 28
     assert project_flat.cost("rademacher", 10, 3, 7, 4, 64).flops == 2 * 10 * 28 + 2 * 3 * 28 * 64

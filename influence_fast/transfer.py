@@ -1,0 +1,125 @@
+"""Between the host and a card, so that nothing waits inside a batch.
+
+    to_device     small tables and token ids go through pinned memory, behind the work that is already queued
+    WriteBehind   rows come back on a stream of their own while the next pack is computed
+    encoded       what crosses the bus: rows as the store keeps them, so that a quarter of the bytes do for int8
+
+On the CPU all three pass things through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """`tensor.to(device, dtype)`, from the host to a card without waiting for the card."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device, dtype)
+    return tensor.to(dtype=dtype).pin_memory().to(device, non_blocking=True)
+
+
+class Copier(Protocol):
+    """Starts copies to the host."""
+
+    def start(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
+        """The copies, which hold their numbers only after the function returned with them has been called."""
+        ...
+
+
+class CudaCopier:
+    """Copies to pinned memory on a side stream, behind what the current stream has queued by then."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+
+    def start(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            copies = [_to_pinned(tensor, self.stream) for tensor in tensors]
+            # blocking: the host sleeps while it waits, and leaves its core to the writer of the store
+            done = torch.cuda.Event(blocking=True)
+            done.record(self.stream)
+        return copies, done.synchronize
+
+
+def _to_pinned(tensor: Tensor, stream: Any) -> Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    tensor.record_stream(stream)  # or its memory would be given to the next pack before it has been read
+    return copy
+
+
+class WriteBehind:
+    """Hands over what was pushed one push later, by when the card has the next pack to work on.
+
+    On the CPU, or wherever no `Copier` is needed, a push is handed over at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._copier = copier_for(device)
+        self._waiting: tuple[list[int], list[Tensor], Callable[[], Any]] | None = None
+
+    @property
+    def crosses(self) -> bool:
+        """Whether tensors are on a card and must be copied."""
+        return self._copier is not None
+
+    def push(self, key: list[int], tensors: Sequence[Tensor]) -> list[tuple[list[int], list[Tensor]]]:
+        """Starts to copy `tensors`; returns what is ready: (key, host tensors) of the push before this one."""
+        if self._copier is None:
+            return [(key, [tensor.cpu() for tensor in tensors])]
+        ready, self._waiting = self._waiting, (key, *self._copier.start(tensors))
+        return _arrived(ready)
+
+    def flush(self) -> list[tuple[list[int], list[Tensor]]]:
+        """What is still on its way."""
+        ready, self._waiting = self._waiting, None
+        return _arrived(ready)
+
+
+def _arrived(
+    sent: tuple[list[int], list[Tensor], Callable[[], Any]] | None,
+) -> list[tuple[list[int], list[Tensor]]]:
+    if sent is None:
+        return []
+    key, copies, wait = sent
+    wait()
+    return [(key, copies)]
+
+
+def copier_for(device: torch.device) -> Copier | None:
+    """What copies from this device, None where the host reads its memory."""
+    return CudaCopier(device) if device.type == "cuda" else None
+
+
+def encoded(rows: Tensor, dtype: str, triton: bool) -> list[Tensor]:
+    """Rows [E, k] as a store of `dtype` keeps them: [rows], or for int8 [int8 [E, k], fp32 scales [E]].
+
+    triton: whether our kernel can run where the rows are. A row that is not finite has the scale NaN.
+    """
+    if dtype == "bf16":
+        return [rows.to(torch.bfloat16)]
+    if dtype == "int8":
+        from influence_fast.kernels import quantize_rows
+
+        rows = rows.to(torch.float32)
+        return list(quantize_rows.quantize_rows(rows) if triton else quantize_rows.reference(rows))
+    return [rows]
+
+
+def decoded(tensors: Sequence[Tensor]) -> Tensor:
+    """`encoded`, backwards: fp32 rows [E, k] that a store of that dtype encodes to the same bits once more."""
+    if len(tensors) == 1:
+        return tensors[0].float() if tensors[0].dtype == torch.bfloat16 else tensors[0]
+    quantized, scales = tensors
+    # The largest number of a row, m, gives the scale s = fl(m / 127), and fl(fl(127 s) / 127) is s again for every s
+    # that comes of some m; only 127 s may be beyond fp32 where m was not.
+    return (quantized.float() * scales[:, None]).clamp(-_LARGEST, _LARGEST)

@@ -1,0 +1,125 @@
+"""The whole gradient path on a card: against float64 on the CPU, repeated, and with nothing that waits in a batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import influence_fast as inf
+from influence_fast import transfer
+from influence_fast.engine import GradientEngine
+from influence_fast.gradients import iter_gradient_rows, packs_for
+from influence_fast.kernels.runtime import INTERPRETED, unavailable
+
+
+def _why_not() -> str:
+    if INTERPRETED:
+        return "TRITON_INTERPRET=1 is set, so nothing would be launched"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return unavailable("cuda")
+
+
+pytestmark = [
+    pytest.mark.requires_gpu,
+    pytest.mark.skipif(bool(_why_not()), reason=f"the path needs a GPU: {_why_not()}"),
+]
+
+CUDA = torch.device("cuda")
+PROJECTIONS = [
+    None,
+    inf.Projection(dim=8),
+    inf.Projection(dim=8, width=64),
+    inf.Projection("kron", dim=8),
+    inf.Projection("sjlt", width=64),
+    inf.Projection("rademacher", width=64),
+]
+
+
+def make_examples(count: int = 40, seed: int = 0) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for i, n in enumerate(torch.randint(2, 90, (count,), generator=generator).tolist()):
+        ids = torch.randint(0, 90, (n,), generator=generator)
+        examples.append({"id": f"ex-{i}", "input_ids": ids, "labels": torch.where(torch.arange(n) < n // 3, -100, ids)})
+    return examples
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS, ids=str)
+def test_rows_agree_with_float64_on_the_cpu(
+    tiny_lora: Callable[..., Any], backend: str, projection: inf.Projection | None
+) -> None:
+    model, examples = tiny_lora(hidden_size=64, num_attention_heads=4), make_examples()
+    truth = inf.per_example_gradients(copy.deepcopy(model).double(), examples, projection=projection)
+    size = truth.norm(dim=1)
+    for dtype, bound in ((torch.float32, 3e-5), (torch.bfloat16, 0.15)):
+        cast = copy.deepcopy(model).to(CUDA, dtype)
+        rows = inf.per_example_gradients(cast, examples, projection=projection, max_tokens=300, backend=backend)
+        assert rows.device.type == "cuda"
+        assert float(((rows.double().cpu() - truth).norm(dim=1) / size).max()) < bound
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS, ids=str)
+def test_rows_repeat_bit_for_bit_and_cross_the_bus_unchanged(
+    tiny_lora: Callable[..., Any], backend: str, projection: inf.Projection | None
+) -> None:
+    model, examples = tiny_lora().to(CUDA, torch.bfloat16), make_examples()
+    options: dict[str, Any] = {"projection": projection, "max_tokens": 300, "backend": backend}
+    whole = inf.per_example_gradients(model, examples, **options)
+    assert torch.equal(whole, inf.per_example_gradients(model, examples, **options))
+    for places, rows in iter_gradient_rows(model, examples, **options):
+        assert rows.device.type == "cpu"
+        assert torch.equal(rows, whole[places].cpu())
+
+
+@pytest.mark.parametrize("projection", [inf.Projection(dim=8), inf.Projection(dim=8, width=64)], ids=str)
+def test_no_batch_after_the_first_waits_for_the_card(
+    tiny_lora: Callable[..., Any], backend: str, projection: inf.Projection
+) -> None:
+    model = tiny_lora().to(CUDA, torch.bfloat16)
+    with GradientEngine(model, projection, backend=backend) as engine:
+        packs = packs_for(engine, make_examples(), 300)
+        for pack in packs:  # compiles, brings the tables over, and fills the cache of pinned memory
+            transfer.encoded(engine.run(pack)[0], "int8", backend == "triton")
+        torch.cuda.synchronize()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            for pack in packs:
+                rows, _ = engine.run(pack)
+                transfer.encoded(rows, "int8", backend == "triton")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("projection", [inf.Projection(dim=8), inf.Projection(dim=8, width=64)], ids=str)
+def test_a_store_has_the_bits_of_one_whose_rows_crossed_as_fp32(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_lora: Callable[..., Any],
+    projection: inf.Projection,
+    dtype: str,
+) -> None:
+    model, examples = tiny_lora().to(CUDA, torch.bfloat16), make_examples()
+    given = {"projection": projection, "dtype": dtype, "max_tokens": 300}
+    built = inf.build_store(tmp_path / "short", model, None, examples, **given).path
+    as_fp32 = inf.build_store(
+        tmp_path / "fp32",
+        model,
+        None,
+        examples,
+        **given,
+        gradients=lambda *args, **options: iter_gradient_rows(*args, **options),  # asked for no dtype
+    ).path
+    for path in Path(built).iterdir():
+        assert (Path(as_fp32) / path.name).read_bytes() == path.read_bytes()

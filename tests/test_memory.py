@@ -1,0 +1,216 @@
+"""The memory sum against the bytes of the tensors that are alive in the real engine, operation by operation."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import influence_fast as inf
+from influence_fast import attention
+from influence_fast.engine import GradientEngine
+from influence_fast.errors import ConfigError
+from influence_fast.memory import gradient_memory, layer_bytes
+from influence_fast.packing import pack_examples
+
+# The sum leaves out ids, positions and losses: some tens of bytes a token of some thousands.
+TOLERANCE = 0.01
+BASE = {"hidden_size": 128, "intermediate_size": 640, "num_attention_heads": 4, "num_key_value_heads": 2}
+WIDE_HEAD = {"vocab_size": 2000, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+
+
+class LiveMemory(TorchDispatchMode):
+    """Within this context `peak` is the most that tensors made in it, and not yet freed, held at a time.
+
+    On any device, `meta` too, where nothing is computed. What an operation uses inside itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                if id(storage) not in given and id(storage) not in self._known:
+                    self._add(storage)
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _add(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+
+        def freed(_: Any) -> None:
+            self.live -= size
+            self._known.pop(key, None)
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.live += size
+
+
+def measured(model: Any, lengths: list[int], projection: inf.Projection) -> int:
+    """Peak bytes of one batch, weights and what the engine keeps of them not counted."""
+    vocabulary = model.get_base_model().config.vocab_size
+    ids = [torch.randint(0, vocabulary, (n,)) for n in lengths]
+    (pack,) = pack_examples([{"input_ids": i, "labels": i} for i in ids], sum(lengths))
+    with GradientEngine(model, projection, backend="torch") as engine:
+        engine.run(pack)
+        with LiveMemory() as memory:
+            engine.run(pack)
+    return memory.peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("qwen2", BASE | {"num_hidden_layers": 2}),
+        ("qwen2", BASE | {"num_hidden_layers": 6}),
+        ("llama", BASE | {"num_hidden_layers": 3, "num_key_value_heads": 4}),
+        ("qwen3", BASE | {"num_hidden_layers": 3, "head_dim": 64}),
+        ("llama", WIDE_HEAD | {"num_hidden_layers": 2}),  # the loss decides
+    ],
+    ids=str,
+)
+def test_the_sum_is_the_measured_peak(
+    tiny_lora: Callable[..., Any], kind: str, changes: dict[str, Any], checkpointing: bool
+) -> None:
+    lengths, dim, rank = [300, 211, 1, 100], 8, 4
+    model = tiny_lora(kind, torch.bfloat16, r=rank, **changes)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base = model.get_base_model()
+    memory = gradient_memory(
+        base.config,
+        sum(lengths),
+        parameters=1,
+        rank=rank,
+        dim=dim,
+        examples=len(lengths),
+        completion_tokens=sum(lengths) - len(lengths),
+        checkpointing=checkpointing,
+        triton=False,
+    )
+    found = measured(model, lengths, inf.Projection(dim=dim))
+    assert memory.batch == pytest.approx(found, rel=TOLERANCE), memory.fullest
+
+
+def test_short_layers_and_many_columns_fill_up_at_the_sums(tiny_lora: Callable[..., Any]) -> None:
+    model = tiny_lora("qwen2", torch.bfloat16, r=16, **(BASE | {"num_hidden_layers": 8, "intermediate_size": 64}))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    options: dict[str, Any] = {"rank": 16, "dim": 64, "checkpointing": True, "triton": False, "examples": 2}
+    memory = gradient_memory(model.get_base_model().config, 600, parameters=1, **options)
+    assert memory.fullest == "the sums of examples"
+    assert memory.batch == pytest.approx(measured(model, [400, 200], inf.Projection(dim=64)), rel=TOLERANCE)
+
+
+def test_the_factors_are_those_of_the_engine(tiny_lora: Callable[..., Any]) -> None:
+    model = tiny_lora("llama", torch.bfloat16, r=4, **BASE)
+    config = model.get_base_model().config
+    parameters = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+    memory = gradient_memory(config, 100, parameters=parameters, rank=4, dim=8)
+    weights, factors = memory.throughout.values()
+    assert weights == 2 * parameters
+    with GradientEngine(model, inf.Projection(dim=8), backend="torch") as engine:
+        kept = [g.forward_weight.nbytes + sum(b.nbytes for b in g.backward_weights) for g in engine._groups]
+        lora = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
+        assert factors == sum(kept) + lora
+
+
+def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+    return _FusedAttention.apply(query, key, value)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What flash attention keeps: q, k, v, its output, and one fp32 number a token and head."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(inputs[0])
+        ctx.save_for_backward(*inputs, out, out.new_empty(out.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+@pytest.mark.parametrize(("layers", "checkpointing", "tokens"), [(8, True, 32_768), (4, False, 16_384)])
+def test_the_shape_of_a_7b_model_with_no_numbers_in_it(
+    monkeypatch: pytest.MonkeyPatch, layers: int, checkpointing: bool, tokens: int
+) -> None:
+    """Qwen2.5-7B on the meta device: every tensor that the engine would make, at its size."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", fused_attention)
+    config = Qwen2Config(
+        vocab_size=152_064,
+        hidden_size=3584,
+        intermediate_size=18_944,
+        num_hidden_layers=layers,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        max_position_embeddings=tokens,
+    )
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(config)
+        lora = LoraConfig(r=16, target_modules="all-linear")
+        model = get_peft_model(model, lora, autocast_adapter_dtype=False).to(torch.bfloat16)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    memory = gradient_memory(config, tokens, parameters=7_615_616_512, checkpointing=checkpointing, triton=False)
+    assert memory.batch == pytest.approx(measured(model, [tokens], inf.Projection(dim=16)), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("projection", [inf.Projection(dim=8), None], ids=str)
+def test_a_pack_that_would_not_fit_is_computed_again_with_the_same_bits(
+    tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, projection: inf.Projection | None
+) -> None:
+    """On a pretended card of which so much is free that a pack of 300 tokens fits, and one of 301 does not."""
+    model = tiny_lora("qwen2", torch.bfloat16, **BASE)
+    columns = 4 + (8 if projection else 0)
+    layer = layer_bytes(model.get_base_model().config, columns=columns, inputs=projection is None)
+    room = int(300 * layer * len(model.get_base_model().model.layers) / 0.8) + 1
+    ids = torch.randint(0, 200, (301,))
+    calls = []
+    handle = model.get_base_model().model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def run(tokens: int, free: int | None) -> tuple[torch.Tensor, int]:
+        monkeypatch.setattr("influence_fast.engine._free_bytes", lambda device: free)
+        (pack,) = pack_examples([{"input_ids": ids[:tokens], "labels": ids[:tokens]}], tokens)
+        with GradientEngine(model, projection) as engine:
+            calls.clear()
+            return engine.run(pack)[0], len(calls)
+
+    for tokens, passes in ((300, 1), (301, 2)):
+        rows, found = run(tokens, room)
+        assert found == passes
+        assert torch.equal(rows, run(tokens, None)[0])
+    handle.remove()
+    assert not model.get_base_model().is_gradient_checkpointing
+    assert not any(module.training for module in model.modules())
+
+
+def test_what_a_layer_keeps_grows_with_its_columns_and_dtype(tiny_config: Callable[..., Any]) -> None:
+    config = tiny_config("llama")
+    plain = layer_bytes(config)
+    assert layer_bytes(config, columns=24) - plain == 7 * 24 * 2
+    assert layer_bytes(config, weight_bytes=4) > plain
+
+
+def test_a_model_of_another_kind_is_named() -> None:
+    from transformers import GPT2Config
+
+    with pytest.raises(ConfigError, match="no memory sum for a gpt2 model: its configuration has no intermediate_size"):
+        gradient_memory(GPT2Config(), 10, parameters=1)
