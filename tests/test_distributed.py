@@ -217,7 +217,7 @@ def test_kill_9_of_any_rank_with_changing_world_sizes_loses_nothing(
 ) -> None:
     """Each round starts 1 to 4 processes on what the rounds before have left, and kills some or all of them."""
     rng = random.Random(rounds)
-    killed = in_the_middle = trial = played = 0
+    killed = trial = played = 0
     while played < rounds:
         trial += 1
         folder = tmp_path / f"trial{trial}"
@@ -238,8 +238,7 @@ def test_kill_9_of_any_rank_with_changing_world_sizes_loses_nothing(
             assert all(codes[pid] == 0 for pid in pids if pid not in victims)
             dead = sum(codes[pid] == -signal.SIGKILL for pid in victims)
             killed += dead
-            in_the_middle += dead > 0
-            played += 1
+            played += dead > 0  # a round whose victims had already ended proves nothing
             if recorded(folder) == SHARDS and len(victims) < world:
                 break
         last = nursery.start_all(folder, rng.randint(1, 3))
@@ -247,7 +246,6 @@ def test_kill_9_of_any_rank_with_changing_world_sizes_loses_nothing(
         assert stored_bytes(folder) == expected
         assert verify_store(folder) == []
     assert killed >= rounds
-    assert in_the_middle >= rounds // 2
 
 
 # ---- stopping and hanging --------------------------------------------------------------------------------------------
