@@ -205,16 +205,20 @@ class ClaimedTurns:
         claims = self._claims_on(writer.path)
         for pause in _pauses():
             if Manifest.load(writer.path).complete:
-                claims.sweep()  # whoever closed the store may have been killed before its own claim was gone
-                return open_store(writer.path)
+                return self._swept(writer, claims)
             if claims.take(_FINALIZE):
                 with self._holding(_FINALIZE):
-                    store = writer.finalize()
-                    warn_of_set_aside(store, examples)
-                    claims.sweep()
-                    return store
+                    if not Manifest.load(writer.path).complete:  # nobody else closes it while this claim is held
+                        warn_of_set_aside(writer.finalize(), examples)
+                    return self._swept(writer, claims)
             self._wait(pause)
         raise AssertionError("unreachable")
+
+    def _swept(self, writer: StoreWriter, claims: Claims) -> Store:
+        """The finished store, without what was left by processes that were killed, closing it included."""
+        claims.sweep()
+        writer.sweep()
+        return open_store(writer.path)
 
     @contextlib.contextmanager
     def _holding(self, name: str) -> Iterator[None]:

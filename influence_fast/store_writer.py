@@ -193,10 +193,17 @@ class StoreWriter:
             data = done.to_json()
             self._publish(MANIFEST_NAME, [data], len(data))
             self.manifest = done
-        for left_over in (".rows-*.tmp", ".scales-*.tmp", ".ids-*.tmp", ".shard-*.tmp", ".partial-*", "..partial-*"):
-            for path in self.path.glob(left_over):  # left by processes that were killed
-                path.unlink(missing_ok=True)
+        self._remove(".rows-*.tmp", ".scales-*.tmp", ".ids-*.tmp", ".shard-*.tmp", ".partial-*", "..partial-*")
         return open_store(self.path)
+
+    def sweep(self) -> None:
+        """Removes what killed processes left in a finished store; no other process may be closing it meanwhile."""
+        self._remove(".*.tmp", ".partial-*", "..partial-*")
+
+    def _remove(self, *patterns: str) -> None:
+        for pattern in patterns:
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)
 
     def _create(self, manifest: Manifest, resume: bool) -> None:
         if (self.path / MANIFEST_NAME).exists():
