@@ -32,14 +32,13 @@ STRATEGIES = (
     "high_harm",
     "combined",
     "combined_mean_rank",
-    "less",
     "embedding",
     "perplexity_high",
     "perplexity_mid",
     "perplexity_low",
 )
 BASELINES = ("random", "perplexity_high", "perplexity_mid", "perplexity_low", "embedding", "full")
-OURS = ("combined", "high_harm", "low_benefit", "combined_mean_rank", "less")
+OURS = ("combined", "high_harm", "low_benefit", "combined_mean_rank")
 ROOT = Path(__file__).resolve().parents[1]
 
 
