@@ -89,7 +89,8 @@ def linear_datamodeling_scores(
         for members, actual in zip(order, signs, strict=True):
             if len(members):
                 drawn[members] = _mean_spearman(predicted, actual, counts[members])
-        result[name] = _estimate(float(_mean_spearman(predicted, whole, everything)[0]), drawn)
+        found = _estimate(float(_mean_spearman(predicted, whole, everything)[0]), drawn)
+        result[name] = Estimate(found.value, max(-1.0, found.low), min(1.0, found.high), drawn)  # it is a correlation
     return result
 
 
