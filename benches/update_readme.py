@@ -12,7 +12,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benches" / "results"
-PROOF_METHODS = {"ekfac-cosine", "cosine", "dot", "less", "fisher", "fisher-cosine", "ekfac", "datainf", "trak", "loss"}
+PROOF_METHODS = {
+    "ekfac-cosine",
+    "cosine",
+    "dot",
+    "less",
+    "fisher",
+    "fisher-cosine",
+    "ekfac",
+    "datainf",
+    "trak",
+    "loss",
+} | {"exact-ekfac-cosine"}
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -106,6 +117,35 @@ def proof(results: dict[str, dict[str, Any]]) -> list[str]:
     return [*lines, "", f"`python -m benches.proof`: {where}", ""]
 
 
+def peers(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "Other tools on the same work, model, adapter, tokens and precision; each warm, in its own environment:",
+        "",
+    ]
+    for world, found in result["worlds"].items():
+        lines += [
+            f"| {world} | pool x queries | examples/s | time over plain LoRA forward+backward | bytes an example "
+            "| rank agreement with exact scores |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in found["rows"]:
+            if "failed" in row:
+                continue
+            over, agrees, size = row["over_plain"], row["agreement"], row["bytes_per_example"]
+            kind = " (to the exact dot)" if row["convention"] == "preconditioned" else ""
+            cells = [
+                f"{row['peer']}: {row['what']}",
+                f"{row['examples']} x {row['queries']}",
+                f"{row['examples_per_second']:.1f}",
+                "" if over is None else f"{over['median']:.2f}",
+                "" if size is None else f"{size:,.0f}",
+                "" if agrees is None else f"{agrees['per_query']:.3f}{kind}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return [*lines, f"`python -m benches.peers.compare`, {result['rounds']} round(s): {measured(result)}", ""]
+
+
 def _external(result: dict[str, Any]) -> list[str]:
     ours = {row["method"] for row in result["cost"]["rows"]}
     return [row["method"] for row in result["lds"]["rows"] if row["method"] not in ours]
@@ -119,6 +159,7 @@ def main() -> None:
     for name, render in (("paper-mini-cpu", paper_mini), ("gradients-cpu", gradients)):
         lines += render(found[name]) if name in found else []
     lines += proof(proofs) if proofs else []
+    lines += peers(found["peers-cpu"]) if "peers-cpu" in found else []
     lines += inner_products(found["inner-products-cpu"]) if "inner-products-cpu" in found else []
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)
