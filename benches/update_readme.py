@@ -134,7 +134,7 @@ def peers(result: dict[str, Any]) -> list[str]:
             over, agrees, size = row["over_plain"], row["agreement"], row["bytes_per_example"]
             kind = " (to the exact dot)" if row["convention"] == "preconditioned" else ""
             cells = [
-                f"{row['peer']}: {row['what']}",
+                f"{row['peer']} `{row['method']}`: {row['what']}",
                 f"{row['examples']} x {row['queries']}",
                 f"{row['examples_per_second']:.1f}",
                 "" if over is None else f"{over['median']:.2f}",
