@@ -27,7 +27,7 @@ from influence_fast.packing import IGNORED
 from influence_fast.preconditioners import PRECONDITIONERS
 from influence_fast.projection import Projection
 from influence_fast.scoring import influence_matrix
-from influence_fast.training import load_finetuned
+from influence_fast.training import finetuned
 
 EXACT = "none"  # the projection kind that keeps whole gradients
 
@@ -146,8 +146,7 @@ def score_by(
     total = np.zeros((len(pool), len(queries)), np.float32)
     bytes_per_example = 0
     for path, weight in adapters:
-        model: Any = load_finetuned(base, path)
-        try:
+        with finetuned(base, path) as model:
             if method.loss:
                 with _timed(seconds, "losses"):
                     losses = per_example_losses(model, shortened).numpy().astype(np.float32)
@@ -170,8 +169,6 @@ def score_by(
                 )
             total += np.float32(weight) * matrix
             bytes_per_example += sum(file.stat().st_size for file in scratch.glob("rows-*")) // max(1, len(store))
-        finally:
-            model.unload()
     shutil.rmtree(scratch, ignore_errors=True)
     return Scored(total, seconds, bytes_per_example)
 

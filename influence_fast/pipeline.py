@@ -48,7 +48,7 @@ from influence_fast.report import save_results, write_report
 from influence_fast.scores import ScoreTable
 from influence_fast.statistics import grid_statistics
 from influence_fast.strategies import EMBEDDING_RANK, PASS_RATE, needed_columns
-from influence_fast.training import TrainResult, finetune, list_checkpoints, load_finetuned
+from influence_fast.training import TrainResult, finetune, finetuned, list_checkpoints
 from influence_fast.workdir import RunFolder, write_text
 
 HARMLESS = (None, "clean")  # labels that do not mark an example as known to be harmful
@@ -351,7 +351,7 @@ class Pipeline:
         )
 
     def _finetuned(self, adapter: str | Path) -> contextlib.AbstractContextManager[Any]:
-        return _with_adapter(self.base, adapter)
+        return finetuned(self.base, adapter)
 
     # ---- the grid ------------------------------------------------------------------------------------------
 
@@ -724,17 +724,6 @@ def _model(model: ModelConfig) -> Any:
     return load_model(model.path, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code)
 
 
-@contextlib.contextmanager
-def _with_adapter(base: Any, adapter: str | Path) -> Iterator[Any]:
-    """`base` with an adapter, taken off again at the end."""
-    model: Any = load_finetuned(base, adapter)
-    try:
-        yield model
-    finally:
-        if hasattr(model, "unload"):
-            model.unload()
-
-
 def _answering(
     base: Any, adapter: str | Path | None, files: ModelConfig, engine: str
 ) -> contextlib.AbstractContextManager[Any]:
@@ -742,7 +731,7 @@ def _answering(
     if engine == "vllm":
         folder = None if adapter is None else str(adapter)
         return contextlib.nullcontext(ModelFiles(files.path, folder, files.dtype, files.trust_remote_code))
-    return contextlib.nullcontext(base) if adapter is None else _with_adapter(base, adapter)
+    return contextlib.nullcontext(base) if adapter is None else finetuned(base, adapter)
 
 
 def _examples(source: Source) -> list[Example]:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from influence_fast.atomic import replacing
+from influence_fast.report import templates
 from influence_fast.report_plots import INK, Chart, Key, key_svg, plain, render_chart
 
 Row = Mapping[str, Any]
@@ -19,13 +19,7 @@ Row = Mapping[str, Any]
 
 def write_page(results: Row, path: str | os.PathLike[str]) -> Path:
     """Writes the page of `validate`'s results to `path`, whole or not at all, and returns where it is."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
     environment.filters["key"] = key_svg
     target = Path(path)
     page = environment.get_template("proof.html.j2").render(

@@ -134,19 +134,24 @@ def write_report(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pa
 def render(results: Mapping[str, Any]) -> str:
     """The page as a string; see `write_report`."""
     summary.check_results(results)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
     environment.filters.update(
         percent=percent, fraction=fraction_name, count=count, signed=signed, duration=duration, p_value=p_value,
         decimal=decimal, key=plots.key_svg,
     )  # fmt: skip
     environment.globals.update(between=between)
     return environment.get_template("report.html.j2").render(_view(results))
+
+
+def templates() -> Environment:
+    """The package's templates: everything is escaped, and a name that is not given is an error."""
+    return Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 # --- numbers as text ---------------------------------------------------------------------------------------

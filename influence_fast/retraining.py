@@ -20,7 +20,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -106,7 +105,7 @@ class _World:
     def run(self, job: Retraining, folder: Path, stamp: str) -> Outcome:
         from influence_fast.evaluation import evaluate
         from influence_fast.gradients import per_example_losses
-        from influence_fast.training import finetune, load_finetuned
+        from influence_fast.training import finetune, finetuned
 
         start = time.perf_counter()
         p, config = self.pipeline, self.pipeline.config
@@ -115,14 +114,11 @@ class _World:
         shutil.rmtree(adapter, ignore_errors=True)
         examples = [p.splits.tokenized.examples[i] for i in job.keep]
         finetune(p.base, p.tokenizer, examples, adapter, config=training, lora=config.lora, progress=False)
-        model: Any = load_finetuned(p.base, adapter)
-        try:
+        with finetuned(p.base, adapter) as model:
             losses = per_example_losses(model, self.queries).double().numpy()
             accuracy = float("nan")
             if job.accuracy:
                 accuracy = evaluate(model, p.tokenizer, p.splits.test, config=config.evaluation).accuracy
-        finally:
-            model.unload()
         shutil.rmtree(adapter)
         outcome = Outcome(losses, accuracy, time.perf_counter() - start)
         with replacing(folder / f"{job.name}.npz") as partial, partial.open("wb") as file:

@@ -206,6 +206,17 @@ def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool 
         return attach_adapter(model, str(path), name, trainable=trainable)
 
 
+@contextmanager
+def finetuned(base: torch.nn.Module, path: str | Path) -> Iterator[Any]:
+    """`load_finetuned`, and the adapter taken off `base` again at the end."""
+    model: Any = load_finetuned(base, path)
+    try:
+        yield model
+    finally:
+        if hasattr(model, "unload"):
+            model.unload()
+
+
 def list_checkpoints(path: str | Path) -> list[Path]:
     """The checkpoints kept in a result's folder, in the order of training."""
     return sorted(Path(path).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
