@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from influence_fast.dry_run import row_bytes
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients import iter_gradient_rows
 from influence_fast.lora import gradient_layout, layout_width
@@ -26,7 +27,6 @@ from influence_fast.methods import Method, method_of
 
 TABLE = Path(__file__).with_name("fidelity.json")
 SAMPLE_TOKENS = 8192  # timed, after as many again to warm up
-_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def plan(
     proposals = []
     for row in fidelity_table():
         method = method_of(row["settings"])
-        size = _row_width(model, method) * _BYTES[method.store_dtype] + 4 * (method.store_dtype == "int8")
+        size = row_bytes(_row_width(model, method), method.store_dtype)
         proposals.append(
             Proposal(
                 method,
