@@ -17,10 +17,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ from benches.environment import describe
 from influence_fast import native
 from influence_fast.products import inner_products, quantize_rows
 from influence_fast.scoring import spearman
+
+T = TypeVar("T")
 
 Variants = dict[str, Callable[[], Any]]
 MANY, FEW = 512, 2
@@ -198,14 +201,8 @@ def peak_memory(quantized: torch.Tensor, scales: torch.Tensor, args: argparse.Na
     return float(done.stdout)
 
 
-def measure_peak(folder: Path, n: int, k: int, threads: int) -> float:
-    """Anonymous memory (mapped rows belong to the page cache), sampled every 2 ms while the call runs."""
-    import threading
-
-    rows = np.memmap(folder / "rows.bin", np.int8, "r", shape=(n, k))
-    scales = np.fromfile(folder / "scales.bin", np.float32)
-    queries = np.random.default_rng(0).standard_normal((MANY, k), dtype=np.float32)
-    inner_products(rows[:100], queries[:2], row_scales=scales[:100])  # loads what a first call loads
+def with_peak(run: Callable[[], T]) -> tuple[T, float]:
+    """(what `run` gives, MiB of anonymous memory it added at its peak; the mapped rows belong to the page cache)."""
     before, peak, done = anonymous(), 0.0, threading.Event()
 
     def sample() -> None:
@@ -215,10 +212,22 @@ def measure_peak(folder: Path, n: int, k: int, threads: int) -> float:
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    inner_products(rows, queries, row_scales=scales, groups=[[0, 1], [2]], topk=100, ranks=True, threads=threads)
-    done.set()
-    sampler.join()
-    return peak - before
+    try:
+        value = run()
+    finally:
+        done.set()
+        sampler.join()
+    return value, peak - before
+
+
+def measure_peak(folder: Path, n: int, k: int, threads: int) -> float:
+    """MiB that a call adds at its peak."""
+    rows = np.memmap(folder / "rows.bin", np.int8, "r", shape=(n, k))
+    scales = np.fromfile(folder / "scales.bin", np.float32)
+    queries = np.random.default_rng(0).standard_normal((MANY, k), dtype=np.float32)
+    inner_products(rows[:100], queries[:2], row_scales=scales[:100])  # loads what a first call loads
+    options: dict[str, Any] = {"groups": [[0, 1], [2]], "topk": 100, "ranks": True, "threads": threads}
+    return with_peak(lambda: inner_products(rows, queries, row_scales=scales, **options))[1]
 
 
 def anonymous() -> float:

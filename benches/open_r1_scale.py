@@ -24,19 +24,18 @@ import json
 import math
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
-from benches.bench_inner_products import anonymous, heavy_tailed
+from benches.bench_inner_products import heavy_tailed, with_peak
 from benches.environment import describe
 from benches.models import qwen2_model, with_lora
 from influence_fast import native
@@ -48,7 +47,6 @@ from influence_fast.store import Store, open_store
 from influence_fast.store_manifest import Manifest, Part, StoreIdentity
 from influence_fast.store_writer import StoreWriter
 
-T = TypeVar("T")
 SHARD_ROWS = 1024
 TARGETS = {
     "time / roofline": 1.5,
@@ -115,25 +113,6 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
             runs[name]()
             found[name].append((time.perf_counter() - start, time.process_time() - busy))
     return found
-
-
-def with_peak(run: Callable[[], T]) -> tuple[T, float]:
-    """(what `run` gives, MiB of anonymous memory it added at its peak; the mapped rows belong to the page cache)."""
-    before, peak, done = anonymous(), 0.0, threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, anonymous())
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    try:
-        value = run()
-    finally:
-        done.set()
-        sampler.join()
-    return value, peak - before
 
 
 def scoring(store: Store, queries: np.ndarray, threads: int, rounds: int) -> dict[str, Any]:
