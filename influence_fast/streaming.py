@@ -4,7 +4,9 @@ For one LoRA linear, a query's gradient M (H^-1 folded in, if wanted) and the to
 
     <M, grad> = s sum_t g_t^T M_B h_t + u_t^T M_A x_t        M_B (d_out, r), M_A (r, d_in)
 
-so each query costs two more products of r columns a module, and no gradient of an example is ever formed.
+so a query costs two more products of r columns a module, and no gradient of an example need be formed. That is 2 q T
+r (d_in + d_out) operations for q queries; summing one factor's gradients of a few examples first and multiplying those
+takes 2 (T + q E) r (d_in + d_out), less from a few queries on. Both ways are here, and neither keeps a gradient.
 """
 
 from __future__ import annotations
@@ -21,10 +23,15 @@ from influence_fast.errors import DataError, NumericError, listing
 from influence_fast.gradients import packs_for
 from influence_fast.lora import LayoutEntry, LoraLinear, layout_width
 from influence_fast.packing import example_name
-from influence_fast.reduction import Reducer
+from influence_fast.reduction import Reducer, pack_segments
 
-# Numbers in one chunk of products [T, c r] (torch) or of partial sums (triton): 64 MiB in fp32.
+# Numbers in one chunk of formed gradients [E, r d] or of the kernel's partial sums: 64 MiB in fp32.
 _CHUNK = 1 << 24
+# Columns (queries times rank) that the kernel multiplies x by before its arithmetic outweighs reading x: 2 q r
+# operations for the 2 bytes of a bf16 number, where cards do some 200 to 300 a byte.
+_KERNEL_COLUMNS = 256
+# Queries whose columns cost no more than forming gradients, on a 256-wide model; riding keeps less memory.
+_RIDING = 4
 
 
 def stream_influence(
@@ -35,6 +42,7 @@ def stream_influence(
     loss_reduction: str = "mean",
     max_tokens: int | None = None,
     backend: str | None = None,
+    precision: str = "auto",
     progress: bool = False,
 ) -> torch.Tensor:
     """Inner products of every example's exact LoRA gradient with every query gradient, in one pass over the data.
@@ -47,6 +55,7 @@ def stream_influence(
         loss_reduction: `"mean"` over the example's completion tokens, or `"sum"`.
         max_tokens: tokens in one packed batch; changes speed and memory, not the numbers.
         backend: "auto", "triton" (kernel `segment_bilinear`) or "torch" (see `backends`).
+        precision: as in `per_example_gradients`; give query gradients of the same one.
         progress: a progress bar on stderr.
 
     Returns:
@@ -62,7 +71,7 @@ def stream_influence(
     def reducer(linears: list[LoraLinear], layout: list[LayoutEntry]) -> Reducer:
         return StreamReducer(linears, layout, query_gradients)
 
-    with GradientEngine(model, None, loss_reduction, backend, reducer=reducer) as engine:
+    with GradientEngine(model, None, loss_reduction, backend, reducer=reducer, precision=precision) as engine:
         scores = torch.empty(len(examples), engine.width, dtype=engine.reducer.dtype, device=engine.device)
         places = list(range(len(examples)))
         _score(engine, examples, places, scores, max_tokens, progress)
@@ -104,9 +113,10 @@ def _not_finite(scores: torch.Tensor) -> list[int]:
 class StreamReducer(Reducer):
     """Scores [E, q] against exact query gradients [q, k], in place of gradient rows.
 
-    A few queries ride along: M_A^T and M_B become columns beside A^T and B, so that x and g are read once and x need
-    not be kept for the backward. Where the queries' columns would outweigh x itself, or for 16-bit models and for
-    the Triton kernel, x is kept and the queries are multiplied in the backward, chunk by chunk.
+    ride    up to four queries of fp32 or fp64 models: M_A^T and M_B become columns beside A^T and B, so that x and g
+            are read once and x need not be kept for the backward
+    kernel  a few queries on the Triton backend: `segment_bilinear` in the backward
+    form    else: the gradients of one factor, for some examples at a time, times all queries at once
     """
 
     def __init__(self, linears: list[LoraLinear], layout: list[LayoutEntry], queries: torch.Tensor) -> None:
@@ -123,37 +133,35 @@ class StreamReducer(Reducer):
             raise NumericError(
                 f"query gradients: NaN or infinite numbers in row {listing(map(str, bad))}; leave these queries out"
             )
-        # kept per module and token: q r numbers, or the d_in of x, which modules may share
-        narrowest = min(min(linear.d_in, linear.d_out) for linear in linears)
-        few = 2 * len(queries) * max(linear.r for linear in linears) <= narrowest
-        self._may_ride = few and linears[0].weight.dtype in (torch.float32, torch.float64)
-        self._token_scores = torch.empty(0)  # [T, q], PyTorch's sums
-        self._scores = torch.empty(0)  # [E, q], the kernel's sums
-        self._segments: Any = None
+        self._wide = linears[0].weight.dtype in (torch.float32, torch.float64)
+        self._rank = max(linear.r for linear in linears)
+        self._token_scores = torch.empty(0)  # [T, q], while queries ride
+        self._scores = torch.empty(0)  # [E, q], else
+        self._segments: dict[tuple[int, int], Any] = {}
 
     @property
     def width(self) -> int:
         return len(self.queries)
 
     @property
-    def _rides(self) -> bool:
-        return self._may_ride and not self.triton
+    def way(self) -> str:
+        """How the queries are multiplied: "ride", "kernel" or "form"."""
+        if self.triton:
+            return "kernel" if self.width * self._rank <= _KERNEL_COLUMNS else "form"
+        return "ride" if self._wide and self.width <= _RIDING else "form"
 
     def columns(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self._rides:
+        if self.way != "ride":
             return super().columns(number)
         m_a, m_b = (self._side(number, side).flatten(0, 1).T for side in (0, 1))
         return m_a, m_b  # [d_in, q r], [d_out, q r]
 
     def begin(self, cu_seqlens: list[int]) -> None:
         super().begin(cu_seqlens)
-        self.needs_input = not self._rides
-        if self.triton:
-            from influence_fast.kernels.segments import Segments
-
-            lengths = [end - start for start, end in pairwise(cu_seqlens)]
-            self._segments = Segments.from_lengths(lengths, device=self.device)
-            self._scores = torch.zeros(len(lengths), self.width, dtype=self.dtype, device=self.device)
+        self.needs_input = self.way != "ride"
+        self._segments = {}
+        if self.needs_input:
+            self._scores = torch.zeros(len(cu_seqlens) - 1, self.width, dtype=self.dtype, device=self.device)
         else:
             self._token_scores = torch.zeros(cu_seqlens[-1], self.width, dtype=self.dtype, device=self.device)
 
@@ -168,51 +176,77 @@ class StreamReducer(Reducer):
         r, scaling = self.linears[number].r, self.linears[number].scaling
         h, u = kept[:, :r], out_of[:, :r]
         if tokens is None:
-            self._contract(u, kept[:, r:], 0, scaling)
-            self._contract(h, out_of[:, r:], 0, scaling)
-        elif self.triton:
+            self._contract(u, kept[:, r:], scaling)
+            self._contract(h, out_of[:, r:], scaling)
+        elif self.way == "kernel":
             self._launch(tokens, u, self._side(number, 0), scaling)
             self._launch(g, h, self._side(number, 1), scaling)
         else:
-            self._multiply(tokens, u, self._side(number, 0), scaling)
-            self._multiply(g, h, self._side(number, 1), scaling)
+            self._form(u, tokens, self._block(number, 0), scaling)
+            self._form(g, h, self._block(number, 1), scaling)
 
     def finish(self) -> torch.Tensor:
-        if self.triton:
+        if self.needs_input:
             return self._scores
         return torch.stack([self._token_scores[start:end].sum(dim=0) for start, end in pairwise(self.cu_seqlens)])
 
+    def _block(self, number: int, side: int) -> torch.Tensor:
+        """One factor of every query as it lies in their rows: [q, r d], a view."""
+        entry = self.layout[2 * number + side]
+        return self.queries[:, entry.offset : entry.offset + entry.shape[0] * entry.shape[1]]
+
     def _side(self, number: int, side: int) -> torch.Tensor:
         """A factor of every query with its long side last: [q, r, d], a view."""
-        entry = self.layout[2 * number + side]
-        rows = self.queries[:, entry.offset : entry.offset + entry.shape[0] * entry.shape[1]]
-        factor = rows.unflatten(1, entry.shape)
+        factor = self._block(number, side).unflatten(1, self.layout[2 * number + side].shape)
         return factor if side == 0 else factor.transpose(1, 2)
 
-    def _contract(self, short: torch.Tensor, long: torch.Tensor, first: int, scaling: float) -> None:
-        """Token scores of queries `first` on += s sum_r short [T, r] long [T, c r]."""
-        products = long.unflatten(1, (-1, short.shape[1]))  # [T, c, r]
-        part = self._token_scores[:, first : first + products.shape[1]]
-        part.add_(torch.bmm(products, short.unsqueeze(2)).squeeze(2), alpha=scaling)
+    def _segments_of(self, first: int, stop: int) -> Any:
+        """What the kernels need to know of examples `first` to `stop`; most modules of a pack share it."""
+        if (first, stop) not in self._segments:
+            self._segments[first, stop] = pack_segments(self.cu_seqlens[first : stop + 1], self.device)
+        return self._segments[first, stop]
 
-    def _multiply(self, wide: torch.Tensor, short: torch.Tensor, side: torch.Tensor, scaling: float) -> None:
-        """The products of wide [T, d] with the queries' side [q, r, d], and what they add to the token scores."""
-        wide, short = wide.to(self.dtype), short.to(self.dtype)
-        step = max(1, _CHUNK // (wide.shape[0] * short.shape[1]))
-        for first in range(0, len(side), step):
-            self._contract(short, wide @ side[first : first + step].flatten(0, 1).T, first, scaling)
+    def _contract(self, short: torch.Tensor, long: torch.Tensor, scaling: float) -> None:
+        """Token scores += s sum_r short [T, r] long [T, q r]."""
+        products = long.unflatten(1, (-1, short.shape[1]))  # [T, q, r]
+        self._token_scores.add_(torch.bmm(products, short.unsqueeze(2)).squeeze(2), alpha=scaling)
+
+    def _form(self, left: torch.Tensor, right: torch.Tensor, block: torch.Tensor, scaling: float) -> None:
+        """Scores += s <left^T right of the example, query>: left [T, a], right [T, b], block [q, a b]."""
+        examples, size = len(self.cu_seqlens) - 1, block.shape[1]
+        step = max(1, _CHUNK // size)
+        for first in range(0, examples, step):
+            stop = min(first + step, examples)
+            grads = left.new_empty(stop - first, size, dtype=self.dtype)
+            self._sum(left, right, grads, first, stop)
+            self._scores[first:stop].addmm_(grads, block.T, alpha=scaling)
+
+    def _sum(self, left: torch.Tensor, right: torch.Tensor, grads: torch.Tensor, first: int, stop: int) -> None:
+        """grads [stop - first, a b] = left^T right of examples `first` to `stop`."""
+        tokens = slice(self.cu_seqlens[first], self.cu_seqlens[stop])
+        if self.triton:
+            from influence_fast.kernels.segment_outer import segment_outer
+
+            place = torch.zeros(1, dtype=torch.int64, device=self.device)
+            one, other = (side[tokens].contiguous()[:, None] for side in (left, right))
+            segment_outer(one, other, self._segments_of(first, stop), grads, place)
+            return
+        for e, (start, end) in enumerate(pairwise(self.cu_seqlens[first : stop + 1])):
+            one, other = left[start:end].to(self.dtype), right[start:end].to(self.dtype)
+            torch.mm(one.T, other, out=grads[e].view(one.shape[1], other.shape[1]))
 
     def _launch(self, wide: torch.Tensor, short: torch.Tensor, side: torch.Tensor, scaling: float) -> None:
-        """The same, summed over examples, by the kernel: wide and side are read once for all queries of a chunk."""
+        """Scores += s sum_t short_t^T side wide_t; wide [T, d] and side [q, r, d] are read once a chunk of queries."""
         from influence_fast.kernels.segment_bilinear import segment_bilinear
 
-        step = max(1, _CHUNK // (self._segments.chunks * -(-wide.shape[1] // 64)))
+        segments = self._segments_of(0, len(self.cu_seqlens) - 1)
+        step = max(1, _CHUNK // (segments.chunks * -(-wide.shape[1] // 64)))
         for first in range(0, len(side), step):
             segment_bilinear(
                 wide.contiguous(),
                 short,
                 side[first : first + step].transpose(1, 2),
-                self._segments,
+                segments,
                 scale=scaling,
                 out=self._scores[:, first : first + step],
                 accumulate=True,

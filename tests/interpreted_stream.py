@@ -1,8 +1,9 @@
-"""Run by test_streaming.py with TRITON_INTERPRET=1: stream mode on `segment_bilinear` against float64 products."""
+"""Run by test_streaming.py with TRITON_INTERPRET=1: stream mode on its kernels against float64 products."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 
 import torch
@@ -21,13 +22,14 @@ def main() -> None:
     errors = {}
     for dtype in (torch.float32, torch.bfloat16):
         cast = copy.deepcopy(model).to(dtype)
-        for chunk in (1 << 24, 1):  # all queries in one launch, and one by one
-            streaming._CHUNK = chunk
+        # all queries (or examples) in one launch, and one by one; `segment_bilinear`, or `segment_outer` and a product
+        for chunk, columns in itertools.product((1 << 24, 1), (256, 0)):
+            streaming._CHUNK, streaming._KERNEL_COLUMNS = chunk, columns
             found = {}
             for backend in ("triton", "torch"):
                 scores = streaming.stream_influence(cast, examples, queries, backend=backend)
                 found[backend] = float((scores.double() - truth).norm() / truth.norm())
-            errors[f"{str(dtype).removeprefix('torch.')}-{chunk}"] = found
+            errors[f"{str(dtype).removeprefix('torch.')}-{chunk}-{columns}"] = found
     print(json.dumps(errors))
 
 
