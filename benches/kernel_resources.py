@@ -109,7 +109,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
                 columns = f"N={cached}+{signs.columns} generated{' split' if split else ''}"
                 yield f"skinny_project {short} {columns}", generate
-        for a_size, b_size in ((16, 16), (16, 8), (64, 16), (64, 64), (3584, 16)):
+        for a_size, b_size in ((16, 16), (16, 8), (64, 16), (64, 64), (3584, 16), (16, 3584)):
             left = tensor(tokens, 2, a_size, dtype=dtype)
             right = tensor(tokens, 2, b_size, dtype=dtype)
             offsets = tensor(2, dtype=torch.int64)
@@ -135,20 +135,21 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
             yield f"segment_bilinear {short} r={r_size}", bilinear
         for kind, packed in (("sjlt", on_meta), ("rademacher", on_meta), ("rademacher", many)):
-            sketch = _on_meta(project_flat.FlatSketch.of(kind, 0, "m/row", 3584, 16, 8192))
-            g, h = tensor(packed.tokens, 3584, dtype=dtype), tensor(packed.tokens, 16, dtype=dtype)
-            rows = tensor(packed.examples, 8192)
+            for d, r in ((3584, 16), (16, 3584)):  # factor B, factor A
+                sketch = _on_meta(project_flat.FlatSketch.of(kind, 0, "m/row", d, r, 8192))
+                g, h = tensor(packed.tokens, d, dtype=dtype), tensor(packed.tokens, r, dtype=dtype)
+                rows = tensor(packed.examples, 8192, dtype=torch.float32)
 
-            def flat(
-                g: torch.Tensor = g,
-                h: torch.Tensor = h,
-                rows: torch.Tensor = rows,
-                packed: Segments = packed,
-                sketch: project_flat.FlatSketch = sketch,
-            ) -> object:
-                return project_flat.project_flat(g, h, packed, sketch, rows)
+                def flat(
+                    g: torch.Tensor = g,
+                    h: torch.Tensor = h,
+                    rows: torch.Tensor = rows,
+                    packed: Segments = packed,
+                    sketch: project_flat.FlatSketch = sketch,
+                ) -> object:
+                    return project_flat.project_flat(g, h, packed, sketch, rows, accumulate=True)
 
-            yield f"project_flat {short} {kind} E={packed.examples}", flat
+                yield f"project_flat {short} {kind} {d}x{r} E={packed.examples}", flat
     for precision in ("tf32", "tf32x3"):
         for columns in (32, 128, 256):
             x = tensor(tokens, 3584, dtype=torch.float32)

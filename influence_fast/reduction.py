@@ -5,15 +5,19 @@ The segment sums use fp32 (fp64 for an fp64 model) whatever the products' dtype 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
 from influence_fast.lora import LayoutEntry, LoraLinear, layout_width
 from influence_fast.projection import Projection, random_matrix, sign_matrix, sjlt_map
 from influence_fast.transfer import to_device
+
+if TYPE_CHECKING:
+    from influence_fast.kernels.project_flat import FlatSketch
+    from influence_fast.kernels.segments import Segments
 
 # Rows of a dense Rademacher matrix made at once: 2^24 signs, 64 MiB in fp32.
 _RADEMACHER_CHUNK = 1 << 24
@@ -27,6 +31,13 @@ def random_columns(projection: Projection | None, linear: LoraLinear) -> tuple[t
         random_matrix(projection, f"{linear.key}/in", linear.d_in),
         random_matrix(projection, f"{linear.key}/out", linear.d_out),
     )
+
+
+def pack_segments(cu_seqlens: list[int], device: torch.device) -> Segments:
+    """What the kernels need to know of a pack's examples."""
+    from influence_fast.kernels.segments import Segments
+
+    return Segments.from_lengths([end - start for start, end in pairwise(cu_seqlens)], device=device)
 
 
 class Reducer:
@@ -124,10 +135,8 @@ class ProjectedReducer(Reducer):
     def _launch(self, rows: torch.Tensor, numbers: list[int], r: int, left: torch.Tensor, right: torch.Tensor) -> None:
         """One kernel launch a side for all modules of one rank, straight into the rows."""
         from influence_fast.kernels.segment_outer import segment_outer
-        from influence_fast.kernels.segments import Segments
 
-        lengths = [end - start for start, end in pairwise(self.cu_seqlens)]
-        segments = Segments.from_lengths(lengths, device=self.device)
+        segments = pack_segments(self.cu_seqlens, self.device)
         u_y, h_z = left.transpose(0, 1), right.transpose(0, 1)  # [T, M, r + p]
         if tuple(numbers) not in self._tables:  # the same in every pack
             scales = torch.tensor([self.linears[n].scaling for n in numbers], dtype=torch.float32)
@@ -165,21 +174,30 @@ class ProjectedReducer(Reducer):
 
 
 class FullReducer(Reducer):
-    """Exact factors, one module and one example at a time; kept whole, or sketched at once by the flat kinds."""
+    """Exact factors, one module at a time; kept whole, or sketched at once by the flat kinds.
+
+    PyTorch sums one example at a time. The Triton kernels sum a factor of all examples straight into the rows:
+    `segment_outer` where they are exact, else `project_flat`, so that an example's exact gradient is never in memory.
+    Rows are fp32 (fp64 for an fp64 model), `bf16_rows` or not: they are added to while the backward runs.
+    """
 
     needs_input = True
 
     def __init__(self, linears: list[LoraLinear], layout: list[LayoutEntry], projection: Projection | None) -> None:
         super().__init__(linears, layout, projection)
         self._rows = torch.empty(0)
-        self._sketch: Callable[[torch.Tensor, int, torch.Tensor], None] | None = None
-        if projection is not None:
-            sketch = RowSketch(linears, layout, projection, self.device)
-            self._sketch = sketch.add_dense if projection.kind == "rademacher" else sketch.add_sparse
+        self._sketch = None if projection is None else RowSketch(linears, layout, projection, self.device)
+        self._flat: dict[int, FlatSketch] = {}
+        self._segments: Segments | None = None
+        self._start = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._written: set[int] = set()  # blocks of this pack's exact rows that a kernel has written
 
     def begin(self, cu_seqlens: list[int]) -> None:
         super().begin(cu_seqlens)
         self._rows = torch.zeros(len(cu_seqlens) - 1, self.width, dtype=self.dtype, device=self.device)
+        self._written = set()
+        if self.triton:
+            self._segments = pack_segments(cu_seqlens, self.device)
 
     def add(
         self,
@@ -190,21 +208,56 @@ class FullReducer(Reducer):
         tokens: torch.Tensor | None,
     ) -> None:
         assert tokens is not None
+        if not self.triton:
+            add = self._sum
+            out_of, tokens, g, kept = (tensor.to(self.dtype) for tensor in (out_of, tokens, g, kept))
+        else:
+            add = self._launch if self._sketch is None else self._launch_sketch
+            tokens, g = tokens.contiguous(), g.contiguous()
         scaling = self.linears[number].scaling
-        h, u, g, x = (tensor.to(self.dtype) for tensor in (kept, out_of, g, tokens))
-        for e, (start, end) in enumerate(pairwise(self.cu_seqlens)):
-            grads = (u[start:end].T @ x[start:end], g[start:end].T @ h[start:end])
-            for side, grad in enumerate(grads):
-                entry = self.layout[2 * number + side]
-                flat = grad.reshape(-1) * scaling
-                if self._sketch is None:
-                    self._rows[e, entry.offset : entry.offset + flat.numel()] += flat
-                else:
-                    self._sketch(self._rows[e], 2 * number + side, flat)
+        add(2 * number, out_of, tokens, scaling)
+        add(2 * number + 1, g, kept, scaling)
 
     def finish(self) -> torch.Tensor:
         rows, self._rows = self._rows, torch.empty(0)
         return rows
+
+    def _sum(self, block: int, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
+        """rows[e] += s sum_t left_t right_t^T, or its sketch: left [T, a], right [T, b] of the factor a x b."""
+        for e, (start, end) in enumerate(pairwise(self.cu_seqlens)):
+            flat = (left[start:end].T @ right[start:end]).reshape(-1) * scaling
+            if self._sketch is None:
+                self._block(self._rows, block)[e] += flat
+            else:
+                self._sketch.add(self._rows[e], block, flat)
+
+    def _launch(self, block: int, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
+        """The same into exact rows, by the kernel, which writes: a module's second call goes through a copy."""
+        from influence_fast.kernels.segment_outer import segment_outer
+
+        assert self._segments is not None
+        rows = self._block(self._rows, block)
+        again = block in self._written
+        target = torch.empty_like(rows) if again else rows
+        segment_outer(left[:, None], right[:, None], self._segments, target, self._start, scale=scaling)
+        if again:
+            rows += target
+        self._written.add(block)
+
+    def _launch_sketch(self, block: int, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
+        """The same into sketched rows, by the kernel."""
+        from influence_fast.kernels.project_flat import project_flat
+
+        assert self._sketch is not None
+        assert self._segments is not None
+        if block not in self._flat:  # the same in every pack
+            self._flat[block] = self._sketch.flat(block)
+        project_flat(left, right, self._segments, self._flat[block], self._rows, scale=scaling, accumulate=True)
+
+    def _block(self, rows: torch.Tensor, block: int) -> torch.Tensor:
+        """One factor's part of exact rows, a view: [E, k] -> [E, a b]."""
+        entry = self.layout[block]
+        return rows[:, entry.offset : entry.offset + entry.shape[0] * entry.shape[1]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,9 +300,11 @@ class RowSketch:
         self.width = projection.width
         self.seed = projection.seed
         self.device = device
+        self.kind = projection.kind
         keys = {linear.name: linear.key for linear in linears}
         self.names = [f"{keys[entry.module]}/row/{entry.factor}" for entry in layout]
-        self.sizes = [entry.shape[0] * entry.shape[1] for entry in layout]
+        self.shapes = [entry.shape for entry in layout]
+        self.sizes = [rows * columns for rows, columns in self.shapes]
         self._maps: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._sums: dict[int | None, BucketSums] = {}
 
@@ -284,7 +339,21 @@ class RowSketch:
         out = torch.zeros(rows.shape[0], self.width, dtype=rows.dtype, device=rows.device)
         return out.index_add_(1, bucket, rows * sign)
 
-    def add_sparse(self, row: torch.Tensor, block: int, values: torch.Tensor) -> None:
+    def flat(self, block: int) -> FlatSketch:
+        """One factor's map, of a flat kind, as the kernel `project_flat` reads it; make once, keep."""
+        from influence_fast.kernels.project_flat import FlatSketch
+
+        name, shape = self.names[block], self.shapes[block]
+        return FlatSketch.of(self.kind, self.seed, name, *shape, self.width, device=self.device)
+
+    def add(self, row: torch.Tensor, block: int, values: torch.Tensor) -> None:
+        """row [width] += the sketch, of a flat kind, of one factor's block [n]."""
+        if self.kind == "rademacher":
+            self._add_dense(row, block, values)
+        else:
+            self._add_sparse(row, block, values)
+
+    def _add_sparse(self, row: torch.Tensor, block: int, values: torch.Tensor) -> None:
         """row [width] += SJLT of one factor's block [n]."""
         if self._is_card:
             row += self._in_order(block)(values[None])[0]
@@ -292,7 +361,7 @@ class RowSketch:
         bucket, sign = self._map(block)
         row.index_add_(0, bucket, values * sign.to(values.dtype))
 
-    def add_dense(self, row: torch.Tensor, block: int, values: torch.Tensor) -> None:
+    def _add_dense(self, row: torch.Tensor, block: int, values: torch.Tensor) -> None:
         """row [width] += values [n] @ signs [n, width] / sqrt(width); the signs are made in chunks, never stored."""
         step = max(1, _RADEMACHER_CHUNK // self.width)
         for start in range(0, values.numel(), step):

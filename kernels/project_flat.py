@@ -15,10 +15,10 @@ bucket have different rounds, so a round writes no place twice, and a barrier st
 coordinate is a function of the map alone and is tabulated once (`FlatSketch`, 2 bytes a coordinate). A second kernel
 adds the sketches of an example in order. Traffic beyond g: C * splits sketches of `width` float32 (C chunks).
 
-**rademacher.** The rows of S go through in slabs of about SLAB coordinates: `segment_outer` sums that slab of G (E x
-SLAB float32, all that ever exists of the gradient), and a matrix product adds G_slab S_slab to the (E, width) sketch
-with S made in the kernel. ±1 is exact in bfloat16 and float32 is a sum of three bfloat16 numbers, so the products run
-on tensor cores and lose nothing: 2 E d r width FLOPs, three times. All examples of the pack share the
+**rademacher.** The rows of S go through in slabs of at most SLAB coordinates, a block of d x r: `segment_outer` sums
+that slab of G (E x SLAB float32, all that ever exists of the gradient), and a matrix product adds G_slab S_slab to the
+(E, width) sketch with S made in the kernel. ±1 is exact in bfloat16 and float32 is a sum of three bfloat16 numbers, so
+the products run on tensor cores and lose nothing: 2 E d r width FLOPs, three times. All examples of the pack share the
 generated bits, which are the larger part of the work.
 """
 
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -138,12 +139,14 @@ def _add_sketches_kernel(
 
 @jit(do_not_specialize=["examples", "first_row"])
 def _dense_kernel(
-    slab,  # [E, n] float32
+    slab,  # [E, runs, n] float32: runs of n coordinates that follow one another in G
     keys,  # [3] int64: k0, k1, width
     sketch,  # [E, width] float32, added to
     first_row,
     examples,
-    coordinates,
+    runs,
+    coordinates,  # of a run
+    stride_run,  # from run to run in G
     width,
     BLOCK_E: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -159,12 +162,18 @@ def _dense_kernel(
     target = sketch + e[:, None] * width + column[None, :]
     mask = e_mask & (column < width)[None, :]
     total = tl.zeros([BLOCK_E, 128], dtype=tl.float32) if FIRST else tl.load(target, mask=mask, other=0.0)
-    for start in range(0, coordinates, BLOCK_I):
-        i = (start + tl.arange(0, BLOCK_I)).to(tl.int64)
+    # One loop over all runs: nested, the loops spill.
+    steps = tl.cdiv(coordinates, BLOCK_I)
+    for step in range(0, runs * steps):
+        run = step // steps
+        start = (step - run * steps) * BLOCK_I
+        i = tl.arange(0, BLOCK_I)
         values = tl.load(
-            slab + e[:, None] * coordinates + i[None, :], mask=e_mask & (i < coordinates)[None, :], other=0.0
+            slab + e[:, None] * (runs * coordinates) + (run * coordinates + start + i)[None, :],
+            mask=e_mask & (i < coordinates - start)[None, :],
+            other=0.0,
         )
-        w0, w1, w2, w3 = sign_words(i + first_row, block, k0, k1)
+        w0, w1, w2, w3 = sign_words(i.to(tl.int64) + (first_row + run.to(tl.int64) * stride_run + start), block, k0, k1)
         lanes = lane[None, :]
         word = select_word(lanes, w0[:, None], w1[:, None], w2[:, None], w3[:, None])
         bit = (word >> (lanes % 32).to(tl.uint32)) & 1
@@ -198,6 +207,12 @@ def tile_sides(d_size: int, r_size: int) -> tuple[int, int]:
     return block_d, block_r
 
 
+def slab_sides(r_size: int) -> tuple[int, int]:
+    """Rows and columns of a slab, at most SLAB coordinates: whole rows while 16 fit, as 16-byte aligned slices of g."""
+    columns = min(r_size, SLAB // 16)
+    return SLAB // columns // 16 * 16, columns
+
+
 @dataclass(frozen=True, slots=True)
 class FlatSketch:
     """The map of one factor of d x r into `width` numbers, with its tables on the device; make once, keep.
@@ -229,7 +244,7 @@ class FlatSketch:
         *,
         device: torch.device | str = "cpu",
     ) -> FlatSketch:
-        """name: "<module>/row". Raises ConfigError for an unknown kind or sizes out of range."""
+        """name: "<module>/row/<factor>". Raises ConfigError for an unknown kind or sizes out of range."""
         if kind not in FLAT_KINDS:
             raise ConfigError(f"a flat sketch is one of {', '.join(FLAT_KINDS)}, not {kind!r}")
         if min(d_size, r_size, width) < 1 or width >= 2**31:
@@ -385,17 +400,18 @@ def _project_rademacher(
 ) -> None:
     examples, width, r_size = segments.examples, sketch.width, sketch.r_size
     total = torch.empty(examples, width, dtype=torch.float32, device=g.device)
-    slab_rows = max(16, SLAB // r_size // 16 * 16)  # slices of g stay 16-byte aligned
+    slab_rows, slab_columns = slab_sides(r_size)
     offsets = torch.zeros(1, dtype=torch.int64, device=g.device)
     # Never 64: on sm_90 that would be another matrix instruction, and bits would depend on the number of examples.
     block_e = min(padded(examples), 32)
-    for first in range(0, sketch.d_size, slab_rows):
-        part = g[:, None, first : first + slab_rows]
-        n = part.shape[2] * r_size
-        slab = torch.empty(examples, n, dtype=torch.float32, device=g.device)
+    for d, r in product(range(0, sketch.d_size, slab_rows), range(0, r_size, slab_columns)):
+        left, right = g[:, None, d : d + slab_rows], h[:, None, r : r + slab_columns]
+        block_rows, columns = left.shape[2], right.shape[2]
+        runs = 1 if columns == r_size else block_rows  # whole rows of G lie end to end
+        slab = torch.empty(examples, block_rows * columns, dtype=torch.float32, device=g.device)
         outer.segment_outer(
-            part,
-            h[:, None, :],
+            left,
+            right,
             segments,
             slab,
             offsets,
@@ -409,12 +425,14 @@ def _project_rademacher(
                 "slab": slab,
                 "keys": sketch.keys,
                 "sketch": total,
-                "first_row": first * r_size,
+                "first_row": d * r_size + r,
                 "examples": examples,
-                "coordinates": n,
+                "runs": runs,
+                "coordinates": block_rows * columns // runs,
+                "stride_run": r_size,
                 "width": width,
             },
-            {"BLOCK_E": block_e, "BLOCK_I": 32, "FIRST": first == 0},
+            {"BLOCK_E": block_e, "BLOCK_I": 32, "FIRST": d == r == 0},
             device=g.device,
             num_warps=8,
             num_stages=2,

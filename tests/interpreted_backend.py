@@ -20,6 +20,8 @@ def main() -> None:
         ("width", inf.Projection(dim=8, width=64)),
         ("kron", inf.Projection("kron", dim=8)),
         ("exact", None),
+        ("sjlt", inf.Projection("sjlt", width=64)),
+        ("rademacher", inf.Projection("rademacher", width=64)),
     ):
         exact = copy.deepcopy(model).double()
         truth = inf.per_example_gradients(exact, examples, projection=projection, backend="torch")

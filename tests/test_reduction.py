@@ -1,0 +1,35 @@
+"""Rows of the reducers on the Triton kernels (in the interpreter) are those of PyTorch's sums."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    pytest.importorskip("triton", reason="triton is not installed")
+    script = Path(__file__).with_name("interpreted_reduction.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_exact_and_flat_rows_on_the_kernels_are_those_of_torch(found: dict[str, Any]) -> None:
+    """Several modules, one of them called twice, in packs one after the other; bf16 operands are summed in fp32 too."""
+    assert len(found["errors"]) == 12
+    for case, error in found["errors"].items():
+        assert error < 1e-5, case
+
+
+@pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
+def test_a_flat_row_on_the_kernels_never_holds_an_exact_factor(found: dict[str, Any], kind: str) -> None:
+    triton, torch = found["held"][kind]
+    assert triton < found["factor"] <= torch
