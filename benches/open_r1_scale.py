@@ -84,21 +84,28 @@ class Leading:
 
 def make_store(path: Path, rows: int, width: int) -> Store:
     """int8 rows with the statistics of `heavy_tailed`, shard by shard."""
+    return write_rows(path, rows, width, lambda first, last: heavy_tailed(last - first, width, first // SHARD_ROWS))
+
+
+def write_rows(
+    path: Path, rows: int, width: int, values: Callable[[int, int], torch.Tensor], dtype: str = "int8"
+) -> Store:
+    """A store of rows that belong to no model: `values(first, last)` gives [last - first, width] float32."""
     part = Part(None, rows, SHARD_ROWS, -(-rows // SHARD_ROWS))
     manifest = Manifest(
         identity=StoreIdentity(projection_kind="unknown"),
         modules=(),
-        dtype="int8",
+        dtype=dtype,
         width=width,
         parts=(part,),
-        source="benches.open_r1_scale",
+        source="benches",
         code_version="",
     )
     writer = StoreWriter(path, manifest)
     for index in range(part.shards):
         first, last = index * SHARD_ROWS, min((index + 1) * SHARD_ROWS, rows)
         ids = [f"trace-{i}" for i in range(first, last)]
-        writer.write_shard(index, ids, heavy_tailed(last - first, width, seed=index), first=first, last=last)
+        writer.write_shard(index, ids, values(first, last), first=first, last=last)
     return writer.finalize()
 
 
