@@ -1,12 +1,13 @@
-"""What 8-bit base products would do to influence scores: emulated in PyTorch, on a small model, in seconds.
+"""What 8-bit base products do to influence scores: `precision="fp8"` beside emulations, on a small model, in seconds.
 
     python -m benches.fp8_effect [--examples 48]
 
-Operands of every frozen base product are rounded to fp8 and multiplied in fp32, as fp8 tensor cores do up to the order
-of the sums: x and W to e4m3, the output gradient to e5m2 or e4m3, each row by its own scale (max|row| to the largest
-number of the format). LoRA products, norms, attention and the head stay as they are. The scores are gradient products
-of training and query examples; the comparison is Spearman's rank correlation with the scores of fp32 products, a query
-at a time. bf16 rounding of the same operands stands beside it.
+In the emulations, operands of every frozen base product are rounded to fp8 and multiplied in fp32, as fp8 tensor cores
+do up to the order of the sums: x and W to e4m3, the output gradient to e5m2 or e4m3, each row by its own scale
+(max|row| to the largest number of the format). LoRA products, norms, attention and the head stay as they are.
+`precision="fp8"` is the package's own path (gradients e4m3); its distance from its emulation is given too. The scores
+are gradient products of training and query examples; the comparison is Spearman's rank correlation with the scores of
+fp32 products, a query at a time. bf16 rounding of the same operands stands beside it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from torch import Tensor
 
 from benches.environment import describe
 from benches.models import qwen2_model, with_lora
+from influence_fast.gradients import per_example_gradients
 from influence_fast.scoring import spearman
 
 VOCABULARY, LENGTH = 128, 48
+OURS, ITS_EMULATION = "precision fp8", "fp8, gradients e4m3"
 Rounding = Callable[[Tensor], Tensor]
 
 
@@ -107,23 +110,41 @@ def gradients(model: Any, examples: Tensor, roundings: tuple[Rounding, Rounding]
             vars(layer).pop("forward", None)
 
 
+def ours(model: Any, examples: Tensor) -> Tensor:
+    """[E, k]: the same rows by the package's own 8-bit path."""
+    return per_example_gradients(model, [{"input_ids": e, "labels": e} for e in examples], precision="fp8")
+
+
+def error(rows: Tensor, exact: Tensor) -> float:
+    """Relative norm of the difference of rows [E, k], mean over the rows."""
+    return float(((rows - exact).norm(dim=1) / exact.norm(dim=1)).mean())
+
+
 def effect(model: Any, train: Tensor, queries: Tensor) -> dict[str, dict[str, float]]:
-    """Of each rounding: relative error of the gradients, and the rank correlation of the scores, mean and least."""
+    """Of each way: relative error of the gradients, and the rank correlation of the scores, mean and least; of the real
+    path also how far its gradients are from its emulation's."""
     e4m3, e5m2 = fp8(torch.float8_e4m3fn), fp8(torch.float8_e5m2)
-    ways = {"bf16": (bf16, bf16), "fp8, gradients e5m2": (e4m3, e5m2), "fp8, gradients e4m3": (e4m3, e4m3)}
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "bf16": lambda examples: gradients(model, examples, (bf16, bf16)),
+        "fp8, gradients e5m2": lambda examples: gradients(model, examples, (e4m3, e5m2)),
+        ITS_EMULATION: lambda examples: gradients(model, examples, (e4m3, e4m3)),
+        OURS: lambda examples: ours(model, examples),
+    }
     exact, exact_queries = gradients(model, train, None), gradients(model, queries, None)
     truth = exact @ exact_queries.T
-    found = {}
-    for name, roundings in ways.items():
-        rows, query_rows = gradients(model, train, roundings), gradients(model, queries, roundings)
+    found, made = {}, {}
+    for name, way in ways.items():
+        rows, query_rows = way(train), way(queries)
+        made[name] = rows
         scores = rows @ query_rows.T
         ranks = [spearman(scores[:, q].double().numpy(), truth[:, q].double().numpy()) for q in range(len(queries))]
         found[name] = {
-            "gradient error": float(((rows - exact).norm(dim=1) / exact.norm(dim=1)).mean()),
+            "gradient error": error(rows, exact),
             "rank correlation": sum(ranks) / len(ranks),
             "least of the queries": min(ranks),
             "mean score": spearman(scores.mean(1).double().numpy(), truth.mean(1).double().numpy()),
         }
+    found[OURS]["from its emulation"] = error(made[OURS], made[ITS_EMULATION])
     return found
 
 

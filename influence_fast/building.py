@@ -17,6 +17,7 @@ from torch import nn
 import influence_fast
 from influence_fast.errors import ConfigError, DataError, NumericError, did_you_mean, listing
 from influence_fast.fingerprints import dataset_fingerprint, tokenizer_hash, weight_hashes
+from influence_fast.fp8 import AUTO, check_precision
 from influence_fast.projection import Projection
 from influence_fast.shard_rows import GradientSource, ShardWork, tokenized
 from influence_fast.store import Store, check_dtype
@@ -83,6 +84,7 @@ def build_store(
     projection: Projection | None,
     dtype: str = "bf16",
     loss_reduction: str = "mean",
+    precision: str = AUTO,
     shard_rows: int | None = None,
     max_tokens: int | None = None,
     max_length: int | None = None,
@@ -105,6 +107,8 @@ def build_store(
         projection: how a gradient becomes a row; None for exact gradients.
         dtype: "fp32", "bf16" or "int8" (nearest rounding, an fp32 scale a row).
         loss_reduction: "mean" or "sum" over an example's completion tokens.
+        precision: "auto" or "fp8", as in `per_example_gradients`; the store records it, and rows of one do not mix with
+            rows of the other.
         shard_rows: examples in a shard; by default 1024, or as many as fit 256 MiB in fp32.
         max_tokens: tokens in one packed batch, as in `per_example_gradients`.
         max_length: longer examples are set aside, or cut when `truncate`.
@@ -112,7 +116,7 @@ def build_store(
         progress: a progress bar on stderr; by default only when that is a terminal.
         on_nonfinite: "set_aside" reports an example with a NaN or infinite gradient in `store.set_aside` and goes on;
             "error" stops.
-        gradients: another source of rows, called as `gradients.iter_gradient_rows`.
+        gradients: another source of rows, called as `gradients.iter_gradient_rows`, with `precision` left at "auto".
 
     Returns:
         The finished store. `store.set_aside` has (id, reason) of every example without a row; a warning sums it up.
@@ -122,6 +126,7 @@ def build_store(
             sides), ids come twice, or the disk fails; finished shards stay.
         NumericError: a gradient is not finite and `on_nonfinite` is "error".
         DataError, ModelError: as `per_example_gradients`.
+        ConfigError: a setting that does not exist, or that does not fit the others or the device.
         KeyboardInterrupt: stopped with Ctrl-C; the message says how much is done.
     """
     writer = build_shards(
@@ -132,6 +137,7 @@ def build_store(
         projection=projection,
         dtype=dtype,
         loss_reduction=loss_reduction,
+        precision=precision,
         shard_rows=shard_rows,
         max_tokens=max_tokens,
         max_length=max_length,
@@ -155,6 +161,7 @@ def build_shards(
     projection: Projection | None,
     dtype: str = "bf16",
     loss_reduction: str = "mean",
+    precision: str = AUTO,
     shard_rows: int | None = None,
     max_tokens: int | None = None,
     max_length: int | None = None,
@@ -180,18 +187,23 @@ def build_shards(
     if shard_rows is not None and shard_rows < 1:
         raise ConfigError(f"shard_rows must be at least 1, not {shard_rows}")
     check_dtype(dtype)
+    check_precision(precision)
+    if gradients is not None and precision != AUTO:
+        raise ConfigError(f"precision: {precision!r} is for rows made here, not for another source; leave it at 'auto'")
     survey = Survey.of(dataset)
     ours = gradients is None
     if gradients is None:
         from influence_fast.gradients import iter_gradient_rows
 
         gradients = iter_gradient_rows
-    manifest = _plan(model, tokenizer, survey, projection, dtype, loss_reduction, shard_rows, max_length, truncate)
+    manifest = _plan(
+        model, tokenizer, survey, projection, dtype, loss_reduction, precision, shard_rows, max_length, truncate
+    )
     writer = StoreWriter(path, manifest, resume=resume)
     shard_rows = manifest.parts[0].shard_rows
     options: dict[str, Any] = {"projection": projection, "loss_reduction": loss_reduction}
     if ours:
-        options["row_dtype"] = dtype
+        options |= {"row_dtype": dtype, "precision": precision}
     turns = FixedTurns(part, progress) if turns is None else turns
     with _interruptible(writer), closing(turns.shards(writer, survey.shard_sizes(shard_rows))) as shards:
         for index in shards:
@@ -241,6 +253,7 @@ def identity_of(
     *,
     projection: Projection | None,
     loss_reduction: str = "mean",
+    precision: str = AUTO,
 ) -> StoreIdentity:
     """What a store built with these carries; give it to `open_store(path, expect=...)` (data left unchecked)."""
     model_hash, adapter_hash = weight_hashes(model)
@@ -250,6 +263,7 @@ def identity_of(
         adapter_hash=adapter_hash,
         tokenizer_hash=None if tokenizer is None else tokenizer_hash(tokenizer),
         loss_reduction=loss_reduction,
+        precision=precision,
         **projection_fields(projection),
     )
 
@@ -261,6 +275,7 @@ def _plan(
     projection: Projection | None,
     dtype: str,
     loss_reduction: str,
+    precision: str,
     shard_rows: int | None,
     max_length: int | None,
     truncate: bool,
@@ -273,7 +288,13 @@ def _plan(
         shard_rows = max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * width)))
     texts, fingerprint, examples = survey.texts, survey.fingerprint, len(survey.sizes)
     identity = replace(
-        identity_of(model, tokenizer if texts else None, projection=projection, loss_reduction=loss_reduction),
+        identity_of(
+            model,
+            tokenizer if texts else None,
+            projection=projection,
+            loss_reduction=loss_reduction,
+            precision=precision,
+        ),
         dataset_fingerprint=fingerprint,
         tokenization=f"{'text' if texts else 'as given'}, max_length={max_length}, truncate={truncate}",
     )

@@ -7,10 +7,13 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from influence_fast import __version__
 from influence_fast.errors import ConfigError, InfluenceFastError
+
+if TYPE_CHECKING:
+    from influence_fast.config import GradientConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,6 +106,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dim", type=int, default=64, help="projection dim p (default 64)")
     sub.add_argument("--width", type=int, help="sketch each row to this many numbers")
     sub.add_argument("--store-dtype", default="bf16", help="fp32, bf16 (default) or int8")
+    sub.add_argument(
+        "--precision", default="auto", help="fp8: products with the base weights in 8 bits (default: auto)"
+    )
     sub.add_argument("--max-new-tokens", type=int, help="limit of a generated answer")
     sub.add_argument("--tasks", metavar="COLUMN", help="validation column that names tasks, a score each (for less)")
     sub.add_argument(
@@ -116,6 +122,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--dim", type=int, default=64, help="projection dim p (default 64)")
     sub.add_argument("--width", type=int, help="sketch each row to this many numbers")
     sub.add_argument("--store-dtype", default="bf16", help="fp32, bf16 (default) or int8")
+    sub.add_argument(
+        "--precision", default="auto", help="fp8: products with the base weights in 8 bits (default: auto)"
+    )
     sub.add_argument("--shard-rows", type=int, help="examples in a shard, which is what a process takes at a time")
     sub.add_argument("--max-tokens", type=int, help="tokens in one packed batch")
     sub.add_argument("--fsdp", type=int, default=1, metavar="N", help="spread each copy of the model over N processes")
@@ -370,10 +379,11 @@ def _train(args: Any) -> None:
 
 def _score(args: Any) -> None:
     from influence_fast import pipeline
-    from influence_fast.config import QUERY_KINDS, GradientConfig, InfluenceConfig, PruningConfig, check_influence
+    from influence_fast.config import QUERY_KINDS, InfluenceConfig, PruningConfig, check_influence
     from influence_fast.data import load_examples, load_rows
     from influence_fast.difficulty import check_answers
     from influence_fast.errors import did_you_mean
+    from influence_fast.fp8 import check_precision
     from influence_fast.grouping import row_groups
     from influence_fast.preconditioners import DEFAULT, PRECONDITIONERS
     from influence_fast.strategies import PASS_RATE, needed_columns
@@ -383,7 +393,8 @@ def _score(args: Any) -> None:
     if args.preconditioner not in (DEFAULT, *PRECONDITIONERS):
         hint = did_you_mean(args.preconditioner, (DEFAULT, *PRECONDITIONERS))
         raise ConfigError(f"--preconditioner: unknown value {args.preconditioner!r}; {hint}")
-    gradients = GradientConfig(dim=args.dim, width=args.width, store_dtype=args.store_dtype)
+    check_precision(args.precision, "--precision")
+    gradients = _gradients(args)
     influence = InfluenceConfig(preconditioner=args.preconditioner, damping=args.damping, optimizer=args.optimizer)
     check_influence(influence, gradients)
     needs = needed_columns(args.strategies)
@@ -430,15 +441,22 @@ def _score(args: Any) -> None:
     print(f"scores: {args.output} ({len(table.ids)} examples against {sizes} answers; {spent})")
 
 
+def _gradients(args: Any) -> GradientConfig:
+    from influence_fast.config import GradientConfig
+
+    return GradientConfig(dim=args.dim, width=args.width, store_dtype=args.store_dtype, precision=args.precision)
+
+
 def _build(args: Any) -> None:
     import torch
 
     from influence_fast import distributed, metrics, sharded, spooling
-    from influence_fast.config import GradientConfig
+    from influence_fast.fp8 import check_precision
     from influence_fast.models import load_model, load_tokenizer
 
+    check_precision(args.precision, "--precision", sharded=args.fsdp != 1)
     _quiet_libraries()
-    gradients = GradientConfig(dim=args.dim, width=args.width, store_dtype=args.store_dtype)
+    gradients = _gradients(args)
     world = distributed.World.from_environment()
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     device = f"cuda:{world.local_rank}" if cuda else args.device
@@ -480,6 +498,7 @@ def _build(args: Any) -> None:
         peak=None if peak is None else peak * args.fsdp,
         projection=gradients.projection,
         dtype=gradients.store_dtype,
+        precision=gradients.precision,
         shard_rows=args.shard_rows,
         max_tokens=args.max_tokens,
     )

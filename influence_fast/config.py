@@ -16,6 +16,8 @@ from typing import Any
 from influence_fast.diversity import check_similarity
 from influence_fast.errors import ConfigError, did_you_mean
 from influence_fast.evaluation import EvalConfig
+from influence_fast.fp8 import AUTO as OWN_PRECISION
+from influence_fast.fp8 import PRECISIONS
 from influence_fast.preconditioners import AUTO, DEFAULT, PRECONDITIONERS, Damping, check_damping
 from influence_fast.projection import Projection
 from influence_fast.strategies import STRATEGIES, needed_columns
@@ -68,7 +70,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class GradientConfig:
-    """How a gradient becomes a row of the store (see `Projection`)."""
+    """How a gradient becomes a row of the store (see `Projection`).
+
+    `precision: fp8` multiplies with the frozen base weights in 8 bits (see `fp8`), for the queries' gradients too.
+    """
 
     kind: str = "one_sided"
     # Measured on a 128-wide model: group scores agree with exact ones at 0.985 (16), 0.989 (32), 0.994 (64); wider
@@ -79,6 +84,7 @@ class GradientConfig:
     seed: int = 0
     loss_reduction: str = "mean"
     store_dtype: str = "bf16"
+    precision: str = OWN_PRECISION
     max_tokens: int | None = None
 
     @property
@@ -197,6 +203,7 @@ class RunConfig:
         self.gradients.projection  # noqa: B018 -- raises where the settings do not fit together
         _one_of("gradients.store_dtype", self.gradients.store_dtype, ("fp32", "bf16", "int8"))
         _one_of("gradients.loss_reduction", self.gradients.loss_reduction, ("mean", "sum"))
+        _one_of("gradients.precision", self.gradients.precision, PRECISIONS)
         _one_of("influence.preconditioner", self.influence.preconditioner, (DEFAULT, *PRECONDITIONERS))
         check_influence(self.influence, self.gradients)
         _one_of("influence.queries", self.influence.queries, QUERY_KINDS)

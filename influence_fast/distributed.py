@@ -26,6 +26,7 @@ from torch import nn
 from influence_fast.building import build_shards, warn_of_set_aside
 from influence_fast.claims import Claims, Owner
 from influence_fast.errors import ConfigError
+from influence_fast.fp8 import AUTO, check_precision
 from influence_fast.metrics import Board, Meter, board, chrome_trace, example_flops, folder_of
 from influence_fast.sharded import LockstepRows
 from influence_fast.store import Store, open_store
@@ -107,11 +108,12 @@ def build_distributed(
         metrics: JSON lines of each rank in `<path>.metrics` (see `metrics`).
         profile: a Chrome trace of each rank's first batches, in `<path>.metrics/trace-rank-00000.json`.
         peak: FLOP/s of one process's card, for the utilisation that the bar shows.
-        options: as `build_store`: projection, dtype, loss_reduction, shard_rows, max_tokens, ...
+        options: as `build_store`: projection, dtype, loss_reduction, precision, shard_rows, ...
 
     Returns the finished store, in every process. Raises as `build_store`, and Preempted after SIGTERM: the batches
     of the shard in hand are kept too, and the same command goes on, with any number of processes.
     """
+    check_precision(options.get("precision", AUTO), sharded=group is not None)
     world = World.from_environment() if world is None else world
     path = Path(path)
     folder = folder_of(path) if metrics or profile else None

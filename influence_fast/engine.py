@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear as dense
 
-from influence_fast import attention, backends
+from influence_fast import attention, backends, fp8
 from influence_fast.errors import ConfigError, ModelError
 from influence_fast.lora import LayoutEntry, LoraLinear, find_lora_linears, in_top_layers, layout_of
 from influence_fast.loss import CompletionLoss
@@ -46,6 +46,7 @@ class InputGroup:
     reducer: Reducer
     fused: bool
     triton: bool
+    fp8_weights: list[fp8.Fp8Weight | None]  # each member's, None where its own dtype multiplies
     forward_weight: torch.Tensor = field(init=False)  # fused: [sum d_out + sum c, d_in], else [sum c, d_in]
     forward_bias: torch.Tensor | None = field(init=False)
     backward_weights: list[torch.Tensor] = field(init=False)  # fused: [d_out, d_in + c], else [d_out, c]
@@ -85,6 +86,21 @@ class InputGroup:
         parts = [skinny_project(x, part) for part in weight.split(MAX_COLUMNS, dim=1)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
+    def base_outputs(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Each member's W x + bias, [T, d_out]; 8-bit products share one rounding of x [T, d_in]."""
+        rounded = None
+        for member, weight in zip(self.members, self.fp8_weights, strict=True):
+            if weight is None:
+                yield dense(x, member.live_weight, member.live_bias)
+                continue
+            rounded = fp8.to_fp8(x) if rounded is None else rounded
+            yield weight.forward(rounded, member.bias)
+
+    def base_backward(self, place: int, g: torch.Tensor) -> torch.Tensor:
+        """g [T, d_out] times member `place`'s W: [T, d_in]."""
+        weight = self.fp8_weights[place]
+        return g @ self.members[place].live_weight if weight is None else weight.backward(fp8.to_fp8(g))
+
     def call(self, place: int, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
         """Member `place`'s output; the first member called with a tensor computes them all."""
         if self.pending_input is not x or place not in self.pending:
@@ -112,8 +128,8 @@ class _GroupedLora(torch.autograd.Function):
             kept = splits[-1].contiguous()  # a copy, so that `wide` itself need not stay
         else:
             kept = group.skinny(tokens, group.forward_weight.T)  # [T, sum c]
-            for member, part in zip(group.members, kept.split(group.columns, dim=1), strict=True):
-                y = dense(tokens, member.live_weight, member.live_bias)
+            parts = kept.split(group.columns, dim=1)
+            for member, y, part in zip(group.members, group.base_outputs(tokens), parts, strict=True):
                 y.addmm_(part[:, : member.r], member.b.T.to(y.dtype), alpha=member.scaling)
                 outputs.append(y.view(*x.shape[:-1], member.d_out))
         ctx.save_for_backward(kept, *([tokens] if group.reducer.needs_input else []))
@@ -143,7 +159,7 @@ class _GroupedLora(torch.autograd.Function):
                 out_of = group.skinny(g, weight)
                 term = None
                 if wants_dx:
-                    term = g @ member.live_weight
+                    term = group.base_backward(i, g)
                     term.addmm_(out_of[:, : member.r], member.a.to(term.dtype), alpha=member.scaling)
             if term is not None:
                 dx = term if dx is None else dx + term
@@ -159,6 +175,8 @@ class GradientEngine:
 
     `reducer`, a function of the model's LoRA linears and their row layout, makes something else of each module's
     tokens than gradient rows (see `streaming`). With `bf16_rows` the kernels may write rows in bf16.
+    `precision`: "auto", products with the base weights in the model's own dtype, or "fp8", those of the LoRA linears in
+    8 bits (see `fp8`; ConfigError on entry where that cannot be).
     """
 
     def __init__(
@@ -169,11 +187,14 @@ class GradientEngine:
         backend: str | None = None,
         reducer: Callable[[list[LoraLinear], list[LayoutEntry]], Reducer] | None = None,
         bf16_rows: bool = False,
+        precision: str = fp8.AUTO,
     ) -> None:
+        fp8.check_precision(precision)
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}")
         self.model = model
         self.loss_reduction = loss_reduction
+        self.precision = precision
         self.linears = in_top_layers(find_lora_linears(model), projection)
         weight = self.linears[0].weight
         self.device = weight.device
@@ -207,10 +228,14 @@ class GradientEngine:
     def __enter__(self) -> GradientEngine:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_frozen(self.model))
+            weights: list[fp8.Fp8Weight | None] = [None] * len(self.linears)
+            if self.precision == fp8.FP8:
+                weights = fp8.weights_of(self.linears)
+                self.room = _free_bytes(self.device)  # less the copies
             self._layers = stack.enter_context(_recomputable(self.base)) if self.room is not None else []
             stack.enter_context(_packed_attention(self.base, self.decoder))
             inputs = self._probe()
-            self._groups = self._group(inputs)
+            self._groups = self._group(inputs, weights)
             self._anchor = torch.zeros((), device=self.device, requires_grad=True)
             for group in self._groups:
                 for place, member in enumerate(group.members):
@@ -323,7 +348,7 @@ class GradientEngine:
                 )
         return inputs
 
-    def _group(self, inputs: dict[int, torch.Tensor]) -> list[InputGroup]:
+    def _group(self, inputs: dict[int, torch.Tensor], fp8_weights: list[fp8.Fp8Weight | None]) -> list[InputGroup]:
         by_input: dict[int, list[int]] = {}
         for n in range(len(self.linears)):
             by_input.setdefault(id(inputs[n]), []).append(n)
@@ -336,7 +361,9 @@ class GradientEngine:
             weight, triton = members[0].weight, self.backend == "triton"
             wide = weight.dtype in (torch.float32, torch.float64)
             fused = wide and weight.device.type == "cpu" and not triton and not members[0].sharded
-            groups.append(InputGroup(members, numbers, self.reducer, fused, triton))
+            fused = fused and self.precision != fp8.FP8  # a folded weight would round the adapter too
+            eights = [fp8_weights[n] for n in numbers]
+            groups.append(InputGroup(members, numbers, self.reducer, fused, triton, eights))
         return groups
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from influence_fast.engine import GradientEngine
 from influence_fast.errors import DataError, NumericError, listing
+from influence_fast.fp8 import AUTO
 from influence_fast.lora import gradient_layout
 from influence_fast.packing import Pack, check_examples, example_name, pack_examples
 from influence_fast.projection import Projection
@@ -29,6 +30,7 @@ def per_example_gradients(
     loss_reduction: str = "mean",
     max_tokens: int | None = None,
     backend: str | None = None,
+    precision: str = AUTO,
 ) -> torch.Tensor:
     """The LoRA gradient of each example's own loss, one row an example.
 
@@ -40,16 +42,19 @@ def per_example_gradients(
         loss_reduction: `"mean"` over the example's completion tokens, or `"sum"`.
         max_tokens: tokens in one packed batch; changes speed and memory, not the numbers.
         backend: "auto", "triton" or "torch" (see `backends`); by default what INFLUENCE_FAST_BACKEND says, or "auto".
+        precision: "auto", the model's own dtype throughout, or "fp8": the LoRA linears' products with their frozen
+            weights in 8 bits (see `fp8`). That changes the numbers: compare with rows of the same precision alone.
 
     Returns:
         (E, k) tensor on the model's device: fp32, or fp64 for an fp64 model.
 
     Raises:
+        ConfigError: an unknown precision or backend, or one that this device or model cannot have.
         DataError: an example is malformed, has no token to learn from or a token the model does not have.
         ModelError: the model has no LoRA layer, or one this package cannot differentiate.
         NumericError: a gradient is NaN or infinite; the message names the examples.
     """
-    with GradientEngine(model, projection, loss_reduction, backend) as engine:
+    with GradientEngine(model, projection, loss_reduction, backend, precision=precision) as engine:
         dtype, device = engine.reducer.dtype, engine.device
         out = torch.empty(len(examples), engine.width, dtype=dtype, device=device)
         for pack in packs_for(engine, examples, max_tokens):
@@ -75,6 +80,7 @@ def iter_gradient_rows(
     backend: str | None = None,
     skip: Collection[int] = (),
     row_dtype: str = "fp32",
+    precision: str = AUTO,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """As `per_example_gradients`, one packed batch at a time: (indices into `examples`, CPU rows [n, k]).
 
@@ -84,7 +90,8 @@ def iter_gradient_rows(
     `row_dtype`: the dtype of the store that the rows are for. From a card they come in it, and are fp32 again here:
     rounded, but the same bits in that store. A batch then comes once the next one has been launched.
     """
-    with GradientEngine(model, projection, loss_reduction, backend, bf16_rows=row_dtype == "bf16") as engine:
+    bf16 = row_dtype == "bf16"
+    with GradientEngine(model, projection, loss_reduction, backend, bf16_rows=bf16, precision=precision) as engine:
         behind = WriteBehind(engine.device)
         for pack in packs_for(engine, examples, max_tokens):
             if skip and set(pack.indices) <= set(skip):

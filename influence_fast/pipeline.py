@@ -684,6 +684,7 @@ def score_pool(
     options: dict[str, Any] = {
         "projection": gradients.projection,
         "loss_reduction": gradients.loss_reduction,
+        "precision": gradients.precision,
         "max_tokens": gradients.max_tokens,
     }
     with timed("training gradients"):

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from influence_fast.errors import StoreError, did_you_mean
+from influence_fast.fp8 import AUTO
 from influence_fast.projection import FLAT_KINDS, Projection
 
 FORMAT_VERSION = 1
@@ -45,6 +46,7 @@ _LABELS = {
     "dataset_fingerprint": "dataset",
     "tokenization": "tokenization",
     "loss_reduction": "loss reduction",
+    "precision": "precision",
 }
 
 
@@ -55,7 +57,8 @@ class StoreIdentity:
     The hashes are SHA-256 in hex (see `influence_fast.fingerprints`). `model_id` is a label: where both sides
     know `model_hash`, that decides. `tokenization` says how text became tokens ("max_length=4096
     truncate=False", or "as given"). `projection_kind` is "none" for exact gradients and "unknown" for imported
-    ones; `projection_dim` is None for the kinds that do not use it.
+    ones; `projection_dim` is None for the kinds that do not use it. `precision` is that of the products with the base
+    weights: "fp8" or "auto", the model's own dtype, which is what None means in a store.
     """
 
     model_id: str | None = None
@@ -70,6 +73,7 @@ class StoreIdentity:
     projection_seed: int | None = None
     projection_layers: float | None = None  # None: all of them
     loss_reduction: str | None = None
+    precision: str | None = None
 
     @classmethod
     def of(cls, expect: StoreIdentity | Mapping[str, Any]) -> StoreIdentity:
@@ -96,6 +100,7 @@ class StoreIdentity:
         same_weights = self.model_hash is not None and self.model_hash == expect.model_hash
         for name in (f.name for f in fields(self)):
             mine, theirs = getattr(self, name), getattr(expect, name)
+            mine = AUTO if name == "precision" and mine is None else mine
             checked = theirs is not None or (name.startswith("projection_") and expect.projection_kind is not None)
             if not checked or mine == theirs or (name == "model_id" and same_weights):
                 continue
@@ -104,6 +109,14 @@ class StoreIdentity:
                 f"{where}: made with another {label}: {name} is {_short(mine)} in the store "
                 f"and {_short(theirs)} here; use the {label} that it was built with, or build a new store"
             )
+
+    def body(self) -> dict[str, Any]:
+        """The fields as the files hold them. Precision "auto" is left out: stores that were made before there was
+        another keep their hashes."""
+        fields = asdict(self)
+        if self.precision in (None, AUTO):
+            del fields["precision"]
+        return fields
 
     @property
     def projection(self) -> Projection | None:
@@ -181,7 +194,7 @@ class Manifest:
 
     def fingerprints(self) -> list[str]:
         """For each shard, the hash that its record must carry: what the rows are, but not the dataset's rest."""
-        identity = asdict(self.identity) | {"model_id": None, "dataset_fingerprint": None}
+        identity = self.identity.body() | {"model_id": None, "dataset_fingerprint": None}
         common = {
             "identity": identity,
             "modules": [asdict(entry) for entry in self.modules],
@@ -195,7 +208,8 @@ class Manifest:
         return [value for value, part in zip(per_part, self.parts, strict=True) for _ in range(part.shards)]
 
     def to_json(self) -> bytes:
-        return _signed({"format": "influence-fast gradient store", **asdict(self)})
+        body = asdict(self) | {"identity": self.identity.body()}
+        return _signed({"format": "influence-fast gradient store", **body})
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

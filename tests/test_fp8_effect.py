@@ -1,4 +1,4 @@
-"""The emulation of 8-bit products: its rounding, and its products against plain autograd."""
+"""The emulation of 8-bit products: its rounding, its products against plain autograd, and the real path beside it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # benches is not installed
 
-from benches.fp8_effect import RoundedLinear, bf16, fp8  # noqa: E402
+from benches.fp8_effect import (  # noqa: E402
+    ITS_EMULATION,
+    OURS,
+    VOCABULARY,
+    RoundedLinear,
+    bf16,
+    effect,
+    fp8,
+    markov,
+)
+from benches.models import qwen2_model, with_lora  # noqa: E402
 
 
 @pytest.mark.parametrize(("dtype", "step"), [(torch.float8_e4m3fn, 2.0**-4), (torch.float8_e5m2, 2.0**-3)])
@@ -39,3 +49,13 @@ def test_products_of_operands_that_are_not_rounded_are_autograds() -> None:
     torch.testing.assert_close(torch.autograd.grad(made, x, g)[0], grad)
     rough = RoundedLinear.apply(x.float(), weight.float(), bias.float(), bf16, fp8(torch.float8_e5m2))
     assert 0 < float((rough - expected).norm() / expected.norm()) < 0.01
+
+
+def test_the_real_path_stands_beside_its_emulation() -> None:
+    torch.manual_seed(0)
+    model = with_lora(qwen2_model(VOCABULARY, layers=1, width=64).eval(), 4)
+    found = effect(model, markov(5, seed=1), markov(2, seed=2))
+    assert list(found) == ["bf16", "fp8, gradients e5m2", ITS_EMULATION, OURS]
+    real = found[OURS]
+    assert found["bf16"]["gradient error"] < real["gradient error"] < 0.1
+    assert real["from its emulation"] < 0.2 * real["gradient error"]
