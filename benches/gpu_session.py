@@ -6,9 +6,11 @@
 1. tests/gpu: every kernel and the whole gradient path against the CPU; the session stops if one fails.
 2. Kernels at Qwen2.5-7B's widths against the card's measured copy bandwidth, plain PyTorch and torch.compile.
 3. Whole per-example-gradient steps at the shapes of Qwen2.5-0.5B, 1.5B and 7B (random weights, a few layers) beside a
-   plain LoRA forward+backward of the same packed batch: seconds, tokens a second, model-FLOP utilisation, and the
-   batch's peak memory beside the sum of docs/memory.md.
+   plain LoRA forward+backward of the same packed batch: seconds, tokens a second, model-FLOP utilisation, the share of
+   the time in which the host is still launching, and the batch's peak memory beside the sum of docs/memory.md. With
+   8-bit base products too, where the card has them.
 4. Rows to the host over eight packs: waited for after each pack, or written behind as fp32, bf16 and int8.
+5. Streaming scores by the number of queries, by the kernel and by forming a factor's gradients.
 
 Writes one JSON and one markdown table, named after the card and the date, with commit and versions.
 """
@@ -23,19 +25,24 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 import influence_fast as inf
 from benches.environment import describe
+from influence_fast import fp8
+from influence_fast import streaming as stream
 from influence_fast.engine import GradientEngine
 from influence_fast.gradients import iter_gradient_rows
 from influence_fast.kernels import quantize_rows as quantize
 from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels import skinny_project as skinny
 from influence_fast.kernels.segments import Segments
+from influence_fast.lora import layout_width
 from influence_fast.memory import gradient_memory
 from influence_fast.packing import pack_examples
 
@@ -183,12 +190,33 @@ def matmul_flops(shape: tuple[int, ...], tokens: int) -> float:
     return 4.0 * tokens * (layers * (attention + 3 * hidden * intermediate) + vocabulary * hidden)
 
 
+def ways_of(device: torch.device) -> list[tuple[str, str]]:
+    """(backend, precision) of each way to run a step here."""
+    if device.type != "cuda":
+        return [("torch", "auto")]
+    ways = [("torch", "auto"), ("triton", "auto")]
+    if torch.cuda.get_device_capability(device) >= fp8.LOWEST_CAPABILITY:
+        ways.append(("triton", fp8.FP8))
+    return ways
+
+
+def launching_share(run: Callable[[], Any]) -> float:
+    """Share of a batch's time after which the host has launched all of it; near 1, the card waits for the host."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    launched = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return launched / (time.perf_counter() - start)
+
+
 def steps(
     device: torch.device, shapes: dict[str, Any], tokens: int, rounds: int, deadline: float
 ) -> list[dict[str, Any]]:
     """Per-example projected gradients of one packed batch beside a plain LoRA forward+backward of it, interleaved."""
     rows = []
     peak = matmul_peak(device, 8192 if device.type == "cuda" else 256, rounds)
+    ways = ways_of(device)
     for name, shape in shapes.items():
         if time.monotonic() > deadline:
             print(f"{name}: left out, the session's time is used up", flush=True)
@@ -208,12 +236,16 @@ def steps(
             model.zero_grad(set_to_none=True)
 
         seconds: dict[str, list[float]] = {}
+        launching: list[float] = []
         for _ in range(rounds):
             seconds.setdefault("plain LoRA step", []).extend(timed(device, plain, 1))
-            for backend in ("torch", "triton") if device.type == "cuda" else ("torch",):
-                with GradientEngine(model, projection, backend=backend) as engine:
+            for backend, precision in ways:
+                with GradientEngine(model, projection, backend=backend, precision=precision) as engine:
                     found = timed(device, lambda engine=engine, pack=pack: engine.run(pack), 1)
-                seconds.setdefault(f"ours, {backend}", []).extend(found)
+                    if (backend, precision) == ("triton", "auto"):
+                        launching.append(launching_share(lambda engine=engine, pack=pack: engine.run(pack)))
+                name_of_way = f"ours, {backend}" + ("" if precision == "auto" else f" {precision}")
+                seconds.setdefault(name_of_way, []).extend(found)
         best = statistics.median(seconds.get("ours, triton", seconds["ours, torch"]))
         measured, summed = batch_memory(device, model, projection, pack)
         row = {
@@ -224,6 +256,7 @@ def steps(
             "ratio_to_plain": best / statistics.median(seconds["plain LoRA step"]),
             "tokens_per_second": tokens / best,
             "model_flop_utilisation": matmul_flops(shape, tokens) / best / peak,
+            "launching_share": statistics.median(launching) if launching else None,
             "batch_memory_gib": measured,
             "batch_memory_sum_gib": summed,
         }
@@ -294,6 +327,30 @@ def crossing(device: torch.device, shape: tuple[int, ...], tokens: int, rounds: 
     return [{"rows": way, "packs": 8, "tokens": tokens, "seconds": summary(s)} for way, s in found.items()]
 
 
+def streaming(device: torch.device, shape: tuple[int, ...], tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Seconds of one pack's scores by the number of queries: the kernel for all of them, and never."""
+    model = model_of(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    length = tokens // 16
+    ids = [torch.randint(0, shape[4], (length,)) for _ in range(16)]
+    (pack,) = pack_examples([{"input_ids": i, "labels": i} for i in ids], tokens)
+    width = layout_width(inf.gradient_layout(model))
+    found = []
+    for count in (1, 4, 16, 64):
+        queries = torch.randn(count, width, device=device)
+        seconds = {}
+        for way, columns in (("kernel", 1 << 30), ("form", 0)):
+            with mock.patch.object(stream, "_KERNEL_COLUMNS", columns):
+                reducer = partial(stream.StreamReducer, queries=queries)  # by the linears and their layout
+                with GradientEngine(model, None, reducer=reducer) as engine:
+                    seconds[way] = summary(timed(device, lambda engine=engine: engine.run(pack), rounds))
+        found.append({"queries": count, "tokens": tokens, "seconds": seconds})
+        print(
+            f"{count:>3} streamed queries: " + ", ".join(f"{w} {s['p50']:.4f} s" for w, s in seconds.items()),
+            flush=True,
+        )
+    return found
+
+
 def matmul_peak(device: torch.device, size: int, rounds: int) -> float:
     """FLOP/s of a large square product in the steps' dtype: the ceiling that utilisation is measured against."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -316,19 +373,27 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {row['kernel']} | {row['shape']} | {ours * 1e6:.1f} | {share:.0%} | {ratio:.2f} |")
     lines += [
         "",
-        "| model | layers | tokens | / plain LoRA step | tokens/s | MFU | batch GiB | by the sum |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | layers | tokens | / plain LoRA step | tokens/s | MFU | with fp8, / plain | launching "
+        "| batch GiB | by the sum |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["steps"]:
         memory = "" if row["batch_memory_gib"] is None else f"{row['batch_memory_gib']:.2f}"
+        eight = row["seconds"].get("ours, triton fp8")
+        fp8_ratio = "" if eight is None else f"{eight['p50'] / row['seconds']['plain LoRA step']['p50']:.3f}"
+        share = "" if row["launching_share"] is None else f"{row['launching_share']:.0%}"
         lines.append(
             f"| {row['model']} | {row['layers']} | {row['tokens']} | {row['ratio_to_plain']:.3f} | "
-            f"{row['tokens_per_second']:.0f} | {row['model_flop_utilisation']:.0%} | {memory} | "
-            f"{row['batch_memory_sum_gib']:.2f} |"
+            f"{row['tokens_per_second']:.0f} | {row['model_flop_utilisation']:.0%} | {fp8_ratio} | {share} | "
+            f"{memory} | {row['batch_memory_sum_gib']:.2f} |"
         )
     lines += ["", "| rows to the host | packs | tokens each | p50 s |", "|---|---|---|---|"]
     for row in result["crossing"]:
         lines.append(f"| {row['rows']} | {row['packs']} | {row['tokens']} | {row['seconds']['p50']:.4f} |")
+    lines += ["", "| streamed queries | tokens | kernel, s | formed gradients, s |", "|---|---|---|---|"]
+    for row in result["streaming"]:
+        kernel, form = (row["seconds"][way]["p50"] for way in ("kernel", "form"))
+        lines.append(f"| {row['queries']} | {row['tokens']} | {kernel:.4f} | {form:.4f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -344,6 +409,7 @@ def main() -> None:
             "kernels": kernels(device, 256, (64,), 3),
             "steps": steps(device, SMOKE_SHAPES, 256, 2, deadline),
             "crossing": crossing(device, SMOKE_SHAPES["tiny"], 256, 2),
+            "streaming": streaming(device, SMOKE_SHAPES["tiny"], 256, 2),
             **describe(),
         }
         print(markdown(result))
@@ -355,6 +421,7 @@ def main() -> None:
     result["kernels"] = kernels(device, 16_384, (3584, 18_944), 20)
     result["steps"] = steps(device, SHAPES, 16_384, 5, deadline)
     result["crossing"] = crossing(device, SHAPES["Qwen2.5-0.5B"], 4096, 3) if time.monotonic() < deadline else []
+    result["streaming"] = streaming(device, SHAPES["Qwen2.5-0.5B"], 4096, 3) if time.monotonic() < deadline else []
     result |= describe()
     args.output.mkdir(parents=True, exist_ok=True)
     card = str(result["machine"]["gpu"]).replace(" ", "-")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,6 +147,40 @@ def peers(result: dict[str, Any]) -> list[str]:
     return [*lines, f"`python -m benches.peers.compare`, {result['rounds']} round(s): {measured(result)}", ""]
 
 
+def peers_scoring(result: dict[str, Any]) -> list[str]:
+    lines = [
+        f"The scoring step alone, over {result['rows']:,} kept rows of {result['width']:,} numbers in each tool's own "
+        "format: all scores, seconds and times as fast as that ours is (median of rounds, range in brackets):",
+        "",
+        "| queries | rows kept as | seconds | ours, int8 rows | ours, bf16 rows | lowest rank agreement with float64 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for queries, found in result["cases"].items():
+        for name, row in found["rows"].items():
+            times = [row["over"][own] for own in ("ours_int8", "ours_bf16")]
+            spans = [f"**{r['median']:.1f}** ({r['min']:.1f}-{r['max']:.1f})" for r in times]
+            if name.startswith("ours"):
+                spans = ["", ""]
+            seconds = f"{median(row['scores_seconds']):.3f}"
+            agreement = f"{row['agreement']:.5f}"
+            what = row["what"] if name.startswith("ours") else f"{name}: {row['what']}"
+            lines.append(f"| {' | '.join([queries, what, seconds, *spans, agreement])} |")
+    return [*lines, "", f"`python -m benches.peers.scoring`, {result['rounds']} rounds: {measured(result)}", ""]
+
+
+def launches(result: dict[str, Any]) -> list[str]:
+    lines = [
+        "Operations that one batch makes the host launch, at the shape of Qwen2.5-0.5B (counted, not timed):",
+        "",
+        "| way | a layer | beyond the layers | 24 layers |",
+        "|---|---|---|---|",
+    ]
+    for name, row in result["operations"].items():
+        whole = 24 * row["layer"] + row["rest"]
+        lines.append(f"| {name} | {row['layer']} | {row['rest']} | {whole:,} |")
+    return [*lines, "", f"`python -m benches.launches`: {measured(result)}", ""]
+
+
 def _external(result: dict[str, Any]) -> list[str]:
     ours = {row["method"] for row in result["cost"]["rows"]}
     return [row["method"] for row in result["lds"]["rows"] if row["method"] not in ours]
@@ -159,8 +194,13 @@ def main() -> None:
     for name, render in (("paper-mini-cpu", paper_mini), ("gradients-cpu", gradients)):
         lines += render(found[name]) if name in found else []
     lines += proof(proofs) if proofs else []
-    lines += peers(found["peers-cpu"]) if "peers-cpu" in found else []
-    lines += inner_products(found["inner-products-cpu"]) if "inner-products-cpu" in found else []
+    for name, render in (
+        ("peers-cpu", peers),
+        ("peers-scoring-cpu", peers_scoring),
+        ("inner-products-cpu", inner_products),
+        ("launches", launches),
+    ):
+        lines += render(found[name]) if name in found else []
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     _, after = rest.split(END)

@@ -96,10 +96,14 @@ class InputGroup:
             rounded = fp8.to_fp8(x) if rounded is None else rounded
             yield weight.forward(rounded, member.bias)
 
-    def base_backward(self, place: int, g: torch.Tensor) -> torch.Tensor:
-        """g [T, d_out] times member `place`'s W: [T, d_in]."""
+    def base_backward(self, place: int, g: torch.Tensor, dx: torch.Tensor | None) -> torch.Tensor:
+        """dx [T, d_in], or nothing, plus g [T, d_out] times member `place`'s W; `dx` is changed and returned."""
         weight = self.fp8_weights[place]
-        return g @ self.members[place].live_weight if weight is None else weight.backward(fp8.to_fp8(g))
+        if weight is not None:
+            term = weight.backward(fp8.to_fp8(g))
+            return term if dx is None else dx.add_(term)
+        live = self.members[place].live_weight
+        return g @ live if dx is None else dx.addmm_(g, live)
 
     def call(self, place: int, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
         """Member `place`'s output; the first member called with a tensor computes them all."""
@@ -154,15 +158,14 @@ class _GroupedLora(torch.autograd.Function):
             if group.fused:
                 both = g @ (weight if wants_dx else weight[:, member.d_in :])
                 out_of = both[:, -group.columns[i] :]
-                term = both[:, : member.d_in] if wants_dx else None
+                if wants_dx:
+                    term = both[:, : member.d_in]
+                    dx = term if dx is None else dx + term
             else:
                 out_of = group.skinny(g, weight)
-                term = None
                 if wants_dx:
-                    term = group.base_backward(i, g)
-                    term.addmm_(out_of[:, : member.r], member.a.to(term.dtype), alpha=member.scaling)
-            if term is not None:
-                dx = term if dx is None else dx + term
+                    dx = group.base_backward(i, g, dx)
+                    dx.addmm_(out_of[:, : member.r], member.a.to(dx.dtype), alpha=member.scaling)
             group.reducer.add(group.numbers[i], parts[i], out_of, g, tokens)
         return None if dx is None else dx.view(ctx.x_shape), None, None
 

@@ -6,8 +6,19 @@ from typing import Any
 
 import torch
 
-# Logits held at once, in numbers: 4M fp32 numbers are 16 MiB, which stays near the caches of a CPU.
-LOGITS_CHUNK = 1 << 22
+# Logits held at once on a CPU, in numbers: 4M fp32 numbers are 16 MiB, which stays near its caches.
+_CPU_LOGITS = 1 << 22
+# But so many tokens at least: each chunk reads the head's weight twice, and at a vocabulary of 152k chunks of the 27
+# tokens that would fit take twice as long as these.
+_CPU_TOKENS = 256
+# Tokens at once on a card, where below some 300 (operations a byte that cards do) reading the weight takes longer than
+# multiplying by it, and every chunk is a dozen launches.
+CARD_TOKENS = 1024
+
+
+def tokens_at_once(vocabulary: int, device: torch.device) -> int:
+    """How many tokens' logits are held at a time."""
+    return max(_CPU_TOKENS, _CPU_LOGITS // vocabulary) if device.type == "cpu" else CARD_TOKENS
 
 
 class CompletionLoss(torch.autograd.Function):
@@ -28,7 +39,7 @@ class CompletionLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (the weighted sum of the losses, the unweighted loss of each token [n])."""
         n = hidden.shape[0]
-        step = max(1, LOGITS_CHUNK // weight.shape[0])
+        step = tokens_at_once(weight.shape[0], hidden.device)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         losses = torch.empty(n, dtype=wide, device=hidden.device)
         wants_grad = ctx.needs_input_grad[0]

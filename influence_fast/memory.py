@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from influence_fast.errors import ConfigError, listing
-from influence_fast.loss import LOGITS_CHUNK
+from influence_fast.loss import CARD_TOKENS
 
 MODULES = 7  # q, k, v, o, gate, up, down
 _NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -94,7 +94,7 @@ def gradient_memory(
     inputs = tokens * s.hidden * w  # one layer's input, or a gradient of that shape
     angles = 2 * tokens * s.head_dim * w
     work = tokens * (3 * s.mlp * w + columns * w) + inputs  # gradients inside the MLP
-    chunk = min(counted, max(1, LOGITS_CHUNK // s.vocabulary))
+    chunk = min(counted, CARD_TOKENS)
     numbers = row if row is not None else 2 * rank * dim * MODULES * s.layers
 
     def moment(saved: int, **more: int) -> dict[str, int]:

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import influence_fast as inf
+from influence_fast import loss
 from influence_fast.errors import DataError, ModelError, NumericError
 from influence_fast.gradients import iter_gradient_rows
 from influence_fast.packing import pack_examples
@@ -415,3 +416,27 @@ def test_the_backward_ends_at_the_lowest_layer_in_the_row() -> None:
         handle.remove()
     assert seen
     assert set(seen) == {1}
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 7, 100])
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_loss_in_chunks_is_that_of_autograd(monkeypatch: pytest.MonkeyPatch, at_once: int, biased: bool) -> None:
+    monkeypatch.setattr(loss, "tokens_at_once", lambda vocabulary, device: at_once)
+    generator = torch.Generator().manual_seed(0)
+    options = {"dtype": torch.float64, "generator": generator}
+    hidden = torch.randn(7, 5, **options).requires_grad_()
+    weight, bias = torch.randn(11, 5, **options), torch.randn(11, **options) if biased else None
+    targets, weights = torch.randint(0, 11, (7,), generator=generator), torch.rand(7, **options)
+    found, token_losses = loss.CompletionLoss.apply(hidden, weight, bias, targets, weights)
+    expected = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")
+    torch.testing.assert_close(token_losses, expected)
+    (gradient,) = torch.autograd.grad(2 * found, hidden)
+    (wanted,) = torch.autograd.grad(2 * (expected * weights).sum(), hidden)
+    torch.testing.assert_close(gradient, wanted)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "kind", "tokens"), [(4096, "cpu", 1024), (151_936, "cpu", 256), (9, "meta", 1024)]
+)
+def test_a_large_vocabulary_still_has_many_tokens_in_a_chunk(vocabulary: int, kind: str, tokens: int) -> None:
+    assert loss.tokens_at_once(vocabulary, torch.device(kind)) == tokens

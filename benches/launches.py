@@ -1,0 +1,155 @@
+"""What one batch asks the host to launch: operations a layer, ours beside a plain LoRA step. No card, no clock.
+
+    python -m benches.launches [--output benches/results/launches.json]
+
+Small models on a fast card wait for the host, which launches each operation one by one, so their number is what counts
+there. The model lies on PyTorch's meta device: every operation of forward and backward is dispatched and none computed;
+Triton kernels are recorded instead of launched (`kernels.runtime.recording`). Views and allocations launch nothing and
+are not counted; an attention counts as one operation each way, as flash attention is. The figure of a layer is the
+difference between a model with one layer more and one with one less; `rest` is embedding, head and loss, and with ours
+the sums over examples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import influence_fast as inf
+from benches.environment import describe
+from influence_fast import attention
+from influence_fast.engine import GradientEngine
+from influence_fast.kernels.runtime import recording
+from influence_fast.packing import pack_examples
+
+SHAPE = {  # Qwen2.5-0.5B, whose layers are the smallest
+    "vocab_size": 151_936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+}
+TOKENS = 512
+ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations with a tensor on the meta device that make or change numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        on_device = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs, out)))
+        if (
+            on_device
+            and not func.is_view
+            and name not in ALLOCATIONS
+            and name not in ("aten::detach", "aten::_unsafe_view")
+        ):
+            self.count += 1
+        return out
+
+
+class OneAttention(torch.autograd.Function):
+    """One operation forward and one backward, of the right shapes."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*inputs)
+        return inputs[0].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        query, key, value = ctx.saved_tensors
+        return query.clone(), torch.empty_like(key), torch.empty_like(value)
+
+
+def one_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
+    return OneAttention.apply(query, key, value)
+
+
+def model_of(layers: int) -> Any:
+    """A Qwen2.5-0.5B shape with `layers` layers and LoRA on every linear, bf16, on the meta device."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_hidden_layers=layers, tie_word_embeddings=True))
+        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+        return get_peft_model(model, lora, autocast_adapter_dtype=False).to(torch.bfloat16)
+
+
+def plain(layers: int) -> int:
+    """A forward and backward of the model's own loss."""
+    model = model_of(layers)
+    ids = torch.zeros(1, TOKENS, dtype=torch.int64, device="meta")
+
+    def step() -> None:
+        # a mask made ready: transformers would look at the numbers of one
+        model(input_ids=ids, labels=ids, attention_mask={"full_attention": None}, use_cache=False).loss.backward()
+
+    step()  # gradients are allocated
+    with mock.patch.object(nn.functional, "scaled_dot_product_attention", one_attention), Operations() as found:
+        step()
+    return found.count
+
+
+def ours(layers: int, backend: str, projection: inf.Projection | None) -> int:
+    """A pack through the engine, Triton kernels counted as one operation a launch."""
+    ids = torch.zeros(TOKENS, dtype=torch.int64)
+    (pack,) = pack_examples([{"input_ids": ids, "labels": ids}], TOKENS)
+    engine = GradientEngine(model_of(layers), projection, backend="torch")
+    engine.backend = backend  # the choice itself would ask for a card
+    engine.reducer.triton = backend == "triton"
+    with mock.patch.object(attention, "scaled_dot_product_attention", one_attention), recording(), engine:
+        engine.run(pack)
+        with Operations() as found, recording() as launches:
+            engine.run(pack)
+    return found.count + len(launches)
+
+
+def per_layer(count: Callable[[int], int]) -> dict[str, int]:
+    """Operations of a layer, and of all that is not in a layer."""
+    two, three = count(2), count(3)
+    return {"layer": three - two, "rest": two - 2 * (three - two)}
+
+
+def measure() -> dict[str, dict[str, int]]:
+    """Every way and its operations."""
+    projection = inf.Projection(dim=16)
+    return {
+        "plain LoRA step": per_layer(plain),
+        "ours, PyTorch": per_layer(lambda layers: ours(layers, "torch", projection)),
+        "ours, Triton": per_layer(lambda layers: ours(layers, "triton", projection)),
+        "ours, Triton, exact rows": per_layer(lambda layers: ours(layers, "triton", None)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    found = measure()
+    print("| way | operations a layer | beyond the layers | of a 24-layer model |\n|---|---|---|---|")
+    for name, row in found.items():
+        print(f"| {name} | {row['layer']} | {row['rest']} | {24 * row['layer'] + row['rest']} |")
+    if args.output:
+        result = {"what": "operations launched by one batch of one example", "shape": SHAPE, "operations": found}
+        args.output.write_text(json.dumps(result | describe(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""How many operations a batch makes the host launch: a count, the same on every machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import influence_fast as inf
+
+ROOT = Path(__file__).parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # benches is not installed
+
+from benches import launches  # noqa: E402
+
+
+def test_the_kernels_take_fewer_operations_than_a_plain_lora_step() -> None:
+    """The loss counts too: its chunks of tokens must not grow into a launch for every few of them."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    projection = inf.Projection(dim=16)
+    plain = launches.per_layer(launches.plain)
+    ours = launches.per_layer(lambda layers: launches.ours(layers, "triton", projection))
+    assert ours["layer"] < 0.75 * plain["layer"]
+    assert ours["rest"] < 4 * plain["rest"]
+
+
+def test_views_and_allocations_are_not_counted() -> None:
+    a = torch.empty(3, 4, device="meta")
+    with launches.Operations() as found:
+        a.T.reshape(2, 6).unsqueeze(0)[:, :1]
+        torch.empty_like(a)
+    assert found.count == 1  # the reshape of a transpose copies
+    with found:
+        a @ a.T + 1
+    assert found.count == 3
