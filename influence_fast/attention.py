@@ -1,13 +1,21 @@
 """Attention over a pack: each example attends to itself alone, at the cost of its own length squared.
 
 Registered with transformers as an attention implementation. A dense block-diagonal mask would compute the whole
-(T, T) product; here one SDPA call an example computes only its block, so an example's numbers do not depend on
-its neighbours. Models that run flash-attention or flex attention keep theirs: transformers hands them the same
-`cu_seq_lens` and positions.
+(T, T) product; here only the blocks are computed, so an example's numbers do not depend on its neighbours:
+
+    varlen   16-bit models on a card: PyTorch's own variable-length flash attention, one launch for the whole pack
+    SDPA     else: one call an example
+
+Models that run flash-attention or flex attention keep theirs: transformers hands them the same `cu_seq_lens` and
+positions.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -15,8 +23,52 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from influence_fast.errors import ModelError
+from influence_fast.packing import Pack
+from influence_fast.transfer import to_device
 
 PACKED = "influence_fast_packed"
+_REPLACED = ("eager", "sdpa", None)  # these see a pack as one text
+_LARGEST_HEAD = 256  # of flash attention, whose heads are multiples of 8
+
+
+@contextlib.contextmanager
+def packed(base: Any, config: Any) -> Iterator[None]:
+    """While the block runs, the attention of the model `base` keeps the examples of a pack apart; `config` says which
+    attention it has."""
+    before = config._attn_implementation
+    if before not in _REPLACED:
+        yield
+        return
+    register()
+    base.set_attn_implementation(PACKED)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before or "sdpa")
+
+
+def register() -> None:
+    """Makes `PACKED` known to transformers; harmless to repeat."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED, packed_attention)
+
+
+def call(module: Any, implementation: str | None, pack: Pack, device: torch.device, **kwargs: Any) -> Any:
+    """A pack through a decoder or a whole model whose attention is `implementation`: what that returns."""
+    bounds = to_device(torch.tensor(pack.cu_seqlens, dtype=torch.int32), device)
+    longest = max(pack.lengths)
+    return module(
+        input_ids=to_device(pack.input_ids[None], device),
+        position_ids=to_device(pack.position_ids[None], device),
+        use_cache=False,
+        # ours needs them on the host too, and reading them back would wait for the card
+        cu_seq_lens_q=pack.cu_seqlens if implementation == PACKED else bounds,
+        cu_seq_lens_k=bounds,
+        max_length_q=longest,
+        max_length_k=longest,
+        **kwargs,
+    )
 
 
 def packed_attention(
@@ -29,6 +81,8 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     cu_seq_lens_q: list[int] | torch.Tensor | None = None,
+    cu_seq_lens_k: list[int] | torch.Tensor | None = None,
+    max_length_q: int | None = None,
     packed_probe: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -38,6 +92,8 @@ def packed_attention(
             raise ModelError(f"attention with {unsupported} is not supported in packed batches")
     if packed_probe is not None and cu_seq_lens_q is not None:
         packed_probe.append(1)  # the boundaries do reach the attention
+    if isinstance(cu_seq_lens_k, torch.Tensor) and max_length_q is not None and _has_varlen(query, value):
+        return _varlen(query, key, value, cu_seq_lens_k, max_length_q, scaling, sliding_window), None
     if cu_seq_lens_q is None:
         lengths = [query.shape[2]]
     else:
@@ -60,8 +116,51 @@ def packed_attention(
     return torch.cat(outputs, dim=1), None
 
 
-def register() -> None:
-    """Makes `PACKED` known to transformers; harmless to repeat."""
-    from transformers import AttentionInterface
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,  # [E + 1] int32
+    longest: int,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """[1, T, heads, head_dim] in one launch."""
+    attend = varlen_attention()
+    assert attend is not None
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, heads, head_dim]
+    # keys to the left that a token sees beside its own
+    left = -1 if sliding_window is None else sliding_window - 1
+    grouped = q.shape[1] != k.shape[1]
+    options = {"scale": scaling, "window_size": (left, 0), "enable_gqa": grouped}
+    out: torch.Tensor = attend(q, k, v, bounds, bounds, longest, longest, **options)
+    return out[None]
 
-    AttentionInterface.register(PACKED, packed_attention)
+
+def _has_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
+    size = query.shape[-1]
+    return (
+        query.dtype in (torch.bfloat16, torch.float16)
+        and size == value.shape[-1]
+        and size <= _LARGEST_HEAD
+        and size % 8 == 0
+        and _runs_varlen(query.device)
+    )
+
+
+@functools.cache
+def _runs_varlen(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None or varlen_attention() is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def varlen_attention() -> Callable[..., Any] | None:
+    """PyTorch's `varlen_attn`, from the release on that has windows and grouped heads; None before."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    has = {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+    return varlen_attn if has else None

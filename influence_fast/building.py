@@ -117,9 +117,11 @@ def build_store(
         on_nonfinite: "set_aside" reports an example with a NaN or infinite gradient in `store.set_aside` and goes on;
             "error" stops.
         gradients: another source of rows, called as `gradients.iter_gradient_rows`, with `precision` left at "auto".
+            Where it does not fill in `losses`, the store has none.
 
     Returns:
-        The finished store. `store.set_aside` has (id, reason) of every example without a row; a warning sums it up.
+        The finished store, with the examples' losses (as `loss_reduction` has them) beside the rows. `store.set_aside`
+        has (id, reason) of every example without a row; a warning sums it up.
 
     Raises:
         StoreError: `path` holds other work (model, data, projection, ...: the message names the field and both
@@ -218,7 +220,7 @@ def build_shards(
                 work.compute(gradients, model, options, max_tokens, turns.advance)
             except KeyboardInterrupt:
                 if ours and work.done and turns.owns(index):
-                    writer.keep_partial(index, work.rows, work.done)
+                    writer.keep_partial(index, work.rows, work.losses, work.done)
                 raise
             kept, bad = work.finite(gradients, model, options)
             if bad and on_nonfinite == "error":
@@ -232,7 +234,16 @@ def build_shards(
             set_aside.sort(key=lambda item: place[item[0]])
             if turns.owns(index):
                 stored = [examples[i]["id"] for i in kept]
-                writer.write_shard(index, stored, work.rows[kept], first=first, last=last, set_aside=set_aside)
+                losses = work.losses[kept]
+                writer.write_shard(
+                    index,
+                    stored,
+                    work.rows[kept],
+                    losses=losses if bool(losses.isfinite().all()) else None,
+                    first=first,
+                    last=last,
+                    set_aside=set_aside,
+                )
     return writer
 
 

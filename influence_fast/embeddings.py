@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from influence_fast import attention
-from influence_fast.engine import _packed_attention
 from influence_fast.errors import DataError, NumericError, listing
 from influence_fast.gradients import DEFAULT_MAX_TOKENS
 from influence_fast.packing import Pack, example_name, pack_examples
@@ -50,7 +49,7 @@ def example_embeddings(
     was_training = model.training
     model.eval()
     try:
-        with _packed_attention(base, decoder):
+        with attention.packed(base, decoder.config):
             if not _packs_are_separate(decoder, parameter.device):
                 max_tokens = 1  # one example a pack: this model's attention does not see the packing
             for pack in pack_examples(examples, max_tokens or DEFAULT_MAX_TOKENS.get(parameter.device.type, 4096)):
@@ -134,17 +133,5 @@ def _packs_are_separate(decoder: Any, device: torch.device) -> bool:
 
 def _hidden_states(decoder: Any, pack: Pack, device: torch.device, **kwargs: Any) -> torch.Tensor:
     """[T, d]: the decoder's last hidden states, after its final norm."""
-    bounds: Any = pack.cu_seqlens
-    if decoder.config._attn_implementation != attention.PACKED:
-        bounds = torch.tensor(bounds, dtype=torch.int32, device=device)
-    longest = max(pack.lengths)
-    return decoder(
-        input_ids=pack.input_ids[None].to(device),
-        position_ids=pack.position_ids[None].to(device),
-        use_cache=False,
-        cu_seq_lens_q=bounds,
-        cu_seq_lens_k=bounds,
-        max_length_q=longest,
-        max_length_k=longest,
-        **kwargs,
-    ).last_hidden_state[0]
+    found = attention.call(decoder, decoder.config._attn_implementation, pack, device, **kwargs)
+    return found.last_hidden_state[0]

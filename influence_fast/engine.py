@@ -28,7 +28,7 @@ from influence_fast.loss import CompletionLoss
 from influence_fast.memory import layer_bytes
 from influence_fast.packing import IGNORED, Pack
 from influence_fast.projection import Projection
-from influence_fast.reduction import FullReducer, ProjectedReducer, Reducer
+from influence_fast.reduction import FullReducer, ProjectedReducer, Reducer, segment_sums
 from influence_fast.transfer import to_device
 
 # Share of a card's free memory that kept activations may fill: gradients inside a layer, and fragments, need the rest.
@@ -75,6 +75,15 @@ class InputGroup:
                 member.weight.new_zeros(member.d_out) if member.bias is None else member.bias for member in self.members
             ]
             self.forward_bias = torch.cat([*biases, self.members[0].weight.new_zeros(sum(self.columns))])
+
+    def factor_a(self, place: int) -> torch.Tensor:
+        """Member `place`'s A [r, d_in] in the weights' dtype; not for fused groups."""
+        start = sum(self.columns[:place])
+        return self.forward_weight[start : start + self.members[place].r]
+
+    def factor_b(self, place: int) -> torch.Tensor:
+        """Member `place`'s B [d_out, r], likewise."""
+        return self.backward_weights[place][:, : self.members[place].r]
 
     def skinny(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [T, d] @ weight [d, c] for a small c: one pass over x."""
@@ -134,7 +143,7 @@ class _GroupedLora(torch.autograd.Function):
             kept = group.skinny(tokens, group.forward_weight.T)  # [T, sum c]
             parts = kept.split(group.columns, dim=1)
             for member, y, part in zip(group.members, group.base_outputs(tokens), parts, strict=True):
-                y.addmm_(part[:, : member.r], member.b.T.to(y.dtype), alpha=member.scaling)
+                y.addmm_(part[:, : member.r], group.factor_b(len(outputs)).T, alpha=member.scaling)
                 outputs.append(y.view(*x.shape[:-1], member.d_out))
         ctx.save_for_backward(kept, *([tokens] if group.reducer.needs_input else []))
         ctx.group = group
@@ -165,7 +174,7 @@ class _GroupedLora(torch.autograd.Function):
                 out_of = group.skinny(g, weight)
                 if wants_dx:
                     dx = group.base_backward(i, g, dx)
-                    dx.addmm_(out_of[:, : member.r], member.a.to(dx.dtype), alpha=member.scaling)
+                    dx.addmm_(out_of[:, : member.r], group.factor_a(i), alpha=member.scaling)
             group.reducer.add(group.numbers[i], parts[i], out_of, g, tokens)
         return None if dx is None else dx.view(ctx.x_shape), None, None
 
@@ -236,7 +245,7 @@ class GradientEngine:
                 weights = fp8.weights_of(self.linears)
                 self.room = _free_bytes(self.device)  # less the copies
             self._layers = stack.enter_context(_recomputable(self.base)) if self.room is not None else []
-            stack.enter_context(_packed_attention(self.base, self.decoder))
+            stack.enter_context(attention.packed(self.base, self.decoder.config))
             inputs = self._probe()
             self._groups = self._group(inputs, weights)
             self._anchor = torch.zeros((), device=self.device, requires_grad=True)
@@ -291,11 +300,8 @@ class GradientEngine:
             for group in self._groups:
                 group.forget()
         loss, token_losses = CompletionLoss.apply(hidden, weight, bias, targets, weights)
-        owner = torch.searchsorted(torch.tensor(pack.cu_seqlens[1:]), positions, right=True)
-        owner = to_device(owner, self.device)
-        losses = torch.zeros(len(pack.indices), dtype=wide, device=self.device)
-        losses.index_add_(0, owner, token_losses * weights)
-        return loss, losses
+        edges = torch.searchsorted(positions, torch.tensor(pack.cu_seqlens))  # where each example's tokens begin
+        return loss, segment_sums(token_losses * weights, edges)
 
     def _hidden(self, pack: Pack, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """What the loss needs: the last hidden states of the completion tokens, the head's weight and bias."""
@@ -307,20 +313,7 @@ class GradientEngine:
         return hidden, self.head.weight.detach(), None if self.head.bias is None else self.head.bias.detach()
 
     def _call(self, module: nn.Module, pack: Pack, **kwargs: Any) -> Any:
-        longest = max(pack.lengths)
-        bounds: Any = pack.cu_seqlens
-        if self.decoder.config._attn_implementation != attention.PACKED:
-            bounds = to_device(torch.tensor(bounds, dtype=torch.int32), self.device)
-        return module(
-            input_ids=to_device(pack.input_ids[None], self.device),
-            position_ids=to_device(pack.position_ids[None], self.device),
-            use_cache=False,
-            cu_seq_lens_q=bounds,
-            cu_seq_lens_k=bounds,
-            max_length_q=longest,
-            max_length_k=longest,
-            **kwargs,
-        )
+        return attention.call(module, self.decoder.config._attn_implementation, pack, self.device, **kwargs)
 
     def _probe(self) -> dict[int, torch.Tensor]:
         """Runs two tokens to learn which LoRA linears share an input and whether attention sees the packing."""
@@ -423,19 +416,6 @@ def _recomputing(layers: list[Any]) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.gradient_checkpointing = layer.training = False
-
-
-@contextlib.contextmanager
-def _packed_attention(base: Any, decoder: Any) -> Iterator[None]:
-    attention.register()
-    before = decoder.config._attn_implementation
-    if before in ("eager", "sdpa", None):
-        base.set_attn_implementation(attention.PACKED)
-    try:
-        yield
-    finally:
-        if before in ("eager", "sdpa", None):
-            base.set_attn_implementation(before or "sdpa")
 
 
 @contextlib.contextmanager

@@ -81,6 +81,7 @@ def iter_gradient_rows(
     skip: Collection[int] = (),
     row_dtype: str = "fp32",
     precision: str = AUTO,
+    losses: torch.Tensor | None = None,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """As `per_example_gradients`, one packed batch at a time: (indices into `examples`, CPU rows [n, k]).
 
@@ -89,6 +90,7 @@ def iter_gradient_rows(
     would have been.
     `row_dtype`: the dtype of the store that the rows are for. From a card they come in it, and are fp32 again here:
     rounded, but the same bits in that store. A batch then comes once the next one has been launched.
+    `losses`: fp32 [E] on the CPU, in which the completion losses of a batch's examples are when it comes.
     """
     bf16 = row_dtype == "bf16"
     with GradientEngine(model, projection, loss_reduction, backend, bf16_rows=bf16, precision=precision) as engine:
@@ -96,12 +98,22 @@ def iter_gradient_rows(
         for pack in packs_for(engine, examples, max_tokens):
             if skip and set(pack.indices) <= set(skip):
                 continue
-            rows, _ = engine.run(pack)
+            rows, found = engine.run(pack)
             sent = encoded(rows, row_dtype, engine.backend == "triton") if behind.crosses else [rows]
-            for places, found in behind.push(pack.indices, sent):
-                yield places, decoded(found)
-        for places, found in behind.flush():
-            yield places, decoded(found)
+            for batch in behind.push(pack.indices, [*sent, found]):
+                yield _received(batch, losses)
+        for batch in behind.flush():
+            yield _received(batch, losses)
+
+
+def _received(
+    batch: tuple[list[int], list[torch.Tensor]], losses: torch.Tensor | None
+) -> tuple[list[int], torch.Tensor]:
+    """What a batch's tensors, the encoded rows and the losses, are to the caller."""
+    places, (*rows, found) = batch
+    if losses is not None:
+        losses[places] = found.to(losses.dtype)
+    return places, decoded(rows)
 
 
 def per_example_losses(

@@ -48,14 +48,16 @@ class CompletionLoss(torch.autograd.Function):
             rows = slice(start, min(start + step, n))
             logits = torch.nn.functional.linear(hidden[rows], weight, bias).to(wide)
             target = targets[rows, None]
-            logsumexp = torch.logsumexp(logits, dim=1, keepdim=True)
-            losses[rows] = (logsumexp - logits.gather(1, target)).squeeze(1)
+            at_target = logits.gather(1, target)
+            largest = logits.amax(dim=1, keepdim=True)
+            numbers = logits.sub_(largest).exp_()
+            total = numbers.sum(dim=1, keepdim=True)
+            losses[rows] = (total.log() + largest - at_target).squeeze(1)
             if not wants_grad:
                 continue
-            probabilities = logits.sub_(logsumexp).exp_()
-            probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
-            probabilities.mul_(token_weights[rows, None])
-            torch.mm(probabilities.to(weight.dtype), weight, out=grad[rows])
+            share = token_weights[rows, None]
+            numbers.mul_(share / total).scatter_add_(1, target, -share)
+            torch.mm(numbers.to(weight.dtype), weight, out=grad[rows])
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(losses)
         return (losses * token_weights).sum(), losses

@@ -707,9 +707,13 @@ def score_pool(
         )
     by_id = {example["id"]: example for example in pool}
     stored = [by_id[name] for name in table.ids]
-    with timed("losses"):
-        losses = per_example_losses(model, stored).double().numpy()
     tokens = np.array([int((example["labels"] != IGNORED).sum()) for example in stored], dtype=np.float64)
+    losses = None if store.losses is None else store.losses.astype(np.float64)
+    if losses is None:  # a store of another source, or made before stores had them
+        with timed("losses"):
+            losses = per_example_losses(model, stored).double().numpy()
+    elif gradients.loss_reduction == "sum":
+        losses /= [int((example["labels"][1:] != IGNORED).sum()) for example in stored]
     return table.with_columns({"loss": losses, "tokens": tokens}), seconds
 
 

@@ -278,8 +278,16 @@ class BucketSums:
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
         """[E, n] -> [E, width]."""
         signed = (values[:, self.order] * self.sign.to(values.dtype)).T.contiguous()
-        # unsafe: the offsets are not checked, which would wait for the card
-        return torch.segment_reduce(signed, "sum", offsets=self.offsets, axis=0, initial=0, unsafe=True).T
+        return segment_sums(signed, self.offsets).T
+
+
+def segment_sums(values: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+    """[S, ...] sums of values [n, ...] from each edge to the next, in order; edges [S + 1] int64, anywhere."""
+    edges = to_device(edges, values.device)
+    if values.is_meta:  # has no such operation
+        return values.new_empty(edges.numel() - 1, *values.shape[1:])
+    # unsafe: the offsets are not checked, which would wait for the card
+    return torch.segment_reduce(values, "sum", offsets=edges, axis=0, initial=0, unsafe=True)
 
 
 class RowSketch:

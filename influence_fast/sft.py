@@ -223,12 +223,7 @@ def _packs_apart(model: Any, config: TrainConfig) -> Iterator[None]:
         yield
         return
     base = _base(model)
-    before = base.config._attn_implementation
-    replaced = before in ("eager", "sdpa", None)
-    if replaced:
-        attention.register()
-        base.set_attn_implementation(attention.PACKED)
-    try:
+    with attention.packed(base, base.config):
         if not _second_is_blind_to_the_first(base):
             raise ConfigError(
                 f"train.packing: in a pack the examples of this model ({base.config.model_type}, attention "
@@ -236,9 +231,6 @@ def _packs_apart(model: Any, config: TrainConfig) -> Iterator[None]:
                 "leave packing out, or load the model with flash-attention"
             )
         yield
-    finally:
-        if replaced:
-            base.set_attn_implementation(before or "sdpa")
 
 
 @torch.no_grad()

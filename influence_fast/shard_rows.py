@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,8 @@ from torch import nn
 from influence_fast.errors import DataError, ModelError, listing
 
 #: As `influence_fast.gradients.iter_gradient_rows`: (model, examples, *, projection, loss_reduction, max_tokens) ->
-#: batches of (places in `examples`, rows [n, width]). Ours also take `skip`: places that need no row.
+#: batches of (places in `examples`, rows [n, width]). Ours also take `skip`, places that need no row, and any may take
+#: `losses`, which it fills in.
 GradientSource = Callable[..., Iterator[tuple[list[int], torch.Tensor]]]
 #: Told of the examples that are now done: the tokens of each, 0 for one that was set aside.
 Advance = Callable[[Sequence[int]], None]
@@ -20,21 +22,28 @@ Advance = Callable[[Sequence[int]], None]
 
 @dataclass
 class ShardWork:
-    """A shard in the making: its examples that have a gradient, their rows [E, width] fp32, and which are done."""
+    """A shard in the making: its examples that have a gradient, their rows [E, width] and losses [E], both fp32, and
+    which are done. The losses stay NaN where the source gives none."""
 
     examples: list[dict[str, Any]]
     rows: torch.Tensor
+    losses: torch.Tensor
     done: set[int] = field(default_factory=set)
 
     @classmethod
     def start(
-        cls, examples: list[dict[str, Any]], width: int, found: tuple[torch.Tensor, list[int]] | None = None
+        cls,
+        examples: list[dict[str, Any]],
+        width: int,
+        found: tuple[torch.Tensor, torch.Tensor, list[int]] | None = None,
     ) -> ShardWork:
-        """Nothing done yet, or what `found` (rows [n, width], their places) has of it."""
-        work = cls(examples, torch.full((len(examples), width), torch.nan))
+        """Nothing done yet, or what `found` (rows [n, width], losses [n], their places) has of it."""
+        count = len(examples)
+        work = cls(examples, torch.full((count, width), torch.nan), torch.full((count,), torch.nan))
         if found is not None:
-            work.rows[found[1]] = found[0]
-            work.done.update(found[1])
+            rows, losses, places = found
+            work.rows[places], work.losses[places] = rows, losses
+            work.done.update(places)
         return work
 
     def compute(
@@ -51,11 +60,13 @@ class ShardWork:
         """
         if not self.examples:
             return
-        skip: dict[str, Any] = {"skip": frozenset(self.done)} if self.done else {}
+        more: dict[str, Any] = {"skip": frozenset(self.done)} if self.done else {}
+        if _takes_losses(gradients):
+            more["losses"] = self.losses
         if self.done:
             advance([0] * len(self.done))  # their tokens were counted when they were computed
         width = self.rows.shape[1]
-        for places, batch in gradients(model, self.examples, **options, max_tokens=max_tokens, **skip):
+        for places, batch in gradients(model, self.examples, **options, max_tokens=max_tokens, **more):
             if batch.shape != (len(places), width):
                 raise ModelError(
                     f"the gradient source gave rows {tuple(batch.shape)} for {len(places)} examples of width {width}; "
@@ -79,12 +90,18 @@ class ShardWork:
         if suspects:
             alone = ShardWork.start([self.examples[i] for i in suspects], self.rows.shape[1])
             alone.compute(gradients, model, options, 1, lambda _: None)
-            self.rows[suspects] = alone.rows
+            self.rows[suspects], self.losses[suspects] = alone.rows, alone.losses
         finite = torch.isfinite(self.rows).all(dim=1)
         return finite.nonzero().flatten().tolist(), (~finite).nonzero().flatten().tolist()
 
     def _lengths(self, places: Collection[int]) -> list[int]:
         return [len(self.examples[i]["input_ids"]) for i in places]
+
+
+def _takes_losses(gradients: GradientSource) -> bool:
+    """Whether a source can be called with `losses`; one that takes it and leaves it alone gives none."""
+    parameters = inspect.signature(gradients).parameters.values()
+    return any(p.name == "losses" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def tokenized(

@@ -75,6 +75,7 @@ class LockstepRows:
         loss_reduction: str = "mean",
         max_tokens: int | None = None,
         skip: Collection[int] = (),
+        losses: torch.Tensor | None = None,
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Yields (indices into `examples`, CPU rows [n, k]); raises as `per_example_gradients` does."""
         import torch.distributed as dist
@@ -84,11 +85,15 @@ class LockstepRows:
             packs = [p for p in packs_for(engine, examples, max_tokens) if not set(p.indices) <= set(skip)]
             for start in range(0, len(packs), world):
                 turn = packs[start : start + world]
-                rows, _ = engine.run(turn[rank % len(turn)])
+                rows, own_losses = engine.run(turn[rank % len(turn)])
                 sizes = [len(turn[r % len(turn)].indices) for r in range(world)]
-                padded = rows.new_zeros(max(sizes), rows.shape[1])
-                padded[: len(rows)] = rows
+                padded = rows.new_zeros(max(sizes), rows.shape[1] + 1)
+                padded[: len(rows), :-1] = rows
+                padded[: len(rows), -1] = own_losses
                 gathered = [torch.empty_like(padded) for _ in range(world)]
                 dist.all_gather(gathered, padded, group=self.group)
                 for pack, found in zip(turn, gathered, strict=False):
-                    yield pack.indices, found[: len(pack.indices)].cpu()
+                    mine = found[: len(pack.indices)].cpu()
+                    if losses is not None:
+                        losses[pack.indices] = mine[:, -1].to(losses.dtype)
+                    yield pack.indices, mine[:, :-1]

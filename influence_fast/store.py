@@ -20,6 +20,7 @@ from influence_fast.errors import StoreError, did_you_mean, listing
 from influence_fast.projection import Projection
 from influence_fast.store_manifest import (
     DTYPES,
+    LOSS_DTYPE,
     REBUILD,
     SCALE_DTYPE,
     Manifest,
@@ -91,6 +92,14 @@ class Store:
             local = places[at] - self._starts[shard]
             out[torch.from_numpy(at)] = dequantize(raw[local], None if scales is None else scales[local])
         return out
+
+    @functools.cached_property
+    def losses(self) -> np.ndarray | None:
+        """The rows' losses, [N] float32, reduced as `identity.loss_reduction` says; None where a shard has none."""
+        if any("losses" not in record.files for record in self._records):
+            return None
+        parts = [_map_file(self.path, record, "losses", LOSS_DTYPE, (record.rows,)) for record in self._records]
+        return np.concatenate([np.zeros(0, LOSS_DTYPE), *parts])
 
     def blocks(self, max_rows: int = 4096) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
         """The rows as they lie on disk, in order: (place of the first row, raw rows, scales).

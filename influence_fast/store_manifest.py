@@ -3,6 +3,7 @@
     manifest.json        what the rows are (identity), how they are laid out, and, once finished, the shards
     rows-00000.bin       [rows, width] of fp32, bf16 (as uint16) or int8, C-contiguous from byte 0
     scales-00000.bin     [rows] fp32, int8 stores only: row = int8 * scale
+    losses-00000.bin     [rows] fp32, where the source of the rows gave them: the examples' losses
     ids-00000.jsonl      one JSON string a line, in row order
     shard-00000.json     the shard's record: written last, so a shard without one does not exist
 
@@ -30,7 +31,7 @@ DTYPES: dict[str, np.dtype] = {
     "bf16": np.dtype("<u2"),
     "int8": np.dtype("i1"),
 }
-SCALE_DTYPE = np.dtype("<f4")
+SCALE_DTYPE = LOSS_DTYPE = np.dtype("<f4")
 MANIFEST_NAME = "manifest.json"
 
 
@@ -330,6 +331,8 @@ class ShardRecord:
         expected = {"rows": record.rows * manifest.width * DTYPES[manifest.dtype].itemsize}
         if manifest.dtype == "int8":
             expected["scales"] = record.rows * SCALE_DTYPE.itemsize
+        if "losses" in record.files:
+            expected["losses"] = record.rows * LOSS_DTYPE.itemsize
         sizes = {kind: entry.bytes for kind, entry in record.files.items() if kind != "ids"}
         if sizes != expected or "ids" not in record.files:
             raise StoreError(f"{path} is damaged (its sizes do not fit {record.rows} rows); {REBUILD}")
@@ -341,7 +344,7 @@ REBUILD = "delete it and finish with resume=True, or build the store again"
 
 def file_name(kind: str, index: int) -> str:
     """The only name that a shard's file may have: nothing in a record can lead out of the folder."""
-    suffix = {"rows": "bin", "scales": "bin", "ids": "jsonl", "shard": "json"}.get(kind, "bin")
+    suffix = {"ids": "jsonl", "shard": "json"}.get(kind, "bin")
     return f"{kind}-{index:05d}.{suffix}"
 
 

@@ -30,6 +30,7 @@ from influence_fast.products import quantize_rows
 from influence_fast.store import Store, check_dtype, open_store, read_ids
 from influence_fast.store_manifest import (
     DTYPES,
+    LOSS_DTYPE,
     MANIFEST_NAME,
     SCALE_DTYPE,
     FileRecord,
@@ -94,8 +95,9 @@ class StoreWriter:
         first: int,
         last: int,
         set_aside: Sequence[tuple[str, str]] = (),
+        losses: torch.Tensor | np.ndarray | None = None,
     ) -> None:
-        """Stores `rows` (len(ids), width), any float dtype, as shard `index`.
+        """Stores `rows` (len(ids), width), any float dtype, as shard `index`, and their examples' losses if given.
 
         `first` and `last` are the range of examples it covers; those without a row are in `set_aside`.
 
@@ -115,6 +117,11 @@ class StoreWriter:
         lines = b"".join(json.dumps(i).encode() + b"\n" for i in ids)
         payload: dict[str, memoryview] = {"ids": memoryview(lines)}
         payload |= _encoded(values, self.manifest.dtype)
+        if losses is not None:
+            numbers = torch.as_tensor(losses).detach().to("cpu", torch.float32)
+            if numbers.shape != (len(ids),):
+                raise StoreError(f"{self.path}: shard {index} has {len(ids)} ids and {tuple(numbers.shape)} losses")
+            payload["losses"] = _bytes_of(numbers.numpy(), LOSS_DTYPE)
         files = {}
         for kind, data in payload.items():
             name = file_name(kind, index)
@@ -123,15 +130,16 @@ class StoreWriter:
         self._record(ShardRecord(index, self._fingerprints[index], first, last, len(ids), files, tuple(set_aside)))
         (self.path / _partial_name(index)).unlink(missing_ok=True)
 
-    def keep_partial(self, index: int, rows: torch.Tensor, done: Collection[int]) -> None:
-        """Keeps the rows at the places `done` of a shard that is not finished, for `partial` to find.
+    def keep_partial(self, index: int, rows: torch.Tensor, losses: torch.Tensor, done: Collection[int]) -> None:
+        """Keeps the rows and losses at the places `done` of a shard that is not finished, for `partial` to find.
 
-        rows: [E, width] fp32, for the shard's E examples that have a gradient. Raises StoreError: the disk refuses.
+        rows: [E, width] fp32 and losses: [E] fp32, for the shard's E examples that have a gradient. Raises StoreError:
+        the disk refuses.
         """
         from safetensors.torch import save_file
 
         places = torch.tensor(sorted(done), dtype=torch.int64)
-        values = {"rows": rows[places].contiguous(), "places": places}
+        values = {"rows": rows[places].contiguous(), "losses": losses[places].contiguous(), "places": places}
         path = self.path / _partial_name(index)
         try:
             with replacing(path) as temporary:
@@ -139,9 +147,9 @@ class StoreWriter:
         except (OSError, SafetensorError) as error:
             raise StoreError(f"{path} cannot be written ({error}); the finished shards are kept") from error
 
-    def partial(self, index: int, examples: int) -> tuple[torch.Tensor, list[int]] | None:
-        """(rows [n, width], their n places among the shard's `examples`) that `keep_partial` left; None where there
-        are none, or none that can be used."""
+    def partial(self, index: int, examples: int) -> tuple[torch.Tensor, torch.Tensor, list[int]] | None:
+        """(rows [n, width], losses [n], their n places among the shard's `examples`) that `keep_partial` left; None
+        where there are none, or none that can be used."""
         from safetensors import safe_open
 
         path = inside(self.path, _partial_name(index))
@@ -151,13 +159,13 @@ class StoreWriter:
             with safe_open(path, framework="pt") as file:
                 if file.metadata() != {"fingerprint": self._fingerprints[index], "examples": str(examples)}:
                     return None
-                rows, places = file.get_tensor("rows"), file.get_tensor("places")
+                rows, losses, places = (file.get_tensor(name) for name in ("rows", "losses", "places"))
         except (OSError, SafetensorError):
             return None
         inside_shard = places.numel() == 0 or (int(places.min()) >= 0 and int(places.max()) < examples)
-        if rows.shape != (len(places), self.manifest.width) or not inside_shard:
+        if rows.shape != (len(places), self.manifest.width) or losses.shape != places.shape or not inside_shard:
             return None
-        return rows, places.tolist()
+        return rows, losses, places.tolist()
 
     def copy_shard(self, index: int, source: Path, record: ShardRecord) -> None:
         """Shard `index` as a copy of a shard of the store in `source`, checked against its record on the way."""
@@ -193,7 +201,8 @@ class StoreWriter:
             data = done.to_json()
             self._publish(MANIFEST_NAME, [data], len(data))
             self.manifest = done
-        self._remove(".rows-*.tmp", ".scales-*.tmp", ".ids-*.tmp", ".shard-*.tmp", ".partial-*", "..partial-*")
+        kinds = ("rows", "scales", "losses", "ids", "shard")
+        self._remove(*(f".{kind}-*.tmp" for kind in kinds), ".partial-*", "..partial-*")
         return open_store(self.path)
 
     def sweep(self) -> None:

@@ -21,7 +21,7 @@ from influence_fast.building import build_shards, build_store, identity_of
 from influence_fast.data import Example
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, StoreError
 from influence_fast.fingerprints import dataset_fingerprint, tokenizer_hash, weight_hashes
-from influence_fast.gradients import iter_gradient_rows, per_example_gradients
+from influence_fast.gradients import iter_gradient_rows, per_example_gradients, per_example_losses
 from influence_fast.projection import Projection
 from influence_fast.store import open_store, verify_store
 from influence_fast.store_merge import merge_stores
@@ -62,6 +62,40 @@ def build(path: Path, model: Any, examples: Any, **options: Any) -> Any:
 
 
 # ---- what is stored ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("projection", [None, PROJECTION, Projection("sjlt", width=50)])
+def test_losses_are_stored_on_the_way(tmp_path: Path, model: Any, projection: Any, reduction: str) -> None:
+    examples = make_examples()
+    store = build(tmp_path / "s", model, examples, projection=projection, loss_reduction=reduction, dtype="int8")
+    expected = per_example_losses(model, examples, loss_reduction=reduction)
+    torch.testing.assert_close(torch.from_numpy(store.losses), expected)
+
+
+def test_a_source_that_gives_no_losses_leaves_the_store_without(tmp_path: Path, model: Any) -> None:
+    def without(model: Any, examples: Any, *, projection: Any, loss_reduction: str, max_tokens: int | None) -> Any:
+        return iter_gradient_rows(model, examples, projection=projection, loss_reduction=loss_reduction)
+
+    def leaving_it(*args: Any, losses: torch.Tensor, **options: Any) -> Any:
+        return iter_gradient_rows(*args, **options)
+
+    assert build(tmp_path / "a", model, make_examples(), gradients=without).losses is None
+    assert build(tmp_path / "b", model, make_examples(), gradients=leaving_it).losses is None
+
+
+def test_an_example_that_was_computed_again_has_its_own_loss(tmp_path: Path, model: Any) -> None:
+    """Its neighbour in the pack gave it a NaN, and by itself it has a row and a loss."""
+    examples = make_examples(4)
+
+    def poisoned(*args: Any, losses: torch.Tensor, **options: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
+        for places, rows in iter_gradient_rows(*args, losses=losses, **options):
+            if len(args[1]) == 4 and 2 in places:
+                rows[places.index(2)], losses[2] = torch.nan, torch.nan
+            yield places, rows
+
+    store = build(tmp_path / "s", model, examples, gradients=poisoned)
+    torch.testing.assert_close(torch.from_numpy(store.losses), per_example_losses(model, examples))
 
 
 @pytest.mark.parametrize("projection", [None, Projection(dim=3), PROJECTION, Projection("sjlt", width=50)])
@@ -395,7 +429,7 @@ def test_the_batches_of_an_interrupted_shard_are_not_computed_again(
     assert not list((tmp_path / "s").glob(".*"))
 
 
-@pytest.mark.parametrize("damage", ["garbage", "another seed", "another place"])
+@pytest.mark.parametrize("damage", ["garbage", "another seed", "another place", "without losses"])
 def test_a_partial_shard_that_does_not_fit_is_left_aside(tmp_path: Path, model: Any, damage: str) -> None:
     from safetensors.torch import save_file
 
@@ -404,15 +438,20 @@ def test_a_partial_shard_that_does_not_fit_is_left_aside(tmp_path: Path, model: 
         tmp_path / "s", model, None, make_examples(), projection=PROJECTION, dtype="fp32", shard_rows=4, part=(2, 3)
     )
     path = tmp_path / "s" / ".partial-00000.safetensors"
-    part.keep_partial(0, torch.ones(4, 64), {0, 1})
+    part.keep_partial(0, torch.ones(4, 64), torch.ones(4), {0, 1})
     assert part.partial(0, 4) is not None
     if damage == "garbage":
         path.write_bytes(path.read_bytes()[:-9])
     elif damage == "another seed":
-        save_file({"rows": torch.ones(1, 64), "places": torch.tensor([0])}, path, {"fingerprint": "0" * 64})
+        found = {"rows": torch.ones(1, 64), "losses": torch.ones(1), "places": torch.tensor([0])}
+        save_file(found, path, {"fingerprint": "0" * 64, "examples": "4"})
+    elif damage == "without losses":
+        about = {"fingerprint": part.manifest.fingerprints()[0], "examples": "4"}
+        save_file({"rows": torch.ones(1, 64), "places": torch.tensor([0])}, path, about)
     else:
         about = {"fingerprint": part.manifest.fingerprints()[0], "examples": "4"}
-        save_file({"rows": torch.ones(1, 64), "places": torch.tensor([4])}, path, about)
+        found = {"rows": torch.ones(1, 64), "losses": torch.ones(1), "places": torch.tensor([4])}
+        save_file(found, path, about)
     build(tmp_path / "s", model, make_examples())
     assert stored_bytes(tmp_path / "s") == stored_bytes(tmp_path / "whole")
 
@@ -531,7 +570,7 @@ def test_kill_9_at_any_moment_changes_no_bit(tmp_path: Path, builder: Builder, k
     done, seconds = builder.run(tmp_path / "whole")
     assert done
     expected = stored_bytes(tmp_path / "whole")
-    assert len(expected) == 1 + 16 * 4
+    assert len(expected) == 1 + 16 * 5  # the manifest; rows, scales, losses, ids and record of 16 shards
     rng = random.Random(kills)
     killed = in_the_middle = trial = 0
     while killed < kills:

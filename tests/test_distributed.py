@@ -179,7 +179,7 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 @pytest.fixture(scope="module")
 def expected(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     files = nursery.whole(tmp_path_factory.mktemp("whole") / "s")
-    assert len(files) == 1 + 4 * SHARDS
+    assert len(files) == 1 + 5 * SHARDS
     return files
 
 

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, {kind}Config
 from influence_fast.cli import main
 from influence_fast.distributed import World, init_group
 from influence_fast.fingerprints import weight_hashes
-from influence_fast.gradients import per_example_gradients
+from influence_fast.gradients import per_example_gradients, per_example_losses
 from influence_fast.projection import Projection
 from influence_fast.sharded import LockstepRows, shard_model
 
@@ -56,15 +56,18 @@ found = {{}}
 for name, projection in dict(exact=None, projected=Projection(dim=4), sketched=Projection(dim=4, width=64)).items():
     model = make()
     expected = per_example_gradients(model, examples, projection=projection)
+    own_losses, losses = per_example_losses(model, examples), torch.full((len(examples),), torch.nan)
     hashes = weight_hashes(model)
     whole = sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and "lora_" not in n)
     shard_model(model, mesh)
     held = sum(p.to_local().numel() for p in model.parameters() if hasattr(p, "to_local"))
     rows = torch.full_like(expected, torch.nan)
-    for places, batch in LockstepRows(group)(model, examples, projection=projection, max_tokens=50, skip=[0]):
+    options = dict(projection=projection, max_tokens=50, skip=[0], losses=losses)
+    for places, batch in LockstepRows(group)(model, examples, **options):
         rows[places] = batch
     again = per_example_gradients(model, examples, projection=projection)
     found[name] = dict(lockstep=float((rows - expected).norm() / expected.norm()),
+                       losses=float((losses - own_losses).norm() / own_losses.norm()),
                        alone=float((again - expected).norm() / expected.norm()),
                        hashes=weight_hashes(model) == hashes, held=held / whole)
 if world.rank == 0:
@@ -95,6 +98,7 @@ def test_gradients_of_a_sharded_model_are_those_of_the_whole(tmp_path: Path, kin
     assert found.keys() == {"exact", "projected", "sketched"}
     for values in found.values():
         assert values["lockstep"] < 1e-5
+        assert values["losses"] < 1e-5
         assert values["alone"] < 1e-5
         assert values["hashes"]  # the store's identity does not know of the sharding
         assert 0.45 < values["held"] < 0.6  # each process really holds half of the layers' weights

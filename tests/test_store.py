@@ -59,6 +59,7 @@ def write(
     dtype: str = "fp32",
     ids: Sequence[str] | None = None,
     only: Sequence[int] | None = None,
+    losses: np.ndarray | None = None,
     **identity: Any,
 ) -> StoreWriter:
     n = len(rows)
@@ -67,7 +68,8 @@ def write(
     for index in writer.pending():
         if only is None or index in only:
             first, last = index * shard_rows, min(n, (index + 1) * shard_rows)
-            writer.write_shard(index, names[first:last], rows[first:last], first=first, last=last)
+            mine = None if losses is None else losses[first:last]
+            writer.write_shard(index, names[first:last], rows[first:last], first=first, last=last, losses=mine)
     return writer
 
 
@@ -293,9 +295,37 @@ def change_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps({**body, "checksum": digest(body)}))
 
 
-@pytest.mark.parametrize("name", ["rows-00001.bin", "scales-00001.bin", "ids-00001.jsonl"])
+LOSSES = np.linspace(0.5, 3, 10, dtype=np.float32)
+
+
+def test_losses_lie_beside_the_rows(tmp_path: Path) -> None:
+    store = make(tmp_path / "s", losses=LOSSES)
+    assert store.losses is not None
+    assert store.losses.dtype == np.float32
+    np.testing.assert_array_equal(store.losses, LOSSES)
+    assert verify_store(tmp_path / "s") == []
+    assert make(tmp_path / "without").losses is None
+    assert make(tmp_path / "empty", n=0, losses=LOSSES[:0]).losses.shape == (0,)  # type: ignore[union-attr]
+    writer = write(tmp_path / "wrong", make_rows(4), only=[])
+    with pytest.raises(StoreError, match=r"4 ids and \(3,\) losses"):
+        writer.write_shard(0, list("abcd"), make_rows(4), first=0, last=4, losses=LOSSES[:3])
+
+
+def test_one_shard_without_losses_leaves_the_store_without(tmp_path: Path) -> None:
+    write(tmp_path / "s", make_rows(10), only=[0], losses=LOSSES)
+    assert write(tmp_path / "s", make_rows(10)).finalize().losses is None
+
+
+def test_merged_stores_keep_their_losses(tmp_path: Path) -> None:
+    make(tmp_path / "a", n=6, losses=LOSSES)
+    make(tmp_path / "b", n=5, losses=LOSSES[4:9], ids=list("vwxyz"))
+    merged = merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "m")
+    np.testing.assert_array_equal(merged.losses, np.concatenate([LOSSES[:6], LOSSES[4:9]]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["rows-00001.bin", "scales-00001.bin", "losses-00001.bin", "ids-00001.jsonl"])
 def test_truncated_files_are_named(tmp_path: Path, name: str) -> None:
-    make(tmp_path / "s", dtype="int8")
+    make(tmp_path / "s", dtype="int8", losses=LOSSES)
     path = tmp_path / "s" / name
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(StoreError, match=f"{name} is truncated"):
@@ -320,9 +350,9 @@ def test_one_flipped_bit_in_the_rows_is_found(tmp_path: Path, at: int) -> None:
         store.verify()
 
 
-@pytest.mark.parametrize("name", ["scales-00000.bin", "ids-00002.jsonl"])
+@pytest.mark.parametrize("name", ["scales-00000.bin", "losses-00001.bin", "ids-00002.jsonl"])
 def test_one_flipped_bit_elsewhere_is_found(tmp_path: Path, name: str) -> None:
-    make(tmp_path / "s", dtype="int8")
+    make(tmp_path / "s", dtype="int8", losses=LOSSES)
     flip(tmp_path / "s" / name, 2)
     assert [name in line for line in verify_store(tmp_path / "s")] == [True]
 

@@ -82,9 +82,13 @@ def test_rows_repeat_bit_for_bit_and_cross_the_bus_unchanged(
         assert torch.equal(rows, whole[places].cpu())
 
 
-@pytest.mark.parametrize("projection", [inf.Projection(dim=8), inf.Projection(dim=8, width=64)], ids=str)
+@pytest.mark.parametrize(
+    "projection",
+    [None, inf.Projection(dim=8), inf.Projection(dim=8, width=64), inf.Projection("sjlt", width=64)],
+    ids=str,
+)
 def test_no_batch_after_the_first_waits_for_the_card(
-    tiny_lora: Callable[..., Any], backend: str, projection: inf.Projection
+    tiny_lora: Callable[..., Any], backend: str, projection: inf.Projection | None
 ) -> None:
     model = tiny_lora().to(CUDA, torch.bfloat16)
     with GradientEngine(model, projection, backend=backend) as engine:

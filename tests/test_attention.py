@@ -1,0 +1,99 @@
+"""Attention over packs: the one-launch path against the call an example, by the semantics that PyTorch documents."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from influence_fast import attention
+
+LENGTHS = (5, 1, 9, 3)
+BOUNDS = [0, 5, 6, 15, 18]
+
+
+def documented(
+    query: torch.Tensor,  # [T, heads, d]
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """`torch.nn.attention.varlen.varlen_attn` as its documentation has it: (left, right) neighbours, -1 for all."""
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    assert max_q == max_k == max(LENGTHS)
+    times = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
+    left, right = (size if size >= 0 else query.shape[0] for size in window_size)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    parts = []
+    for start, end in pairwise(cu_seq_q.tolist()):
+        q, k, v = (part[start:end].transpose(0, 1) for part in (query, key, value))
+        behind = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
+        seen = (behind <= left) & (-behind <= right)
+        weights = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
+        parts.append((weights.softmax(dim=-1) @ v).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def inputs(dtype: torch.dtype, device: str = "cpu", kv_heads: int = 2) -> list[torch.Tensor]:
+    """Query, key and value as transformers hands them over: [1, heads, T, d], a transposed view."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, BOUNDS[-1], heads, 8) for heads in (4, kv_heads, kv_heads)]
+    made = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
+    return [tensor.requires_grad_().transpose(1, 2) for tensor in made]
+
+
+def attend(tensors: list[torch.Tensor], **options: Any) -> torch.Tensor:
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32)
+    options = {"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": bounds, "max_length_q": max(LENGTHS), **options}
+    out, _ = attention.packed_attention(torch.nn.Module(), *tensors, None, **options)
+    return out
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+def test_one_launch_gives_what_a_call_an_example_gives(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, scaling: float | None, kv_heads: int
+) -> None:
+    options = {"scaling": scaling, "sliding_window": window}
+    apart = inputs(torch.float64, kv_heads=kv_heads)
+    expected = attend(apart, **options)
+    monkeypatch.setattr(attention, "_has_varlen", lambda query, value: True)
+    monkeypatch.setattr(attention, "varlen_attention", lambda: documented)
+    together = inputs(torch.float64, kv_heads=kv_heads)
+    found = attend(together, **options)
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn(expected.shape, dtype=torch.float64)
+    for one, other in zip(
+        torch.autograd.grad(found, together, upstream), torch.autograd.grad(expected, apart, upstream), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.skipif(attention.varlen_attention() is None, reason="this PyTorch has no varlen_attn with windows")
+def test_pytorchs_own_takes_the_call() -> None:
+    """On the meta device, where its shapes are checked and nothing is computed."""
+    tensors = inputs(torch.bfloat16, "meta")
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32, device="meta")
+    out = attention._varlen(*tensors, bounds, max(LENGTHS), 0.5, 3)
+    assert out.shape == (1, BOUNDS[-1], 4, 8)
+    grads = torch.autograd.grad(out.sum(), tensors)
+    assert [grad.shape for grad in grads] == [tensor.shape for tensor in tensors]
+
+
+def test_what_runs_in_one_launch() -> None:
+    query = torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16)
+    assert not attention._has_varlen(query, query)  # no card
+    for other in (query.float(), query[..., :7], torch.zeros(1, 2, 3, 512, dtype=torch.bfloat16)):
+        assert not attention._has_varlen(other, other)
