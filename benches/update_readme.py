@@ -25,6 +25,7 @@ PROOF_METHODS = {
     "trak",
     "loss",
 } | {"exact-ekfac-cosine"}
+FEWEST_RANKED = 8  # a rank correlation of fewer examples says nothing
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -125,7 +126,7 @@ def peers(result: dict[str, Any]) -> list[str]:
     ]
     for world, found in result["worlds"].items():
         lines += [
-            f"| {world} | pool x queries | examples/s | time over plain LoRA forward+backward | bytes an example "
+            f"| {world} | pool x queries | tokens/s | time over plain LoRA forward+backward | bytes an example "
             "| rank agreement with exact scores |",
             "|---|---|---|---|---|---|",
         ]
@@ -137,22 +138,29 @@ def peers(result: dict[str, Any]) -> list[str]:
             cells = [
                 f"{row['peer']} `{row['method']}`: {row['what']}",
                 f"{row['examples']} x {row['queries']}",
-                f"{row['examples_per_second']:.1f}",
+                f"{row['tokens_per_second']:,.0f}",
                 "" if over is None else f"{over['median']:.2f}",
                 "" if size is None else f"{size:,.0f}",
-                "" if agrees is None else f"{agrees['per_query']:.3f}{kind}",
+                "" if agrees is None or row["examples"] < FEWEST_RANKED else f"{agrees['per_query']:.3f}{kind}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+        times = (
+            f"**{t['median']:.2f}** ({t['min']:.2f}-{t['max']:.2f}) times as fast as {name.replace(' ', ' `')}`"
+            for name, t in found["targets"]["end_to_end"].items()
+        )
+        shares = [o["share"] for o in found["profiles"].get("ours cosine", []) if "dot_product" in o["operator"]]
+        attention = f" Attention, in which all tools are alike, is {sum(shares):.0%} of our time." if shares else ""
+        lines += ["", f"Ours, end to end, against the row of the same kind: {'; '.join(times)}.{attention}", ""]
     return [*lines, f"`python -m benches.peers.compare`, {result['rounds']} round(s): {measured(result)}", ""]
 
 
 def peers_scoring(result: dict[str, Any]) -> list[str]:
     lines = [
         f"The scoring step alone, over {result['rows']:,} kept rows of {result['width']:,} numbers in each tool's own "
-        "format: all scores, seconds and times as fast as that ours is (median of rounds, range in brackets):",
+        "format: all scores (median of rounds, range in brackets):",
         "",
-        "| queries | rows kept as | seconds | ours, int8 rows | ours, bf16 rows | lowest rank agreement with float64 |",
+        "| queries | rows kept as | seconds | times as fast: ours, int8 rows | ours, bf16 rows "
+        "| lowest rank agreement with float64 |",
         "|---|---|---|---|---|---|",
     ]
     for queries, found in result["cases"].items():
@@ -163,7 +171,7 @@ def peers_scoring(result: dict[str, Any]) -> list[str]:
                 spans = ["", ""]
             seconds = f"{median(row['scores_seconds']):.3f}"
             agreement = f"{row['agreement']:.5f}"
-            what = row["what"] if name.startswith("ours") else f"{name}: {row['what']}"
+            what = f"{name.partition('_int8')[0].partition('_bf16')[0]}: {row['what']}"
             lines.append(f"| {' | '.join([queries, what, seconds, *spans, agreement])} |")
     return [*lines, "", f"`python -m benches.peers.scoring`, {result['rounds']} rounds: {measured(result)}", ""]
 
