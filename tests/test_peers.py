@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # benches is not installed
 
-from benches.peers import compare, install  # noqa: E402
+from benches.peers import compare, install, scoring  # noqa: E402
 from benches.peers.work import write_work  # noqa: E402
 from influence_fast.errors import DataError  # noqa: E402
 
@@ -207,3 +207,24 @@ def test_a_peer_without_its_python_is_skipped_with_the_reason(tmp_path: Path, mo
     assert install.is_installed("logix", tmp_path / "venvs")
     (tmp_path / "logix.txt").write_text("# python 2.99\ntorch==2.13.0\nnumpy==2.4.7\n")
     assert not install.is_installed("logix", tmp_path / "venvs")  # pinned anew since
+
+
+@pytest.mark.parametrize("kind", ["ours_int8", "ours_bf16", "less_like", "dattri"])
+def test_a_scoring_step_over_kept_rows_gives_their_scores(tmp_path: Path, kind: str) -> None:
+    scoring.make_rows(tmp_path, 50, 64, 3)
+    for queries in (3, 2):  # the second time from the files of the first
+        result = scoring.run(kind, tmp_path, sys.executable, queries, threads=1)
+        assert result["seconds"].keys() == {"load", "scores"}, result
+        assert scoring.agreement(tmp_path, kind, queries) > 0.99
+    per_number = {"ours_int8": 1, "ours_bf16": 2, "less_like": 4, "dattri": 0}[kind]
+    assert per_number * 50 * 64 <= result["kept"] < per_number * 50 * 64 + 6000
+
+
+def test_a_scoring_step_that_fails_says_why(tmp_path: Path) -> None:
+    scoring.make_rows(tmp_path, 5, 8, 2)
+    (tmp_path / "queries.npy").unlink()
+    assert "queries.npy" in scoring.run("dattri", tmp_path, sys.executable, 2, threads=1)["failed"]
+
+
+def test_times_over_ours_are_taken_inside_a_round() -> None:
+    assert scoring.over([2.0, 9.0, 8.0], [1.0, 3.0, 2.0]) == {"median": 3.0, "min": 2.0, "max": 4.0}
