@@ -5,6 +5,7 @@ The segment sums use fp32 (fp64 for an fp64 model) whatever the products' dtype 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # Rows of a dense Rademacher matrix made at once: 2^24 signs, 64 MiB in fp32.
 _RADEMACHER_CHUNK = 1 << 24
+# Numbers of a random matrix that is kept from one engine to the next.
+_KEPT_NUMBERS = 1 << 15
 
 
 def random_columns(projection: Projection | None, linear: LoraLinear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,9 +31,21 @@ def random_columns(projection: Projection | None, linear: LoraLinear) -> tuple[t
     if projection is None or projection.kind not in ("one_sided", "kron"):
         return linear.a.new_zeros(linear.d_in, 0), linear.b.new_zeros(linear.d_out, 0)
     return (
-        random_matrix(projection, f"{linear.key}/in", linear.d_in),
-        random_matrix(projection, f"{linear.key}/out", linear.d_out),
+        _matrix(projection, f"{linear.key}/in", linear.d_in),
+        _matrix(projection, f"{linear.key}/out", linear.d_out),
     )
+
+
+def _matrix(projection: Projection, name: str, rows: int) -> torch.Tensor:
+    """`random_matrix`; small ones are kept: drawing them is half of what opening an engine of a small model takes."""
+    assert projection.dim is not None
+    made = _kept_matrix if rows * projection.dim <= _KEPT_NUMBERS else random_matrix
+    return made(projection, name, rows)
+
+
+@functools.lru_cache(maxsize=512)  # 64 MiB at most
+def _kept_matrix(projection: Projection, name: str, rows: int) -> torch.Tensor:
+    return random_matrix(projection, name, rows)
 
 
 def pack_segments(cu_seqlens: list[int], device: torch.device) -> Segments:

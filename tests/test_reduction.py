@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from influence_fast import reduction
+from influence_fast.projection import Projection, random_matrix
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +37,13 @@ def test_exact_and_flat_rows_on_the_kernels_are_those_of_torch(found: dict[str, 
 def test_a_flat_row_on_the_kernels_never_holds_an_exact_factor(found: dict[str, Any], kind: str) -> None:
     triton, torch = found["held"][kind]
     assert triton < found["factor"] <= torch
+
+
+def test_kept_matrices_are_those_that_are_drawn() -> None:
+    """Small ones come from the last engine, and whoever was given one before must not have changed it."""
+    projection = Projection(dim=8, seed=3)
+    for rows in (40, 5000):  # kept, and too large to be
+        for _ in range(2):
+            assert torch.equal(reduction._matrix(projection, "m/in", rows), random_matrix(projection, "m/in", rows))
+    other = Projection(dim=8, seed=4)
+    assert not torch.equal(reduction._matrix(other, "m/in", 40), random_matrix(projection, "m/in", 40))
