@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: no test asks the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -45,6 +49,22 @@ def _unwritten_memory_shows() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Callable[[str], Any]:
+    """`interpreted("NAME.py")`: what that script of this folder prints as JSON, with Triton's kernels in its
+    interpreter; only a process of its own can have it."""
+
+    def run(name: str) -> Any:
+        pytest.importorskip("triton", reason="triton is not installed")
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        command = [sys.executable, Path(__file__).with_name(name)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -47,13 +44,8 @@ def test_triton_is_refused_with_its_reason_where_it_cannot_run() -> None:
         backends.choose("triton", CPU, torch.float32)
 
 
-def test_the_gradient_path_on_the_kernels_agrees_with_float64() -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    script = Path(__file__).with_name("interpreted_backend.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout)
+def test_the_gradient_path_on_the_kernels_agrees_with_float64(interpreted: Callable[[str], Any]) -> None:
+    errors = interpreted("interpreted_backend.py")
     assert len(errors) == 12
     for case, found in errors.items():
         if case.endswith("float32"):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -299,13 +297,8 @@ def test_the_model_is_left_as_it_was(tiny_lora: Callable[..., Any]) -> None:
     assert torch.equal(inf.per_example_gradients(model, examples), before)
 
 
-def test_beside_the_triton_kernels_the_rows_are_the_same() -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    script = Path(__file__).with_name("interpreted_fp8.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout)
+def test_beside_the_triton_kernels_the_rows_are_the_same(interpreted: Callable[[str], Any]) -> None:
+    errors = interpreted("interpreted_fp8.py")
     assert LEAST < errors["of fp8"] < MOST
     assert errors["between"] < 0.2 * errors["of fp8"]
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,13 +13,8 @@ from influence_fast.projection import Projection, random_matrix
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
-    pytest.importorskip("triton", reason="triton is not installed")
-    script = Path(__file__).with_name("interpreted_reduction.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def found(interpreted: Callable[[str], Any]) -> dict[str, Any]:
+    return interpreted("interpreted_reduction.py")
 
 
 def test_exact_and_flat_rows_on_the_kernels_are_those_of_torch(found: dict[str, Any]) -> None:

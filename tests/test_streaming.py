@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -180,13 +176,8 @@ def test_a_nan_is_pinned_on_its_own_example(model: Any) -> None:
     assert not any(f"ex-{i}" in str(caught.value) for i in spared)
 
 
-def test_the_kernel_agrees_with_float64() -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    script = Path(__file__).with_name("interpreted_stream.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout)
+def test_the_kernel_agrees_with_float64(interpreted: Callable[[str], Any]) -> None:
+    errors = interpreted("interpreted_stream.py")
     assert len(errors) == 8
     for case, found in errors.items():
         if case.startswith("float32"):
