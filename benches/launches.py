@@ -40,6 +40,7 @@ SHAPE = {  # Qwen2.5-0.5B, whose layers are the smallest
 }
 TOKENS = 512
 ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided"}
+UNCOUNTED = ALLOCATIONS | {"aten::detach", "aten::_unsafe_view"}
 
 
 class Operations(TorchDispatchMode):
@@ -51,14 +52,8 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = func._schema.name
         on_device = any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in tree_leaves((args, kwargs, out)))
-        if (
-            on_device
-            and not func.is_view
-            and name not in ALLOCATIONS
-            and name not in ("aten::detach", "aten::_unsafe_view")
-        ):
+        if on_device and not func.is_view and func._schema.name not in UNCOUNTED:
             self.count += 1
         return out
 

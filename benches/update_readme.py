@@ -165,13 +165,12 @@ def peers_scoring(result: dict[str, Any]) -> list[str]:
     ]
     for queries, found in result["cases"].items():
         for name, row in found["rows"].items():
-            times = [row["over"][own] for own in ("ours_int8", "ours_bf16")]
-            spans = [f"**{r['median']:.1f}** ({r['min']:.1f}-{r['max']:.1f})" for r in times]
-            if name.startswith("ours"):
-                spans = ["", ""]
+            times = [row["over"][kind] for kind in ("ours_int8", "ours_bf16")]
+            own = name.startswith("ours")
+            spans = ["" if own else f"**{r['median']:.1f}** ({r['min']:.1f}-{r['max']:.1f})" for r in times]
             seconds = f"{median(row['scores_seconds']):.3f}"
             agreement = f"{row['agreement']:.5f}"
-            what = f"{name.partition('_int8')[0].partition('_bf16')[0]}: {row['what']}"
+            what = f"{'ours' if own else name}: {row['what']}"
             lines.append(f"| {' | '.join([queries, what, seconds, *spans, agreement])} |")
     return [*lines, "", f"`python -m benches.peers.scoring`, {result['rounds']} rounds: {measured(result)}", ""]
 

@@ -103,12 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--optimizer", help="checkpoint whose Adam state 'adam' and 'less' read (default: moments of the rows)"
     )
-    sub.add_argument("--dim", type=int, default=64, help="projection dim p (default 64)")
-    sub.add_argument("--width", type=int, help="sketch each row to this many numbers")
-    sub.add_argument("--store-dtype", default="bf16", help="fp32, bf16 (default) or int8")
-    sub.add_argument(
-        "--precision", default="auto", help="fp8: products with the base weights in 8 bits (default: auto)"
-    )
+    _gradient_flags(sub)
     sub.add_argument("--max-new-tokens", type=int, help="limit of a generated answer")
     sub.add_argument("--tasks", metavar="COLUMN", help="validation column that names tasks, a score each (for less)")
     sub.add_argument(
@@ -119,12 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model(sub, adapter=True)
     _data(sub, "--data", "training examples")
     sub.add_argument("--output", required=True, help="folder of the store, which all processes see")
-    sub.add_argument("--dim", type=int, default=64, help="projection dim p (default 64)")
-    sub.add_argument("--width", type=int, help="sketch each row to this many numbers")
-    sub.add_argument("--store-dtype", default="bf16", help="fp32, bf16 (default) or int8")
-    sub.add_argument(
-        "--precision", default="auto", help="fp8: products with the base weights in 8 bits (default: auto)"
-    )
+    _gradient_flags(sub)
     sub.add_argument("--shard-rows", type=int, help="examples in a shard, which is what a process takes at a time")
     sub.add_argument("--max-tokens", type=int, help="tokens in one packed batch")
     sub.add_argument("--fsdp", type=int, default=1, metavar="N", help="spread each copy of the model over N processes")
@@ -201,6 +191,16 @@ def _model(sub: argparse.ArgumentParser, *, adapter: bool, adapter_needed: bool 
         sub.add_argument("--adapter", required=adapter_needed, help="peft adapter: hub id or folder")
     sub.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
     sub.add_argument("--device", default="auto")
+
+
+def _gradient_flags(sub: argparse.ArgumentParser) -> None:
+    """What `_gradients` reads."""
+    sub.add_argument("--dim", type=int, default=64, help="projection dim p (default 64)")
+    sub.add_argument("--width", type=int, help="sketch each row to this many numbers")
+    sub.add_argument("--store-dtype", default="bf16", help="fp32, bf16 (default) or int8")
+    sub.add_argument(
+        "--precision", default="auto", help="fp8: products with the base weights in 8 bits (default: auto)"
+    )
 
 
 def _data(sub: argparse.ArgumentParser, option: str, help: str, *, needed: bool = True) -> None:

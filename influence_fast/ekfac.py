@@ -88,7 +88,7 @@ def fit_ekfac(row_blocks: RowBlocks, factors: list[LayoutEntry] | None, damping:
 
 def block_of(rows: torch.Tensor, entry: LayoutEntry) -> torch.Tensor:
     """One factor's block of rows [N, k] as matrices [N, m, n], a view."""
-    return rows[:, entry.offset : entry.offset + entry.shape[0] * entry.shape[1]].unflatten(1, entry.shape)
+    return rows[:, entry.columns].unflatten(1, entry.shape)
 
 
 def _bases(

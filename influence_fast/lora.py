@@ -30,6 +30,11 @@ class LayoutEntry(NamedTuple):
     shape: tuple[int, int]
     offset: int
 
+    @property
+    def columns(self) -> slice:
+        """The factor's numbers in a row."""
+        return slice(self.offset, self.offset + self.shape[0] * self.shape[1])
+
 
 @dataclass(frozen=True, eq=False)
 class LoraLinear:
@@ -181,7 +186,7 @@ def _module_name(module: LoraLinear | LayoutEntry) -> str:
 def layout_width(layout: list[LayoutEntry]) -> int:
     """Numbers in a row of this layout."""
     last = layout[-1]
-    return last.offset + last.shape[0] * last.shape[1]
+    return int(last.columns.stop)
 
 
 def gradient_layout(model: nn.Module, projection: Projection | None = None) -> list[LayoutEntry]:

@@ -69,6 +69,7 @@ class Reducer:
         self.dtype = torch.float64 if linears[0].weight.dtype == torch.float64 else torch.float32
         self.device = linears[0].weight.device
         self.cu_seqlens: list[int] = [0]
+        self._start = torch.zeros(1, dtype=torch.int64, device=self.device)
 
     @property
     def width(self) -> int:
@@ -95,6 +96,14 @@ class Reducer:
 
     def finish(self) -> torch.Tensor:
         raise NotImplementedError
+
+    def launch_outer(
+        self, left: torch.Tensor, right: torch.Tensor, segments: Segments, rows: torch.Tensor, scaling: float = 1.0
+    ) -> None:
+        """rows [E, a b] = s left^T right of each example, one factor in one launch: left [T, a], right [T, b]."""
+        from influence_fast.kernels.segment_outer import segment_outer
+
+        segment_outer(left[:, None], right[:, None], segments, rows, self._start, scale=scaling)
 
 
 class ProjectedReducer(Reducer):
@@ -183,9 +192,8 @@ class ProjectedReducer(Reducer):
             grad_a = rank_side.T @ grad_a  # [E, p, p]
             grad_b = grad_b @ rank_side  # [E, p, p]
         for entry, grad in zip(self.layout[2 * number : 2 * number + 2], (grad_a, grad_b), strict=True):
-            size = entry.shape[0] * entry.shape[1]
             # added, not set: a module that the forward calls twice contributes twice
-            rows[:, entry.offset : entry.offset + size].add_(grad.flatten(1), alpha=scaling)
+            rows[:, entry.columns].add_(grad.flatten(1), alpha=scaling)
 
 
 class FullReducer(Reducer):
@@ -204,7 +212,6 @@ class FullReducer(Reducer):
         self._sketch = None if projection is None else RowSketch(linears, layout, projection, self.device)
         self._flat: dict[int, FlatSketch] = {}
         self._segments: Segments | None = None
-        self._start = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._written: set[int] = set()  # blocks of this pack's exact rows that a kernel has written
 
     def begin(self, cu_seqlens: list[int]) -> None:
@@ -242,19 +249,17 @@ class FullReducer(Reducer):
         for e, (start, end) in enumerate(pairwise(self.cu_seqlens)):
             flat = (left[start:end].T @ right[start:end]).reshape(-1) * scaling
             if self._sketch is None:
-                self._block(self._rows, block)[e] += flat
+                self._rows[e, self.layout[block].columns] += flat
             else:
                 self._sketch.add(self._rows[e], block, flat)
 
     def _launch(self, block: int, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
         """The same into exact rows, by the kernel, which writes: a module's second call goes through a copy."""
-        from influence_fast.kernels.segment_outer import segment_outer
-
         assert self._segments is not None
-        rows = self._block(self._rows, block)
+        rows = self._rows[:, self.layout[block].columns]
         again = block in self._written
         target = torch.empty_like(rows) if again else rows
-        segment_outer(left[:, None], right[:, None], self._segments, target, self._start, scale=scaling)
+        self.launch_outer(left, right, self._segments, target, scaling)
         if again:
             rows += target
         self._written.add(block)
@@ -268,11 +273,6 @@ class FullReducer(Reducer):
         if block not in self._flat:  # the same in every pack
             self._flat[block] = self._sketch.flat(block)
         project_flat(left, right, self._segments, self._flat[block], self._rows, scale=scaling, accumulate=True)
-
-    def _block(self, rows: torch.Tensor, block: int) -> torch.Tensor:
-        """One factor's part of exact rows, a view: [E, k] -> [E, a b]."""
-        entry = self.layout[block]
-        return rows[:, entry.offset : entry.offset + entry.shape[0] * entry.shape[1]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,6 +175,8 @@ class StreamReducer(Reducer):
     ) -> None:
         r, scaling = self.linears[number].r, self.linears[number].scaling
         h, u = kept[:, :r], out_of[:, :r]
+        if self.triton and tokens is not None:
+            tokens, g = tokens.contiguous(), g.contiguous()
         if tokens is None:
             self._contract(u, kept[:, r:], scaling)
             self._contract(h, out_of[:, r:], scaling)
@@ -192,8 +194,7 @@ class StreamReducer(Reducer):
 
     def _block(self, number: int, side: int) -> torch.Tensor:
         """One factor of every query as it lies in their rows: [q, r d], a view."""
-        entry = self.layout[2 * number + side]
-        return self.queries[:, entry.offset : entry.offset + entry.shape[0] * entry.shape[1]]
+        return self.queries[:, self.layout[2 * number + side].columns]
 
     def _side(self, number: int, side: int) -> torch.Tensor:
         """A factor of every query with its long side last: [q, r, d], a view."""
@@ -225,11 +226,7 @@ class StreamReducer(Reducer):
         """grads [stop - first, a b] = left^T right of examples `first` to `stop`."""
         tokens = slice(self.cu_seqlens[first], self.cu_seqlens[stop])
         if self.triton:
-            from influence_fast.kernels.segment_outer import segment_outer
-
-            place = torch.zeros(1, dtype=torch.int64, device=self.device)
-            one, other = (side[tokens].contiguous()[:, None] for side in (left, right))
-            segment_outer(one, other, self._segments_of(first, stop), grads, place)
+            self.launch_outer(left[tokens], right[tokens], self._segments_of(first, stop), grads)
             return
         for e, (start, end) in enumerate(pairwise(self.cu_seqlens[first : stop + 1])):
             one, other = left[start:end].to(self.dtype), right[start:end].to(self.dtype)
@@ -243,7 +240,7 @@ class StreamReducer(Reducer):
         step = max(1, _CHUNK // (segments.chunks * -(-wide.shape[1] // 64)))
         for first in range(0, len(side), step):
             segment_bilinear(
-                wide.contiguous(),
+                wide,
                 short,
                 side[first : first + step].transpose(1, 2),
                 segments,

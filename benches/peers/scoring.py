@@ -27,6 +27,7 @@ import numpy as np
 
 from benches.bench_inner_products import heavy_tailed
 from benches.environment import describe
+from benches.peers.compare import spread
 from benches.peers.install import default_venvs, is_installed, python_of
 from benches.peers.stored import CHECKED
 from influence_fast import native
@@ -113,8 +114,7 @@ def case(folder: Path, pythons: Mapping[str, str], queries: int, rounds: int, th
 
 def over(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
     """Their time over ours, round by round: above 1 ours is the faster."""
-    times = [a / b for a, b in zip(theirs, ours, strict=True)]
-    return {"median": statistics.median(times), "min": min(times), "max": max(times)}
+    return spread([a / b for a, b in zip(theirs, ours, strict=True)]) or {}
 
 
 def markdown(cases: Mapping[str, Mapping[str, Any]]) -> str:
