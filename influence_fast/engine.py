@@ -13,6 +13,7 @@ folded into the base weight, and `(T, r + p)` numbers a module are all that is k
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -396,15 +397,28 @@ def _free_bytes(device: torch.device) -> int | None:
 @contextlib.contextmanager
 def _recomputable(base: Any) -> Iterator[list[Any]]:
     """The layers that `_recomputing` can switch; none where the model does so already, or cannot."""
+    from torch.utils.checkpoint import checkpoint
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    already = getattr(base, "is_gradient_checkpointing", False)
+    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    already = any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
     if already or not getattr(base, "supports_gradient_checkpointing", False):
         yield []
         return
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    base.gradient_checkpointing_disable()  # what it has set up stays, switched off
-    yield [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    # Set here and not by the model's own switch, which would make the embedding's output ask for a gradient too and
+    # leave that behind. Nothing is random with dropout off.
+    how = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    before = [(layer, vars(layer).get("_gradient_checkpointing_func")) for layer in layers]
+    try:
+        for layer in layers:
+            layer._gradient_checkpointing_func = how
+        yield layers
+    finally:
+        for layer, function in before:
+            if function is None:
+                del layer._gradient_checkpointing_func
+            else:
+                layer._gradient_checkpointing_func = function
 
 
 @contextlib.contextmanager
