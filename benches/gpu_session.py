@@ -7,8 +7,8 @@
 2. Kernels at Qwen2.5-7B's widths against the card's measured copy bandwidth, plain PyTorch and torch.compile.
 3. Whole per-example-gradient steps at the shapes of Qwen2.5-0.5B, 1.5B and 7B (random weights, a few layers) beside a
    plain LoRA forward+backward of the same packed batch: seconds, tokens a second, model-FLOP utilisation, the share of
-   the time in which the host is still launching, and the batch's peak memory beside the sum of docs/memory.md. With
-   8-bit base products too, where the card has them.
+   the time in which the host is still launching, and the batch's peak memory beside the sum of docs/memory.md. As
+   CUDA graphs too, with 8-bit base products where the card has them, and with attention that adds up in any order.
 4. Rows to the host over eight packs: waited for after each pack, or written behind as fp32, bf16 and int8.
 5. Streaming scores by the number of queries, by the kernel and by forming a factor's gradients.
 
@@ -18,12 +18,13 @@ Writes one JSON and one markdown table, named after the card and the date, with 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ import torch
 
 import influence_fast as inf
 from benches.environment import describe
-from influence_fast import fp8
+from influence_fast import attention, fp8
 from influence_fast import streaming as stream
 from influence_fast.engine import GradientEngine
 from influence_fast.gradients import iter_gradient_rows
@@ -54,6 +55,7 @@ SHAPES = {
 }
 SMOKE_SHAPES = {"tiny": (64, 128, 2, 1, 300, 2)}
 RANK = DIM = 16
+ANY_ORDER = "triton, attention in any order"
 BUDGET = 8 * 60
 
 
@@ -190,14 +192,26 @@ def matmul_flops(shape: tuple[int, ...], tokens: int) -> float:
     return 4.0 * tokens * (layers * (attention + 3 * hidden * intermediate) + vocabulary * hidden)
 
 
-def ways_of(device: torch.device) -> list[tuple[str, str]]:
-    """(backend, precision) of each way to run a step here."""
+def ways_of(device: torch.device) -> dict[str, dict[str, Any]]:
+    """Each way to run a step here, and the engine's options for it."""
+    ways: dict[str, dict[str, Any]] = {"torch": {"backend": "torch"}}
     if device.type != "cuda":
-        return [("torch", "auto")]
-    ways = [("torch", "auto"), ("triton", "auto")]
+        return ways
+    ways |= {"triton": {"backend": "triton"}, "triton graphs": {"backend": "triton", "cuda_graphs": True}}
+    ways[ANY_ORDER] = {"backend": "triton"}
     if torch.cuda.get_device_capability(device) >= fp8.LOWEST_CAPABILITY:
-        ways.append(("triton", fp8.FP8))
+        ways["triton fp8"] = {"backend": "triton", "precision": fp8.FP8}
     return ways
+
+
+@contextlib.contextmanager
+def attention_of(way: str) -> Iterator[None]:
+    """What attention's backward is asked for: one order, but for the way that is there to show what this costs."""
+    if way != ANY_ORDER:
+        yield
+        return
+    with mock.patch.object(attention, "_is_fused", return_value=False):
+        yield
 
 
 def launching_share(run: Callable[[], Any]) -> float:
@@ -236,16 +250,17 @@ def steps(
             model.zero_grad(set_to_none=True)
 
         seconds: dict[str, list[float]] = {}
-        launching: list[float] = []
+        launching: dict[str, list[float]] = {}
         for _ in range(rounds):
             seconds.setdefault("plain LoRA step", []).extend(timed(device, plain, 1))
-            for backend, precision in ways:
-                with GradientEngine(model, projection, backend=backend, precision=precision) as engine:
-                    found = timed(device, lambda engine=engine, pack=pack: engine.run(pack), 1)
-                    if (backend, precision) == ("triton", "auto"):
-                        launching.append(launching_share(lambda engine=engine, pack=pack: engine.run(pack)))
-                name_of_way = f"ours, {backend}" + ("" if precision == "auto" else f" {precision}")
-                seconds.setdefault(name_of_way, []).extend(found)
+            for way, options in ways.items():
+                with attention_of(way), GradientEngine(model, projection, **options) as engine:
+                    run = partial(engine.run, pack)
+                    run()  # a shape is recorded when it is seen again, which the warm-up then is
+                    found = timed(device, run, 1)
+                    if device.type == "cuda":
+                        launching.setdefault(way, []).append(launching_share(run))
+                seconds.setdefault(f"ours, {way}", []).extend(found)
         best = statistics.median(seconds.get("ours, triton", seconds["ours, torch"]))
         measured, summed = batch_memory(device, model, projection, pack)
         row = {
@@ -256,7 +271,7 @@ def steps(
             "ratio_to_plain": best / statistics.median(seconds["plain LoRA step"]),
             "tokens_per_second": tokens / best,
             "model_flop_utilisation": matmul_flops(shape, tokens) / best / peak,
-            "launching_share": statistics.median(launching) if launching else None,
+            "launching_share": {way: statistics.median(shares) for way, shares in launching.items()},
             "batch_memory_gib": measured,
             "batch_memory_sum_gib": summed,
         }
@@ -373,18 +388,19 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {row['kernel']} | {row['shape']} | {ours * 1e6:.1f} | {share:.0%} | {ratio:.2f} |")
     lines += [
         "",
-        "| model | layers | tokens | / plain LoRA step | tokens/s | MFU | with fp8, / plain | launching "
-        "| batch GiB | by the sum |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | layers | tokens | / plain LoRA step | tokens/s | MFU | as graphs, / plain | with fp8, / plain "
+        "| attention in any order, / plain | launching | as graphs | batch GiB | by the sum |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["steps"]:
         memory = "" if row["batch_memory_gib"] is None else f"{row['batch_memory_gib']:.2f}"
-        eight = row["seconds"].get("ours, triton fp8")
-        fp8_ratio = "" if eight is None else f"{eight['p50'] / row['seconds']['plain LoRA step']['p50']:.3f}"
-        share = "" if row["launching_share"] is None else f"{row['launching_share']:.0%}"
+        plain, shares = row["seconds"]["plain LoRA step"]["p50"], row["launching_share"]
+        others = [row["seconds"].get(f"ours, {way}") for way in ("triton graphs", "triton fp8", ANY_ORDER)]
+        cells = ["" if other is None else f"{other['p50'] / plain:.3f}" for other in others]
+        cells += [f"{shares[way]:.0%}" if way in shares else "" for way in ("triton", "triton graphs")]
         lines.append(
             f"| {row['model']} | {row['layers']} | {row['tokens']} | {row['ratio_to_plain']:.3f} | "
-            f"{row['tokens_per_second']:.0f} | {row['model_flop_utilisation']:.0%} | {fp8_ratio} | {share} | "
+            f"{row['tokens_per_second']:.0f} | {row['model_flop_utilisation']:.0%} | {' | '.join(cells)} | "
             f"{memory} | {row['batch_memory_sum_gib']:.2f} |"
         )
     lines += ["", "| rows to the host | packs | tokens each | p50 s |", "|---|---|---|---|"]

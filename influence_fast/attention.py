@@ -8,6 +8,9 @@ Registered with transformers as an attention implementation. A dense block-diago
 
 Models that run flash-attention or flex attention keep theirs: transformers hands them the same `cu_seq_lens` and
 positions.
+
+The same pack gives the same bits in every run. Fused attentions on cards add up the gradient of the queries as blocks
+of keys happen to finish, unless they are asked for one order; here they are.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +32,8 @@ from influence_fast.transfer import to_device
 
 PACKED = "influence_fast_packed"
 _REPLACED = ("eager", "sdpa", None)  # these see a pack as one text
+_deterministic: Any = torch.utils.deterministic
+_FUSED = ("FlashAttention", "EfficientAttention", "varlen_attn")  # in the names of the backward functions of these
 _LARGEST_HEAD = 256  # of flash attention, whose heads are multiples of 8
 
 
@@ -40,10 +46,12 @@ def packed(base: Any, config: Any) -> Iterator[None]:
         yield
         return
     register()
+    order = _order()
     base.set_attn_implementation(PACKED)
     try:
         yield
     finally:
+        _set_order(*order)  # if a backward failed half-way
         base.set_attn_implementation(before or "sdpa")
 
 
@@ -54,19 +62,53 @@ def register() -> None:
     AttentionInterface.register(PACKED, packed_attention)
 
 
-def call(module: Any, implementation: str | None, pack: Pack, device: torch.device, **kwargs: Any) -> Any:
+@dataclass(frozen=True, slots=True)
+class PackedTokens:
+    """A pack's tokens as a decoder reads them, all on one device.
+
+    `cu_seqlens` has the bounds on the host too; it is None where the tensors' numbers are to change under a recorded
+    step, which then must not look at them.
+    """
+
+    input_ids: torch.Tensor  # [1, T] int64
+    position_ids: torch.Tensor  # [1, T] int64
+    bounds: torch.Tensor  # [E + 1] int32
+    longest: int  # tokens, of no example more
+    cu_seqlens: list[int] | None
+
+    @classmethod
+    def of(cls, pack: Pack) -> PackedTokens:
+        """On the host."""
+        bounds = torch.tensor(pack.cu_seqlens, dtype=torch.int32)
+        return cls(pack.input_ids[None], pack.position_ids[None], bounds, max(pack.lengths), pack.cu_seqlens)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.input_ids, self.position_ids, self.bounds]
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> PackedTokens:
+        """The same with other tensors in that order: copies on another device."""
+        input_ids, position_ids, bounds = tensors
+        return PackedTokens(input_ids, position_ids, bounds, self.longest, self.cu_seqlens)
+
+    def to(self, device: torch.device) -> PackedTokens:
+        return self.with_tensors([to_device(tensor, device) for tensor in self.tensors])
+
+
+def call(module: Any, implementation: str | None, tokens: PackedTokens, **kwargs: Any) -> Any:
     """A pack through a decoder or a whole model whose attention is `implementation`: what that returns."""
-    bounds = to_device(torch.tensor(pack.cu_seqlens, dtype=torch.int32), device)
-    longest = max(pack.lengths)
+    known = implementation == PACKED and tokens.cu_seqlens is not None
+    if implementation is not None and implementation.startswith("flash_attention"):
+        kwargs["deterministic"] = True
     return module(
-        input_ids=to_device(pack.input_ids[None], device),
-        position_ids=to_device(pack.position_ids[None], device),
+        input_ids=tokens.input_ids,
+        position_ids=tokens.position_ids,
         use_cache=False,
         # ours needs them on the host too, and reading them back would wait for the card
-        cu_seq_lens_q=pack.cu_seqlens if implementation == PACKED else bounds,
-        cu_seq_lens_k=bounds,
-        max_length_q=longest,
-        max_length_k=longest,
+        cu_seq_lens_q=tokens.cu_seqlens if known else tokens.bounds,
+        cu_seq_lens_k=tokens.bounds,
+        max_length_q=tokens.longest,
+        max_length_k=tokens.longest,
         **kwargs,
     )
 
@@ -112,7 +154,7 @@ def packed_attention(
         out = scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
-        outputs.append(out.transpose(1, 2))
+        outputs.append(_in_order(out).transpose(1, 2))
     return torch.cat(outputs, dim=1), None
 
 
@@ -134,7 +176,41 @@ def _varlen(
     grouped = q.shape[1] != k.shape[1]
     options = {"scale": scaling, "window_size": (left, 0), "enable_gqa": grouped}
     out: torch.Tensor = attend(q, k, v, bounds, bounds, longest, longest, **options)
-    return out[None]
+    return _in_order(out)[None]
+
+
+def _in_order(out: torch.Tensor) -> torch.Tensor:
+    """`out`, whose fused backward is to add up in one order: for as long as it runs, and for nothing else, since many
+    other operations would be slower for being asked, or refuse."""
+    node = out.grad_fn
+    if node is None or not _is_fused(node.name(), out.device):
+        return out
+    before: list[tuple[int, bool]] = []
+
+    def ask(grads: Any) -> None:
+        before.append(_order())
+        _set_order(2, False)
+
+    def done(*grads: Any) -> None:
+        _set_order(*before.pop())
+
+    node.register_prehook(ask)
+    node.register_hook(done)
+    return out
+
+
+def _order() -> tuple[int, bool]:
+    """Whether PyTorch is asked for deterministic operations (2: yes), and then fills new memory."""
+    return torch.get_deterministic_debug_mode(), _deterministic.fill_uninitialized_memory
+
+
+def _set_order(mode: int, fill: bool) -> None:
+    torch.set_deterministic_debug_mode(mode)
+    _deterministic.fill_uninitialized_memory = fill
+
+
+def _is_fused(backward: str, device: torch.device) -> bool:
+    return device.type == "cuda" and any(name in backward for name in _FUSED)
 
 
 def _has_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:

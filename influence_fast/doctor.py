@@ -58,7 +58,7 @@ def paths() -> list[tuple[str, bool, str]]:
 def _gradients() -> list[tuple[str, bool, str]]:
     import torch
 
-    from influence_fast import backends
+    from influence_fast import backends, graphs
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -72,6 +72,10 @@ def _gradients() -> list[tuple[str, bool, str]]:
         active = name == chosen
         reason = why if name == "triton" or active else "the other backend was chosen"
         rows.append((f"gradients: {name}", active, f"{note} ({reason})"))
+    recorded, _ = graphs.wanted(None)
+    how = f"{graphs.VARIABLE}={int(recorded)}" if recorded else f"off; {graphs.VARIABLE}=1 turns them on"
+    note = how if chosen == "triton" else f"they need the triton backend ({how})"
+    rows.append(("gradients: CUDA graphs", recorded and chosen == "triton", note))
     return [*rows, (f"gradients: {backends.NATIVE}", False, backends.NOT_NATIVE)]
 
 

@@ -133,5 +133,6 @@ def _packs_are_separate(decoder: Any, device: torch.device) -> bool:
 
 def _hidden_states(decoder: Any, pack: Pack, device: torch.device, **kwargs: Any) -> torch.Tensor:
     """[T, d]: the decoder's last hidden states, after its final norm."""
-    found = attention.call(decoder, decoder.config._attn_implementation, pack, device, **kwargs)
+    tokens = attention.PackedTokens.of(pack).to(device)
+    found = attention.call(decoder, decoder.config._attn_implementation, tokens, **kwargs)
     return found.last_hidden_state[0]

@@ -22,15 +22,15 @@ import torch
 from torch import nn
 from torch.nn.functional import linear as dense
 
-from influence_fast import attention, backends, fp8
+from influence_fast import attention, backends, fp8, graphs
 from influence_fast.errors import ConfigError, ModelError
 from influence_fast.lora import LayoutEntry, LoraLinear, find_lora_linears, in_top_layers, layout_of
 from influence_fast.loss import CompletionLoss
 from influence_fast.memory import layer_bytes
-from influence_fast.packing import IGNORED, Pack
+from influence_fast.packing import Pack
 from influence_fast.projection import Projection
 from influence_fast.reduction import FullReducer, ProjectedReducer, Reducer, segment_sums
-from influence_fast.transfer import to_device
+from influence_fast.step_inputs import StepInputs, StepShape
 
 # Share of a card's free memory that kept activations may fill: gradients inside a layer, and fragments, need the rest.
 _ROOM = 0.8
@@ -190,6 +190,8 @@ class GradientEngine:
     tokens than gradient rows (see `streaming`). With `bf16_rows` the kernels may write rows in bf16.
     `precision`: "auto", products with the base weights in the model's own dtype, or "fp8", those of the LoRA linears in
     8 bits (see `fp8`; ConfigError on entry where that cannot be).
+    `cuda_graphs`: replay recorded steps in place of launching each operation (see `graphs`); by default as the
+    environment says. ConfigError where these gradients cannot be recorded.
     """
 
     def __init__(
@@ -201,6 +203,7 @@ class GradientEngine:
         reducer: Callable[[list[LoraLinear], list[LayoutEntry]], Reducer] | None = None,
         bf16_rows: bool = False,
         precision: str = fp8.AUTO,
+        cuda_graphs: bool | None = None,
     ) -> None:
         fp8.check_precision(precision)
         if loss_reduction not in ("mean", "sum"):
@@ -225,6 +228,10 @@ class GradientEngine:
         self.decoder = self.base.get_decoder()
         self.head = self.base.get_output_embeddings()
         self.packs_are_separate = True
+        self.cuda_graphs, source = graphs.wanted(cuda_graphs)
+        if self.cuda_graphs and (why := self._not_recordable()):
+            raise ConfigError(f"{source}: CUDA graphs cannot be used: {why}; leave them off")
+        self._graphs: graphs.StepGraphs | None = None
         self._stack = contextlib.ExitStack()
         self._groups: list[InputGroup] = []
         self._layers: list[Any] = []  # those that can be computed again in the backward, and are not already
@@ -253,10 +260,13 @@ class GradientEngine:
             for group in self._groups:
                 for place, member in enumerate(group.members):
                     stack.enter_context(_replaced_forward(member.layer, group, place, self._anchor))
+            if self.cuda_graphs:
+                self._graphs = graphs.StepGraphs(self._step, self.device, graphs.CudaRecorder(self.device))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
+        self._graphs = None
         self._stack.close()
         self._groups = []
 
@@ -266,9 +276,23 @@ class GradientEngine:
         On a card it returns as soon as all is queued; nothing in it waits for the card. A pack whose activations would
         not fit in the card's free memory has its layers computed again in the backward (docs/memory.md).
         """
-        self.reducer.begin(pack.cu_seqlens)
-        with torch.enable_grad(), _recomputing(self._layers if self.overflows(len(pack.input_ids)) else []):
-            loss, losses = self._loss(pack)
+        if self._graphs is not None:
+            shape = StepShape.of(pack)
+            if not self.overflows(2 * shape.tokens):  # the memory of recorded steps is theirs alone
+                return self._graphs.run(shape, self._inputs(pack, shape), len(pack.indices))
+        return self._step(self._inputs(pack).to(self.device), self.overflows(len(pack.input_ids)))
+
+    def _inputs(self, pack: Pack, shape: StepShape | None = None) -> StepInputs:
+        """What `_step` needs of a pack, on the host."""
+        return StepInputs.of(
+            pack, self.loss_reduction, self.reducer.dtype, triton=self.backend == "triton", shape=shape
+        )
+
+    def _step(self, inputs: StepInputs, recompute: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and losses of inputs on the device; a function of their numbers that reads none on the host."""
+        self.reducer.begin(inputs.tokens.cu_seqlens, inputs.segments)
+        with torch.enable_grad(), _recomputing(self._layers if recompute else []):
+            loss, losses = self._loss(inputs)
             loss.backward()
         return self.reducer.finish(), losses
 
@@ -287,34 +311,29 @@ class GradientEngine:
     @torch.no_grad()
     def losses(self, pack: Pack) -> torch.Tensor:
         """Losses of a pack [E], without a backward pass."""
-        return self._loss(pack)[1]
+        return self._loss(self._inputs(pack).to(self.device))[1]
 
-    def _loss(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The pack's summed loss, to differentiate, and the loss of each example [E]."""
-        wide = torch.float64 if self.linears[0].weight.dtype == torch.float64 else torch.float32
-        positions = (pack.targets != IGNORED).nonzero().squeeze(1)
-        targets = to_device(pack.targets[positions], self.device)
-        weights = to_device(pack.token_weights(self.loss_reduction)[positions], self.device, wide)
         try:
-            hidden, weight, bias = self._hidden(pack, to_device(positions, self.device))
+            hidden, weight, bias = self._hidden(inputs)
         finally:
             for group in self._groups:
                 group.forget()
-        loss, token_losses = CompletionLoss.apply(hidden, weight, bias, targets, weights)
-        edges = torch.searchsorted(positions, torch.tensor(pack.cu_seqlens))  # where each example's tokens begin
-        return loss, segment_sums(token_losses * weights, edges)
+        loss, token_losses = CompletionLoss.apply(hidden, weight, bias, inputs.targets, inputs.weights)
+        return loss, segment_sums(token_losses * inputs.weights, inputs.edges)
 
-    def _hidden(self, pack: Pack, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def _hidden(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """What the loss needs: the last hidden states of the completion tokens, the head's weight and bias."""
         if self._whole_model_logits:
-            logits = self._call(self.base, pack).logits[0, positions]
+            logits = self._call(self.base, inputs.tokens).logits[0, inputs.positions]
             # the identity as head: softmax over logits that the model has already made
             return logits, torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device), None
-        hidden = self._call(self.decoder, pack).last_hidden_state[0, positions]
+        hidden = self._call(self.decoder, inputs.tokens).last_hidden_state[0, inputs.positions]
         return hidden, self.head.weight.detach(), None if self.head.bias is None else self.head.bias.detach()
 
-    def _call(self, module: nn.Module, pack: Pack, **kwargs: Any) -> Any:
-        return attention.call(module, self.decoder.config._attn_implementation, pack, self.device, **kwargs)
+    def _call(self, module: nn.Module, tokens: attention.PackedTokens, **kwargs: Any) -> Any:
+        return attention.call(module, self.decoder.config._attn_implementation, tokens, **kwargs)
 
     def _probe(self) -> dict[int, torch.Tensor]:
         """Runs two tokens to learn which LoRA linears share an input and whether attention sees the packing."""
@@ -324,11 +343,11 @@ class GradientEngine:
             for n, member in enumerate(self.linears)
         ]
         two = torch.zeros(2, dtype=torch.int64)
-        pack = Pack([0], two, torch.arange(2), two, [0, 2])
+        tokens = attention.PackedTokens.of(Pack([0], two, torch.arange(2), two, [0, 2])).to(self.device)
         seen: list[int] = []
         try:
             with torch.no_grad():
-                self._call(self.base if self._whole_model_logits else self.decoder, pack, packed_probe=seen)
+                self._call(self.base if self._whole_model_logits else self.decoder, tokens, packed_probe=seen)
         finally:
             for handle in handles:
                 handle.remove()
@@ -344,6 +363,18 @@ class GradientEngine:
                     "leave it out of target_modules"
                 )
         return inputs
+
+    def _not_recordable(self) -> str:
+        """Why no step of this engine can be a CUDA graph; empty if it may be."""
+        if self.backend != "triton":
+            return f"the backend is not triton but {self.backend} ({self.backend_why})"
+        if self.device.type != "cuda":
+            return f"the model is not on a CUDA device but on {self.device.type}"
+        if any(linear.sharded for linear in self.linears):
+            return "the base weights are spread over processes (FSDP), which exchange them in every step"
+        if not self.reducer.recordable:
+            return "these gradients are summed by PyTorch, with each pack's bounds on the host"
+        return ""
 
     def _group(self, inputs: dict[int, torch.Tensor], fp8_weights: list[fp8.Fp8Weight | None]) -> list[InputGroup]:
         by_input: dict[int, list[int]] = {}
@@ -400,7 +431,7 @@ def _recomputable(base: Any) -> Iterator[list[Any]]:
     from torch.utils.checkpoint import checkpoint
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     already = any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
     if already or not getattr(base, "supports_gradient_checkpointing", False):
         yield []

@@ -31,6 +31,7 @@ def per_example_gradients(
     max_tokens: int | None = None,
     backend: str | None = None,
     precision: str = AUTO,
+    cuda_graphs: bool | None = None,
 ) -> torch.Tensor:
     """The LoRA gradient of each example's own loss, one row an example.
 
@@ -44,17 +45,21 @@ def per_example_gradients(
         backend: "auto", "triton" or "torch" (see `backends`); by default what INFLUENCE_FAST_BACKEND says, or "auto".
         precision: "auto", the model's own dtype throughout, or "fp8": the LoRA linears' products with their frozen
             weights in 8 bits (see `fp8`). That changes the numbers: compare with rows of the same precision alone.
+        cuda_graphs: replay recorded steps, for small models on a card (see `graphs`); by default what
+            INFLUENCE_FAST_CUDA_GRAPHS says, or not.
 
     Returns:
         (E, k) tensor on the model's device: fp32, or fp64 for an fp64 model.
 
     Raises:
-        ConfigError: an unknown precision or backend, or one that this device or model cannot have.
+        ConfigError: an unknown precision or backend, or one (or CUDA graphs) that this device or model cannot have.
         DataError: an example is malformed, has no token to learn from or a token the model does not have.
         ModelError: the model has no LoRA layer, or one this package cannot differentiate.
         NumericError: a gradient is NaN or infinite; the message names the examples.
     """
-    with GradientEngine(model, projection, loss_reduction, backend, precision=precision) as engine:
+    with GradientEngine(
+        model, projection, loss_reduction, backend, precision=precision, cuda_graphs=cuda_graphs
+    ) as engine:
         dtype, device = engine.reducer.dtype, engine.device
         out = torch.empty(len(examples), engine.width, dtype=dtype, device=device)
         for pack in packs_for(engine, examples, max_tokens):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from influence_fast.errors import ConfigError
 from influence_fast.lora import LayoutEntry, LoraLinear, layout_width
 from influence_fast.projection import Projection, random_matrix, sign_matrix, sjlt_map
 from influence_fast.transfer import to_device
@@ -68,7 +69,9 @@ class Reducer:
         self.projection = projection
         self.dtype = torch.float64 if linears[0].weight.dtype == torch.float64 else torch.float32
         self.device = linears[0].weight.device
-        self.cu_seqlens: list[int] = [0]
+        self.examples = 0
+        self.segments: Segments | None = None  # the pack's, on the Triton backend
+        self._bounds: list[int] | None = None
         self._start = torch.zeros(1, dtype=torch.int64, device=self.device)
 
     @property
@@ -81,8 +84,26 @@ class Reducer:
         """What one module's input [d_in, p] and output gradient [d_out, p] are multiplied by beside A^T and B."""
         return random_columns(self.projection, self.linears[number])
 
-    def begin(self, cu_seqlens: list[int]) -> None:
-        self.cu_seqlens = cu_seqlens
+    @property
+    def cu_seqlens(self) -> list[int]:
+        """The pack's bounds; ConfigError in a step that is to be recorded, which must not depend on them."""
+        if self._bounds is None:
+            raise ConfigError(
+                "these gradients need each pack's bounds on the host, and a CUDA graph has none; leave CUDA graphs off"
+            )
+        return self._bounds
+
+    @property
+    def recordable(self) -> bool:
+        """Whether a step can be a CUDA graph: what it launches depends on nothing but the sizes of `segments`."""
+        return self.triton
+
+    def begin(self, cu_seqlens: list[int] | None, segments: Segments | None = None) -> None:
+        """A pack of the bounds `cu_seqlens` comes; `segments` are the same for the kernels, where already made."""
+        if segments is None and self.triton and cu_seqlens is not None:
+            segments = pack_segments(cu_seqlens, self.device)
+        self.segments, self._bounds = segments, cu_seqlens
+        self.examples = len(self.cu_seqlens) - 1 if segments is None else segments.examples
 
     def add(
         self,
@@ -122,8 +143,12 @@ class ProjectedReducer(Reducer):
         self._sketch = None if projection.width is None else RowSketch(linears, layout, projection, self.device)
         self._tables: dict[tuple[int, ...], tuple[torch.Tensor, list[torch.Tensor]]] = {}
 
-    def begin(self, cu_seqlens: list[int]) -> None:
-        super().begin(cu_seqlens)
+    @property
+    def recordable(self) -> bool:
+        return self.triton and not self._rank_side
+
+    def begin(self, cu_seqlens: list[int] | None, segments: Segments | None = None) -> None:
+        super().begin(cu_seqlens, segments)
         self._pending = []
 
     def add(
@@ -137,12 +162,11 @@ class ProjectedReducer(Reducer):
         self._pending.append((number, kept, out_of))
 
     def finish(self) -> torch.Tensor:
-        examples = len(self.cu_seqlens) - 1
         pending = [number for number, _, _ in self._pending]
         once = len(set(pending)) == len(pending)  # else a module is called twice, and its parts are added
         launched = self.triton and not self._rank_side and once
         final = torch.bfloat16 if launched and self.bf16_rows and self._sketch is None else self.dtype
-        rows = torch.zeros(examples, layout_width(self.layout), dtype=final, device=self.device)
+        rows = torch.zeros(self.examples, layout_width(self.layout), dtype=final, device=self.device)
         ranks = {self.linears[number].r for number in pending}
         for r in sorted(ranks):
             chosen = [entry for entry in self._pending if self.linears[entry[0]].r == r]
@@ -160,7 +184,7 @@ class ProjectedReducer(Reducer):
         """One kernel launch a side for all modules of one rank, straight into the rows."""
         from influence_fast.kernels.segment_outer import segment_outer
 
-        segments = pack_segments(self.cu_seqlens, self.device)
+        assert self.segments is not None
         u_y, h_z = left.transpose(0, 1), right.transpose(0, 1)  # [T, M, r + p]
         if tuple(numbers) not in self._tables:  # the same in every pack
             scales = torch.tensor([self.linears[n].scaling for n in numbers], dtype=torch.float32)
@@ -171,7 +195,7 @@ class ProjectedReducer(Reducer):
             )
         scales, offsets = self._tables[tuple(numbers)]
         for side, (a, b) in enumerate(((u_y[..., :r], h_z[..., r:]), (u_y[..., r:], h_z[..., :r]))):
-            segment_outer(a, b, segments, rows, offsets[side], scale=scales)
+            segment_outer(a, b, self.segments, rows, offsets[side], scale=scales)
 
     def _sum(self, rows: torch.Tensor, numbers: list[int], r: int, left: torch.Tensor, right: torch.Tensor) -> None:
         """The same by one batched product an example over all modules of one rank."""
@@ -211,15 +235,12 @@ class FullReducer(Reducer):
         self._rows = torch.empty(0)
         self._sketch = None if projection is None else RowSketch(linears, layout, projection, self.device)
         self._flat: dict[int, FlatSketch] = {}
-        self._segments: Segments | None = None
         self._written: set[int] = set()  # blocks of this pack's exact rows that a kernel has written
 
-    def begin(self, cu_seqlens: list[int]) -> None:
-        super().begin(cu_seqlens)
-        self._rows = torch.zeros(len(cu_seqlens) - 1, self.width, dtype=self.dtype, device=self.device)
+    def begin(self, cu_seqlens: list[int] | None, segments: Segments | None = None) -> None:
+        super().begin(cu_seqlens, segments)
+        self._rows = torch.zeros(self.examples, self.width, dtype=self.dtype, device=self.device)
         self._written = set()
-        if self.triton:
-            self._segments = pack_segments(cu_seqlens, self.device)
 
     def add(
         self,
@@ -255,11 +276,11 @@ class FullReducer(Reducer):
 
     def _launch(self, block: int, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
         """The same into exact rows, by the kernel, which writes: a module's second call goes through a copy."""
-        assert self._segments is not None
+        assert self.segments is not None
         rows = self._rows[:, self.layout[block].columns]
         again = block in self._written
         target = torch.empty_like(rows) if again else rows
-        self.launch_outer(left, right, self._segments, target, scaling)
+        self.launch_outer(left, right, self.segments, target, scaling)
         if again:
             rows += target
         self._written.add(block)
@@ -269,10 +290,10 @@ class FullReducer(Reducer):
         from influence_fast.kernels.project_flat import project_flat
 
         assert self._sketch is not None
-        assert self._segments is not None
+        assert self.segments is not None
         if block not in self._flat:  # the same in every pack
             self._flat[block] = self._sketch.flat(block)
-        project_flat(left, right, self._segments, self._flat[block], self._rows, scale=scaling, accumulate=True)
+        project_flat(left, right, self.segments, self._flat[block], self._rows, scale=scaling, accumulate=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +24,9 @@ from influence_fast.gradients import packs_for
 from influence_fast.lora import LayoutEntry, LoraLinear, layout_width
 from influence_fast.packing import example_name
 from influence_fast.reduction import Reducer, pack_segments
+
+if TYPE_CHECKING:
+    from influence_fast.kernels.segments import Segments
 
 # Numbers in one chunk of formed gradients [E, r d] or of the kernel's partial sums: 64 MiB in fp32.
 _CHUNK = 1 << 24
@@ -137,7 +140,7 @@ class StreamReducer(Reducer):
         self._rank = max(linear.r for linear in linears)
         self._token_scores = torch.empty(0)  # [T, q], while queries ride
         self._scores = torch.empty(0)  # [E, q], else
-        self._segments: dict[tuple[int, int], Any] = {}
+        self._some_segments: dict[tuple[int, int], Segments] = {}
 
     @property
     def width(self) -> int:
@@ -150,20 +153,24 @@ class StreamReducer(Reducer):
             return "kernel" if self.width * self._rank <= _KERNEL_COLUMNS else "form"
         return "ride" if self._wide and self.width <= _RIDING else "form"
 
+    @property
+    def recordable(self) -> bool:
+        return self.way == "kernel"
+
     def columns(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.way != "ride":
             return super().columns(number)
         m_a, m_b = (self._side(number, side).flatten(0, 1).T for side in (0, 1))
         return m_a, m_b  # [d_in, q r], [d_out, q r]
 
-    def begin(self, cu_seqlens: list[int]) -> None:
-        super().begin(cu_seqlens)
+    def begin(self, cu_seqlens: list[int] | None, segments: Segments | None = None) -> None:
+        super().begin(cu_seqlens, segments)
         self.needs_input = self.way != "ride"
-        self._segments = {}
+        self._some_segments = {}
         if self.needs_input:
-            self._scores = torch.zeros(len(cu_seqlens) - 1, self.width, dtype=self.dtype, device=self.device)
+            self._scores = torch.zeros(self.examples, self.width, dtype=self.dtype, device=self.device)
         else:
-            self._token_scores = torch.zeros(cu_seqlens[-1], self.width, dtype=self.dtype, device=self.device)
+            self._token_scores = torch.zeros(self.cu_seqlens[-1], self.width, dtype=self.dtype, device=self.device)
 
     def add(
         self,
@@ -201,11 +208,13 @@ class StreamReducer(Reducer):
         factor = self._block(number, side).unflatten(1, self.layout[2 * number + side].shape)
         return factor if side == 0 else factor.transpose(1, 2)
 
-    def _segments_of(self, first: int, stop: int) -> Any:
+    def _segments_of(self, first: int, stop: int) -> Segments:
         """What the kernels need to know of examples `first` to `stop`; most modules of a pack share it."""
-        if (first, stop) not in self._segments:
-            self._segments[first, stop] = pack_segments(self.cu_seqlens[first : stop + 1], self.device)
-        return self._segments[first, stop]
+        if self.segments is not None and (first, stop) == (0, self.examples):
+            return self.segments
+        if (first, stop) not in self._some_segments:
+            self._some_segments[first, stop] = pack_segments(self.cu_seqlens[first : stop + 1], self.device)
+        return self._some_segments[first, stop]
 
     def _contract(self, short: torch.Tensor, long: torch.Tensor, scaling: float) -> None:
         """Token scores += s sum_r short [T, r] long [T, q r]."""
@@ -214,10 +223,10 @@ class StreamReducer(Reducer):
 
     def _form(self, left: torch.Tensor, right: torch.Tensor, block: torch.Tensor, scaling: float) -> None:
         """Scores += s <left^T right of the example, query>: left [T, a], right [T, b], block [q, a b]."""
-        examples, size = len(self.cu_seqlens) - 1, block.shape[1]
+        size = block.shape[1]
         step = max(1, _CHUNK // size)
-        for first in range(0, examples, step):
-            stop = min(first + step, examples)
+        for first in range(0, self.examples, step):
+            stop = min(first + step, self.examples)
             grads = left.new_empty(stop - first, size, dtype=self.dtype)
             self._sum(left, right, grads, first, stop)
             self._scores[first:stop].addmm_(grads, block.T, alpha=scaling)
@@ -236,7 +245,7 @@ class StreamReducer(Reducer):
         """Scores += s sum_t short_t^T side wide_t; wide [T, d] and side [q, r, d] are read once a chunk of queries."""
         from influence_fast.kernels.segment_bilinear import segment_bilinear
 
-        segments = self._segments_of(0, len(self.cu_seqlens) - 1)
+        segments = self._segments_of(0, self.examples)
         step = max(1, _CHUNK // (segments.chunks * -(-wide.shape[1] // 64)))
         for first in range(0, len(side), step):
             segment_bilinear(

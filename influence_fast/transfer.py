@@ -1,10 +1,11 @@
 """Between the host and a card, so that nothing waits inside a batch.
 
     to_device     small tables and token ids go through pinned memory, behind the work that is already queued
+    joined        several of them as one, for a single copy; `parted` takes them apart again
     WriteBehind   rows come back on a stream of their own while the next pack is computed
     encoded       what crosses the bus: rows as the store keeps them, so that a quarter of the bytes do for int8
 
-On the CPU all three pass things through.
+On the CPU nothing is copied, and all pass things through.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+_ALIGNED = 16  # bytes: Triton compiles one more variant for a pointer that does not begin at a multiple of them
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -23,6 +25,24 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device, dtype)
     return tensor.to(dtype=dtype).pin_memory().to(device, non_blocking=True)
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors of the host end to end as bytes [n] uint8, each from a multiple of 16 bytes on."""
+    parts = []
+    for tensor in tensors:
+        flat = tensor.contiguous().view(-1).view(torch.uint8)
+        parts += [flat, flat.new_zeros(-len(flat) % _ALIGNED)]
+    return torch.cat(parts)
+
+
+def parted(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """`joined`, backwards: views into `flat`, wherever that is, of the shapes and dtypes of `like`."""
+    found, first = [], 0
+    for tensor in like:
+        found.append(flat[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+        first += tensor.nbytes + -tensor.nbytes % _ALIGNED
+    return found
 
 
 class Copier(Protocol):

@@ -21,6 +21,16 @@ from influence_fast.errors import ConfigError, DataError
 # 512 tokens of two (16,) bfloat16 operands are 32 KB read for one 1 KB partial sum: 6 % more traffic, and 32 programs
 # a module for one 16k-token trace.
 CHUNK = 512
+_TABLES = (
+    "cu_seqlens",
+    "chunk_start",
+    "chunk_stop",
+    "chunk_example",
+    "chunk_slot",
+    "first_chunk",
+    "split_example",
+    "split_slot",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +62,20 @@ class Segments:
 
     @classmethod
     def from_lengths(
-        cls, lengths: Sequence[int], *, device: torch.device | str = "cpu", chunk: int = CHUNK
+        cls,
+        lengths: Sequence[int],
+        *,
+        device: torch.device | str = "cpu",
+        chunk: int = CHUNK,
+        room: tuple[int, int] | None = None,
     ) -> Segments:
         """Tables for examples of these lengths in this order; one copy to the device, no synchronisation.
 
-        Raises DataError for an example of no tokens, ConfigError for no examples at all.
+        room: (E, T), for a step that is recorded once and replayed: tables as large as any pack needs of fewer than E
+        examples and at most T tokens. The examples too many have no tokens, and the last one the tokens too many;
+        chunks too many have no tokens and belong to it. What kernels write for these is zeros, or not written.
+
+        Raises DataError for an example of no tokens, ConfigError for no examples at all or more than there is room.
         """
         lengths = [int(length) for length in lengths]
         if not lengths:
@@ -67,52 +86,32 @@ class Segments:
                 f"example {empty[0]} of the pack has {lengths[empty[0]]} tokens (zero-length segments: "
                 f"{len(empty)}); drop empty examples before packing"
             )
-        cu = [0]
-        start: list[int] = []
-        stop: list[int] = []
-        example: list[int] = []
-        slot: list[int] = []
-        first = [0]
-        split_example: list[int] = []
-        split_slot = [0]
-        slots = 0
-        for e, length in enumerate(lengths):
-            begin = cu[-1]
-            end = begin + length
-            count = -(-length // chunk)
-            for i in range(count):
-                start.append(begin + i * chunk)
-                stop.append(min(begin + (i + 1) * chunk, end))
-                example.append(e)
-                slot.append(slots + i if count > 1 else -1)
-            if count > 1:
-                slots += count
-                split_example.append(e)
-                split_slot.append(slots)
-            cu.append(end)
-            first.append(len(start))
+        tables = _cut(lengths, chunk)
+        slots = tables["split_slot"][-1]
+        if room is not None:
+            slots = _fill(tables, *room, chunk)
         # Each table begins at a multiple of 16 bytes: Triton compiles one more variant for a pointer that does not.
-        parts = [cu, start, stop, example, slot, first, split_example, split_slot]
-        padded = [part + [0] * (-len(part) % 4) for part in parts]
-        packed = torch.tensor([value for part in padded for value in part], dtype=torch.int32)
+        padded = [table + [0] * (-len(table) % 4) for table in tables.values()]
+        packed = torch.tensor([value for table in padded for value in table], dtype=torch.int32)
         if torch.device(device).type == "cuda":
             packed = packed.pin_memory()
-        views = packed.to(device, non_blocking=True).split([len(part) for part in padded])
-        tables = [view[: len(part)] for view, part in zip(views, parts, strict=True)]
+        views = packed.to(device, non_blocking=True).split([len(table) for table in padded])
         return cls(
-            cu_seqlens=tables[0],
-            chunk_start=tables[1],
-            chunk_stop=tables[2],
-            chunk_example=tables[3],
-            chunk_slot=tables[4],
-            first_chunk=tables[5],
-            split_example=tables[6],
-            split_slot=tables[7],
-            examples=len(lengths),
-            tokens=cu[-1],
-            chunks=len(start),
+            *(view[: len(table)] for view, table in zip(views, tables.values(), strict=True)),
+            examples=len(tables["cu_seqlens"]) - 1,
+            tokens=tables["cu_seqlens"][-1],
+            chunks=len(tables["chunk_start"]),
             slots=slots,
         )
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """The tensors, in the order of the fields."""
+        return [getattr(self, name) for name in _TABLES]
+
+    def with_tables(self, tables: Sequence[Tensor]) -> Segments:
+        """The same with other tensors in that order: copies on another device."""
+        return Segments(*tables, examples=self.examples, tokens=self.tokens, chunks=self.chunks, slots=self.slots)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, *, chunk: int = CHUNK) -> Segments:
@@ -130,6 +129,52 @@ class Segments:
             raise ConfigError(f"cu_seqlens must start at 0, got {bounds[0]}")
         lengths = [b - a for a, b in pairwise(bounds)]
         return cls.from_lengths(lengths, device=cu_seqlens.device, chunk=chunk)
+
+
+def _cut(lengths: list[int], chunk: int) -> dict[str, list[int]]:
+    """The tables of `Segments`, in its order, as lists."""
+    tables: dict[str, list[int]] = {name: [] for name in _TABLES}
+    for name in ("cu_seqlens", "first_chunk", "split_slot"):
+        tables[name].append(0)
+    for e, length in enumerate(lengths):
+        begin, slots = tables["cu_seqlens"][-1], tables["split_slot"][-1]
+        end = begin + length
+        count = -(-length // chunk)
+        for i in range(count):
+            tables["chunk_start"].append(begin + i * chunk)
+            tables["chunk_stop"].append(min(begin + (i + 1) * chunk, end))
+            tables["chunk_example"].append(e)
+            tables["chunk_slot"].append(slots + i if count > 1 else -1)
+        if count > 1:
+            tables["split_example"].append(e)
+            tables["split_slot"].append(slots + count)
+        tables["cu_seqlens"].append(end)
+        tables["first_chunk"].append(len(tables["chunk_start"]))
+    return tables
+
+
+def _fill(tables: dict[str, list[int]], examples: int, tokens: int, chunk: int) -> int:
+    """Brings the tables to the sizes of a step with room for so many; returns its number of partial sums."""
+    here, held = len(tables["cu_seqlens"]) - 1, tables["cu_seqlens"][-1]
+    if here >= examples or held > tokens:
+        raise ConfigError(f"no room for {here} examples of {held} tokens: it is for fewer than {examples} of {tokens}")
+    # An example of l tokens has at most l / c + 1 chunks, and fewer than 2 l / c where it has more than one.
+    chunks, splits = examples + tokens // chunk, tokens // (chunk + 1)
+    last, chunks_here = examples - 1, len(tables["chunk_start"])
+    sizes_and_fillers = {
+        "cu_seqlens": (examples, held),
+        "chunk_start": (chunks, tokens),
+        "chunk_stop": (chunks, tokens),
+        "chunk_example": (chunks, last),
+        "chunk_slot": (chunks, -1),
+        "first_chunk": (examples + 1, chunks_here),
+        "split_example": (splits, last),
+        "split_slot": (splits + 1, tables["split_slot"][-1]),
+    }
+    for name, (size, filler) in sizes_and_fillers.items():
+        tables[name] += [filler] * (size - len(tables[name]))
+    tables["cu_seqlens"].append(tokens)
+    return 2 * tokens // chunk if splits else 0
 
 
 def as_segments(segments: Segments | Tensor) -> Segments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -97,3 +98,73 @@ def test_what_runs_in_one_launch() -> None:
     assert not attention._has_varlen(query, query)  # no card
     for other in (query.float(), query[..., :7], torch.zeros(1, 2, 3, 512, dtype=torch.bfloat16)):
         assert not attention._has_varlen(other, other)
+
+
+@pytest.mark.skipif(attention.varlen_attention() is None, reason="this PyTorch has no varlen_attn with windows")
+def test_the_backward_of_fused_attention_is_asked_for_one_order_and_nothing_else_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card = torch.device("cuda")
+    tensors = inputs(torch.bfloat16, "meta")
+    bounds = torch.tensor(BOUNDS, dtype=torch.int32, device="meta")
+    out = attention._varlen(*tensors, bounds, max(LENGTHS), 0.5, 3)
+    assert attention._is_fused(out.grad_fn.next_functions[0][0].name(), card)  # below the added dimension
+    for name in ("ScaledDotProductFlashAttentionBackward0", "ScaledDotProductEfficientAttentionBackward0"):
+        assert attention._is_fused(name, card)
+        assert not attention._is_fused(name, torch.device("cpu"))
+    assert not attention._is_fused("BmmBackward0", card)
+
+    torch.use_deterministic_algorithms(False)  # conftest puts it back
+    monkeypatch.setattr(attention, "_is_fused", lambda name, device: "Seen" in name)
+    seen: list[tuple[str, int, bool]] = []
+
+    def look(where: str) -> None:
+        filled = torch.utils.deterministic.fill_uninitialized_memory
+        seen.append((where, torch.get_deterministic_debug_mode(), filled))
+
+    class Seen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor, name: str) -> torch.Tensor:
+            ctx.where = name
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> Any:
+            look(ctx.where)
+            return grad * 2, None
+
+    x = torch.ones(3, requires_grad=True)
+    first = attention._in_order(Seen.apply(x, "first"))
+    first.register_hook(lambda grad: look("between"))
+    attention._in_order(Seen.apply(first + 1, "second")).sum().backward()
+    look("after")
+    assert seen == [("second", 2, False), ("between", 0, True), ("first", 2, False), ("after", 0, True)]
+    assert x.grad.tolist() == [4, 4, 4]
+
+
+def test_a_backward_that_fails_leaves_nothing_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tiny_lora: Callable[..., Any]
+) -> None:
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(attention, "_is_fused", lambda name, device: "Failing" in name)
+    base = tiny_lora().get_base_model()
+    torch.use_deterministic_algorithms(False)
+    with pytest.raises(torch.OutOfMemoryError), attention.packed(base, base.config):
+        attention._in_order(Failing.apply(torch.ones(3, requires_grad=True))).sum().backward()
+    assert torch.get_deterministic_debug_mode() == 0
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_models_with_flash_attention_of_their_own_are_asked_for_one_order() -> None:
+    tokens = attention.PackedTokens(*torch.zeros(3, 1, 2, dtype=torch.int64), 2, None)
+    asked = attention.call(dict, "flash_attention_2", tokens)
+    assert asked["deterministic"] is True
+    assert "deterministic" not in attention.call(dict, attention.PACKED, tokens)

@@ -41,10 +41,10 @@ PROJECTIONS = [
 ]
 
 
-def make_examples(count: int = 40, seed: int = 0) -> list[dict[str, Any]]:
+def make_examples(count: int = 40, seed: int = 0, longest: int = 90) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     examples = []
-    for i, n in enumerate(torch.randint(2, 90, (count,), generator=generator).tolist()):
+    for i, n in enumerate(torch.randint(2, longest, (count,), generator=generator).tolist()):
         ids = torch.randint(0, 90, (n,), generator=generator)
         examples.append({"id": f"ex-{i}", "input_ids": ids, "labels": torch.where(torch.arange(n) < n // 3, -100, ids)})
     return examples
@@ -82,18 +82,52 @@ def test_rows_repeat_bit_for_bit_and_cross_the_bus_unchanged(
         assert torch.equal(rows, whole[places].cpu())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_long_traces_repeat_bit_for_bit(tiny_lora: Callable[..., Any], backend: str, dtype: torch.dtype) -> None:
+    """Of many blocks of keys, whose parts of the queries' gradient attention adds up."""
+    model = tiny_lora(hidden_size=256, num_attention_heads=4, max_position_embeddings=4096).to(CUDA, dtype)
+    examples = make_examples(6, longest=3000)
+    options: dict[str, Any] = {"projection": inf.Projection(dim=8), "max_tokens": 8192, "backend": backend}
+    first = inf.per_example_gradients(model, examples, **options)
+    for _ in range(5):
+        assert torch.equal(first, inf.per_example_gradients(model, examples, **options))
+
+
+@pytest.mark.parametrize("projection", [p for p in PROJECTIONS if p is None or p.kind != "kron"], ids=str)
+def test_recorded_steps_give_the_rows_of_steps_run_by_operations(
+    tiny_lora: Callable[..., Any], caplog: pytest.LogCaptureFixture, projection: inf.Projection | None
+) -> None:
+    """Packs of one shape and of several, some of examples that the kernels split."""
+    model = tiny_lora(hidden_size=64, num_attention_heads=4, max_position_embeddings=2048).to(CUDA, torch.bfloat16)
+    examples = make_examples(200) + make_examples(12, seed=1, longest=1500)
+    rows, losses = {}, {}
+    for recorded in (False, True):
+        with GradientEngine(model, projection, backend="triton", cuda_graphs=recorded) as engine:
+            packs = packs_for(engine, examples, 1024)
+            results = [engine.run(pack) for pack in packs]
+            graphs = 0 if engine._graphs is None else len(engine._graphs._graphs)
+        rows[recorded], losses[recorded] = (torch.cat(parts) for parts in zip(*results, strict=True))
+    assert not caplog.records
+    assert graphs > 0
+    assert float((rows[True] - rows[False]).norm() / rows[False].norm()) < 1e-2
+    assert float((losses[True] - losses[False]).norm() / losses[False].norm()) < 1e-2
+
+
 @pytest.mark.parametrize(
     "projection",
     [None, inf.Projection(dim=8), inf.Projection(dim=8, width=64), inf.Projection("sjlt", width=64)],
     ids=str,
 )
+@pytest.mark.parametrize("recorded", [False, True])
 def test_no_batch_after_the_first_waits_for_the_card(
-    tiny_lora: Callable[..., Any], backend: str, projection: inf.Projection | None
+    tiny_lora: Callable[..., Any], backend: str, projection: inf.Projection | None, recorded: bool
 ) -> None:
+    if recorded and backend == "torch":
+        pytest.skip("only the Triton kernels are recorded")
     model = tiny_lora().to(CUDA, torch.bfloat16)
-    with GradientEngine(model, projection, backend=backend) as engine:
+    with GradientEngine(model, projection, backend=backend, cuda_graphs=recorded) as engine:
         packs = packs_for(engine, make_examples(), 300)
-        for pack in packs:  # compiles, brings the tables over, and fills the cache of pinned memory
+        for pack in packs * 2:  # compiles, records, brings the tables over, and fills the cache of pinned memory
             transfer.encoded(engine.run(pack)[0], "int8", backend == "triton")
         torch.cuda.synchronize()
         try:

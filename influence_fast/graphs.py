@@ -1,0 +1,130 @@
+"""CUDA graphs: a step of one shape is recorded once, and then replayed by a single launch.
+
+A small model on a fast card waits for the host, which launches some hundred operations a layer one by one
+(`python -m benches.launches`). A recorded step is the same kernels on the same memory: a pack is padded to the step's
+shape (`StepShape`), its tensors are copied to where the step reads them, in one copy, and the whole of forward,
+backward and sums is one launch.
+
+A step may be recorded if nothing in it depends on numbers that the host has looked at. Whatever would look at them
+waits for the card, which a recording forbids: such a model is refused by CUDA itself, said once, and run operation by
+operation.
+
+Off by default; INFLUENCE_FAST_CUDA_GRAPHS=1 in the environment turns them on, and a call's own `cuda_graphs=` wins.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from influence_fast.errors import ConfigError
+from influence_fast.step_inputs import StepInputs, StepShape
+from influence_fast.transfer import joined, to_device
+
+logger = logging.getLogger(__name__)
+
+# Each holds some thousand kernel nodes and its rows; packs of one data set have a handful of shapes.
+MOST_GRAPHS = 32
+
+VARIABLE = "INFLUENCE_FAST_CUDA_GRAPHS"
+_SWITCH = {"": False, "0": False, "1": True}
+
+Step = Callable[[StepInputs], tuple[Tensor, Tensor]]
+
+
+def wanted(requested: bool | None) -> tuple[bool, str]:
+    """Whether steps are to be recorded, and what says so; ConfigError for a value of the variable but 0 and 1."""
+    if requested is not None:
+        return requested, "cuda_graphs"
+    value = os.environ.get(VARIABLE, "")
+    if value not in _SWITCH:
+        raise ConfigError(f"{VARIABLE}: unknown value {value!r}; set it to 1 or 0")
+    return _SWITCH[value], VARIABLE
+
+
+class Recorder(Protocol):
+    """Records what a function launches."""
+
+    def record(self, run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
+        """A function that launches it again, and where the results then are."""
+        ...
+
+
+class CudaRecorder:
+    """By CUDA's stream capture. All graphs share one memory pool: they run one after the other."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def record(self, run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: threads that write rows, or make the next packs, may go on
+        mode = "thread_local"
+        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, capture_error_mode=mode):
+            results = run()
+        return graph.replay, results
+
+
+@dataclass(frozen=True, slots=True)
+class _Recorded:
+    memory: Tensor  # uint8, where the step reads its inputs
+    replay: Callable[[], None]
+    results: tuple[Tensor, Tensor]
+
+
+class StepGraphs:
+    """Runs a step operation by operation the first time a shape is seen, and recorded from the second time on.
+
+    The first run compiles kernels and fills caches, which a recording cannot; a shape seen once is not worth one.
+    """
+
+    def __init__(self, step: Step, device: torch.device, recorder: Recorder) -> None:
+        self._step = step
+        self._device = device
+        self._recorder = recorder
+        self._seen: set[StepShape] = set()
+        self._graphs: dict[StepShape, _Recorded] = {}
+        self._refused = False
+
+    def run(self, shape: StepShape, inputs: StepInputs, examples: int) -> tuple[Tensor, Tensor]:
+        """Rows and losses of the first `examples` of the padded `inputs`, which are on the host."""
+        if shape not in self._graphs and (shape not in self._seen or self._full or not self._record(shape, inputs)):
+            self._seen.add(shape)
+            rows, losses = self._step(inputs.to(self._device))
+            return rows[:examples], losses[:examples]
+        graph = self._graphs[shape]
+        graph.memory.copy_(_pinned(joined(inputs.tensors), self._device), non_blocking=True)
+        graph.replay()
+        rows, losses = graph.results
+        return rows[:examples].clone(), losses[:examples].clone()  # the next replay writes to the same place
+
+    @property
+    def _full(self) -> bool:
+        return self._refused or len(self._graphs) >= MOST_GRAPHS
+
+    def _record(self, shape: StepShape, inputs: StepInputs) -> bool:
+        """Whether the step could be recorded; if not, why is said and nothing is recorded again."""
+        memory = to_device(joined(inputs.tensors), self._device)
+        try:
+            replay, results = self._recorder.record(lambda: self._step(inputs.within(memory)))
+        except RuntimeError as error:
+            logger.warning(
+                "this model's step cannot be recorded as a CUDA graph, so each operation is launched by itself "
+                "(leave CUDA graphs off to be spared the attempt): %s",
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            )
+            self._refused = True
+            return False
+        self._graphs[shape] = _Recorded(memory, replay, results)
+        return True
+
+
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory() if device.type == "cuda" else tensor

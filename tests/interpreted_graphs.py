@@ -1,0 +1,108 @@
+"""Run by test_graphs.py with TRITON_INTERPRET=1: recorded steps against steps run operation by operation."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from unittest import mock
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tape import TapeRecorder
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import influence_fast as inf
+from influence_fast import attention, graphs
+from influence_fast.engine import GradientEngine
+from influence_fast.gradients import packs_for
+from influence_fast.kernels.segments import Segments
+from influence_fast.streaming import StreamReducer
+
+
+def varlen(
+    query: torch.Tensor,  # [T, heads, d]
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """PyTorch's `varlen_attn` (causal) from nothing but tensors on the device, as the kernel does it."""
+    assert window_size == (-1, 0)
+    times = query.shape[1] // key.shape[1]
+    place = torch.arange(query.shape[0])
+    owner = torch.searchsorted(cu_seq_q, place, right=True)
+    seen = (owner[:, None] == owner[None, :]) & (place[:, None] >= place[None, :])
+    q, k, v = query.transpose(0, 1), *(part.repeat_interleave(times, 1).transpose(0, 1) for part in (key, value))
+    weights = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    return (weights @ v).transpose(0, 1)
+
+
+def world() -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    """A model of one layer and two LoRA modules, and examples of which several packs have one shape."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Qwen2Config(vocab_size=61, num_hidden_layers=1, **sizes)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(Qwen2ForCausalLM(config), lora, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    generator = torch.Generator().manual_seed(1)
+    examples = []
+    for n in torch.randint(9, 33, (24,), generator=generator).tolist():
+        ids = torch.randint(0, 61, (n,), generator=generator)
+        examples.append({"input_ids": ids, "labels": torch.where(torch.arange(n) < n // 3, -100, ids)})
+    return model, examples
+
+
+def main() -> None:
+    model, examples = world()
+    queries = inf.per_example_gradients(model, examples[:2], backend="torch")
+    ways: dict[str, dict[str, Any]] = {
+        "one_sided": {"projection": inf.Projection(dim=8)},
+        "width": {"projection": inf.Projection(dim=8, width=64)},
+        "exact": {"projection": None},
+        "sjlt": {"projection": inf.Projection("sjlt", width=32)},
+        "rademacher": {"projection": inf.Projection("rademacher", width=32)},
+        "stream": {"projection": None, "reducer": lambda *layout: StreamReducer(*layout, queries)},
+    }
+    recorders: list[TapeRecorder] = []
+
+    def recorder(device: torch.device) -> TapeRecorder:
+        recorders.append(TapeRecorder())
+        return recorders[-1]
+
+    found = {}
+    with (
+        mock.patch.object(graphs, "CudaRecorder", recorder),
+        mock.patch.object(GradientEngine, "_not_recordable", return_value=""),
+        mock.patch.object(attention, "_has_varlen", return_value=True),
+        mock.patch.object(attention, "varlen_attention", return_value=varlen),
+        mock.patch.dict(Segments.from_lengths.__func__.__kwdefaults__, chunk=16),  # so that examples are split
+    ):
+        for name, way in ways.items():
+            results = []
+            for recorded in (False, True):
+                with GradientEngine(model, backend="triton", cuda_graphs=recorded, **way) as engine:
+                    packs = packs_for(engine, examples, 64)
+                    results.append([engine.run(pack) for pack in packs])
+            rows, losses = (
+                [torch.cat([pair[part].double() for pair in result]) for result in results] for part in (0, 1)
+            )
+            found[name] = {
+                "rows": float((rows[1] - rows[0]).norm() / rows[0].norm()),
+                "losses": float((losses[1] - losses[0]).norm() / losses[0].norm()),
+                "packs": len(packs),
+                "replays": recorders[-1].replays,
+            }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
