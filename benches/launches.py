@@ -7,8 +7,8 @@ there. The model lies on PyTorch's meta device: every operation of forward and b
 Triton kernels are recorded instead of launched (`kernels.runtime.recording`). Views and allocations launch nothing and
 are not counted; an attention counts as one operation each way, as flash attention is. The figure of a layer is the
 difference between a model with one layer more and one with one less; `rest` is embedding, head and loss, and with ours
-the sums over examples. Where steps are replayed as CUDA graphs none of this is launched one by one: a batch is a copy of
-its inputs, a graph, and copies of its rows and losses.
+the sums over examples. Where steps are replayed as CUDA graphs none of this is launched one by one: a batch is then a
+copy of its inputs, a graph, and copies of its rows and losses.
 """
 
 from __future__ import annotations
