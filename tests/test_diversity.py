@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from influence_fast.diversity import near_duplicates
+from influence_fast.diversity import _shared_runs, near_duplicates
 from influence_fast.errors import ConfigError
 from influence_fast.ngrams import ngram_hashes, words
 
@@ -67,3 +67,17 @@ def test_hashes_tell_runs_apart() -> None:
     assert len(set(zip(runs, hashes.tolist(), strict=True))) == len(set(runs)) == len(set(hashes.tolist()))
     assert len(ngram_hashes(numbers[:4], 5)) == 0
     assert words("Ünïted_states: 3.5, $\\frac{1}{2}$") == ["ünïted", "states", "3", "5", "frac", "1", "2"]
+
+
+def test_of_the_runs_all_that_are_shared_are_kept_and_few_others() -> None:
+    """What the memory depends on: a long pool's runs are nearly all of one text alone."""
+    rng = np.random.default_rng(0)
+    both = [f"w{v}" for v in rng.integers(0, 500, 200)]
+    texts = [" ".join([*both, *(f"w{v}" for v in rng.integers(0, 500, 1000))]) for _ in range(20)]
+    alone = 0
+    for text, found in zip(texts, _shared_runs(texts, 8), strict=True):
+        numbers = np.array([int(word[1:]) for word in text.split()])
+        assert found.size == len({tuple(numbers[i : i + 8]) for i in range(len(numbers) - 7)})
+        assert len(found.shared) >= 193  # of 200 words that all texts begin with
+        alone += len(found.shared) - 193
+    assert alone < 0.3 * 20 * 1000
