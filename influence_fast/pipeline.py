@@ -246,6 +246,7 @@ class Pipeline:
                 "low": low,
                 "high": high,
                 "n": len(self.splits.test),
+                "samples": self.config.evaluation.samples,
                 "majority": result.majority,
                 "pass_at": [dataclasses.asdict(found) for found in result.pass_at],
                 "cut": result.truncated / len(result.items),

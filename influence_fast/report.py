@@ -10,11 +10,12 @@ number that is None, NaN or infinite is shown as `n/a`. Accuracies, fractions an
     config           nested dict, shown flattened; `versions` {name: version}; `environment` {name: value}
     data             {"pool": int, "validation": int, "test": int, "labels": {kind: count},
                       "set_aside": [{"id": str, "why": str}]}
-    accuracy_before  {"name": str, "accuracy", "low", "high", "n": int}   the model before fine-tuning
+    accuracy_before  {"name": str, "accuracy", "low", "high", "n": int, ...}   the model before fine-tuning, as a cell
     cells            one a run: {"strategy", "fraction" (of the pool that is dropped; "full": 0), "seed", "kept",
                       "dropped", "accuracy", "low", "high" (95 % over test questions), "n", "harmful_dropped",
-                      "harmful_total", "expected_by_chance", "seconds"}; needed: strategy, accuracy. Several seeds of
-                      one (strategy, fraction) are put together by `report_summary.interval`
+                      "harmful_total", "expected_by_chance", "seconds", "samples" (answers a question), "majority"
+                      (maj@n), "pass_at": [{"k", "value"}]}; needed: strategy, accuracy. Several seeds of one
+                      (strategy, fraction) are put together by `report_summary.interval`
     settings         {"strategy", "fraction", "accuracy", "low", "high"}: intervals over seeds and questions from
                       `statistics.grid_statistics`, in place of those of `report_summary.interval`
     comparisons      paired tests: {"strategy", "fraction", "against": other strategy, "difference", "low", "high",
@@ -237,6 +238,8 @@ def _view(results: Mapping[str, Any]) -> dict[str, Any]:
         "warnings": warnings,
         "settings": sorted(settings, key=lambda s: (s.kind != "full", s.fraction, -s.mean if s.finished else math.inf)),
         "base": base,
+        "base_further": summary.further_measures(base or {}),
+        "further": _further_names([summary.further_measures(base or {}), *(s.further for s in settings)]),
         "tried": sum(s.kind not in ("full", "random") for s in settings),
         "several_seeds": any(s.seeds > 1 for s in settings),
         "bootstrapped": bool(results.get("settings")),
@@ -256,6 +259,12 @@ def _view(results: Mapping[str, Any]) -> dict[str, Any]:
         "versions": _pairs(results.get("versions")),
         "environment": _pairs(results.get("environment")),
     }
+
+
+def _further_names(measures: Sequence[Mapping[str, float]]) -> list[str]:
+    """The names in all of them, maj@n before pass@k, each by its number."""
+    names = {name for found in measures for name in found}
+    return sorted(names, key=lambda name: (name.partition("@")[0], int(name.partition("@")[2] or 0)))
 
 
 def _label_categories(results: Mapping[str, Any]) -> dict[str, int]:

@@ -65,6 +65,7 @@ class Setting:
     low: float
     high: float
     questions: int
+    further: dict[str, float]
     kept: float
     dropped: float
     harmful_dropped: float
@@ -135,6 +136,7 @@ def aggregate(cells: Sequence[Row], intervals: Sequence[Row] = ()) -> list[Setti
             row = known[strategy, fraction]
             low, high = number(row.get("low")), number(row.get("high"))
         questions = _mean(c.get("n") for c in group)
+        further = [further_measures(cell) for cell in group]
         settings.append(
             Setting(
                 strategy=strategy,
@@ -144,6 +146,7 @@ def aggregate(cells: Sequence[Row], intervals: Sequence[Row] = ()) -> list[Setti
                 low=low,
                 high=high,
                 questions=0 if math.isnan(questions) else round(questions),
+                further={name: _mean(m.get(name) for m in further) for found in further for name in found},
                 **{
                     name: _mean(c.get(key) for c in group)
                     for name, key in {
@@ -158,6 +161,16 @@ def aggregate(cells: Sequence[Row], intervals: Sequence[Row] = ()) -> list[Setti
             )
         )
     return settings
+
+
+def further_measures(row: Row) -> dict[str, float]:
+    """What several answers a question give beside the accuracy: {"maj@8": share, "pass@4": estimate}."""
+    found = {}
+    if row.get("majority") is not None:
+        found[f"maj@{row['samples']}" if row.get("samples") else "maj"] = number(row["majority"])
+    for estimate in row.get("pass_at") or []:
+        found[f"pass@{estimate['k']}"] = number(estimate["value"])
+    return found
 
 
 # --- words -------------------------------------------------------------------------------------------------

@@ -356,6 +356,22 @@ def test_numbers_on_the_page_equal_the_input(results: dict[str, Any], html: str)
         assert words in text
 
 
+def test_several_answers_a_question_have_columns_of_their_own() -> None:
+    """maj@n and pass@k, means over the seeds; a run without them has no column for them."""
+    more = {"samples": 8, "majority": 0.75, "pass_at": [{"k": 8, "value": 0.9}, {"k": 2, "value": 0.625}]}
+    cells = [_cell("combined", 0.5) | more, _cell("combined", 0.5) | more | {"majority": 0.25}, _cell("full", 0.4)]
+    before = {"accuracy": 0.3, "n": 10, "samples": 8, "majority": 0.125, "pass_at": []}
+    rows = table_rows(report.render({"title": "t", "cells": cells, "accuracy_before": before}))
+    (head,) = [row for row in rows if row[:2] == ["strategy", "dropped"]]
+    first = head.index("maj@8")
+    assert head[first : first + 3] == ["maj@8", "pass@2", "pass@8"]
+    shown = {row[0]: row[first : first + 3] for row in rows if len(row) == len(head)}
+    assert shown["combined"] == ["50.0 %", "62.5 %", "90.0 %"]
+    assert shown["full"] == ["n/a"] * 3
+    assert shown["before"] == ["12.5 %", "n/a", "n/a"]
+    assert "maj@" not in report.render({"title": "t", "cells": [_cell("full", 0.4)]})
+
+
 def _points(html: str) -> list[dict[str, Any]]:
     found = re.search(r'<script type="application/json" id="points">(.*?)</script>', html, re.S)
     assert found
