@@ -17,6 +17,7 @@ from typing import Any
 
 from influence_fast.config import ModelConfig, RunConfig, Source
 from influence_fast.errors import ConfigError, ModelError
+from influence_fast.fp8 import FP8
 from influence_fast.memory import GradientMemory, gradient_memory
 from influence_fast.store_manifest import DTYPES, SCALE_DTYPE
 
@@ -362,6 +363,7 @@ def _gradient_memory(config: RunConfig, shape: ModelShape | None, tokens: int) -
         "dim": gradients.dim,
         "row": shape.row,
         "weight_bytes": WEIGHT_BYTES.get(config.model.dtype, 4),
+        "fp8": gradients.precision == FP8,
     }
     try:
         return {again: gradient_memory(shape.config, tokens, checkpointing=again, **sizes) for again in (False, True)}

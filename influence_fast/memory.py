@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from influence_fast.errors import ConfigError, listing
+from influence_fast.fp8 import MULTIPLE as fp8_multiple
 from influence_fast.loss import CARD_TOKENS
 
 MODULES = 7  # q, k, v, o, gate, up, down
@@ -71,12 +72,14 @@ def gradient_memory(
     weight_bytes: int = 2,
     checkpointing: bool = True,
     triton: bool = True,
+    fp8: bool = False,
 ) -> GradientMemory:
     """The sum for a pack of `tokens` tokens and `examples` examples, projected rows (`one_sided` or `kron`).
 
     config: the model's transformers configuration. parameters: of the base model. row: numbers in a row, by default
     those of the projection without a sketch. completion_tokens: that the loss counts, by default all. weight_bytes:
-    2 for bf16. checkpointing: layers are computed again in the backward. triton: else PyTorch adds up in fp32.
+    2 for bf16. checkpointing: layers are computed again in the backward. triton: else PyTorch adds up in fp32. fp8:
+    products with the frozen weights in 8 bits, on a card.
 
     Not in it: the CUDA context, what an operation uses inside itself, fragmentation. Raises ConfigError for a
     configuration that names no such sizes.
@@ -89,11 +92,20 @@ def gradient_memory(
         "weights": parameters * w,
         "LoRA factors, and with their random columns once more for each pass": ends * rank * w + ends * columns * w,
     }
+    if fp8:
+        throughout["e4m3 copies of W and W^T, with their scales"] = s.layers * sum(
+            2 * d_in * d_out + 4 * (d_in + d_out)
+            for d_in, d_out in s.modules
+            if d_in % fp8_multiple == 0 and d_out % fp8_multiple == 0
+        )
     layer = tokens * layer_bytes(config, weight_bytes=w, columns=columns)
     sides = 2 * tokens * MODULES * columns * w  # [h | z] and [u | y] of one layer
     inputs = tokens * s.hidden * w  # one layer's input, or a gradient of that shape
     angles = 2 * tokens * s.head_dim * w
     work = tokens * (3 * s.mlp * w + columns * w) + inputs  # gradients inside the MLP
+    if fp8:  # the last of them in e4m3, and in fp32 while it is rounded
+        work = tokens * (w * s.mlp + 5 * s.mlp + w * (3 * s.hidden + columns) + 8)
+        work += 0 if checkpointing else inputs  # which a layer that is computed again has let go by then
     chunk = min(counted, CARD_TOKENS)
     numbers = row if row is not None else 2 * rank * dim * MODULES * s.layers
 
@@ -162,10 +174,15 @@ class _Shape:
         return self.key_heads * self.head_dim
 
     @property
+    def modules(self) -> list[tuple[int, int]]:
+        """(d_in, d_out) of a layer's modules."""
+        d, f = self.hidden, self.mlp
+        return [(d, self.queries), (d, self.keys), (d, self.keys), (self.queries, d), (d, f), (d, f), (f, d)]
+
+    @property
     def module_ends(self) -> int:
         """d_in + d_out, summed over a layer's modules."""
-        attention = 2 * (self.hidden + self.queries) + 2 * (self.hidden + self.keys)
-        return attention + 3 * (self.hidden + self.mlp)
+        return sum(map(sum, self.modules))
 
 
 def _norm(width: int) -> int:

@@ -103,6 +103,10 @@ def test_memory_is_the_sum_of_formulas_with_their_inputs(folder: Path) -> None:
     assert activations == 4 * found.longest * found.model.layers * 34 * found.model.hidden * 2
     again = dataclasses.replace(config, training=TrainConfig(batch_size=4, gradient_checkpointing=True))
     assert plan(again).memory[2][1] < activations
+    eight = dataclasses.replace(config, gradients=dataclasses.replace(config.gradients, precision="fp8"))
+    for recomputing, memory in plan(eight).gradient_memory.items():
+        more = set(memory.throughout) - set(found.gradient_memory[recomputing].throughout)
+        assert more == {"e4m3 copies of W and W^T, with their scales"}
     text = describe(config, found)
     assert f"{found.model.parameters:,} x 4 bytes (float32)" in text
     assert "time               unknown: give --tokens-per-second" in text

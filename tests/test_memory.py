@@ -15,6 +15,8 @@ import influence_fast as inf
 from influence_fast import attention
 from influence_fast.engine import GradientEngine
 from influence_fast.errors import ConfigError
+from influence_fast.fp8 import weights_of
+from influence_fast.lora import find_lora_linears
 from influence_fast.memory import gradient_memory, layer_bytes
 from influence_fast.packing import pack_examples
 
@@ -58,12 +60,12 @@ class LiveMemory(TorchDispatchMode):
         self.live += size
 
 
-def measured(model: Any, lengths: list[int], projection: inf.Projection) -> int:
+def measured(model: Any, lengths: list[int], projection: inf.Projection, precision: str = "auto") -> int:
     """Peak bytes of one batch, weights and what the engine keeps of them not counted."""
     vocabulary = model.get_base_model().config.vocab_size
     ids = [torch.randint(0, vocabulary, (n,)) for n in lengths]
     (pack,) = pack_examples([{"input_ids": i, "labels": i} for i in ids], sum(lengths))
-    with GradientEngine(model, projection, backend="torch") as engine:
+    with GradientEngine(model, projection, backend="torch", precision=precision) as engine:
         engine.run(pack)
         with LiveMemory() as memory:
             engine.run(pack)
@@ -103,6 +105,34 @@ def test_the_sum_is_the_measured_peak(
     )
     found = measured(model, lengths, inf.Projection(dim=dim))
     assert memory.batch == pytest.approx(found, rel=TOLERANCE), memory.fullest
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("layers", [2, 5])
+def test_the_sum_with_weights_in_8_bits(tiny_lora: Callable[..., Any], layers: int, checkpointing: bool) -> None:
+    lengths, dim, rank = [300, 211, 100], 8, 4
+    model = tiny_lora("llama", torch.bfloat16, r=rank, **(BASE | {"num_hidden_layers": layers}))
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    memory = gradient_memory(
+        model.get_base_model().config,
+        sum(lengths),
+        parameters=1,
+        rank=rank,
+        dim=dim,
+        examples=len(lengths),
+        completion_tokens=sum(lengths) - len(lengths),
+        checkpointing=checkpointing,
+        triton=False,
+        fp8=True,
+    )
+    found = measured(model, lengths, inf.Projection(dim=dim), precision="fp8")
+    assert memory.batch == pytest.approx(found, rel=TOLERANCE), memory.fullest
+    *_, copies = memory.throughout.values()
+    made = [weight for weight in weights_of(find_lora_linears(model)) if weight is not None]
+    assert copies == sum(
+        part.nbytes for weight in made for rows in (weight.rows, weight.columns) for part in (rows.values, rows.scales)
+    )
 
 
 def test_short_layers_and_many_columns_fill_up_at_the_sums(tiny_lora: Callable[..., Any]) -> None:
