@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -151,3 +152,29 @@ def tiny_tokenizer() -> Callable[..., Any]:
 def chatml() -> str:
     """A chat template in the form of ChatML, which Qwen's are."""
     return CHATML
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer() -> Any:
+    """The demo's tokenizer."""
+    from influence_fast.demo import make_tokenizer
+
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def answering_model(demo_tokenizer: Any) -> Any:
+    """An fp64 model for it, far from uniform, so that greedy choices are clear."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {**TINY, "vocab_size": len(demo_tokenizer), "intermediate_size": 48, "max_position_embeddings": 128}
+    return Qwen2ForCausalLM(Qwen2Config(**sizes, initializer_range=0.3)).double().eval()
+
+
+@pytest.fixture(scope="session")
+def demo_examples() -> list[Any]:
+    """Seven questions of the demo's world."""
+    from influence_fast.demo_data import draw_examples
+
+    return draw_examples(random.Random(2), 7, "q")

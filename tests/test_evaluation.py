@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig
 
 from influence_fast import evaluation
 from influence_fast.data import Example, render_prompt
-from influence_fast.demo import make_tokenizer
-from influence_fast.demo_data import draw_examples
 from influence_fast.errors import ConfigError, DataError, ModelError
 from influence_fast.evaluation import (
     EvalConfig,
@@ -30,31 +28,18 @@ from influence_fast.transcripts import EvalItem
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return make_tokenizer()
+def tokenizer(demo_tokenizer: Any) -> Any:
+    return demo_tokenizer
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer: Any) -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,  # far from uniform, so that greedy choices are clear
-    )
-    return Qwen2ForCausalLM(config).double().eval()
+def model(answering_model: Any) -> Any:
+    return answering_model
 
 
 @pytest.fixture(scope="module")
-def examples() -> list[Example]:
-    import random
-
-    return draw_examples(random.Random(2), 7, "q")
+def examples(demo_examples: list[Example]) -> list[Example]:
+    return demo_examples
 
 
 class Parrot(torch.nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import json
-import random
 import sys
 import types
 from dataclasses import dataclass
@@ -14,41 +13,28 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
 from influence_fast import generation
 from influence_fast.data import Example, render_prompt
-from influence_fast.demo import make_tokenizer
-from influence_fast.demo_data import draw_examples
 from influence_fast.errors import ConfigError, ModelError
 from influence_fast.evaluation import EvalConfig, evaluate
 from influence_fast.generation import Answer, ModelFiles, choose_engine, generate
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return make_tokenizer()
+def tokenizer(demo_tokenizer: Any) -> Any:
+    return demo_tokenizer
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer: Any) -> Qwen2ForCausalLM:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,  # far from uniform, so that greedy choices are clear
-    )
-    return Qwen2ForCausalLM(config).double().eval()
+def model(answering_model: Any) -> Any:
+    return answering_model
 
 
 @pytest.fixture(scope="module")
-def examples() -> list[Example]:
-    return draw_examples(random.Random(2), 7, "q")
+def examples(demo_examples: list[Example]) -> list[Example]:
+    return demo_examples
 
 
 def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(

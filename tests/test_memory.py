@@ -84,8 +84,9 @@ def measured(model: Any, lengths: list[int], projection: inf.Projection, precisi
     ],
     ids=str,
 )
+@pytest.mark.parametrize("precision", ["auto", "fp8"])
 def test_the_sum_is_the_measured_peak(
-    tiny_lora: Callable[..., Any], kind: str, changes: dict[str, Any], checkpointing: bool
+    tiny_lora: Callable[..., Any], kind: str, changes: dict[str, Any], checkpointing: bool, precision: str
 ) -> None:
     lengths, dim, rank = [300, 211, 1, 100], 8, 4
     model = tiny_lora(kind, torch.bfloat16, r=rank, **changes)
@@ -102,37 +103,10 @@ def test_the_sum_is_the_measured_peak(
         completion_tokens=sum(lengths) - len(lengths),
         checkpointing=checkpointing,
         triton=False,
+        fp8=precision == "fp8",
     )
-    found = measured(model, lengths, inf.Projection(dim=dim))
+    found = measured(model, lengths, inf.Projection(dim=dim), precision)
     assert memory.batch == pytest.approx(found, rel=TOLERANCE), memory.fullest
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("layers", [2, 5])
-def test_the_sum_with_weights_in_8_bits(tiny_lora: Callable[..., Any], layers: int, checkpointing: bool) -> None:
-    lengths, dim, rank = [300, 211, 100], 8, 4
-    model = tiny_lora("llama", torch.bfloat16, r=rank, **(BASE | {"num_hidden_layers": layers}))
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    memory = gradient_memory(
-        model.get_base_model().config,
-        sum(lengths),
-        parameters=1,
-        rank=rank,
-        dim=dim,
-        examples=len(lengths),
-        completion_tokens=sum(lengths) - len(lengths),
-        checkpointing=checkpointing,
-        triton=False,
-        fp8=True,
-    )
-    found = measured(model, lengths, inf.Projection(dim=dim), precision="fp8")
-    assert memory.batch == pytest.approx(found, rel=TOLERANCE), memory.fullest
-    *_, copies = memory.throughout.values()
-    made = [weight for weight in weights_of(find_lora_linears(model)) if weight is not None]
-    assert copies == sum(
-        part.nbytes for weight in made for rows in (weight.rows, weight.columns) for part in (rows.values, rows.scales)
-    )
 
 
 def test_short_layers_and_many_columns_fill_up_at_the_sums(tiny_lora: Callable[..., Any]) -> None:
@@ -155,6 +129,15 @@ def test_the_factors_are_those_of_the_engine(tiny_lora: Callable[..., Any]) -> N
         kept = [g.forward_weight.nbytes + sum(b.nbytes for b in g.backward_weights) for g in engine._groups]
         lora = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
         assert factors == sum(kept) + lora
+
+
+def test_the_copies_in_8_bits_are_those_of_the_engine(tiny_lora: Callable[..., Any]) -> None:
+    model = tiny_lora("llama", torch.bfloat16, r=4, **BASE)
+    memory = gradient_memory(model.get_base_model().config, 100, parameters=1, fp8=True)
+    *_, copies = memory.throughout.values()
+    weights = [weight for weight in weights_of(find_lora_linears(model)) if weight is not None]
+    rounded = [rows for weight in weights for rows in (weight.rows, weight.columns)]
+    assert copies == sum(rows.values.nbytes + rows.scales.nbytes for rows in rounded)
 
 
 def fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:

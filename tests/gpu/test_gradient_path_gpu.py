@@ -16,18 +16,10 @@ from influence_fast.engine import GradientEngine
 from influence_fast.gradients import iter_gradient_rows, packs_for
 from influence_fast.kernels.runtime import INTERPRETED, unavailable
 
-
-def _why_not() -> str:
-    if INTERPRETED:
-        return "TRITON_INTERPRET=1 is set, so nothing would be launched"
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    return unavailable("cuda")
-
-
+WHY_NOT = "TRITON_INTERPRET=1 is set, so nothing would be launched" if INTERPRETED else unavailable("cuda")
 pytestmark = [
     pytest.mark.requires_gpu,
-    pytest.mark.skipif(bool(_why_not()), reason=f"the path needs a GPU: {_why_not()}"),
+    pytest.mark.skipif(bool(WHY_NOT), reason=f"the path needs a GPU: {WHY_NOT}"),
 ]
 
 CUDA = torch.device("cuda")

@@ -22,18 +22,10 @@ from influence_fast.kernels.counter import SignColumns
 from influence_fast.kernels.runtime import INTERPRETED, unavailable
 from influence_fast.kernels.segments import Segments
 
-
-def _why_not() -> str:
-    if INTERPRETED:
-        return "TRITON_INTERPRET=1 is set, so nothing would be launched"
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    return unavailable("cuda")
-
-
+WHY_NOT = "TRITON_INTERPRET=1 is set, so nothing would be launched" if INTERPRETED else unavailable("cuda")
 pytestmark = [
     pytest.mark.requires_gpu,
-    pytest.mark.skipif(bool(_why_not()), reason=f"kernels need a GPU: {_why_not()}"),
+    pytest.mark.skipif(bool(WHY_NOT), reason=f"kernels need a GPU: {WHY_NOT}"),
 ]
 
 CUDA = torch.device("cuda")
