@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,7 @@ class InputGroup:
     forward_bias: torch.Tensor | None = field(init=False)
     backward_weights: list[torch.Tensor] = field(init=False)  # fused: [d_out, d_in + c], else [d_out, c]
     columns: list[int] = field(init=False)  # c: r, or r + p with a projection
+    factors_a: torch.Tensor = field(init=False)  # not fused: every member's A, [sum r, d_in]
     pending: dict[int, torch.Tensor] = field(default_factory=dict)
     pending_input: torch.Tensor | None = None
 
@@ -70,6 +71,11 @@ class InputGroup:
                 out_of = torch.cat([folded, out_of], dim=1)
             self.backward_weights.append(out_of)
         self.forward_weight = torch.cat(merged + skinny)
+        self.factors_a = self.forward_weight.new_empty(0)
+        if not self.fused:
+            self.factors_a = self.factor_a(0)
+            if len(self.members) > 1:
+                self.factors_a = torch.cat([self.factor_a(place) for place in range(len(self.members))])
         self.forward_bias = None
         if self.fused and any(member.bias is not None for member in self.members):
             biases = [
@@ -96,24 +102,57 @@ class InputGroup:
         parts = [skinny_project(x, part) for part in weight.split(MAX_COLUMNS, dim=1)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def base_outputs(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Each member's W x + bias, [T, d_out]; 8-bit products share one rounding of x [T, d_in]."""
-        rounded = None
-        for member, weight in zip(self.members, self.fp8_weights, strict=True):
-            if weight is None:
-                yield dense(x, member.live_weight, member.live_bias)
-                continue
-            rounded = fp8.to_fp8(x) if rounded is None else rounded
-            yield weight.forward(rounded, member.bias)
+    def outputs(self, x: torch.Tensor, h: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Each member's W x + bias + s B h, [T, d_out]; x [T, d_in], h [T, r] of each.
 
-    def base_backward(self, place: int, g: torch.Tensor, dx: torch.Tensor | None) -> torch.Tensor:
-        """dx [T, d_in], or nothing, plus g [T, d_out] times member `place`'s W; `dx` is changed and returned."""
-        weight = self.fp8_weights[place]
-        if weight is not None:
-            term = weight.backward(fp8.to_fp8(g))
-            return term if dx is None else dx.add_(term)
-        live = self.members[place].live_weight
-        return g @ live if dx is None else dx.addmm_(g, live)
+        The adapter's part is written first and the base product, which is bound by arithmetic, adds to it: added
+        afterwards, it would read and write all outputs once more. 8-bit products cannot add; they share one rounding
+        of x.
+        """
+        rounded = None
+        for place, (member, weight) in enumerate(zip(self.members, self.fp8_weights, strict=True)):
+            b, s = self.factor_b(place).T, member.scaling
+            if weight is not None:
+                rounded = fp8.to_fp8(x) if rounded is None else rounded
+                yield weight.forward(rounded, member.bias).addmm_(h[place], b, alpha=s)
+                continue
+            bias = member.live_bias
+            if bias is None:
+                y = x.new_empty(x.shape[0], member.d_out).addmm_(h[place], b, beta=0, alpha=s)
+            else:
+                y = torch.addmm(bias, h[place], b, alpha=s)
+            yield y.addmm_(x, member.live_weight.T)
+
+    def input_gradient(
+        self, grads: Sequence[torch.Tensor | None], u: Sequence[torch.Tensor | None]
+    ) -> torch.Tensor | None:
+        """dx [T, d_in] = sum over members of g W + s u A, in the same order; g [T, d_out], u [T, r]."""
+        dx = self._adapters_part(u)
+        for member, weight, g in zip(self.members, self.fp8_weights, grads, strict=True):
+            if g is None or dx is None:
+                continue
+            if weight is not None:
+                dx.add_(weight.backward(fp8.to_fp8(g)))
+            else:
+                dx.addmm_(g, member.live_weight)
+        return dx
+
+    def _adapters_part(self, u: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        """sum of s u A: one product where all members have a gradient and one scaling."""
+        scalings = {member.scaling for member in self.members}
+        given = [part for part in u if part is not None]
+        if not given:
+            return None
+        dx = given[0].new_empty(given[0].shape[0], self.members[0].d_in)
+        if len(given) == len(u) and len(scalings) == 1:
+            together = given[0] if len(given) == 1 else torch.cat(given, dim=1)
+            return dx.addmm_(together, self.factors_a, beta=0, alpha=scalings.pop())
+        beta = 0
+        for place, part in enumerate(u):
+            if part is not None:
+                dx.addmm_(part, self.factor_a(place), beta=beta, alpha=self.members[place].scaling)
+                beta = 1
+        return dx
 
     def call(self, place: int, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
         """Member `place`'s output; the first member called with a tensor computes them all."""
@@ -143,9 +182,8 @@ class _GroupedLora(torch.autograd.Function):
         else:
             kept = group.skinny(tokens, group.forward_weight.T)  # [T, sum c]
             parts = kept.split(group.columns, dim=1)
-            for member, y, part in zip(group.members, group.base_outputs(tokens), parts, strict=True):
-                y.addmm_(part[:, : member.r], group.factor_b(len(outputs)).T, alpha=member.scaling)
-                outputs.append(y.view(*x.shape[:-1], member.d_out))
+            h = [part[:, : member.r] for member, part in zip(group.members, parts, strict=True)]
+            outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in group.outputs(tokens, h)]
         ctx.save_for_backward(kept, *([tokens] if group.reducer.needs_input else []))
         ctx.group = group
         ctx.x_shape = x.shape
@@ -160,6 +198,8 @@ class _GroupedLora(torch.autograd.Function):
         wants_dx = ctx.needs_input_grad[0]
         dx: torch.Tensor | None = None
         parts = kept.split(group.columns, dim=1)
+        flat: list[torch.Tensor | None] = [None] * len(group.members)
+        u: list[torch.Tensor | None] = [None] * len(group.members)
         for i, (member, grad) in enumerate(zip(group.members, grads, strict=True)):
             if grad is None:
                 continue
@@ -173,10 +213,10 @@ class _GroupedLora(torch.autograd.Function):
                     dx = term if dx is None else dx + term
             else:
                 out_of = group.skinny(g, weight)
-                if wants_dx:
-                    dx = group.base_backward(i, g, dx)
-                    dx.addmm_(out_of[:, : member.r], group.factor_a(i), alpha=member.scaling)
+                flat[i], u[i] = g, out_of[:, : member.r]
             group.reducer.add(group.numbers[i], parts[i], out_of, g, tokens)
+        if wants_dx and not group.fused:
+            dx = group.input_gradient(flat, u)
         return None if dx is None else dx.view(ctx.x_shape), None, None
 
 

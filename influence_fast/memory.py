@@ -90,7 +90,10 @@ def gradient_memory(
     ends = s.layers * s.module_ends
     throughout = {
         "weights": parameters * w,
-        "LoRA factors, and with their random columns once more for each pass": ends * rank * w + ends * columns * w,
+        # q, k and v share an input, and so do gate and up: their A's lie together once more
+        "LoRA factors, and with their random columns once more for each pass": ends * rank * w
+        + ends * columns * w
+        + s.layers * 5 * s.hidden * rank * w,
     }
     if fp8:
         throughout["e4m3 copies of W and W^T, with their scales"] = s.layers * sum(

@@ -20,6 +20,7 @@ from transformers import (
 
 import influence_fast as inf
 from influence_fast import loss
+from influence_fast.engine import GradientEngine, InputGroup
 from influence_fast.errors import DataError, ModelError, NumericError
 from influence_fast.gradients import iter_gradient_rows
 from influence_fast.packing import pack_examples
@@ -129,6 +130,30 @@ def test_bf16_rows_are_as_close_as_a_plain_bf16_backward() -> None:
     ours = (rows.double() - truth).norm()
     plain = (by_autograd(model, examples).double() - truth).norm()
     assert ours < 1.5 * plain < 0.15 * truth.norm()
+
+
+@pytest.mark.parametrize("pattern", [{}, {"k_proj": 2}], ids=["one scaling", "two scalings"])
+def test_outputs_and_input_gradients_of_a_group(pattern: dict[str, int]) -> None:
+    """Where the factors are not folded into the weights, as in 16-bit models and on cards; with biases."""
+    model = make_model("llama", rank_pattern=pattern).eval()
+    engine = GradientEngine(model, inf.Projection(dim=8))
+    q, k, v = engine.linears[:3]
+    group = InputGroup([q, k, v], [0, 1, 2], engine.reducer, fused=False, triton=False, fp8_weights=[None] * 3)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, q.d_in, dtype=torch.float64, generator=generator)
+    outputs = list(group.outputs(x, [x @ member.a.T for member in group.members]))
+    for member, found in zip(group.members, outputs, strict=True):
+        torch.testing.assert_close(found, member.layer(x))
+    grads = [torch.randn(9, member.d_out, dtype=torch.float64, generator=generator) for member in group.members]
+    for present in ([0, 1, 2], [1], [0, 2], []):
+        given = [grads[i] if i in present else None for i in range(3)]
+        u = [None if g is None else g @ member.b for g, member in zip(given, group.members, strict=True)]
+        found = group.input_gradient(given, u)
+        if not present:
+            assert found is None
+            continue
+        weights = [m.weight + m.scaling * m.b @ m.a for m in group.members]
+        torch.testing.assert_close(found, sum(grads[i] @ weights[i] for i in present))
 
 
 def test_layout_follows_named_parameters() -> None:
