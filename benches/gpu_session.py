@@ -42,8 +42,10 @@ from influence_fast.gradients import iter_gradient_rows
 from influence_fast.kernels import quantize_rows as quantize
 from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels import skinny_project as skinny
+from influence_fast.kernels import token_loss
 from influence_fast.kernels.segments import Segments
 from influence_fast.lora import layout_width
+from influence_fast.loss import CARD_TOKENS, by_pytorch
 from influence_fast.memory import gradient_memory
 from influence_fast.packing import pack_examples
 
@@ -159,6 +161,16 @@ def kernels(device: torch.device, tokens: int, widths: tuple[int, ...], rounds: 
         if triton:
             variants["triton"] = lambda made=made: quantize.quantize_rows(made)
         add("quantize_rows", f"E=16 K={width}", quantize.cost(16, width), variants)
+    counted, vocabulary = (CARD_TOKENS, 152_064) if triton else (64, 300)
+    logits = torch.randn(counted, vocabulary, device=device).bfloat16()
+    targets, weights = torch.arange(counted, device=device) % vocabulary, torch.rand(counted, device=device)
+    losses = torch.empty(counted, device=device)
+    variants = {"pytorch": lambda: by_pytorch(logits, targets, losses, weights).bfloat16()}
+    if triton:
+        fused = torch.compile(by_pytorch)
+        variants["torch.compile"] = lambda: fused(logits, targets, losses, weights).bfloat16()
+        variants["triton"] = lambda: token_loss.token_loss(logits, targets, losses, weights=weights)
+    add("token_loss", f"n={counted} V={vocabulary}", token_loss.cost(counted, vocabulary), variants)
     return rows
 
 

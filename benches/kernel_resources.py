@@ -28,6 +28,7 @@ from influence_fast.kernels.counter import SignColumns, fill_signs, fill_sjlt
 from influence_fast.kernels.quantize_rows import quantize_rows
 from influence_fast.kernels.runtime import INTERPRETED, WHY_NO_TRITON, Launch, recording
 from influence_fast.kernels.segments import Segments
+from influence_fast.kernels.token_loss import token_loss
 
 # Shared memory a block may ask for, bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
@@ -183,6 +184,20 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"quantize_rows {case}", lambda x=one: quantize_rows(x.float())
     for width in (16, 8192, 8191):
         yield f"quantize_rows K={width}", lambda k=width: quantize_rows(tensor(16, k, dtype=torch.float32))
+    for dtype in (torch.bfloat16, torch.float32):
+        for vocabulary in (152_064, 61):
+            yield (
+                f"token_loss {_TYPES[dtype]} V={vocabulary}",
+                lambda d=dtype, v=vocabulary: [
+                    token_loss(
+                        tensor(1024, v, dtype=d),
+                        tensor(1024, dtype=torch.int64),
+                        tensor(1024, dtype=torch.float32),
+                        weights=weights,
+                    )
+                    for weights in (None, tensor(1024, dtype=torch.float32))
+                ],
+            )
     yield "fill_signs", lambda: fill_signs(0, "m/in", 3584, 16, device=meta)
     yield "fill_sjlt", lambda: fill_sjlt(0, "m/row", 3584 * 16, 8192, device=meta)
 

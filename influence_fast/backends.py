@@ -1,7 +1,7 @@
 """Which code computes the gradient path's products: Triton kernels or PyTorch. Chosen once, when an engine opens.
 
     auto     triton where a CUDA device can run it, else torch
-    triton   `skinny_project`, `segment_outer` and `project_flat`; an error, with the reason, where they cannot run
+    triton   the kernels of `influence_fast.kernels`; an error, with the reason, where they cannot run
     torch    PyTorch alone (on a CPU: one fused matrix product a layer and pass)
     native   none of these: the C++ and CUDA module takes over once there are rows (see `native`); asking for it here is
              an error that says so

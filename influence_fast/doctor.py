@@ -64,7 +64,7 @@ def _gradients() -> list[tuple[str, bool, str]]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     chosen, why = backends.choose(None, device, dtype)
     notes = {
-        "triton": "fused kernels skinny_project and segment_outer",
+        "triton": "fused kernels for projections, sums over examples and the loss",
         "torch": "PyTorch products; no weight gradient is formed",
     }
     rows = []

@@ -360,7 +360,8 @@ class GradientEngine:
         finally:
             for group in self._groups:
                 group.forget()
-        loss, token_losses = CompletionLoss.apply(hidden, weight, bias, inputs.targets, inputs.weights)
+        triton = self.backend == "triton"
+        loss, token_losses = CompletionLoss.apply(hidden, weight, bias, inputs.targets, inputs.weights, triton)
         return loss, segment_sums(token_losses * inputs.weights, inputs.edges)
 
     def _hidden(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -36,6 +36,7 @@ class CompletionLoss(torch.autograd.Function):
         bias: torch.Tensor | None,  # [vocab]
         targets: torch.Tensor,  # [n] int64
         token_weights: torch.Tensor,  # [n] fp32 (fp64 for an fp64 model)
+        triton: bool,  # whether the kernel `token_loss` makes gradients of logits
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (the weighted sum of the losses, the unweighted loss of each token [n])."""
         n = hidden.shape[0]
@@ -43,21 +44,19 @@ class CompletionLoss(torch.autograd.Function):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         losses = torch.empty(n, dtype=wide, device=hidden.device)
         wants_grad = ctx.needs_input_grad[0]
+        compute = by_kernel if triton else by_pytorch
         grad = torch.empty_like(hidden) if wants_grad else hidden.new_empty(0)
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
-            logits = torch.nn.functional.linear(hidden[rows], weight, bias).to(wide)
-            target = targets[rows, None]
-            at_target = logits.gather(1, target)
-            largest = logits.amax(dim=1, keepdim=True)
-            numbers = logits.sub_(largest).exp_()
-            total = numbers.sum(dim=1, keepdim=True)
-            losses[rows] = (total.log() + largest - at_target).squeeze(1)
-            if not wants_grad:
-                continue
-            share = token_weights[rows, None]
-            numbers.mul_(share / total).scatter_add_(1, target, -share)
-            torch.mm(numbers.to(weight.dtype), weight, out=grad[rows])
+            # no name for the logits here: PyTorch's way lets them go once it has them in fp32
+            numbers = compute(
+                torch.nn.functional.linear(hidden[rows], weight, bias),
+                targets[rows],
+                losses[rows],
+                token_weights[rows] if wants_grad else None,
+            )
+            if numbers is not None:
+                torch.mm(numbers.to(weight.dtype), weight, out=grad[rows])
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(losses)
         return (losses * token_weights).sum(), losses
@@ -65,4 +64,30 @@ class CompletionLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad,) = ctx.saved_tensors
-        return grad * grad_outputs[0].to(grad.dtype), None, None, None, None
+        return grad * grad_outputs[0].to(grad.dtype), None, None, None, None, None
+
+
+def by_kernel(
+    logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Fills `losses` [m]; with `weights` [m] returns d loss / d logits [m, vocab], which the logits become."""
+    from influence_fast.kernels.token_loss import token_loss
+
+    token_loss(logits, targets, losses, weights=weights)
+    return None if weights is None else logits
+
+
+def by_pytorch(
+    logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, weights: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The same, in the dtype of the losses."""
+    logits, target = logits.to(losses.dtype), targets[:, None]
+    at_target = logits.gather(1, target)
+    largest = logits.amax(dim=1, keepdim=True)
+    numbers = logits.sub_(largest).exp_()
+    total = numbers.sum(dim=1, keepdim=True)
+    losses.copy_((total.log() + largest - at_target).squeeze(1))
+    if weights is None:
+        return None
+    share = weights[:, None]
+    return numbers.mul_(share / total).scatter_add_(1, target, -share)

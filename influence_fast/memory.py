@@ -118,7 +118,7 @@ def gradient_memory(
 
     all_layers = s.layers * inputs if checkpointing else s.layers * layer - tokens * _norm(s.hidden)
     again = layer if checkpointing else 0
-    logits = chunk * s.vocabulary * (4 + w)
+    logits = chunk * s.vocabulary * (w if triton else 4 + w)  # the kernel writes the gradient over them
     last_norm = tokens * _norm(s.hidden)
     moments = {
         "the loss": moment(all_layers, final_norm=last_norm, last_hidden=2 * counted * s.hidden * w, logits=logits),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from influence_fast import attention
 from influence_fast.engine import GradientEngine
 from influence_fast.errors import ConfigError
 from influence_fast.fp8 import weights_of
+from influence_fast.kernels import runtime
 from influence_fast.lora import find_lora_linears
 from influence_fast.memory import gradient_memory, layer_bytes
 from influence_fast.packing import pack_examples
@@ -60,12 +62,24 @@ class LiveMemory(TorchDispatchMode):
         self.live += size
 
 
-def measured(model: Any, lengths: list[int], projection: inf.Projection, precision: str = "auto") -> int:
-    """Peak bytes of one batch, weights and what the engine keeps of them not counted."""
+class Forgetful(list[Any]):
+    """In place of the launches that `runtime.recording` lists: they would keep their tensors alive."""
+
+    def append(self, launch: Any) -> None:
+        pass
+
+
+def measured(
+    model: Any, lengths: list[int], projection: inf.Projection, precision: str = "auto", triton: bool = False
+) -> int:
+    """Peak bytes of one batch, weights and what the engine keeps of them not counted; kernels are not run."""
     vocabulary = model.get_base_model().config.vocab_size
     ids = [torch.randint(0, vocabulary, (n,)) for n in lengths]
     (pack,) = pack_examples([{"input_ids": i, "labels": i} for i in ids], sum(lengths))
-    with GradientEngine(model, projection, backend="torch", precision=precision) as engine:
+    engine = GradientEngine(model, projection, backend="torch", precision=precision)
+    if triton:  # the choice itself would ask for a card
+        engine.backend, engine.reducer.triton = "triton", True
+    with mock.patch.object(runtime, "_recorded", Forgetful()), engine:
         engine.run(pack)
         with LiveMemory() as memory:
             engine.run(pack)
@@ -107,6 +121,34 @@ def test_the_sum_is_the_measured_peak(
     )
     found = measured(model, lengths, inf.Projection(dim=dim), precision)
     assert memory.batch == pytest.approx(found, rel=TOLERANCE), memory.fullest
+
+
+@pytest.mark.parametrize(
+    ("changes", "dim", "fullest"),
+    [
+        (BASE | {"num_hidden_layers": 3}, 16, "the backward of the bottom layer"),
+        (WIDE_HEAD | {"num_hidden_layers": 2}, 16, "the loss"),
+        (BASE | {"num_hidden_layers": 8, "intermediate_size": 64}, 112, "the sums of examples"),
+    ],
+    ids=str,
+)
+def test_the_sum_for_the_kernels(
+    tiny_lora: Callable[..., Any], changes: dict[str, Any], dim: int, fullest: str
+) -> None:
+    lengths, rank = [300, 211, 1, 100], 16
+    model = tiny_lora("llama", torch.bfloat16, r=rank, **changes)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    memory = gradient_memory(
+        model.get_base_model().config,
+        sum(lengths),
+        parameters=1,
+        rank=rank,
+        dim=dim,
+        examples=len(lengths),
+        completion_tokens=sum(lengths) - len(lengths),
+    )
+    assert memory.fullest == fullest
+    assert memory.batch == pytest.approx(measured(model, lengths, inf.Projection(dim=dim), triton=True), rel=TOLERANCE)
 
 
 def test_short_layers_and_many_columns_fill_up_at_the_sums(tiny_lora: Callable[..., Any]) -> None:

@@ -15,6 +15,7 @@ from influence_fast.kernels import project_flat as flat
 from influence_fast.kernels import segment_bilinear as bilinear
 from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels import skinny_project as skinny
+from influence_fast.kernels import token_loss as loss
 from influence_fast.kernels.counter import SignColumns
 from influence_fast.kernels.segments import Segments
 
@@ -180,6 +181,23 @@ def _flat_run(
     return rows, expected
 
 
+def _loss_run(tokens: int, vocabulary: int, gradient: bool, dtype: torch.dtype, device: torch.device) -> Pair:
+    """Losses alone, or the gradient; logits of any size, a slice of wider rows, and some tokens that weigh nothing."""
+    size = 10.0 ** torch.linspace(-1, 2, tokens, dtype=torch.float64)
+    wide = (normal(tokens, vocabulary + 3, dtype=torch.float64, device=torch.device("cpu")) * size[:, None]).to(dtype)
+    wide = wide.to(device)
+    logits = wide[:, 2 : 2 + vocabulary]
+    targets = torch.arange(tokens, device=device) * 7919 % vocabulary
+    weights = torch.arange(tokens, device=device) % 3 / 4 + (tokens == 1)
+    expected = loss.reference(logits.double(), targets, weights.double())[gradient]
+    before, losses = wide.clone(), unwritten(tokens, dtype=torch.float32, device=device)
+    loss.token_loss(logits, targets, losses, weights=weights if gradient else None)
+    around = [slice(None, 2), slice(2 + vocabulary, None)]
+    assert all(torch.equal(wide[:, part], before[:, part]) for part in around)
+    assert gradient or torch.equal(wide, before)
+    return (logits, expected) if gradient else (losses, expected)
+
+
 def cases() -> list[Case]:
     """Every kernel over ragged shapes, float32 and bfloat16, and where it stores another dtype than it reads."""
     found: list[Case] = []
@@ -220,6 +238,16 @@ def cases() -> list[Case]:
                         lambda device, arguments=(lengths, chunk, d, r, q, transposed, dtype): _bilinear_run(
                             *arguments, device
                         ),
+                    )
+                )
+        for tokens, vocabulary in ((1, 2), (5, 61), (3, 4096), (7, 4099), (2, 9001)):
+            for gradient, stored in ((False, torch.float32), (True, dtype)):
+                found.append(
+                    Case(
+                        f"token_loss {kind} {tokens}x{vocabulary} {'gradient' if gradient else 'losses'}",
+                        dtype,
+                        stored,
+                        lambda device, arguments=(tokens, vocabulary, gradient, dtype): _loss_run(*arguments, device),
                     )
                 )
         flats = [

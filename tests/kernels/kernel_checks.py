@@ -21,6 +21,7 @@ from influence_fast.kernels.segment_bilinear import segment_bilinear
 from influence_fast.kernels.segment_outer import segment_outer
 from influence_fast.kernels.segments import Segments
 from influence_fast.kernels.skinny_project import skinny_project
+from influence_fast.kernels.token_loss import token_loss
 from influence_fast.packing import pack_examples
 from influence_fast.products import quantize_rows as quantize_for_the_store
 from influence_fast.projection import Projection, sign_matrix, sjlt_map
@@ -194,6 +195,24 @@ def rows_for_a_bf16_store_are_written_by_the_kernel(device: torch.device) -> Non
         assert relative_norm(found[0], found[1]) < TOLERANCES[dtype]
 
 
+def a_token_has_one_loss_whatever_its_neighbours(device: torch.device) -> None:
+    logits = normal(9, 5000, dtype=BF16, device=device)
+    targets = torch.arange(9, device=device)
+    together = token_loss(logits, targets, torch.empty(9, device=device)).clone()
+    for t in (0, 4, 8):
+        one = slice(t, t + 1)
+        assert torch.equal(token_loss(logits[one], targets[one], torch.empty(1, device=device)), together[one])
+
+
+def logits_that_are_not_finite_give_such_losses(device: torch.device) -> None:
+    """-inf is a token that cannot come, and no fault."""
+    logits = torch.zeros(4, 4100, device=device)
+    logits[0, 3], logits[1, 4099], logits[2, :4096] = float("nan"), float("inf"), -float("inf")
+    losses = token_loss(logits, torch.full((4,), 4097, device=device), torch.empty(4, device=device))
+    assert losses.isfinite().tolist() == [False, False, True, True]
+    torch.testing.assert_close(losses[2:].cpu(), torch.tensor([4.0, 4100.0]).log())
+
+
 CHECKS: list[Check] = [
     sign_bits_are_those_of_the_projection,
     sjlt_map_is_that_of_the_projection,
@@ -207,6 +226,8 @@ CHECKS: list[Check] = [
     quantized_rows_are_those_of_the_store,
     quantized_rows_that_are_not_finite_have_no_scale,
     rows_for_a_bf16_store_are_written_by_the_kernel,
+    a_token_has_one_loss_whatever_its_neighbours,
+    logits_that_are_not_finite_give_such_losses,
 ]
 
 
@@ -305,6 +326,26 @@ REFUSALS = [
         ConfigError,
         "quantize_rows: rows have no numbers",
         lambda device: quantize_rows(torch.zeros(2, 0, device=device)),
+    ),
+    Refusal(
+        "losses that are not float32",
+        ConfigError,
+        "token_loss: losses must be contiguous torch.float32, got torch.bfloat16",
+        lambda device: token_loss(
+            torch.zeros(2, 3, device=device),
+            torch.zeros(2, dtype=torch.int64, device=device),
+            torch.zeros(2, dtype=BF16, device=device),
+        ),
+    ),
+    Refusal(
+        "targets of other tokens",
+        ConfigError,
+        r"token_loss: targets must have shape \(2\), got \(3,\)",
+        lambda device: token_loss(
+            torch.zeros(2, 3, device=device),
+            torch.zeros(3, dtype=torch.int64, device=device),
+            torch.zeros(2, device=device),
+        ),
     ),
     Refusal(
         "offsets of int32",

@@ -12,7 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from influence_fast import products
 from influence_fast.errors import ConfigError
-from influence_fast.kernels import project_flat, quantize_rows, segment_bilinear, segment_outer, skinny_project
+from influence_fast.kernels import (
+    project_flat,
+    quantize_rows,
+    segment_bilinear,
+    segment_outer,
+    skinny_project,
+    token_loss,
+)
 from influence_fast.kernels.runtime import INTERPRETED
 from influence_fast.kernels.segments import Segments
 
@@ -165,6 +172,15 @@ def test_scatter_rounds_never_meet() -> None:
         assert int(sketch.tile_rounds[t]) == int(bucket[inside].bincount().max())
 
 
+def test_the_reference_of_the_loss_is_pytorchs_cross_entropy() -> None:
+    logits = _normal(5, 11).requires_grad_()
+    targets, weights = torch.tensor([0, 3, 10, 3, 7]), torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0], dtype=torch.float64)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    losses, gradient = token_loss.reference(logits.detach(), targets, weights)
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad((expected * weights).sum(), logits)[0])
+
+
 def test_costs_count_the_flops_of_the_references() -> None:
     segments = Segments.from_lengths([3, 64, 130])  # a product of one token is no matrix product to the counter
     tokens = segments.tokens
@@ -184,5 +200,6 @@ def test_costs_count_each_operand_once() -> None:
     assert segment_outer.cost(10, 3, 2, 5, 4, row_itemsize=4).bytes == 10 * 2 * 9 * 2 + 3 * 2 * 20 * 4
     assert segment_bilinear.cost(10, 7, 4, 3, 2) == (2 * (10 + 6) * 28, 10 * 11 * 2 + 3 * 28 * 4)
     assert quantize_rows.cost(10, 7) == (70, 10 * 7 * 5 + 10 * 4)
+    assert token_loss.cost(10, 7) == (4 * 70, 10 * 7 * 2 * 2 + 10 * 16)
     assert project_flat.cost("sjlt", 10, 3, 7, 4, 64).flops == 2 * 10 * 28 + 2 * 3 * 28
     assert project_flat.cost("rademacher", 10, 3, 7, 4, 64).flops == 2 * 10 * 28 + 2 * 3 * 28 * 64
