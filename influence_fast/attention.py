@@ -46,13 +46,33 @@ def packed(base: Any, config: Any) -> Iterator[None]:
         yield
         return
     register()
-    order = _order()
     base.set_attn_implementation(PACKED)
+    try:
+        with unchanged_order(), _without_cudnn():
+            yield
+    finally:
+        base.set_attn_implementation(before or "sdpa")
+
+
+@contextlib.contextmanager
+def unchanged_order() -> Iterator[None]:
+    """Puts back what `_in_order` asks PyTorch for, if the block ends in the middle of an attention's backward."""
+    order = _order()
     try:
         yield
     finally:
-        _set_order(*order)  # if a backward failed half-way
-        base.set_attn_implementation(before or "sdpa")
+        _set_order(*order)
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """SDPA by other means than cuDNN: its backward has no one order, and it plans anew for every length."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def register() -> None:
@@ -125,16 +145,17 @@ def packed_attention(
     cu_seq_lens_q: list[int] | torch.Tensor | None = None,
     cu_seq_lens_k: list[int] | torch.Tensor | None = None,
     max_length_q: int | None = None,
-    packed_probe: list[int] | None = None,
+    packed_probe: list[bool] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: returns ([1, T, heads, head_dim], None)."""
     for unsupported in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(unsupported) is not None:
             raise ModelError(f"attention with {unsupported} is not supported in packed batches")
+    varlen = _has_varlen(query, value)
     if packed_probe is not None and cu_seq_lens_q is not None:
-        packed_probe.append(1)  # the boundaries do reach the attention
-    if isinstance(cu_seq_lens_k, torch.Tensor) and max_length_q is not None and _has_varlen(query, value):
+        packed_probe.append(varlen)  # the boundaries do reach the attention
+    if isinstance(cu_seq_lens_k, torch.Tensor) and max_length_q is not None and varlen:
         return _varlen(query, key, value, cu_seq_lens_k, max_length_q, scaling, sliding_window), None
     if cu_seq_lens_q is None:
         lengths = [query.shape[2]]
@@ -173,8 +194,9 @@ def _varlen(
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, heads, head_dim]
     # keys to the left that a token sees beside its own
     left = -1 if sliding_window is None else sliding_window - 1
-    grouped = q.shape[1] != k.shape[1]
-    options = {"scale": scaling, "window_size": (left, 0), "enable_gqa": grouped}
+    options: dict[str, Any] = {"scale": scaling, "window_size": (left, 0)}
+    if q.shape[1] != k.shape[1] and _asks_for_groups(attend):
+        options["enable_gqa"] = True
     out: torch.Tensor = attend(q, k, v, bounds, bounds, longest, longest, **options)
     return _in_order(out)[None]
 
@@ -233,10 +255,15 @@ def _runs_varlen(device: torch.device) -> bool:
 
 @functools.cache
 def varlen_attention() -> Callable[..., Any] | None:
-    """PyTorch's `varlen_attn`, from the release on that has windows and grouped heads; None before."""
+    """PyTorch's `varlen_attn`, from the release on that has windows (2.11); None before."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    has = {"window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
-    return varlen_attn if has else None
+    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+
+
+@functools.cache
+def _asks_for_groups(attend: Callable[..., Any]) -> bool:
+    """Whether grouped heads must be asked for; PyTorch 2.11 takes them without."""
+    return "enable_gqa" in inspect.signature(attend).parameters

@@ -125,7 +125,7 @@ def pretrained(model: Any) -> contextlib.AbstractContextManager[Any]:
 
 def _packs_are_separate(decoder: Any, device: torch.device) -> bool:
     """Whether the boundaries of a pack reach the attention, seen on two tokens."""
-    seen: list[int] = []
+    seen: list[bool] = []
     two = torch.zeros(2, dtype=torch.int64)
     _hidden_states(decoder, Pack([0], two, torch.arange(2), two, [0, 2]), device, packed_probe=seen)
     return bool(seen) or decoder.config._attn_implementation != attention.PACKED

@@ -316,11 +316,13 @@ class GradientEngine:
         On a card it returns as soon as all is queued; nothing in it waits for the card. A pack whose activations would
         not fit in the card's free memory has its layers computed again in the backward (docs/memory.md).
         """
+        recorded = 0
         if self._graphs is not None:
-            shape = StepShape.of(pack)
-            if not self.overflows(2 * shape.tokens):  # the memory of recorded steps is theirs alone
+            recorded, shape = self._graphs.most_tokens, StepShape.of(pack)
+            # the memory of recorded steps is theirs alone
+            if self._graphs.takes(shape) and not self.overflows(2 * max(shape.tokens, recorded)):
                 return self._graphs.run(shape, self._inputs(pack, shape), len(pack.indices))
-        return self._step(self._inputs(pack).to(self.device), self.overflows(len(pack.input_ids)))
+        return self._step(self._inputs(pack).to(self.device), self.overflows(len(pack.input_ids) + recorded))
 
     def _inputs(self, pack: Pack, shape: StepShape | None = None) -> StepInputs:
         """What `_step` needs of a pack, on the host."""
@@ -333,7 +335,8 @@ class GradientEngine:
         self.reducer.begin(inputs.tokens.cu_seqlens, inputs.segments)
         with torch.enable_grad(), _recomputing(self._layers if recompute else []):
             loss, losses = self._loss(inputs)
-            loss.backward()
+            with attention.unchanged_order():
+                loss.backward()
         return self.reducer.finish(), losses
 
     def overflows(self, tokens: int) -> bool:
@@ -385,7 +388,7 @@ class GradientEngine:
         ]
         two = torch.zeros(2, dtype=torch.int64)
         tokens = attention.PackedTokens.of(Pack([0], two, torch.arange(2), two, [0, 2])).to(self.device)
-        seen: list[int] = []
+        seen: list[bool] = []
         try:
             with torch.no_grad():
                 self._call(self.base if self._whole_model_logits else self.decoder, tokens, packed_probe=seen)
@@ -394,6 +397,11 @@ class GradientEngine:
                 handle.remove()
         if self.decoder.config._attn_implementation == attention.PACKED:
             self.packs_are_separate = bool(seen)
+            if self.cuda_graphs and not all(seen):
+                raise ConfigError(
+                    "CUDA graphs cannot be used: this model's attention runs an example at a time (it takes a 16-bit "
+                    "model on a card, with heads of up to 256 numbers, in multiples of 8); leave them off"
+                )
         unused = [m.name for n, m in enumerate(self.linears) if n not in inputs]
         if unused:
             raise ModelError(f"{unused[0]}: the model's forward never calls this LoRA layer")

@@ -6,7 +6,7 @@ shape (`StepShape`), its tensors are copied to where the step reads them, in one
 backward and sums is one launch.
 
 A step may be recorded if nothing in it depends on numbers that the host has looked at. Whatever would look at them
-waits for the card, which a recording forbids: such a model is refused by CUDA itself, said once, and run operation by
+waits for the card, which a recording forbids: such a model is found out first, said once, and run operation by
 operation.
 
 Off by default; INFLUENCE_FAST_CUDA_GRAPHS=1 in the environment turns them on, and a call's own `cuda_graphs=` wins.
@@ -14,11 +14,13 @@ Off by default; INFLUENCE_FAST_CUDA_GRAPHS=1 in the environment turns them on, a
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 # Each holds some thousand kernel nodes and its rows; packs of one data set have a handful of shapes.
 MOST_GRAPHS = 32
+MOST_BYTES = 2 << 30  # of the rows and losses of all of them
 
 VARIABLE = "INFLUENCE_FAST_CUDA_GRAPHS"
 _SWITCH = {"": False, "0": False, "1": True}
@@ -64,12 +67,43 @@ class CudaRecorder:
         self.pool = torch.cuda.graph_pool_handle()
 
     def record(self, run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: threads that write rows, or make the next packs, may go on
-        mode = "thread_local"
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, capture_error_mode=mode):
-            results = run()
+        with torch.cuda.device(self.device):
+            _check_that_nothing_waits(run)
+            graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+            # thread_local: threads that write rows, or make the next packs, may go on
+            options: dict[str, Any] = {"pool": self.pool, "capture_error_mode": "thread_local"}
+            try:
+                with torch.cuda.graph(graph, stream=_stream(self.device), **options):
+                    results = run()
+            except RuntimeError as error:
+                self._abandon(before)
+                first = error.__context__  # the error that the capture's own end hides
+                raise RuntimeError(str(first if isinstance(first, RuntimeError) else error)) from error
         return graph.replay, results
+
+    def _abandon(self, stream: Any) -> None:
+        """What PyTorch leaves undone after a capture that failed: its stream, and the pool it was allocating from."""
+        torch.cuda.set_stream(stream)
+        end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+        if end is not None:
+            with contextlib.suppress(RuntimeError):
+                end(torch.cuda.current_device(), self.pool)
+
+
+def _check_that_nothing_waits(run: Callable[[], Any]) -> None:
+    """RuntimeError where `run` would wait for the card: found in a capture, the process would not recover from it."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@functools.cache
+def _stream(device: torch.device) -> Any:
+    """A card's stream for captures, kept: cuBLAS keeps a workspace for each."""
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +125,22 @@ class StepGraphs:
         self._recorder = recorder
         self._seen: set[StepShape] = set()
         self._graphs: dict[StepShape, _Recorded] = {}
-        self._refused = False
+        self._bytes = 0  # of their results
+        self.refused = False  # whether a step could not be recorded
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest step recorded; 0 for none."""
+        return max((shape.tokens for shape in self._graphs), default=0)
+
+    def takes(self, shape: StepShape) -> bool:
+        """Whether a pack of this shape is, or may come to be, replayed."""
+        full = self.refused or len(self._graphs) >= MOST_GRAPHS or self._bytes >= MOST_BYTES
+        return shape in self._graphs or not full
 
     def run(self, shape: StepShape, inputs: StepInputs, examples: int) -> tuple[Tensor, Tensor]:
         """Rows and losses of the first `examples` of the padded `inputs`, which are on the host."""
-        if shape not in self._graphs and (shape not in self._seen or self._full or not self._record(shape, inputs)):
+        if shape not in self._graphs and (shape not in self._seen or not self._record(shape, inputs)):
             self._seen.add(shape)
             rows, losses = self._step(inputs.to(self._device))
             return rows[:examples], losses[:examples]
@@ -104,10 +149,6 @@ class StepGraphs:
         graph.replay()
         rows, losses = graph.results
         return rows[:examples].clone(), losses[:examples].clone()  # the next replay writes to the same place
-
-    @property
-    def _full(self) -> bool:
-        return self._refused or len(self._graphs) >= MOST_GRAPHS
 
     def _record(self, shape: StepShape, inputs: StepInputs) -> bool:
         """Whether the step could be recorded; if not, why is said and nothing is recorded again."""
@@ -120,9 +161,10 @@ class StepGraphs:
                 "(leave CUDA graphs off to be spared the attempt): %s",
                 str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
             )
-            self._refused = True
+            self.refused = True
             return False
         self._graphs[shape] = _Recorded(memory, replay, results)
+        self._bytes += sum(result.nbytes for result in results)
         return True
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -82,6 +82,27 @@ def test_one_launch_gives_what_a_call_an_example_gives(
         torch.testing.assert_close(one, other)
 
 
+def test_pytorch_2_11_is_not_told_of_grouped_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its function has windows, takes fewer heads of keys as they are, and has no word for it."""
+    given: dict[str, Any] = {}
+
+    def older(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, max_q: int, max_k: int, **options: Any) -> Any:
+        given.update(options)
+        return q
+
+    monkeypatch.setattr(attention, "varlen_attention", lambda: older)
+    attention._varlen(*inputs(torch.bfloat16), torch.tensor(BOUNDS, dtype=torch.int32), max(LENGTHS), 0.5, None)
+    assert given == {"scale": 0.5, "window_size": (-1, 0)}
+
+
+def test_sdpa_leaves_cudnn_out_while_packs_are_attended_to(tiny_lora: Callable[..., Any]) -> None:
+    base = tiny_lora().get_base_model()
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with attention.packed(base, base.config):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 @pytest.mark.skipif(attention.varlen_attention() is None, reason="this PyTorch has no varlen_attn with windows")
 def test_pytorchs_own_takes_the_call() -> None:
     """On the meta device, where its shapes are checked and nothing is computed."""
@@ -100,7 +121,16 @@ def test_what_runs_in_one_launch() -> None:
         assert not attention._has_varlen(other, other)
 
 
+@pytest.fixture
+def nothing_asked_for() -> Iterator[None]:
+    """The mode that users have, and not the tests' own."""
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 @pytest.mark.skipif(attention.varlen_attention() is None, reason="this PyTorch has no varlen_attn with windows")
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_the_backward_of_fused_attention_is_asked_for_one_order_and_nothing_else_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -114,7 +144,6 @@ def test_the_backward_of_fused_attention_is_asked_for_one_order_and_nothing_else
         assert not attention._is_fused(name, torch.device("cpu"))
     assert not attention._is_fused("BmmBackward0", card)
 
-    torch.use_deterministic_algorithms(False)  # conftest puts it back
     monkeypatch.setattr(attention, "_is_fused", lambda name, device: "Seen" in name)
     seen: list[tuple[str, int, bool]] = []
 
@@ -142,6 +171,7 @@ def test_the_backward_of_fused_attention_is_asked_for_one_order_and_nothing_else
     assert x.grad.tolist() == [4, 4, 4]
 
 
+@pytest.mark.usefixtures("nothing_asked_for")
 def test_a_backward_that_fails_leaves_nothing_asked_for(
     monkeypatch: pytest.MonkeyPatch, tiny_lora: Callable[..., Any]
 ) -> None:
@@ -156,7 +186,6 @@ def test_a_backward_that_fails_leaves_nothing_asked_for(
 
     monkeypatch.setattr(attention, "_is_fused", lambda name, device: "Failing" in name)
     base = tiny_lora().get_base_model()
-    torch.use_deterministic_algorithms(False)
     with pytest.raises(torch.OutOfMemoryError), attention.packed(base, base.config):
         attention._in_order(Failing.apply(torch.ones(3, requires_grad=True))).sum().backward()
     assert torch.get_deterministic_debug_mode() == 0

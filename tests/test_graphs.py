@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,8 @@ def run_all(steps: graphs.StepGraphs, packs: list[Pack]) -> None:
     results = []
     for pack in packs:
         assert StepShape.of(pack) == shape
+        if not steps.takes(shape):
+            continue
         inputs = StepInputs.of(pack, "sum", torch.float32, triton=False, shape=shape)
         few = len(pack.indices) - 1
         results.append((steps.run(shape, inputs, few), tuple(part[:few] for part in step(inputs))))
@@ -207,6 +210,16 @@ def test_only_so_many_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     run_all(steps, packs_of([40] * 20, 200))
     assert len(steps._graphs) == 1
     assert recorder.replays == 3
+    assert steps.most_tokens == 112
+
+
+def test_only_so_many_bytes_of_rows_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST_BYTES", 1)
+    steps = graphs.StepGraphs(step, CPU, TapeRecorder())
+    small, large = packs_of([20] * 20, 100), packs_of([40] * 20, 200)
+    run_all(steps, small)
+    assert steps.takes(StepShape.of(small[0]))
+    assert not steps.takes(StepShape.of(large[0]))
 
 
 def test_what_cannot_be_recorded_is_said_once_and_run_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
@@ -236,6 +249,70 @@ def test_where_they_cannot_be_an_error_says_why(tiny_lora: Callable[..., Any], m
     monkeypatch.setenv(graphs.VARIABLE, "yes")
     with pytest.raises(ConfigError, match="unknown value 'yes'"):
         GradientEngine(model, None)
+
+
+def test_attention_that_runs_an_example_at_a_time_cannot_be_recorded(
+    tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GradientEngine, "_not_recordable", lambda self: "")
+    with (
+        pytest.raises(ConfigError, match="attention runs an example at a time"),
+        GradientEngine(tiny_lora(), None, backend="torch", cuda_graphs=True),
+    ):
+        pass
+
+
+class FakeCuda:
+    """What `CudaRecorder` asks of `torch.cuda`: streams are names, and a capture that fails ends as PyTorch's does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.stream, self.mode, self.captures, self.fails = "main", 0, 0, False
+        cuda = mock.MagicMock()
+        cuda.current_stream = lambda device: self.stream
+        cuda.set_stream = lambda stream: setattr(self, "stream", stream)
+        cuda.get_sync_debug_mode = lambda: self.mode
+        cuda.set_sync_debug_mode = lambda mode: setattr(self, "mode", mode)
+        cuda.graph = self.graph
+        monkeypatch.setattr(torch, "cuda", cuda)
+        monkeypatch.setattr(graphs, "_stream", lambda device: "capture")
+
+    @contextmanager
+    def graph(self, graph: Any, *, stream: str, pool: Any, capture_error_mode: str) -> Iterator[None]:
+        self.captures += 1
+        self.stream = stream
+        try:
+            if self.fails:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            yield
+        except RuntimeError:
+            raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+        self.stream = "main"
+
+
+def test_a_step_that_waits_for_the_card_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda(monkeypatch)
+    recorder = graphs.CudaRecorder(torch.device("cuda"))
+    modes = []
+
+    def waits() -> Any:
+        modes.append(fake.mode)
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="called a synchronizing"):
+        recorder.record(waits)
+    assert (modes, fake.mode, fake.captures, fake.stream) == (["error"], 0, 0, "main")
+
+
+def test_a_capture_that_fails_leaves_the_stream_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda(monkeypatch)
+    recorder = graphs.CudaRecorder(torch.device("cuda"))
+    ran = []
+    recorder.record(lambda: ran.append(fake.stream))
+    assert ran == ["main", "capture"]
+    fake.fails = True
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        recorder.record(lambda: None)
+    assert fake.stream == "main"
 
 
 def test_gradients_that_need_bounds_on_the_host_are_not_recorded(tiny_lora: Callable[..., Any]) -> None:

@@ -89,19 +89,25 @@ def test_long_traces_repeat_bit_for_bit(tiny_lora: Callable[..., Any], backend: 
 def test_recorded_steps_give_the_rows_of_steps_run_by_operations(
     tiny_lora: Callable[..., Any], caplog: pytest.LogCaptureFixture, projection: inf.Projection | None
 ) -> None:
-    """Packs of one shape and of several, some of examples that the kernels split."""
+    """Many packs of one shape, of examples that the kernels split, and packs of other shapes between; three times, so
+    that graphs are replayed after others were recorded, and every result is kept while the next ones are made."""
     model = tiny_lora(hidden_size=64, num_attention_heads=4, max_position_embeddings=2048).to(CUDA, torch.bfloat16)
-    examples = make_examples(200) + make_examples(12, seed=1, longest=1500)
+    examples = make_examples(100)
+    for i in range(24):
+        ids = torch.randint(0, 90, (600 if i % 2 else 420,), generator=torch.Generator().manual_seed(i))
+        examples.append({"id": f"long-{i}", "input_ids": ids, "labels": ids})
     rows, losses = {}, {}
     for recorded in (False, True):
         with GradientEngine(model, projection, backend="triton", cuda_graphs=recorded) as engine:
             packs = packs_for(engine, examples, 1024)
-            results = [engine.run(pack) for pack in packs]
-            graphs = 0 if engine._graphs is None else len(engine._graphs._graphs)
+            results = [engine.run(pack) for pack in packs * 3][-len(packs) :]
+            shapes = [] if engine._graphs is None else list(engine._graphs._graphs)
         rows[recorded], losses[recorded] = (torch.cat(parts) for parts in zip(*results, strict=True))
     assert not caplog.records
-    assert graphs > 0
-    assert float((rows[True] - rows[False]).norm() / rows[False].norm()) < 1e-2
+    assert len(shapes) > 1
+    assert any(shape.longest > 512 for shape in shapes)
+    # products over padded tokens may be other kernels, whose sums round differently; another pack's rows differ by 1
+    assert float((rows[True] - rows[False]).norm() / rows[False].norm()) < 3e-2
     assert float((losses[True] - losses[False]).norm() / losses[False].norm()) < 1e-2
 
 
@@ -119,7 +125,7 @@ def test_no_batch_after_the_first_waits_for_the_card(
     model = tiny_lora().to(CUDA, torch.bfloat16)
     with GradientEngine(model, projection, backend=backend, cuda_graphs=recorded) as engine:
         packs = packs_for(engine, make_examples(), 300)
-        for pack in packs * 2:  # compiles, records, brings the tables over, and fills the cache of pinned memory
+        for pack in packs * 3:  # compiles, records, brings the tables over, and fills the cache of pinned memory
             transfer.encoded(engine.run(pack)[0], "int8", backend == "triton")
         torch.cuda.synchronize()
         try:
