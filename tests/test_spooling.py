@@ -175,7 +175,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path, tiny_tokenizer: Call
         mebibytes, tokens = done.stdout.split()[-2:]
         return float(mebibytes), int(tokens)
 
-    (small, few), (large, many) = peak(600), peak(6000)
+    (small, few), (large, many) = peak(1200), peak(6600)  # both of more than one batch of 1024
     data = ((many - few) * 16 + 5400 * 512 * 4) / 2**20  # int64 ids and labels, fp32 rows
     assert data > 60
     assert large - small < 0.1 * data
