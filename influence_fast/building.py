@@ -193,10 +193,10 @@ def build_shards(
     if gradients is not None and precision != AUTO:
         raise ConfigError(f"precision: {precision!r} is for rows made here, not for another source; leave it at 'auto'")
     survey = Survey.of(dataset)
+    from influence_fast.gradients import KeptEngine, iter_gradient_rows
+
     ours = gradients is None
     if gradients is None:
-        from influence_fast.gradients import iter_gradient_rows
-
         gradients = iter_gradient_rows
     manifest = _plan(
         model, tokenizer, survey, projection, dtype, loss_reduction, precision, shard_rows, max_length, truncate
@@ -204,10 +204,11 @@ def build_shards(
     writer = StoreWriter(path, manifest, resume=resume)
     shard_rows = manifest.parts[0].shard_rows
     options: dict[str, Any] = {"projection": projection, "loss_reduction": loss_reduction}
+    engine = KeptEngine()
     if ours:
-        options |= {"row_dtype": dtype, "precision": precision}
+        options |= {"row_dtype": dtype, "precision": precision, "engine": engine}
     turns = FixedTurns(part, progress) if turns is None else turns
-    with _interruptible(writer), closing(turns.shards(writer, survey.shard_sizes(shard_rows))) as shards:
+    with _interruptible(writer), engine, closing(turns.shards(writer, survey.shard_sizes(shard_rows))) as shards:
         for index in shards:
             first, last = index * shard_rows, min((index + 1) * shard_rows, len(dataset))
             shard = [dataset[i] for i in range(first, last)]

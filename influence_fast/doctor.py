@@ -72,7 +72,7 @@ def _gradients() -> list[tuple[str, bool, str]]:
         active = name == chosen
         reason = why if name == "triton" or active else "the other backend was chosen"
         rows.append((f"gradients: {name}", active, f"{note} ({reason})"))
-    recorded, _ = graphs.wanted(None)
+    recorded = graphs.wanted(None)
     how = f"{graphs.VARIABLE}={int(recorded)}" if recorded else f"off; {graphs.VARIABLE}=1 turns them on"
     note = how if chosen == "triton" else f"they need the triton backend ({how})"
     rows.append(("gradients: CUDA graphs", recorded and chosen == "triton", note))

@@ -230,8 +230,8 @@ class GradientEngine:
     tokens than gradient rows (see `streaming`). With `bf16_rows` the kernels may write rows in bf16.
     `precision`: "auto", products with the base weights in the model's own dtype, or "fp8", those of the LoRA linears in
     8 bits (see `fp8`; ConfigError on entry where that cannot be).
-    `cuda_graphs`: replay recorded steps in place of launching each operation (see `graphs`); by default as the
-    environment says. ConfigError where these gradients cannot be recorded.
+    `cuda_graphs`: replay recorded steps in place of launching each operation (see `graphs`); ConfigError where these
+    gradients cannot be recorded. By default as the environment says, which asks for it only where it can be.
     """
 
     def __init__(
@@ -268,9 +268,10 @@ class GradientEngine:
         self.decoder = self.base.get_decoder()
         self.head = self.base.get_output_embeddings()
         self.packs_are_separate = True
-        self.cuda_graphs, source = graphs.wanted(cuda_graphs)
+        self._graphs_asked_for = cuda_graphs is not None
+        self.cuda_graphs = graphs.wanted(cuda_graphs)
         if self.cuda_graphs and (why := self._not_recordable()):
-            raise ConfigError(f"{source}: CUDA graphs cannot be used: {why}; leave them off")
+            self._leave_graphs(why)
         self._graphs: graphs.StepGraphs | None = None
         self._stack = contextlib.ExitStack()
         self._groups: list[InputGroup] = []
@@ -398,9 +399,9 @@ class GradientEngine:
         if self.decoder.config._attn_implementation == attention.PACKED:
             self.packs_are_separate = bool(seen)
             if self.cuda_graphs and not all(seen):
-                raise ConfigError(
-                    "CUDA graphs cannot be used: this model's attention runs an example at a time (it takes a 16-bit "
-                    "model on a card, with heads of up to 256 numbers, in multiples of 8); leave them off"
+                self._leave_graphs(
+                    "this model's attention runs an example at a time (it takes a 16-bit model, with heads of up to "
+                    "256 numbers in multiples of 8)"
                 )
         unused = [m.name for n, m in enumerate(self.linears) if n not in inputs]
         if unused:
@@ -412,6 +413,13 @@ class GradientEngine:
                     "leave it out of target_modules"
                 )
         return inputs
+
+    def _leave_graphs(self, why: str) -> None:
+        """No CUDA graphs: ConfigError if this call asked for them, a warning if the environment did."""
+        if self._graphs_asked_for:
+            raise ConfigError(f"cuda_graphs: CUDA graphs cannot be used: {why}; leave them off")
+        graphs.say_once(f"{graphs.VARIABLE}: CUDA graphs are not used here: {why}")
+        self.cuda_graphs = False
 
     def _not_recordable(self) -> str:
         """Why no step of this engine can be a CUDA graph; empty if it may be."""

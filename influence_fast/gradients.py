@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,35 @@ def per_example_gradients(
     return out
 
 
+class KeptEngine:
+    """An engine that several calls share: opened by the first of them, closed at the end of the `with` block.
+
+    Opening one draws the random columns, copies weights for 8-bit products and forgets recorded steps, which a store of
+    many shards need not do for each.
+    """
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._opened: GradientEngine | None = None
+        self._settings: tuple[nn.Module, dict[str, Any]] | None = None
+
+    def __enter__(self) -> KeptEngine:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._opened = self._settings = None
+        self._stack.close()
+
+    def open(self, model: nn.Module, settings: dict[str, Any]) -> GradientEngine:
+        """The engine for `model`, opened with `settings` (of `GradientEngine`); ValueError for other ones later."""
+        if self._opened is None or self._settings is None:
+            self._opened = self._stack.enter_context(GradientEngine(model, **settings))
+            self._settings = (model, settings)
+        elif self._settings[0] is not model or self._settings[1] != settings:
+            raise ValueError("a kept engine serves one model and one set of settings; use another for these")
+        return self._opened
+
+
 def iter_gradient_rows(
     model: nn.Module,
     examples: Sequence[Mapping[str, Any]],
@@ -87,6 +117,7 @@ def iter_gradient_rows(
     row_dtype: str = "fp32",
     precision: str = AUTO,
     losses: torch.Tensor | None = None,
+    engine: KeptEngine | None = None,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """As `per_example_gradients`, one packed batch at a time: (indices into `examples`, CPU rows [n, k]).
 
@@ -96,15 +127,23 @@ def iter_gradient_rows(
     `row_dtype`: the dtype of the store that the rows are for. From a card they come in it, and are fp32 again here:
     rounded, but the same bits in that store. A batch then comes once the next one has been launched.
     `losses`: fp32 [E] on the CPU, in which the completion losses of a batch's examples are when it comes.
+    `engine`: what keeps the engine open from one call to the next.
     """
-    bf16 = row_dtype == "bf16"
-    with GradientEngine(model, projection, loss_reduction, backend, bf16_rows=bf16, precision=precision) as engine:
-        behind = WriteBehind(engine.device)
-        for pack in packs_for(engine, examples, max_tokens):
+    settings: dict[str, Any] = {
+        "projection": projection,
+        "loss_reduction": loss_reduction,
+        "backend": backend,
+        "bf16_rows": row_dtype == "bf16",
+        "precision": precision,
+    }
+    with KeptEngine() if engine is None else contextlib.nullcontext(engine) as kept:
+        opened = kept.open(model, settings)
+        behind = WriteBehind(opened.device)
+        for pack in packs_for(opened, examples, max_tokens):
             if skip and set(pack.indices) <= set(skip):
                 continue
-            rows, found = engine.run(pack)
-            sent = encoded(rows, row_dtype, engine.backend == "triton") if behind.crosses else [rows]
+            rows, found = opened.run(pack)
+            sent = encoded(rows, row_dtype, opened.backend == "triton") if behind.crosses else [rows]
             for batch in behind.push(pack.indices, [*sent, found]):
                 yield _received(batch, losses)
         for batch in behind.flush():

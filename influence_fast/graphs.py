@@ -9,7 +9,8 @@ A step may be recorded if nothing in it depends on numbers that the host has loo
 waits for the card, which a recording forbids: such a model is found out first, said once, and run operation by
 operation.
 
-Off by default; INFLUENCE_FAST_CUDA_GRAPHS=1 in the environment turns them on, and a call's own `cuda_graphs=` wins.
+Off by default. INFLUENCE_FAST_CUDA_GRAPHS=1 in the environment turns them on wherever they can be, and says where they
+cannot; a call's own `cuda_graphs=` wins, and is an error there.
 """
 
 from __future__ import annotations
@@ -41,14 +42,20 @@ _SWITCH = {"": False, "0": False, "1": True}
 Step = Callable[[StepInputs], tuple[Tensor, Tensor]]
 
 
-def wanted(requested: bool | None) -> tuple[bool, str]:
-    """Whether steps are to be recorded, and what says so; ConfigError for a value of the variable but 0 and 1."""
+def wanted(requested: bool | None) -> bool:
+    """Whether steps are to be recorded where they can be; ConfigError for a value of the variable but 0 and 1."""
     if requested is not None:
-        return requested, "cuda_graphs"
+        return requested
     value = os.environ.get(VARIABLE, "")
     if value not in _SWITCH:
         raise ConfigError(f"{VARIABLE}: unknown value {value!r}; set it to 1 or 0")
-    return _SWITCH[value], VARIABLE
+    return _SWITCH[value]
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """A warning, the first time."""
+    logger.warning(message)
 
 
 class Recorder(Protocol):

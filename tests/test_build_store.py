@@ -19,6 +19,7 @@ import torch
 from influence_fast import store_writer
 from influence_fast.building import build_shards, build_store, identity_of
 from influence_fast.data import Example
+from influence_fast.engine import GradientEngine
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, StoreError
 from influence_fast.fingerprints import dataset_fingerprint, tokenizer_hash, weight_hashes
 from influence_fast.gradients import iter_gradient_rows, per_example_gradients, per_example_losses
@@ -487,6 +488,24 @@ def test_the_progress_bar_counts_every_example(tmp_path: Path, model: Any, capsy
     assert "6/6" in capsys.readouterr().err
     build(tmp_path / "t", model, make_examples(6))
     assert capsys.readouterr().err == ""
+
+
+def test_one_engine_serves_all_shards_and_none_is_opened_for_a_finished_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any
+) -> None:
+    opened = []
+    enter = GradientEngine.__enter__
+
+    def counted(self: GradientEngine) -> GradientEngine:
+        opened.append(self)
+        return enter(self)
+
+    monkeypatch.setattr(GradientEngine, "__enter__", counted)
+    for _ in range(2):
+        store = build_store(tmp_path / "s", model, None, make_examples(10), projection=None, shard_rows=2)
+        assert len(store) == 10
+        assert len(opened) == 1
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 # The builder imports everything once, then forks a child for each line it reads, so that a trial costs the build alone.

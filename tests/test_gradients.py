@@ -22,7 +22,7 @@ import influence_fast as inf
 from influence_fast import loss
 from influence_fast.engine import GradientEngine, InputGroup
 from influence_fast.errors import DataError, ModelError, NumericError
-from influence_fast.gradients import iter_gradient_rows
+from influence_fast.gradients import KeptEngine, iter_gradient_rows
 from influence_fast.packing import pack_examples
 from influence_fast.projection import random_matrix
 
@@ -154,6 +154,23 @@ def test_outputs_and_input_gradients_of_a_group(pattern: dict[str, int]) -> None
             continue
         weights = [m.weight + m.scaling * m.b @ m.a for m in group.members]
         torch.testing.assert_close(found, sum(grads[i] @ weights[i] for i in present))
+
+
+def test_a_kept_engine_serves_several_calls_and_closes_at_the_end() -> None:
+    model, examples = make_model(), make_examples()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    fresh = [rows for _, rows in iter_gradient_rows(model, examples)]
+    with KeptEngine() as kept:
+        assert "forward" not in vars(layer)  # opened by the first call
+        for _ in range(2):
+            again = [rows for _, rows in iter_gradient_rows(model, examples, engine=kept)]
+            assert all(torch.equal(one, other) for one, other in zip(again, fresh, strict=True))
+            assert "forward" in vars(layer)
+        with pytest.raises(ValueError, match="one set of settings"):
+            next(iter_gradient_rows(model, examples, engine=kept, loss_reduction="sum"))
+        with pytest.raises(ValueError, match="one model"):
+            next(iter_gradient_rows(make_model(), examples, engine=kept))
+    assert "forward" not in vars(layer)
 
 
 def test_layout_follows_named_parameters() -> None:

@@ -236,15 +236,20 @@ def test_what_cannot_be_recorded_is_said_once_and_run_all_the_same(caplog: pytes
     assert record.message.endswith("operation not permitted when stream is capturing")
 
 
-def test_where_they_cannot_be_an_error_says_why(tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_they_cannot_be_a_call_that_asks_for_them_fails_and_the_environment_is_told(
+    tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tiny_lora()
     with pytest.raises(
         ConfigError, match="cuda_graphs: CUDA graphs cannot be used: the backend is not triton but torch"
     ):
         inf.per_example_gradients(model, [], projection=None, cuda_graphs=True)
+    graphs.say_once.cache_clear()
     monkeypatch.setenv(graphs.VARIABLE, "1")
-    with pytest.raises(ConfigError, match="INFLUENCE_FAST_CUDA_GRAPHS: CUDA graphs cannot be used"):
-        GradientEngine(model, None)
+    for _ in range(2):
+        assert GradientEngine(model, None).cuda_graphs is False
+    (record,) = caplog.records
+    assert record.message.startswith("INFLUENCE_FAST_CUDA_GRAPHS: CUDA graphs are not used here: the backend is not")
     assert GradientEngine(model, None, cuda_graphs=False).cuda_graphs is False
     monkeypatch.setenv(graphs.VARIABLE, "yes")
     with pytest.raises(ConfigError, match="unknown value 'yes'"):
