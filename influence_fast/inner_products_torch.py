@@ -27,7 +27,8 @@ class Queries:
         self.count = q.shape[0]
         self.factor = torch.ones(q.shape[0], dtype=torch.float32, device=q.device)  # [Q], of `values`
         if rows == "int8":
-            self.factor = q.abs().amax(1) / 127.0 if q.shape[1] else self.factor * 0
+            # by a plain number PyTorch multiplies with 1 / 127 on a card
+            self.factor = q.abs().amax(1) / torch.full_like(self.factor, 127.0) if q.shape[1] else self.factor * 0
             t = (q / torch.where(self.factor > 0, self.factor, 1.0)[:, None]).clamp(-127, 127)
             q = t.round()
             if high:

@@ -457,6 +457,8 @@ def _check_out(out: Array, count: int, q_count: int) -> Array:
             raise DataError("out is read-only; pass an array that may be written")
         if array.size and q_count > 1 and array.strides[1] != array.itemsize:
             raise DataError("out is not contiguous along its rows; pass numpy.empty((N, Q), numpy.float32)")
+        if array.size and array.strides[0] < 0:
+            raise DataError("out has its rows in reverse; pass numpy.empty((N, Q), numpy.float32)")
     return array
 
 

@@ -373,6 +373,7 @@ def test_quantizing_bad_rows_names_them() -> None:
         ({"out": np.empty((4, 3))}, "out has dtype float64"),
         ({"out": np.empty((3, 4), np.float32).T}, "out is not contiguous"),
         ({"out": np.broadcast_to(np.float32(0), (4, 3))}, "out is read-only"),
+        ({"out": np.empty((4, 3), np.float32)[::-1]}, "out has its rows in reverse"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )

@@ -326,7 +326,7 @@ void score(int device, const Queries& queries, const Rows& rows, const Outputs& 
   in.query_count = static_cast<int>(queries.count);
   in.aligned = reinterpret_cast<uintptr_t>(data) % kGranule == 0 && rows.stride % kGranule == 0;
   in.out = out;
-  const int64_t segment = queries.integer ? kIntegerColumns : queries.k;
+  const int64_t segment = queries.integer ? kIntegerColumns : kFloatColumns;
   for (int64_t t = 0; t < queries.terms; ++t) {
     for (int64_t at = 0; at == 0 || at < queries.k; at += segment) {
       const int64_t left = queries.k - at;
@@ -339,7 +339,6 @@ void score(int device, const Queries& queries, const Rows& rows, const Outputs& 
       else
         queries.count <= kFewColumns ? launch<float, kFewColumns>(in, stream) : launch<float, kManyColumns>(in, stream);
       in.add = true;
-      if (segment == 0) break;  // k = 0
     }
   }
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ SHAPES = [  # rows, queries, k: one, primes, tile and granule ± 1, several laun
     (301, 37, 517),
     (257, 129, 1031),
     (131, 300, 2048),
+    (65, 20, 9000),  # bf16 sums of several launches
 ]
 
 
@@ -84,7 +86,8 @@ class Blocks:
 
 def test_the_path_that_is_meant_runs() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    if not native.cuda_why() and torch.cuda.get_device_capability(device)[0] >= 8:
+    if torch.cuda.get_device_capability(device)[0] >= 8 and shutil.which("nvcc"):
+        assert native.cuda_why() == "", "there is an nvcc here, and the CUDA part was not built"
         assert native.device_engine(device, "int8")[0] is inner_products_cuda
     assert native.device_engine(device, "int8", "torch")[1] == native.TORCH
     assert native.device_engine(device, "float32")[1] == native.TORCH
@@ -105,8 +108,11 @@ def test_scores(path: str, kind: str, shape: tuple[int, ...], normalize: bool, p
         rows, queries, row_scales=scales, normalize=normalize, precision=precision, isa=path, device="cuda"
     )
     assert got.device.type == ("cuda" if place == "device" else "cpu")
+    bound = 2e-6
+    if kind == "bf16" and path == "cuda":  # tensor cores cut sums off: by simulation 2.5e-6 over 2048 columns
+        bound *= max(1, shape[2] / 512)
     # high keeps 16 significant bits of a query (int8: of its largest number).
-    assert relative(got, want) < (1e-4 if precision == "high" and kind != "fp32" else 2e-6)
+    assert relative(got, want) < (1e-4 if precision == "high" and kind != "fp32" else bound)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -162,14 +168,54 @@ def test_more_columns_than_an_int32_sum_holds() -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("offset", [0, 1, 3])
-def test_rows_at_any_address(offset: int) -> None:
+@pytest.mark.parametrize(("offset", "stride"), [(0, 107), (1, 107), (3, 107), (0, 112), (16, 128)])
+def test_rows_at_any_address(offset: int, stride: int) -> None:
+    """The last two are aligned, with a last granule of 16 bytes that is not full."""
     rows, scales, queries = make("int8", 200, 20, 100)
-    wide = torch.zeros(200, 107, dtype=torch.int8, device="cuda")
+    wide = torch.full((200, stride), 99, dtype=torch.int8, device="cuda")
     view = wide[:, offset : offset + 100]
     view.copy_(rows)
     got = inner_products(view, queries, row_scales=scales)
     assert relative(got, reference(rows, scales, queries, "fast", False)) < 2e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_work_is_on_the_callers_stream(kind: str, place: str) -> None:
+    """Rows and queries that a stream of the caller's is still about to write."""
+    rows, scales, queries = make(kind, 3000, 40, 512)
+    want = reference(rows, scales, queries, "fast", False)
+    late_rows, late_queries = torch.zeros_like(rows, device="cuda"), torch.zeros_like(queries, device="cuda")
+    given, asked = rows.cuda(), queries.cuda()
+    scales = None if scales is None else scales.cuda() if place == "device" else scales
+    busy = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(20):
+            busy = busy @ busy * 1e-3
+        late_rows.copy_(given)
+        late_queries.copy_(asked)
+        source = late_rows if place == "device" else rows
+        got = inner_products(source, late_queries, row_scales=scales, device="cuda")
+        assert relative(got, want) < 2e-6
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_terms_of_high_precision_add_up_in_every_result(kind: str) -> None:
+    rows, scales, queries = make(kind, 700, 12, 5000)
+    want = reference(rows, scales, queries, "high", False)
+    out = torch.full((700, 12), 9.0, device="cuda")
+    by_row = None if scales is None else scales.cuda()
+    got = inner_products(
+        rows.cuda(), queries, row_scales=by_row, precision="high", groups=[[0, 11]], topk=3, ranks=True, out=out
+    )
+    assert relative(out, want) < 1e-4
+    assert relative(got.group_means[:, 0], want[:, [0, 11]].mean(1)) < 1e-4
+    assert relative(got.topk[0], -np.sort(-want, axis=0)[:3].T) < 1e-4
+    ranks = rankdata(want, axis=0)[:, [0, 11]].mean(1)
+    assert relative(got.mean_ranks[:, 0], ranks) < 1e-2
 
 
 @needs_kernels
