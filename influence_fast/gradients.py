@@ -65,7 +65,7 @@ def per_example_gradients(
         out = torch.empty(len(examples), engine.width, dtype=dtype, device=device)
         for pack in packs_for(engine, examples, max_tokens):
             rows, _ = engine.run(pack)
-            out[to_device(torch.tensor(pack.indices), device)] = rows
+            out.index_copy_(0, to_device(torch.tensor(pack.indices), device), rows)
     bad = out.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist()
     if bad:
         names = listing(example_name(examples[i], i) for i in bad)

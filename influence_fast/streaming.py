@@ -24,6 +24,7 @@ from influence_fast.gradients import packs_for
 from influence_fast.lora import LayoutEntry, LoraLinear, layout_width
 from influence_fast.packing import example_name
 from influence_fast.reduction import Reducer, pack_segments
+from influence_fast.transfer import to_device
 
 if TYPE_CHECKING:
     from influence_fast.kernels.segments import Segments
@@ -106,7 +107,8 @@ def _score(
     packs = packs_for(engine, [examples[i] for i in places], max_tokens)
     for pack in track(packs, "influence", console=Console(stderr=True), disable=not progress):
         found, _ = engine.run(pack)
-        scores[[places[i] for i in pack.indices]] = found
+        chosen = to_device(torch.tensor([places[i] for i in pack.indices]), scores.device)
+        scores.index_copy_(0, chosen, found)
 
 
 def _not_finite(scores: torch.Tensor) -> list[int]:

@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
 """The counter-based random matrices of `influence_fast.projection`, inside kernels: the same bits, entry by entry.
 
-One Philox4x32-10 call gives 128 sign bits of one row, so a block of rows costs about 110 integer instructions a row
-for up to 128 columns. `fill_signs` and `fill_sjlt` write whole matrices and maps on the device, where the PyTorch form
-would make a dozen passes over 64-bit integers; they also show that the bits are the same.
+One Philox4x32-10 call gives 128 sign bits of one row in about 110 integer instructions. Beside a tile of columns every
+thread makes them again for its own, so what is used more than once is written out first (`project_flat`).
+`fill_signs` and `fill_sjlt` write whole matrices and maps on the device, where the PyTorch form would make a dozen
+passes over 64-bit integers; they also show that the bits are the same.
 """
 
 from __future__ import annotations

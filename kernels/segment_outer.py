@@ -222,9 +222,8 @@ def segment_outer(
 
     tiles = configuration(a_size, b_size, left.element_size(), precision)
     num_warps, num_stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-    parts = rows
-    if segments.slots:
-        parts = torch.empty(segments.slots, modules, a_size, b_size, dtype=torch.float32, device=device)
+    # Of no numbers where no example is split, but float32 too: for another pointer Triton compiles another variant.
+    parts = torch.empty(segments.slots, modules, a_size, b_size, dtype=torch.float32, device=device)
     launch(
         _chunk_kernel,
         (

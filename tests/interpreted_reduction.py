@@ -16,7 +16,7 @@ from influence_fast.lora import LoraLinear, layout_of
 from influence_fast.reduction import FullReducer
 
 SHAPES = ((50, 40, 20), (24, 70, 4), (7, 5, 1))  # (d_in, d_out, r)
-SLAB = 512  # in the place of 4096: factors this small then have several, in both directions
+SLAB = 512  # in the place of 32,768: factors this small then have several, in both directions
 PACKS = ((5, 1, 530), (7, 2))  # the long one is cut in chunks
 CALLS = (2, 0, 1, 0)  # in the order of a backward; module 0 is called twice
 PROJECTIONS = {
@@ -95,6 +95,7 @@ def largest(projection: inf.Projection, triton: bool) -> int:
 
 def main() -> None:
     project_flat.SLAB = SLAB
+    project_flat.TILES_A_PROGRAM, project_flat.MOST_SPLITS = 1, 2  # so that a program has several tiles
     errors = {}
     for name, projection in PROJECTIONS.items():
         for dtype in (torch.float32, torch.bfloat16):
