@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from influence_fast.errors import ModelError
 from influence_fast.packing import Pack
-from influence_fast.transfer import to_device
+from influence_fast.transfer import all_to_device
 
 PACKED = "influence_fast_packed"
 _REPLACED = ("eager", "sdpa", None)  # these see a pack as one text
@@ -112,7 +112,7 @@ class PackedTokens:
         return PackedTokens(input_ids, position_ids, bounds, self.longest, self.cu_seqlens)
 
     def to(self, device: torch.device) -> PackedTokens:
-        return self.with_tensors([to_device(tensor, device) for tensor in self.tensors])
+        return self.with_tensors(all_to_device(self.tensors, device))
 
 
 def call(module: Any, implementation: str | None, tokens: PackedTokens, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 
 from influence_fast.attention import PackedTokens
 from influence_fast.packing import IGNORED, Pack
-from influence_fast.transfer import joined, parted, to_device
+from influence_fast.transfer import all_to_device, parted
 
 if TYPE_CHECKING:
     from influence_fast.kernels.segments import Segments
@@ -112,9 +112,7 @@ class StepInputs:
 
     def to(self, device: torch.device) -> StepInputs:
         """From the host to `device` in one copy, which the host does not wait for."""
-        if device.type == "cpu":
-            return self
-        return self.within(to_device(joined(self.tensors), device))
+        return self.with_tensors(all_to_device(self.tensors, device))
 
     def within(self, flat: torch.Tensor) -> StepInputs:
         """Views of `flat` [n] uint8, in which the `joined` tensors are."""

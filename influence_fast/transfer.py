@@ -1,7 +1,7 @@
 """Between the host and a card, so that nothing waits inside a batch.
 
     to_device     small tables and token ids go through pinned memory, behind the work that is already queued
-    joined        several of them as one, for a single copy; `parted` takes them apart again
+    all_to_device several of them in one copy, end to end (`joined`) and taken apart again (`parted`)
     WriteBehind   rows come back on a stream of their own while the next pack is computed
     encoded       what crosses the bus: rows as the store keeps them, so that a quarter of the bytes do for int8
 
@@ -25,6 +25,11 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device, dtype)
     return tensor.to(dtype=dtype).pin_memory().to(device, non_blocking=True)
+
+
+def all_to_device(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Tensors of the host as `to_device` brings them, in one copy; on the CPU themselves."""
+    return tensors if device.type == "cpu" else parted(to_device(joined(tensors), device), tensors)
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import ConfigError, DataError
+from influence_fast.transfer import all_to_device
 
 # 512 tokens of two (16,) bfloat16 operands are 32 KB read for one 1 KB partial sum: 6 % more traffic, and 32 programs
 # a module for one 16k-token trace.
@@ -90,14 +91,9 @@ class Segments:
         slots = tables["split_slot"][-1]
         if room is not None:
             slots = _fill(tables, *room, chunk)
-        # Each table begins at a multiple of 16 bytes: Triton compiles one more variant for a pointer that does not.
-        padded = [table + [0] * (-len(table) % 4) for table in tables.values()]
-        packed = torch.tensor([value for table in padded for value in table], dtype=torch.int32)
-        if torch.device(device).type == "cuda":
-            packed = packed.pin_memory()
-        views = packed.to(device, non_blocking=True).split([len(table) for table in padded])
+        on_host = [torch.tensor(table, dtype=torch.int32) for table in tables.values()]
         return cls(
-            *(view[: len(table)] for view, table in zip(views, tables.values(), strict=True)),
+            *all_to_device(on_host, torch.device(device)),
             examples=len(tables["cu_seqlens"]) - 1,
             tokens=tables["cu_seqlens"][-1],
             chunks=len(tables["chunk_start"]),

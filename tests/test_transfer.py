@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import influence_fast as inf
-from influence_fast import attention, gradients, reduction, step_inputs, transfer
+from influence_fast import gradients, reduction, transfer
 from influence_fast.engine import GradientEngine
 from influence_fast.products import quantize_rows, to_bf16
 from influence_fast.reduction import BucketSums
@@ -225,7 +225,7 @@ def no_waiting_copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostCopies]:
     def without_waiting(tensor: torch.Tensor, device: torch.device, dtype: Any = None) -> torch.Tensor:
         return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
 
-    for module in (attention, step_inputs, reduction, gradients):
+    for module in (transfer, reduction, gradients):
         monkeypatch.setattr(module, "to_device", without_waiting)
     with HostCopies() as copies:
         yield copies
