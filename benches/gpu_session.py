@@ -287,7 +287,8 @@ def steps(
             for way, options in ways.items():
                 with attention_of(way), GradientEngine(model, projection, **options) as engine:
                     run = partial(engine.run, pack)
-                    run()  # a shape is recorded when it is seen again, which the warm-up then is
+                    if engine.cuda_graphs:
+                        run()  # a shape is recorded when it is seen again, which the warm-up then is
                     found = timed(device, run, 1)
                     if engine.cuda_graphs and not (engine._graphs and engine._graphs.most_tokens):
                         print(f"{name}: no step was recorded, so there is no time for graphs", flush=True)

@@ -107,10 +107,11 @@ def ours(layers: int, backend: str, projection: inf.Projection | None) -> int:
     """A pack through the engine, Triton kernels counted as one operation a launch."""
     ids = torch.zeros(TOKENS, dtype=torch.int64)
     (pack,) = pack_examples([{"input_ids": ids, "labels": ids}], TOKENS)
-    engine = GradientEngine(model_of(layers), projection, backend="torch")
-    engine.backend = backend  # the choice itself would ask for a card
-    engine.reducer.triton = backend == "triton"
-    with mock.patch.object(attention, "scaled_dot_product_attention", one_attention), recording(), engine:
+    with (
+        mock.patch.object(attention, "scaled_dot_product_attention", one_attention),
+        recording(),
+        GradientEngine(model_of(layers), projection, backend=backend) as engine,
+    ):
         engine.run(pack)
         with Operations() as found, recording() as launches:
             engine.run(pack)

@@ -44,10 +44,8 @@ def near_duplicates(texts: Sequence[str], threshold: float, *, n: int = 8) -> np
         return i
 
     firsts: dict[bytes, int] = {}
-    for i, one in enumerate(
-        texts_runs
-    ):  # exact copies are joined at once, and only the first is compared with the rest
-        if one.size:
+    for i, one in enumerate(texts_runs):
+        if one.size:  # exact copies are joined at once, and only the first is compared with the rest
             parent[i] = firsts.setdefault(one.digest, i)
     distinct = sorted(firsts.values(), key=lambda i: texts_runs[i].size)
     index: dict[int, list[int]] = {}

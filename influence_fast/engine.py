@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.functional import linear as dense
 
 from influence_fast import attention, backends, fp8, graphs
-from influence_fast.errors import ConfigError, ModelError
+from influence_fast.errors import ConfigError, ModelError, say_once
 from influence_fast.lora import LayoutEntry, LoraLinear, find_lora_linears, in_top_layers, layout_of
 from influence_fast.loss import CompletionLoss
 from influence_fast.memory import layer_bytes
@@ -355,7 +355,8 @@ class GradientEngine:
     @torch.no_grad()
     def losses(self, pack: Pack) -> torch.Tensor:
         """Losses of a pack [E], without a backward pass."""
-        return self._loss(self._inputs(pack).to(self.device))[1]
+        inputs = StepInputs.of(pack, self.loss_reduction, self.reducer.dtype, triton=False)  # nothing is summed
+        return self._loss(inputs.to(self.device))[1]
 
     def _loss(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The pack's summed loss, to differentiate, and the loss of each example [E]."""
@@ -418,7 +419,7 @@ class GradientEngine:
         """No CUDA graphs: ConfigError if this call asked for them, a warning if the environment did."""
         if self._graphs_asked_for:
             raise ConfigError(f"cuda_graphs: CUDA graphs cannot be used: {why}; leave them off")
-        graphs.say_once(f"{graphs.VARIABLE}: CUDA graphs are not used here: {why}")
+        say_once(graphs.logger, f"{graphs.VARIABLE}: CUDA graphs are not used here: {why}")
         self.cuda_graphs = False
 
     def _not_recordable(self) -> str:

@@ -6,6 +6,8 @@ The command line prints the message and exits with code 2; `--debug` shows the t
 from __future__ import annotations
 
 import difflib
+import functools
+import logging
 from collections.abc import Iterable
 
 
@@ -31,6 +33,12 @@ class StoreError(InfluenceFastError):
 
 class NumericError(InfluenceFastError):
     """A NaN or infinite value where a finite one is needed; the message names the examples."""
+
+
+@functools.cache
+def say_once(logger: logging.Logger, message: str) -> None:
+    """A warning, the first time: an engine opens for every call."""
+    logger.warning(message)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

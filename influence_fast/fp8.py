@@ -17,7 +17,6 @@ they were made. A CPU multiplies in fp32 after the rounding: the same numbers bu
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from influence_fast.errors import ConfigError, did_you_mean, listing
+from influence_fast.errors import ConfigError, did_you_mean, listing, say_once
 from influence_fast.lora import LoraLinear
 
 logger = logging.getLogger(__name__)
@@ -152,14 +151,9 @@ def weights_of(linears: Sequence[LoraLinear]) -> list[Fp8Weight | None]:
                 f"precision: fp8 wants weights whose sides are multiples of {MULTIPLE}, and there is none: {names}; "
                 "use 'auto'"
             )
-        _report(f"precision fp8: sides are no multiples of {MULTIPLE}, multiplied in {first.dtype}: {names}")
+        say_once(logger, f"precision fp8: sides are no multiples of {MULTIPLE}, multiplied in {first.dtype}: {names}")
     return [Fp8Weight(linear.weight, product) if _fits(linear) else None for linear in linears]
 
 
 def _fits(linear: LoraLinear) -> bool:
     return linear.d_in % MULTIPLE == 0 and linear.d_out % MULTIPLE == 0
-
-
-@functools.cache  # an engine opens for every shard
-def _report(message: str) -> None:
-    logger.warning(message)

@@ -85,24 +85,23 @@ class KeptEngine:
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
-        self._opened: GradientEngine | None = None
-        self._settings: tuple[nn.Module, dict[str, Any]] | None = None
+        self._opened: tuple[nn.Module, dict[str, Any], GradientEngine] | None = None
 
     def __enter__(self) -> KeptEngine:
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        self._opened = self._settings = None
+        self._opened = None
         self._stack.close()
 
     def open(self, model: nn.Module, settings: dict[str, Any]) -> GradientEngine:
         """The engine for `model`, opened with `settings` (of `GradientEngine`); ValueError for other ones later."""
-        if self._opened is None or self._settings is None:
-            self._opened = self._stack.enter_context(GradientEngine(model, **settings))
-            self._settings = (model, settings)
-        elif self._settings[0] is not model or self._settings[1] != settings:
+        if self._opened is None:
+            self._opened = (model, settings, self._stack.enter_context(GradientEngine(model, **settings)))
+        served, held, engine = self._opened
+        if served is not model or held != settings:
             raise ValueError("a kept engine serves one model and one set of settings; use another for these")
-        return self._opened
+        return engine
 
 
 def iter_gradient_rows(

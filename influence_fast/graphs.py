@@ -52,12 +52,6 @@ def wanted(requested: bool | None) -> bool:
     return _SWITCH[value]
 
 
-@functools.cache
-def say_once(message: str) -> None:
-    """A warning, the first time."""
-    logger.warning(message)
-
-
 class Recorder(Protocol):
     """Records what a function launches."""
 
@@ -147,18 +141,21 @@ class StepGraphs:
 
     def run(self, shape: StepShape, inputs: StepInputs, examples: int) -> tuple[Tensor, Tensor]:
         """Rows and losses of the first `examples` of the padded `inputs`, which are on the host."""
-        if shape not in self._graphs and (shape not in self._seen or not self._record(shape, inputs)):
-            self._seen.add(shape)
+        graph = self._graphs.get(shape)
+        if graph is not None:
+            graph.memory.copy_(_pinned(joined(inputs.tensors), self._device), non_blocking=True)
+        elif shape in self._seen:
+            graph = self._record(shape, inputs)
+        self._seen.add(shape)
+        if graph is None:
             rows, losses = self._step(inputs.to(self._device))
             return rows[:examples], losses[:examples]
-        graph = self._graphs[shape]
-        graph.memory.copy_(_pinned(joined(inputs.tensors), self._device), non_blocking=True)
         graph.replay()
         rows, losses = graph.results
         return rows[:examples].clone(), losses[:examples].clone()  # the next replay writes to the same place
 
-    def _record(self, shape: StepShape, inputs: StepInputs) -> bool:
-        """Whether the step could be recorded; if not, why is said and nothing is recorded again."""
+    def _record(self, shape: StepShape, inputs: StepInputs) -> _Recorded | None:
+        """The step, with `inputs` where it reads them; None if it cannot be recorded, which is said, once for all."""
         memory = to_device(joined(inputs.tensors), self._device)
         try:
             replay, results = self._recorder.record(lambda: self._step(inputs.within(memory)))
@@ -169,10 +166,9 @@ class StepGraphs:
                 str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
             )
             self.refused = True
-            return False
-        self._graphs[shape] = _Recorded(memory, replay, results)
+            return None
         self._bytes += sum(result.nbytes for result in results)
-        return True
+        return self._graphs.setdefault(shape, _Recorded(memory, replay, results))
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:

@@ -104,7 +104,9 @@ def launch(
 
 
 def unavailable(device: torch.device | str) -> str:
-    """Why a Triton kernel cannot run on tensors of this device; empty if it can."""
+    """Why a Triton kernel cannot run on tensors of this device; empty if it can, or is only recorded."""
+    if _recorded is not None:
+        return ""
     if WHY_NO_TRITON:
         return WHY_NO_TRITON
     kind = torch.device(device).type
@@ -133,7 +135,7 @@ def check_device(name: str, **tensors: Tensor | None) -> torch.device:
         where = ", ".join(f"{key} on {tensor.device}" for key, tensor in present.items())
         raise ConfigError(f"{name}: tensors must share one device, got {where}; move them with .to(device)")
     device = devices.pop()
-    if _recorded is None and (why := unavailable(device)):
+    if why := unavailable(device):
         raise ConfigError(f"{name}: {why}; the PyTorch `reference` beside the kernel runs anywhere")
     return device
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 from unittest import mock
@@ -10,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tape import TapeRecorder
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from varlen import varlen_attn
 
 import influence_fast as inf
 from influence_fast import attention, graphs
@@ -19,28 +21,11 @@ from influence_fast.kernels.segments import Segments
 from influence_fast.streaming import StreamReducer
 
 
-def varlen(
-    query: torch.Tensor,  # [T, heads, d]
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seq_q: torch.Tensor,
-    cu_seq_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-) -> torch.Tensor:
-    """PyTorch's `varlen_attn` (causal) from nothing but tensors on the device, as the kernel does it."""
+@functools.wraps(varlen_attn)  # its words are looked at
+def causal(*args: Any, window_size: tuple[int, int], **options: Any) -> torch.Tensor:
+    """`varlen_attn`, asked for what a model without windows has."""
     assert window_size == (-1, 0)
-    times = query.shape[1] // key.shape[1]
-    place = torch.arange(query.shape[0])
-    owner = torch.searchsorted(cu_seq_q, place, right=True)
-    seen = (owner[:, None] == owner[None, :]) & (place[:, None] >= place[None, :])
-    q, k, v = query.transpose(0, 1), *(part.repeat_interleave(times, 1).transpose(0, 1) for part in (key, value))
-    weights = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf).softmax(dim=-1)
-    return (weights @ v).transpose(0, 1)
+    return varlen_attn(*args, window_size=window_size, **options)
 
 
 def world() -> tuple[Any, list[dict[str, torch.Tensor]]]:
@@ -83,7 +68,7 @@ def main() -> None:
         mock.patch.object(graphs, "CudaRecorder", recorder),
         mock.patch.object(GradientEngine, "_not_recordable", return_value=""),
         mock.patch.object(attention, "_has_varlen", return_value=True),
-        mock.patch.object(attention, "varlen_attention", return_value=varlen),
+        mock.patch.object(attention, "varlen_attention", return_value=causal),
         mock.patch.dict(Segments.from_lengths.__func__.__kwdefaults__, chunk=16),  # so that examples are split
     ):
         for name, way in ways.items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable, Iterator
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,39 +13,20 @@ import torch
 
 from influence_fast import attention
 
+sys.path.insert(0, str(Path(__file__).parent))
+from varlen import varlen_attn
+
 LENGTHS = (5, 1, 9, 3)
 BOUNDS = [0, 5, 6, 15, 18]
 
 
-def documented(
-    query: torch.Tensor,  # [T, heads, d]
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seq_q: torch.Tensor,
-    cu_seq_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    """`torch.nn.attention.varlen.varlen_attn` as its documentation has it: (left, right) neighbours, -1 for all."""
-    assert enable_gqa == (query.shape[1] != key.shape[1])
+@functools.wraps(varlen_attn)  # its words are looked at
+def documented(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *bounds: Any, **options: Any) -> Any:
+    """`varlen_attn`, asked as the packed attention asks it."""
+    cu_seq_q, cu_seq_k, max_q, max_k = bounds
     assert torch.equal(cu_seq_q, cu_seq_k)
     assert max_q == max_k == max(LENGTHS)
-    times = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
-    left, right = (size if size >= 0 else query.shape[0] for size in window_size)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    parts = []
-    for start, end in pairwise(cu_seq_q.tolist()):
-        q, k, v = (part[start:end].transpose(0, 1) for part in (query, key, value))
-        behind = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
-        seen = (behind <= left) & (-behind <= right)
-        weights = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
-        parts.append((weights.softmax(dim=-1) @ v).transpose(0, 1))
-    return torch.cat(parts)
+    return varlen_attn(query, key, value, *bounds, **options)
 
 
 def inputs(dtype: torch.dtype, device: str = "cpu", kv_heads: int = 2) -> list[torch.Tensor]:

@@ -24,7 +24,7 @@ from benches.fp8_effect import fp8 as rounding  # noqa: E402
 from influence_fast import cli, distributed, fp8  # noqa: E402
 from influence_fast.building import build_store, identity_of  # noqa: E402
 from influence_fast.config import from_dict  # noqa: E402
-from influence_fast.errors import ConfigError, StoreError  # noqa: E402
+from influence_fast.errors import ConfigError, StoreError, say_once  # noqa: E402
 from influence_fast.gradients import iter_gradient_rows  # noqa: E402
 from influence_fast.lora import find_lora_linears  # noqa: E402
 from influence_fast.store import open_store  # noqa: E402
@@ -248,7 +248,7 @@ def test_shapes_that_do_not_fit_keep_their_own_product_and_are_reported_once(
     tiny_lora: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     model, examples = tiny_lora("qwen2", intermediate_size=56), make_examples()
-    fp8._report.cache_clear()
+    say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="influence_fast.fp8"):
         rows = inf.per_example_gradients(model, examples, precision="fp8")
         inf.per_example_gradients(model, examples, precision="fp8")

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 import influence_fast as inf
 from influence_fast import attention, graphs
 from influence_fast.engine import GradientEngine
-from influence_fast.errors import ConfigError
+from influence_fast.errors import ConfigError, say_once
 from influence_fast.kernels.runtime import recording
 from influence_fast.kernels.segments import CHUNK, Segments
 from influence_fast.packing import Pack, pack_examples
@@ -155,11 +155,13 @@ def test_a_step_has_nothing_of_the_host_in_it(tiny_lora: Callable[..., Any], pro
     """On the meta device, where reading a number raises too."""
     pytest.importorskip("triton", reason="triton is not installed")
     model = tiny_lora("qwen2", torch.bfloat16).to("meta")
-    engine = GradientEngine(model, projection, backend="torch")
-    engine.backend, engine.reducer.triton = "triton", True  # the choice itself would ask for a card
     (pack,) = packs_of([30, 7, 2, 700], 1000)
     shape = StepShape.of(pack)
-    with mock.patch.object(attention, "_has_varlen", return_value=True), recording() as launches, engine:
+    with (
+        mock.patch.object(attention, "_has_varlen", return_value=True),
+        recording() as launches,
+        GradientEngine(model, projection, backend="triton") as engine,
+    ):
         inputs = engine._inputs(pack, shape).to(torch.device("meta"))
         engine._step(inputs)  # fills what is kept from step to step
         with OnDeviceOnly():
@@ -244,7 +246,7 @@ def test_where_they_cannot_be_a_call_that_asks_for_them_fails_and_the_environmen
         ConfigError, match="cuda_graphs: CUDA graphs cannot be used: the backend is not triton but torch"
     ):
         inf.per_example_gradients(model, [], projection=None, cuda_graphs=True)
-    graphs.say_once.cache_clear()
+    say_once.cache_clear()
     monkeypatch.setenv(graphs.VARIABLE, "1")
     for _ in range(2):
         assert GradientEngine(model, None).cuda_graphs is False

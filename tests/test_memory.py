@@ -19,7 +19,7 @@ from influence_fast.errors import ConfigError
 from influence_fast.fp8 import weights_of
 from influence_fast.kernels import runtime
 from influence_fast.lora import find_lora_linears
-from influence_fast.memory import gradient_memory, layer_bytes
+from influence_fast.memory import GradientMemory, gradient_memory, layer_bytes
 from influence_fast.packing import pack_examples
 
 # The sum leaves out ids, positions and losses: some tens of bytes a token of some thousands.
@@ -76,14 +76,27 @@ def measured(
     vocabulary = model.get_base_model().config.vocab_size
     ids = [torch.randint(0, vocabulary, (n,)) for n in lengths]
     (pack,) = pack_examples([{"input_ids": i, "labels": i} for i in ids], sum(lengths))
-    engine = GradientEngine(model, projection, backend="torch", precision=precision)
-    if triton:  # the choice itself would ask for a card
-        engine.backend, engine.reducer.triton = "triton", True
-    with mock.patch.object(runtime, "_recorded", Forgetful()), engine:
+    backend = "triton" if triton else "torch"
+    with (
+        mock.patch.object(runtime, "_recorded", Forgetful()),
+        GradientEngine(model, projection, backend=backend, precision=precision) as engine,
+    ):
         engine.run(pack)
         with LiveMemory() as memory:
             engine.run(pack)
     return memory.peak
+
+
+def summed(model: Any, lengths: list[int], **options: Any) -> GradientMemory:
+    """The sum for examples of these lengths of which all tokens but the first are predicted."""
+    return gradient_memory(
+        model.get_base_model().config,
+        sum(lengths),
+        parameters=1,
+        examples=len(lengths),
+        completion_tokens=sum(lengths) - len(lengths),
+        **options,
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -106,18 +119,8 @@ def test_the_sum_is_the_measured_peak(
     model = tiny_lora(kind, torch.bfloat16, r=rank, **changes)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    base = model.get_base_model()
-    memory = gradient_memory(
-        base.config,
-        sum(lengths),
-        parameters=1,
-        rank=rank,
-        dim=dim,
-        examples=len(lengths),
-        completion_tokens=sum(lengths) - len(lengths),
-        checkpointing=checkpointing,
-        triton=False,
-        fp8=precision == "fp8",
+    memory = summed(
+        model, lengths, rank=rank, dim=dim, checkpointing=checkpointing, triton=False, fp8=precision == "fp8"
     )
     found = measured(model, lengths, inf.Projection(dim=dim), precision)
     assert memory.batch == pytest.approx(found, rel=TOLERANCE), memory.fullest
@@ -138,15 +141,7 @@ def test_the_sum_for_the_kernels(
     lengths, rank = [300, 211, 1, 100], 16
     model = tiny_lora("llama", torch.bfloat16, r=rank, **changes)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    memory = gradient_memory(
-        model.get_base_model().config,
-        sum(lengths),
-        parameters=1,
-        rank=rank,
-        dim=dim,
-        examples=len(lengths),
-        completion_tokens=sum(lengths) - len(lengths),
-    )
+    memory = summed(model, lengths, rank=rank, dim=dim)
     assert memory.fullest == fullest
     assert memory.batch == pytest.approx(measured(model, lengths, inf.Projection(dim=dim), triton=True), rel=TOLERANCE)
 
