@@ -115,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     _data(sub, "--data", "training examples")
     sub.add_argument("--output", required=True, help="folder of the store, which all processes see")
     _gradient_flags(sub)
+    sub.add_argument("--damping", type=_damping, default=0.1, help="of a fitted sketch: as for 'score'")
     sub.add_argument("--shard-rows", type=int, help="examples in a shard, which is what a process takes at a time")
     sub.add_argument("--max-tokens", type=int, help="tokens in one packed batch")
     sub.add_argument("--fsdp", type=int, default=1, metavar="N", help="spread each copy of the model over N processes")
@@ -197,6 +198,9 @@ def _gradient_flags(sub: argparse.ArgumentParser) -> None:
     """What `_gradients` reads."""
     sub.add_argument("--dim", type=int, default=64, help="projection dim p (default 64)")
     sub.add_argument("--width", type=int, help="sketch each row to this many numbers")
+    sub.add_argument(
+        "--sketch", default="auto", help="random, or eigen: fitted on a sample (auto: eigen where it serves the scores)"
+    )
     sub.add_argument("--store-dtype", default="bf16", help="fp32, bf16 (default) or int8")
     sub.add_argument(
         "--precision", default="auto", help="fp8: products with the base weights in 8 bits (default: auto)"
@@ -444,19 +448,22 @@ def _score(args: Any) -> None:
 def _gradients(args: Any) -> GradientConfig:
     from influence_fast.config import GradientConfig
 
-    return GradientConfig(dim=args.dim, width=args.width, store_dtype=args.store_dtype, precision=args.precision)
+    from_flags = ("dim", "width", "sketch", "store_dtype", "precision")
+    return GradientConfig(**{name: getattr(args, name) for name in from_flags})
 
 
 def _build(args: Any) -> None:
     import torch
 
     from influence_fast import distributed, metrics, sharded, spooling
+    from influence_fast.config import InfluenceConfig, check_influence
     from influence_fast.fp8 import check_precision
     from influence_fast.models import load_model, load_tokenizer
 
     check_precision(args.precision, "--precision", sharded=args.fsdp != 1)
     _quiet_libraries()
-    gradients = _gradients(args)
+    gradients, influence = _gradients(args), InfluenceConfig(damping=args.damping)
+    check_influence(influence, gradients)
     world = distributed.World.from_environment()
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     device = f"cuda:{world.local_rank}" if cuda else args.device
@@ -485,22 +492,34 @@ def _build(args: Any) -> None:
         if tokens.without:
             print(f"left out, without a trace for --trace {args.trace}: {len(tokens.without)} rows")
     peak = args.peak_tflops * 1e12 if args.peak_tflops else metrics.peak_flops(torch.device(device if cuda else "cpu"))
+    together: dict[str, Any] = {"world": world, "group": group, "time_limit": args.time_limit}
+    options: dict[str, Any] = {
+        "projection": gradients.projection,
+        "precision": gradients.precision,
+        "max_tokens": args.max_tokens,
+    }
+    if gradients.fits_sketch(influence.preconditioner):
+        options["sketch"] = distributed.fit_sketch(
+            args.output,
+            model,
+            tokens,
+            damping=influence.damping,
+            examples=gradients.sketch_examples,
+            **together,
+            **options,
+        )
     store = distributed.build_distributed(
         args.output,
         model,
         None,
         tokens,
-        world=world,
-        group=group,
-        time_limit=args.time_limit,
         progress=False if args.quiet else None,
         profile=args.profile,
         peak=None if peak is None else peak * args.fsdp,
-        projection=gradients.projection,
         dtype=gradients.store_dtype,
-        precision=gradients.precision,
         shard_rows=args.shard_rows,
-        max_tokens=args.max_tokens,
+        **together,
+        **options,
     )
     if group is not None:
         torch.distributed.destroy_process_group()

@@ -14,11 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from influence_fast.diversity import check_similarity
+from influence_fast.eigen_sketch import DEFAULT_EXAMPLES, check_projection
 from influence_fast.errors import ConfigError, did_you_mean
 from influence_fast.evaluation import EvalConfig
 from influence_fast.fp8 import AUTO as OWN_PRECISION
 from influence_fast.fp8 import PRECISIONS
-from influence_fast.preconditioners import AUTO, DEFAULT, PRECONDITIONERS, Damping, check_damping
+from influence_fast.preconditioners import (
+    AUTO,
+    DEFAULT,
+    PRECONDITIONERS,
+    SKETCHES,
+    Damping,
+    check_damping,
+    fits_sketch,
+)
 from influence_fast.projection import Projection
 from influence_fast.strategies import STRATEGIES, needed_columns
 from influence_fast.training import LoraSettings, TrainConfig
@@ -72,6 +81,8 @@ class ModelConfig:
 class GradientConfig:
     """How a gradient becomes a row of the store (see `Projection`).
 
+    `sketch` is how rows get to `width` numbers: `random`, or `eigen`, fitted on the gradients of `sketch_examples`
+    examples (see `eigen_sketch`); `auto` is `eigen` where scores are to be `ekfac`'s, as they are by default.
     `precision: fp8` multiplies with the frozen base weights in 8 bits (see `fp8`), for the queries' gradients too.
     """
 
@@ -86,10 +97,16 @@ class GradientConfig:
     store_dtype: str = "bf16"
     precision: str = OWN_PRECISION
     max_tokens: int | None = None
+    sketch: str = AUTO
+    sketch_examples: int = DEFAULT_EXAMPLES
 
     @property
     def projection(self) -> Projection:
         return Projection(self.kind, dim=self.dim, seed=self.seed, width=self.width, layers=self.layers)
+
+    def fits_sketch(self, preconditioner: str) -> bool:
+        """Whether a sketch is fitted for rows that are to be scored by `preconditioner`."""
+        return fits_sketch(self.sketch, self.projection, preconditioner)
 
 
 @dataclass(frozen=True)
@@ -251,10 +268,24 @@ def check_influence(influence: InfluenceConfig, gradients: GradientConfig) -> No
         raise ConfigError("influence.optimizer is read by 'adam' and 'less' only; choose one of them, or leave it out")
     if influence.optimizer is not None and influence.damping == AUTO:
         raise ConfigError("influence.damping: 'auto' cannot be picked for an optimizer's own moments; give a number")
-    if influence.preconditioner in ("ekfac", "ekfac_cosine") and gradients.width is not None:
+    _one_of("gradients.sketch", gradients.sketch, SKETCHES)
+    if gradients.fits_sketch(influence.preconditioner):
+        try:
+            check_projection(gradients.projection)
+        except ConfigError as error:
+            raise ConfigError(f"gradients.sketch: {error}") from None
+        if gradients.sketch_examples < 1:
+            raise ConfigError(f"gradients.sketch_examples must be at least 1, not {gradients.sketch_examples}")
+        if influence.optimizer is not None:
+            raise ConfigError(
+                "influence.optimizer: a fitted sketch has coordinates for which no optimizer keeps moments; set "
+                "gradients.sketch: random"
+            )
+    elif influence.preconditioner in ("ekfac", "ekfac_cosine") and gradients.width is not None:
         raise ConfigError(
             f"influence.preconditioner: {influence.preconditioner!r} needs a block for each LoRA factor, which a "
-            "sketch to gradients.width mixes: leave the width out, or use 'cosine', 'fisher' or 'datainf'"
+            "random sketch to gradients.width mixes: leave gradients.sketch at auto and the kind at one_sided, leave "
+            "the width out, or use 'cosine', 'fisher' or 'datainf'"
         )
 
 

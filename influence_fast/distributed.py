@@ -25,10 +25,12 @@ from torch import nn
 
 from influence_fast.building import build_shards, warn_of_set_aside
 from influence_fast.claims import Claims, Owner
-from influence_fast.errors import ConfigError
+from influence_fast.eigen_sketch import EigenSketch
+from influence_fast.errors import ConfigError, StoreError
 from influence_fast.fp8 import AUTO, check_precision
 from influence_fast.metrics import Board, Meter, board, chrome_trace, example_flops, folder_of
 from influence_fast.sharded import LockstepRows
+from influence_fast.sketch_fitting import Find, Fit, Keep, fit_eigen_sketch
 from influence_fast.store import Store, open_store
 from influence_fast.store_manifest import Manifest, file_name
 from influence_fast.store_writer import StoreWriter
@@ -284,23 +286,14 @@ class LockstepTurns:
 
     def advance(self, lengths: Sequence[int]) -> None:
         # Stopping is agreed on: one that left alone would leave the others waiting for its part of the weights.
-        self.turns.signals.stopping = bool(self._largest(int(self.turns.signals.stopping)))
+        self.turns.signals.stopping = bool(_largest(int(self.turns.signals.stopping), self.group))
         self.turns.advance(lengths)
 
     def finish(self, writer: StoreWriter, examples: int) -> Store:
         return self.turns.finish(writer, examples)
 
     def _agree(self, value: int) -> int:
-        return self._largest(value)  # all but the leader say -1
-
-    def _largest(self, value: int) -> int:
-        import torch
-        import torch.distributed as dist
-
-        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
-        number = torch.tensor(value, dtype=torch.int64, device=device)
-        dist.all_reduce(number, dist.ReduceOp.MAX, group=self.group)
-        return int(number)
+        return _largest(value, self.group)  # all but the leader say -1
 
 
 class _Signals:
@@ -417,6 +410,48 @@ def once(
         time.sleep(pause)
 
 
+def fit_sketch(
+    path: str | Path,
+    model: nn.Module,
+    dataset: Sequence[Any],
+    *,
+    world: World | None = None,
+    group: Any = None,
+    time_limit: float = TIME_LIMIT,
+    **options: Any,
+) -> EigenSketch:
+    """`fit_eigen_sketch` for the store in `path`, by every process that runs this with the same arguments.
+
+    One of them fits, and the others take what it kept; with a `group` (see `build_distributed`) all compute, and rank
+    0 keeps. Returns the same sketch everywhere. Raises as `fit_eigen_sketch`.
+    """
+    world = World.from_environment() if world is None else world
+    path = Path(path)
+
+    def by_claim(find: Find, fit: Fit, keep: Keep) -> EigenSketch:
+        once(path, world, lambda: find() is not None, lambda beat: keep(fit(beat)), time_limit)
+        return _kept(find, path)
+
+    def together(find: Find, fit: Fit, keep: Keep) -> EigenSketch:
+        if _largest(int(find() is None), None):  # somebody found none: all fit, in lockstep
+            sketch = fit(lambda: None)
+            if world.rank == 0:
+                keep(sketch)
+            _largest(0, None)  # kept now
+        return _kept(find, path)
+
+    if group is None:
+        return fit_eigen_sketch(model, dataset, folder=path, share=by_claim, **options)
+    return fit_eigen_sketch(model, dataset, folder=path, share=together, gradients=LockstepRows(group), **options)
+
+
+def _kept(find: Find, path: Path) -> EigenSketch:
+    found = find()
+    if found is None:
+        raise StoreError(f"{path} lost its sketch while it was built; do all processes see the same folder?")
+    return found
+
+
 def init_group(world: World, ranks: int, device: str) -> tuple[Any, Any]:
     """(mesh, process group) of the `ranks` neighbouring processes that hold one copy of a model together.
 
@@ -479,6 +514,17 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise ConfigError(f"the environment variable {name} is {text!r}; it must be a whole number") from None
+
+
+def _largest(value: int, group: Any) -> int:
+    """The largest of the values that the group's processes (None: all) give."""
+    import torch
+    import torch.distributed as dist
+
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    number = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
+    return int(number)
 
 
 def _rank_in(group: Any) -> int:

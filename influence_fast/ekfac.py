@@ -36,6 +36,7 @@ class Ekfac:
     factors: list[LayoutEntry]
     bases: list[tuple[torch.Tensor, torch.Tensor]]  # U_A [m, m], U_B [n, n]
     eigenvalues: list[torch.Tensor]  # S + lambda, [m, n]
+    ridges: list[float]  # lambda
     normalize: bool = False
     damping: float = 0.1  # as it was used: with "auto", the share that was picked
 
@@ -82,8 +83,9 @@ def fit_ekfac(row_blocks: RowBlocks, factors: list[LayoutEntry] | None, damping:
         damping = best_damping([(total / counts[0], other / counts[1]) for total, other in pairs])
         return fit_ekfac(row_blocks, factors, damping)
     eigenvalues = [total / counts[0] for total in fitted]
-    damped = [values + ridge(damping, float(values.mean())) for values in eigenvalues]
-    return Ekfac(factors, bases, damped, damping=damping)
+    ridges = [ridge(damping, float(values.mean())) for values in eigenvalues]
+    damped = [values + added for values, added in zip(eigenvalues, ridges, strict=True)]
+    return Ekfac(factors, bases, damped, ridges, damping=damping)
 
 
 def block_of(rows: torch.Tensor, entry: LayoutEntry) -> torch.Tensor:

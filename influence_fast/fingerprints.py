@@ -27,30 +27,42 @@ _ADAPTER_MARK = "lora_"
 def weight_hashes(model: nn.Module) -> tuple[str, str | None]:
     """(base, adapter): SHA-256 over name, dtype, shape and bytes of every parameter, in order of name.
 
-    Parameters whose names hold "lora_" are the adapter's (None when there are none); with peft only those of the
-    active adapters count, and their scaling alpha / r does too. Names are taken without peft's wrapping, so
-    that the base hash is that of the same model before the adapter was added.
+    Parameters whose names hold "lora_" are the adapter's (see `adapter_hash`). Names are taken without peft's
+    wrapping, so that the base hash is that of the same model before the adapter was added.
 
     Raises ModelError for a parameter without data (on the meta device).
     """
-    active = _active_adapters(model)
-    base, adapter = hashlib.sha256(), hashlib.sha256()
-    has_adapter = False
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: _plain_name(item[0])):
+    base = hashlib.sha256()
+    for name, parameter in _by_plain_name(model):
         if _ADAPTER_MARK not in name:
             _update(base, _plain_name(name), parameter)
+    return base.hexdigest(), adapter_hash(model)
+
+
+def adapter_hash(model: nn.Module) -> str | None:
+    """The same over the adapter's parameters and its scaling alpha / r; None where there is none.
+
+    With peft only those of the active adapters count. Raises ModelError as `weight_hashes`.
+    """
+    active = _active_adapters(model)
+    found = hashlib.sha256()
+    has_adapter = False
+    for name, parameter in _by_plain_name(model):
+        if _ADAPTER_MARK not in name:
             continue
         plain, owner = _adapter_name(name)
         if active is not None and owner is not None and owner not in active:
             continue
         has_adapter = True
-        _update(adapter, plain, parameter)
+        _update(found, plain, parameter)
+    if not has_adapter:
+        return None
     for name, module in model.named_modules():
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, Mapping):
             values = [float(v) for k, v in scaling.items() if active is None or k in active]
-            adapter.update(json.dumps([_plain_name(name), "scaling", values]).encode())
-    return base.hexdigest(), adapter.hexdigest() if has_adapter else None
+            found.update(json.dumps([_plain_name(name), "scaling", values]).encode())
+    return found.hexdigest()
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -97,6 +109,10 @@ def _update(found: _Hash, name: str, tensor: torch.Tensor) -> None:
     for start in range(0, flat.numel(), step):
         chunk = flat[start : start + step].cpu().contiguous()
         found.update(chunk.view(torch.uint8).numpy().data)
+
+
+def _by_plain_name(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return sorted(model.named_parameters(), key=lambda item: _plain_name(item[0]))
 
 
 def _plain_name(name: str) -> str:

@@ -19,14 +19,16 @@ import torch
 
 from influence_fast.adam import adam_moments
 from influence_fast.building import build_store
-from influence_fast.damping import Damping
+from influence_fast.damping import AUTO, Damping
+from influence_fast.eigen_sketch import DEFAULT_EXAMPLES, check_projection
 from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
 from influence_fast.gradients import per_example_gradients, per_example_losses
 from influence_fast.lora import gradient_layout
 from influence_fast.packing import IGNORED
-from influence_fast.preconditioners import PRECONDITIONERS
+from influence_fast.preconditioners import PRECONDITIONERS, SKETCHES, fits_sketch
 from influence_fast.projection import Projection
 from influence_fast.scoring import influence_matrix
+from influence_fast.sketch_fitting import fit_eigen_sketch
 from influence_fast.training import finetuned
 
 EXACT = "none"  # the projection kind that keeps whole gradients
@@ -36,11 +38,11 @@ EXACT = "none"  # the projection kind that keeps whole gradients
 class Method:
     """One way of scoring.
 
-    projection: kind, or "none" for exact gradients; dim, width, layers: see `Projection`. store_dtype: fp32, bf16 or
-    int8. tokens: share of each trace's completion tokens that is kept, from its start. checkpoints: sum over the
-    reference's saved checkpoints, weighted by learning rate (TracIn), in place of its final adapter alone. moments:
-    second moments of the reference's optimizer, for "adam" and "less". loss: no influence at all, the example's loss
-    under the reference (the perplexity baseline).
+    projection: kind, or "none" for exact gradients; dim, width, layers: see `Projection`. sketch, sketch_examples: how
+    rows get to that width (see `config.GradientConfig`). store_dtype: fp32, bf16 or int8. tokens: share of each trace's
+    completion tokens that is kept, from its start. checkpoints: sum over the reference's saved checkpoints, weighted by
+    learning rate (TracIn), in place of its final adapter alone. moments: second moments of the reference's optimizer,
+    for "adam" and "less". loss: no influence at all, the example's loss under the reference (the perplexity baseline).
     """
 
     name: str
@@ -50,6 +52,8 @@ class Method:
     dim: int = 64
     width: int | None = None
     layers: float = 1.0
+    sketch: str = AUTO
+    sketch_examples: int = DEFAULT_EXAMPLES
     store_dtype: str = "bf16"
     tokens: float = 1.0
     checkpoints: bool = False
@@ -66,13 +70,27 @@ class Method:
             raise ConfigError(f"method {self.name}: tokens is {self.tokens}; it is a share, above 0 and at most 1")
         if self.moments and self.preconditioner not in ("adam", "less"):
             raise ConfigError(f"method {self.name}: moments are read by 'adam' and 'less' only")
-        self.rows()  # raises where the settings do not fit together
+        if self.sketch not in SKETCHES:
+            raise ConfigError(
+                f"method {self.name}: unknown sketch {self.sketch!r}; {did_you_mean(self.sketch, SKETCHES)}"
+            )
+        rows = self.rows()  # raises where the settings do not fit together
+        if self.fits_sketch():
+            if rows is None or self.moments:
+                raise ConfigError(
+                    f"method {self.name}: no sketch can be fitted for exact rows or an optimizer's moments"
+                )
+            check_projection(rows)
 
     def rows(self) -> Projection | None:
         """The projection of its rows; None for exact gradients."""
         if self.projection == EXACT:
             return None
         return Projection(self.projection, dim=self.dim, width=self.width, layers=self.layers)
+
+    def fits_sketch(self) -> bool:
+        """Whether its rows are made by a sketch that is fitted on some of them."""
+        return fits_sketch(self.sketch, self.rows(), self.preconditioner)
 
 
 #: What can be named in a configuration; anything else is spelt out as a mapping.
@@ -153,6 +171,11 @@ def score_by(
                 return Scored(np.repeat(-losses[:, None], len(queries), axis=1), seconds, 4)
             shutil.rmtree(scratch, ignore_errors=True)
             options: dict[str, Any] = {"projection": method.rows()}
+            if method.fits_sketch():
+                with _timed(seconds, "fitting the sketch"):
+                    options["sketch"] = fit_eigen_sketch(
+                        model, shortened, examples=method.sketch_examples, damping=method.damping, **options
+                    )
             with _timed(seconds, "training gradients"):
                 store = build_store(
                     scratch, model, None, shortened, dtype=method.store_dtype, progress=False, **options
@@ -162,7 +185,9 @@ def score_by(
                 raise DataError(f"method {method.name}: no gradient for {names}; leave these examples out of the pool")
             with _timed(seconds, "query gradients"):
                 rows = per_example_gradients(model, queries, **options).cpu()
-            moments = adam_moments(path, gradient_layout(model), **options) if method.moments else None
+            moments = None
+            if method.moments:
+                moments = adam_moments(path, gradient_layout(model), projection=method.rows())
             with _timed(seconds, "scores"):
                 matrix = influence_matrix(
                     store, rows, preconditioner=method.preconditioner, damping=method.damping, moments=moments

@@ -46,6 +46,7 @@ from influence_fast.models import load_model, load_tokenizer
 from influence_fast.packing import IGNORED
 from influence_fast.report import save_results, write_report
 from influence_fast.scores import ScoreTable
+from influence_fast.sketch_fitting import fit_eigen_sketch
 from influence_fast.statistics import grid_statistics
 from influence_fast.strategies import EMBEDDING_RANK, PASS_RATE, needed_columns
 from influence_fast.training import TrainResult, finetune, finetuned, list_checkpoints
@@ -688,6 +689,18 @@ def score_pool(
         "precision": gradients.precision,
         "max_tokens": gradients.max_tokens,
     }
+    sketch = None
+    if gradients.fits_sketch(influence.preconditioner):
+        with timed("fitting the sketch"):
+            sketch = fit_eigen_sketch(
+                model,
+                pool,
+                examples=gradients.sketch_examples,
+                damping=influence.damping,
+                folder=store_path,
+                **options,
+            )
+    options["sketch"] = sketch
     with timed("training gradients"):
         store = build_store(
             store_path, model, None, pool, dtype=gradients.store_dtype, progress=progress or None, **options

@@ -75,6 +75,8 @@ def plan(
     proposals = []
     for row in fidelity_table():
         method = method_of(row["settings"])
+        if method.fits_sketch() and method.width and method.width > _unsketched_width(model, method):
+            continue  # it chooses from more numbers than a row of this model has
         size = row_bytes(_row_width(model, method), method.store_dtype)
         proposals.append(
             Proposal(
@@ -138,4 +140,8 @@ def _size(count: int) -> str:
 
 
 def _row_width(model: nn.Module, method: Method) -> int:
-    return method.width or layout_width(gradient_layout(model, method.rows()))
+    return method.width or _unsketched_width(model, method)
+
+
+def _unsketched_width(model: nn.Module, method: Method) -> int:
+    return layout_width(gradient_layout(model, method.rows()))

@@ -28,6 +28,7 @@ from influence_fast.ekfac import Ekfac, fit_ekfac
 from influence_fast.errors import ConfigError, DataError, did_you_mean
 from influence_fast.fisher import Fisher, fit_fisher
 from influence_fast.lora import LayoutEntry
+from influence_fast.projection import Projection
 from influence_fast.whitened import UnitNorm
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "DEFAULT",
     "MAX_DENSE",
     "PRECONDITIONERS",
+    "SKETCHES",
     "Adam",
     "Damping",
     "DataInf",
@@ -45,18 +47,23 @@ __all__ = [
     "TrainingRows",
     "UnitNorm",
     "adam_moments",
+    "after_sketch",
     "check_damping",
     "fit",
     "fit_adam",
     "fit_datainf",
     "fit_ekfac",
     "fit_fisher",
+    "fits_sketch",
 ]
 
 
 #: The best of both proofs by retraining (benches/results/proof-*.json) that the rows allow: "ekfac_cosine" where they
-#: have a block for each LoRA factor, "cosine" where they were sketched or imported without one.
+#: have a block for each LoRA factor or were made by a fitted sketch, "cosine" where they were sketched at random or
+#: imported without blocks.
 DEFAULT = "default"
+SKETCHES = (AUTO, "random", "eigen")  # how rows get to their width
+_AFTER_SKETCH = {DEFAULT: "cosine", "ekfac_cosine": "cosine", "ekfac": "none"}  # see `after_sketch`
 
 
 class Preconditioner(Protocol):
@@ -140,6 +147,30 @@ def resolve(name: str, factors: list[LayoutEntry] | None) -> str:
     if name not in PRECONDITIONERS:
         raise ConfigError(f"unknown preconditioner {name!r}; {did_you_mean(name, (DEFAULT, *PRECONDITIONERS))}")
     return name
+
+
+def after_sketch(name: str, moments: torch.Tensor | None = None) -> str:
+    """What is left of `name` to do on rows that a fitted sketch made, which have `ekfac`'s H^-1/2 in them already.
+
+    Raises ConfigError for an optimizer's `moments`, which are of other coordinates.
+    """
+    if moments is not None:
+        raise ConfigError(
+            f"the store's rows are coordinates of a fitted sketch, for which an optimizer has no moments ({name!r}): "
+            "build the store with a random sketch"
+        )
+    return _AFTER_SKETCH.get(name, name)
+
+
+def fits_sketch(sketch: str, projection: Projection | None, name: str) -> bool:
+    """Whether rows of `projection` that are to be scored by the preconditioner `name` are made by a fitted sketch.
+
+    sketch: one of `SKETCHES`; "auto" fits one where that has the preconditioner's H^-1 in it and rows have a width.
+    """
+    if sketch != AUTO:
+        return sketch == "eigen"
+    sketched = projection is not None and projection.width is not None and not projection.flat
+    return sketched and name in _AFTER_SKETCH
 
 
 PRECONDITIONERS: dict[str, Callable[[TrainingRows, Damping], Preconditioner]] = {

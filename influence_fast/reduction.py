@@ -6,12 +6,14 @@ The segment sums use fp32 (fp64 for an fp64 model) whatever the products' dtype 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
+from influence_fast.eigen_sketch import EigenRows, EigenSketch
 from influence_fast.errors import ConfigError
 from influence_fast.lora import LayoutEntry, LoraLinear, layout_width
 from influence_fast.projection import Projection, random_matrix, sign_matrix, sjlt_map
@@ -130,7 +132,13 @@ class Reducer:
 class ProjectedReducer(Reducer):
     """`one_sided` and `kron`: small outer products of all modules at the end of the pack, then the row sketch."""
 
-    def __init__(self, linears: list[LoraLinear], layout: list[LayoutEntry], projection: Projection | None) -> None:
+    def __init__(
+        self,
+        linears: list[LoraLinear],
+        layout: list[LayoutEntry],
+        projection: Projection | None,
+        sketch: EigenSketch | None = None,
+    ) -> None:
         super().__init__(linears, layout, projection)
         assert projection is not None
         self._pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
@@ -140,7 +148,12 @@ class ProjectedReducer(Reducer):
                 random_matrix(projection, f"{linear.key}/rank", linear.r).to(self.device, self.dtype)
                 for linear in linears
             ]
-        self._sketch = None if projection.width is None else RowSketch(linears, layout, projection, self.device)
+        self._sketch: Callable[[torch.Tensor], torch.Tensor] | None = None
+        if sketch is not None:
+            sketch.check(projection, layout)
+            self._sketch = EigenRows(sketch, self.device, self.dtype)
+        elif projection.width is not None:
+            self._sketch = RowSketch(linears, layout, projection, self.device)
         self._tables: dict[tuple[int, ...], tuple[torch.Tensor, list[torch.Tensor]]] = {}
 
     @property

@@ -95,6 +95,8 @@ def _prepared(
             f"queries of shape {tuple(queries.shape)} do not fit rows of {store.width} numbers: "
             "project them as the store was"
         )
+    if store.identity.projection_sketch is not None:
+        preconditioner = preconditioners.after_sketch(preconditioner, moments)
     fitted = preconditioners.fit(
         preconditioner,
         lambda: _row_blocks(store),

@@ -16,13 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from influence_fast.eigen_sketch import EigenSketch
 from influence_fast.errors import StoreError, did_you_mean, listing
 from influence_fast.projection import Projection
 from influence_fast.store_manifest import (
     DTYPES,
     LOSS_DTYPE,
     REBUILD,
+    RESTORE,
     SCALE_DTYPE,
+    SKETCH_NAME,
     Manifest,
     ShardRecord,
     StoreIdentity,
@@ -92,6 +95,19 @@ class Store:
             local = places[at] - self._starts[shard]
             out[torch.from_numpy(at)] = dequantize(raw[local], None if scales is None else scales[local])
         return out
+
+    @functools.cached_property
+    def sketch(self) -> EigenSketch | None:
+        """The fitted sketch that made the rows, for query gradients; None where a random one did, or none.
+
+        Raises StoreError: it is missing, damaged or another store's.
+        """
+        if self.identity.projection_sketch is None:
+            return None
+        found = EigenSketch.load(self.path)
+        if found.fingerprint != self.identity.projection_sketch:
+            raise StoreError(f"{self.path / SKETCH_NAME} is not the one that the rows were made by; {RESTORE}")
+        return found
 
     @functools.cached_property
     def losses(self) -> np.ndarray | None:
@@ -208,6 +224,10 @@ def verify_store(path: str | Path) -> list[str]:
     if not manifest.complete:
         return [f"{folder} is not finished; run the same build again to finish it"]
     problems = []
+    try:
+        Store(folder, manifest, []).sketch  # noqa: B018 -- raises where it is not what the manifest names
+    except StoreError as error:
+        problems.append(str(error))
     rows = 0
     for index, fingerprint in enumerate(manifest.fingerprints()):
         try:

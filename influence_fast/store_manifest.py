@@ -6,6 +6,7 @@
     losses-00000.bin     [rows] fp32, where the source of the rows gave them: the examples' losses
     ids-00000.jsonl      one JSON string a line, in row order
     shard-00000.json     the shard's record: written last, so a shard without one does not exist
+    sketch.safetensors   where rows were made by a fitted sketch (`eigen_sketch`): that, written before all else
 
 Everything here is deterministic (no dates, no host names): the same work gives the same bytes.
 """
@@ -33,6 +34,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 SCALE_DTYPE = LOSS_DTYPE = np.dtype("<f4")
 MANIFEST_NAME = "manifest.json"
+SKETCH_NAME = "sketch.safetensors"
 
 
 class ForeignShardError(StoreError):
@@ -73,6 +75,7 @@ class StoreIdentity:
     projection_width: int | None = None
     projection_seed: int | None = None
     projection_layers: float | None = None  # None: all of them
+    projection_sketch: str | None = None  # fingerprint of a fitted sketch; None: a random one, or none
     loss_reduction: str | None = None
     precision: str | None = None
 
@@ -112,11 +115,13 @@ class StoreIdentity:
             )
 
     def body(self) -> dict[str, Any]:
-        """The fields as the files hold them. Precision "auto" is left out: stores that were made before there was
-        another keep their hashes."""
+        """The fields as the files hold them. Precision "auto" and no fitted sketch are left out: stores that were made
+        before there were others keep their hashes."""
         fields = asdict(self)
         if self.precision in (None, AUTO):
             del fields["precision"]
+        if self.projection_sketch is None:
+            del fields["projection_sketch"]
         return fields
 
     @property
@@ -133,8 +138,8 @@ class StoreIdentity:
         return Projection(self.projection_kind, **{k: v for k, v in values.items() if v is not None})
 
 
-def projection_fields(projection: Projection | None) -> dict[str, Any]:
-    """The `projection_*` fields of a StoreIdentity."""
+def projection_fields(projection: Projection | None, sketch: str | None = None) -> dict[str, Any]:
+    """The `projection_*` fields of a StoreIdentity; `sketch` is the fingerprint of a fitted one."""
     if projection is None:
         return {"projection_kind": "none"}
     return {
@@ -143,6 +148,7 @@ def projection_fields(projection: Projection | None) -> dict[str, Any]:
         "projection_width": projection.width,
         "projection_seed": projection.seed,
         "projection_layers": None if projection.layers == 1 else projection.layers,
+        "projection_sketch": sketch,
     }
 
 
@@ -340,6 +346,7 @@ class ShardRecord:
 
 
 REBUILD = "delete it and finish with resume=True, or build the store again"
+RESTORE = "restore it, or build the store again"
 
 
 def file_name(kind: str, index: int) -> str:

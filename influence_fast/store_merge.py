@@ -43,6 +43,8 @@ def merge_stores(paths: Sequence[str | Path], out: str | Path) -> Store:
             plan += [(folder, records[index]) for index in range(manifest.shard_count)]
         merged = _joined(manifests)
     check_unique((i for folder, record in plan for i in read_ids(folder, record)), "the merged store")
+    if (sketch := Store(folders[0], first, []).sketch) is not None:  # the same in all, as their identities are
+        sketch.save(Path(out))
     writer = StoreWriter(out, merged)
     for index in writer.pending():
         writer.copy_shard(index, *plan[index])

@@ -33,6 +33,7 @@ from influence_fast.store_manifest import (
     LOSS_DTYPE,
     MANIFEST_NAME,
     SCALE_DTYPE,
+    SKETCH_NAME,
     FileRecord,
     ForeignShardError,
     Manifest,
@@ -222,7 +223,8 @@ class StoreWriter:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _sync_folder(self.path.parent)
-            strangers = [p.name for p in sorted(self.path.iterdir()) if not p.name.startswith(".")]
+            names = sorted(path.name for path in self.path.iterdir())
+            strangers = [name for name in names if not name.startswith(".") and name != SKETCH_NAME]
         except OSError as error:
             raise StoreError(f"{self.path} cannot be a store's folder ({error.strerror}); give another one") from None
         if strangers and not (self.path / MANIFEST_NAME).exists():

@@ -207,7 +207,6 @@ def test_settings_that_do_not_fit_together_are_refused_at_once() -> None:
     for settings, message in (
         ({"damping": "often"}, "influence.damping: damping must be a number above 0 or 'auto', not 'often'"),
         ({"damping": 0}, "influence.damping: damping must be above 0"),
-        ({"preconditioner": "ekfac", "width": 64}, "a sketch to gradients.width"),
         ({"preconditioner": "fisher", "optimizer": "x"}, "influence.optimizer is read by 'adam' and 'less' only"),
         ({"preconditioner": "adam", "optimizer": "x", "damping": "auto"}, "'auto' cannot be picked"),
     ):

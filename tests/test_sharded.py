@@ -18,6 +18,7 @@ from influence_fast.distributed import World, init_group
 from influence_fast.errors import ConfigError, ModelError
 from influence_fast.sharded import shard_model
 from influence_fast.store import open_store, verify_store
+from influence_fast.store_manifest import SKETCH_NAME
 
 WORKER = """
 import json, sys
@@ -147,12 +148,45 @@ def test_torchrun_builds_the_store_of_one_process(world: Path) -> None:
     names = sorted(p.name for p in (world / "one").iterdir())
     assert names == sorted(p.name for p in (world / "four").iterdir())
     assert all((world / "one" / name).read_bytes() == (world / "four" / name).read_bytes() for name in names)
-    torchrun(4, *command, "--output", "sharded", "--fsdp", "2", cwd=world)
+    python(*command, "--sketch", "random", "--output", "random", cwd=world)
+    torchrun(4, *command, "--sketch", "random", "--output", "sharded", "--fsdp", "2", cwd=world)
     assert verify_store(world / "sharded") == []
-    whole, sharded = open_store(world / "one"), open_store(world / "sharded")
+    whole, sharded = open_store(world / "random"), open_store(world / "sharded")
     assert sharded.ids == whole.ids
     assert sharded.identity == whole.identity
     assert float((sharded.rows() - whole.rows()).norm() / whole.rows().norm()) < 1e-5
+
+
+@pytest.mark.slow
+def test_processes_that_hold_one_model_together_fit_one_sketch(world: Path) -> None:
+    settings = ["--model", "model", "--adapter", "adapter", "--data", "data.jsonl", "--dim", "4", "--width", "448"]
+    command = ["-m", "influence_fast", "build", *settings, "--shard-rows", "4", "--store-dtype", "fp32", "--quiet"]
+    python(*command, "--output", "alone", cwd=world)
+    torchrun(4, *command, "--output", "together", "--fsdp", "2", cwd=world)
+    torchrun(4, *command, "--output", "together", "--fsdp", "2", cwd=world)  # finds it
+    assert verify_store(world / "together") == []
+    # eigenvectors are given up to their sign, so of two fits the inner products are what can be compared
+    grams = [rows @ rows.T for rows in (open_store(world / name).rows() for name in ("alone", "together"))]
+    assert float((grams[1] - grams[0]).norm() / grams[0].norm()) < 1e-4
+
+
+def test_scores_are_made_of_a_store_that_was_built_before(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(world)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    command = ["--model", "model", "--adapter", "adapter", "--data", "data.jsonl", "--dim", "4", "--width", "64"]
+    assert main(["build", *command, "--output", "before", "--quiet"]) == 0
+    made = (world / "before" / SKETCH_NAME).stat().st_mtime_ns
+    score = ["score", *command, "--validation", "data.jsonl", "--queries", "reference", "--store", "before", "--quiet"]
+    assert main([*score, "--output", "scores.csv"]) == 0
+    assert (world / "before" / SKETCH_NAME).stat().st_mtime_ns == made
+    capsys.readouterr()
+    assert main([*score, "--output", "scores.csv", "--damping", "0.5"]) == 2
+    assert "before has a sketch that was fitted with another" in capsys.readouterr().err
+    assert main([*score, "--output", "scores.csv", "--sketch", "random"]) == 2
+    assert "another projection: projection_sketch" in capsys.readouterr().err
 
 
 def test_what_cannot_be_sharded_is_named() -> None:

@@ -232,22 +232,25 @@ def no_waiting_copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostCopies]:
 
 
 @pytest.mark.parametrize(
-    "projection",
+    ("projection", "fitted"),
     [
-        None,
-        inf.Projection(dim=4),
-        inf.Projection(dim=4, width=64),
-        inf.Projection("kron", dim=4),
-        inf.Projection("sjlt", width=64),
+        (None, False),
+        (inf.Projection(dim=4), False),
+        (inf.Projection(dim=4, width=64), False),
+        (inf.Projection(dim=4, width=64), True),
+        (inf.Projection("kron", dim=4), False),
+        (inf.Projection("sjlt", width=64), False),
     ],
     ids=str,
 )
 def test_no_batch_after_the_first_waits_for_the_device(
-    no_waiting_copies: HostCopies, tiny_lora: Callable[..., Any], projection: inf.Projection | None
+    no_waiting_copies: HostCopies, tiny_lora: Callable[..., Any], projection: inf.Projection | None, fitted: bool
 ) -> None:
     """On the meta device, which has no numbers: a host that asks for one fails, and its other copies are listed."""
-    model = tiny_lora().to("meta")
-    with GradientEngine(model, projection) as engine:
+    model = tiny_lora()
+    sketch = inf.fit_eigen_sketch(model, make_examples(), projection=projection) if fitted and projection else None
+    model = model.to("meta")
+    with GradientEngine(model, projection, sketch=sketch) as engine:
         first, *others = gradients.packs_for(engine, make_examples(), 20)
         engine.run(first)  # brings the maps and factors over
         no_waiting_copies.found.clear()

@@ -111,6 +111,36 @@ def test_recorded_steps_give_the_rows_of_steps_run_by_operations(
     assert float((losses[True] - losses[False]).norm() / losses[False].norm()) < 1e-2
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_fitted_sketch_makes_the_rows_of_the_cpu_and_nothing_waits(
+    tiny_lora: Callable[..., Any], backend: str, recorded: bool
+) -> None:
+    if recorded and backend == "torch":
+        pytest.skip("only the Triton kernels are recorded")
+    model, examples, projection = tiny_lora(), make_examples(), inf.Projection(dim=8, width=100)
+    sketch = inf.fit_eigen_sketch(model, examples, projection=projection)
+    exact = copy.deepcopy(model).double()
+    truth = inf.per_example_gradients(exact, examples, projection=projection, sketch=sketch)
+    with GradientEngine(model.to(CUDA), projection, backend=backend, cuda_graphs=recorded, sketch=sketch) as engine:
+        packs = packs_for(engine, examples, 300)
+        for pack in packs * 3:
+            engine.run(pack)
+        torch.cuda.synchronize()
+        results = []
+        for _ in range(2):
+            try:
+                torch.cuda.set_sync_debug_mode("error")
+                made = [engine.run(pack)[0] for pack in packs]
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            rows = torch.empty(truth.shape)
+            for pack, part in zip(packs, made, strict=True):
+                rows[pack.indices] = part.cpu()
+            results.append(rows)
+    assert torch.equal(*results)
+    assert float((results[0] - truth).norm() / truth.norm()) < 3e-5
+
+
 @pytest.mark.parametrize(
     "projection",
     [None, inf.Projection(dim=8), inf.Projection(dim=8, width=64), inf.Projection("sjlt", width=64)],
