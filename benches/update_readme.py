@@ -1,4 +1,4 @@
-"""Writes the README's figures from the result files, so that no number in it is typed.
+"""Writes the README's figures and docs/results.md from the result files, so that no number in them is typed.
 
 python -m benches.update_readme
 """
@@ -25,6 +25,7 @@ PROOF_METHODS = {
     "trak",
     "loss",
 } | {"exact-ekfac-cosine"}
+FASTER = "the faster of the two"
 FEWEST_RANKED = 8  # a rank correlation of fewer examples says nothing
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -88,7 +89,7 @@ def paper_mini(result: dict[str, Any]) -> list[str]:
         auc = result["auc"].get(name)
         found = "" if auc is None else f"{sum(auc) / seeds:.3f} ({min(auc):.3f}-{max(auc):.3f})"
         lines.append(f"| {name} | " + " | ".join(_accuracy(settings[name, f]) for f in fractions) + f" | {found} |")
-    return [*lines, "", f"`make paper-mini`, [whole table](docs/paper-mini.md): {measured(result)}", ""]
+    return [*lines, "", f"`make paper-mini`, [whole table](paper-mini.md): {measured(result)}", ""]
 
 
 def _accuracy(row: dict[str, Any]) -> str:
@@ -105,10 +106,7 @@ def proof(results: dict[str, dict[str, Any]]) -> list[str]:
         "| method | " + " | ".join(results) + " |",
         "|---|" + "---|" * len(results),
     ]
-    scores = {
-        world: {row["method"]: row for row in result["lds"]["rows"] if (row["group"], row["of"]) == ("all", "queries")}
-        for world, result in results.items()
-    }
+    scores = {world: _queries_lds(result) for world, result in results.items()}
     for name in sorted(scores[next(iter(scores))], key=lambda n: -scores[next(iter(scores))][n]["value"]):
         if all(name in rows for rows in scores.values()) and name in PROOF_METHODS | set(_external(first)):
             spans = (
@@ -193,25 +191,103 @@ def _external(result: dict[str, Any]) -> list[str]:
     return [row["method"] for row in result["lds"]["rows"] if row["method"] not in ours]
 
 
+def headlines(found: dict[str, dict[str, Any]], proofs: dict[str, dict[str, Any]]) -> list[str]:
+    """The README's few figures, each with what it is compared with."""
+    lines = ["| what | figure |", "|---|---|"]
+    if (mini := found.get("paper-mini-cpu")) is not None:
+        rows = {(row["strategy"], row["fraction"]): row for row in mini["settings"]}
+        half = max(fraction for _, fraction in rows)
+        dropped = f"{100 * half:.0f} % of a pool with corrupted traces, {len(mini['seeds'])} seeds"
+        lines.append(
+            f"| accuracy after dropping {dropped} | "
+            f"`combined` {_accuracy(rows['combined', half])}; at random {_plain(rows['random', half])}, by embedding "
+            f"{_plain(rows['embedding', half])}, nothing dropped {_plain(rows['full', 0.0])} |"
+        )
+    if proofs:
+        cells = []
+        for world, result in proofs.items():
+            rows = _queries_lds(result)
+            ours = rows[result["default"]]
+            best: dict[str, str] = {}  # of each other tool
+            for name in sorted(set(_external(result)) & rows.keys(), key=lambda name: -rows[name]["value"]):
+                best.setdefault(name.split("-")[0], f"{name} {rows[name]['value']:.3f}")
+            others = ", ".join(best.values())
+            spread = f"**{ours['value']:.3f}** ({ours['low']:.3f}-{ours['high']:.3f})"
+            cells.append(f"{world}: `{result['default']}` {spread}" + (f"; at best {others}" if others else ""))
+        lines.append(f"| rank correlation of scores with what retraining does (LDS) | {'<br>'.join(cells)} |")
+    if (gradients := found.get("gradients-cpu")) is not None:
+        lines.append(f"| time of per-example gradients over a plain LoRA step | {_span(gradients['ratio'][FASTER])} |")
+    if (peers := found.get("peers-cpu")) is not None:
+        times = peers["worlds"]["math500"]["targets"]["end_to_end"].items()
+        lines.append(
+            "| times as fast as other tools, gradients and scores of 500 real traces | "
+            + ", ".join(f"{name} {_span(ratio)}" for name, ratio in times)
+            + " |"
+        )
+    if (scoring := found.get("peers-scoring-cpu")) is not None:
+        rows = [(name, row) for case in scoring["cases"].values() for name, row in case["rows"].items()]
+        ratios = [row["over"]["ours_int8"]["median"] for name, row in rows if not name.startswith("ours")]
+        lines.append(
+            f"| times as fast, scores of {scoring['rows']:,} kept rows | {min(ratios):.1f} to {max(ratios):.1f} |"
+        )
+    return [*lines, ""]
+
+
+def _plain(row: dict[str, Any]) -> str:
+    return f"{row['accuracy']:.3f}"
+
+
+def _span(ratio: dict[str, float]) -> str:
+    return f"**{ratio['median']:.2f}** ({ratio['min']:.2f}-{ratio['max']:.2f})"
+
+
+def _queries_lds(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """method -> its LDS over all queries."""
+    return {row["method"]: row for row in result["lds"]["rows"] if (row["group"], row["of"]) == ("all", "queries")}
+
+
+def whole_tables(found: dict[str, dict[str, Any]], proofs: dict[str, dict[str, Any]]) -> list[str]:
+    """docs/results.md: every table, with the command and machine that made it."""
+    lines = [
+        "# Results",
+        "",
+        "Every figure here is written by `python -m benches.update_readme` from the files in `benches/results/`.",
+        "",
+    ]
+    sections: list[tuple[str, list[str]]] = []
+    for name, title, render in (
+        ("paper-mini-cpu", "The paper's experiment in small", paper_mini),
+        ("gradients-cpu", "Gradients", gradients),
+        ("peers-cpu", "Other tools", peers),
+        ("peers-scoring-cpu", "Other tools, the scoring step", peers_scoring),
+        ("inner-products-cpu", "Inner products", inner_products),
+        ("launches", "Host launches", launches),
+    ):
+        if name in found:
+            sections.append((title, render(found[name])))
+    if proofs:
+        sections.insert(1, ("Scores against retraining", proof(proofs)))
+    for title, table in sections:
+        lines += [f"## {title}", "", *table]
+    lines += ["## Suites", ""]
+    for picture, about in (
+        ("roofline", "Roofline: each stage beside the measured ceilings"),
+        ("ratios", "Times as fast as each baseline"),
+        ("scaling", "Scaling with N, Q, T, d, r and p"),
+    ):
+        lines.append(f"![{about}]({picture}.svg)")
+    return [*lines, "", "`make bench` made these; commit, versions and machine are under each plot.", ""]
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     proofs = {name.removeprefix("proof-"): result for name, result in found.items() if name.startswith("proof-")}
-    lines: list[str] = []
-    for name, render in (("paper-mini-cpu", paper_mini), ("gradients-cpu", gradients)):
-        lines += render(found[name]) if name in found else []
-    lines += proof(proofs) if proofs else []
-    for name, render in (
-        ("peers-cpu", peers),
-        ("peers-scoring-cpu", peers_scoring),
-        ("inner-products-cpu", inner_products),
-        ("launches", launches),
-    ):
-        lines += render(found[name]) if name in found else []
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     _, after = rest.split(END)
-    readme.write_text(before + BEGIN + "\n" + "\n".join(lines) + END + after)
+    readme.write_text(before + BEGIN + "\n" + "\n".join(headlines(found, proofs)) + END + after)
+    (ROOT / "docs" / "results.md").write_text("\n".join(whole_tables(found, proofs)))
 
 
 if __name__ == "__main__":

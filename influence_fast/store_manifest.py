@@ -109,6 +109,11 @@ class StoreIdentity:
             if not checked or mine == theirs or (name == "model_id" and same_weights):
                 continue
             label = _LABELS.get(name, "projection")
+            if name == "projection_sketch":
+                raise StoreError(
+                    f"{where}: its rows were made by {_sketch(mine)}, and here they would be by {_sketch(theirs)}: use "
+                    "the store's own (`store.sketch`; --sketch eigen or random), or build a new store"
+                )
             raise StoreError(
                 f"{where}: made with another {label}: {name} is {_short(mine)} in the store "
                 f"and {_short(theirs)} here; use the {label} that it was built with, or build a new store"
@@ -394,6 +399,10 @@ def joined_fingerprint(parts: Sequence[Part]) -> str | None:
     if len(values) == 1:
         return values[0]
     return None if None in values else digest(values)
+
+
+def _sketch(fingerprint: str | None) -> str:
+    return "a random sketch or none" if fingerprint is None else f"the fitted sketch {fingerprint[:12]}"
 
 
 def _short(value: object) -> str:

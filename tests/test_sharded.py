@@ -186,7 +186,7 @@ def test_scores_are_made_of_a_store_that_was_built_before(
     assert main([*score, "--output", "scores.csv", "--damping", "0.5"]) == 2
     assert "before has a sketch that was fitted with another" in capsys.readouterr().err
     assert main([*score, "--output", "scores.csv", "--sketch", "random"]) == 2
-    assert "another projection: projection_sketch" in capsys.readouterr().err
+    assert "by a random sketch or none: use the store's own" in capsys.readouterr().err
 
 
 def test_what_cannot_be_sharded_is_named() -> None:
