@@ -14,6 +14,7 @@ from benches.suites.case import VOCABULARY, Case, Scale, ragged_examples
 from influence_fast.gradients import gradient_layout, iter_gradient_rows, per_example_gradients
 from influence_fast.lora import layout_width
 from influence_fast.projection import Projection
+from influence_fast.sketch_fitting import fit_eigen_sketch
 from influence_fast.streaming import stream_influence
 
 BASELINES = ("padded batches of 4", "one by one")
@@ -44,6 +45,19 @@ def projected(projection: Projection) -> Callable[[Scale], Variants]:
         return {"ours": lambda: ours(model, examples, projection), **baselines(model, examples)}
 
     return build
+
+
+def fitted(scale: Scale) -> Variants:
+    """Rows of a sketch that is fitted beforehand."""
+    model, examples = world(scale)
+    projection = Projection(dim=16, width=scale(4096, 512))
+    sketch = fit_eigen_sketch(model, examples, projection=projection)
+
+    def run() -> None:
+        for _ in iter_gradient_rows(model, examples, projection=projection, sketch=sketch):
+            pass
+
+    return {"ours": run, **baselines(model, examples)}
 
 
 def exact(scale: Scale) -> Variants:
@@ -77,6 +91,7 @@ CASES = [
     Case("one_sided, dim 16", NAMES, projected(Projection(dim=16)), rounds=5),
     Case("one_sided, dim 64", NAMES, projected(Projection(dim=64)), rounds=5),
     Case("one_sided, dim 16, sketched to 4096", NAMES, projected(Projection(dim=16, width=4096)), rounds=5),
+    Case("one_sided, dim 16, fitted sketch to 4096", NAMES, fitted, rounds=5),
     Case("kron, dim 16", NAMES, projected(Projection("kron", dim=16)), rounds=5),
     Case("sjlt of width 4096", NAMES, projected(Projection("sjlt", width=4096)), rounds=5),
     Case("exact", NAMES, exact, rounds=5),
