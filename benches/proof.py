@@ -37,7 +37,7 @@ from influence_fast.config import (
     ValidateConfig,
 )
 from influence_fast.data import Example, load_examples, save_examples, tokenize
-from influence_fast.demo import demo_config
+from influence_fast.demo import WorldConfig, demo_config, make_world
 from influence_fast.methods import EXACT
 from influence_fast.pipeline import Pipeline
 from influence_fast.proof import validate
@@ -88,9 +88,19 @@ METHODS: tuple[Any, ...] = (
 )
 
 
+PROXY = "proxy of half the width"
+
+
+def proxy_folder(output: Path) -> Path:
+    """Where the world of a run has its smaller model."""
+    return output.with_name(f"{output.name}-world-proxy")
+
+
 def demo(output: Path) -> RunConfig:
     """The demo's run, its checkpoints kept."""
     config = demo_config(output, progress=False)
+    made = make_world(proxy_folder(output), config=WorldConfig(hidden_size=WorldConfig.hidden_size // 2))
+    assert made.model_path == proxy_folder(output) / "model"
     return dataclasses.replace(config, training=dataclasses.replace(config.training, save_checkpoints=True))
 
 
@@ -106,11 +116,12 @@ def math500(output: Path, data: str) -> RunConfig:
     parts = {"pool": pool, "validation": queries, "test": test}
     if not (world / "made").exists():
         tokenizer = train_tokenizer([e.prompt + "\n" + e.completion for e in examples], vocab_size=2048)
-        torch.manual_seed(0)
-        model = qwen2_model(len(tokenizer), tokenizer.eos_token_id, layers=2, width=128)
         training = TrainConfig(epochs=4, learning_rate=3e-3, batch_size=8)
         texts = tokenize(base, tokenizer, max_length=256, truncate=True).examples
-        finetune(model, tokenizer, texts, world / "model", config=training, lora=None)
+        for folder, width in ((world, 128), (proxy_folder(output), 64)):
+            torch.manual_seed(0)
+            model = qwen2_model(len(tokenizer), tokenizer.eos_token_id, layers=2, width=width)
+            finetune(model, tokenizer, texts, folder / "model", config=training, lora=None)
         for name, part in parts.items():
             save_examples(part, world / f"{name}.jsonl")
         (world / "made").touch()
@@ -145,11 +156,15 @@ def main() -> None:
         write_peer_work(config, args.work)
         return
     external = {path.stem: str(path) for path in sorted(args.peers.glob("*.npz"))} if args.peers else {}
-    settings = ValidateConfig(METHODS, subsets=args.subsets, processes=args.processes, external=external)
+    methods = (*METHODS, {"name": PROXY, "proxy": str(proxy_folder(args.output) / "model")})
+    settings = ValidateConfig(methods, subsets=args.subsets, processes=args.processes, external=external)
     results = validate(dataclasses.replace(config, validate=settings))
     print(text_tables(results))
     write_page(results, args.output / "validation.html")
     kept = {key: value for key, value in results.items() if key not in ("config", "environment", "versions")}
+    for row in kept["cost"]["rows"]:
+        if row["method"] == PROXY:
+            row["settings"]["proxy"] = PROXY  # not where it lay
     path = RESULTS / f"proof-{args.world}.json"
     path.write_text(json.dumps(describe() | kept, indent=1) + "\n")
     write_fidelity()
@@ -166,8 +181,8 @@ def write_fidelity() -> None:
         whole = sum(costs[result["default"]]["seconds"].values())
         for name, cost in costs.items():
             settings = cost["settings"]
-            if settings["loss"] or settings["projection"] == EXACT or settings["moments"]:
-                continue  # no influence, no store worth its name, or another run's optimizer state
+            if settings["loss"] or settings["projection"] == EXACT or settings["moments"] or settings["proxy"]:
+                continue  # no influence, no store worth its name, or a state or model that another run has not
             row = rows.setdefault(name, {"settings": settings, "cost": [], "worlds": {}})
             row["cost"].append(sum(cost["seconds"].values()) / whole)
             exact = cost["spearman_to_exact"]

@@ -42,7 +42,9 @@ class Method:
     rows get to that width (see `config.GradientConfig`). store_dtype: fp32, bf16 or int8. tokens: share of each trace's
     completion tokens that is kept, from its start. checkpoints: sum over the reference's saved checkpoints, weighted by
     learning rate (TracIn), in place of its final adapter alone. moments: second moments of the reference's optimizer,
-    for "adam" and "less". loss: no influence at all, the example's loss under the reference (the perplexity baseline).
+    for "adam" and "less". proxy: folder or hub id of a smaller model that is fine-tuned on the same pool, as the
+    reference was, and scores in its place. loss: no influence at all, the example's loss under the reference (the
+    perplexity baseline).
     """
 
     name: str
@@ -58,6 +60,7 @@ class Method:
     tokens: float = 1.0
     checkpoints: bool = False
     moments: bool = False
+    proxy: str | None = None
     loss: bool = False
 
     def __post_init__(self) -> None:
@@ -70,6 +73,8 @@ class Method:
             raise ConfigError(f"method {self.name}: tokens is {self.tokens}; it is a share, above 0 and at most 1")
         if self.moments and self.preconditioner not in ("adam", "less"):
             raise ConfigError(f"method {self.name}: moments are read by 'adam' and 'less' only")
+        if self.proxy is not None and (self.moments or self.checkpoints):
+            raise ConfigError(f"method {self.name}: a proxy has one adapter, and neither checkpoints nor moments")
         if self.sketch not in SKETCHES:
             raise ConfigError(
                 f"method {self.name}: unknown sketch {self.sketch!r}; {did_you_mean(self.sketch, SKETCHES)}"

@@ -18,6 +18,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,15 @@ from influence_fast.atomic import replacing
 from influence_fast.checkpoints import learning_rates
 from influence_fast.config import RunConfig, to_dict
 from influence_fast.data import tokenize
-from influence_fast.errors import ConfigError, DataError
+from influence_fast.errors import ConfigError, DataError, listing
 from influence_fast.lds import Estimate, ceiling, draw_subsets, linear_datamodeling_scores, seed_agreement
 from influence_fast.methods import Method, Scored, method_of, score_by
+from influence_fast.models import load_model, load_tokenizer
 from influence_fast.pipeline import HARMLESS, Pipeline, Queries
 from influence_fast.retraining import Outcome, Retraining, losses_of, retrain, subset_work
 from influence_fast.scoring import average_ranks, spearman
 from influence_fast.statistics import two_level_means
-from influence_fast.training import list_checkpoints
+from influence_fast.training import finetune, list_checkpoints
 
 FOLDER = "validate"
 RESULTS = "validation.json"
@@ -108,14 +110,11 @@ def _scored(pipeline: Pipeline, method: Method, reference: Path, queries: Querie
                 return Scored(found["matrix"], json.loads(str(found["seconds"])), int(found["bytes_per_example"]))
     if talks:
         print(f"scores by {method.name}", file=sys.stderr, flush=True)
-    scored = score_by(
-        method,
-        pipeline.base,
-        _adapters(method, reference),
-        pipeline.splits.tokenized.examples,
-        tokenize(queries.examples, pipeline.tokenizer).examples,
-        pipeline.folder / FOLDER / f".{method.name}.store",
-    )
+    scorer = _proxy(pipeline, method.proxy) if method.proxy else _reference(pipeline, method, reference)
+    asked = tokenize(queries.examples, scorer.tokenizer).examples
+    scratch = pipeline.folder / FOLDER / f".{method.name}.store"
+    scored = score_by(method, scorer.base, scorer.adapters, scorer.pool, asked, scratch)
+    scored = dataclasses.replace(scored, seconds=scorer.seconds | scored.seconds)
     with replacing(path) as partial, partial.open("wb") as file:
         np.savez(
             file,
@@ -125,6 +124,40 @@ def _scored(pipeline: Pipeline, method: Method, reference: Path, queries: Querie
             bytes_per_example=scored.bytes_per_example,
         )
     return scored
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """The model that a method's gradients are of, and the pool in its tokens."""
+
+    base: Any
+    tokenizer: Any
+    pool: list[dict[str, Any]]
+    adapters: list[tuple[Path, float]]
+    seconds: dict[str, float]  # what it took to make, beyond the reference
+
+
+def _reference(pipeline: Pipeline, method: Method, reference: Path) -> _Scorer:
+    pool = pipeline.splits.tokenized.examples
+    return _Scorer(pipeline.base, pipeline.tokenizer, pool, _adapters(method, reference), {})
+
+
+def _proxy(pipeline: Pipeline, path: str) -> _Scorer:
+    """The model at `path`, fine-tuned on the pool as the reference was. Raises DataError: it cannot read all of it."""
+    config = pipeline.config
+    base = load_model(path, dtype=config.model.dtype, device=config.model.device)
+    tokenizer = load_tokenizer(path)
+    tokens = tokenize(pipeline.splits.pool, tokenizer, max_length=config.data.max_length, truncate=config.data.truncate)
+    if tokens.too_long:
+        names = listing(name for name, _ in tokens.too_long)
+        raise DataError(f"{path}: in this proxy's tokens {names} are longer than max_length; raise it, or set truncate")
+    training = dataclasses.replace(config.training, seed=config.pruning.seeds[0], save_checkpoints=False)
+    name = hashlib.sha256(path.encode()).hexdigest()[:12]
+    folder = pipeline.folder / FOLDER / f"proxy-{name}"
+    trained = finetune(
+        base, tokenizer, tokens.examples, folder, config=training, lora=config.lora, progress=pipeline.progress
+    )
+    return _Scorer(base, tokenizer, tokens.examples, [(trained.path, 1.0)], {"fine-tuning the proxy": trained.seconds})
 
 
 def _adapters(method: Method, reference: Path) -> list[tuple[Path, float]]:

@@ -24,6 +24,8 @@ from influence_fast.retraining import Retraining, retrain
 from .test_pipeline import write_model, write_rows
 
 NARROW = {"name": "narrow", "preconditioner": "cosine", "dim": 4}
+FITTED = {"name": "fitted", "dim": 8, "width": 40, "sketch_examples": 16}
+PROXY = {"name": "proxy", "preconditioner": "cosine", "dim": 16, "proxy": "PROXY"}
 WIDE = NARROW | {"name": "wide", "dim": 256, "store_dtype": "fp32"}
 SETTINGS: dict[str, Any] = {
     "model": {"path": "model"},
@@ -41,6 +43,8 @@ SETTINGS: dict[str, Any] = {
             "loss",
             NARROW,
             WIDE,
+            FITTED,
+            PROXY,
         ],
         "default": "cosine",
         "subsets": 4,
@@ -56,17 +60,19 @@ SETTINGS: dict[str, Any] = {
 def proof(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("proof")
     write_model(folder / "model")
+    write_model(folder / "small", hidden=16)
     for name, n in (("pool", 24), ("validation", 6), ("test", 4)):
         write_rows(folder / f"{name}.jsonl", n, seed=n)
     data = {"pool": "pool.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
-    (folder / "config.yaml").write_text(yaml.safe_dump(SETTINGS | {"output": str(folder / "run"), "data": data}))
+    text = yaml.safe_dump(SETTINGS | {"output": str(folder / "run"), "data": data})
+    (folder / "config.yaml").write_text(text.replace("PROXY", str(folder / "small")))
     assert main(["validate", "--quiet", str(folder / "config.yaml")]) == 0
     return folder, json.loads((folder / "run" / "validation.json").read_text())
 
 
 def test_every_part_is_there(proof: tuple[Path, dict[str, Any]]) -> None:
     folder, results = proof
-    names = {"cosine", "less", "exact-dot", "exact-cosine", "loss", "narrow", "wide"}
+    names = {"cosine", "less", "exact-dot", "exact-cosine", "loss", "narrow", "wide", "fitted", "proxy"}
     for part, subsets, size in (("lds", 4, 12), ("leave_out", 3, 22)):
         assert (results[part]["subsets"], results[part]["seeds"], results[part]["size"]) == (subsets, 2, size)
         for group, kind in (("all", "queries"), ("correct", "mean")):
@@ -82,6 +88,11 @@ def test_every_part_is_there(proof: tuple[Path, dict[str, Any]]) -> None:
     costs = {row["method"]: row for row in results["cost"]["rows"]}
     assert costs["wide"]["spearman_to_exact"]["queries"] > costs["narrow"]["spearman_to_exact"]["queries"] > 0.4
     assert costs["wide"]["spearman_to_exact"]["correct"] > 0.9
+    assert costs["fitted"]["bytes_per_example"] == 40 * 2
+    assert costs["fitted"]["seconds"]["fitting the sketch"] > 0
+    assert costs["proxy"]["seconds"]["fine-tuning the proxy"] > 0
+    # of a model of another width, on the same examples: other numbers of about the same order
+    assert 0.1 < costs["proxy"]["spearman_to_exact"]["queries"] < 0.999
     page = (folder / "run" / "validation.html").read_text()
     assert "Linear datamodeling score" in page
     assert "<svg" in page
@@ -180,6 +191,10 @@ def change(folder: Path, tmp_path: Path, **validate_settings: Any) -> str:
         ({"methods": ["cosine", "cosine"]}, "a name comes twice"),
         ({"methods": ["cosine", {"name": "x", "dims": 3}]}, "unknown key 'dims'"),
         ({"methods": ["cosine", {"name": "x", "tokens": 0}]}, "tokens is 0"),
+        ({"methods": ["cosine", {"name": "x", "sketch": "eigne"}]}, "did you mean 'eigen'"),
+        ({"methods": ["cosine", {"name": "x", "sketch": "eigen"}]}, "needs the width"),
+        ({"methods": ["cosine", {"name": "x", "proxy": "p", "checkpoints": True}]}, "a proxy has one adapter"),
+        ({"methods": ["cosine", {"name": "x", "proxy": "missing-model"}]}, "missing-model"),
         ({"share": 1.5}, "validate.share is 1.5"),
         ({"subsets": 2}, "at least 3"),
         ({"external": {"other": "missing.npz"}}, "no scores of another tool"),
