@@ -28,7 +28,7 @@ _EXPORTS: dict[str, str] = {
     "evaluate": "evaluation",
     "example_embeddings": "embeddings",
     "finetune": "training",
-    "fit_eigen_sketch": "sketch_fitting",
+    "fit_projection": "sketch_fitting",
     "gradient_layout": "lora",
     "identity_of": "building",
     "import_gradients": "importers",

@@ -15,14 +15,13 @@ import numpy as np
 from torch import nn
 
 import influence_fast
-from influence_fast.eigen_sketch import EigenSketch
 from influence_fast.errors import ConfigError, DataError, NumericError, did_you_mean, listing
 from influence_fast.fingerprints import dataset_fingerprint, tokenizer_hash, weight_hashes
 from influence_fast.fp8 import AUTO, check_precision
 from influence_fast.projection import Projection
 from influence_fast.shard_rows import GradientSource, ShardWork, tokenized
 from influence_fast.store import Store, check_dtype
-from influence_fast.store_manifest import MANIFEST_NAME, Manifest, ModuleEntry, Part, StoreIdentity, projection_fields
+from influence_fast.store_manifest import Manifest, ModuleEntry, Part, StoreIdentity, projection_fields
 from influence_fast.store_writer import StoreWriter, UniqueIds
 
 if TYPE_CHECKING:
@@ -94,7 +93,6 @@ def build_store(
     progress: bool | None = None,
     on_nonfinite: str = "set_aside",
     gradients: GradientSource | None = None,
-    sketch: EigenSketch | None = None,
 ) -> Store:
     """Computes the gradient of every example of `dataset` and stores it in the folder `path`.
 
@@ -106,7 +104,8 @@ def build_store(
         model: a LoRA model (peft).
         tokenizer: the model's own; None when `dataset` is tokenized already.
         dataset: `data.Example`s, or tokenized examples `{"id", "input_ids", "labels"}`; ids must be unique.
-        projection: how a gradient becomes a row; None for exact gradients.
+        projection: how a gradient becomes a row; None for exact gradients. A sketch that was fitted is kept in the
+            store.
         dtype: "fp32", "bf16" or "int8" (nearest rounding, an fp32 scale a row).
         loss_reduction: "mean" or "sum" over an example's completion tokens.
         precision: "auto" or "fp8", as in `per_example_gradients`; the store records it, and rows of one do not mix with
@@ -119,9 +118,7 @@ def build_store(
         on_nonfinite: "set_aside" reports an example with a NaN or infinite gradient in `store.set_aside` and goes on;
             "error" stops.
         gradients: another source of rows, called as `gradients.iter_gradient_rows`, with `precision` left at "auto".
-            Where it does not fill in `losses`, the store has none. It is called with `sketch` where one is given.
-        sketch: what makes rows of `projection.width` numbers in place of a random sketch (see `fit_eigen_sketch`); it
-            is kept in the store.
+            Where it does not fill in `losses`, the store has none.
 
     Returns:
         The finished store, with the examples' losses (as `loss_reduction` has them) beside the rows. `store.set_aside`
@@ -132,8 +129,7 @@ def build_store(
             sides), ids come twice, or the disk fails; finished shards stay.
         NumericError: a gradient is not finite and `on_nonfinite` is "error".
         DataError, ModelError: as `per_example_gradients`.
-        ConfigError: a setting that does not exist, or that does not fit the others or the device; a sketch that was
-            fitted for another projection or model.
+        ConfigError: a setting that does not exist, or that does not fit the others or the device.
         KeyboardInterrupt: stopped with Ctrl-C; the message says how much is done.
     """
     writer = build_shards(
@@ -153,7 +149,6 @@ def build_store(
         progress=progress,
         on_nonfinite=on_nonfinite,
         gradients=gradients,
-        sketch=sketch,
     )
     store = writer.finalize()
     warn_of_set_aside(store, len(dataset))
@@ -178,7 +173,6 @@ def build_shards(
     progress: bool | None = None,
     on_nonfinite: str = "set_aside",
     gradients: GradientSource | None = None,
-    sketch: EigenSketch | None = None,
     part: tuple[int, int] = (0, 1),
     turns: Turns | None = None,
 ) -> StoreWriter:
@@ -206,15 +200,11 @@ def build_shards(
     if gradients is None:
         gradients = iter_gradient_rows
     manifest = _plan(
-        model, tokenizer, survey, projection, sketch, dtype, loss_reduction, precision, shard_rows, max_length, truncate
+        model, tokenizer, survey, projection, dtype, loss_reduction, precision, shard_rows, max_length, truncate
     )
-    if sketch is not None and not (Path(path) / MANIFEST_NAME).exists():
-        sketch.save(Path(path))  # before the manifest that names it
-    writer = StoreWriter(path, manifest, resume=resume)
+    writer = StoreWriter(path, manifest, resume=resume, sketch=None if projection is None else projection.sketch)
     shard_rows = manifest.parts[0].shard_rows
     options: dict[str, Any] = {"projection": projection, "loss_reduction": loss_reduction}
-    if sketch is not None:
-        options["sketch"] = sketch
     engine = KeptEngine()
     if ours:
         options |= {"row_dtype": dtype, "precision": precision, "engine": engine}
@@ -277,7 +267,6 @@ def identity_of(
     projection: Projection | None,
     loss_reduction: str = "mean",
     precision: str = AUTO,
-    sketch: EigenSketch | None = None,
 ) -> StoreIdentity:
     """What a store built with these carries; give it to `open_store(path, expect=...)` (data left unchecked)."""
     model_hash, adapter_hash = weight_hashes(model)
@@ -288,7 +277,7 @@ def identity_of(
         tokenizer_hash=None if tokenizer is None else tokenizer_hash(tokenizer),
         loss_reduction=loss_reduction,
         precision=precision,
-        **projection_fields(projection, None if sketch is None else sketch.fingerprint),
+        **projection_fields(projection),
     )
 
 
@@ -297,7 +286,6 @@ def _plan(
     tokenizer: Any,
     survey: Survey,
     projection: Projection | None,
-    sketch: EigenSketch | None,
     dtype: str,
     loss_reduction: str,
     precision: str,
@@ -308,8 +296,8 @@ def _plan(
     from influence_fast.lora import gradient_layout, layout_width
 
     layout = gradient_layout(model, projection)
-    if sketch is not None:
-        sketch.check(projection, layout)
+    if projection is not None and projection.sketch is not None:
+        projection.sketch.check_layout(layout)
     width = layout_width(layout) if projection is None or projection.width is None else projection.width
     if shard_rows is None:
         shard_rows = max(1, min(_SHARD_ROWS, _SHARD_BYTES // (4 * width)))
@@ -321,7 +309,6 @@ def _plan(
             projection=projection,
             loss_reduction=loss_reduction,
             precision=precision,
-            sketch=sketch,
         ),
         dataset_fingerprint=fingerprint,
         tokenization=f"{'text' if texts else 'as given'}, max_length={max_length}, truncate={truncate}",

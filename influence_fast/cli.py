@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--preconditioner",
         default="default",
-        help="ekfac_cosine (the default; cosine where a width is given), cosine, fisher, less, none, ...",
+        help="ekfac_cosine (the default; cosine where rows are sketched at random), cosine, fisher, less, none, ...",
     )
     sub.add_argument("--damping", type=_damping, default=0.1, help="share of the mean eigenvalue (0.1), or auto")
     sub.add_argument(
@@ -199,7 +199,10 @@ def _gradient_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--dim", type=int, default=64, help="projection dim p (default 64)")
     sub.add_argument("--width", type=int, help="sketch each row to this many numbers")
     sub.add_argument(
-        "--sketch", default="auto", help="random, or eigen: fitted on a sample (auto: eigen where it serves the scores)"
+        "--sketch",
+        default="auto",
+        help="how rows get to the width: random, eigen (fitted on a sample), or a store's folder (its sketch again); "
+        "auto: eigen where that serves the scores",
     )
     sub.add_argument("--store-dtype", default="bf16", help="fp32, bf16 (default) or int8")
     sub.add_argument(
@@ -459,6 +462,7 @@ def _build(args: Any) -> None:
     from influence_fast.config import InfluenceConfig, check_influence
     from influence_fast.fp8 import check_precision
     from influence_fast.models import load_model, load_tokenizer
+    from influence_fast.sketch_fitting import resolved
 
     check_precision(args.precision, "--precision", sharded=args.fsdp != 1)
     _quiet_libraries()
@@ -493,21 +497,15 @@ def _build(args: Any) -> None:
             print(f"left out, without a trace for --trace {args.trace}: {len(tokens.without)} rows")
     peak = args.peak_tflops * 1e12 if args.peak_tflops else metrics.peak_flops(torch.device(device if cuda else "cpu"))
     together: dict[str, Any] = {"world": world, "group": group, "time_limit": args.time_limit}
-    options: dict[str, Any] = {
-        "projection": gradients.projection,
-        "precision": gradients.precision,
-        "max_tokens": args.max_tokens,
-    }
-    if gradients.fits_sketch(influence.preconditioner):
-        options["sketch"] = distributed.fit_sketch(
-            args.output,
-            model,
-            tokens,
-            damping=influence.damping,
-            examples=gradients.sketch_examples,
-            **together,
-            **options,
+    options: dict[str, Any] = {"precision": gradients.precision, "max_tokens": args.max_tokens}
+
+    def fit(projection: Any) -> Any:
+        sizes: dict[str, Any] = {"examples": gradients.sketch_examples, "damping": influence.damping}
+        return distributed.fit_projection(
+            args.output, model, tokens, projection=projection, **sizes, **together, **options
         )
+
+    projection = resolved(gradients.projection, gradients.sketch, influence.preconditioner, model, fit)
     store = distributed.build_distributed(
         args.output,
         model,
@@ -516,6 +514,7 @@ def _build(args: Any) -> None:
         progress=False if args.quiet else None,
         profile=args.profile,
         peak=None if peak is None else peak * args.fsdp,
+        projection=projection,
         dtype=gradients.store_dtype,
         shard_rows=args.shard_rows,
         **together,

@@ -25,10 +25,12 @@ from influence_fast.preconditioners import (
     PRECONDITIONERS,
     SKETCHES,
     Damping,
+    after_sketch,
     check_damping,
     fits_sketch,
 )
 from influence_fast.projection import Projection
+from influence_fast.store_manifest import MANIFEST_NAME
 from influence_fast.strategies import STRATEGIES, needed_columns
 from influence_fast.training import LoraSettings, TrainConfig
 
@@ -82,7 +84,8 @@ class GradientConfig:
     """How a gradient becomes a row of the store (see `Projection`).
 
     `sketch` is how rows get to `width` numbers: `random`, or `eigen`, fitted on the gradients of `sketch_examples`
-    examples (see `eigen_sketch`); `auto` is `eigen` where scores are to be `ekfac`'s, as they are by default.
+    examples (see `eigen_sketch`), or the folder of a store whose sketch is used again; `auto` is `eigen` where scores
+    are to be `ekfac`'s, as they are by default, and leaves rows that are no longer than `width` as they are.
     `precision: fp8` multiplies with the frozen base weights in 8 bits (see `fp8`), for the queries' gradients too.
     """
 
@@ -268,19 +271,18 @@ def check_influence(influence: InfluenceConfig, gradients: GradientConfig) -> No
         raise ConfigError("influence.optimizer is read by 'adam' and 'less' only; choose one of them, or leave it out")
     if influence.optimizer is not None and influence.damping == AUTO:
         raise ConfigError("influence.damping: 'auto' cannot be picked for an optimizer's own moments; give a number")
-    _one_of("gradients.sketch", gradients.sketch, SKETCHES)
+    if gradients.sketch not in SKETCHES and not (Path(gradients.sketch) / MANIFEST_NAME).exists():
+        raise ConfigError(
+            f"gradients.sketch: {gradients.sketch!r} is no store's folder; {did_you_mean(gradients.sketch, SKETCHES)}"
+        )
     if gradients.fits_sketch(influence.preconditioner):
         try:
             check_projection(gradients.projection)
+            after_sketch(influence.preconditioner)
         except ConfigError as error:
             raise ConfigError(f"gradients.sketch: {error}") from None
         if gradients.sketch_examples < 1:
             raise ConfigError(f"gradients.sketch_examples must be at least 1, not {gradients.sketch_examples}")
-        if influence.optimizer is not None:
-            raise ConfigError(
-                "influence.optimizer: a fitted sketch has coordinates for which no optimizer keeps moments; set "
-                "gradients.sketch: random"
-            )
     elif influence.preconditioner in ("ekfac", "ekfac_cosine") and gradients.width is not None:
         raise ConfigError(
             f"influence.preconditioner: {influence.preconditioner!r} needs a block for each LoRA factor, which a "
@@ -409,9 +411,10 @@ def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
     def source(value: Any) -> Any:
         return None if value is None else dataclasses.replace(value, path=local(value.path))
 
-    data, optimizer = config.data, config.influence.optimizer
+    data, optimizer, sketch = config.data, config.influence.optimizer, config.gradients.sketch
     return dataclasses.replace(
         config,
+        gradients=dataclasses.replace(config.gradients, sketch=sketch if sketch in SKETCHES else local(sketch)),
         influence=dataclasses.replace(config.influence, optimizer=None if optimizer is None else local(optimizer)),
         model=dataclasses.replace(config.model, path=local(config.model.path)),
         target_model=config.target_model

@@ -26,11 +26,13 @@ from torch import nn
 from influence_fast.building import build_shards, warn_of_set_aside
 from influence_fast.claims import Claims, Owner
 from influence_fast.eigen_sketch import EigenSketch
-from influence_fast.errors import ConfigError, StoreError
+from influence_fast.errors import ConfigError
 from influence_fast.fp8 import AUTO, check_precision
 from influence_fast.metrics import Board, Meter, board, chrome_trace, example_flops, folder_of
+from influence_fast.projection import Projection
 from influence_fast.sharded import LockstepRows
-from influence_fast.sketch_fitting import Find, Fit, Keep, fit_eigen_sketch
+from influence_fast.sketch_fitting import Find, Fit, Keep, kept
+from influence_fast.sketch_fitting import fit_projection as fit_by_itself
 from influence_fast.store import Store, open_store
 from influence_fast.store_manifest import Manifest, file_name
 from influence_fast.store_writer import StoreWriter
@@ -410,7 +412,7 @@ def once(
         time.sleep(pause)
 
 
-def fit_sketch(
+def fit_projection(
     path: str | Path,
     model: nn.Module,
     dataset: Sequence[Any],
@@ -419,37 +421,30 @@ def fit_sketch(
     group: Any = None,
     time_limit: float = TIME_LIMIT,
     **options: Any,
-) -> EigenSketch:
-    """`fit_eigen_sketch` for the store in `path`, by every process that runs this with the same arguments.
+) -> Projection:
+    """`sketch_fitting.fit_projection` for the store in `path`, by every process that runs this with the same arguments.
 
     One of them fits, and the others take what it kept; with a `group` (see `build_distributed`) all compute, and rank
-    0 keeps. Returns the same sketch everywhere. Raises as `fit_eigen_sketch`.
+    0's is kept. Returns the same everywhere. Raises as it does.
     """
     world = World.from_environment() if world is None else world
     path = Path(path)
 
     def by_claim(find: Find, fit: Fit, keep: Keep) -> EigenSketch:
         once(path, world, lambda: find() is not None, lambda beat: keep(fit(beat)), time_limit)
-        return _kept(find, path)
+        return kept(find)
 
     def together(find: Find, fit: Fit, keep: Keep) -> EigenSketch:
-        if _largest(int(find() is None), None):  # somebody found none: all fit, in lockstep
+        if _largest(int(find() is None), None):  # somebody found none: all compute, in lockstep
             sketch = fit(lambda: None)
             if world.rank == 0:
                 keep(sketch)
             _largest(0, None)  # kept now
-        return _kept(find, path)
+        return kept(find)
 
     if group is None:
-        return fit_eigen_sketch(model, dataset, folder=path, share=by_claim, **options)
-    return fit_eigen_sketch(model, dataset, folder=path, share=together, gradients=LockstepRows(group), **options)
-
-
-def _kept(find: Find, path: Path) -> EigenSketch:
-    found = find()
-    if found is None:
-        raise StoreError(f"{path} lost its sketch while it was built; do all processes see the same folder?")
-    return found
+        return fit_by_itself(model, dataset, folder=path, share=by_claim, **options)
+    return fit_by_itself(model, dataset, folder=path, share=together, gradients=LockstepRows(group), **options)
 
 
 def init_group(world: World, ranks: int, device: str) -> tuple[Any, Any]:

@@ -174,7 +174,7 @@ def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from influence_fast.lora import gradient_layout, layout_width
+    from influence_fast.sketch_fitting import width_of
     from influence_fast.training import attach_lora, quiet_libraries
 
     try:
@@ -190,7 +190,7 @@ def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
         parameters = sum(p.numel() for p in base.parameters())
         tuned = attach_lora(base, config.lora, 0)
         trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-    projection = config.gradients.projection
+    row = width_of(config.gradients.projection, config.gradients.sketch, tuned)
     text = settings.get_text_config()
     return ModelShape(
         parameters=parameters,
@@ -199,7 +199,7 @@ def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
         vocabulary=int(text.vocab_size),
         context=getattr(text, "max_position_embeddings", None),
         trained=trained,
-        row=projection.width or layout_width(gradient_layout(tuned, projection)),
+        row=row,
         config=text,
     )
 

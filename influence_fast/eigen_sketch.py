@@ -13,12 +13,11 @@ whose noise is as large as the cosines (`python -m benches.proof` compares both 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,30 +28,30 @@ from influence_fast.atomic import replacing
 from influence_fast.errors import ConfigError, StoreError
 from influence_fast.lora import LayoutEntry, layout_width
 from influence_fast.projection import Projection
-from influence_fast.store_manifest import MANIFEST_NAME, RESTORE, SKETCH_NAME
 
 DEFAULT_EXAMPLES = 512
+MEND = "restore it, or fit it again and run the same build"
 
 Shape = tuple[int, int]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class EigenSketch:
-    """A fitted map of unsketched rows [E, K] to rows [E, width]; make one by `fit_eigen_sketch`.
+    """A fitted map of unsketched rows [E, K] to rows [E, width]; `fit_projection` makes one.
 
-    projection: what it goes with, `width` included. layout: the K numbers that it reads. bases: for each shape (m, n)
+    goes_with: the projection that it is a part of. layout: the K numbers that it reads. bases: for each shape (m, n)
     of a factor's block, U_A [M, m, m] and U_B [M, n, n] fp32 of its M blocks in order. chosen: [width] int64, the
     coordinates that are kept, as places in the K numbers, ascending. scale: [width] fp32, 1 / sqrt(S + lambda) there.
-    share: of the sum of all E[w^2], what the chosen ones hold. purpose: a digest of what it was fitted on and for.
+    share: of the sum of all E[w^2], what the chosen ones hold. purpose: what it was fitted on and for, plain values.
     """
 
-    projection: Projection
+    goes_with: Projection
     layout: tuple[LayoutEntry, ...]
     bases: Mapping[Shape, tuple[torch.Tensor, torch.Tensor]]
     chosen: torch.Tensor
     scale: torch.Tensor
-    share: float
-    purpose: str
+    share: float = 1.0
+    purpose: Mapping[str, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -63,25 +62,27 @@ class EigenSketch:
             found.update(tensor.contiguous().numpy().tobytes())
         return found.hexdigest()
 
-    def check(self, projection: Projection | None, layout: Sequence[LayoutEntry]) -> None:
-        """ConfigError unless it was fitted for rows of this `projection` and unsketched `layout`."""
-        if projection != self.projection:
-            raise ConfigError(
-                f"the sketch was fitted for {self.projection}, not for {projection}; use that, or fit anew"
-            )
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EigenSketch) and other.fingerprint == self.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"EigenSketch({self.fingerprint[:12]}, {self.chosen.numel()} of {layout_width(list(self.layout))})"
+
+    def check_layout(self, layout: Sequence[LayoutEntry]) -> None:
+        """ConfigError unless it was fitted for unsketched rows of this layout."""
         if tuple(layout) != self.layout:
             raise ConfigError("the sketch was fitted on another model's rows, of other modules or ranks; fit it anew")
 
     def save(self, folder: Path) -> None:
-        """Writes `sketch.safetensors`, whole or not at all, unless it is there. Raises StoreError: the disk refuses."""
+        """Writes its file, whole or not at all, beside those of other sketches. Raises StoreError: the disk refuses."""
         from safetensors.torch import save_file
 
-        path = folder / SKETCH_NAME
-        with contextlib.suppress(StoreError):
-            if type(self).load(folder).fingerprint == self.fingerprint:
-                return
+        path = folder / file_of(self.fingerprint)
         # one entry: safetensors writes several in another order each time
-        about = {"about": json.dumps(self._about() | {"purpose": self.purpose, "share": self.share})}
+        about = {"about": json.dumps(self._about() | {"purpose": dict(self.purpose), "share": self.share})}
         try:
             with replacing(path) as temporary:
                 save_file(self._tensors(), temporary, about)
@@ -89,30 +90,32 @@ class EigenSketch:
             raise StoreError(f"{path} cannot be written ({error}); mend that and run the same build again") from error
 
     @classmethod
-    def load(cls, folder: Path) -> EigenSketch:
+    def load(cls, path: Path) -> EigenSketch:
         """What `save` wrote. Raises StoreError: there is none, or it is damaged."""
         from safetensors import safe_open
 
-        path = folder / SKETCH_NAME
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()["about"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- no mapping
             layout = tuple(LayoutEntry(m, f, (a, b), offset) for m, f, (a, b), offset in about["layout"])
             shapes = dict.fromkeys(entry.shape for entry in layout)
-            return cls(
-                projection=Projection(**about["projection"]),
+            found = cls(
+                goes_with=Projection(**about["projection"]),
                 layout=layout,
                 bases={s: (tensors[f"left {s[0]}x{s[1]}"], tensors[f"right {s[0]}x{s[1]}"]) for s in shapes},
                 chosen=tensors["chosen"],
                 scale=tensors["scale"],
                 share=float(about["share"]),
-                purpose=str(about["purpose"]),
+                purpose=about["purpose"],
             )
         except FileNotFoundError:
-            raise StoreError(f"{path} is missing; {RESTORE}") from None
+            raise StoreError(f"{path} is missing; {MEND}") from None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{path} is damaged ({error!r}); {RESTORE}") from None
+            raise StoreError(f"{path} is damaged ({error!r}); {MEND}") from None
+        if path.name != file_of(found.fingerprint):
+            raise StoreError(f"{path} is not what was written (its checksum differs); {MEND}")
+        return found
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         sides = {}
@@ -122,7 +125,13 @@ class EigenSketch:
 
     def _about(self) -> dict[str, Any]:
         layout = [[entry.module, entry.factor, list(entry.shape), entry.offset] for entry in self.layout]
-        return {"projection": asdict(self.projection), "layout": layout}
+        plain = {name: getattr(self.goes_with, name) for name in ("kind", "dim", "seed", "width", "layers")}
+        return {"projection": plain, "layout": layout}
+
+
+def file_of(fingerprint: str) -> str:
+    """The name of a sketch's file in a store's folder. It names the contents, so that none is written over another."""
+    return f"sketch-{fingerprint[:16]}.safetensors"
 
 
 class EigenRows:
@@ -160,21 +169,3 @@ def check_projection(projection: Projection) -> None:
         )
     if projection.width is None:
         raise ConfigError("a fitted sketch needs the width that rows are to have, for example width=8192")
-
-
-def kept_sketch(folder: Path, purpose: str) -> EigenSketch | None:
-    """The sketch in a store's folder, if it was fitted for `purpose`; None where there is none yet.
-
-    Raises StoreError where a store was built on one that was fitted for something else.
-    """
-    if not (folder / SKETCH_NAME).exists():
-        return None
-    found = EigenSketch.load(folder)
-    if found.purpose == purpose:
-        return found
-    if (folder / MANIFEST_NAME).exists():
-        raise StoreError(
-            f"{folder} has a sketch that was fitted with another model, projection, damping, sample or length limit; "
-            "give what it was built with, or another folder"
-        )
-    return None

@@ -23,7 +23,6 @@ from torch import nn
 from torch.nn.functional import linear as dense
 
 from influence_fast import attention, backends, fp8, graphs
-from influence_fast.eigen_sketch import EigenSketch
 from influence_fast.errors import ConfigError, ModelError, say_once
 from influence_fast.lora import LayoutEntry, LoraLinear, find_lora_linears, in_top_layers, layout_of
 from influence_fast.loss import CompletionLoss
@@ -229,7 +228,6 @@ class GradientEngine:
 
     `reducer`, a function of the model's LoRA linears and their row layout, makes something else of each module's
     tokens than gradient rows (see `streaming`). With `bf16_rows` the kernels may write rows in bf16.
-    `sketch`: a fitted one in place of the random sketch to `projection.width`; ConfigError if it was fitted for others.
     `precision`: "auto", products with the base weights in the model's own dtype, or "fp8", those of the LoRA linears in
     8 bits (see `fp8`; ConfigError on entry where that cannot be).
     `cuda_graphs`: replay recorded steps in place of launching each operation (see `graphs`); ConfigError where these
@@ -246,7 +244,6 @@ class GradientEngine:
         bf16_rows: bool = False,
         precision: str = fp8.AUTO,
         cuda_graphs: bool | None = None,
-        sketch: EigenSketch | None = None,
     ) -> None:
         fp8.check_precision(precision)
         if loss_reduction not in ("mean", "sum"):
@@ -261,12 +258,10 @@ class GradientEngine:
         layout = layout_of(self.linears, projection)
         if reducer is not None:
             self.reducer = reducer(self.linears, layout)
-        elif projection is not None and not projection.flat:
-            self.reducer = ProjectedReducer(self.linears, layout, projection, sketch)
         else:
-            if sketch is not None:
-                sketch.check(projection, layout)
-            self.reducer = FullReducer(self.linears, layout, projection)
+            kind = None if projection is None else projection.kind
+            reducer_class = ProjectedReducer if kind in ("one_sided", "kron") else FullReducer
+            self.reducer = reducer_class(self.linears, layout, projection)
         self.reducer.triton = self.backend == "triton"
         self.reducer.bf16_rows = bf16_rows
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model

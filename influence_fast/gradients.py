@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from influence_fast.eigen_sketch import EigenSketch
 from influence_fast.engine import GradientEngine
 from influence_fast.errors import DataError, NumericError, listing
 from influence_fast.fp8 import AUTO
@@ -34,7 +33,6 @@ def per_example_gradients(
     backend: str | None = None,
     precision: str = AUTO,
     cuda_graphs: bool | None = None,
-    sketch: EigenSketch | None = None,
 ) -> torch.Tensor:
     """The LoRA gradient of each example's own loss, one row an example.
 
@@ -42,7 +40,8 @@ def per_example_gradients(
         model: a peft model (or a model with LoRA layers injected) that transformers can run.
         examples: `{"input_ids", "labels"}`, 1-D int tensors of one length, labels -100 where ignored and aligned
             with input_ids (the shift by one happens here); `"id"` is optional and used in messages.
-        projection: None for the exact gradient, laid out as `gradient_layout(model)` says; else a `Projection`.
+        projection: None for the exact gradient, laid out as `gradient_layout(model)` says; else a `Projection`. For
+            queries take `store.projection`, which has the store's own sketch where one was fitted.
         loss_reduction: `"mean"` over the example's completion tokens, or `"sum"`.
         max_tokens: tokens in one packed batch; changes speed and memory, not the numbers.
         backend: "auto", "triton" or "torch" (see `backends`); by default what INFLUENCE_FAST_BACKEND says, or "auto".
@@ -50,21 +49,19 @@ def per_example_gradients(
             weights in 8 bits (see `fp8`). That changes the numbers: compare with rows of the same precision alone.
         cuda_graphs: replay recorded steps, for small models on a card (see `graphs`); by default what
             INFLUENCE_FAST_CUDA_GRAPHS says, or not.
-        sketch: what makes rows of `projection.width` numbers in place of a random sketch: a store's own
-            (`store.sketch`), or one of `fit_eigen_sketch`.
 
     Returns:
         (E, k) tensor on the model's device: fp32, or fp64 for an fp64 model.
 
     Raises:
         ConfigError: an unknown precision or backend, or one (or CUDA graphs) that this device or model cannot have; a
-            sketch that was fitted for another projection or model.
+            sketch that was fitted on another model.
         DataError: an example is malformed, has no token to learn from or a token the model does not have.
         ModelError: the model has no LoRA layer, or one this package cannot differentiate.
         NumericError: a gradient is NaN or infinite; the message names the examples.
     """
     with GradientEngine(
-        model, projection, loss_reduction, backend, precision=precision, cuda_graphs=cuda_graphs, sketch=sketch
+        model, projection, loss_reduction, backend, precision=precision, cuda_graphs=cuda_graphs
     ) as engine:
         dtype, device = engine.reducer.dtype, engine.device
         out = torch.empty(len(examples), engine.width, dtype=dtype, device=device)
@@ -122,7 +119,6 @@ def iter_gradient_rows(
     precision: str = AUTO,
     losses: torch.Tensor | None = None,
     engine: KeptEngine | None = None,
-    sketch: EigenSketch | None = None,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """As `per_example_gradients`, one packed batch at a time: (indices into `examples`, CPU rows [n, k]).
 
@@ -140,7 +136,6 @@ def iter_gradient_rows(
         "backend": backend,
         "bf16_rows": row_dtype == "bf16",
         "precision": precision,
-        "sketch": sketch,
     }
     with KeptEngine() if engine is None else contextlib.nullcontext(engine) as kept:
         opened = kept.open(model, settings)

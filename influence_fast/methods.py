@@ -7,6 +7,7 @@ which layers and how much of a trace they see, one adapter or all saved checkpoi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -25,10 +26,10 @@ from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
 from influence_fast.gradients import per_example_gradients, per_example_losses
 from influence_fast.lora import gradient_layout
 from influence_fast.packing import IGNORED
-from influence_fast.preconditioners import PRECONDITIONERS, SKETCHES, fits_sketch
+from influence_fast.preconditioners import PRECONDITIONERS, SKETCHES, after_sketch, fits_sketch
 from influence_fast.projection import Projection
 from influence_fast.scoring import influence_matrix
-from influence_fast.sketch_fitting import fit_eigen_sketch
+from influence_fast.sketch_fitting import fit_projection, resolved
 from influence_fast.training import finetuned
 
 EXACT = "none"  # the projection kind that keeps whole gradients
@@ -86,6 +87,7 @@ class Method:
                     f"method {self.name}: no sketch can be fitted for exact rows or an optimizer's moments"
                 )
             check_projection(rows)
+            after_sketch(self.preconditioner)
 
     def rows(self) -> Projection | None:
         """The projection of its rows; None for exact gradients."""
@@ -175,12 +177,9 @@ def score_by(
                     losses = per_example_losses(model, shortened).numpy().astype(np.float32)
                 return Scored(np.repeat(-losses[:, None], len(queries), axis=1), seconds, 4)
             shutil.rmtree(scratch, ignore_errors=True)
-            options: dict[str, Any] = {"projection": method.rows()}
-            if method.fits_sketch():
-                with _timed(seconds, "fitting the sketch"):
-                    options["sketch"] = fit_eigen_sketch(
-                        model, shortened, examples=method.sketch_examples, damping=method.damping, **options
-                    )
+            fit = functools.partial(_fit, seconds, method, model, shortened)
+            projection = resolved(method.rows(), method.sketch, method.preconditioner, model, fit)
+            options: dict[str, Any] = {"projection": projection}
             with _timed(seconds, "training gradients"):
                 store = build_store(
                     scratch, model, None, shortened, dtype=method.store_dtype, progress=False, **options
@@ -190,9 +189,7 @@ def score_by(
                 raise DataError(f"method {method.name}: no gradient for {names}; leave these examples out of the pool")
             with _timed(seconds, "query gradients"):
                 rows = per_example_gradients(model, queries, **options).cpu()
-            moments = None
-            if method.moments:
-                moments = adam_moments(path, gradient_layout(model), projection=method.rows())
+            moments = adam_moments(path, gradient_layout(model), **options) if method.moments else None
             with _timed(seconds, "scores"):
                 matrix = influence_matrix(
                     store, rows, preconditioner=method.preconditioner, damping=method.damping, moments=moments
@@ -201,6 +198,14 @@ def score_by(
             bytes_per_example += sum(file.stat().st_size for file in scratch.glob("rows-*")) // max(1, len(store))
     shutil.rmtree(scratch, ignore_errors=True)
     return Scored(total, seconds, bytes_per_example)
+
+
+def _fit(
+    seconds: dict[str, float], method: Method, model: Any, pool: Sequence[dict[str, Any]], projection: Projection
+) -> Projection:
+    with _timed(seconds, "fitting the sketch"):
+        sizes: dict[str, Any] = {"examples": method.sketch_examples, "damping": method.damping}
+        return fit_projection(model, pool, projection=projection, **sizes)
 
 
 def shorten(example: Mapping[str, Any], share: float) -> dict[str, Any]:

@@ -44,9 +44,10 @@ from influence_fast.grouping import row_groups
 from influence_fast.lora import gradient_layout
 from influence_fast.models import load_model, load_tokenizer
 from influence_fast.packing import IGNORED
+from influence_fast.projection import Projection
 from influence_fast.report import save_results, write_report
 from influence_fast.scores import ScoreTable
-from influence_fast.sketch_fitting import fit_eigen_sketch
+from influence_fast.sketch_fitting import fit_projection, resolved
 from influence_fast.statistics import grid_statistics
 from influence_fast.strategies import EMBEDDING_RANK, PASS_RATE, needed_columns
 from influence_fast.training import TrainResult, finetune, finetuned, list_checkpoints
@@ -684,23 +685,18 @@ def score_pool(
         seconds[name] = time.perf_counter() - start
 
     options: dict[str, Any] = {
-        "projection": gradients.projection,
         "loss_reduction": gradients.loss_reduction,
         "precision": gradients.precision,
         "max_tokens": gradients.max_tokens,
     }
-    sketch = None
-    if gradients.fits_sketch(influence.preconditioner):
+
+    def fit(projection: Projection) -> Projection:
         with timed("fitting the sketch"):
-            sketch = fit_eigen_sketch(
-                model,
-                pool,
-                examples=gradients.sketch_examples,
-                damping=influence.damping,
-                folder=store_path,
-                **options,
-            )
-    options["sketch"] = sketch
+            sizes: dict[str, Any] = {"examples": gradients.sketch_examples, "damping": influence.damping}
+            return fit_projection(model, pool, projection=projection, folder=store_path, **sizes, **options)
+
+    projection = resolved(gradients.projection, gradients.sketch, influence.preconditioner, model, fit)
+    options["projection"] = projection
     with timed("training gradients"):
         store = build_store(
             store_path, model, None, pool, dtype=gradients.store_dtype, progress=progress or None, **options
@@ -709,7 +705,7 @@ def score_pool(
         rows = per_example_gradients(model, tokenize(queries.examples, tokenizer).examples, **options).cpu()
     moments = None
     if influence.optimizer is not None:
-        moments = adam_moments(influence.optimizer, gradient_layout(model), projection=gradients.projection)
+        moments = adam_moments(influence.optimizer, gradient_layout(model), projection=projection)
     with timed("inner products and ranks"):
         table = scoring.influence_scores(
             store,

@@ -22,8 +22,8 @@ from torch import nn
 from influence_fast.dry_run import row_bytes
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients import iter_gradient_rows
-from influence_fast.lora import gradient_layout, layout_width
 from influence_fast.methods import Method, method_of
+from influence_fast.sketch_fitting import width_of
 
 TABLE = Path(__file__).with_name("fidelity.json")
 SAMPLE_TOKENS = 8192  # timed, after as many again to warm up
@@ -75,9 +75,7 @@ def plan(
     proposals = []
     for row in fidelity_table():
         method = method_of(row["settings"])
-        if method.fits_sketch() and method.width and method.width > _unsketched_width(model, method):
-            continue  # it chooses from more numbers than a row of this model has
-        size = row_bytes(_row_width(model, method), method.store_dtype)
+        size = row_bytes(width_of(method.rows(), method.sketch, model), method.store_dtype)
         proposals.append(
             Proposal(
                 method,
@@ -137,11 +135,3 @@ def _size(count: int) -> str:
         if count >= scale:
             return f"{count / scale:.1f} {unit}"
     return f"{count / 1e3:.1f} kB"
-
-
-def _row_width(model: nn.Module, method: Method) -> int:
-    return method.width or _unsketched_width(model, method)
-
-
-def _unsketched_width(model: nn.Module, method: Method) -> int:
-    return layout_width(gradient_layout(model, method.rows()))

@@ -149,26 +149,27 @@ def resolve(name: str, factors: list[LayoutEntry] | None) -> str:
     return name
 
 
-def after_sketch(name: str, moments: torch.Tensor | None = None) -> str:
+def after_sketch(name: str) -> str:
     """What is left of `name` to do on rows that a fitted sketch made, which have `ekfac`'s H^-1/2 in them already.
 
-    Raises ConfigError for an optimizer's `moments`, which are of other coordinates.
+    Raises ConfigError for another preconditioner: its scores would be `ekfac`'s under a wrong name.
     """
-    if moments is not None:
+    if name not in _AFTER_SKETCH:
         raise ConfigError(
-            f"the store's rows are coordinates of a fitted sketch, for which an optimizer has no moments ({name!r}): "
-            "build the store with a random sketch"
+            f"rows of a fitted sketch have the H^-1 of 'ekfac' in them, and cannot be scored by {name!r}: take 'ekfac' "
+            "or 'ekfac_cosine', or rows of a random sketch"
         )
-    return _AFTER_SKETCH.get(name, name)
+    return _AFTER_SKETCH[name]
 
 
 def fits_sketch(sketch: str, projection: Projection | None, name: str) -> bool:
     """Whether rows of `projection` that are to be scored by the preconditioner `name` are made by a fitted sketch.
 
-    sketch: one of `SKETCHES`; "auto" fits one where that has the preconditioner's H^-1 in it and rows have a width.
+    sketch: one of `SKETCHES`, or the folder of a store whose sketch is used again; "auto" fits one where that has the
+    preconditioner's H^-1 in it and rows have a width.
     """
     if sketch != AUTO:
-        return sketch == "eigen"
+        return sketch != "random"
     sketched = projection is not None and projection.width is not None and not projection.flat
     return sketched and name in _AFTER_SKETCH
 

@@ -18,12 +18,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from influence_fast.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from influence_fast.eigen_sketch import EigenSketch
 
 KINDS = ("one_sided", "kron", "sjlt", "rademacher")
 FLAT_KINDS = ("sjlt", "rademacher")
@@ -47,8 +51,9 @@ class Projection:
         whole row to `width` numbers) or None for no second stage.
     layers: share of the decoder's layers, counted from the top, whose LoRA modules are in a row (rounded up to whole
         layers). The backward pass ends at the lowest of them.
+    sketch: what makes rows of `width` numbers in place of the SJLT, where one was fitted (`fit_projection`).
 
-    Raises ConfigError for an unknown kind or a value out of range.
+    Raises ConfigError for an unknown kind or a value out of range, or a sketch that was fitted for other ones.
     """
 
     kind: str = "one_sided"
@@ -56,6 +61,7 @@ class Projection:
     seed: int = 0
     width: int | None = None
     layers: float = 1.0
+    sketch: EigenSketch | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -70,6 +76,13 @@ class Projection:
                 raise ConfigError(f"projection width {self.width} is above {_MAX_WIDTH}; choose a smaller one")
         elif self.kind in FLAT_KINDS:
             raise ConfigError(f"projection kind {self.kind!r} needs width=<length of a row>, for example width=8192")
+        if self.sketch is not None and self.sketch.goes_with != self.plain:
+            raise ConfigError(f"a sketch that was fitted for {self.sketch.goes_with} does not go with {self.plain}")
+
+    @property
+    def plain(self) -> Projection:
+        """The same without a fitted sketch."""
+        return self if self.sketch is None else replace(self, sketch=None)
 
     @property
     def flat(self) -> bool:

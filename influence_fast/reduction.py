@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from influence_fast.eigen_sketch import EigenRows, EigenSketch
+from influence_fast.eigen_sketch import EigenRows
 from influence_fast.errors import ConfigError
 from influence_fast.lora import LayoutEntry, LoraLinear, layout_width
 from influence_fast.projection import Projection, random_matrix, sign_matrix, sjlt_map
@@ -43,7 +43,7 @@ def _matrix(projection: Projection, name: str, rows: int) -> torch.Tensor:
     """`random_matrix`; small ones are kept: drawing them is half of what opening an engine of a small model takes."""
     assert projection.dim is not None
     made = _kept_matrix if rows * projection.dim <= _KEPT_NUMBERS else random_matrix
-    return made(projection, name, rows)
+    return made(projection.plain, name, rows)
 
 
 @functools.lru_cache(maxsize=512)  # 64 MiB at most
@@ -132,13 +132,7 @@ class Reducer:
 class ProjectedReducer(Reducer):
     """`one_sided` and `kron`: small outer products of all modules at the end of the pack, then the row sketch."""
 
-    def __init__(
-        self,
-        linears: list[LoraLinear],
-        layout: list[LayoutEntry],
-        projection: Projection | None,
-        sketch: EigenSketch | None = None,
-    ) -> None:
+    def __init__(self, linears: list[LoraLinear], layout: list[LayoutEntry], projection: Projection | None) -> None:
         super().__init__(linears, layout, projection)
         assert projection is not None
         self._pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
@@ -149,9 +143,9 @@ class ProjectedReducer(Reducer):
                 for linear in linears
             ]
         self._sketch: Callable[[torch.Tensor], torch.Tensor] | None = None
-        if sketch is not None:
-            sketch.check(projection, layout)
-            self._sketch = EigenRows(sketch, self.device, self.dtype)
+        if projection.sketch is not None:
+            projection.sketch.check_layout(layout)
+            self._sketch = EigenRows(projection.sketch, self.device, self.dtype)
         elif projection.width is not None:
             self._sketch = RowSketch(linears, layout, projection, self.device)
         self._tables: dict[tuple[int, ...], tuple[torch.Tensor, list[torch.Tensor]]] = {}

@@ -37,7 +37,8 @@ def influence_scores(
         groups: name -> row numbers of `queries`; the paper's are "correct" and "incorrect". An empty group is left
             out of the table.
         preconditioner: see `preconditioners`; by default the best one that the rows allow.
-        damping: share of a block's mean eigenvalue added to its eigenvalues, or "auto" (see `damping`).
+        damping: share of a block's mean eigenvalue added to its eigenvalues, or "auto" (see `damping`). Rows of a
+            fitted sketch keep the damping that it was fitted with.
         blocks: [start, end) of the blocks that are damped one by one ("fisher" inverts them whole); by default those
             of the store's modules.
         moments: [k] second moments for "adam" (see `adam.adam_moments`); by default those of the store's rows.
@@ -96,7 +97,7 @@ def _prepared(
             "project them as the store was"
         )
     if store.identity.projection_sketch is not None:
-        preconditioner = preconditioners.after_sketch(preconditioner, moments)
+        preconditioner = preconditioners.after_sketch(preconditioner)
     fitted = preconditioners.fit(
         preconditioner,
         lambda: _row_blocks(store),

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from influence_fast.eigen_sketch import EigenSketch
 from influence_fast.engine import GradientEngine
 from influence_fast.errors import ModelError
 from influence_fast.gradients import packs_for
@@ -77,13 +76,12 @@ class LockstepRows:
         max_tokens: int | None = None,
         skip: Collection[int] = (),
         losses: torch.Tensor | None = None,
-        sketch: EigenSketch | None = None,
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Yields (indices into `examples`, CPU rows [n, k]); raises as `per_example_gradients` does."""
         import torch.distributed as dist
 
         rank, world = dist.get_rank(self.group), dist.get_world_size(self.group)
-        with GradientEngine(model, projection, loss_reduction, sketch=sketch) as engine:
+        with GradientEngine(model, projection, loss_reduction) as engine:
             packs = [p for p in packs_for(engine, examples, max_tokens) if not set(p.indices) <= set(skip)]
             for start in range(0, len(packs), world):
                 turn = packs[start : start + world]

@@ -1,26 +1,29 @@
-"""Fits an `eigen_sketch` on the gradients of a sample, in one process or for many that share a store's folder."""
+"""Fits the sketch of a projection on the gradients of a sample, in one process or for many that share a folder."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from influence_fast.damping import Damping, check_damping
-from influence_fast.eigen_sketch import DEFAULT_EXAMPLES, EigenSketch, check_projection, kept_sketch
+from influence_fast.damping import AUTO, Damping, check_damping
+from influence_fast.eigen_sketch import DEFAULT_EXAMPLES, EigenSketch, check_projection
 from influence_fast.ekfac import Ekfac, fit_ekfac
-from influence_fast.errors import ConfigError, DataError
-from influence_fast.fingerprints import adapter_hash, dataset_fingerprint
+from influence_fast.errors import ConfigError, DataError, StoreError
+from influence_fast.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.gradients import iter_gradient_rows
 from influence_fast.lora import gradient_layout, layout_width
+from influence_fast.preconditioners import SKETCHES, fits_sketch
 from influence_fast.projection import Projection
 from influence_fast.shard_rows import GradientSource, tokenized
+from influence_fast.store import fitted_sketch, open_store
+from influence_fast.store_manifest import MANIFEST_NAME, Manifest
+from influence_fast.store_manifest import SKETCHES as FILES
+from influence_fast.store_writer import make_folder
 
 _PIECE = 1 << 24  # numbers of rows that are turned into fp64 at a time
 
@@ -29,7 +32,7 @@ Fit = Callable[[Callable[[], None]], EigenSketch]  # fits it anew; its argument 
 Keep = Callable[[EigenSketch], None]
 
 
-def fit_eigen_sketch(
+def fit_projection(
     model: torch.nn.Module,
     dataset: Sequence[Any],
     tokenizer: Any = None,
@@ -45,8 +48,8 @@ def fit_eigen_sketch(
     folder: str | Path | None = None,
     gradients: GradientSource | None = None,
     share: Callable[[Find, Fit, Keep], EigenSketch] | None = None,
-) -> EigenSketch:
-    """Fits the sketch of `projection` on the gradients of some examples of `dataset`, drawn without looking at them.
+) -> Projection:
+    """`projection` with a sketch (see `eigen_sketch`) that is fitted on some examples of `dataset`, drawn unseen.
 
     Args:
         model, dataset, tokenizer, loss_reduction, precision, max_tokens, max_length, truncate, gradients: as for
@@ -60,8 +63,10 @@ def fit_eigen_sketch(
     Raises:
         ConfigError: a projection that has no blocks or no width, or a width above the numbers that it chooses from.
         DataError: no example, or none with a finite gradient.
-        StoreError: `folder` has a finished sketch of something else and a store built on it, or cannot be written.
+        StoreError: the store in `folder` was made by another sketch (the message names the setting and both sides), it
+            holds something else, or the disk refuses.
     """
+    projection = projection.plain
     check_projection(projection)
     check_damping(damping)
     if examples < 1:
@@ -73,34 +78,89 @@ def fit_eigen_sketch(
             f"a width of {projection.width} is more than the {layout_width(layout)} numbers that a row has: leave the "
             "width out"
         )
-    sample = _sample(dataset, examples)
-    purpose = _purpose(model, sample, [projection, damping, loss_reduction, precision, max_length, truncate])
+    sample = _tokens(_sample(dataset, examples), tokenizer, max_length, truncate)
+    base, adapter = weight_hashes(model)
+    purpose: dict[str, Any] = {
+        "projection": repr(projection),
+        "damping": damping if isinstance(damping, str) else float(damping),
+        "loss_reduction": loss_reduction,
+        "precision": precision,
+        "model": base,
+        "adapter": adapter,
+        "sample": f"{len(sample)} examples, {dataset_fingerprint(sample)}",
+    }
 
     def fit(beat: Callable[[], None]) -> EigenSketch:
         options: dict[str, Any] = {"projection": whole, "loss_reduction": loss_reduction, "max_tokens": max_tokens}
         if gradients is None:
             options["precision"] = precision
         source: GradientSource = iter_gradient_rows if gradients is None else gradients
-        rows = _finite(source(model, _tokens(sample, tokenizer, max_length, truncate), **options), beat)
+        rows = _finite(source(model, sample, **options), beat)
         piece = max(1, _PIECE // rows.shape[1])
         return leading(fit_ekfac(lambda: rows.split(piece), layout, damping), projection, purpose)
 
     if folder is None:
-        return fit(lambda: None)
+        return replace(projection, sketch=fit(lambda: None))
     path = Path(folder)
-    return (share or alone)(lambda: kept_sketch(path, purpose), fit, lambda sketch: sketch.save(path))
+    make_folder(path)
+    sketch = (share or alone)(lambda: kept_sketch(path, purpose), fit, lambda made: made.save(path))
+    return replace(projection, sketch=sketch)
 
 
 def alone(find: Find, fit: Fit, keep: Keep) -> EigenSketch:
     """The sketch that `find` finds, or that is fitted and kept: for one process. See `distributed` for more of them."""
+    if find() is None:
+        keep(fit(lambda: None))
+    return kept(find)
+
+
+def kept(find: Find) -> EigenSketch:
+    """What is there now: another process may have been first. Raises StoreError: nothing is."""
     sketch = find()
     if sketch is None:
-        sketch = fit(lambda: None)
-        keep(sketch)
+        raise StoreError("the sketch was lost while it was fitted; do all processes see the same folder?")
     return sketch
 
 
-def leading(fitted: Ekfac, projection: Projection, purpose: str = "") -> EigenSketch:
+def resolved(
+    projection: Projection | None, sketch: str, preconditioner: str, model: Any, fit: Callable[[Projection], Projection]
+) -> Projection | None:
+    """The projection of a run's rows, with its sketch.
+
+    Args:
+        sketch: "auto", "random", "eigen", or the folder of a store whose sketch is used again.
+        preconditioner: what the rows are to be scored by.
+        fit: `fit_projection` with all but the projection given.
+
+    With "auto", rows that are no longer than the width are left as they are. Raises as `fit_projection`, and
+    ConfigError for a store of another projection.
+    """
+    if projection is None or not fits_sketch(sketch, projection, preconditioner):
+        return projection
+    if sketch not in SKETCHES:
+        found = open_store(sketch).projection
+        if found is None or found.sketch is None or found.plain != projection:
+            raise ConfigError(f"{sketch}: its rows are of {found}, not of a sketch fitted for {projection}")
+        return found
+    if sketch == AUTO and width_of(projection, sketch, model) == _unsketched(projection, model):
+        return replace(projection, width=None)
+    return fit(projection)
+
+
+def width_of(projection: Projection | None, sketch: str, model: Any) -> int:
+    """Numbers in a row of `projection`, of a LoRA model, where "auto" leaves short rows as they are."""
+    if projection is None or projection.width is None:
+        return layout_width(gradient_layout(model, projection))
+    if projection.flat or sketch != AUTO:
+        return projection.width
+    return min(projection.width, _unsketched(projection, model))
+
+
+def _unsketched(projection: Projection, model: Any) -> int:
+    return layout_width(gradient_layout(model, replace(projection.plain, width=None)))
+
+
+def leading(fitted: Ekfac, projection: Projection, purpose: Mapping[str, Any] | None = None) -> EigenSketch:
     """The sketch of the `projection.width` leading coordinates of H^-1/2 under a fitted `ekfac`."""
     bases = {}
     for shape in dict.fromkeys(entry.shape for entry in fitted.factors):
@@ -114,7 +174,37 @@ def leading(fitted: Ekfac, projection: Projection, purpose: str = "") -> EigenSk
     chosen = order.sort().values
     share = float(energy[chosen].sum() / energy.sum().clamp(min=torch.finfo(energy.dtype).tiny))
     scale = damped[chosen].rsqrt().float()
-    return EigenSketch(projection, tuple(fitted.factors), bases, chosen, scale, share, purpose)
+    return EigenSketch(projection, tuple(fitted.factors), bases, chosen, scale, share, purpose or {})
+
+
+def kept_sketch(folder: Path, purpose: Mapping[str, Any]) -> EigenSketch | None:
+    """The sketch in a store's folder that was fitted for `purpose`; None where there is none and no store either.
+
+    Raises StoreError where the store was made by another one, or by none.
+    """
+    if (folder / MANIFEST_NAME).exists():
+        found = fitted_sketch(folder, Manifest.load(folder))
+        if found is None:
+            raise StoreError(
+                f"{folder}: its rows were made by a random sketch or none (--sketch and gradients.sketch: random), or "
+                "build a new store"
+            )
+        for name, wanted in purpose.items():
+            mine = found.purpose.get(name)
+            if mine != wanted:
+                raise StoreError(
+                    f"{folder}: its sketch was fitted with another {name}: {mine} there and {wanted} here; use that, "
+                    "or build a new store"
+                )
+        return found
+    for path in sorted(folder.glob(FILES)):  # of a build that was stopped before its manifest
+        try:
+            found = EigenSketch.load(path)
+        except StoreError:
+            continue
+        if found.purpose == purpose:
+            return found
+    return None
 
 
 def _sample(dataset: Sequence[Any], examples: int) -> list[Any]:
@@ -124,12 +214,6 @@ def _sample(dataset: Sequence[Any], examples: int) -> list[Any]:
     places = np.sort(np.random.default_rng(0).permutation(len(dataset))[:examples]).tolist()
     sample = [dataset[place] for place in places]
     return [{"id": str(p), **e} if isinstance(e, Mapping) else e for p, e in zip(places, sample, strict=True)]
-
-
-def _purpose(model: Any, sample: list[Any], settings: list[Any]) -> str:
-    plain = [asdict(value) if isinstance(value, Projection) else value for value in settings]
-    parts = [plain, len(sample), adapter_hash(model), dataset_fingerprint(iter(sample))]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _tokens(sample: list[Any], tokenizer: Any, max_length: int | None, truncate: bool) -> list[dict[str, Any]]:

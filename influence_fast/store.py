@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_fast.eigen_sketch import EigenSketch
+from influence_fast.eigen_sketch import MEND, EigenSketch, file_of
 from influence_fast.errors import StoreError, did_you_mean, listing
 from influence_fast.projection import Projection
 from influence_fast.store_manifest import (
     DTYPES,
     LOSS_DTYPE,
     REBUILD,
-    RESTORE,
     SCALE_DTYPE,
-    SKETCH_NAME,
     Manifest,
     ShardRecord,
     StoreIdentity,
@@ -75,10 +74,14 @@ class Store:
     def identity(self) -> StoreIdentity:
         return self.manifest.identity
 
-    @property
+    @functools.cached_property
     def projection(self) -> Projection | None:
-        """What query gradients must be projected with. Raises StoreError when it is not known."""
-        return self.manifest.identity.projection
+        """What query gradients must be projected with, a fitted sketch included.
+
+        Raises StoreError: it is not known, or the sketch's file is missing, damaged or another's.
+        """
+        plain = self.identity.projection
+        return None if plain is None else replace(plain, sketch=fitted_sketch(self.path, self.manifest))
 
     def rows(self, index: slice | int | Sequence[int] | np.ndarray | torch.Tensor = slice(None)) -> torch.Tensor:
         """Rows as (n, width) fp32 on the CPU, bf16 and int8 turned back into numbers.
@@ -95,19 +98,6 @@ class Store:
             local = places[at] - self._starts[shard]
             out[torch.from_numpy(at)] = dequantize(raw[local], None if scales is None else scales[local])
         return out
-
-    @functools.cached_property
-    def sketch(self) -> EigenSketch | None:
-        """The fitted sketch that made the rows, for query gradients; None where a random one did, or none.
-
-        Raises StoreError: it is missing, damaged or another store's.
-        """
-        if self.identity.projection_sketch is None:
-            return None
-        found = EigenSketch.load(self.path)
-        if found.fingerprint != self.identity.projection_sketch:
-            raise StoreError(f"{self.path / SKETCH_NAME} is not the one that the rows were made by; {RESTORE}")
-        return found
 
     @functools.cached_property
     def losses(self) -> np.ndarray | None:
@@ -225,7 +215,7 @@ def verify_store(path: str | Path) -> list[str]:
         return [f"{folder} is not finished; run the same build again to finish it"]
     problems = []
     try:
-        Store(folder, manifest, []).sketch  # noqa: B018 -- raises where it is not what the manifest names
+        fitted_sketch(folder, manifest)
     except StoreError as error:
         problems.append(str(error))
     rows = 0
@@ -250,6 +240,21 @@ def verify_store(path: str | Path) -> list[str]:
         if extra.name not in known
     ]
     return problems
+
+
+def fitted_sketch(folder: Path, manifest: Manifest) -> EigenSketch | None:
+    """The fitted sketch that the manifest of the store in `folder` names, if any.
+
+    Raises StoreError: its file is missing, damaged or another's.
+    """
+    fingerprint = manifest.identity.projection_sketch
+    if fingerprint is None:
+        return None
+    path = inside(folder, file_of(fingerprint))
+    sketch = EigenSketch.load(path)
+    if sketch.fingerprint != fingerprint:
+        raise StoreError(f"{path} is not the one that the rows were made by; {MEND}")
+    return sketch
 
 
 def read_ids(folder: Path, record: ShardRecord) -> list[str]:

@@ -6,7 +6,7 @@
     losses-00000.bin     [rows] fp32, where the source of the rows gave them: the examples' losses
     ids-00000.jsonl      one JSON string a line, in row order
     shard-00000.json     the shard's record: written last, so a shard without one does not exist
-    sketch.safetensors   where rows were made by a fitted sketch (`eigen_sketch`): that, written before all else
+    sketch-*.safetensors where rows were made by a fitted sketch (`eigen_sketch`): that, written before all else
 
 Everything here is deterministic (no dates, no host names): the same work gives the same bytes.
 """
@@ -34,7 +34,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 SCALE_DTYPE = LOSS_DTYPE = np.dtype("<f4")
 MANIFEST_NAME = "manifest.json"
-SKETCH_NAME = "sketch.safetensors"
+SKETCHES = "sketch-*.safetensors"  # see `eigen_sketch`
 
 
 class ForeignShardError(StoreError):
@@ -111,8 +111,9 @@ class StoreIdentity:
             label = _LABELS.get(name, "projection")
             if name == "projection_sketch":
                 raise StoreError(
-                    f"{where}: its rows were made by {_sketch(mine)}, and here they would be by {_sketch(theirs)}: use "
-                    "the store's own (`store.sketch`; --sketch eigen or random), or build a new store"
+                    f"{where}: its rows were made by {_sketch(mine)}, and here they would be by {_sketch(theirs)}: "
+                    "take `store.projection` (--sketch and gradients.sketch: eigen, random, or a store's folder), or "
+                    "build a new store"
                 )
             raise StoreError(
                 f"{where}: made with another {label}: {name} is {_short(mine)} in the store "
@@ -131,7 +132,8 @@ class StoreIdentity:
 
     @property
     def projection(self) -> Projection | None:
-        """The projection of the rows, ready for query gradients; None for exact gradients.
+        """The projection of the rows, without a sketch that was fitted (`Store.projection` has it); None for exact
+        gradients.
 
         Raises StoreError when it is not known (imported gradients).
         """
@@ -143,8 +145,8 @@ class StoreIdentity:
         return Projection(self.projection_kind, **{k: v for k, v in values.items() if v is not None})
 
 
-def projection_fields(projection: Projection | None, sketch: str | None = None) -> dict[str, Any]:
-    """The `projection_*` fields of a StoreIdentity; `sketch` is the fingerprint of a fitted one."""
+def projection_fields(projection: Projection | None) -> dict[str, Any]:
+    """The `projection_*` fields of a StoreIdentity."""
     if projection is None:
         return {"projection_kind": "none"}
     return {
@@ -153,7 +155,7 @@ def projection_fields(projection: Projection | None, sketch: str | None = None) 
         "projection_width": projection.width,
         "projection_seed": projection.seed,
         "projection_layers": None if projection.layers == 1 else projection.layers,
-        "projection_sketch": sketch,
+        "projection_sketch": None if projection.sketch is None else projection.sketch.fingerprint,
     }
 
 
@@ -351,7 +353,6 @@ class ShardRecord:
 
 
 REBUILD = "delete it and finish with resume=True, or build the store again"
-RESTORE = "restore it, or build the store again"
 
 
 def file_name(kind: str, index: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from influence_fast.errors import StoreError, listing
-from influence_fast.store import Store, open_store, read_ids
+from influence_fast.store import Store, fitted_sketch, open_store, read_ids
 from influence_fast.store_manifest import Manifest, ShardRecord, StoreIdentity, file_name, joined_fingerprint
 from influence_fast.store_writer import StoreWriter, check_unique, load_records
 
@@ -43,9 +43,7 @@ def merge_stores(paths: Sequence[str | Path], out: str | Path) -> Store:
             plan += [(folder, records[index]) for index in range(manifest.shard_count)]
         merged = _joined(manifests)
     check_unique((i for folder, record in plan for i in read_ids(folder, record)), "the merged store")
-    if (sketch := Store(folders[0], first, []).sketch) is not None:  # the same in all, as their identities are
-        sketch.save(Path(out))
-    writer = StoreWriter(out, merged)
+    writer = StoreWriter(out, merged, sketch=fitted_sketch(folders[0], first))  # all have one, as their identities say
     for index in writer.pending():
         writer.copy_shard(index, *plan[index])
     return writer.finalize()

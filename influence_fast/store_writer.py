@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from influence_fast.atomic import replacing
+from influence_fast.eigen_sketch import EigenSketch, file_of
 from influence_fast.errors import NumericError, StoreError, listing
 from influence_fast.products import quantize_rows
 from influence_fast.store import Store, check_dtype, open_store, read_ids
@@ -33,7 +34,7 @@ from influence_fast.store_manifest import (
     LOSS_DTYPE,
     MANIFEST_NAME,
     SCALE_DTYPE,
-    SKETCH_NAME,
+    SKETCHES,
     FileRecord,
     ForeignShardError,
     Manifest,
@@ -49,19 +50,24 @@ _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class StoreWriter:
     """Writes the shards of one store, in any order, from any number of processes (each its own shards).
 
-    Creates `path` with `manifest` (unfinished), or goes on with what is there when it is the same work.
+    Creates `path` with `manifest` (unfinished), or goes on with what is there when it is the same work. `sketch` is the
+    fitted one that the manifest names, if any; its file is written before the manifest is.
 
     Raises:
         StoreError: `path` holds something else, or a store and `resume` is False, or one of other work (the message
             names the field and both sides), or the disk is full (finished shards stay).
     """
 
-    def __init__(self, path: str | Path, manifest: Manifest, *, resume: bool = True) -> None:
+    def __init__(
+        self, path: str | Path, manifest: Manifest, *, resume: bool = True, sketch: EigenSketch | None = None
+    ) -> None:
         check_dtype(manifest.dtype)
         self.path = Path(path)
-        self._create(manifest, resume)
+        self._create(manifest, resume, sketch)
         found = Manifest.load(self.path)
         found.check_same_work(manifest, self.path)
+        if sketch is not None and not (self.path / file_of(sketch.fingerprint)).exists():
+            sketch.save(self.path)  # lost since
         self.manifest = found
         self._fingerprints = found.fingerprints()
 
@@ -202,8 +208,12 @@ class StoreWriter:
             data = done.to_json()
             self._publish(MANIFEST_NAME, [data], len(data))
             self.manifest = done
-        kinds = ("rows", "scales", "losses", "ids", "shard")
+        kinds = ("rows", "scales", "losses", "ids", "shard", "sketch")
         self._remove(*(f".{kind}-*.tmp" for kind in kinds), ".partial-*", "..partial-*")
+        named = self.manifest.identity.projection_sketch
+        for path in self.path.glob(SKETCHES):
+            if named is None or path.name != file_of(named):
+                path.unlink(missing_ok=True)  # fitted for a build that came to nothing
         return open_store(self.path)
 
     def sweep(self) -> None:
@@ -215,20 +225,14 @@ class StoreWriter:
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
 
-    def _create(self, manifest: Manifest, resume: bool) -> None:
+    def _create(self, manifest: Manifest, resume: bool, sketch: EigenSketch | None) -> None:
         if (self.path / MANIFEST_NAME).exists():
             if not resume:
                 raise StoreError(f"{self.path} already holds a store; give another folder, or resume=True to go on")
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            _sync_folder(self.path.parent)
-            names = sorted(path.name for path in self.path.iterdir())
-            strangers = [name for name in names if not name.startswith(".") and name != SKETCH_NAME]
-        except OSError as error:
-            raise StoreError(f"{self.path} cannot be a store's folder ({error.strerror}); give another one") from None
-        if strangers and not (self.path / MANIFEST_NAME).exists():
-            raise StoreError(f"{self.path} is not empty and not a store ({listing(strangers)}); give another folder")
+        make_folder(self.path)
+        if sketch is not None:
+            sketch.save(self.path)
         data = manifest.to_json()
         self._publish(MANIFEST_NAME, [data], len(data), keep_existing=True)
 
@@ -269,6 +273,21 @@ class StoreWriter:
             f"{what} while writing {self.path / name} ({size / 2**20:.1f} MiB): the {done} finished shards are kept; "
             "mend that and run the same build again to go on"
         )
+
+
+def make_folder(path: Path) -> None:
+    """The folder of a store that is there or is to be, made where it is missing.
+
+    Raises StoreError: it holds something else, or cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        _sync_folder(path.parent)
+        strangers = [p.name for p in sorted(path.iterdir()) if not p.name.startswith(".") and not p.match(SKETCHES)]
+    except OSError as error:
+        raise StoreError(f"{path} cannot be a store's folder ({error.strerror}); give another one") from None
+    if strangers and not (path / MANIFEST_NAME).exists():
+        raise StoreError(f"{path} is not empty and not a store ({listing(strangers)}); give another folder")
 
 
 def load_records(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:

@@ -15,8 +15,7 @@ def main() -> None:
     model, examples = tiny_world()
 
     errors = {}
-    fitted = inf.Projection(dim=8, width=60)
-    sketch = inf.fit_eigen_sketch(model, [{"id": str(i), **e} for i, e in enumerate(examples)], projection=fitted)
+    fitted = inf.fit_projection(model, examples, projection=inf.Projection(dim=8, width=60))
     for name, projection in (
         ("one_sided", inf.Projection(dim=8)),
         ("width", inf.Projection(dim=8, width=64)),
@@ -27,13 +26,12 @@ def main() -> None:
         ("rademacher", inf.Projection("rademacher", width=64)),
     ):
         exact = copy.deepcopy(model).double()
-        options = {"projection": projection, "sketch": sketch if projection is fitted else None}
-        truth = inf.per_example_gradients(exact, examples, backend="torch", **options)
+        truth = inf.per_example_gradients(exact, examples, projection=projection, backend="torch")
         for dtype in (torch.float32, torch.bfloat16):
             cast = copy.deepcopy(model).to(dtype)
             found = {}
             for backend in ("triton", "torch"):
-                rows = inf.per_example_gradients(cast, examples, backend=backend, **options)
+                rows = inf.per_example_gradients(cast, examples, projection=projection, backend=backend)
                 found[backend] = float((rows.double() - truth).norm() / truth.norm())
             errors[f"{name}-{str(dtype).removeprefix('torch.')}"] = found
     print(json.dumps(errors))

@@ -48,13 +48,12 @@ def world() -> tuple[Any, list[dict[str, torch.Tensor]]]:
 
 def main() -> None:
     model, examples = world()
-    fitted = inf.Projection(dim=8, width=60)
-    sketch = inf.fit_eigen_sketch(model, [{"id": str(i), **e} for i, e in enumerate(examples)], projection=fitted)
+    fitted = inf.fit_projection(model, examples, projection=inf.Projection(dim=8, width=60))
     queries = inf.per_example_gradients(model, examples[:2], backend="torch")
     ways: dict[str, dict[str, Any]] = {
         "one_sided": {"projection": inf.Projection(dim=8)},
         "width": {"projection": inf.Projection(dim=8, width=64)},
-        "eigen": {"projection": fitted, "sketch": sketch},
+        "eigen": {"projection": fitted},
         "exact": {"projection": None},
         "sjlt": {"projection": inf.Projection("sjlt", width=32)},
         "rademacher": {"projection": inf.Projection("rademacher", width=32)},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +17,16 @@ from safetensors.torch import save_file
 from influence_fast import sketch_fitting
 from influence_fast.building import build_shards, build_store, identity_of
 from influence_fast.config import GradientConfig, InfluenceConfig, check_influence
-from influence_fast.eigen_sketch import EigenRows, EigenSketch, kept_sketch
+from influence_fast.data import Example, tokenize
+from influence_fast.eigen_sketch import EigenRows, EigenSketch, file_of
 from influence_fast.ekfac import fit_ekfac
 from influence_fast.errors import ConfigError, DataError, StoreError
 from influence_fast.gradients import iter_gradient_rows, per_example_gradients
 from influence_fast.lora import LayoutEntry, gradient_layout, layout_width
 from influence_fast.projection import Projection
 from influence_fast.scoring import influence_matrix, influence_scores, spearman
-from influence_fast.sketch_fitting import fit_eigen_sketch, leading
+from influence_fast.sketch_fitting import fit_projection, leading, resolved, width_of
 from influence_fast.store import open_store, verify_store
-from influence_fast.store_manifest import RESTORE, SKETCH_NAME
 from influence_fast.store_merge import append_store, merge_stores
 
 WHOLE = Projection(dim=6, seed=3)
@@ -54,8 +53,20 @@ def examples() -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def sketch(model: Any, examples: list[dict[str, Any]]) -> EigenSketch:
-    return fit_eigen_sketch(model, examples, projection=NARROW)
+def fitted(model: Any, examples: list[dict[str, Any]]) -> Projection:
+    return fit_projection(model, examples, projection=NARROW)
+
+
+@pytest.fixture(scope="module")
+def sketch(fitted: Projection) -> EigenSketch:
+    assert fitted.sketch is not None
+    return fitted.sketch
+
+
+def the_file(folder: Path) -> Path:
+    """The only sketch in a store's folder."""
+    (found,) = folder.glob("sketch-*")
+    return found
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -97,28 +108,31 @@ def test_a_block_without_gradients_is_left_out_first() -> None:
 
 
 def test_at_full_width_scores_are_those_of_ekfac(tmp_path: Path, model: Any, examples: list[dict[str, Any]]) -> None:
-    width = layout_width(gradient_layout(model, WHOLE))
-    full = replace(WHOLE, width=width)
-    made = fit_eigen_sketch(model, examples, projection=full, damping=0.3)
+    full = replace(WHOLE, width=layout_width(gradient_layout(model, WHOLE)))
+    made = fit_projection(model, examples, projection=full, damping=0.3)
     options: dict[str, Any] = {"dtype": "fp32", "progress": False}
     plain = build_store(tmp_path / "plain", model, None, examples, projection=WHOLE, **options)
-    fitted = build_store(tmp_path / "fitted", model, None, examples, projection=full, sketch=made, **options)
+    fitted = build_store(tmp_path / "fitted", model, None, examples, projection=made, **options)
     asked = make_examples(5, seed=9)
     for name in ("ekfac", "ekfac_cosine", "default"):
         matrices = []
         for store in (plain, fitted):
-            queries = per_example_gradients(model, asked, projection=store.projection, sketch=store.sketch)
+            queries = per_example_gradients(model, asked, projection=store.projection)
             matrices.append(influence_matrix(store, queries, preconditioner=name, damping=0.3))
         assert np.linalg.norm(matrices[1] - matrices[0]) < 1e-4 * np.linalg.norm(matrices[0])
 
 
-def test_a_narrow_one_agrees_better_than_a_random_sketch(model: Any, examples: list[dict[str, Any]]) -> None:
+def test_on_rows_that_it_was_not_fitted_on_it_agrees_better_than_a_random_sketch(
+    model: Any, examples: list[dict[str, Any]]
+) -> None:
+    half, others = replace(WHOLE, width=336), make_examples(24, seed=4)
     whole = per_example_gradients(model, examples, projection=WHOLE)
     fitted = fit_ekfac(lambda: [whole], gradient_layout(model, WHOLE), 0.1)
-    truth = torch.nn.functional.normalize(fitted.whiten(whole), dim=1)
-    found, half = {}, replace(WHOLE, width=336)
-    for name, made in (("eigen", fit_eigen_sketch(model, examples, projection=half)), ("random", None)):
-        rows = per_example_gradients(model, examples, projection=half, sketch=made)
+    white = fitted.whiten(per_example_gradients(model, others, projection=WHOLE))
+    truth = torch.nn.functional.normalize(white, dim=1)
+    found = {}
+    for name, projection in (("eigen", fit_projection(model, examples, projection=half)), ("random", half)):
+        rows = per_example_gradients(model, others, projection=projection)
         unit = torch.nn.functional.normalize(rows.double(), dim=1)
         off = ~torch.eye(len(unit), dtype=torch.bool)
         found[name] = spearman((unit @ unit.T)[off].numpy(), (truth @ truth.T)[off].numpy())
@@ -129,12 +143,11 @@ def test_a_narrow_one_agrees_better_than_a_random_sketch(model: Any, examples: l
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_row_does_not_depend_on_its_batch(tiny_lora: Callable[..., Any], kind: str, dtype: torch.dtype) -> None:
     model, examples = tiny_lora("qwen2", dtype), make_examples(12)
-    projection = Projection(kind, dim=6, width=30)
-    made = fit_eigen_sketch(model, examples, projection=projection)
-    whole = per_example_gradients(model, examples, projection=projection, sketch=made)
+    fitted = fit_projection(model, examples, projection=Projection(kind, dim=6, width=30))
+    whole = per_example_gradients(model, examples, projection=fitted)
     assert whole.shape == (12, 30)
     assert whole.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    alone = torch.cat([per_example_gradients(model, [e], projection=projection, sketch=made) for e in examples[::-1]])
+    alone = torch.cat([per_example_gradients(model, [e], projection=fitted) for e in examples[::-1]])
     assert error(alone.flip(0), whole) < (2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
@@ -148,42 +161,39 @@ def test_the_sample_is_drawn_from_the_data_and_no_larger(model: Any, examples: l
         seen.extend(example["id"] for example in given)
         return iter_gradient_rows(model, given, **options)
 
-    fit_eigen_sketch(model, examples, projection=NARROW, examples=7, gradients=watched)
+    fit_projection(model, examples, projection=NARROW, examples=7, gradients=watched)
     assert len(seen) == len(set(seen)) == 7
     assert seen != [example["id"] for example in examples[:7]]
     again = list(seen)
     seen.clear()
-    fit_eigen_sketch(model, examples, projection=NARROW, examples=7, gradients=watched)
+    fit_projection(model, examples, projection=NARROW, examples=7, gradients=watched)
     assert seen == again
 
 
-def test_texts_and_tokens_give_one_sketch(tiny_lora: Callable[..., Any], tiny_tokenizer: Callable[..., Any]) -> None:
-    from influence_fast.data import Example, tokenize
-
+def test_texts_tokens_and_tokens_without_ids_give_one_sketch(
+    tiny_lora: Callable[..., Any], tiny_tokenizer: Callable[..., Any]
+) -> None:
     model, tokenizer = tiny_lora("qwen2"), tiny_tokenizer()
     texts = [Example(f"t{i}", f"what is {i}", f"The answer is {i}.") for i in range(9)]
     tokens = tokenize(texts, tokenizer).examples
-    made = [
-        fit_eigen_sketch(model, data, tokenizer, projection=NARROW, examples=9).fingerprint for data in (texts, tokens)
-    ]
-    assert made[0] == made[1]
+    nameless = [{k: v for k, v in e.items() if k != "id"} for e in tokens]
+    made = [fit_projection(model, data, tokenizer, projection=NARROW) for data in (texts, tokens, nameless)]
+    assert made[0] == made[1] == made[2]
+    assert made[0] != NARROW
 
 
 def test_examples_without_a_finite_gradient_are_left_out(
-    model: Any, examples: list[dict[str, Any]], sketch: EigenSketch
+    model: Any, examples: list[dict[str, Any]], fitted: Projection
 ) -> None:
+    nothing = torch.full((1, layout_width(gradient_layout(model, WHOLE))), torch.nan)
+
     def with_nan(model: Any, given: Any, **options: Any) -> Any:
-        yield [0], torch.full((1, layout_width(gradient_layout(model, WHOLE))), torch.nan)
+        yield [0], nothing
         yield from iter_gradient_rows(model, given, **options)
 
-    found = fit_eigen_sketch(model, examples, projection=NARROW, gradients=with_nan)
-    assert torch.equal(found.chosen, sketch.chosen)
-
-    def nothing_else(model: Any, given: Any, **options: Any) -> Any:
-        yield [0], torch.full((1, layout_width(gradient_layout(model, WHOLE))), torch.nan)
-
+    assert fit_projection(model, examples, projection=NARROW, gradients=with_nan) == fitted
     with pytest.raises(DataError, match="has a finite gradient"):
-        fit_eigen_sketch(model, examples, projection=NARROW, gradients=nothing_else)
+        fit_projection(model, examples, projection=NARROW, gradients=lambda *args, **options: [([0], nothing)])
 
 
 def test_what_cannot_be_fitted_is_refused(model: Any, examples: list[dict[str, Any]]) -> None:
@@ -198,161 +208,220 @@ def test_what_cannot_be_fitted_is_refused(model: Any, examples: list[dict[str, A
         ({"projection": NARROW, "dataset": silent}, DataError, "no completion token to learn from"),
     ):
         with pytest.raises(kind, match=message):
-            fit_eigen_sketch(model, **{"dataset": examples, **settings})
+            fit_projection(model, **{"dataset": examples, **settings})
 
 
 def test_another_model_or_projection_cannot_use_it(
-    tiny_lora: Callable[..., Any], model: Any, examples: list[dict[str, Any]], sketch: EigenSketch
+    tiny_lora: Callable[..., Any], examples: list[dict[str, Any]], sketch: EigenSketch, fitted: Projection
 ) -> None:
-    with pytest.raises(ConfigError, match="fitted for Projection"):
-        per_example_gradients(model, examples, projection=replace(NARROW, seed=4), sketch=sketch)
-    for projection in (WHOLE, None, Projection("sjlt", width=40)):
+    for other in ({"seed": 4}, {"width": 39}, {"kind": "sjlt"}, {"layers": 0.5}):
         with pytest.raises(ConfigError, match="fitted for Projection"):
-            per_example_gradients(model, examples, projection=projection, sketch=sketch)
+            replace(NARROW, **other, sketch=sketch)
     with pytest.raises(ConfigError, match="another model's rows"):
-        per_example_gradients(tiny_lora("qwen2", r=2), examples, projection=NARROW, sketch=sketch)
+        per_example_gradients(tiny_lora("qwen2", r=2), examples, projection=fitted)
 
 
 # ---- on disk -------------------------------------------------------------------------------------------------------
 
 
-def test_it_comes_back_from_disk_as_it_was(tmp_path: Path, sketch: EigenSketch, examples: Any, model: Any) -> None:
-    sketch.save(tmp_path)
-    found = EigenSketch.load(tmp_path)
-    assert found.fingerprint == sketch.fingerprint
-    assert (found.share, found.purpose, found.projection) == (sketch.share, sketch.purpose, sketch.projection)
-    rows = [per_example_gradients(model, examples, projection=NARROW, sketch=s) for s in (found, sketch)]
+def test_it_comes_back_from_disk_as_it_was(tmp_path: Path, fitted: Projection, examples: Any, model: Any) -> None:
+    assert fitted.sketch is not None
+    fitted.sketch.save(tmp_path)
+    found = EigenSketch.load(the_file(tmp_path))
+    assert found == fitted.sketch
+    assert (found.share, found.purpose) == (fitted.sketch.share, fitted.sketch.purpose)
+    rows = [per_example_gradients(model, examples, projection=p) for p in (fitted, replace(NARROW, sketch=found))]
     assert torch.equal(*rows)
 
 
 def test_a_missing_or_damaged_file_is_named(tmp_path: Path, sketch: EigenSketch) -> None:
-    with pytest.raises(StoreError, match=rf"{SKETCH_NAME} is missing"):
-        EigenSketch.load(tmp_path)
+    path = tmp_path / file_of(sketch.fingerprint)
+    with pytest.raises(StoreError, match=rf"{path.name} is missing"):
+        EigenSketch.load(path)
     sketch.save(tmp_path)
-    path = tmp_path / SKETCH_NAME
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(StoreError, match=rf"{SKETCH_NAME} is damaged"):
-        EigenSketch.load(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    with pytest.raises(StoreError, match=rf"{path.name} is damaged"):
+        EigenSketch.load(path)
+    path.write_bytes(whole[:-9] + bytes(9))
+    with pytest.raises(StoreError, match=rf"{path.name} is not what was written"):
+        EigenSketch.load(path)
 
 
-def built(path: Path, model: Any, examples: Any, sketch: Any, **options: Any) -> Any:
-    settings = {"projection": NARROW, "dtype": "fp32", "shard_rows": 7, "progress": False} | options
-    return build_store(path, model, None, examples, sketch=sketch, **settings)
+def built(path: Path, model: Any, examples: Any, projection: Projection = NARROW, **options: Any) -> Any:
+    settings = {"dtype": "fp32", "shard_rows": 7, "progress": False} | options
+    return build_store(path, model, None, examples, projection=projection, **settings)
 
 
 def test_a_store_keeps_it_and_checks_it(
-    tmp_path: Path, model: Any, examples: list[dict[str, Any]], sketch: EigenSketch
+    tmp_path: Path, model: Any, examples: list[dict[str, Any]], fitted: Projection
 ) -> None:
-    store = built(tmp_path / "s", model, examples, sketch)
-    assert store.sketch is not None
-    assert store.sketch.fingerprint == sketch.fingerprint == store.identity.projection_sketch
-    assert error(store.rows(), per_example_gradients(model, examples, projection=NARROW, sketch=sketch)) < 1e-5
+    store = built(tmp_path / "s", model, examples, fitted)
+    assert store.projection == fitted != NARROW
+    assert error(store.rows(), per_example_gradients(model, examples, projection=fitted)) < 1e-5
     assert verify_store(tmp_path / "s") == []
-    open_store(tmp_path / "s", expect=identity_of(model, projection=NARROW, sketch=sketch))
+    open_store(tmp_path / "s", expect=identity_of(model, projection=fitted))
     with pytest.raises(StoreError, match="rows were made by the fitted sketch"):
         open_store(tmp_path / "s", expect={"projection": NARROW})
     with pytest.raises(StoreError, match="rows were made by the fitted sketch"):
-        built(tmp_path / "s", model, examples, None)  # a random one
-    other = fit_eigen_sketch(model, examples, projection=NARROW, examples=9)
+        built(tmp_path / "s", model, examples)
+    other = fit_projection(model, examples, projection=NARROW, examples=9)
     with pytest.raises(StoreError, match="rows were made by the fitted sketch"):
         built(tmp_path / "s", model, examples, other)
-    assert open_store(tmp_path / "s").sketch.fingerprint == sketch.fingerprint  # type: ignore[union-attr]
-    other.save(tmp_path / "s")
-    assert verify_store(tmp_path / "s") == [
-        f"{tmp_path / 's' / SKETCH_NAME} is not the one that the rows were made by; {RESTORE}"
-    ]
-    (tmp_path / "s" / SKETCH_NAME).unlink()
-    with pytest.raises(StoreError, match="is missing"):
-        open_store(tmp_path / "s").sketch  # noqa: B018
-    random = built(tmp_path / "random", model, examples, None)
-    assert random.sketch is None
+    assert open_store(tmp_path / "s").projection == fitted
+    random = built(tmp_path / "random", model, examples)
+    assert random.projection == NARROW
     assert "projection_sketch" not in json.loads((tmp_path / "random" / "manifest.json").read_text())["identity"]
 
 
-def test_scores_of_its_rows(tmp_path: Path, model: Any, examples: list[dict[str, Any]], sketch: EigenSketch) -> None:
-    store = built(tmp_path / "s", model, examples, sketch)
-    queries = per_example_gradients(model, make_examples(4, seed=5), projection=NARROW, sketch=store.sketch)
+def test_a_lost_or_changed_file_of_a_store_shows_and_is_mended_by_building_again(
+    tmp_path: Path, model: Any, examples: list[dict[str, Any]], fitted: Projection
+) -> None:
+    built(tmp_path, model, examples, fitted)
+    path = the_file(tmp_path)
+    with safe_open(path, framework="pt") as file:
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["scale"][3] *= 1.001
+    save_file(tensors, path, about)
+    for _ in range(2):
+        (said,) = verify_store(tmp_path)
+        assert path.name in said
+        with pytest.raises(StoreError, match="fit it again and run the same build"):
+            open_store(tmp_path).projection  # noqa: B018
+        path.unlink(missing_ok=True)
+    built(tmp_path, model, examples, fitted)
+    assert verify_store(tmp_path) == []
+
+
+def test_scores_of_its_rows(tmp_path: Path, model: Any, examples: list[dict[str, Any]], fitted: Projection) -> None:
+    store = built(tmp_path / "s", model, examples, fitted)
+    queries = per_example_gradients(model, make_examples(4, seed=5), projection=store.projection)
     rows = store.rows().double()
     dot = rows @ queries.double().T
     cosine = dot / rows.norm(dim=1, keepdim=True) / queries.double().norm(dim=1)
-    for name, expected in (("default", cosine), ("ekfac_cosine", cosine), ("ekfac", dot), ("none", dot)):
+    for name, expected in (("default", cosine), ("ekfac_cosine", cosine), ("ekfac", dot)):
         table = influence_scores(store, queries, {"all": range(4)}, preconditioner=name)
         assert np.allclose(table.columns["s_all"], expected.mean(dim=1).numpy(), rtol=1e-4, atol=1e-6)
-    assert np.isfinite(influence_matrix(store, queries, preconditioner="fisher")).all()
-    with pytest.raises(ConfigError, match="an optimizer has no moments"):
-        influence_matrix(store, queries, preconditioner="adam", moments=torch.ones(40))
+    for name in ("none", "cosine", "fisher", "adam"):
+        with pytest.raises(ConfigError, match=f"cannot be scored by '{name}'"):
+            influence_matrix(store, queries, preconditioner=name)
 
 
 def test_merged_and_appended_stores_keep_it(
-    tmp_path: Path, model: Any, examples: list[dict[str, Any]], sketch: EigenSketch
+    tmp_path: Path, model: Any, examples: list[dict[str, Any]], fitted: Projection
 ) -> None:
-    whole = built(tmp_path / "whole", model, examples, sketch)
-    options: dict[str, Any] = {"projection": NARROW, "dtype": "fp32", "shard_rows": 7, "progress": False}
+    whole = built(tmp_path / "whole", model, examples, fitted)
+    options: dict[str, Any] = {"projection": fitted, "dtype": "fp32", "shard_rows": 7, "progress": False}
     for rank in range(2):
-        build_shards(tmp_path / f"part{rank}", model, None, examples, sketch=sketch, part=(rank, 2), **options)
+        build_shards(tmp_path / f"part{rank}", model, None, examples, part=(rank, 2), **options)
     merged = merge_stores([tmp_path / "part0", tmp_path / "part1"], tmp_path / "merged")
     assert torch.equal(merged.rows(), whole.rows())
-    assert merged.sketch is not None
+    assert merged.projection == fitted
     assert verify_store(tmp_path / "merged") == []
-    more = built(tmp_path / "more", model, make_examples(5, seed=7), sketch)
+    more = built(tmp_path / "more", model, make_examples(5, seed=7), open_store(tmp_path / "whole").projection)
     assert len(append_store(tmp_path / "merged", tmp_path / "more")) == len(whole) + len(more)
-    foreign = built(tmp_path / "foreign", model, make_examples(5, seed=8), None)
-    assert len(foreign) == 5
+    built(tmp_path / "foreign", model, make_examples(5, seed=8))
     with pytest.raises(StoreError, match="a random sketch or none"):
         merge_stores([tmp_path / "whole", tmp_path / "foreign"], tmp_path / "out")
+
+
+def test_a_merge_that_is_refused_changes_nothing(
+    tmp_path: Path, model: Any, examples: list[dict[str, Any]], fitted: Projection
+) -> None:
+    built(tmp_path / "a", model, examples, fitted)
+    other = fit_projection(model, examples, projection=NARROW, examples=9)
+    built(tmp_path / "b", model, examples, other)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").touch()
+    for target in ("b", "notes"):
+        before = sorted((tmp_path / target).iterdir())
+        with pytest.raises(StoreError):
+            merge_stores([tmp_path / "a"], tmp_path / target)
+        with pytest.raises(StoreError):
+            fit_projection(model, examples, projection=NARROW, damping=0.7, folder=tmp_path / target)
+        assert sorted((tmp_path / target).iterdir()) == before
+    assert verify_store(tmp_path / "b") == []
 
 
 # ---- again, after an interruption ----------------------------------------------------------------------------------
 
 
-def test_what_was_fitted_for_the_same_is_not_fitted_again(
-    tmp_path: Path, model: Any, examples: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = fit_eigen_sketch(model, examples, projection=NARROW, folder=tmp_path)
-
+@pytest.fixture
+def no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **options: Any) -> Any:
-        raise AssertionError("gradients were computed again")
+        raise AssertionError("gradients were computed")
 
     monkeypatch.setattr(sketch_fitting, "iter_gradient_rows", refuse)
-    assert fit_eigen_sketch(model, examples, projection=NARROW, folder=tmp_path).fingerprint == first.fingerprint
+
+
+def test_what_was_fitted_for_the_same_is_not_fitted_again(
+    tmp_path: Path, model: Any, examples: list[dict[str, Any]], fitted: Projection, no_gradients: None
+) -> None:
+    assert fitted.sketch is not None
+    fitted.sketch.save(tmp_path)  # by a build that was killed before its manifest
+    assert fit_projection(model, examples, projection=NARROW, damping=0.1, folder=tmp_path) == fitted
     for other in ({"damping": 0.5}, {"examples": 5}, {"projection": replace(NARROW, width=39)}):
-        with pytest.raises(AssertionError, match="computed again"):  # no store stands on it yet
-            fit_eigen_sketch(model, examples, **{"projection": NARROW, "folder": tmp_path, **other})
+        with pytest.raises(AssertionError, match="gradients were computed"):  # no store stands on it yet
+            fit_projection(model, examples, **{"projection": NARROW, "folder": tmp_path, **other})
+    the_file(tmp_path).write_bytes(b"torn")
+    with pytest.raises(AssertionError, match="gradients were computed"):
+        fit_projection(model, examples, projection=NARROW, folder=tmp_path)
 
 
-def test_one_that_a_store_stands_on_is_not_replaced(tmp_path: Path, model: Any, examples: list[dict[str, Any]]) -> None:
-    made = fit_eigen_sketch(model, examples, projection=NARROW, folder=tmp_path)
-    built(tmp_path, model, examples, made)
-    assert kept_sketch(tmp_path, made.purpose) is not None
-    with pytest.raises(StoreError, match="a sketch that was fitted with another"):
-        fit_eigen_sketch(model, examples, projection=NARROW, damping=0.5, folder=tmp_path)
+def test_the_base_model_counts(
+    tmp_path: Path, tiny_lora: Callable[..., Any], examples: list[dict[str, Any]], fitted: Projection
+) -> None:
+    model = tiny_lora("qwen2")
+    assert fit_projection(model, examples, projection=NARROW, folder=tmp_path) == fitted
+    with torch.no_grad():
+        model.get_base_model().model.norm.weight += 0.5
+    assert fit_projection(model, examples, projection=NARROW, folder=tmp_path) != fitted
+
+
+def test_one_that_a_store_stands_on_is_not_fitted_anew(
+    tmp_path: Path, model: Any, examples: list[dict[str, Any]], fitted: Projection, no_gradients: None
+) -> None:
+    built(tmp_path / "s", model, examples, fitted)
+    assert fit_projection(model, examples, projection=NARROW, damping=0.1, folder=tmp_path / "s") == fitted
+    with pytest.raises(StoreError, match=r"fitted with another damping: 0.1 there and 0.5 here"):
+        fit_projection(model, examples, projection=NARROW, damping=0.5, folder=tmp_path / "s")
+    with pytest.raises(StoreError, match=r"fitted with another sample: 24 examples, .* there and 5 examples"):
+        fit_projection(model, examples, projection=NARROW, examples=5, folder=tmp_path / "s")
+    built(tmp_path / "random", model, examples)
+    with pytest.raises(StoreError, match="its rows were made by a random sketch or none"):
+        fit_projection(model, examples, projection=NARROW, folder=tmp_path / "random")
+    assert not list((tmp_path / "random").glob("sketch-*"))
+
+
+def test_two_processes_that_fit_at_once_end_with_one_store(
+    tmp_path: Path, model: Any, examples: list[dict[str, Any]]
+) -> None:
+    """Each with other bits, as another number of threads gives: the slower one takes what the store was built with."""
+    first = fit_projection(model, examples, projection=NARROW, max_tokens=64)
+
+    def slower(model: Any, given: Any, **options: Any) -> Any:
+        rows = list(iter_gradient_rows(model, given, **options))
+        built(tmp_path, model, examples, first)
+        for places, batch in rows:
+            yield places, batch * (1 + 1e-6)
+
+    assert first.sketch is not None
+    first.sketch.save(tmp_path)
+    (tmp_path / file_of(first.sketch.fingerprint)).unlink()  # not there yet when the slower one looks
+    found = fit_projection(model, examples, projection=NARROW, folder=tmp_path, gradients=slower)
+    assert found == first == open_store(tmp_path).projection
+    assert verify_store(tmp_path) == []
 
 
 def test_a_build_that_stopped_before_its_manifest_starts_anew(
     tmp_path: Path, tiny_lora: Callable[..., Any], model: Any, examples: list[dict[str, Any]]
 ) -> None:
-    fit_eigen_sketch(tiny_lora("qwen2", seed=5), examples, projection=NARROW, folder=tmp_path / "s")  # then killed
-    made = fit_eigen_sketch(model, examples, projection=NARROW, folder=tmp_path / "s")
+    fit_projection(tiny_lora("qwen2", seed=5), examples, projection=NARROW, folder=tmp_path / "s")  # then killed
+    made = fit_projection(model, examples, projection=NARROW, folder=tmp_path / "s")
+    assert len(list((tmp_path / "s").glob("sketch-*"))) == 2
     store = built(tmp_path / "s", model, examples, made)
-    whole = built(tmp_path / "whole", model, examples, made)
-    assert torch.equal(store.rows(), whole.rows())
-    shutil.rmtree(tmp_path / "s")
-    (tmp_path / "s").mkdir()
-    (tmp_path / "s" / "notes.txt").touch()
-    with pytest.raises(StoreError, match="not empty and not a store"):
-        built(tmp_path / "s", model, examples, made)
-
-
-def test_numbers_changed_on_disk_show(tmp_path: Path, sketch: EigenSketch, model: Any, examples: Any) -> None:
-    built(tmp_path, model, examples, sketch)
-    path = tmp_path / SKETCH_NAME
-    with safe_open(path, framework="pt") as file:
-        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    tensors["scale"][3] *= 1.001
-    save_file(tensors, path, about)
-    assert len(verify_store(tmp_path)) == 1
-    with pytest.raises(StoreError, match="not the one that the rows were made by"):
-        open_store(tmp_path).sketch  # noqa: B018
+    assert the_file(tmp_path / "s").name == file_of(store.identity.projection_sketch)  # the other was swept
+    assert torch.equal(store.rows(), built(tmp_path / "whole", model, examples, made).rows())
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------
@@ -369,7 +438,7 @@ def test_numbers_changed_on_disk_show(tmp_path: Path, sketch: EigenSketch, model
         ({"width": 64}, "fisher", False),
         ({"width": 64, "kind": "sjlt"}, "default", False),
         ({"width": 64, "sketch": "random"}, "default", False),
-        ({"width": 64, "sketch": "eigen"}, "fisher", True),
+        ({"width": 64, "sketch": "eigen"}, "default", True),
     ],
 )
 def test_when_a_sketch_is_fitted(gradients: dict[str, Any], preconditioner: str, fits: bool) -> None:
@@ -383,12 +452,39 @@ def test_when_a_sketch_is_fitted(gradients: dict[str, Any], preconditioner: str,
     [
         ({"sketch": "eigen"}, {}, "gradients.sketch: a fitted sketch needs the width"),
         ({"sketch": "eigen", "kind": "sjlt", "width": 9}, {}, "gradients.sketch: .*random sketch itself"),
-        ({"sketch": "eigne", "width": 9}, {}, "did you mean 'eigen'"),
+        ({"sketch": "eigne", "width": 9}, {}, "is no store's folder; did you mean 'eigen'"),
         ({"width": 9, "sketch_examples": 0}, {}, "sketch_examples must be at least 1"),
         ({"width": 9, "sketch": "random"}, {"preconditioner": "ekfac"}, "random sketch to gradients.width mixes"),
-        ({"width": 9, "sketch": "eigen"}, {"preconditioner": "adam", "optimizer": "x"}, "gradients.sketch: random"),
+        ({"width": 9, "sketch": "eigen"}, {"preconditioner": "adam"}, "cannot be scored by 'adam'"),
+        ({"width": 9, "sketch": "eigen"}, {"preconditioner": "cosine"}, "cannot be scored by 'cosine'"),
     ],
 )
 def test_settings_that_do_not_fit_together(gradients: Any, influence: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_influence(InfluenceConfig(**influence), GradientConfig(**gradients))
+
+
+def test_short_rows_are_left_as_they_are_and_a_store_lends_its_sketch(
+    tmp_path: Path, model: Any, examples: list[dict[str, Any]], fitted: Projection
+) -> None:
+    def fit(projection: Projection) -> Projection:
+        return fit_projection(model, examples, projection=projection)
+
+    def refuse(projection: Projection) -> Projection:
+        raise AssertionError("fitted")
+
+    assert resolved(NARROW, "auto", "default", model, fit) == fitted
+    for wide in (672, 8192):
+        assert resolved(replace(WHOLE, width=wide), "auto", "default", model, refuse) == WHOLE
+        assert width_of(replace(WHOLE, width=wide), "auto", model) == 672
+        assert width_of(replace(WHOLE, width=wide), "random", model) == wide
+    assert resolved(NARROW, "random", "default", model, refuse) == NARROW
+    assert resolved(NARROW, "auto", "cosine", model, refuse) == NARROW
+    assert resolved(None, "auto", "default", model, refuse) is None
+    built(tmp_path / "s", model, examples, fitted)
+    assert resolved(NARROW, str(tmp_path / "s"), "default", model, refuse) == fitted
+    with pytest.raises(ConfigError, match="not of a sketch fitted for"):
+        resolved(replace(NARROW, width=39), str(tmp_path / "s"), "default", model, refuse)
+    built(tmp_path / "random", model, examples)
+    with pytest.raises(ConfigError, match="not of a sketch fitted for"):
+        resolved(NARROW, str(tmp_path / "random"), "default", model, refuse)

@@ -18,7 +18,7 @@ from influence_fast.distributed import World, init_group
 from influence_fast.errors import ConfigError, ModelError
 from influence_fast.sharded import shard_model
 from influence_fast.store import open_store, verify_store
-from influence_fast.store_manifest import SKETCH_NAME
+from influence_fast.store_manifest import SKETCHES
 
 WORKER = """
 import json, sys
@@ -159,11 +159,14 @@ def test_torchrun_builds_the_store_of_one_process(world: Path) -> None:
 
 @pytest.mark.slow
 def test_processes_that_hold_one_model_together_fit_one_sketch(world: Path) -> None:
-    settings = ["--model", "model", "--adapter", "adapter", "--data", "data.jsonl", "--dim", "4", "--width", "448"]
+    settings = ["--model", "model", "--adapter", "adapter", "--data", "data.jsonl", "--dim", "4", "--width", "447"]
     command = ["-m", "influence_fast", "build", *settings, "--shard-rows", "4", "--store-dtype", "fp32", "--quiet"]
     python(*command, "--output", "alone", cwd=world)
     torchrun(4, *command, "--output", "together", "--fsdp", "2", cwd=world)
+    made = sorted((path, path.stat().st_mtime_ns) for path in (world / "together").glob(SKETCHES))
+    assert len(made) == 1
     torchrun(4, *command, "--output", "together", "--fsdp", "2", cwd=world)  # finds it
+    assert sorted((path, path.stat().st_mtime_ns) for path in (world / "together").glob(SKETCHES)) == made
     assert verify_store(world / "together") == []
     # eigenvectors are given up to their sign, so of two fits the inner products are what can be compared
     grams = [rows @ rows.T for rows in (open_store(world / name).rows() for name in ("alone", "together"))]
@@ -178,15 +181,19 @@ def test_scores_are_made_of_a_store_that_was_built_before(
         monkeypatch.delenv(name, raising=False)
     command = ["--model", "model", "--adapter", "adapter", "--data", "data.jsonl", "--dim", "4", "--width", "64"]
     assert main(["build", *command, "--output", "before", "--quiet"]) == 0
-    made = (world / "before" / SKETCH_NAME).stat().st_mtime_ns
+    made = [(path, path.stat().st_mtime_ns) for path in (world / "before").glob(SKETCHES)]
+    assert len(made) == 1
     score = ["score", *command, "--validation", "data.jsonl", "--queries", "reference", "--store", "before", "--quiet"]
     assert main([*score, "--output", "scores.csv"]) == 0
-    assert (world / "before" / SKETCH_NAME).stat().st_mtime_ns == made
+    assert [(path, path.stat().st_mtime_ns) for path in (world / "before").glob(SKETCHES)] == made
     capsys.readouterr()
     assert main([*score, "--output", "scores.csv", "--damping", "0.5"]) == 2
-    assert "before has a sketch that was fitted with another" in capsys.readouterr().err
+    assert "before: its sketch was fitted with another damping: 0.1 there and 0.5 here" in capsys.readouterr().err
     assert main([*score, "--output", "scores.csv", "--sketch", "random"]) == 2
-    assert "by a random sketch or none: use the store's own" in capsys.readouterr().err
+    assert "by a random sketch or none: take `store.projection`" in capsys.readouterr().err
+    more = ["build", *command, "--limit", "9", "--sketch", "before", "--output", "more", "--quiet"]
+    assert main(more) == 0
+    assert open_store(world / "more").projection == open_store(world / "before").projection
 
 
 def test_what_cannot_be_sharded_is_named() -> None:

@@ -248,9 +248,10 @@ def test_no_batch_after_the_first_waits_for_the_device(
 ) -> None:
     """On the meta device, which has no numbers: a host that asks for one fails, and its other copies are listed."""
     model = tiny_lora()
-    sketch = inf.fit_eigen_sketch(model, make_examples(), projection=projection) if fitted and projection else None
+    if fitted and projection:
+        projection = inf.fit_projection(model, make_examples(), projection=projection)
     model = model.to("meta")
-    with GradientEngine(model, projection, sketch=sketch) as engine:
+    with GradientEngine(model, projection) as engine:
         first, *others = gradients.packs_for(engine, make_examples(), 20)
         engine.run(first)  # brings the maps and factors over
         no_waiting_copies.found.clear()
