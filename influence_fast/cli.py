@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--profile", action="store_true", help="write a Chrome trace of the first batches")
 
     sub = verb("prune", _prune, "write the data that a strategy keeps, in the input's own format")
-    _data(sub, "--data", "the data that was scored")
+    _data(sub, "--data", "the data that was scored", lengths=False)
     sub.add_argument("--scores", required=True, help="score table written by 'score'")
     sub.add_argument("--strategy", required=True, help="for example combined; an unknown name lists them all")
     size = sub.add_mutually_exclusive_group(required=True)
@@ -143,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb("eval", _eval, "answer questions and grade the answers")
     _model(sub, adapter=True, adapter_needed=False, needed=False)
     sub.add_argument("--task", help="gsm8k, math500, ... or a task's .yaml file; --data then overrides its source")
-    _data(sub, "--data", "questions with final answers", needed=False)
+    _data(sub, "--data", "questions with final answers", needed=False, lengths=False)
     sub.set_defaults(split=None)  # a task has its own
     sub.add_argument("--output", help="transcripts, .jsonl; the same command again goes on from them")
     sub.add_argument("--max-new-tokens", type=int, help="limit of a generated answer")
@@ -210,14 +212,15 @@ def _gradient_flags(sub: argparse.ArgumentParser) -> None:
     )
 
 
-def _data(sub: argparse.ArgumentParser, option: str, help: str, *, needed: bool = True) -> None:
+def _data(sub: argparse.ArgumentParser, option: str, help: str, *, needed: bool = True, lengths: bool = True) -> None:
     sub.add_argument(option, required=needed, help=f"{help}: hub id, .jsonl/.json/.parquet/.csv file or saved folder")
     sub.add_argument("--split", default="train")
     sub.add_argument("--format", default="auto", help="schema of the rows (default: found from the columns)")
     sub.add_argument("--trace", default="first_correct", help="which of an OpenR1 row's traces")
     sub.add_argument("--limit", type=int)
-    sub.add_argument("--max-length", type=int, help="longer examples are left out and listed")
-    sub.add_argument("--truncate", action="store_true", help="cut longer examples instead")
+    if lengths:
+        sub.add_argument("--max-length", type=int, help="longer examples are left out and listed")
+        sub.add_argument("--truncate", action="store_true", help="cut longer examples instead")
 
 
 def _damping(text: str) -> float | str:
@@ -247,7 +250,7 @@ def _load_model(args: Any) -> tuple[Any, Any]:
     from influence_fast.models import load_model, load_tokenizer
 
     model = load_model(args.model, adapter=getattr(args, "adapter", None), dtype=args.dtype, device=args.device)
-    return model, load_tokenizer(args.model)
+    return model, load_tokenizer(args.model, model=model)
 
 
 def _load_data(args: Any) -> list[Any]:
@@ -386,24 +389,22 @@ def _train(args: Any) -> None:
 
 def _score(args: Any) -> None:
     from influence_fast import pipeline
-    from influence_fast.config import QUERY_KINDS, InfluenceConfig, PruningConfig, check_influence
+    from influence_fast.config import InfluenceConfig, PruningConfig, check_influence
     from influence_fast.data import load_examples, load_rows
     from influence_fast.difficulty import check_answers
-    from influence_fast.errors import did_you_mean
-    from influence_fast.fp8 import check_precision
     from influence_fast.grouping import row_groups
-    from influence_fast.preconditioners import DEFAULT, PRECONDITIONERS
     from influence_fast.strategies import PASS_RATE, needed_columns
 
-    if args.queries not in QUERY_KINDS:
-        raise ConfigError(f"--queries: unknown value {args.queries!r}; {did_you_mean(args.queries, QUERY_KINDS)}")
-    if args.preconditioner not in (DEFAULT, *PRECONDITIONERS):
-        hint = did_you_mean(args.preconditioner, (DEFAULT, *PRECONDITIONERS))
-        raise ConfigError(f"--preconditioner: unknown value {args.preconditioner!r}; {hint}")
-    check_precision(args.precision, "--precision")
     gradients = _gradients(args)
-    influence = InfluenceConfig(preconditioner=args.preconditioner, damping=args.damping, optimizer=args.optimizer)
-    check_influence(influence, gradients)
+    influence = InfluenceConfig(
+        preconditioner=args.preconditioner,
+        damping=args.damping,
+        optimizer=args.optimizer,
+        queries=args.queries,
+        fallback=args.fallback,
+    )
+    with _as_flags():
+        check_influence(influence, gradients)
     needs = needed_columns(args.strategies)
     examples = _load_data(args)
     if PASS_RATE in needs:
@@ -455,6 +456,16 @@ def _gradients(args: Any) -> GradientConfig:
     return GradientConfig(**{name: getattr(args, name) for name in from_flags})
 
 
+@contextlib.contextmanager
+def _as_flags() -> Iterator[None]:
+    """Complaints about settings, by the names that they have on the command line."""
+    try:
+        yield
+    except ConfigError as error:
+        text = re.sub(r"\b(?:gradients|influence)\.(\w+)", lambda m: "--" + m[1].replace("_", "-"), str(error))
+        raise ConfigError(text) from None
+
+
 def _build(args: Any) -> None:
     import torch
 
@@ -467,16 +478,17 @@ def _build(args: Any) -> None:
     check_precision(args.precision, "--precision", sharded=args.fsdp != 1)
     _quiet_libraries()
     gradients, influence = _gradients(args), InfluenceConfig(damping=args.damping)
-    check_influence(influence, gradients)
+    with _as_flags():
+        check_influence(influence, gradients)
     world = distributed.World.from_environment()
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    cuda = args.device.partition(":")[0] == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     device = f"cuda:{world.local_rank}" if cuda else args.device
     mesh, group = None, None
     if args.fsdp != 1:
         mesh, group = distributed.init_group(world, args.fsdp, "cuda" if cuda else "cpu")
     place = device if group is None else "cpu"
     model = distributed.retried(lambda: load_model(args.model, adapter=args.adapter, dtype=args.dtype, device=place))
-    tokenizer = distributed.retried(lambda: load_tokenizer(args.model))
+    tokenizer = distributed.retried(lambda: load_tokenizer(args.model, model=model))
     if group is not None:
         model = sharded.shard_model(model, mesh)
     source = spooling.TokenSource(
@@ -531,6 +543,7 @@ def _prune(args: Any) -> None:
     from influence_fast.data import load_examples, load_rows, save_examples
     from influence_fast.decontamination import contaminated
     from influence_fast.diversity import near_duplicates
+    from influence_fast.errors import listing
     from influence_fast.grouping import row_groups
     from influence_fast.pruning import aligned_examples, save_selection, select
     from influence_fast.scores import ScoreTable
@@ -567,6 +580,10 @@ def _prune(args: Any) -> None:
     save_examples(kept, args.output, rows)
     save_selection(table, selection, args.output)
     print(f"kept {len(selection.keep)} and dropped {len(selection.drop)} of {len(table.ids)} examples: {args.output}")
+    known = set(table.ids)
+    without = [example.id for example in examples if example.id not in known]
+    if without:
+        print(f"warning: {len(without)} examples have no score and are not in the output: {listing(without)}")
 
 
 def _eval(args: Any) -> None:

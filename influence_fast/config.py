@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from influence_fast.damping import check_width
 from influence_fast.diversity import check_similarity
 from influence_fast.eigen_sketch import DEFAULT_EXAMPLES, check_projection
 from influence_fast.errors import ConfigError, did_you_mean
@@ -221,16 +222,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self.gradients.projection  # noqa: B018 -- raises where the settings do not fit together
-        _one_of("gradients.store_dtype", self.gradients.store_dtype, ("fp32", "bf16", "int8"))
-        _one_of("gradients.loss_reduction", self.gradients.loss_reduction, ("mean", "sum"))
-        _one_of("gradients.precision", self.gradients.precision, PRECISIONS)
-        _one_of("influence.preconditioner", self.influence.preconditioner, (DEFAULT, *PRECONDITIONERS))
         check_influence(self.influence, self.gradients)
-        _one_of("influence.queries", self.influence.queries, QUERY_KINDS)
         if self.influence.checkpoints and not self.training.save_checkpoints and self.model.adapter is None:
             raise ConfigError("influence.checkpoints: there will be none; set training.save_checkpoints")
-        if self.influence.fallback is not None:
-            _one_of("influence.fallback", self.influence.fallback, ("reference",))
         if self.target_model is not None and self.target_model.adapter is not None:
             raise ConfigError("target_model.adapter: the grid fine-tunes a fresh adapter; leave it out, or merge it")
         if not self.pruning.seeds or len(set(self.pruning.seeds)) < len(self.pruning.seeds):
@@ -262,15 +256,34 @@ class RunConfig:
 
 
 def check_influence(influence: InfluenceConfig, gradients: GradientConfig) -> None:
-    """ConfigError for settings that do not fit together, before any work is done for them."""
+    """ConfigError for settings that are unknown or do not fit together, before any work is done for them."""
+    _one_of("gradients.store_dtype", gradients.store_dtype, ("fp32", "bf16", "int8"))
+    _one_of("gradients.loss_reduction", gradients.loss_reduction, ("mean", "sum"))
+    _one_of("gradients.precision", gradients.precision, PRECISIONS)
+    _one_of("influence.preconditioner", influence.preconditioner, (DEFAULT, *PRECONDITIONERS))
+    _one_of("influence.queries", influence.queries, QUERY_KINDS)
+    if influence.fallback is not None:
+        _one_of("influence.fallback", influence.fallback, ("reference",))
     try:
         check_damping(influence.damping)
     except ConfigError as error:
         raise ConfigError(f"influence.damping: {error}") from None
     if influence.optimizer is not None and influence.preconditioner not in ("adam", "less"):
         raise ConfigError("influence.optimizer is read by 'adam' and 'less' only; choose one of them, or leave it out")
-    if influence.optimizer is not None and influence.damping == AUTO:
+    if influence.checkpoints and influence.optimizer is not None:
+        raise ConfigError(
+            "influence.optimizer: each of influence.checkpoints has moments of its own; leave out one of the two"
+        )
+    moments = influence.optimizer is not None or (
+        influence.checkpoints and influence.preconditioner in ("adam", "less")
+    )
+    if moments and influence.damping == AUTO:
         raise ConfigError("influence.damping: 'auto' cannot be picked for an optimizer's own moments; give a number")
+    if influence.preconditioner.startswith("fisher") and gradients.width is not None:
+        try:
+            check_width("Fisher", gradients.width)
+        except ConfigError as error:
+            raise ConfigError(f"influence.preconditioner: {error}") from None
     if gradients.sketch not in SKETCHES and not (Path(gradients.sketch) / MANIFEST_NAME).exists():
         raise ConfigError(
             f"gradients.sketch: {gradients.sketch!r} is no store's folder; {did_you_mean(gradients.sketch, SKETCHES)}"
@@ -411,14 +424,20 @@ def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
     def source(value: Any) -> Any:
         return None if value is None else dataclasses.replace(value, path=local(value.path))
 
+    def model(value: ModelConfig) -> ModelConfig:
+        adapter = None if value.adapter is None else local(value.adapter)
+        return dataclasses.replace(value, path=local(value.path), adapter=adapter)
+
     data, optimizer, sketch = config.data, config.influence.optimizer, config.gradients.sketch
     return dataclasses.replace(
         config,
         gradients=dataclasses.replace(config.gradients, sketch=sketch if sketch in SKETCHES else local(sketch)),
         influence=dataclasses.replace(config.influence, optimizer=None if optimizer is None else local(optimizer)),
-        model=dataclasses.replace(config.model, path=local(config.model.path)),
-        target_model=config.target_model
-        and dataclasses.replace(config.target_model, path=local(config.target_model.path)),
+        model=model(config.model),
+        target_model=config.target_model and model(config.target_model),
+        validate=dataclasses.replace(
+            config.validate, external={name: local(path) for name, path in config.validate.external.items()}
+        ),
         data=dataclasses.replace(
             data, pool=source(data.pool), validation=source(data.validation), test=source(data.test)
         ),

@@ -179,9 +179,9 @@ def tokenize(
     """Token ids and labels of `examples`; the completion and its end are what the loss sees.
 
     With a chat template the text is the template's, to its end of turn; without, `prompt + "\\n" + completion`
-    and the EOS token. Prompt and completion are tokenized apart and joined: tokenized as one text, a token
-    may straddle the border, and then either the loss sees some of the prompt or the model learns from ids that
-    it never meets when it generates, where the prompt always comes already tokenized.
+    and the EOS token; neither end where the completion has not `ended`. Prompt and completion are tokenized apart and
+    joined: tokenized as one text, a token may straddle the border, and then either the loss sees some of the prompt or
+    the model learns from ids that it never meets when it generates, where the prompt always comes already tokenized.
 
     `max_length` counts tokens of prompt and completion together. A longer example is left out and listed in
     `too_long`, or with `truncate` cut at its end and listed in `truncated`; when nothing of its completion would
@@ -201,7 +201,7 @@ def tokenize(
         prompts = _encode(tokenizer, [prompt for prompt, _ in pairs])
         completions = _encode(tokenizer, [completion for _, completion in pairs])
         for example, prompt, completion in zip(chunk, prompts, completions, strict=True):
-            if not renderer.templated:
+            if not renderer.templated and example.ended:
                 completion.append(eos)
             n = len(prompt) + len(completion)
             if max_length is not None and n > max_length:
@@ -276,6 +276,8 @@ class _Renderer:
                 f"the chat template of {_name(self.tokenizer)} drops part of the completion of {example.id} "
                 "(its reasoning, most likely); set a template that renders the last turn whole"
             )
+        if not example.ended:  # as it was generated, white space included
+            return prompt, example.completion
         # What follows the end of turn (a line break in most templates) is never generated: no loss on it.
         ended = completion.rstrip()
         eos = self.tokenizer.eos_token

@@ -247,7 +247,7 @@ class GradientEngine:
     ) -> None:
         fp8.check_precision(precision)
         if loss_reduction not in ("mean", "sum"):
-            raise ValueError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}")
+            raise ConfigError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}")
         self.model = model
         self.loss_reduction = loss_reduction
         self.precision = precision
@@ -526,8 +526,12 @@ def _replaced_forward(layer: nn.Module, group: InputGroup, place: int, anchor: t
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return group.call(place, x, anchor)
 
+    before = vars(layer).get("forward")  # somebody else's, in place of the class's
     layer.forward = forward
     try:
         yield
     finally:
-        del layer.forward
+        if before is None:
+            del layer.forward
+        else:
+            layer.forward = before

@@ -54,8 +54,8 @@ def per_example_gradients(
         (E, k) tensor on the model's device: fp32, or fp64 for an fp64 model.
 
     Raises:
-        ConfigError: an unknown precision or backend, or one (or CUDA graphs) that this device or model cannot have; a
-            sketch that was fitted on another model.
+        ConfigError: an unknown loss_reduction, precision or backend, or one (or CUDA graphs) that this device or model
+            cannot have; a sketch that was fitted on another model.
         DataError: an example is malformed, has no token to learn from or a token the model does not have.
         ModelError: the model has no LoRA layer, or one this package cannot differentiate.
         NumericError: a gradient is NaN or infinite; the message names the examples.
@@ -164,7 +164,7 @@ def _received(
 def per_example_losses(
     model: nn.Module, examples: Sequence[Mapping[str, Any]], *, loss_reduction: str = "mean"
 ) -> torch.Tensor:
-    """(E,) fp32: each example's completion loss under `model`, with no backward pass.
+    """(E,) fp32, or fp64 for an fp64 model: each example's completion loss under `model`, with no backward pass.
 
     Raises DataError as `per_example_gradients` does.
     """

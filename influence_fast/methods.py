@@ -20,6 +20,7 @@ import torch
 
 from influence_fast.adam import adam_moments
 from influence_fast.building import build_store
+from influence_fast.config import GradientConfig
 from influence_fast.damping import AUTO, Damping
 from influence_fast.eigen_sketch import DEFAULT_EXAMPLES, check_projection
 from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
@@ -89,11 +90,11 @@ class Method:
             check_projection(rows)
             after_sketch(self.preconditioner)
 
-    def rows(self) -> Projection | None:
+    def rows(self, seed: int = 0) -> Projection | None:
         """The projection of its rows; None for exact gradients."""
         if self.projection == EXACT:
             return None
-        return Projection(self.projection, dim=self.dim, width=self.width, layers=self.layers)
+        return Projection(self.projection, dim=self.dim, seed=seed, width=self.width, layers=self.layers)
 
     def fits_sketch(self) -> bool:
         """Whether its rows are made by a sketch that is fitted on some of them."""
@@ -158,14 +159,17 @@ def score_by(
     pool: Sequence[dict[str, Any]],
     queries: Sequence[dict[str, Any]],
     scratch: Path,
+    gradients: GradientConfig | None = None,
 ) -> Scored:
     """Scores of the tokenized `pool` on the tokenized `queries`, from start to end and with nothing reused.
 
     adapters: (folder, weight); more than one only for a method of `checkpoints`. scratch: a folder for the store,
-    removed afterwards.
+    removed afterwards. gradients: of these the seed, loss_reduction, precision and max_tokens, which methods share.
 
     Raises DataError where an example has no finite gradient: a comparison of methods needs all rows.
     """
+    gradients = gradients or GradientConfig()
+    shared = {name: getattr(gradients, name) for name in ("loss_reduction", "precision", "max_tokens")}
     seconds: dict[str, float] = {}
     shortened = [shorten(example, method.tokens) for example in pool]
     total = np.zeros((len(pool), len(queries)), np.float32)
@@ -174,12 +178,14 @@ def score_by(
         with finetuned(base, path) as model:
             if method.loss:
                 with _timed(seconds, "losses"):
-                    losses = per_example_losses(model, shortened).numpy().astype(np.float32)
+                    reduction = gradients.loss_reduction
+                    losses = per_example_losses(model, shortened, loss_reduction=reduction).numpy().astype(np.float32)
                 return Scored(np.repeat(-losses[:, None], len(queries), axis=1), seconds, 4)
             shutil.rmtree(scratch, ignore_errors=True)
-            fit = functools.partial(_fit, seconds, method, model, shortened)
-            projection = resolved(method.rows(), method.sketch, method.preconditioner, model, fit)
-            options: dict[str, Any] = {"projection": projection}
+            fit = functools.partial(_fit, seconds, method, model, shortened, shared)
+            whole = method.rows(gradients.seed)
+            projection = resolved(whole, method.sketch, method.preconditioner, model, fit)
+            options: dict[str, Any] = {"projection": projection, **shared}
             with _timed(seconds, "training gradients"):
                 store = build_store(
                     scratch, model, None, shortened, dtype=method.store_dtype, progress=False, **options
@@ -189,7 +195,9 @@ def score_by(
                 raise DataError(f"method {method.name}: no gradient for {names}; leave these examples out of the pool")
             with _timed(seconds, "query gradients"):
                 rows = per_example_gradients(model, queries, **options).cpu()
-            moments = adam_moments(path, gradient_layout(model), **options) if method.moments else None
+            moments = None
+            if method.moments:
+                moments = adam_moments(path, gradient_layout(model), projection=projection)
             with _timed(seconds, "scores"):
                 matrix = influence_matrix(
                     store, rows, preconditioner=method.preconditioner, damping=method.damping, moments=moments
@@ -201,11 +209,16 @@ def score_by(
 
 
 def _fit(
-    seconds: dict[str, float], method: Method, model: Any, pool: Sequence[dict[str, Any]], projection: Projection
+    seconds: dict[str, float],
+    method: Method,
+    model: Any,
+    pool: Sequence[dict[str, Any]],
+    options: dict[str, Any],
+    projection: Projection,
 ) -> Projection:
     with _timed(seconds, "fitting the sketch"):
         sizes: dict[str, Any] = {"examples": method.sketch_examples, "damping": method.damping}
-        return fit_projection(model, pool, projection=projection, **sizes)
+        return fit_projection(model, pool, projection=projection, **sizes, **options)
 
 
 def shorten(example: Mapping[str, Any], share: float) -> dict[str, Any]:

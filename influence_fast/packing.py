@@ -56,6 +56,8 @@ def check_examples(examples: Sequence[Mapping[str, Any]]) -> None:
         for field in ("input_ids", "labels"):
             if field not in example:
                 raise DataError(f"{name}: no {field!r}; an example is {{'input_ids', 'labels'}}, 1-D int tensors")
+            if not isinstance(example[field], torch.Tensor):
+                raise DataError(f"{name}: {field} is a {type(example[field]).__name__}; give a 1-D int tensor")
         ids, labels = example["input_ids"], example["labels"]
         if ids.ndim != 1 or labels.shape != ids.shape:
             raise DataError(

@@ -38,11 +38,11 @@ from influence_fast.diversity import near_duplicates
 from influence_fast.embeddings import embedding_ranks
 from influence_fast.errors import ConfigError, DataError, listing
 from influence_fast.evaluation import EvalConfig, evaluate
-from influence_fast.generation import ModelFiles, choose_engine
+from influence_fast.generation import CUT, ModelFiles, choose_engine
 from influence_fast.gradients import per_example_gradients, per_example_losses
 from influence_fast.grouping import row_groups
 from influence_fast.lora import gradient_layout
-from influence_fast.models import load_model, load_tokenizer
+from influence_fast.models import check_tokenizer, load_model, load_tokenizer
 from influence_fast.packing import IGNORED
 from influence_fast.projection import Projection
 from influence_fast.report import save_results, write_report
@@ -93,6 +93,7 @@ class Pipeline:
         self.tokenizer = _tokenizer(config.model)
         self.target_tokenizer = self.tokenizer if config.target_model is None else _tokenizer(config.target_model)
         self.base = _model(config.model)
+        check_tokenizer(self.base, self.tokenizer)
         self.splits = self._load()
 
     def _once(self, name: str, work: Callable[[], Any]) -> Any:
@@ -131,7 +132,10 @@ class Pipeline:
         )
         test = _examples(data.test) if data.test else [pool[next(taken)] for _ in range(data.holdout_test)]
         kept = [pool[i] for i in sorted(taken)]
-        for name, part in (("validation", validation), ("test", test)):
+        graded = [("test", test)]
+        if self.config.influence.queries != "reference":  # whose questions nobody answers
+            graded.insert(0, ("validation", validation))
+        for name, part in graded:
             without = [example.id for example in part if example.answer is None]
             if without:
                 raise DataError(
@@ -192,7 +196,9 @@ class Pipeline:
         if self.config.target_model is None:
             return self.base
         self.base.to("cpu")
-        return _model(self.config.target_model)
+        model = _model(self.config.target_model)
+        check_tokenizer(model, self.target_tokenizer)
+        return model
 
     # ---- the fine-tuned model that is asked ------------------------------------------------------------------
 
@@ -383,7 +389,8 @@ class Pipeline:
                 pruning.save_selection(table, selection, written)
             trained = self._train(name, seed, range(len(self.splits.pool)) if strategy == "full" else rows)
             cell = {"strategy": strategy, "fraction": fraction, "seed": seed, "seconds": trained.seconds}
-            cell |= {"kept": len(rows), "dropped": len(selection.drop)}
+            kept = len(self.splits.pool) if strategy == "full" else len(rows)
+            cell |= {"kept": kept, "dropped": len(selection.drop)}
             cell |= self._harmful(table, selection.drop)
             return cell | self._evaluate(f"{name}-seed{seed}", trained.path)
 
@@ -445,11 +452,7 @@ class Pipeline:
                 "validation": len(self.splits.validation),
                 "test": len(self.splits.test),
                 "labels": labels or None,
-                "set_aside": self.set_aside
-                + [
-                    {"id": name, "why": f"{n} tokens, longer than max_length"}
-                    for name, n in self.splits.tokenized.too_long
-                ],
+                "set_aside": self.set_aside + self._left_out(table),
             },
             "accuracy_before": {"name": "base model"} | before,
             "cells": cells,
@@ -462,6 +465,23 @@ class Pipeline:
             "queries": self.groups,
             "warnings": self.warnings,
         }
+
+    def _left_out(self, table: ScoreTable) -> list[dict[str, str]]:
+        """The examples that were too long for a model, or got no score."""
+        whose = [(self.splits.tokenized, "")]
+        if self.config.target_model is not None:
+            whose.append((self.splits.for_target, " in the target model's tokens"))
+        found = [
+            {"id": name, "why": f"{n} tokens, longer than max_length{tokens}"}
+            for part, tokens in whose
+            for name, n in part.too_long
+        ]
+        scored = set(table.ids)
+        return found + [
+            {"id": e.id, "why": "no finite gradient, and so no score: in the full data alone"}
+            for e in self.splits.pool
+            if e.id not in scored
+        ]
 
     def correct_answers(self, cell: dict[str, Any]) -> dict[str, float]:
         """Question id -> share of its answers that were right, from a cell's transcripts."""
@@ -572,9 +592,18 @@ def own_answers(
     *,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """The model's answers to the validation questions: `id`, `generation` (text), and whether it was `correct`."""
+    """The model's answers to the validation questions: `id`, `generation` (text), whether it was `correct`, and
+    whether it `ended` before it was cut."""
     result = evaluate(model, tokenizer, validation, config=config, transcripts=transcripts, progress=progress)
-    return [{"id": item.id, "generation": item.generation, "correct": bool(item.correct)} for item in result.items]
+    return [
+        {
+            "id": item.id,
+            "generation": item.generation,
+            "correct": bool(item.correct),
+            "ended": item.finish_reason != CUT,
+        }
+        for item in result.items
+    ]
 
 
 def make_queries(
@@ -596,7 +625,9 @@ def make_queries(
             silent += 1
             continue
         groups["correct" if answer["correct"] else "incorrect"].append(len(asked))
-        asked.append(dataclasses.replace(by_id[answer["id"]], completion=answer["generation"]))
+        asked.append(
+            dataclasses.replace(by_id[answer["id"]], completion=answer["generation"], ended=answer.get("ended", True))
+        )
     if silent:
         warnings.append(f"{silent} validation questions got an empty answer, which has no gradient")
     if not groups["correct"] and fallback == "reference":
@@ -698,9 +729,7 @@ def score_pool(
     projection = resolved(gradients.projection, gradients.sketch, influence.preconditioner, model, fit)
     options["projection"] = projection
     with timed("training gradients"):
-        store = build_store(
-            store_path, model, None, pool, dtype=gradients.store_dtype, progress=progress or None, **options
-        )
+        store = build_store(store_path, model, None, pool, dtype=gradients.store_dtype, progress=progress, **options)
     with timed("query gradients"):
         rows = per_example_gradients(model, tokenize(queries.examples, tokenizer).examples, **options).cpu()
     moments = None

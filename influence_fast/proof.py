@@ -60,7 +60,9 @@ def validate(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     scores = {name: found.matrix for name, found in scored.items()} | _external(settings.external, shape)
 
     plan = _Plan(config, shape[0], scores, queries)
-    outcomes = retrain(config, queries.examples, plan.work, processes=settings.processes, talks=progress)
+    outcomes = retrain(
+        config, queries.examples, plan.work, processes=settings.processes, talks=progress, pipeline=pipeline
+    )
     results: dict[str, Any] = {
         "config": to_dict(config),
         "versions": doctor.versions(),
@@ -101,7 +103,9 @@ def _check(config: RunConfig, methods: Sequence[Method]) -> None:
 def _scored(pipeline: Pipeline, method: Method, reference: Path, queries: Queries, talks: bool) -> Scored:
     """The method's scores, computed once; other settings or another adapter under its name are computed anew."""
     texts = [[q.id, q.completion] for q in queries.examples]
-    record = json.dumps([dataclasses.asdict(method), to_dict(pipeline.config)["training"], texts], sort_keys=True)
+    config = to_dict(pipeline.config)
+    settings = [dataclasses.asdict(method), config["training"], config["gradients"], config["model"]]
+    record = json.dumps([settings, texts], sort_keys=True)
     digest = hashlib.sha256(record.encode()).hexdigest()
     path = pipeline.folder / FOLDER / f"{method.name}.npz"
     if path.exists():
@@ -113,7 +117,8 @@ def _scored(pipeline: Pipeline, method: Method, reference: Path, queries: Querie
     scorer = _proxy(pipeline, method.proxy) if method.proxy else _reference(pipeline, method, reference)
     asked = tokenize(queries.examples, scorer.tokenizer).examples
     scratch = pipeline.folder / FOLDER / f".{method.name}.store"
-    scored = score_by(method, scorer.base, scorer.adapters, scorer.pool, asked, scratch)
+    gradients = pipeline.config.gradients
+    scored = score_by(method, scorer.base, scorer.adapters, scorer.pool, asked, scratch, gradients)
     scored = dataclasses.replace(scored, seconds=scorer.seconds | scored.seconds)
     with replacing(path) as partial, partial.open("wb") as file:
         np.savez(

@@ -20,6 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,6 +28,9 @@ from influence_fast.atomic import replacing
 from influence_fast.config import RunConfig, to_dict
 from influence_fast.data import Example, tokenize
 from influence_fast.errors import DataError
+
+if TYPE_CHECKING:
+    from influence_fast.pipeline import Pipeline
 
 FOLDER = "retrained"
 
@@ -51,12 +55,19 @@ class Outcome:
 
 
 def retrain(
-    config: RunConfig, queries: Sequence[Example], work: Sequence[Retraining], *, processes: int = 1, talks: bool = True
+    config: RunConfig,
+    queries: Sequence[Example],
+    work: Sequence[Retraining],
+    *,
+    processes: int = 1,
+    talks: bool = True,
+    pipeline: Pipeline | None = None,
 ) -> dict[str, Outcome]:
     """Does all of `work` that is not done yet, in `processes` processes; outcomes by name.
 
     config: the run whose pool is trained on, whose `training` and `lora` say how, and in whose folder `retrained/`
-    everything is kept. queries: texts whose completions' losses are the outcome.
+    everything is kept. queries: texts whose completions' losses are the outcome. pipeline: of `config`, where it is
+    open already; other processes open their own.
 
     Raises DataError where a process was killed (finished retrainings stay), and what `finetune` raises.
     """
@@ -69,7 +80,7 @@ def retrain(
     threads = max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else 1
     with _progress(len(todo), len(work), talks) as advance:
         if processes == 1:
-            world = _World(config, queries)
+            world = _World(config, queries, pipeline)
             for job in todo:
                 done[job.name] = world.run(job, folder, stamp)
                 advance()
@@ -96,10 +107,10 @@ def retrain(
 class _World:
     """What a retraining needs, loaded once a process."""
 
-    def __init__(self, config: RunConfig, queries: Sequence[Example]) -> None:
+    def __init__(self, config: RunConfig, queries: Sequence[Example], pipeline: Pipeline | None = None) -> None:
         from influence_fast.pipeline import Pipeline
 
-        self.pipeline = Pipeline(config, progress=False)
+        self.pipeline = pipeline or Pipeline(config, progress=False)
         self.queries = tokenize(queries, self.pipeline.tokenizer).examples
 
     def run(self, job: Retraining, folder: Path, stamp: str) -> Outcome:
@@ -118,7 +129,8 @@ class _World:
             losses = per_example_losses(model, self.queries).double().numpy()
             accuracy = float("nan")
             if job.accuracy:
-                accuracy = evaluate(model, p.tokenizer, p.splits.test, config=config.evaluation).accuracy
+                here = dataclasses.replace(config.evaluation, engine="transformers")  # the model is in memory
+                accuracy = evaluate(model, p.tokenizer, p.splits.test, config=here).accuracy
         shutil.rmtree(adapter)
         outcome = Outcome(losses, accuracy, time.perf_counter() - start)
         with replacing(folder / f"{job.name}.npz") as partial, partial.open("wb") as file:

@@ -33,7 +33,8 @@ class Example:
 
     `row` is the index of the source row and `trace` the index within the row's `generations` where it has
     several; `label` is the known kind of corruption, if any. `context` holds the (role, content) turns that
-    come before the prompt in a conversation, system turn included; most examples have none.
+    come before the prompt in a conversation, system turn included; most examples have none. `ended` is False for an
+    answer that was cut off: nobody chose to end it there, so no end of turn follows it.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Example:
     label: str | None = None
     trace: int | None = None
     context: tuple[Turn, ...] = ()
+    ended: bool = True
 
 
 class Cells:

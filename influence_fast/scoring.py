@@ -24,7 +24,6 @@ def influence_scores(
     *,
     preconditioner: str = preconditioners.DEFAULT,
     damping: preconditioners.Damping = 0.1,
-    blocks: list[tuple[int, int]] | None = None,
     moments: torch.Tensor | None = None,
 ) -> ScoreTable:
     """Scores every row of `store` against groups of query gradients.
@@ -39,9 +38,7 @@ def influence_scores(
         preconditioner: see `preconditioners`; by default the best one that the rows allow.
         damping: share of a block's mean eigenvalue added to its eigenvalues, or "auto" (see `damping`). Rows of a
             fitted sketch keep the damping that it was fitted with.
-        blocks: [start, end) of the blocks that are damped one by one ("fisher" inverts them whole); by default those
-            of the store's modules.
-        moments: [k] second moments for "adam" (see `adam.adam_moments`); by default those of the store's rows.
+        moments: [k] second moments for "adam" and "less" (see `adam.adam_moments`); by default those of the rows.
 
     Returns:
         For each group g: `s_g` (mean influence), `rank_g` (rank of that mean, 1 = lowest, ties averaged) and
@@ -54,7 +51,7 @@ def influence_scores(
     used = {name: list(members) for name, members in groups.items() if len(members)}
     if not used:
         raise DataError("there is no query to score against: every group is empty")
-    rows, queries, options = _prepared(store, queries, preconditioner, damping, blocks, moments)
+    rows, queries, options = _prepared(store, queries, preconditioner, damping, moments)
     result = inner_products(rows, queries, **options, groups=list(used.values()), ranks=True)
     means, ranks = np.asarray(result.group_means, np.float64), np.asarray(result.mean_ranks, np.float64)
     columns = {}
@@ -71,14 +68,13 @@ def influence_matrix(
     *,
     preconditioner: str = preconditioners.DEFAULT,
     damping: preconditioners.Damping = 0.1,
-    blocks: list[tuple[int, int]] | None = None,
     moments: torch.Tensor | None = None,
 ) -> np.ndarray:
     """[N, Q] fp32: I(d, v) of every row of `store` (in the order of `store.ids`) on every query.
 
     For many queries take `influence_scores`, which never holds the matrix. Arguments and errors are its own.
     """
-    rows, queries, options = _prepared(store, queries, preconditioner, damping, blocks, moments)
+    rows, queries, options = _prepared(store, queries, preconditioner, damping, moments)
     return np.asarray(inner_products(rows, queries, **options), np.float32)
 
 
@@ -87,7 +83,6 @@ def _prepared(
     queries: torch.Tensor,
     preconditioner: str,
     damping: preconditioners.Damping,
-    blocks: list[tuple[int, int]] | None,
     moments: torch.Tensor | None,
 ) -> tuple[Any, torch.Tensor, dict[str, Any]]:
     """What `inner_products` is called with: rows, preconditioned queries [Q, k], options."""
@@ -101,7 +96,7 @@ def _prepared(
     fitted = preconditioners.fit(
         preconditioner,
         lambda: _row_blocks(store),
-        blocks or blocks_of(store),
+        blocks_of(store),
         damping=damping,
         factors=factors_of(store),
         moments=moments,
@@ -189,13 +184,16 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
 
 def check_groups(groups: Mapping[str, Sequence[int]]) -> None:
     """ConfigError saying which of the two groups of own answers is empty, and what can be done about it."""
-    for name in ("correct", "incorrect"):
-        if not len(groups.get(name, ())):
-            other = "incorrect" if name == "correct" else "correct"
-            raise ConfigError(
-                f"every one of the model's own validation answers is {other}, so there is no {name} group: add "
-                "validation questions, set influence.fallback: reference, or use influence.queries: reference"
-            )
+    if not len(groups.get("correct", ())):
+        raise ConfigError(
+            "every one of the model's own validation answers is incorrect, so there is no correct group: add easier "
+            "questions, set influence.fallback: reference, or use influence.queries: reference"
+        )
+    if not len(groups.get("incorrect", ())):
+        raise ConfigError(
+            "every one of the model's own validation answers is correct, so there is no incorrect group: add harder "
+            "questions, or use influence.queries: reference and strategies that read no wrong answers (low_benefit)"
+        )
 
 
 def _row_blocks(store: Store, size: int = 1024) -> Iterable[torch.Tensor]:

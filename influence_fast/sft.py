@@ -58,7 +58,7 @@ def train(
     history = [(int(log["step"]), float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
     bad = [step for step, loss in history if loss != loss or loss == float("inf")]
     if bad:
-        raise NumericError(f"the training loss is not finite from step {bad[0]} on: lower train.learning_rate")
+        raise NumericError(f"the training loss is not finite from step {bad[0]} on: lower training.learning_rate")
     return history, seconds, int(trainer.state.num_input_tokens_seen)
 
 
@@ -81,7 +81,7 @@ def make_trainer(
     if config.packing is not None:
         long = [example_name(e, i) for i, e in enumerate(examples) if len(e["input_ids"]) > config.packing]
         if long:
-            raise ConfigError(f"train.packing is {config.packing} tokens, and longer are {listing(long)}: raise it")
+            raise ConfigError(f"training.packing is {config.packing} tokens, and longer are {listing(long)}: raise it")
     save_steps = 0 if isinstance(config.save_checkpoints, bool) else config.save_checkpoints
     saving = "no" if not config.save_checkpoints else ("steps" if save_steps else "epoch")
     cuda = torch.cuda.is_available() and next(model.parameters()).is_cuda

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from influence_fast.eigen_sketch import MEND, EigenSketch, file_of
-from influence_fast.errors import StoreError, did_you_mean, listing
+from influence_fast.errors import ConfigError, StoreError, did_you_mean, listing
 from influence_fast.projection import Projection
 from influence_fast.store_manifest import (
     DTYPES,
@@ -322,6 +322,6 @@ def _hashes(folder: Path, record: ShardRecord) -> Iterator[str]:
 
 
 def check_dtype(dtype: str) -> None:
-    """Raises StoreError for a dtype that stores do not have."""
+    """Raises ConfigError for a dtype that stores do not have."""
     if dtype not in DTYPES:
-        raise StoreError(f"unknown store dtype {dtype!r}; {did_you_mean(str(dtype), DTYPES)}")
+        raise ConfigError(f"unknown store dtype {dtype!r}; {did_you_mean(str(dtype), DTYPES)}")

@@ -64,18 +64,18 @@ class TrainConfig:
             ("schedule", self.schedule, SCHEDULES),
         ):
             if value not in known:
-                raise ConfigError(f"train.{name} {value!r} is unknown; {did_you_mean(str(value), known)}")
+                raise ConfigError(f"training.{name} {value!r} is unknown; {did_you_mean(str(value), known)}")
         for name in ("learning_rate", "batch_size", "gradient_accumulation_steps"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be above 0")
+                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be above 0")
         if self.epochs <= 0 and self.max_steps <= 0:
-            raise ConfigError("train.epochs and train.max_steps are both not above 0; set one of them")
+            raise ConfigError("training.epochs and training.max_steps are both not above 0; set one of them")
         if not 0 <= self.warmup_ratio < 1:
-            raise ConfigError(f"train.warmup_ratio is {self.warmup_ratio}; it must be at least 0 and below 1")
+            raise ConfigError(f"training.warmup_ratio is {self.warmup_ratio}; it must be at least 0 and below 1")
         if self.packing is not None and self.packing < 2:
-            raise ConfigError(f"train.packing is {self.packing}; it is the tokens of a row, or left out")
+            raise ConfigError(f"training.packing is {self.packing}; it is the tokens of a row, or left out")
         if self.save_checkpoints < 0:
-            raise ConfigError(f"train.save_checkpoints is {self.save_checkpoints}; use true, false or a step count")
+            raise ConfigError(f"training.save_checkpoints is {self.save_checkpoints}; use true, false or a step count")
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +192,8 @@ def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool 
     """`model` (the base) with the adapter of `path`, or the fully fine-tuned model that the folder `path` holds.
 
     `path`: a folder, or the hub id of an adapter. An adapter is attached to `model` in place; `.unload()` takes it off
-    again. Raises ModelError when `path` holds neither, or when the adapter does not fit the model.
+    again. A whole model comes in the dtype and on the device of `model`. Raises ModelError when `path` holds neither,
+    or when the adapter does not fit the model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -201,7 +202,9 @@ def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool 
     folder = Path(path)
     with quiet_libraries():
         if (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
-            return AutoModelForCausalLM.from_pretrained(folder)
+            like = next(model.parameters())
+            whole: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
+            return whole.to(like.device)
         name = getattr(getattr(model, "config", None), "name_or_path", "") or "this model"
         return attach_adapter(model, str(path), name, trainable=trainable)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from influence_fast.atomic import replacing
-from influence_fast.config import RunConfig, difference, to_dict
+from influence_fast.config import RunConfig, difference, from_dict, to_dict
 from influence_fast.errors import ConfigError
 
 CONFIG = "config.yaml"
@@ -36,7 +36,7 @@ class RunFolder:
         settings.pop("validate")  # more methods or subsets over the same run are no other run
         record = self.path / CONFIG
         if record.exists():
-            differs = difference(yaml.safe_load(record.read_text()), settings)
+            differs = difference(_with_defaults(yaml.safe_load(record.read_text())), settings)
             if differs:
                 raise ConfigError(
                     f"{self.path} holds a run of another configuration ({differs}): choose another output folder, "
@@ -70,3 +70,12 @@ class RunFolder:
     def seconds(self, name: str) -> float:
         """How long the finished piece `name` took when it was computed."""
         return float(json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))["seconds"])
+
+
+def _with_defaults(recorded: Any) -> Any:
+    """A run's recorded settings, with those that did not exist then as they are by default."""
+    try:
+        filled = to_dict(from_dict(RunConfig, {"output": "", **recorded}))
+    except (ConfigError, TypeError):
+        return recorded  # of a later version: the difference says in what
+    return {name: value for name, value in filled.items() if name not in ("output", "validate")}

@@ -248,7 +248,7 @@ def test_bad_input_is_named(tmp_path: Path, model: Any, tiny_model: Callable[...
         build(tmp_path / "s", model, [examples[0], {"input_ids": examples[1]["input_ids"]}])
     with pytest.raises(DataError, match=r"dataset\[1\]: texts and tokenized"):
         build(tmp_path / "s", model, [examples[0], Example("a", "b", "c")])
-    with pytest.raises(StoreError, match="unknown store dtype"):
+    with pytest.raises(ConfigError, match="unknown store dtype"):
         build(tmp_path / "s", model, examples, dtype="float32")
     with pytest.raises(ConfigError, match="on_nonfinite"):
         build(tmp_path / "s", model, examples, on_nonfinite="skip")

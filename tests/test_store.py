@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from influence_fast import store_writer
-from influence_fast.errors import NumericError, StoreError
+from influence_fast.errors import ConfigError, NumericError, StoreError
 from influence_fast.projection import Projection
 from influence_fast.store import Store, StoreIdentity, open_store, verify_store
 from influence_fast.store_manifest import Manifest, ModuleEntry, Part, digest, projection_fields
@@ -559,7 +559,7 @@ def test_rows_that_cannot_be_stored_are_refused(tmp_path: Path) -> None:
         writer.write_shard(0, list("abcd"), make_rows(4, width=36), first=0, last=4)
     with pytest.raises(StoreError, match="3 ids"):
         writer.write_shard(0, list("abc"), make_rows(4), first=0, last=4)
-    with pytest.raises(StoreError, match="unknown store dtype 'fp16'"):
+    with pytest.raises(ConfigError, match="unknown store dtype 'fp16'"):
         StoreWriter(tmp_path / "t", make_manifest(4, 4, "fp16"))
 
 

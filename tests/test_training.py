@@ -287,7 +287,7 @@ def test_packs_whose_examples_see_each_other_are_refused(
     model: Any, tokenizer: Any, examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(max_steps=1, packing=40)
-    with pytest.raises(ConfigError, match=r"train.packing is 10 tokens, and longer are e\d"):
+    with pytest.raises(ConfigError, match=r"training.packing is 10 tokens, and longer are e\d"):
         run(model, tokenizer, examples, tmp_path / "out", TrainConfig(max_steps=1, packing=10))
     apart = sft.attention.packed_attention
     without = lambda *args, cu_seq_lens_q=None, **kwargs: apart(*args, **kwargs)  # noqa: E731
