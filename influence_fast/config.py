@@ -320,6 +320,9 @@ def load_config(path: str | Path) -> RunConfig:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys, not {type(raw).__name__}")
+    gradients = raw.get("gradients")
+    if isinstance(gradients, dict) and isinstance(sketch := gradients.get("sketch"), str) and sketch not in SKETCHES:
+        raw["gradients"] = gradients | {"sketch": _local(sketch, path.parent)}  # checked when it is read
     try:
         config = from_dict(RunConfig, raw)
     except ConfigError as error:
@@ -416,10 +419,15 @@ def _one_of(key: str, value: str, known: typing.Iterable[str]) -> None:
         raise ConfigError(f"{key}: unknown value {value!r}; {did_you_mean(value, known)}")
 
 
+def _local(path: str, folder: Path) -> str:
+    """`path`, from `folder` if it exists there."""
+    beside = folder / path
+    return str(beside) if not Path(path).is_absolute() and beside.exists() else path
+
+
 def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
     def local(path: str) -> str:
-        beside = folder / path
-        return str(beside) if not Path(path).is_absolute() and beside.exists() else path
+        return _local(path, folder)
 
     def source(value: Any) -> Any:
         return None if value is None else dataclasses.replace(value, path=local(value.path))
@@ -428,10 +436,9 @@ def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
         adapter = None if value.adapter is None else local(value.adapter)
         return dataclasses.replace(value, path=local(value.path), adapter=adapter)
 
-    data, optimizer, sketch = config.data, config.influence.optimizer, config.gradients.sketch
+    data, optimizer = config.data, config.influence.optimizer
     return dataclasses.replace(
         config,
-        gradients=dataclasses.replace(config.gradients, sketch=sketch if sketch in SKETCHES else local(sketch)),
         influence=dataclasses.replace(config.influence, optimizer=None if optimizer is None else local(optimizer)),
         model=model(config.model),
         target_model=config.target_model and model(config.target_model),

@@ -30,6 +30,19 @@ def write(folder: Path, changes: dict) -> Path:
     return path
 
 
+def test_paths_are_taken_from_the_files_own_folder(tmp_path: Path) -> None:
+    for name in ("adapter", "scores.npz", "a-store"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a-store" / "manifest.json").touch()
+    changes = {"model.adapter": "adapter", "validate.external": {"other": "scores.npz"}}
+    changes |= {"gradients.sketch": "a-store", "gradients.width": 64}
+    config = load_config(write(tmp_path, changes))
+    assert config.model.adapter == str(tmp_path / "adapter")
+    assert config.validate.external == {"other": str(tmp_path / "scores.npz")}
+    assert config.gradients.sketch == str(tmp_path / "a-store")
+    assert config.model.path == "some/model"
+
+
 def test_values_arrive_where_they_belong(tmp_path: Path) -> None:
     changes = {"training.learning_rate": "1e-4", "pruning.fractions": 0.2, "pruning.seeds": [3, 4], "gradients.dim": 8}
     config = load_config(write(tmp_path, changes))

@@ -438,6 +438,16 @@ def test_nothing_is_learnt_after_the_end_of_turn(tiny_tokenizer: Factory, chatml
     assert tokenizer.decode(tokens["input_ids"]) == "user: passistant: c<eos>"
 
 
+@pytest.mark.parametrize("templated", [True, False])
+def test_an_answer_that_was_cut_has_no_end(tiny_tokenizer: Factory, chatml: str, templated: bool) -> None:
+    tokenizer = tiny_tokenizer(chat_template=chatml if templated else None)
+    cut = Example("cut", "1+1?", "The answer is ", ended=False)
+    [tokens] = tokenize([cut], tokenizer).examples
+    learnt = tokens["labels"] != -100
+    assert tokenizer.decode(tokens["input_ids"][learnt]) == "The answer is "
+    assert tokenizer.decode(tokens["input_ids"][~learnt]) == render_prompt(cut, tokenizer)
+
+
 def test_qwen3_like_reasoning_survives_the_template(tiny_tokenizer: Factory) -> None:
     """Qwen3's template takes the reasoning out of the content and puts it back with white space of its own."""
     template = (

@@ -18,8 +18,9 @@ from influence_fast import pipeline
 from influence_fast.cli import main
 from influence_fast.config import load_config
 from influence_fast.data import load_examples
-from influence_fast.errors import ConfigError
+from influence_fast.errors import ConfigError, ModelError
 from influence_fast.scores import ScoreTable
+from influence_fast.workdir import RunFolder
 
 WORDS = ["<pad>", "<eos>", "<unk>", "what", "is", "plus", "The", "answer", "#", *map(str, range(20))]
 
@@ -308,6 +309,42 @@ def test_an_empty_group_is_said_by_name(world: Path, empty: str) -> None:
         assert queries.warnings
 
 
+def test_answers_that_were_cut_ask_without_an_end(world: Path) -> None:
+    validation = load_examples(world / "validation.jsonl")[:2]
+    answers = [
+        {"id": e.id, "generation": "The answer", "correct": right, "ended": right}
+        for e, right in zip(validation, (True, False), strict=True)
+    ]
+    queries = pipeline.make_queries(validation, answers, None)
+    assert [example.ended for example in queries.examples] == [True, False]
+
+
+def test_a_run_of_an_earlier_version_goes_on(world: Path, results: dict[str, Any], tmp_path: Path) -> None:
+    """Its record has not the settings that came since; at their defaults they are no difference."""
+    record = world / "run" / "config.yaml"
+    whole = record.read_text()
+    raw = yaml.safe_load(whole)
+    del raw["gradients"]["sketch"], raw["pruning"]["max_similar"]
+    record.write_text(yaml.safe_dump(raw))
+    RunFolder(load_config(world / "config.yaml"))
+    record.write_text(yaml.safe_dump(raw | {"a_later_setting": 1}))
+    with pytest.raises(ConfigError, match=r"another configuration \(a_later_setting"):
+        RunFolder(load_config(world / "config.yaml"))
+    record.write_text(whole)
+
+
+def test_the_tokenizer_of_another_model_is_refused_before_any_work(world: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    write_model(tmp_path / "other", words=[*WORDS, "more", "words"])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).write_text((tmp_path / "other" / name).read_text())
+    raw = yaml.safe_load((world / "config.yaml").read_text()) | {"output": str(tmp_path / "run")}
+    raw["model"] = {"path": str(tmp_path / "model")}
+    (world / "mixed.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(ModelError, match="has token 'words' with id 30, the model has embeddings for 29"):
+        pipeline.run(load_config(world / "mixed.yaml"), progress=False)
+
+
 def test_the_verbs_one_by_one(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(*arguments: Any) -> str:
         code = main([str(a) for a in arguments])
@@ -327,6 +364,12 @@ def test_the_verbs_one_by_one(world: Path, tmp_path: Path, capsys: pytest.Captur
     assert "every checksum holds" in run("verify", f"{scores}.store")
     out = run("prune", "--data", pool, "--scores", scores, "--strategy", "low_benefit", "--count", 7, "--output", kept)
     assert "kept 33 and dropped 7 of 40" in out
+    assert "warning" not in out
+    more = tmp_path / "more.jsonl"
+    more.write_text(pool.read_text() + pool.read_text().splitlines()[0].replace("pool-0", "new") + "\n")
+    options = ("--strategy", "low_benefit", "--count", 7, "--output", tmp_path / "kept-more.jsonl")
+    out = run("prune", "--data", more, "--scores", scores, *options)
+    assert "warning: 1 examples have no score and are not in the output: new" in out
     assert len(kept.read_text().splitlines()) == 33
     table = ScoreTable.load(f"{kept}.table.csv")
     assert table.columns["kept"].sum() == 33
@@ -338,14 +381,19 @@ def test_the_verbs_one_by_one(world: Path, tmp_path: Path, capsys: pytest.Captur
     assert "gradients: torch" in run("doctor")
 
 
+SCORE = "score --model {model} --adapter x --data {pool} --validation {pool} --output s.csv".split()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["run", "absent.yaml"], "no such configuration file"),
         (["prune", "--data", "{pool}", "--scores", "absent.csv", "--strategy", "combined", "--fraction", "0.1",
           "--output", "x.jsonl"], "no such score table"),
-        (["score", "--model", "{model}", "--adapter", "x", "--data", "{pool}", "--validation", "{pool}",
-          "--output", "s.csv", "--preconditioner", "fischer"], "did you mean 'fisher'"),
+        ([*SCORE, "--preconditioner", "fischer"], "--preconditioner: unknown value 'fischer'; did you mean 'fisher'"),
+        ([*SCORE, "--fallback", "refrence"], "--fallback: unknown value 'refrence'; did you mean 'reference'"),
+        ([*SCORE, "--store-dtype", "int4"], "--store-dtype: unknown value 'int4'"),
+        ([*SCORE, "--width", "9", "--sketch", "eigne"], "--sketch: 'eigne' is no store's folder; did you mean"),
         (["eval", "--model", "{world}/absent/model", "--data", "{pool}", "--output", "x.jsonl"], "absent/model"),
         (["train", "--model", "{model}", "--data", "{world}/absent.jsonl", "--output", "x"], "absent.jsonl"),
         (["report", "{world}/absent"], "absent"),

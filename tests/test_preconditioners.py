@@ -198,6 +198,7 @@ def test_settings_that_do_not_fit_together_are_refused_at_once() -> None:
             "data": {"pool": "pool.jsonl", "holdout_validation": 1, "holdout_test": 1},
             "gradients": {"width": width},
             "influence": influence,
+            "training": {"save_checkpoints": True},
         }
         return from_dict(RunConfig, raw).influence
 
@@ -209,6 +210,10 @@ def test_settings_that_do_not_fit_together_are_refused_at_once() -> None:
         ({"damping": 0}, "influence.damping: damping must be above 0"),
         ({"preconditioner": "fisher", "optimizer": "x"}, "influence.optimizer is read by 'adam' and 'less' only"),
         ({"preconditioner": "adam", "optimizer": "x", "damping": "auto"}, "'auto' cannot be picked"),
+        ({"preconditioner": "less", "checkpoints": True, "damping": "auto"}, "'auto' cannot be picked"),
+        ({"preconditioner": "less", "checkpoints": True, "optimizer": "x"}, "has moments of its own"),
+        ({"preconditioner": "fisher_cosine", "width": 10_000}, "a Fisher block of 10000 numbers is too wide"),
+        ({"fallback": "refrence"}, "influence.fallback: unknown value"),
     ):
         with pytest.raises(ConfigError, match=message):
             config(**settings)
