@@ -381,7 +381,7 @@ def test_the_verbs_one_by_one(world: Path, tmp_path: Path, capsys: pytest.Captur
     assert "gradients: torch" in run("doctor")
 
 
-SCORE = "score --model {model} --adapter x --data {pool} --validation {pool} --output s.csv".split()
+SCORE = [*["score", "--model", "{model}", "--adapter", "x", "--data", "{pool}"], "--validation", "{pool}", "--output", "s.csv"]
 
 
 @pytest.mark.parametrize(
