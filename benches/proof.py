@@ -99,7 +99,7 @@ def proxy_folder(output: Path) -> Path:
 def demo(output: Path) -> RunConfig:
     """The demo's run, its checkpoints kept."""
     config = demo_config(output, progress=False)
-    made = make_world(proxy_folder(output), config=WorldConfig(hidden_size=WorldConfig.hidden_size // 2))
+    made = make_world(proxy_folder(output), config=WorldConfig(hidden_size=WorldConfig().hidden_size // 2))
     assert made.model_path == proxy_folder(output) / "model"
     return dataclasses.replace(config, training=dataclasses.replace(config.training, save_checkpoints=True))
 

@@ -381,7 +381,8 @@ def test_the_verbs_one_by_one(world: Path, tmp_path: Path, capsys: pytest.Captur
     assert "gradients: torch" in run("doctor")
 
 
-SCORE = [*["score", "--model", "{model}", "--adapter", "x", "--data", "{pool}"], "--validation", "{pool}", "--output", "s.csv"]
+SCORE = ["score", "--model", "{model}", "--adapter", "x", "--data", "{pool}", "--validation", "{pool}"]
+SCORE += ["--output", "s.csv"]
 
 
 @pytest.mark.parametrize(
