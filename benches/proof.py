@@ -181,7 +181,7 @@ def write_fidelity() -> None:
         whole = sum(costs[result["default"]]["seconds"].values())
         for name, cost in costs.items():
             settings = cost["settings"]
-            if settings["loss"] or settings["projection"] == EXACT or settings["moments"] or settings["proxy"]:
+            if settings["loss"] or settings["projection"] == EXACT or settings["moments"] or settings.get("proxy"):
                 continue  # no influence, no store worth its name, or a state or model that another run has not
             row = rows.setdefault(name, {"settings": settings, "cost": [], "worlds": {}})
             row["cost"].append(sum(cost["seconds"].values()) / whole)

@@ -250,9 +250,11 @@ def build_shards(
 
 
 def warn_of_set_aside(store: Store, examples: int) -> None:
-    """One warning that sums up which of the dataset's `examples` have no row, if any."""
+    """One warning that sums up which of the dataset's `examples` have no row, if any; DataError where none has one."""
     if store.set_aside:
         names = listing(f"{name} ({reason})" for name, reason in store.set_aside)
+        if len(store) == 0:
+            raise DataError(f"{store.path}: none of {examples} examples has a row: {names}")
         warnings.warn(
             f"{len(store.set_aside)} of {examples} examples were set aside and have no row: {names}; "
             "store.set_aside lists them all",

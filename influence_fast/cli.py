@@ -7,6 +7,7 @@ import contextlib
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        args.work(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _say_warning
+            args.work(args)
     except InfluenceFastError as error:
         if args.debug:
             traceback.print_exc()
@@ -40,9 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {what}{error.strerror or error}; finished work is kept", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"stopped: {stop or 'what was finished is kept; run the same command again to go on'}", file=sys.stderr)
+        said = str(stop) or "what was finished is kept; run the same command again to go on"
+        print(f"stopped: {said}", file=sys.stderr)
         return getattr(stop, "exit_code", 130)  # SIGTERM has its own
     return 0
+
+
+def _say_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """A line for the person at the terminal, without the place in the code."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,10 +92,21 @@ def build_parser() -> argparse.ArgumentParser:
         ("--epochs", float, "passes over the data"),
         ("--learning-rate", float, "peak learning rate"),
         ("--batch-size", int, "examples a step"),
+        ("--max-steps", int, "optimizer steps, in place of epochs"),
+        ("--packing", int, "tokens of a row that examples are packed into"),
         ("--rank", int, "LoRA rank r"),
         ("--seed", int, "seed of initialisation and data order"),
     ):
         sub.add_argument(option, type=kind, help=help)
+    sub.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers that get LoRA (default: all linears)")
+    sub.add_argument(
+        "--save-checkpoints",
+        nargs="?",
+        const=True,
+        type=int,
+        metavar="STEPS",
+        help="keep a checkpoint each epoch, or every STEPS steps, with the optimizer's state (for adam and less)",
+    )
 
     sub = verb("score", _score, "score training examples by their influence on validation answers")
     _model(sub, adapter=True)
@@ -218,9 +238,23 @@ def _data(sub: argparse.ArgumentParser, option: str, help: str, *, needed: bool 
     sub.add_argument("--format", default="auto", help="schema of the rows (default: found from the columns)")
     sub.add_argument("--trace", default="first_correct", help="which of an OpenR1 row's traces")
     sub.add_argument("--limit", type=int)
+    sub.add_argument(
+        "--columns",
+        type=_columns,
+        metavar="NAME=COLUMN,...",
+        help="the data's own names: prompt=question,completion=trace (id= numbers the rows)",
+    )
     if lengths:
         sub.add_argument("--max-length", type=int, help="longer examples are left out and listed")
         sub.add_argument("--truncate", action="store_true", help="cut longer examples instead")
+
+
+def _columns(text: str) -> dict[str, str | None]:
+    """`prompt=question,id=` -> {"prompt": "question", "id": None}."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if any(not sign or not name for name, sign, _ in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=COLUMN,NAME=COLUMN")
+    return {name.strip(): column.strip() or None for name, _, column in pairs}
 
 
 def _damping(text: str) -> float | str:
@@ -232,8 +266,6 @@ def _damping(text: str) -> float | str:
 
 def _quiet_libraries() -> None:
     """On the command line the bars and the notes to developers are ours alone; a library's importer keeps them."""
-    import warnings
-
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -256,7 +288,9 @@ def _load_model(args: Any) -> tuple[Any, Any]:
 def _load_data(args: Any) -> list[Any]:
     from influence_fast.data import load_examples
 
-    return load_examples(args.data, split=args.split, format=args.format, trace=_trace(args), limit=args.limit)
+    return load_examples(
+        args.data, split=args.split, format=args.format, trace=_trace(args), limit=args.limit, columns=args.columns
+    )
 
 
 def _trace(args: Any) -> str | int:
@@ -379,9 +413,12 @@ def _train(args: Any) -> None:
 
     model, tokenizer = _load_model(args)
     examples = _tokenize(args, _load_data(args), tokenizer)
-    names = ("epochs", "learning_rate", "batch_size", "seed")
+    names = ("epochs", "learning_rate", "batch_size", "max_steps", "packing", "save_checkpoints", "seed")
     config = TrainConfig(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
-    lora = LoraSettings() if args.rank is None else LoraSettings(r=args.rank, alpha=2.0 * args.rank)
+    shape: dict[str, Any] = {} if args.rank is None else {"r": args.rank, "alpha": 2.0 * args.rank}
+    if args.target_modules is not None:
+        shape["target_modules"] = tuple(args.target_modules)
+    lora = LoraSettings(**shape)
     result = finetune(model, tokenizer, examples, args.output, config=config, lora=lora, progress=_bars(args))
     last = f", last loss {result.loss_history[-1][1]:.4f}" if result.loss_history else ""
     print(f"adapter: {result.path} ({len(examples)} examples, {result.seconds:.1f} s{last})")
@@ -415,7 +452,7 @@ def _score(args: Any) -> None:
     answers = None
     if args.queries == "own_answers":
         answers = pipeline.own_answers(model, tokenizer, validation, _evaluation(args), progress=_bars(args))
-    queries = pipeline.make_queries(validation, answers, args.fallback)
+    queries = pipeline.make_queries(validation, answers, args.fallback, needed=("correct",))
     if args.tasks is not None:
         queries = pipeline.with_tasks(queries, row_groups(load_rows(args.validation), args.tasks))
     table, seconds = pipeline.score_pool(
@@ -492,7 +529,7 @@ def _build(args: Any) -> None:
     if group is not None:
         model = sharded.shard_model(model, mesh)
     source = spooling.TokenSource(
-        args.data, args.split, args.format, _trace(args), args.limit, {}, args.max_length, args.truncate
+        args.data, args.split, args.format, _trace(args), args.limit, args.columns or {}, args.max_length, args.truncate
     )
     folder = Path(f"{args.output}.tokens")
     distributed.once(
@@ -539,6 +576,13 @@ def _build(args: Any) -> None:
         print(f"store: {args.output} ({len(store)} rows; {100 * totals.idle_share:.1f} % of the ranks' time idle)")
 
 
+def _not_an_input(output: str, *inputs: str | None) -> None:
+    """ConfigError where writing `output` would replace one of the files that are read."""
+    for path in inputs:
+        if path is not None and Path(path).exists() and Path(path).resolve() == Path(output).resolve():
+            raise ConfigError(f"--output {output} is also read from, and would be lost: give another file")
+
+
 def _prune(args: Any) -> None:
     from influence_fast.data import load_examples, load_rows, save_examples
     from influence_fast.decontamination import contaminated
@@ -548,6 +592,7 @@ def _prune(args: Any) -> None:
     from influence_fast.pruning import aligned_examples, save_selection, select
     from influence_fast.scores import ScoreTable
 
+    _not_an_input(args.output, args.data, args.scores, *args.decontaminate)
     table = ScoreTable.load(args.scores)
     examples = _load_data(args)
     scored = aligned_examples(table, examples)
@@ -577,7 +622,7 @@ def _prune(args: Any) -> None:
         exclude={found.id: found.why for found in overlaps},
     )
     kept = selection.kept_examples(table, examples)
-    save_examples(kept, args.output, rows)
+    save_examples(kept, args.output, rows, args.columns)
     save_selection(table, selection, args.output)
     print(f"kept {len(selection.keep)} and dropped {len(selection.drop)} of {len(table.ids)} examples: {args.output}")
     known = set(table.ids)
@@ -590,6 +635,8 @@ def _eval(args: Any) -> None:
     from influence_fast.evaluation import evaluate
     from influence_fast.generation import ModelFiles, choose_engine
 
+    if args.output is not None:
+        _not_an_input(args.output, args.data)
     examples, config = _questions(args)
     if args.export_lm_eval:
         from influence_fast.lm_eval_export import export_lm_eval

@@ -6,7 +6,10 @@ ConfigError that names the key and the nearest one that exists.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+import os
 import types
 import typing
 from dataclasses import dataclass, field
@@ -249,6 +252,12 @@ class RunConfig:
         for fraction in self.pruning.fractions:
             if not 0 < fraction < 1:
                 raise ConfigError(f"pruning.fractions: {fraction} is not between 0 and 1 (the share that is dropped)")
+        for name, seeds in (("seed", (self.seed,)), ("pruning.seeds", self.pruning.seeds)):
+            if min(seeds) < 0:
+                raise ConfigError(f"{name}: {min(seeds)} is below 0, which random generators do not take")
+        for name in ("validation", "test"):
+            if getattr(self.data, name) is not None and getattr(self.data, f"holdout_{name}"):
+                raise ConfigError(f"data.holdout_{name}: there is a {name} source as well; leave out one of the two")
         if self.data.validation is None and self.data.holdout_validation < 1:
             raise ConfigError("data: give a validation source, or holdout_validation to hold some of the pool out")
         if self.data.test is None and self.data.holdout_test < 1:
@@ -262,6 +271,8 @@ def check_influence(influence: InfluenceConfig, gradients: GradientConfig) -> No
     _one_of("gradients.precision", gradients.precision, PRECISIONS)
     _one_of("influence.preconditioner", influence.preconditioner, (DEFAULT, *PRECONDITIONERS))
     _one_of("influence.queries", influence.queries, QUERY_KINDS)
+    if gradients.max_tokens is not None and gradients.max_tokens < 1:
+        raise ConfigError(f"gradients.max_tokens is {gradients.max_tokens}; it must be at least 1, or left out")
     if influence.fallback is not None:
         _one_of("influence.fallback", influence.fallback, ("reference",))
     try:
@@ -313,9 +324,11 @@ def load_config(path: str | Path) -> RunConfig:
 
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.load(path.read_text(encoding="utf-8"), _unique_keys())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text; save it as that") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
@@ -328,6 +341,23 @@ def load_config(path: str | Path) -> RunConfig:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return _resolve_paths(config, path.parent)
+
+
+def _unique_keys() -> Any:
+    """A YAML loader that refuses a key that comes twice, of which the last would win in silence."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                name = self.construct_object(key, deep=True)
+                if name in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} comes twice", key.start_mark)
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def from_dict(kind: type[Any], raw: dict[str, Any], where: str = "") -> Any:
@@ -395,12 +425,13 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise ConfigError(f"{where}: expected a mapping, not {value!r}")
-        return value
+        _, item = typing.get_args(hint)
+        return {str(key): _convert(item, entry, f"{where}.{key}") for key, entry in value.items()}
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-4 as a string
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            value = float(value)  # YAML reads 1e-4 as a string
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a finite number, not {value}")
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
     raise ConfigError(f"{where}: expected {getattr(hint, '__name__', hint)}, not {value!r}")
@@ -421,7 +452,7 @@ def _one_of(key: str, value: str, known: typing.Iterable[str]) -> None:
 
 def _local(path: str, folder: Path) -> str:
     """`path`, from `folder` if it exists there."""
-    beside = folder / path
+    beside = Path(os.path.abspath(folder / path))  # the same file has one name, wherever the command is run
     return str(beside) if not Path(path).is_absolute() and beside.exists() else path
 
 

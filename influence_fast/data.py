@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from influence_fast.errors import DataError, ModelError, listing
+from influence_fast.errors import ConfigError, DataError, ModelError, listing
 from influence_fast.packing import IGNORED
 from influence_fast.pruned_rows import kept_rows
 from influence_fast.row_files import write_rows
@@ -68,6 +68,8 @@ def load_examples(
     empty completions. Raises ConfigError for an unknown format, trace or rename.
     """
     check_trace(trace)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit is {limit}; it must be at least 1, or left out")
     rows = load_rows(source, split=split)
     examples: list[Example] = []
     without: list[int] = []

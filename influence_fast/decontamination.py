@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from influence_fast.ngrams import ngram_hashes, words
 # A run in the items of more questions than this share is the wording of their format ("put your final answer ...").
 COMMON_SHARE = 0.1
 COMMON_COUNT = 3
+_MARKS = re.compile(r"[.,;:!?\"'\u2018\u2019\u201c\u201d](?!\d)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Overlap:
     @property
     def why(self) -> str:
         """`shares 8 words with test/17`."""
-        return f"shares {len(self.ngram.split())} words with {self.item}"
+        return f"shares {len(words(self.ngram)) or 'all'} words with {self.item}"
 
 
 def contaminated(examples: Iterable[Example], tests: Mapping[str, Sequence[Example]], *, n: int = 8) -> list[Overlap]:
@@ -36,7 +38,8 @@ def contaminated(examples: Iterable[Example], tests: Mapping[str, Sequence[Examp
     Prompts and completions of both sides are compared, without case and punctuation. `tests` are evaluation sets by
     name; an item is called `<name>/<id>`. The first shared run of an example is reported. Two readings of "shared":
 
-    - a prompt of fewer than n words has no such run; it is shared by an example with exactly that prompt;
+    - a prompt of fewer than n words has no such run; it is shared by an example with exactly that prompt, operators
+      included;
     - a run in the items of more than a tenth of all questions (and of more than three) is the wording of their
       format, tells nothing about any item, and is not counted.
     """
@@ -72,8 +75,8 @@ class _Index:
                 for run in found:
                     self.runs.setdefault(run, item)
                 prompt = words(test.prompt)
-                if 0 < len(prompt) < n:
-                    self.short.setdefault(" ".join(prompt), item)
+                if len(prompt) < n and (plain := _plain(test.prompt)):
+                    self.short.setdefault(plain, item)
                 if " ".join(prompt) not in questions:
                     questions.add(" ".join(prompt))
                     counts.update(found)
@@ -92,5 +95,10 @@ class _Index:
                 run = " ".join(row[i : i + self.n])
                 if run in self.runs:  # the hash only narrows the search
                     return Overlap(example.id, self.runs[run], run)
-        whole = " ".join(prompt)
+        whole = _plain(example.prompt)
         return Overlap(example.id, self.short[whole], whole) if whole in self.short else None
+
+
+def _plain(prompt: str) -> str:
+    """A prompt without case, spacing and the marks of a sentence; where words are few, operators are the question."""
+    return " ".join(_MARKS.sub("", prompt.casefold()).split())

@@ -161,8 +161,10 @@ class EigenRows:
         return together.index_select(1, self._order).mul_(self._scale)
 
 
-def check_projection(projection: Projection) -> None:
+def check_projection(projection: Projection | None) -> None:
     """ConfigError unless rows of `projection` can be sketched by a fitted one."""
+    if projection is None:
+        raise ConfigError("exact rows have no sketch; give a projection with a width")
     if projection.flat:
         raise ConfigError(
             f"projection kind {projection.kind!r} is a random sketch itself; a fitted one needs 'one_sided'"

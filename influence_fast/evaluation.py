@@ -257,9 +257,14 @@ def wilson_interval(correct: int, n: int, z: float = Z95) -> tuple[float, float]
 
 
 def bootstrap_interval(values: Sequence[float], *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean, resampling `values` (one a question) `draws` times."""
+    """95 % percentile interval of the mean, resampling `values` (one a question, 0 to 1) `draws` times.
+
+    Where all are 0, or all 1, resampling shows no spread: then Wilson's interval, of one answer a question.
+    """
     import numpy as np
 
+    if all(value == values[0] for value in values) and values[0] in (0.0, 1.0):
+        return wilson_interval(round(sum(values)), len(values))
     rng = np.random.default_rng(seed)
     data = np.asarray(values, dtype=np.float64)
     means = np.array([data[rng.integers(0, len(data), len(data))].mean() for _ in range(draws)])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from influence_fast.engine import GradientEngine
-from influence_fast.errors import DataError, NumericError, listing
+from influence_fast.errors import ConfigError, DataError, NumericError, listing
 from influence_fast.fp8 import AUTO
 from influence_fast.lora import gradient_layout
 from influence_fast.packing import Pack, check_examples, example_name, pack_examples
@@ -178,6 +178,8 @@ def per_example_losses(
 def packs_for(engine: GradientEngine, examples: Sequence[Mapping[str, Any]], max_tokens: int | None) -> list[Pack]:
     """The examples, checked against the engine's model and packed for it; raises as `per_example_gradients`."""
     check_examples(examples)
+    if max_tokens is not None and max_tokens < 1:
+        raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1, or None")
     vocab = engine.base.get_input_embeddings().weight.shape[0]
     for index, example in enumerate(examples):
         ids = example["input_ids"]

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import influence_fast
+from influence_fast.building import warn_of_set_aside
 from influence_fast.errors import ConfigError, StoreError, did_you_mean, listing
 from influence_fast.store import Store, check_dtype
 from influence_fast.store_manifest import Manifest, ModuleEntry, Part, StoreIdentity, digest
@@ -69,10 +70,12 @@ def import_gradients(
         options: of the format. less: `file`; trak: `model_id`, `kind`; safetensors: `key`.
 
     Returns:
-        The store; rows that are NaN, infinite or were never computed are in `store.set_aside`.
+        The store; rows that are NaN, infinite or were never computed are in `store.set_aside`, and a warning sums them
+        up.
 
     Raises:
         StoreError: not that format, truncated or inconsistent, ids that do not fit or come twice.
+        DataError: not one row is finite.
         ConfigError: an unknown format or option.
     """
     path = Path(source)
@@ -130,7 +133,9 @@ def _copy(rows: Source, names: list[str], out: str | Path, dtype: str, identity:
             last=last,
             set_aside=[(names[first + i], reasons[i]) for i in sorted(reasons)],
         )
-    return writer.finalize()
+    store = writer.finalize()
+    warn_of_set_aside(store, rows.rows)
+    return store
 
 
 def _content_hash(rows: Source, names: list[str], step: int) -> str:

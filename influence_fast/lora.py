@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -11,8 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from influence_fast.errors import ModelError
+from influence_fast.errors import ModelError, listing, say_once
 from influence_fast.projection import Projection
+
+logger = logging.getLogger(__name__)
 
 _PEFT_PREFIX = "base_model.model."
 _LAYER_NUMBER = re.compile(r"\.(?:layers|h|blocks|block|layer)\.(\d+)\.")
@@ -103,7 +106,23 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
             "the model has no LoRA adapter: load one (peft.PeftModel.from_pretrained) or add a fresh one "
             "(peft.get_peft_model) before asking for per-example gradients"
         )
+    if others := _trained_beside(model):
+        say_once(
+            logger,
+            f"the adapter trains more than LoRA factors ({listing(others)}); gradients and scores here are of the "
+            "factors alone: train without modules_to_save and bias to have all of it scored",
+        )
     return found
+
+
+def _trained_beside(model: nn.Module) -> list[str]:
+    """What else an adapter has than LoRA factors: whole modules saved with it, and biases."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    saved = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    configs = getattr(model, "peft_config", {})
+    kinds = {getattr(configs.get(name), "bias", "none") for name in getattr(model, "active_adapters", [])}
+    return saved + [f"bias={kind!r}" for kind in sorted(kinds - {"none"})]
 
 
 def _as_plain(name: str, layer: Any) -> LoraLinear:

@@ -47,7 +47,7 @@ def load_model(
     *,
     adapter: str | os.PathLike[str] | None = None,
     lora: LoraConfig | Mapping[str, Any] | None = None,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     device: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -66,6 +66,7 @@ def load_model(
     """
     if adapter is not None and lora is not None:
         raise ConfigError("both an adapter to load and a fresh one (lora) are given; leave one of them out")
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not known; {did_you_mean(str(dtype), DTYPES)}")
     config = None if lora is None else _lora_config(lora)
@@ -204,6 +205,9 @@ def attach_adapter(model: nn.Module, adapter: str, source: str, *, trainable: bo
             "load it over the model it was trained on"
         ) from error
     _check_complete(wrapped, shapes, adapter, source)
+    bad = [name for name, p in wrapped.named_parameters() if "lora_" in name and not bool(p.isfinite().all())]
+    if bad:
+        raise ModelError(f"the adapter {adapter} holds NaN or infinite numbers in {listing(bad)}; train it again")
     return wrapped
 
 

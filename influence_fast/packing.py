@@ -52,6 +52,11 @@ def check_examples(examples: Sequence[Mapping[str, Any]]) -> None:
     """Raises DataError naming every example that has no gradient: malformed, empty, or all labels ignored."""
     ignored = []
     for index, example in enumerate(examples):
+        if not isinstance(example, Mapping):
+            raise DataError(
+                f"examples[{index}] is a {type(example).__name__}, not tokens: give inf.tokenize(examples, "
+                "tokenizer).examples"
+            )
         name = example_name(example, index)
         for field in ("input_ids", "labels"):
             if field not in example:

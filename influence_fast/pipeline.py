@@ -278,7 +278,8 @@ class Pipeline:
                 )
 
         answers = self._once("own_answers", work)
-        return self._by_task(make_queries(validation, answers, self.config.influence.fallback))
+        needed = [name for name in ("correct", "incorrect") if any(c.endswith(f"_{name}") for c in self.needs)]
+        return self._by_task(make_queries(validation, answers, self.config.influence.fallback, needed))
 
     def _by_task(self, queries: Queries) -> Queries:
         column, source = self.config.influence.tasks, self.config.data.validation or self.config.data.pool
@@ -607,11 +608,15 @@ def own_answers(
 
 
 def make_queries(
-    validation: Sequence[Example], answers: Sequence[dict[str, Any]] | None, fallback: str | None
+    validation: Sequence[Example],
+    answers: Sequence[dict[str, Any]] | None,
+    fallback: str | None,
+    needed: Collection[str] = ("correct", "incorrect"),
 ) -> Queries:
     """Queries from the model's own `answers`, or from the reference solutions where `answers` is None.
 
-    Raises ConfigError when all own answers are correct, or all incorrect, and `fallback` does not cover it.
+    Raises ConfigError when one of the groups `needed` is empty and `fallback` does not cover it; another one that is
+    empty is left out, with a warning.
     """
     if answers is None:
         return Queries(list(validation), {"correct": list(range(len(validation)))}, [])
@@ -628,6 +633,11 @@ def make_queries(
         asked.append(
             dataclasses.replace(by_id[answer["id"]], completion=answer["generation"], ended=answer.get("ended", True))
         )
+    if silent == len(answers) and fallback is None:
+        raise ConfigError(
+            f"all {silent} answers of the model to the validation questions are empty: look at its chat template and "
+            "training loss, set influence.fallback: reference, or use influence.queries: reference"
+        )
     if silent:
         warnings.append(f"{silent} validation questions got an empty answer, which has no gradient")
     if not groups["correct"] and fallback == "reference":
@@ -637,7 +647,10 @@ def make_queries(
         )
         groups["correct"] = list(range(len(asked), len(asked) + len(validation)))
         asked += [dataclasses.replace(example, id=f"{example.id}/reference") for example in validation]
-    scoring.check_groups(groups)
+    scoring.check_groups({name: groups[name] for name in needed}, silent=silent == len(answers))
+    for name in [name for name, members in groups.items() if not members]:
+        warnings.append(f"no own answer is {name}, so there are no scores of that group")
+        del groups[name]
     return Queries(asked, groups, warnings)
 
 

@@ -68,6 +68,9 @@ def plan(
 
     Raises ConfigError where nothing fits the budget, saying what the cheapest would take; DataError for no examples.
     """
+    for name, value in (("seconds", seconds), ("bytes", bytes)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"a budget of {value} {name} is none; it must be above 0")
     if not len(dataset):
         raise DataError("no examples to plan for")
     tokens = sum(len(example["input_ids"]) for example in dataset)

@@ -50,9 +50,7 @@ def sections(results: Row) -> list[dict[str, Any]]:
                 {
                     "title": f"{name}: {_group_name(group, kind)}",
                     "note": f"{part['subsets']} training sets of {part['size']} of {results['pool']} examples, "
-                    f"{part['seeds']} seed{'s' * (part['seeds'] > 1)} each. Two seeds' outcomes agree at "
-                    f"{noise['agreement']:.2f} (Spearman); with their mean as outcome no method can be expected above "
-                    f"{noise['ceiling']:.2f}.",
+                    f"{part['seeds']} seed{'s' * (part['seeds'] > 1)} each." + _noise(part["seeds"], noise),
                     "rows": rows,
                     "ahead": True,
                     "chart": _chart(f"{key}-{group}-{kind}", rows, results["default"], "rank correlation", 0.0),
@@ -141,6 +139,15 @@ def _tradeoff_chart(results: Row) -> Chart | None:
     alt = "LDS against cost: " + "; ".join(f"{r['method']} {r['lds']['value']:.3f} at {r['epochs']:.2f}" for r in rows)
     keys = [Key("dot", "accent", "nothing cheaper is better"), Key("dot", "baseline", "other methods")]
     return Chart(render_chart("tradeoff", draw, ((700.0, 420.0), (350.0, 330.0)), alt), keys)
+
+
+def _noise(seeds: int, noise: Row) -> str:
+    if seeds < 2:
+        return " One seed does not tell how much of the outcomes is noise."
+    return (
+        f" Two seeds' outcomes agree at {noise['agreement']:.2f} (Spearman); with their mean as outcome no method can "
+        f"be expected above {noise['ceiling']:.2f}."
+    )
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, str]]:

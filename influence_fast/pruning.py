@@ -74,6 +74,8 @@ def select(
     count = _count(total, fraction, count, grouped=groups is not None)
     check_columns(table, strategy)
     rng = np.random.default_rng(seed)
+    if strategy == "full" and count:
+        raise ConfigError("the strategy 'full' drops nothing: name another one, or a fraction of 0")
     priority = np.asarray(chosen.drop_first(table, rng), dtype=np.float64)
     unknown = np.flatnonzero(np.isnan(priority))
     if len(unknown):

@@ -64,11 +64,15 @@ class ScoreTable:
         if not path.exists():
             raise DataError(f"{path}: no such score table; make one with 'influence-fast score'")
         as_text = pyarrow.csv.ConvertOptions(column_types={"id": "string"})
-        table = (
-            pyarrow.csv.read_csv(path, convert_options=as_text)
-            if path.suffix == ".csv"
-            else pyarrow.parquet.read_table(path)
-        )
+        try:
+            table = (
+                pyarrow.csv.read_csv(path, convert_options=as_text)
+                if path.suffix == ".csv"
+                else pyarrow.parquet.read_table(path)
+            )
+        except pa.ArrowInvalid as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{path} is no score table in .csv or .parquet ({reason})") from None
         if "id" not in table.column_names:
             raise DataError(f"{path}: no 'id' column, so this is not a score table")
         columns: dict[str, np.ndarray] = {}

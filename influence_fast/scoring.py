@@ -19,7 +19,7 @@ from influence_fast.whitened import UnitNorm
 
 def influence_scores(
     store: Store,
-    queries: torch.Tensor,
+    queries: torch.Tensor | np.ndarray,
     groups: Mapping[str, Sequence[int]],
     *,
     preconditioner: str = preconditioners.DEFAULT,
@@ -64,7 +64,7 @@ def influence_scores(
 
 def influence_matrix(
     store: Store,
-    queries: torch.Tensor,
+    queries: torch.Tensor | np.ndarray,
     *,
     preconditioner: str = preconditioners.DEFAULT,
     damping: preconditioners.Damping = 0.1,
@@ -80,12 +80,13 @@ def influence_matrix(
 
 def _prepared(
     store: Store,
-    queries: torch.Tensor,
+    queries: torch.Tensor | np.ndarray,
     preconditioner: str,
     damping: preconditioners.Damping,
     moments: torch.Tensor | None,
 ) -> tuple[Any, torch.Tensor, dict[str, Any]]:
     """What `inner_products` is called with: rows, preconditioned queries [Q, k], options."""
+    queries = torch.as_tensor(queries)
     if queries.ndim != 2 or queries.shape[1] != store.width:
         raise DataError(
             f"queries of shape {tuple(queries.shape)} do not fit rows of {store.width} numbers: "
@@ -182,17 +183,21 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
-def check_groups(groups: Mapping[str, Sequence[int]]) -> None:
-    """ConfigError saying which of the two groups of own answers is empty, and what can be done about it."""
-    if not len(groups.get("correct", ())):
+def check_groups(groups: Mapping[str, Sequence[int]], *, silent: bool = False) -> None:
+    """ConfigError saying which of the `groups` of own answers is empty, and what can be done about it.
+
+    silent: every answer was empty, so that there is none of either kind.
+    """
+    if "correct" in groups and not len(groups["correct"]):
         raise ConfigError(
             "every one of the model's own validation answers is incorrect, so there is no correct group: add easier "
             "questions, set influence.fallback: reference, or use influence.queries: reference"
         )
-    if not len(groups.get("incorrect", ())):
+    if "incorrect" in groups and not len(groups["incorrect"]):
+        what = "empty" if silent else "correct"
         raise ConfigError(
-            "every one of the model's own validation answers is correct, so there is no incorrect group: add harder "
-            "questions, or use influence.queries: reference and strategies that read no wrong answers (low_benefit)"
+            f"every one of the model's own validation answers is {what}, so there is no incorrect group: add harder "
+            "questions, or use strategies that read no wrong answers (low_benefit), with influence.queries: reference"
         )
 
 

@@ -66,8 +66,8 @@ def fit_projection(
         StoreError: the store in `folder` was made by another sketch (the message names the setting and both sides), it
             holds something else, or the disk refuses.
     """
-    projection = projection.plain
     check_projection(projection)
+    projection = projection.plain
     check_damping(damping)
     if examples < 1:
         raise ConfigError(f"a sketch is fitted on at least one example, not {examples}")

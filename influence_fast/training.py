@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from influence_fast import sft
 from influence_fast.errors import ConfigError, DataError, ModelError, did_you_mean, listing
@@ -152,7 +153,7 @@ def finetune(
         return found
     if final.exists() and any(final.iterdir()) and not overwrite:
         raise ConfigError(
-            f"{final} holds a result of other data or settings: choose another output folder, or allow overwriting"
+            f"{final} holds a result of other data or settings: choose another output folder, or delete it"
         )
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
     partial = final.parent / f".{final.name}.partial-{digest}"
@@ -165,7 +166,10 @@ def finetune(
         trained = model if lora is None else attach_lora(model, lora, config.seed)
         try:
             history, seconds, tokens = sft.train(trained, tokenizer, examples, partial, config, progress)
-            trained.save_pretrained(partial)  # type: ignore[operator]
+            try:
+                trained.save_pretrained(partial)  # type: ignore[operator]
+            except SafetensorError as error:  # of a full disk too
+                raise OSError(0, f"the result cannot be written ({error})", str(partial)) from error
             if not is_adapter:
                 tokenizer.save_pretrained(partial)
         finally:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from influence_fast.atomic import replacing
+from influence_fast.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Journal:
 
     def __init__(self, path: str | Path, run: dict[str, Any]) -> None:
         self.path = Path(path)
+        _check_own(self.path)
         self.run: dict[str, Any] = json.loads(json.dumps(run))
         self.found = self._finished() or self._interrupted()
         self._file: IO[str] | None = None
@@ -110,6 +112,14 @@ class Journal:
         if not rows or rows[0].get("run") != self.run:
             return {}
         return {int(row["question"]): [EvalItem(**item) for item in row["items"]] for row in rows[1:]}
+
+
+def _check_own(path: Path) -> None:
+    """DataError where `path` is a file of something else, which transcripts would replace."""
+    if path.is_file() and path.stat().st_size:
+        rows = _read_lines(path)
+        if not rows or not {"generation", "extracted"} <= rows[0].keys():
+            raise DataError(f"{path} is there and holds no transcripts, and would be lost: give another file")
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

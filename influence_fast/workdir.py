@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -36,7 +37,12 @@ class RunFolder:
         settings.pop("validate")  # more methods or subsets over the same run are no other run
         record = self.path / CONFIG
         if record.exists():
-            differs = difference(_with_defaults(yaml.safe_load(record.read_text())), settings)
+            before, now = _with_defaults(yaml.safe_load(record.read_text())), copy.deepcopy(settings)
+            before.pop("title", None), now.pop("title")
+            if not self.has("scoring_seconds"):  # what follows the answers can still be decided otherwise
+                for part in (before, now):
+                    part.get("influence", {}).pop("fallback", None)
+            differs = difference(before, now)
             if differs:
                 raise ConfigError(
                     f"{self.path} holds a run of another configuration ({differs}): choose another output folder, "

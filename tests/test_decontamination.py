@@ -24,6 +24,7 @@ def test_shared_runs_are_reported_with_words_and_item() -> None:
         Example("solution", "Another one.", "First, we count digits that are not zero and go on."),
         Example("seven words", "the number of ordered pairs a b", "x"),
         Example("short", "what is 2 PLUS 2", "x"),
+        Example("another operator", "what is 2 plus 3", "x"),
         Example("longer", "what is 2 plus 2 minus 1", "x"),
     ]
     found = {o.id: o for o in contaminated(pool, TESTS)}
@@ -65,3 +66,9 @@ def test_the_wording_of_the_format_is_no_contamination() -> None:
     copies = [Example(str(i), tests[0].prompt, "x") for i in range(5)]  # one question several times is one question
     assert len(contaminated(pool, {"t": copies})) == 1
     assert contaminated(pool, {}) == []
+
+
+def test_operators_tell_short_questions_apart() -> None:
+    tests = {"t": [Example("minus", "What is 3 - 4?", "-1")]}
+    pool = [Example(name, f"what is  3 {name} 4", "x") for name in ("+", "*", "-", "/")]
+    assert [(o.id, o.why) for o in contaminated(pool, tests)] == [("-", "shares 4 words with t/minus")]

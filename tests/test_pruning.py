@@ -27,13 +27,19 @@ def table(n: int = 20, seed: int = 0) -> ScoreTable:
     return ScoreTable([f"d{i}" for i in range(n)], columns)
 
 
-@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES.keys() - {"full"}))
 @pytest.mark.parametrize("fraction", [0.1, 0.5])
 def test_keep_and_drop_part_the_examples(strategy: str, fraction: float) -> None:
     selection = select(table(), strategy, fraction=fraction)
     assert len(selection.drop) == round(20 * fraction)
     assert sorted([*selection.keep, *selection.drop]) == list(range(20))
     assert selection.priority[selection.drop].min() >= selection.priority[selection.keep].max()
+
+
+def test_full_drops_nothing() -> None:
+    assert len(select(table(), "full", fraction=0.0).drop) == 0
+    with pytest.raises(ConfigError, match="'full' drops nothing"):
+        select(table(), "full", fraction=0.5)
 
 
 def test_each_strategy_drops_what_its_name_says() -> None:
