@@ -24,7 +24,18 @@ PROOF_METHODS = {
     "datainf",
     "trak",
     "loss",
-} | {"exact-ekfac-cosine"}
+    "exact-ekfac-cosine",
+    "checkpoints",
+    "dim 16",
+    "int8",
+    "fitted sketch to 1024",
+    "fitted sketch to 4096",
+    "cosine, sketch to 1024",
+    "cosine, sketch to 4096",
+    "fisher-cosine, sketch to 1024",
+    "proxy of half the width",
+}
+SKETCHED = {"fitted": "fitted sketch to 4096", "at random": "cosine, sketch to 4096"}
 FASTER = "the faster of the two"
 FEWEST_RANKED = 8  # a rank correlation of fewer examples says nothing
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -215,6 +226,14 @@ def headlines(found: dict[str, dict[str, Any]], proofs: dict[str, dict[str, Any]
             spread = f"**{ours['value']:.3f}** ({ours['low']:.3f}-{ours['high']:.3f})"
             cells.append(f"{world}: `{result['default']}` {spread}" + (f"; at best {others}" if others else ""))
         lines.append(f"| rank correlation of scores with what retraining does (LDS) | {'<br>'.join(cells)} |")
+        cells = []
+        for world, result in proofs.items():
+            rows = _queries_lds(result)
+            if all(name in rows for name in SKETCHED.values()):
+                kinds = [f"{kind} {rows[name]['value']:.3f}" for kind, name in SKETCHED.items()]
+                cells.append(f"{world}: {', '.join(kinds)}")
+        if cells:
+            lines.append(f"| the same with rows sketched to 4,096 numbers, 8 kB | {'<br>'.join(cells)} |")
     if (gradients := found.get("gradients-cpu")) is not None:
         lines.append(f"| time of per-example gradients over a plain LoRA step | {_span(gradients['ratio'][FASTER])} |")
     if (peers := found.get("peers-cpu")) is not None:

@@ -43,6 +43,29 @@ def test_paths_are_taken_from_the_files_own_folder(tmp_path: Path) -> None:
     assert config.model.path == "some/model"
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("output: a\noutput: b\n", "the key 'output' comes twice"),
+        ("output: caf\xe9\n", "not UTF-8"),
+        ("training: {epochs: .nan}\n", "training.epochs: expected a finite number"),
+        ("training: {learning_rate: .inf}\n", "training.learning_rate: expected a finite number"),
+        ("pruning: {fractions: [.nan]}\n", "expected a finite number"),
+        ("data: {pool: {path: x, columns: {prompt: 3}}}\n", "data.pool.columns.prompt: expected str, not 3"),
+        ("validate: {external: {a: 3}}\n", "validate.external.a: expected str, not 3"),
+        ("seed: -1\n", "seed: -1 is below 0"),
+        ("gradients: {max_tokens: 0}\n", "gradients.max_tokens is 0"),
+        ("data: {pool: p, validation: v, test: t, holdout_test: 3}\n", "data.holdout_test: there is a test source"),
+    ],
+)
+def test_mistakes_in_the_file(tmp_path: Path, text: str, message: str) -> None:
+    rest = {key: value for key, value in GOOD.items() if f"{key}:" not in text}
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text.encode("latin-1") + yaml.safe_dump(rest).encode())
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
 def test_values_arrive_where_they_belong(tmp_path: Path) -> None:
     changes = {"training.learning_rate": "1e-4", "pruning.fractions": 0.2, "pruning.seeds": [3, 4], "gradients.dim": 8}
     config = load_config(write(tmp_path, changes))

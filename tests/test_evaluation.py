@@ -234,6 +234,13 @@ def test_wilson_interval_solves_its_equation() -> None:
                 assert abs(abs(correct / n - bound) - distance) < 1e-9
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_an_interval_of_equal_answers_is_no_point(value: float) -> None:
+    low, high = bootstrap_interval([value] * 12)
+    assert (low, high) == wilson_interval(round(12 * value), 12)
+    assert high - low > 0.2
+
+
 def test_bootstrap_interval_agrees_with_the_normal_one_on_many_values() -> None:
     values = np.random.default_rng(0).random(2000)
     low, high = bootstrap_interval(list(values), draws=2000)

@@ -21,7 +21,7 @@ from transformers import (
 import influence_fast as inf
 from influence_fast import loss
 from influence_fast.engine import GradientEngine, InputGroup
-from influence_fast.errors import DataError, ModelError, NumericError
+from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, say_once
 from influence_fast.gradients import KeptEngine, iter_gradient_rows
 from influence_fast.packing import pack_examples
 from influence_fast.projection import random_matrix
@@ -482,3 +482,35 @@ def test_the_loss_in_chunks_is_that_of_autograd(monkeypatch: pytest.MonkeyPatch,
 )
 def test_a_large_vocabulary_still_has_many_tokens_in_a_chunk(vocabulary: int, kind: str, tokens: int) -> None:
     assert loss.tokens_at_once(vocabulary, torch.device(kind)) == tokens
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"bias": "lora_only"}], ids=str)
+def test_what_an_adapter_trains_beside_its_factors_is_named(
+    tiny_model: Any, caplog: pytest.LogCaptureFixture, more: dict[str, Any]
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], **more))
+    say_once.cache_clear()
+    inf.gradient_layout(model)
+    inf.gradient_layout(model)
+    (record,) = caplog.records
+    assert "trains more than LoRA factors" in record.getMessage()
+    assert ("lm_head" if "modules_to_save" in more else "bias='lora_only'") in record.getMessage()
+    caplog.clear()
+    say_once.cache_clear()
+    inf.gradient_layout(get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"])))
+    assert not caplog.records
+
+
+def test_what_is_no_tokens_is_named(tiny_lora: Any) -> None:
+    model, ids = tiny_lora(), [1, 2, 3]
+    with pytest.raises(DataError, match="input_ids is a list; give a 1-D int tensor"):
+        inf.per_example_gradients(model, [{"input_ids": ids, "labels": ids}])
+    with pytest.raises(DataError, match=r"examples\[0\] is a Example, not tokens: give inf.tokenize"):
+        inf.per_example_gradients(model, [inf.Example("a", "b", "c")])  # type: ignore[list-item]
+    tokens = {"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)}
+    with pytest.raises(ConfigError, match="max_tokens is 0"):
+        inf.per_example_gradients(model, [tokens], max_tokens=0)
+    with pytest.raises(ConfigError, match="loss_reduction must be"):
+        inf.per_example_gradients(model, [tokens], loss_reduction="median")

@@ -199,6 +199,21 @@ def test_adapter_that_is_not_lora(tmp_path: Path, tiny_model: Factory, model_fol
         load_model(model_folder, adapter=tmp_path / "ia3")
 
 
+def test_an_adapter_of_nan_is_refused(model_folder: Path, adapter_folder: Path) -> None:
+    path = adapter_folder / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = sorted(weights)[3]
+    weights[name][0, 0] = torch.nan
+    save_file(weights, path)
+    with pytest.raises(ModelError, match=r"holds NaN or infinite numbers in .*lora_"):
+        load_model(model_folder, adapter=adapter_folder)
+
+
+def test_dtypes_are_named_or_given(model_folder: Path) -> None:
+    for dtype in ("bfloat16", torch.bfloat16):
+        assert next(load_model(model_folder, dtype=dtype).parameters()).dtype == torch.bfloat16
+
+
 def test_settings_that_do_not_exist(model_folder: Path, adapter_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"'float16'.*'bfloat16'"):
         load_model(model_folder, dtype="float16")

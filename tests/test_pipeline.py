@@ -309,6 +309,25 @@ def test_an_empty_group_is_said_by_name(world: Path, empty: str) -> None:
         assert queries.warnings
 
 
+@pytest.mark.parametrize("fallback", [None, "reference"])
+def test_answers_that_are_all_empty_are_said_to_be_that(world: Path, fallback: str | None) -> None:
+    validation = load_examples(world / "validation.jsonl")
+    answers = [{"id": e.id, "generation": "\n", "correct": False} for e in validation]
+    with pytest.raises(ConfigError, match="empty"):
+        pipeline.make_queries(validation, answers, fallback)
+    if fallback is not None:
+        queries = pipeline.make_queries(validation, answers, fallback, needed=("correct",))
+        assert queries.groups == {"correct": list(range(24))}
+
+
+def test_a_group_that_no_strategy_reads_may_be_empty(world: Path) -> None:
+    validation = load_examples(world / "validation.jsonl")
+    answers = [{"id": e.id, "generation": "The answer", "correct": True} for e in validation]
+    queries = pipeline.make_queries(validation, answers, None, needed=("correct",))
+    assert list(queries.groups) == ["correct"]
+    assert queries.warnings == ["no own answer is incorrect, so there are no scores of that group"]
+
+
 def test_answers_that_were_cut_ask_without_an_end(world: Path) -> None:
     validation = load_examples(world / "validation.jsonl")[:2]
     answers = [
@@ -331,6 +350,71 @@ def test_a_run_of_an_earlier_version_goes_on(world: Path, results: dict[str, Any
     with pytest.raises(ConfigError, match=r"another configuration \(a_later_setting"):
         RunFolder(load_config(world / "config.yaml"))
     record.write_text(whole)
+
+
+def test_a_run_goes_on_from_another_folder_and_under_another_title(
+    world: Path, results: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world)
+    assert load_config("config.yaml") == load_config(world / "config.yaml")
+    RunFolder(dataclasses.replace(load_config("config.yaml"), title="Another one"))
+
+
+def test_what_follows_the_answers_can_be_decided_until_there_are_scores(
+    world: Path, results: dict[str, Any], tmp_path: Path
+) -> None:
+    config = load_config(world / "config.yaml")
+    other = dataclasses.replace(config, influence=dataclasses.replace(config.influence, fallback="reference"))
+    with pytest.raises(ConfigError, match=r"influence\.fallback"):
+        RunFolder(other)
+    RunFolder(dataclasses.replace(config, output=str(tmp_path / "run")))
+    RunFolder(dataclasses.replace(other, output=str(tmp_path / "run")))
+
+
+def test_no_verb_writes_over_what_it_reads(
+    world: Path, results: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, scores = tmp_path / "data.jsonl", tmp_path / "scores.csv"
+    data.write_bytes((world / "pool.jsonl").read_bytes())
+    scores.write_bytes((world / "run" / "scores.csv").read_bytes())
+    prune = ["prune", "--data", str(data), "--scores", str(scores), "--strategy", "combined", "--fraction", "0.1"]
+    evaluate = ["eval", "--model", str(world / "model"), "--data", str(data)]
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(data.read_bytes())
+    for command, said in (
+        ([*prune, "--output", str(data)], "is also read from"),
+        ([*prune, "--output", str(tmp_path / "." / "scores.csv")], "is also read from"),
+        ([*evaluate, "--output", str(data)], "is also read from"),
+        ([*evaluate, "--output", str(other), "--quiet"], "holds no transcripts"),
+    ):
+        assert main(command) == 2
+        assert said in capsys.readouterr().err
+    assert data.read_bytes() == other.read_bytes() == (world / "pool.jsonl").read_bytes()
+
+
+def test_columns_of_other_names(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.loads(line) for line in (world / "pool.jsonl").read_text().splitlines()]
+    renamed = [{"q": row["prompt"], "a": row["completion"], "id": 5} for row in rows[:6]]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, renamed)) + "\n")
+    command = ["train", "--model", str(world / "model"), "--data", str(tmp_path / "data.jsonl"), "--quiet"]
+    command += ["--output", str(tmp_path / "adapter"), "--max-steps", "2", "--target-modules", "q_proj"]
+    assert main([*command, "--columns", "prompt=q,completion=a"]) == 2
+    assert "ids must be unique" in capsys.readouterr().err
+    assert main([*command, "--columns", "prompt=q,completion=a,id=", "--save-checkpoints", "1"]) == 0
+    assert len(list((tmp_path / "adapter").glob("checkpoint-*"))) == 2
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["target_modules"] == ["q_proj"]
+
+
+def test_ctrl_c_says_what_is_kept(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run", stop)
+    assert main(["run", str(world / "config.yaml")]) == 130
+    assert "stopped: what was finished is kept; run the same command again" in capsys.readouterr().err
 
 
 def test_the_tokenizer_of_another_model_is_refused_before_any_work(world: Path, tmp_path: Path) -> None:
@@ -391,6 +475,9 @@ SCORE += ["--output", "s.csv"]
         (["run", "absent.yaml"], "no such configuration file"),
         (["prune", "--data", "{pool}", "--scores", "absent.csv", "--strategy", "combined", "--fraction", "0.1",
           "--output", "x.jsonl"], "no such score table"),
+        (["prune", "--data", "{pool}", "--scores", "{pool}", "--strategy", "combined", "--fraction", "0.1",
+          "--output", "x.jsonl"], "is no score table"),
+        (["train", "--model", "{model}", "--data", "{pool}", "--limit", "0", "--output", "x"], "limit is 0"),
         ([*SCORE, "--preconditioner", "fischer"], "--preconditioner: unknown value 'fischer'; did you mean 'fisher'"),
         ([*SCORE, "--fallback", "refrence"], "--fallback: unknown value 'refrence'; did you mean 'reference'"),
         ([*SCORE, "--store-dtype", "int4"], "--store-dtype: unknown value 'int4'"),
