@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from influence_fast import demo_data
 from influence_fast.data import Example, load_examples, render_prompt, save_examples
 from influence_fast.demo_data import draw_examples, draw_pool, drill
+from influence_fast.progress import track
 from influence_fast.training import TrainConfig, quiet_libraries
 
 if TYPE_CHECKING:
@@ -191,7 +192,8 @@ def pretrain(
 
     schedulers = [torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) for optimizer in optimizers]
     model.train()
-    for tokens, targets in _track(_batches(tokenizer, config, seed), steps, progress):
+    batches = _batches(tokenizer, config, seed)
+    for tokens, targets in track(batches, "pre-training the demo model", shown=progress, total=steps):
         logits = model(input_ids=tokens, use_cache=False).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
         loss.backward()
@@ -241,14 +243,6 @@ def _batches(
             tokens[i, : len(ids)] = torch.tensor(ids)
             targets[i, n_prompt : len(ids)] = tokens[i, n_prompt : len(ids)]
         yield tokens, targets
-
-
-def _track(batches: Iterator[Any], steps: int, progress: bool) -> Any:
-    if not progress:
-        return batches
-    from rich.progress import track
-
-    return track(batches, description="pre-training the demo model", total=steps, transient=True)
 
 
 def _rng(seed: int, purpose: str) -> random.Random:

@@ -8,6 +8,7 @@ memory for its weights. What cannot be known that way is said to be unknown, and
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +66,7 @@ class Plan:
     fine_tunings: int
     training_tokens: int | None
     gradient_tokens: int | None
+    stores: int  # one for each checkpoint that is scored
     row: int | None
     store_bytes: int | None
     model: ModelShape | None
@@ -137,6 +139,7 @@ def plan(
     if tokens is not None and config.training.max_steps <= 0:
         training = round(tokens * epochs * (kept * len(grid.seeds) + own))
     row = shape.row if shape else config.gradients.width
+    stores = _stores(config, examples)
     return Plan(
         pool=pool,
         validation=sizes["validation"],
@@ -149,16 +152,28 @@ def plan(
         cells=cells,
         fine_tunings=cells + own,
         training_tokens=training,
-        gradient_tokens=tokens,
+        gradient_tokens=None if tokens is None else stores * tokens,
+        stores=stores,
         row=row,
-        store_bytes=None if row is None else examples * row_bytes(row, config.gradients.store_dtype),
+        store_bytes=None if row is None else stores * examples * row_bytes(row, config.gradients.store_dtype),
         model=shape,
         target=target,
         memory=_memory(config, target, longest),
         gradient_memory=_gradient_memory(config, shape, _gradient_batch(config, longest)),
         gradient_batch=_gradient_batch(config, longest),
-        seconds=_seconds(training, tokens, tokens_per_second),
+        seconds=_seconds(training, None if tokens is None else stores * tokens, tokens_per_second),
     )
+
+
+def _stores(config: RunConfig, examples: int) -> int:
+    """Gradient stores of a run: one, or one for each checkpoint that the scores are summed over."""
+    training = config.training
+    if not config.influence.checkpoints or config.model.adapter is not None:
+        return 1
+    batch = training.batch_size * training.gradient_accumulation_steps
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(examples / batch) * training.epochs
+    every = training.save_checkpoints
+    return max(1, math.ceil(steps / every if every is not True else steps / math.ceil(examples / batch)))
 
 
 def row_bytes(row: int, dtype: str) -> int:
@@ -253,6 +268,7 @@ def describe(config: RunConfig, found: Plan) -> str:
             )
         )
     dtype = config.gradients.store_dtype
+    stores = f"{found.stores} checkpoints x " if found.stores > 1 else ""
     if found.row is None or found.store_bytes is None:
         lines.append(
             (
@@ -265,8 +281,8 @@ def describe(config: RunConfig, found: Plan) -> str:
         lines.append(
             (
                 "store",
-                f"{_bytes(found.store_bytes)}{per} = {found.examples:,} rows x {row_bytes(found.row, dtype):,} bytes "
-                f"({found.row:,} numbers, {dtype})",
+                f"{_bytes(found.store_bytes)}{per} = {stores}{found.examples:,} rows x "
+                f"{row_bytes(found.row, dtype):,} bytes ({found.row:,} numbers, {dtype})",
             )
         )
     for name, model, shape in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from influence_fast.errors import ConfigError, DataError, ModelError
+from influence_fast.progress import track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -126,7 +127,7 @@ def _transformers_answers(
     was_training = model.training
     model.eval()
     try:
-        for number, batch in enumerate(_track(batches, progress)):
+        for number, batch in enumerate(track(batches, "answering", shown=progress)):
             if all(answered(i) for i in batch):
                 continue
             width = len(encoded[batch[0]])
@@ -198,14 +199,6 @@ def check_room(model_config: Any, encoded: Sequence[Sequence[int]], config: Eval
             f"the model's context of {limit}: lower max_new_tokens to at most {max(1, limit - longest)} or drop "
             "the long prompts"
         )
-
-
-def _track(batches: list[list[int]], progress: bool) -> Iterable[list[int]]:
-    if not progress:
-        return batches
-    from rich.progress import track
-
-    return track(batches, description="answering", transient=True)
 
 
 # ---- vLLM ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from influence_fast.errors import DataError
 Row = Mapping[str, Any]
 
 # Strategies that use influence scores; every other name is drawn as a baseline.
-INFLUENCE_STRATEGIES = ("low_benefit", "high_harm", "combined")
+INFLUENCE_STRATEGIES = ("low_benefit", "high_harm", "combined", "less")
 
 # Two-sided 97.5 % quantiles of Student's t for 1..9 degrees of freedom, where the expansion below is too coarse.
 _T975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)

@@ -278,12 +278,13 @@ def _name_optimizer_state() -> Any:
 
 
 def _progress_bar() -> Any:
+    from rich.console import Console
     from rich.progress import Progress
     from transformers import TrainerCallback
 
     class ProgressBar(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar = Progress(transient=True)
+            self.bar = Progress(transient=True, console=Console(stderr=True))
             self.task = self.bar.add_task("fine-tuning", total=state.max_steps)
             self.bar.start()
 

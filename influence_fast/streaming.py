@@ -23,6 +23,7 @@ from influence_fast.errors import DataError, NumericError, listing
 from influence_fast.gradients import packs_for
 from influence_fast.lora import LayoutEntry, LoraLinear, layout_width
 from influence_fast.packing import example_name
+from influence_fast.progress import track
 from influence_fast.reduction import Reducer, pack_segments
 from influence_fast.transfer import to_device
 
@@ -101,11 +102,8 @@ def _score(
     max_tokens: int | None,
     progress: bool,
 ) -> None:
-    from rich.console import Console
-    from rich.progress import track
-
     packs = packs_for(engine, [examples[i] for i in places], max_tokens)
-    for pack in track(packs, "influence", console=Console(stderr=True), disable=not progress):
+    for pack in track(packs, "influence", shown=progress):
         found, _ = engine.run(pack)
         chosen = to_device(torch.tensor([places[i] for i in pack.indices]), scores.device)
         scores.index_copy_(0, chosen, found)

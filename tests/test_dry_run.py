@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,16 @@ import pytest
 
 from influence_fast.building import build_store
 from influence_fast.cli import main
-from influence_fast.config import DataConfig, GradientConfig, ModelConfig, PruningConfig, RunConfig, Source, load_config
+from influence_fast.config import (
+    DataConfig,
+    GradientConfig,
+    InfluenceConfig,
+    ModelConfig,
+    PruningConfig,
+    RunConfig,
+    Source,
+    load_config,
+)
 from influence_fast.data import load_examples, tokenize
 from influence_fast.dry_run import describe, model_shape, plan, row_bytes
 from influence_fast.errors import ConfigError, ModelError
@@ -200,3 +210,27 @@ def test_memory_of_the_gradients_is_that_of_their_largest_batch(folder: Path) ->
     exact = config_of(folder, gradients=GradientConfig(kind="sjlt", width=50))
     assert plan(exact).gradient_memory == {}
     assert "memory, gradients" not in describe(exact, plan(exact))
+
+
+@pytest.mark.parametrize(
+    ("training", "stores"),
+    [
+        ({"epochs": 3, "save_checkpoints": True}, 3),
+        ({"epochs": 2, "save_checkpoints": 5, "batch_size": 2}, None),
+        ({"max_steps": 12, "save_checkpoints": 5}, 3),
+    ],
+)
+def test_scores_over_checkpoints_take_a_store_each(folder: Path, training: dict[str, Any], stores: int | None) -> None:
+    one = plan(config_of(folder))
+    config = config_of(folder, training=TrainConfig(**training), influence=InfluenceConfig(checkpoints=True))
+    found = plan(config)
+    assert found.examples == one.examples
+    if stores is None:
+        stores = math.ceil(2 * math.ceil(one.examples / 2) / 5)
+    assert (found.stores, found.store_bytes, found.gradient_tokens) == (
+        stores,
+        stores * one.store_bytes,
+        stores * one.gradient_tokens,
+    )
+    assert one.store_bytes is not None
+    assert f"{stores} checkpoints x {one.examples} rows" in describe(config, found)

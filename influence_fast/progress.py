@@ -1,0 +1,18 @@
+"""A progress bar over things that come one by one, on stderr: what a command prints is its result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], what: str, *, shown: bool, total: int | None = None) -> Iterable[T]:
+    """`items`, with a bar called `what` where it is `shown`; `total` where they have no length."""
+    if not shown:
+        return items
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, what, total=total, console=Console(stderr=True), transient=True)
