@@ -278,7 +278,8 @@ class Pipeline:
                 )
 
         answers = self._once("own_answers", work)
-        needed = [name for name in ("correct", "incorrect") if any(c.endswith(f"_{name}") for c in self.needs)]
+        reads_wrong = any(column.endswith("_incorrect") for column in self.needs)
+        needed = ("correct", "incorrect") if reads_wrong else ("correct",)
         return self._by_task(make_queries(validation, answers, self.config.influence.fallback, needed))
 
     def _by_task(self, queries: Queries) -> Queries:
