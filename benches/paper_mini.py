@@ -48,6 +48,7 @@ def one_world(output: str, seed: int) -> dict[str, Any]:
 
     from influence_fast.demo import demo_config
     from influence_fast.pipeline import Pipeline
+    from influence_fast.run_results import correct_answers
 
     torch.set_num_threads(1)
     config = demo_config(Path(output) / f"seed-{seed}", seed=seed, progress=False)
@@ -58,7 +59,7 @@ def one_world(output: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "base": results["accuracy_before"]["accuracy"],
         "cells": results["cells"],
-        "correct": [pipeline.correct_answers(cell) for cell in results["cells"]],
+        "correct": [correct_answers(pipeline.folder, cell) for cell in results["cells"]],
         "detection": {row["method"]: row["auc"] for row in results["detection"]},
     }
 

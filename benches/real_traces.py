@@ -21,7 +21,8 @@ import torch
 from benches.models import qwen2_model, train_tokenizer
 from influence_fast.config import RunConfig, from_dict
 from influence_fast.data import load_examples, tokenize
-from influence_fast.pipeline import Pipeline, score_pool
+from influence_fast.pipeline import Pipeline
+from influence_fast.pool_scores import score_pool
 from influence_fast.training import load_finetuned
 
 

@@ -425,11 +425,12 @@ def _train(args: Any) -> None:
 
 
 def _score(args: Any) -> None:
-    from influence_fast import pipeline
     from influence_fast.config import InfluenceConfig, PruningConfig, check_influence
     from influence_fast.data import load_examples, load_rows
     from influence_fast.difficulty import check_answers
     from influence_fast.grouping import row_groups
+    from influence_fast.pool_scores import baseline_columns, score_pool
+    from influence_fast.queries import make_queries, own_answers, with_tasks
     from influence_fast.strategies import PASS_RATE, needed_columns
 
     gradients = _gradients(args)
@@ -451,11 +452,11 @@ def _score(args: Any) -> None:
     validation = load_examples(args.validation)
     answers = None
     if args.queries == "own_answers":
-        answers = pipeline.own_answers(model, tokenizer, validation, _evaluation(args), progress=_bars(args))
-    queries = pipeline.make_queries(validation, answers, args.fallback, needed=("correct",))
+        answers = own_answers(model, tokenizer, validation, _evaluation(args), progress=_bars(args))
+    queries = make_queries(validation, answers, args.fallback, needed=("correct",))
     if args.tasks is not None:
-        queries = pipeline.with_tasks(queries, row_groups(load_rows(args.validation), args.tasks))
-    table, seconds = pipeline.score_pool(
+        queries = with_tasks(queries, row_groups(load_rows(args.validation), args.tasks))
+    table, seconds = score_pool(
         model,
         tokenizer,
         pool,
@@ -467,7 +468,7 @@ def _score(args: Any) -> None:
     )
     tokens = {example["id"]: example for example in pool}
     by_id = {example.id: example for example in examples}
-    table, more = pipeline.baseline_columns(
+    table, more = baseline_columns(
         table,
         needs,
         model,
@@ -506,7 +507,7 @@ def _as_flags() -> Iterator[None]:
 def _build(args: Any) -> None:
     import torch
 
-    from influence_fast import distributed, metrics, sharded, spooling
+    from influence_fast import distributed, metrics, processes, sharded, spooling
     from influence_fast.config import InfluenceConfig, check_influence
     from influence_fast.fp8 import check_precision
     from influence_fast.models import load_model, load_tokenizer
@@ -517,26 +518,26 @@ def _build(args: Any) -> None:
     gradients, influence = _gradients(args), InfluenceConfig(damping=args.damping)
     with _as_flags():
         check_influence(influence, gradients)
-    world = distributed.World.from_environment()
+    world = processes.World.from_environment()
     cuda = args.device.partition(":")[0] == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     device = f"cuda:{world.local_rank}" if cuda else args.device
     mesh, group = None, None
     if args.fsdp != 1:
-        mesh, group = distributed.init_group(world, args.fsdp, "cuda" if cuda else "cpu")
+        mesh, group = processes.init_group(world, args.fsdp, "cuda" if cuda else "cpu")
     place = device if group is None else "cpu"
-    model = distributed.retried(lambda: load_model(args.model, adapter=args.adapter, dtype=args.dtype, device=place))
-    tokenizer = distributed.retried(lambda: load_tokenizer(args.model, model=model))
+    model = processes.retried(lambda: load_model(args.model, adapter=args.adapter, dtype=args.dtype, device=place))
+    tokenizer = processes.retried(lambda: load_tokenizer(args.model, model=model))
     if group is not None:
         model = sharded.shard_model(model, mesh)
     source = spooling.TokenSource(
         args.data, args.split, args.format, _trace(args), args.limit, args.columns or {}, args.max_length, args.truncate
     )
     folder = Path(f"{args.output}.tokens")
-    distributed.once(
+    processes.once(
         folder,
         world,
         lambda: spooling.is_spooled(folder, source, tokenizer),
-        lambda beat: distributed.retried(lambda: spooling.spool(folder, source, tokenizer, beat)),
+        lambda beat: processes.retried(lambda: spooling.spool(folder, source, tokenizer, beat)),
         args.time_limit,
     )
     tokens = spooling.Tokens(folder)

@@ -33,8 +33,10 @@ from influence_fast.errors import ConfigError, DataError, listing
 from influence_fast.lds import Estimate, ceiling, draw_subsets, linear_datamodeling_scores, seed_agreement
 from influence_fast.methods import Method, Scored, method_of, score_by
 from influence_fast.models import load_model, load_tokenizer
-from influence_fast.pipeline import HARMLESS, Pipeline, Queries
+from influence_fast.pipeline import Pipeline
+from influence_fast.queries import Queries
 from influence_fast.retraining import Outcome, Retraining, losses_of, retrain, subset_work
+from influence_fast.run_results import HARMLESS
 from influence_fast.scoring import average_ranks, spearman
 from influence_fast.statistics import two_level_means
 from influence_fast.training import finetune, list_checkpoints

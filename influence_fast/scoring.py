@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from influence_fast import preconditioners
-from influence_fast.errors import ConfigError, DataError
+from influence_fast.errors import DataError
 from influence_fast.lora import LayoutEntry, layout_width
 from influence_fast.products import inner_products
 from influence_fast.scores import ScoreTable
@@ -181,24 +181,6 @@ def spearman(one: np.ndarray, other: np.ndarray) -> float:
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
     return float(np.corrcoef(a, b)[0, 1])
-
-
-def check_groups(groups: Mapping[str, Sequence[int]], *, silent: bool = False) -> None:
-    """ConfigError saying which of the `groups` of own answers is empty, and what can be done about it.
-
-    silent: every answer was empty, so that there is none of either kind.
-    """
-    if "correct" in groups and not len(groups["correct"]):
-        raise ConfigError(
-            "every one of the model's own validation answers is incorrect, so there is no correct group: add easier "
-            "questions, set influence.fallback: reference, or use influence.queries: reference"
-        )
-    if "incorrect" in groups and not len(groups["incorrect"]):
-        what = "empty" if silent else "correct"
-        raise ConfigError(
-            f"every one of the model's own validation answers is {what}, so there is no incorrect group: add harder "
-            "questions, or use strategies that read no wrong answers (low_benefit), with influence.queries: reference"
-        )
 
 
 def _row_blocks(store: Store, size: int = 1024) -> Iterable[torch.Tensor]:

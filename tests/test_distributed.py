@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from influence_fast.claims import Claims, Owner
-from influence_fast.distributed import World, retried
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.metrics import Follower, folder_of, rates_text, summary
+from influence_fast.processes import World, retried
 from influence_fast.store import open_store, verify_store
 
 EXAMPLES = 48
@@ -31,7 +31,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 from influence_fast.building import build_store
-from influence_fast.distributed import Preempted, World, build_distributed
+from influence_fast.distributed import build_distributed
+from influence_fast.processes import Preempted, World
 from influence_fast import gradients, store_writer
 from influence_fast.gradients import iter_gradient_rows
 from influence_fast.projection import Projection

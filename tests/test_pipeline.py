@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from influence_fast import pipeline
 from influence_fast.cli import main
 from influence_fast.config import load_config
-from influence_fast.data import load_examples
+from influence_fast.data import Example, load_examples
 from influence_fast.errors import ConfigError, ModelError
+from influence_fast.queries import Queries, make_queries, with_tasks
 from influence_fast.scores import ScoreTable
 from influence_fast.workdir import RunFolder
 
@@ -126,7 +127,7 @@ def test_scores_are_inner_products_of_exact_pieces(world: Path, results: dict[st
     pool = tokenize(load_examples(world / "pool.jsonl"), tokenizer).examples
     rows = inf.per_example_gradients(model, pool, projection=projection)
     answers = json.loads((run / "own_answers.json").read_text())["value"]
-    queries = pipeline.make_queries(load_examples(world / "validation.jsonl"), answers, None)
+    queries = make_queries(load_examples(world / "validation.jsonl"), answers, None)
     asked = inf.per_example_gradients(model, tokenize(queries.examples, tokenizer).examples, projection=projection)
     scores = torch.zeros(len(pool), len(queries.examples), dtype=torch.float64)
     for start, end in module_blocks(inf.gradient_layout(model, projection)):
@@ -148,7 +149,7 @@ def test_a_second_run_computes_nothing_again(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("computed again")
 
-    for name in ("build_store", "evaluate", "per_example_gradients", "score_pool"):
+    for name in ("evaluate", "own_answers", "score_pool"):
         monkeypatch.setattr(pipeline, name, refuse)
     again = pipeline.run(load_config(world / "config.yaml"), progress=False)
     assert again["cells"] == results["cells"]
@@ -302,9 +303,9 @@ def test_an_empty_group_is_said_by_name(world: Path, empty: str) -> None:
     validation = load_examples(world / "validation.jsonl")
     answers = [{"id": e.id, "generation": "The answer", "correct": empty == "incorrect"} for e in validation]
     with pytest.raises(ConfigError, match=f"there is no {empty} group"):
-        pipeline.make_queries(validation, answers, None)
+        make_queries(validation, answers, None)
     if empty == "correct":
-        queries = pipeline.make_queries(validation, answers, "reference")
+        queries = make_queries(validation, answers, "reference")
         assert len(queries.groups["correct"]) == len(queries.groups["incorrect"]) == len(validation)
         assert queries.warnings
 
@@ -314,16 +315,16 @@ def test_answers_that_are_all_empty_are_said_to_be_that(world: Path, fallback: s
     validation = load_examples(world / "validation.jsonl")
     answers = [{"id": e.id, "generation": "\n", "correct": False} for e in validation]
     with pytest.raises(ConfigError, match="empty"):
-        pipeline.make_queries(validation, answers, fallback)
+        make_queries(validation, answers, fallback)
     if fallback is not None:
-        queries = pipeline.make_queries(validation, answers, fallback, needed=("correct",))
+        queries = make_queries(validation, answers, fallback, needed=("correct",))
         assert queries.groups == {"correct": list(range(24))}
 
 
 def test_a_group_that_no_strategy_reads_may_be_empty(world: Path) -> None:
     validation = load_examples(world / "validation.jsonl")
     answers = [{"id": e.id, "generation": "The answer", "correct": True} for e in validation]
-    queries = pipeline.make_queries(validation, answers, None, needed=("correct",))
+    queries = make_queries(validation, answers, None, needed=("correct",))
     assert list(queries.groups) == ["correct"]
     assert queries.warnings == ["no own answer is incorrect, so there are no scores of that group"]
 
@@ -334,7 +335,7 @@ def test_answers_that_were_cut_ask_without_an_end(world: Path) -> None:
         {"id": e.id, "generation": "The answer", "correct": right, "ended": right}
         for e, right in zip(validation, (True, False), strict=True)
     ]
-    queries = pipeline.make_queries(validation, answers, None)
+    queries = make_queries(validation, answers, None)
     assert [example.ended for example in queries.examples] == [True, False]
 
 
@@ -622,11 +623,11 @@ def test_score_adds_what_the_named_strategies_read(
 
 
 def test_tasks_may_not_be_called_as_groups_are() -> None:
-    examples = [pipeline.Example(str(i), "p", "c", row=i) for i in range(2)]
-    queries = pipeline.Queries(examples, {"correct": [0], "incorrect": [1]}, [])
+    examples = [Example(str(i), "p", "c", row=i) for i in range(2)]
+    queries = Queries(examples, {"correct": [0], "incorrect": [1]}, [])
     with pytest.raises(ConfigError, match="a task cannot be called 'correct'"):
-        pipeline.with_tasks(queries, ["correct", "x"])
-    named = pipeline.with_tasks(queries, ["a", "b"])
+        with_tasks(queries, ["correct", "x"])
+    named = with_tasks(queries, ["a", "b"])
     assert named.groups == {"correct": [0], "incorrect": [1], "a": [0]}
     assert named.warnings == ["no correct answer to ask for the tasks b"]
 
@@ -645,7 +646,7 @@ def test_scores_over_checkpoints_are_their_weighted_sum(world: Path, tmp_path: P
     )
     run = pipeline.Pipeline(config, progress=False)
     reference = Path(run.reference_adapter())
-    table = run.scores(reference)
+    table = run.scores(reference, run.queries(reference))
     saved = list_checkpoints(reference)
     assert len(saved) == 2
     total = np.zeros(len(table.ids))

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from influence_fast.cli import main
-from influence_fast.distributed import World, init_group
 from influence_fast.errors import ConfigError, ModelError
+from influence_fast.processes import World, init_group
 from influence_fast.sharded import shard_model
 from influence_fast.store import open_store, verify_store
 from influence_fast.store_manifest import SKETCHES
@@ -26,7 +26,7 @@ import torch, torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, {kind}Config
 from influence_fast.cli import main
-from influence_fast.distributed import World, init_group
+from influence_fast.processes import World, init_group
 from influence_fast.fingerprints import weight_hashes
 from influence_fast.gradients import per_example_gradients, per_example_losses
 from influence_fast.projection import Projection

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from influence_fast.data import load_examples, tokenize, write_rows
-from influence_fast.distributed import World, once
 from influence_fast.errors import DataError
 from influence_fast.fingerprints import dataset_fingerprint
+from influence_fast.processes import World, once
 from influence_fast.spooling import Tokens, TokenSource, is_spooled, spool
 
 

@@ -1,0 +1,126 @@
+"""The score table of a tokenized pool: its gradients in a store, those of the queries, and what baselines read."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from influence_fast import scoring
+from influence_fast.adam import adam_moments
+from influence_fast.building import build_store
+from influence_fast.config import GradientConfig, InfluenceConfig
+from influence_fast.data import Example, tokenize
+from influence_fast.difficulty import pass_rates
+from influence_fast.embeddings import embedding_ranks
+from influence_fast.evaluation import EvalConfig
+from influence_fast.gradients import per_example_gradients, per_example_losses
+from influence_fast.lora import gradient_layout
+from influence_fast.packing import IGNORED
+from influence_fast.projection import Projection
+from influence_fast.queries import Queries
+from influence_fast.scores import ScoreTable
+from influence_fast.sketch_fitting import fit_projection, resolved
+from influence_fast.strategies import EMBEDDING_RANK, PASS_RATE
+
+
+def baseline_columns(
+    table: ScoreTable,
+    needs: Collection[str],
+    model: Any,
+    tokenizer: Any,
+    pool: Sequence[tuple[Example, dict[str, Any]]],
+    queries: Queries,
+    config: EvalConfig,
+    *,
+    transcripts: Path | None = None,
+    progress: bool = True,
+) -> tuple[ScoreTable, dict[str, float]]:
+    """`table` with those columns of `needs` that only some baselines read, and the seconds of each.
+
+    `embedding_rank` by the correct queries and `pass_rate` under `config`, both of the pretrained model. `pool` has the
+    example and its tokens for each row of the table.
+    """
+    columns, seconds = {}, {}
+    if EMBEDDING_RANK in needs:
+        start = time.perf_counter()
+        asked = tokenize([queries.examples[i] for i in queries.groups["correct"]], tokenizer).examples
+        columns[EMBEDDING_RANK] = embedding_ranks(model, [tokens for _, tokens in pool], asked)
+        seconds["embeddings"] = time.perf_counter() - start
+    if PASS_RATE in needs:
+        start = time.perf_counter()
+        examples = [example for example, _ in pool]
+        columns[PASS_RATE] = pass_rates(
+            model, tokenizer, examples, config=config, transcripts=transcripts, progress=progress
+        )
+        seconds["pass rates"] = time.perf_counter() - start
+    return table.with_columns(columns), seconds
+
+
+def score_pool(
+    model: Any,
+    tokenizer: Any,
+    pool: Sequence[dict[str, Any]],
+    queries: Queries,
+    store_path: Path,
+    gradients: GradientConfig,
+    influence: InfluenceConfig,
+    *,
+    progress: bool = True,
+) -> tuple[ScoreTable, dict[str, float]]:
+    """Gradients of the tokenized `pool` into a store, gradients of the queries, and the scores.
+
+    Returns the table (with `loss` and `tokens` beside the scores) and the seconds of each step. Examples without a
+    finite gradient are set aside by the store and have no row in the table.
+    """
+    seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def timed(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - start
+
+    options: dict[str, Any] = {
+        "loss_reduction": gradients.loss_reduction,
+        "precision": gradients.precision,
+        "max_tokens": gradients.max_tokens,
+    }
+
+    def fit(projection: Projection) -> Projection:
+        with timed("fitting the sketch"):
+            sizes: dict[str, Any] = {"examples": gradients.sketch_examples, "damping": influence.damping}
+            return fit_projection(model, pool, projection=projection, folder=store_path, **sizes, **options)
+
+    projection = resolved(gradients.projection, gradients.sketch, influence.preconditioner, model, fit)
+    options["projection"] = projection
+    with timed("training gradients"):
+        store = build_store(store_path, model, None, pool, dtype=gradients.store_dtype, progress=progress, **options)
+    with timed("query gradients"):
+        rows = per_example_gradients(model, tokenize(queries.examples, tokenizer).examples, **options).cpu()
+    moments = None
+    if influence.optimizer is not None:
+        moments = adam_moments(influence.optimizer, gradient_layout(model), projection=projection)
+    with timed("inner products and ranks"):
+        table = scoring.influence_scores(
+            store,
+            rows,
+            queries.groups,
+            preconditioner=influence.preconditioner,
+            damping=influence.damping,
+            moments=moments,
+        )
+    by_id = {example["id"]: example for example in pool}
+    stored = [by_id[name] for name in table.ids]
+    tokens = np.array([int((example["labels"] != IGNORED).sum()) for example in stored], dtype=np.float64)
+    losses = None if store.losses is None else store.losses.astype(np.float64)
+    if losses is None:  # a store of another source, or made before stores had them
+        with timed("losses"):
+            losses = per_example_losses(model, stored).double().numpy()
+    elif gradients.loss_reduction == "sum":
+        losses /= [int((example["labels"][1:] != IGNORED).sum()) for example in stored]
+    return table.with_columns({"loss": losses, "tokens": tokens}), seconds
