@@ -14,7 +14,6 @@ from benches.suites.case import VOCABULARY, Case, Scale, ragged_examples
 from influence_fast.gradients import gradient_layout, iter_gradient_rows, per_example_gradients
 from influence_fast.lora import layout_width
 from influence_fast.projection import Projection
-from influence_fast.sketch_fitting import fit_projection
 from influence_fast.streaming import stream_influence
 
 BASELINES = ("padded batches of 4", "one by one")
@@ -49,6 +48,8 @@ def projected(projection: Projection) -> Callable[[Scale], Variants]:
 
 def fitted(scale: Scale) -> Variants:
     """Rows of a sketch that is fitted beforehand."""
+    from influence_fast.sketch_fitting import fit_projection  # the other cases also run over commits without it
+
     model, examples = world(scale)
     projection = fit_projection(model, examples, projection=Projection(dim=16, width=scale(4096, 512)))
     return {"ours": lambda: ours(model, examples, projection), **baselines(model, examples)}
