@@ -715,8 +715,18 @@ def _inspect(args: Any) -> None:
         value = getattr(store.identity, name)
         if value is not None:
             print(f"  {name:<20} {value}")
+    if store.identity.projection_sketch is not None:
+        _inspect_sketch(store)
     for name, reason in store.set_aside[:20]:
         print(f"  set aside: {name}: {reason}")
+
+
+def _inspect_sketch(store: Any) -> None:
+    sketch = store.projection.sketch
+    numbers = sum(entry.shape[0] * entry.shape[1] for entry in sketch.layout)
+    share, made = f"{100 * sketch.share:.0f} % of the whitened rows", sketch.purpose
+    print(f"  fitted sketch        {store.width:,} of {numbers:,} coordinates, {share}")
+    print(f"  fitted on            {made.get('sample')}; damping {made.get('damping')}")
 
 
 def _verify(args: Any) -> None:

@@ -38,7 +38,6 @@ class ModelShape:
     parameters: int
     hidden: int
     layers: int
-    vocabulary: int
     context: int | None
     trained: int  # LoRA parameters
     row: int
@@ -211,7 +210,6 @@ def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
         parameters=parameters,
         hidden=int(text.hidden_size),
         layers=int(text.num_hidden_layers),
-        vocabulary=int(text.vocab_size),
         context=getattr(text, "max_position_embeddings", None),
         trained=trained,
         row=row,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from influence_fast.training import TrainConfig
 
 NAMES = "optimizer_names.json"  # the last file of a checkpoint
+_SECONDS = "seconds.json"
 FIELDS = ("input_ids", "labels")
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 
@@ -41,7 +42,8 @@ def train(
 ) -> tuple[list[tuple[int, float]], float, int]:
     """Trains what of `model` asks for gradients, from the last checkpoint in `folder` where there is one.
 
-    Returns [(optimizer step, mean loss since the last entry)], seconds, and tokens seen (padding not counted).
+    Returns [(optimizer step, mean loss since the last entry)], seconds (those before that checkpoint included), and
+    tokens seen (padding not counted).
     Raises ConfigError (packs that cannot be kept apart, or settings that trl refuses) and NumericError (NaN loss).
     """
     from influence_fast.training import list_checkpoints
@@ -52,9 +54,11 @@ def train(
             trainer.add_callback(_progress_bar())
         # a checkpoint that a killed run was still writing has no names yet
         kept = [checkpoint for checkpoint in list_checkpoints(folder) if (checkpoint / NAMES).exists()]
+        spent = _read_seconds(kept[-1]) if kept else 0.0
+        trainer.add_callback(_end_checkpoints(spent))
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
-        seconds = time.perf_counter() - start
+        seconds = spent + time.perf_counter() - start
     history = [(int(log["step"]), float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
     bad = [step for step, loss in history if loss != loss or loss == float("inf")]
     if bad:
@@ -126,7 +130,6 @@ def make_trainer(
             train_dataset=_dataset(examples if packing else examples[:1]),
             data_collator=None if packing else Collator(int(pad or 0)),
             processing_class=tokenizer,
-            callbacks=[_name_optimizer_state()],
         )
     except ValueError as error:
         raise ConfigError(f"trl does not train this: {' '.join(str(error).split())[:300]}") from error
@@ -262,19 +265,31 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _name_optimizer_state() -> Any:
-    """A callback that writes, beside each optimizer.pt, which parameter each of its indices is; a checkpoint's end."""
+def _end_checkpoints(spent: float) -> Any:
+    """A callback that writes, beside each optimizer.pt, which parameter each of its indices is; a checkpoint's end.
+
+    The seconds of training so far, after `spent` ones, are kept with it.
+    """
     from transformers import TrainerCallback
 
-    class NameOptimizerState(TrainerCallback):
+    start = time.perf_counter()
+
+    class EndCheckpoints(TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             names = {id(p): name for name, p in kwargs["model"].named_parameters()}
             groups = kwargs["optimizer"].param_groups
             ordered = [names.get(id(p), "") for group in groups for p in group["params"]]
-            with replacing(Path(args.output_dir) / f"checkpoint-{state.global_step}" / NAMES) as temporary:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / _SECONDS).write_text(json.dumps(spent + time.perf_counter() - start), encoding="utf-8")
+            with replacing(folder / NAMES) as temporary:
                 temporary.write_text(json.dumps(ordered), encoding="utf-8")
 
-    return NameOptimizerState()
+    return EndCheckpoints()
+
+
+def _read_seconds(checkpoint: Path) -> float:
+    path = checkpoint / _SECONDS
+    return float(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else 0.0
 
 
 def _progress_bar() -> Any:

@@ -185,6 +185,9 @@ def test_scores_are_made_of_a_store_that_was_built_before(
     assert len(made) == 1
     score = ["score", *command, "--validation", "data.jsonl", "--queries", "reference", "--store", "before", "--quiet"]
     assert main([*score, "--output", "scores.csv"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", "before"]) == 0
+    assert "fitted sketch        64 of 448 coordinates" in capsys.readouterr().out
     assert [(path, path.stat().st_mtime_ns) for path in (world / "before").glob(SKETCHES)] == made
     capsys.readouterr()
     assert main([*score, "--output", "scores.csv", "--damping", "0.5"]) == 2

@@ -160,7 +160,12 @@ def test_interrupted_run_leaves_nothing_in_place_and_goes_on_from_its_checkpoint
         (last,) = tmp_path.glob(".out.partial-*/checkpoint-8")
         (last / "optimizer_names.json").unlink()
         (last / "optimizer.pt").write_bytes((last / "optimizer.pt").read_bytes()[:100])
+    (last,) = tmp_path.glob(".out.partial-*/checkpoint-4")
+    (last / "seconds.json").write_text("1000.0")
+    if not killed:
+        (last.parent / "checkpoint-8" / "seconds.json").write_text("1000.0")
     resumed = run(model, tokenizer, examples, tmp_path / "out", config)
+    assert 1000 < resumed.seconds < 1000 + 300  # those of before count
     assert len(calls) == 11 + (8 if killed else 4)  # it did not start over
     one, other = (load_file(r.path / "adapter_model.safetensors") for r in (whole, resumed))
     assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
