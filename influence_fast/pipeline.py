@@ -39,9 +39,11 @@ from influence_fast.report import save_results, write_report
 from influence_fast.run_results import cell_name, collect, known_harmful
 from influence_fast.scores import ScoreTable
 from influence_fast.splits import load_splits
-from influence_fast.strategies import needed_columns
+from influence_fast.strategies import EMBEDDING_RANK, PASS_RATE, needed_columns
 from influence_fast.training import TrainResult, finetune, finetuned, list_checkpoints
 from influence_fast.workdir import RunFolder, write_text
+
+SCORES = "scores.parquet"
 
 
 class Pipeline:
@@ -184,20 +186,23 @@ class Pipeline:
 
     def scores(self, adapter: str | Path, queries: Queries) -> ScoreTable:
         """Scores of the pool by `queries`, in `scores.parquet` and `scores.csv`."""
-        path = self.folder / "scores.parquet"
 
         def work() -> dict[str, float]:
             if self.config.influence.checkpoints:
                 table, seconds = self._over_checkpoints(Path(adapter), queries)
             else:
                 table, seconds = self._score_under(adapter, queries, "store", self.config.influence)
-            table, more = self._baselines(table, queries)
-            table.save(self.folder / "scores.csv")
-            table.save(path)
-            return seconds | more
+            self._save(table)
+            return seconds
 
         self._once("scoring_seconds", work)
-        return ScoreTable.load(path)
+        for column in sorted({EMBEDDING_RANK, PASS_RATE} & self.needs):
+            self._once(f"baselines/{column}", functools.partial(self._add_baseline, column, queries))
+        return ScoreTable.load(self.folder / SCORES)
+
+    def _save(self, table: ScoreTable) -> None:
+        table.save(self.folder / "scores.csv")
+        table.save(self.folder / SCORES)
 
     def _score_under(
         self, adapter: str | Path, queries: Queries, store: str, influence: InfluenceConfig
@@ -237,12 +242,13 @@ class Pipeline:
         )
         return found.total, seconds
 
-    def _baselines(self, table: ScoreTable, queries: Queries) -> tuple[ScoreTable, dict[str, float]]:
-        """The table with the columns that only some baselines read, and the seconds they took."""
+    def _add_baseline(self, column: str, queries: Queries) -> dict[str, float]:
+        """Puts a column that only some baselines read into the score table; returns the seconds it took."""
+        table = ScoreTable.load(self.folder / SCORES)
         by_id = {example.id: (example, self.splits.tokenized.examples[i]) for i, example in enumerate(self.splits.pool)}
-        return baseline_columns(
+        table, seconds = baseline_columns(
             table,
-            self.needs,
+            [column],
             self.base,
             self.tokenizer,
             [by_id[name] for name in table.ids],
@@ -251,6 +257,8 @@ class Pipeline:
             transcripts=self.folder / "transcripts" / "pool.jsonl",
             progress=self.progress,
         )
+        self._save(table)
+        return seconds
 
     def _finetuned(self, adapter: str | Path) -> contextlib.AbstractContextManager[Any]:
         return finetuned(self.base, adapter)

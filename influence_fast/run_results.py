@@ -164,7 +164,9 @@ def _costs(folder: RunFolder, splits: Splits, cells: list[dict[str, Any]]) -> li
     n = len(splits.pool)
     tokens = sum(len(e["input_ids"]) for e in splits.tokenized.examples)
     cost = []
-    for stage, seconds in folder.once("scoring_seconds", dict).items():
+    baselines = [folder.once(f"baselines/{path.stem}", dict) for path in sorted((folder / "baselines").glob("*.json"))]
+    parts = [folder.once("scoring_seconds", dict), *baselines]
+    for stage, seconds in [item for part in parts for item in part.items()]:
         detail = f"{n} examples, {tokens} tokens" if stage == "training gradients" else ""
         cost.append({"stage": stage, "seconds": seconds, "detail": detail})
     if folder.has("own_answers"):

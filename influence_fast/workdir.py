@@ -38,7 +38,8 @@ class RunFolder:
         record = self.path / CONFIG
         if record.exists():
             before, now = _with_defaults(yaml.safe_load(record.read_text())), copy.deepcopy(settings)
-            before.pop("title", None), now.pop("title")
+            for part in (before, now):
+                _leave_out_what_can_grow(part)
             if not self.has("scoring_seconds"):  # what follows the answers can still be decided otherwise
                 for part in (before, now):
                     part.get("influence", {}).pop("fallback", None)
@@ -76,6 +77,15 @@ class RunFolder:
     def seconds(self, name: str) -> float:
         """How long the finished piece `name` took when it was computed."""
         return float(json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))["seconds"])
+
+
+def _leave_out_what_can_grow(settings: Any) -> None:
+    """What changes no finished piece: the title, and more or fewer cells. The first seed is the reference's."""
+    settings.pop("title", None)
+    grid = settings.get("pruning", {})
+    for name in ("strategies", "fractions"):
+        grid.pop(name, None)
+    grid["seeds"] = grid.get("seeds", [])[:1]
 
 
 def _with_defaults(recorded: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from influence_fast import pipeline
 from influence_fast.cli import main
-from influence_fast.config import load_config
+from influence_fast.config import PruningConfig, load_config
 from influence_fast.data import Example, load_examples
 from influence_fast.errors import ConfigError, ModelError
 from influence_fast.queries import Queries, make_queries, with_tasks
@@ -24,6 +25,9 @@ from influence_fast.scores import ScoreTable
 from influence_fast.workdir import RunFolder
 
 WORDS = ["<pad>", "<eos>", "<unk>", "what", "is", "plus", "The", "answer", "#", *map(str, range(20))]
+
+
+CELLS = [("random", 0.25), ("random", 0.5), ("embedding", 0.25), ("embedding", 0.5)]
 
 
 def write_model(folder: Path, hidden: int = 32, words: list[str] = WORDS) -> None:
@@ -351,6 +355,39 @@ def test_a_run_of_an_earlier_version_goes_on(world: Path, results: dict[str, Any
     with pytest.raises(ConfigError, match=r"another configuration \(a_later_setting"):
         RunFolder(load_config(world / "config.yaml"))
     record.write_text(whole)
+
+
+def test_a_finished_run_takes_more_strategies_seeds_and_fractions(
+    world: Path, results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world / "run", tmp_path / "run")
+    config = dataclasses.replace(load_config(world / "config.yaml"), output=str(tmp_path / "run"))
+    more = PruningConfig(("random", "embedding"), fractions=(0.25, 0.5), seeds=(0, 1))
+    made: list[str] = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        made.append(Path(args[3]).name)
+        return finetune(*args, **options)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("computed again")
+
+    finetune = pipeline.finetune
+    monkeypatch.setattr(pipeline, "finetune", counted)
+    for name in ("own_answers", "score_pool"):
+        monkeypatch.setattr(pipeline, name, refuse)
+    again = pipeline.run(dataclasses.replace(config, pruning=more), progress=False)
+    assert [(c["strategy"], c["fraction"], c["seed"]) for c in again["cells"]] == [
+        *[(s, f, seed) for seed in (0, 1) for s, f in [("full", 0.0), *CELLS]],
+    ]
+    assert again["cells"][1] == results["cells"][1]  # random at a quarter, as it was
+    assert set(made) == {
+        "full-seed0", "random-50-seed0", "embedding-25-seed0", "embedding-50-seed0",
+        "full-seed1", "random-25-seed1", "random-50-seed1", "embedding-25-seed1", "embedding-50-seed1",
+    }  # fmt: skip
+    assert "embeddings" in [row["stage"] for row in again["cost"]]
+    with pytest.raises(ConfigError, match=r"pruning.seeds: \[0\] against \[5\]"):
+        RunFolder(dataclasses.replace(config, pruning=PruningConfig(("random",), seeds=(5,))))
 
 
 def test_a_run_goes_on_from_another_folder_and_under_another_title(
