@@ -114,14 +114,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--validation", required=True, help="validation questions: hub id, file or folder")
     sub.add_argument("--output", required=True, help="score table, .parquet or .csv")
     sub.add_argument("--store", help="folder of the gradient store (default: OUTPUT with .store)")
-    sub.add_argument("--queries", default="own_answers", help="own_answers (default) or reference")
+    sub.add_argument("--queries", help="own_answers (default) or reference")
     sub.add_argument("--fallback", help="reference: let the solutions stand in where no own answer is correct")
     sub.add_argument(
         "--preconditioner",
-        default="default",
         help="ekfac_cosine (the default; cosine where rows are sketched at random), cosine, fisher, less, none, ...",
     )
-    sub.add_argument("--damping", type=_damping, default=0.1, help="share of the mean eigenvalue (0.1), or auto")
+    sub.add_argument("--damping", type=_damping, help="share of the mean eigenvalue (0.1), or auto")
     sub.add_argument(
         "--optimizer", help="checkpoint whose Adam state 'adam' and 'less' read (default: moments of the rows)"
     )
@@ -137,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     _data(sub, "--data", "training examples")
     sub.add_argument("--output", required=True, help="folder of the store, which all processes see")
     _gradient_flags(sub)
-    sub.add_argument("--damping", type=_damping, default=0.1, help="of a fitted sketch: as for 'score'")
+    sub.add_argument("--damping", type=_damping, help="of a fitted sketch: as for 'score'")
     sub.add_argument("--shard-rows", type=int, help="examples in a shard, which is what a process takes at a time")
     sub.add_argument("--max-tokens", type=int, help="tokens in one packed batch")
     sub.add_argument("--fsdp", type=int, default=1, metavar="N", help="spread each copy of the model over N processes")
@@ -218,18 +217,15 @@ def _model(sub: argparse.ArgumentParser, *, adapter: bool, adapter_needed: bool 
 
 def _gradient_flags(sub: argparse.ArgumentParser) -> None:
     """What `_gradients` reads."""
-    sub.add_argument("--dim", type=int, default=64, help="projection dim p (default 64)")
+    sub.add_argument("--dim", type=int, help="projection dim p (default 64)")
     sub.add_argument("--width", type=int, help="sketch each row to this many numbers")
     sub.add_argument(
         "--sketch",
-        default="auto",
         help="how rows get to the width: random, eigen (fitted on a sample), or a store's folder (its sketch again); "
         "auto: eigen where that serves the scores",
     )
-    sub.add_argument("--store-dtype", default="bf16", help="fp32, bf16 (default) or int8")
-    sub.add_argument(
-        "--precision", default="auto", help="fp8: products with the base weights in 8 bits (default: auto)"
-    )
+    sub.add_argument("--store-dtype", help="fp32, bf16 (default) or int8")
+    sub.add_argument("--precision", help="fp8: products with the base weights in 8 bits (default: auto)")
 
 
 def _data(sub: argparse.ArgumentParser, option: str, help: str, *, needed: bool = True, lengths: bool = True) -> None:
@@ -322,8 +318,7 @@ def _evaluation(args: Any, settings: Any = None) -> Any:
 
     from influence_fast.evaluation import EvalConfig
 
-    names = ("max_new_tokens", "samples", "temperature", "top_p", "seed", "answer_kind", "engine")
-    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    given = _given(args, "max_new_tokens", "samples", "temperature", "top_p", "seed", "answer_kind", "engine")
     if getattr(args, "pass_at", None) is not None:
         given["pass_at"] = tuple(args.pass_at)
     return dataclasses.replace(settings or EvalConfig(), **given)
@@ -414,7 +409,7 @@ def _train(args: Any) -> None:
     model, tokenizer = _load_model(args)
     examples = _tokenize(args, _load_data(args), tokenizer)
     names = ("epochs", "learning_rate", "batch_size", "max_steps", "packing", "save_checkpoints", "seed")
-    config = TrainConfig(**{name: getattr(args, name) for name in names if getattr(args, name) is not None})
+    config = TrainConfig(**_given(args, *names))
     shape: dict[str, Any] = {} if args.rank is None else {"r": args.rank, "alpha": 2.0 * args.rank}
     if args.target_modules is not None:
         shape["target_modules"] = tuple(args.target_modules)
@@ -434,13 +429,7 @@ def _score(args: Any) -> None:
     from influence_fast.strategies import PASS_RATE, needed_columns
 
     gradients = _gradients(args)
-    influence = InfluenceConfig(
-        preconditioner=args.preconditioner,
-        damping=args.damping,
-        optimizer=args.optimizer,
-        queries=args.queries,
-        fallback=args.fallback,
-    )
+    influence = InfluenceConfig(**_given(args, "preconditioner", "damping", "optimizer", "queries", "fallback"))
     with _as_flags():
         check_influence(influence, gradients)
     needs = needed_columns(args.strategies)
@@ -451,7 +440,7 @@ def _score(args: Any) -> None:
     pool = _tokenize(args, examples, tokenizer)
     validation = load_examples(args.validation)
     answers = None
-    if args.queries == "own_answers":
+    if influence.queries == "own_answers":
         answers = own_answers(model, tokenizer, validation, _evaluation(args), progress=_bars(args))
     queries = make_queries(validation, answers, args.fallback, needed=("correct",))
     if args.tasks is not None:
@@ -490,8 +479,12 @@ def _score(args: Any) -> None:
 def _gradients(args: Any) -> GradientConfig:
     from influence_fast.config import GradientConfig
 
-    from_flags = ("dim", "width", "sketch", "store_dtype", "precision")
-    return GradientConfig(**{name: getattr(args, name) for name in from_flags})
+    return GradientConfig(**_given(args, "dim", "width", "sketch", "store_dtype", "precision"))
+
+
+def _given(args: Any, *names: str) -> dict[str, Any]:
+    """The options that were given; what was not has its default in the settings classes."""
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
 @contextlib.contextmanager
@@ -513,11 +506,11 @@ def _build(args: Any) -> None:
     from influence_fast.models import load_model, load_tokenizer
     from influence_fast.sketch_fitting import resolved
 
-    check_precision(args.precision, "--precision", sharded=args.fsdp != 1)
     _quiet_libraries()
-    gradients, influence = _gradients(args), InfluenceConfig(damping=args.damping)
+    gradients, influence = _gradients(args), InfluenceConfig(**_given(args, "damping"))
     with _as_flags():
         check_influence(influence, gradients)
+    check_precision(gradients.precision, "--precision", sharded=args.fsdp != 1)
     world = processes.World.from_environment()
     cuda = args.device.partition(":")[0] == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     device = f"cuda:{world.local_rank}" if cuda else args.device

@@ -75,7 +75,7 @@ class _Index:
                 for run in found:
                     self.runs.setdefault(run, item)
                 prompt = words(test.prompt)
-                if len(prompt) < n and (plain := _plain(test.prompt)):
+                if len(prompt) < n and (plain := plain_prompt(test.prompt)):
                     self.short.setdefault(plain, item)
                 if " ".join(prompt) not in questions:
                     questions.add(" ".join(prompt))
@@ -95,10 +95,10 @@ class _Index:
                 run = " ".join(row[i : i + self.n])
                 if run in self.runs:  # the hash only narrows the search
                     return Overlap(example.id, self.runs[run], run)
-        whole = _plain(example.prompt)
+        whole = plain_prompt(example.prompt)
         return Overlap(example.id, self.short[whole], whole) if whole in self.short else None
 
 
-def _plain(prompt: str) -> str:
+def plain_prompt(prompt: str) -> str:
     """A prompt without case, spacing and the marks of a sentence; where words are few, operators are the question."""
     return " ".join(_MARKS.sub("", prompt.casefold()).split())

@@ -9,7 +9,7 @@ from typing import Any
 
 from influence_fast.config import DataConfig, RunConfig, Source
 from influence_fast.data import Example, TokenizedSet, load_examples, tokenize
-from influence_fast.decontamination import contaminated
+from influence_fast.decontamination import contaminated, plain_prompt
 from influence_fast.difficulty import check_answers
 from influence_fast.errors import ConfigError, DataError, listing
 from influence_fast.strategies import PASS_RATE, needed_columns
@@ -41,6 +41,8 @@ def load_splits(config: RunConfig, tokenizer: Any, target_tokenizer: Any) -> Spl
     warnings: list[str] = []
     if data.decontaminate:
         pool, set_aside, warnings = _decontaminated(pool, test)
+    for name, part in (("validation", validation), ("test", test)):
+        warnings += _asked_again(pool, name, part)
     if PASS_RATE in needed_columns(config.pruning.strategies):
         check_answers(pool)
     tokenized = tokenize(pool, tokenizer, max_length=data.max_length, truncate=data.truncate)
@@ -103,6 +105,16 @@ def _decontaminated(pool: list[Example], test: list[Example]) -> tuple[list[Exam
     aside = {found.id: found.why for found in overlaps}
     kept = [example for example in pool if example.id not in aside]
     return kept, [{"id": name, "why": why} for name, why in aside.items()], warnings
+
+
+def _asked_again(pool: list[Example], name: str, part: Sequence[Example]) -> list[str]:
+    """A warning where the pool has questions of a held-out set word for word."""
+    held = {plain_prompt(example.prompt) for example in part}
+    same = [example.id for example in pool if plain_prompt(example.prompt) in held]
+    if not same:
+        return []
+    why = "which raises their scores" if name == "validation" else "and give its answer away"
+    return [f"{len(same)} of {len(pool)} pool examples ask a question of the {name} set, {why}: {listing(same)}"]
 
 
 def _about(tokens: TokenizedSet, count: int, max_length: int | None, whose: str = "") -> list[str]:

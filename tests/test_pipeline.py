@@ -589,6 +589,13 @@ def test_a_run_computes_what_its_strategies_read(chosen: Path) -> None:
     assert results["queries"] == {"correct": 6, "even": 3, "odd": 3}
 
 
+def test_questions_that_the_pool_shares_with_what_is_held_out_are_named(world: Path, results: dict[str, Any]) -> None:
+    said = [warning for warning in results["warnings"] if "ask a question of the" in warning]
+    assert [warning.split(" pool examples")[0].split(" of ")[1] for warning in said] == ["40", "40"]  # nine sums in all
+    assert "validation set, which raises their scores: pool-0, pool-1" in said[0]
+    assert "test set, and give its answer away: pool-0" in said[1]
+
+
 def test_a_run_sets_leaked_questions_aside(chosen: Path) -> None:
     results = json.loads((chosen / "results.json").read_text())
     assert results["data"]["pool"] == 40
