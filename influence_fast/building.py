@@ -250,16 +250,24 @@ def build_shards(
 
 
 def warn_of_set_aside(store: Store, examples: int) -> None:
-    """One warning that sums up which of the dataset's `examples` have no row, if any; DataError where none has one."""
+    """One warning that sums up which of the dataset's `examples` have no row, if any. Raises as `check_some`."""
+    check_some(store, examples)
     if store.set_aside:
-        names = listing(f"{name} ({reason})" for name, reason in store.set_aside)
-        if len(store) == 0:
-            raise DataError(f"{store.path}: none of {examples} examples has a row: {names}")
         warnings.warn(
-            f"{len(store.set_aside)} of {examples} examples were set aside and have no row: {names}; "
+            f"{len(store.set_aside)} of {examples} examples were set aside and have no row: {_without_row(store)}; "
             "store.set_aside lists them all",
             stacklevel=3,
         )
+
+
+def check_some(store: Store, examples: int) -> None:
+    """DataError where none of the dataset's `examples` has a row."""
+    if len(store) == 0 and store.set_aside:
+        raise DataError(f"{store.path}: none of {examples} examples has a row: {_without_row(store)}")
+
+
+def _without_row(store: Store) -> str:
+    return listing(f"{name} ({reason})" for name, reason in store.set_aside)
 
 
 def identity_of(

@@ -428,6 +428,7 @@ def _score(args: Any) -> None:
     from influence_fast.queries import make_queries, own_answers, with_tasks
     from influence_fast.strategies import PASS_RATE, needed_columns
 
+    _not_an_input(args.output, args.data, args.validation)
     gradients = _gradients(args)
     influence = InfluenceConfig(**_given(args, "preconditioner", "damping", "optimizer", "queries", "fallback"))
     with _as_flags():
@@ -511,9 +512,13 @@ def _build(args: Any) -> None:
     with _as_flags():
         check_influence(influence, gradients)
     check_precision(gradients.precision, "--precision", sharded=args.fsdp != 1)
+    if args.damping is not None and not gradients.fits_sketch(influence.preconditioner):
+        raise ConfigError(
+            "--damping is that of a fitted sketch, and none is fitted here: give a --width, or leave it out"
+        )
     world = processes.World.from_environment()
     cuda = args.device.partition(":")[0] == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    device = f"cuda:{world.local_rank}" if cuda else args.device
+    device = f"cuda:{world.local_rank}" if cuda and ":" not in args.device else args.device
     mesh, group = None, None
     if args.fsdp != 1:
         mesh, group = processes.init_group(world, args.fsdp, "cuda" if cuda else "cpu")

@@ -351,7 +351,11 @@ def _unique_keys() -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen = set()
             for key, _ in node.value:
+                if key.tag == "tag:yaml.org,2002:merge":  # <<: *base
+                    continue
                 name = self.construct_object(key, deep=True)
+                if not isinstance(name, str | int | float | None):
+                    raise yaml.constructor.ConstructorError(None, None, f"{name!r} is no key", key.start_mark)
                 if name in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} comes twice", key.start_mark)
                 seen.add(name)
@@ -474,7 +478,14 @@ def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
         model=model(config.model),
         target_model=config.target_model and model(config.target_model),
         validate=dataclasses.replace(
-            config.validate, external={name: local(path) for name, path in config.validate.external.items()}
+            config.validate,
+            external={name: local(path) for name, path in config.validate.external.items()},
+            methods=tuple(
+                method | {"proxy": local(method["proxy"])}
+                if isinstance(method, dict) and method.get("proxy")
+                else method
+                for method in config.validate.methods
+            ),
         ),
         data=dataclasses.replace(
             data, pool=source(data.pool), validation=source(data.validation), test=source(data.test)

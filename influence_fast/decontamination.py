@@ -15,7 +15,7 @@ from influence_fast.ngrams import ngram_hashes, words
 # A run in the items of more questions than this share is the wording of their format ("put your final answer ...").
 COMMON_SHARE = 0.1
 COMMON_COUNT = 3
-_MARKS = re.compile(r"[.,;:!?\"'\u2018\u2019\u201c\u201d](?!\d)")
+_PARTS = re.compile(r"[^\W_]+|[+*/^=<>%\u00d7\u00f7]|(?<![^\W\d_])\s*-|-(?![^\W\d_])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,5 +100,5 @@ class _Index:
 
 
 def plain_prompt(prompt: str) -> str:
-    """A prompt without case, spacing and the marks of a sentence; where words are few, operators are the question."""
-    return " ".join(_MARKS.sub("", prompt.casefold()).split())
+    """A prompt's words and operators, without case, spacing and other marks; a hyphen between words is none."""
+    return " ".join(part.strip() for part in _PARTS.findall(prompt.casefold().replace("**", " ")))

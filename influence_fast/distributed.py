@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from influence_fast.building import build_shards, warn_of_set_aside
+from influence_fast.building import build_shards, check_some, warn_of_set_aside
 from influence_fast.claims import Claims, Owner
 from influence_fast.eigen_sketch import EigenSketch
 from influence_fast.fp8 import AUTO, check_precision
@@ -161,7 +161,9 @@ class ClaimedTurns:
         claims = self._claims_on(writer.path)
         for pause in pauses():
             if Manifest.load(writer.path).complete:
-                return self._swept(writer, claims)
+                store = self._swept(writer, claims)
+                check_some(store, examples)
+                return store
             if claims.take(_FINALIZE):
                 with self._holding(_FINALIZE):
                     if not Manifest.load(writer.path).complete:  # nobody else closes it while this claim is held

@@ -204,7 +204,7 @@ def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
         parameters = sum(p.numel() for p in base.parameters())
         tuned = attach_lora(base, config.lora, 0)
         trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-    row = width_of(config.gradients.projection, config.gradients.sketch, tuned)
+    row = width_of(config.gradients.projection, config.gradients.sketch, config.influence.preconditioner, tuned)
     text = settings.get_text_config()
     return ModelShape(
         parameters=parameters,

@@ -44,7 +44,7 @@ def adapter_hash(model: nn.Module) -> str | None:
 
     With peft only those of the active adapters count. Raises ModelError as `weight_hashes`.
     """
-    active = _active_adapters(model)
+    active = active_adapters(model)
     found = hashlib.sha256()
     has_adapter = False
     for name, parameter in _by_plain_name(model):
@@ -128,8 +128,8 @@ def _adapter_name(name: str) -> tuple[str, str | None]:
     return _plain_name(name[: match.end(1)] + name[match.end(2) :]), match.group(2)
 
 
-def _active_adapters(model: nn.Module) -> set[str] | None:
-    """None when the model is no peft model: then every adapter parameter counts."""
+def active_adapters(model: nn.Module) -> set[str] | None:
+    """The names of a peft model's active adapters; None when it is none: then every adapter parameter counts."""
     active = getattr(model, "active_adapters", None)
     if callable(active):  # transformers' own integration has a method here, which raises without an adapter
         return None

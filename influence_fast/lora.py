@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from influence_fast.errors import ModelError, listing, say_once
+from influence_fast.fingerprints import active_adapters
 from influence_fast.projection import Projection
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ def _trained_beside(model: nn.Module) -> list[str]:
 
     saved = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     configs = getattr(model, "peft_config", {})
-    kinds = {getattr(configs.get(name), "bias", "none") for name in getattr(model, "active_adapters", [])}
+    kinds = {getattr(configs.get(name), "bias", "none") for name in active_adapters(model) or ()}
     return saved + [f"bias={kind!r}" for kind in sorted(kinds - {"none"})]
 
 

@@ -178,8 +178,7 @@ def score_by(
         with finetuned(base, path) as model:
             if method.loss:
                 with _timed(seconds, "losses"):
-                    reduction = gradients.loss_reduction
-                    losses = per_example_losses(model, shortened, loss_reduction=reduction).numpy().astype(np.float32)
+                    losses = per_example_losses(model, shortened).numpy().astype(np.float32)
                 return Scored(np.repeat(-losses[:, None], len(queries), axis=1), seconds, 4)
             shutil.rmtree(scratch, ignore_errors=True)
             fit = functools.partial(_fit, seconds, method, model, shortened, shared)

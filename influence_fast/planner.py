@@ -78,7 +78,7 @@ def plan(
     proposals = []
     for row in fidelity_table():
         method = method_of(row["settings"])
-        size = row_bytes(width_of(method.rows(), method.sketch, model), method.store_dtype)
+        size = row_bytes(width_of(method.rows(), method.sketch, method.preconditioner, model), method.store_dtype)
         proposals.append(
             Proposal(
                 method,

@@ -152,8 +152,9 @@ def _reference(pipeline: Pipeline, method: Method, reference: Path) -> _Scorer:
 def _proxy(pipeline: Pipeline, path: str) -> _Scorer:
     """The model at `path`, fine-tuned on the pool as the reference was. Raises DataError: it cannot read all of it."""
     config = pipeline.config
-    base = load_model(path, dtype=config.model.dtype, device=config.model.device)
-    tokenizer = load_tokenizer(path)
+    trust = config.model.trust_remote_code
+    base = load_model(path, dtype=config.model.dtype, device=config.model.device, trust_remote_code=trust)
+    tokenizer = load_tokenizer(path, model=base, trust_remote_code=trust)
     tokens = tokenize(pipeline.splits.pool, tokenizer, max_length=config.data.max_length, truncate=config.data.truncate)
     if tokens.too_long:
         names = listing(name for name, _ in tokens.too_long)

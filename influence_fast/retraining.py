@@ -28,6 +28,7 @@ from influence_fast.atomic import replacing
 from influence_fast.config import RunConfig, to_dict
 from influence_fast.data import Example, tokenize
 from influence_fast.errors import DataError
+from influence_fast.workdir import portable
 
 if TYPE_CHECKING:
     from influence_fast.pipeline import Pipeline
@@ -156,7 +157,8 @@ def _work(job: Retraining, folder: Path, stamp: str) -> Outcome:
 
 def _stamp(config: RunConfig, queries: Sequence[Example]) -> str:
     """What every outcome depends on beside its own rows and seed."""
-    parts = {key: value for key, value in to_dict(config).items() if key in ("model", "data", "training", "lora")}
+    settings = portable(to_dict(config), Path(config.output))
+    parts = {key: value for key, value in settings.items() if key in ("model", "data", "training", "lora")}
     texts = [[query.id, query.prompt, query.completion] for query in queries]
     return hashlib.sha256(json.dumps([parts, texts], sort_keys=True).encode()).hexdigest()
 

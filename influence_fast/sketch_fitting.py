@@ -142,22 +142,19 @@ def resolved(
         if found is None or found.sketch is None or found.plain != projection:
             raise ConfigError(f"{sketch}: its rows are of {found}, not of a sketch fitted for {projection}")
         return found
-    if sketch == AUTO and width_of(projection, sketch, model) == _unsketched(projection, model):
-        return replace(projection, width=None)
+    short = replace(projection, width=None)
+    if sketch == AUTO and width_of(projection, sketch, preconditioner, model) == width_of(short, sketch, "", model):
+        return short
     return fit(projection)
 
 
-def width_of(projection: Projection | None, sketch: str, model: Any) -> int:
-    """Numbers in a row of `projection`, of a LoRA model, where "auto" leaves short rows as they are."""
+def width_of(projection: Projection | None, sketch: str, preconditioner: str, model: Any) -> int:
+    """Numbers in a row of what `resolved` makes of the same arguments."""
     if projection is None or projection.width is None:
         return layout_width(gradient_layout(model, projection))
-    if projection.flat or sketch != AUTO:
+    if sketch != AUTO or not fits_sketch(sketch, projection, preconditioner):
         return projection.width
-    return min(projection.width, _unsketched(projection, model))
-
-
-def _unsketched(projection: Projection, model: Any) -> int:
-    return layout_width(gradient_layout(model, replace(projection.plain, width=None)))
+    return min(projection.width, layout_width(gradient_layout(model, replace(projection.plain, width=None))))
 
 
 def leading(fitted: Ekfac, projection: Projection, purpose: Mapping[str, Any] | None = None) -> EigenSketch:

@@ -118,7 +118,7 @@ def _check_own(path: Path) -> None:
     """DataError where `path` is a file of something else, which transcripts would replace."""
     if path.is_file() and path.stat().st_size:
         rows = _read_lines(path)
-        if not rows or not {"generation", "extracted"} <= rows[0].keys():
+        if not rows or not isinstance(rows[0], dict) or not {"generation", "extracted"} <= rows[0].keys():
             raise DataError(f"{path} is there and holds no transcripts, and would be lost: give another file")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,13 @@ class RunFolder:
         import yaml
 
         self.path = Path(config.output)
-        settings = to_dict(config)
+        settings = portable(to_dict(config), self.path)
         settings.pop("output")
         settings.pop("validate")  # more methods or subsets over the same run are no other run
         record = self.path / CONFIG
         if record.exists():
-            before, now = _with_defaults(yaml.safe_load(record.read_text())), copy.deepcopy(settings)
+            before, now = _with_defaults(yaml.safe_load(record.read_text(encoding="utf-8"))), copy.deepcopy(settings)
+            _take_equal_paths(before, now, self.path)
             for part in (before, now):
                 _leave_out_what_can_grow(part)
             if not self.has("scoring_seconds"):  # what follows the answers can still be decided otherwise
@@ -79,6 +81,40 @@ class RunFolder:
         return float(json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))["seconds"])
 
 
+def portable(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The plain settings with paths of what is on this machine relative to `folder`: they hold where both move."""
+    found = copy.deepcopy(settings)
+    for part, key in _paths(found):
+        if os.path.exists(part[key]):
+            part[key] = os.path.relpath(part[key], folder)
+    return found
+
+
+def _paths(settings: Any) -> Iterator[tuple[Any, str]]:
+    """Every (mapping, key) of plain settings under which a path may be."""
+    data, influence, gradients = (settings.get(name) or {} for name in ("data", "influence", "gradients"))
+    places = [(settings.get(name), key) for name in ("model", "target_model") for key in ("path", "adapter")]
+    places += [(data.get(name), "path") for name in ("pool", "validation", "test")]
+    places += [(influence, "optimizer"), (gradients, "sketch")]
+    for part, key in places:
+        if isinstance(part, dict) and isinstance(part.get(key), str):
+            yield part, key
+
+
+def _take_equal_paths(before: Any, now: Any, folder: Path) -> None:
+    """Puts a path of `now` in the place of the recorded one that names the same: absolute, or from where an earlier
+    version was started."""
+    recorded = {(id_of, key): part for id_of, (part, key) in enumerate(_paths(before))}
+    for id_of, (part, key) in enumerate(_paths(now)):
+        old = recorded.get((id_of, key))
+        if old is None:
+            continue
+        here = os.path.abspath(folder / part[key])
+        tail = os.sep + os.path.join(*[p for p in Path(old[key]).parts if p not in ("..", ".")] or ["."])
+        if (os.path.isabs(old[key]) and old[key] == here) or (not os.path.isabs(old[key]) and here.endswith(tail)):
+            old[key] = part[key]
+
+
 def _leave_out_what_can_grow(settings: Any) -> None:
     """What changes no finished piece: the title, and more or fewer cells. The first seed is the reference's."""
     settings.pop("title", None)
@@ -90,6 +126,9 @@ def _leave_out_what_can_grow(settings: Any) -> None:
 
 def _with_defaults(recorded: Any) -> Any:
     """A run's recorded settings, with those that did not exist then as they are by default."""
+    gradients = recorded.get("gradients") if isinstance(recorded, dict) else None
+    if isinstance(gradients, dict) and "sketch" not in gradients and gradients.get("width") is not None:
+        gradients["sketch"] = "random"  # there was no other
     try:
         filled = to_dict(from_dict(RunConfig, {"output": "", **recorded}))
     except (ConfigError, TypeError):

@@ -36,16 +36,28 @@ def test_paths_are_taken_from_the_files_own_folder(tmp_path: Path) -> None:
     (tmp_path / "a-store" / "manifest.json").touch()
     changes = {"model.adapter": "adapter", "validate.external": {"other": "scores.npz"}}
     changes |= {"gradients.sketch": "a-store", "gradients.width": 64}
+    changes |= {"validate.methods": ["cosine", {"name": "small", "proxy": "adapter"}]}
     config = load_config(write(tmp_path, changes))
     assert config.model.adapter == str(tmp_path / "adapter")
     assert config.validate.external == {"other": str(tmp_path / "scores.npz")}
+    assert config.validate.methods == ("cosine", {"name": "small", "proxy": str(tmp_path / "adapter")})
     assert config.gradients.sketch == str(tmp_path / "a-store")
     assert config.model.path == "some/model"
+
+
+def test_merge_keys_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    common = "training: &t {epochs: 2, batch_size: 4}\nvalidate: {processes: 2}\n"
+    path.write_text(yaml.safe_dump(GOOD) + common + "lora: {r: 4}\n")
+    assert load_config(path).training.epochs == 2
+    path.write_text(yaml.safe_dump(GOOD) + "evaluation: {<<: {samples: 2, temperature: 1.0}, seed: 3}\n")
+    assert (load_config(path).evaluation.samples, load_config(path).evaluation.seed) == (2, 3)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("output: {{ path }}\n", "is no key"),
         ("output: a\noutput: b\n", "the key 'output' comes twice"),
         ("output: caf\xe9\n", "not UTF-8"),
         ("training: {epochs: .nan}\n", "training.epochs: expected a finite number"),

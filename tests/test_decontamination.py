@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from influence_fast.data import Example
-from influence_fast.decontamination import contaminated
+from influence_fast.decontamination import contaminated, plain_prompt
 
 TESTS = {
     "aime": [
@@ -66,6 +67,24 @@ def test_the_wording_of_the_format_is_no_contamination() -> None:
     copies = [Example(str(i), tests[0].prompt, "x") for i in range(5)]  # one question several times is one question
     assert len(contaminated(pool, {"t": copies})) == 1
     assert contaminated(pool, {}) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("What is 2 + 2?", "what is 2+2", True),
+        ("What is $2+2$?", "What is 2+2?", True),
+        ("**Compute** 3 apples!", "Compute 3 apples", True),
+        ("Solve: x (now)", "Solve x now", True),
+        ("a well-known fact", "A well known fact", True),
+        ("3-4", "3 - 4", True),
+        ("What is 3 * 4", "What is 3 / 4", False),
+        ("x - y", "x + y", False),
+        ("-3", "3", False),
+    ],
+)
+def test_when_short_prompts_are_the_same(one: str, other: str, same: bool) -> None:
+    assert (plain_prompt(one) == plain_prompt(other)) is same
 
 
 def test_operators_tell_short_questions_apart() -> None:

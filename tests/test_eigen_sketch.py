@@ -476,8 +476,9 @@ def test_short_rows_are_left_as_they_are_and_a_store_lends_its_sketch(
     assert resolved(NARROW, "auto", "default", model, fit) == fitted
     for wide in (672, 8192):
         assert resolved(replace(WHOLE, width=wide), "auto", "default", model, refuse) == WHOLE
-        assert width_of(replace(WHOLE, width=wide), "auto", model) == 672
-        assert width_of(replace(WHOLE, width=wide), "random", model) == wide
+        assert width_of(replace(WHOLE, width=wide), "auto", "default", model) == 672
+        assert width_of(replace(WHOLE, width=wide), "auto", "cosine", model) == wide
+        assert width_of(replace(WHOLE, width=wide), "random", "default", model) == wide
     assert resolved(NARROW, "random", "default", model, refuse) == NARROW
     assert resolved(NARROW, "auto", "cosine", model, refuse) == NARROW
     assert resolved(None, "auto", "default", model, refuse) is None

@@ -24,7 +24,7 @@ from influence_fast.evaluation import (
     pass_at_k,
     wilson_interval,
 )
-from influence_fast.transcripts import EvalItem
+from influence_fast.transcripts import EvalItem, Journal
 
 
 @pytest.fixture(scope="module")
@@ -279,3 +279,12 @@ def test_bad_input_is_named(model: Any, tokenizer: Any, examples: list[Example])
         EvalConfig(answer_kind="choise")
     with pytest.raises(ConfigError, match="engine: unknown value 'vlm'; did you mean 'vllm'"):
         EvalConfig(engine="vlm")
+
+
+@pytest.mark.parametrize("content", ["[1, 2]\n", '{"id": 1}\n', "text\n"])
+def test_transcripts_replace_nothing_else(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "file.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match="holds no transcripts"):
+        Journal(path, {"config": {"samples": 1}})
+    assert path.read_text() == content

@@ -503,6 +503,15 @@ def test_what_an_adapter_trains_beside_its_factors_is_named(
     assert not caplog.records
 
 
+def test_lora_that_was_injected_without_peft_models_is_found(tiny_model: Any) -> None:
+    from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+
+    injected = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), tiny_model("llama"))
+    wrapped = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert len(inf.gradient_layout(injected)) == len(inf.gradient_layout(wrapped)) == 4
+    assert len(inf.gradient_layout(wrapped.get_base_model())) == 4
+
+
 def test_what_is_no_tokens_is_named(tiny_lora: Any) -> None:
     model, ids = tiny_lora(), [1, 2, 3]
     with pytest.raises(DataError, match="input_ids is a list; give a 1-D int tensor"):

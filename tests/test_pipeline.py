@@ -354,7 +354,42 @@ def test_a_run_of_an_earlier_version_goes_on(world: Path, results: dict[str, Any
     record.write_text(yaml.safe_dump(raw | {"a_later_setting": 1}))
     with pytest.raises(ConfigError, match=r"another configuration \(a_later_setting"):
         RunFolder(load_config(world / "config.yaml"))
+    for path in ("pool.jsonl", str(world / "pool.jsonl"), "./pool.jsonl"):  # as given, once
+        raw["data"]["pool"]["path"] = path
+        record.write_text(yaml.safe_dump(raw))
+        RunFolder(load_config(world / "config.yaml"))
+    raw["data"]["pool"]["path"] = "other.jsonl"
+    record.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match=r"data.pool.path: 'other.jsonl' against '../pool.jsonl'"):
+        RunFolder(load_config(world / "config.yaml"))
     record.write_text(whole)
+
+
+def test_a_run_whose_rows_were_sketched_at_random_stays_that(world: Path, tmp_path: Path) -> None:
+    def config(sketch: str) -> Any:
+        made = load_config(world / "config.yaml")
+        gradients = dataclasses.replace(made.gradients, width=32, sketch=sketch)
+        influence = dataclasses.replace(made.influence, preconditioner="default")
+        return dataclasses.replace(made, output=str(tmp_path / "run"), gradients=gradients, influence=influence)
+
+    RunFolder(config("random"))
+    record = tmp_path / "run" / "config.yaml"
+    raw = yaml.safe_load(record.read_text())
+    del raw["gradients"]["sketch"], raw["gradients"]["sketch_examples"]
+    record.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match=r"gradients.sketch: 'random' against 'auto'"):
+        RunFolder(config("auto"))
+    RunFolder(config("random"))
+
+
+def test_a_run_moves_with_its_data(world: Path, results: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("model", "run"):
+        shutil.copytree(world / name, tmp_path / name)
+    for name in ("pool.jsonl", "validation.jsonl", "test.jsonl"):
+        shutil.copy(world / name, tmp_path / name)
+    raw = yaml.safe_load((world / "config.yaml").read_text()) | {"output": str(tmp_path / "run")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw))
+    RunFolder(load_config(tmp_path / "config.yaml"))
 
 
 def test_a_finished_run_takes_more_strategies_seeds_and_fractions(
@@ -395,6 +430,8 @@ def test_a_run_goes_on_from_another_folder_and_under_another_title(
 ) -> None:
     monkeypatch.chdir(world)
     assert load_config("config.yaml") == load_config(world / "config.yaml")
+    record = yaml.safe_load((world / "run" / "config.yaml").read_text())
+    assert record["data"]["pool"]["path"] == "../pool.jsonl"
     RunFolder(dataclasses.replace(load_config("config.yaml"), title="Another one"))
 
 
@@ -423,6 +460,7 @@ def test_no_verb_writes_over_what_it_reads(
         ([*prune, "--output", str(data)], "is also read from"),
         ([*prune, "--output", str(tmp_path / "." / "scores.csv")], "is also read from"),
         ([*evaluate, "--output", str(data)], "is also read from"),
+        (["score", *evaluate[1:], "--adapter", "x", "--validation", str(other), "--output", str(data)], "is also read"),
         ([*evaluate, "--output", str(other), "--quiet"], "holds no transcripts"),
     ):
         assert main(command) == 2
