@@ -569,7 +569,7 @@ def _build(args: Any) -> None:
         **options,
     )
     if group is not None:
-        torch.distributed.destroy_process_group()
+        processes.close_group()
     if world.rank == 0:
         totals = metrics.summary(metrics.folder_of(Path(args.output)))
         print(f"store: {args.output} ({len(store)} rows; {100 * totals.idle_share:.1f} % of the ranks' time idle)")

@@ -200,6 +200,14 @@ def init_group(world: World, ranks: int, device: str) -> tuple[Any, Any]:
     return mesh, mesh.get_group()
 
 
+def close_group() -> None:
+    """Ends `torch.distributed` in all processes together: none leaves while another may still talk to it."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def retried(work: Callable[[], T], attempts: int = 5, first_pause: float = 2.0) -> T:
     """`work()`, again after 2, 4, 8, ... seconds while it fails for a reason that passes: the hub or the network."""
     for attempt in range(attempts - 1):

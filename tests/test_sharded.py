@@ -21,12 +21,12 @@ from influence_fast.store import open_store, verify_store
 from influence_fast.store_manifest import SKETCHES
 
 WORKER = """
-import json, sys
-import torch, torch.distributed as dist
+import gc, json, sys
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, {kind}Config
 from influence_fast.cli import main
-from influence_fast.processes import World, init_group
+from influence_fast.processes import World, close_group, init_group
 from influence_fast.fingerprints import weight_hashes
 from influence_fast.gradients import per_example_gradients, per_example_losses
 from influence_fast.projection import Projection
@@ -73,7 +73,9 @@ for name, projection in dict(exact=None, projected=Projection(dim=4), sketched=P
                        hashes=weight_hashes(model) == hashes, held=held / whole)
 if world.rank == 0:
     print(json.dumps(found))
-dist.destroy_process_group()
+del model, mesh, group
+gc.collect()
+close_group()
 """
 
 
