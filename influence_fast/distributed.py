@@ -21,6 +21,7 @@ from torch import nn
 from influence_fast.building import build_shards, check_some, warn_of_set_aside
 from influence_fast.claims import Claims, Owner
 from influence_fast.eigen_sketch import EigenSketch
+from influence_fast.errors import StoreError
 from influence_fast.fp8 import AUTO, check_precision
 from influence_fast.metrics import Board, Meter, board, chrome_trace, example_flops, folder_of
 from influence_fast.processes import TIME_LIMIT, Signals, Watch, World, largest, once, pauses, rank_in
@@ -275,9 +276,14 @@ def fit_projection(
     def together(find: Find, fit: Fit, keep: Keep) -> EigenSketch:
         if largest(int(find() is None), None):  # somebody found none: all compute, in lockstep
             sketch = fit(lambda: None)
+            failed: StoreError | None = None
             if world.rank == 0:
-                keep(sketch)
-            largest(0, None)  # kept now
+                try:
+                    keep(sketch)
+                except StoreError as error:
+                    failed = error
+            if largest(int(failed is not None), None):  # kept now, or all stop
+                raise failed or StoreError(f"{path}: rank 0 could not keep the sketch; its message says why")
         return kept(find)
 
     if group is None:
