@@ -497,17 +497,10 @@ def _recomputable(base: Any) -> Iterator[list[Any]]:
     # Set here and not by the model's own switch, which would make the embedding's output ask for a gradient too and
     # leave that behind. Nothing is random with dropout off.
     how = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-    before = [(layer, vars(layer).get("_gradient_checkpointing_func")) for layer in layers]
-    try:
+    with contextlib.ExitStack() as stack:
         for layer in layers:
-            layer._gradient_checkpointing_func = how
+            stack.enter_context(_overridden(layer, "_gradient_checkpointing_func", how))
         yield layers
-    finally:
-        for layer, function in before:
-            if function is None:
-                del layer._gradient_checkpointing_func
-            else:
-                layer._gradient_checkpointing_func = function
 
 
 @contextlib.contextmanager
@@ -526,12 +519,19 @@ def _replaced_forward(layer: nn.Module, group: InputGroup, place: int, anchor: t
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return group.call(place, x, anchor)
 
-    before = vars(layer).get("forward")  # somebody else's, in place of the class's
-    layer.forward = forward
+    with _overridden(layer, "forward", forward):
+        yield
+
+
+@contextlib.contextmanager
+def _overridden(instance: Any, name: str, value: Any) -> Iterator[None]:
+    """`instance.name = value`; afterwards its own attribute from before is there again, or its class's."""
+    before = vars(instance).get(name)
+    setattr(instance, name, value)
     try:
         yield
     finally:
         if before is None:
-            del layer.forward
+            delattr(instance, name)
         else:
-            layer.forward = before
+            setattr(instance, name, before)
