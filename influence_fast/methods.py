@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from influence_fast.preconditioners import PRECONDITIONERS, SKETCHES, after_sket
 from influence_fast.projection import Projection
 from influence_fast.scoring import influence_matrix
 from influence_fast.sketch_fitting import fit_projection, resolved
+from influence_fast.timing import timed
 from influence_fast.training import finetuned
 
 EXACT = "none"  # the projection kind that keeps whole gradients
@@ -83,10 +83,6 @@ class Method:
             )
         rows = self.rows()  # raises where the settings do not fit together
         if self.fits_sketch():
-            if rows is None or self.moments:
-                raise ConfigError(
-                    f"method {self.name}: no sketch can be fitted for exact rows or an optimizer's moments"
-                )
             check_projection(rows)
             after_sketch(self.preconditioner)
 
@@ -177,7 +173,7 @@ def score_by(
     for path, weight in adapters:
         with finetuned(base, path) as model:
             if method.loss:
-                with _timed(seconds, "losses"):
+                with timed(seconds, "losses"):
                     losses = per_example_losses(model, shortened).numpy().astype(np.float32)
                 return Scored(np.repeat(-losses[:, None], len(queries), axis=1), seconds, 4)
             shutil.rmtree(scratch, ignore_errors=True)
@@ -185,19 +181,19 @@ def score_by(
             whole = method.rows(gradients.seed)
             projection = resolved(whole, method.sketch, method.preconditioner, model, fit)
             options: dict[str, Any] = {"projection": projection, **shared}
-            with _timed(seconds, "training gradients"):
+            with timed(seconds, "training gradients"):
                 store = build_store(
                     scratch, model, None, shortened, dtype=method.store_dtype, progress=False, **options
                 )
             if store.set_aside:
                 names = listing(name for name, _ in store.set_aside)
                 raise DataError(f"method {method.name}: no gradient for {names}; leave these examples out of the pool")
-            with _timed(seconds, "query gradients"):
+            with timed(seconds, "query gradients"):
                 rows = per_example_gradients(model, queries, **options).cpu()
             moments = None
             if method.moments:
                 moments = adam_moments(path, gradient_layout(model), projection=projection)
-            with _timed(seconds, "scores"):
+            with timed(seconds, "scores"):
                 matrix = influence_matrix(
                     store, rows, preconditioner=method.preconditioner, damping=method.damping, moments=moments
                 )
@@ -215,7 +211,7 @@ def _fit(
     options: dict[str, Any],
     projection: Projection,
 ) -> Projection:
-    with _timed(seconds, "fitting the sketch"):
+    with timed(seconds, "fitting the sketch"):
         sizes: dict[str, Any] = {"examples": method.sketch_examples, "damping": method.damping}
         return fit_projection(model, pool, projection=projection, **sizes, **options)
 
@@ -229,14 +225,3 @@ def shorten(example: Mapping[str, Any], share: float) -> dict[str, Any]:
         return dict(example)
     end = int(places[kept - 1]) + 1
     return {**example, "input_ids": torch.as_tensor(example["input_ids"])[:end], "labels": labels[:end]}
-
-
-class _timed:
-    def __init__(self, seconds: dict[str, float], stage: str) -> None:
-        self.seconds, self.stage = seconds, stage
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *exc: object) -> None:
-        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.start

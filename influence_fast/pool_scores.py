@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from influence_fast.queries import Queries
 from influence_fast.scores import ScoreTable
 from influence_fast.sketch_fitting import fit_projection, resolved
 from influence_fast.strategies import EMBEDDING_RANK, PASS_RATE
+from influence_fast.timing import timed
 
 
 def baseline_columns(
@@ -45,19 +44,18 @@ def baseline_columns(
     `embedding_rank` by the correct queries and `pass_rate` under `config`, both of the pretrained model. `pool` has the
     example and its tokens for each row of the table.
     """
-    columns, seconds = {}, {}
+    columns: dict[str, np.ndarray] = {}
+    seconds: dict[str, float] = {}
     if EMBEDDING_RANK in needs:
-        start = time.perf_counter()
-        asked = tokenize([queries.examples[i] for i in queries.groups["correct"]], tokenizer).examples
-        columns[EMBEDDING_RANK] = embedding_ranks(model, [tokens for _, tokens in pool], asked)
-        seconds["embeddings"] = time.perf_counter() - start
+        with timed(seconds, "embeddings"):
+            asked = tokenize([queries.examples[i] for i in queries.groups["correct"]], tokenizer).examples
+            columns[EMBEDDING_RANK] = embedding_ranks(model, [tokens for _, tokens in pool], asked)
     if PASS_RATE in needs:
-        start = time.perf_counter()
-        examples = [example for example, _ in pool]
-        columns[PASS_RATE] = pass_rates(
-            model, tokenizer, examples, config=config, transcripts=transcripts, progress=progress
-        )
-        seconds["pass rates"] = time.perf_counter() - start
+        with timed(seconds, "pass rates"):
+            examples = [example for example, _ in pool]
+            columns[PASS_RATE] = pass_rates(
+                model, tokenizer, examples, config=config, transcripts=transcripts, progress=progress
+            )
     return table.with_columns(columns), seconds
 
 
@@ -79,12 +77,6 @@ def score_pool(
     """
     seconds: dict[str, float] = {}
 
-    @contextlib.contextmanager
-    def timed(name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        seconds[name] = time.perf_counter() - start
-
     options: dict[str, Any] = {
         "loss_reduction": gradients.loss_reduction,
         "precision": gradients.precision,
@@ -92,20 +84,20 @@ def score_pool(
     }
 
     def fit(projection: Projection) -> Projection:
-        with timed("fitting the sketch"):
+        with timed(seconds, "fitting the sketch"):
             sizes: dict[str, Any] = {"examples": gradients.sketch_examples, "damping": influence.damping}
             return fit_projection(model, pool, projection=projection, folder=store_path, **sizes, **options)
 
     projection = resolved(gradients.projection, gradients.sketch, influence.preconditioner, model, fit)
     options["projection"] = projection
-    with timed("training gradients"):
+    with timed(seconds, "training gradients"):
         store = build_store(store_path, model, None, pool, dtype=gradients.store_dtype, progress=progress, **options)
-    with timed("query gradients"):
+    with timed(seconds, "query gradients"):
         rows = per_example_gradients(model, tokenize(queries.examples, tokenizer).examples, **options).cpu()
     moments = None
     if influence.optimizer is not None:
         moments = adam_moments(influence.optimizer, gradient_layout(model), projection=projection)
-    with timed("inner products and ranks"):
+    with timed(seconds, "inner products and ranks"):
         table = scoring.influence_scores(
             store,
             rows,
@@ -119,7 +111,7 @@ def score_pool(
     tokens = np.array([int((example["labels"] != IGNORED).sum()) for example in stored], dtype=np.float64)
     losses = None if store.losses is None else store.losses.astype(np.float64)
     if losses is None:  # a store of another source, or made before stores had them
-        with timed("losses"):
+        with timed(seconds, "losses"):
             losses = per_example_losses(model, stored).double().numpy()
     elif gradients.loss_reduction == "sum":
         losses /= [int((example["labels"][1:] != IGNORED).sum()) for example in stored]
