@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,31 +84,35 @@ class RunFolder:
 def portable(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The plain settings with paths of what is on this machine relative to `folder`: they hold where both move."""
     found = copy.deepcopy(settings)
-    for part, key in _paths(found):
+    for part, key in _paths(found).values():
         if os.path.exists(part[key]):
             part[key] = os.path.relpath(part[key], folder)
     return found
 
 
-def _paths(settings: Any) -> Iterator[tuple[Any, str]]:
-    """Every (mapping, key) of plain settings under which a path may be."""
-    data, influence, gradients = (settings.get(name) or {} for name in ("data", "influence", "gradients"))
-    places = [(settings.get(name), key) for name in ("model", "target_model") for key in ("path", "adapter")]
-    places += [(data.get(name), "path") for name in ("pool", "validation", "test")]
-    places += [(influence, "optimizer"), (gradients, "sketch")]
-    for part, key in places:
-        if isinstance(part, dict) and isinstance(part.get(key), str):
-            yield part, key
+def _paths(settings: Any) -> dict[str, tuple[Any, str]]:
+    """Dotted name -> (mapping, key) of everything in plain settings that may be a path and is given."""
+    names = [f"{model}.{key}" for model in ("model", "target_model") for key in ("path", "adapter")]
+    names += [f"data.{part}.path" for part in ("pool", "validation", "test")]
+    found = {}
+    for name in [*names, "influence.optimizer", "gradients.sketch"]:
+        *parents, key = name.split(".")
+        part = settings
+        for parent in parents:
+            part = part.get(parent) or {}
+        if isinstance(part.get(key), str):
+            found[name] = part, key
+    return found
 
 
 def _take_equal_paths(before: Any, now: Any, folder: Path) -> None:
     """Puts a path of `now` in the place of the recorded one that names the same: absolute, or from where an earlier
     version was started."""
-    recorded = {(id_of, key): part for id_of, (part, key) in enumerate(_paths(before))}
-    for id_of, (part, key) in enumerate(_paths(now)):
-        old = recorded.get((id_of, key))
-        if old is None:
+    recorded = _paths(before)
+    for name, (part, key) in _paths(now).items():
+        if name not in recorded:
             continue
+        old, _ = recorded[name]
         here = os.path.abspath(folder / part[key])
         tail = os.sep + os.path.join(*[p for p in Path(old[key]).parts if p not in ("..", ".")] or ["."])
         if (os.path.isabs(old[key]) and old[key] == here) or (not os.path.isabs(old[key]) and here.endswith(tail)):
