@@ -19,7 +19,7 @@ from influence_fast.errors import ConfigError, DataError, NumericError, did_you_
 from influence_fast.fingerprints import dataset_fingerprint, tokenizer_hash, weight_hashes
 from influence_fast.fp8 import AUTO, check_precision
 from influence_fast.projection import Projection
-from influence_fast.shard_rows import GradientSource, ShardWork, tokenized
+from influence_fast.shard_rows import GradientSource, ShardWork, id_of, tokenized
 from influence_fast.store import Store, check_dtype
 from influence_fast.store_manifest import Manifest, ModuleEntry, Part, StoreIdentity, projection_fields
 from influence_fast.store_writer import StoreWriter, UniqueIds
@@ -213,8 +213,8 @@ def build_shards(
         for index in shards:
             first, last = index * shard_rows, min((index + 1) * shard_rows, len(dataset))
             shard = [dataset[i] for i in range(first, last)]
-            ids = [_id_of(example) for example in shard]
-            examples, set_aside = tokenized(shard, ids, tokenizer, max_length, truncate)
+            ids = [id_of(example) for example in shard]
+            examples, set_aside = tokenized(shard, tokenizer, max_length, truncate)
             turns.advance([0] * len(set_aside))
             found = writer.partial(index, len(examples)) if ours else None
             work = ShardWork.start(examples, manifest.width, found)
@@ -352,12 +352,12 @@ class Survey:
         def checked() -> Iterator[Any]:
             for place, example in enumerate(dataset):
                 check_example(example, place, texts)
-                seen.add([_id_of(example)])
+                seen.add([id_of(example)])
                 sizes.append(len(example.prompt) + len(example.completion) if texts else len(example["input_ids"]))
                 yield example
 
         fingerprint = dataset_fingerprint(checked())
-        seen.check(lambda: (_id_of(example) for example in dataset), "the dataset")
+        seen.check(lambda: (id_of(example) for example in dataset), "the dataset")
         return cls(fingerprint, texts, np.array(sizes, dtype=np.int64))
 
     def shard_sizes(self, shard_rows: int) -> list[tuple[int, int]]:
@@ -373,13 +373,9 @@ def check_example(example: Any, place: int, texts: bool) -> None:
         raise DataError(f"dataset[{place}]: texts and tokenized examples are mixed; give one kind")
     if not texts and not {"id", "input_ids", "labels"} <= example.keys():
         raise DataError(f"dataset[{place}]: a tokenized example is {{'id', 'input_ids', 'labels'}}")
-    name = _id_of(example)
+    name = id_of(example)
     if not isinstance(name, str):
         raise DataError(f"dataset[{place}]: its id must be a string, not {name!r}")
-
-
-def _id_of(example: Any) -> Any:
-    return example["id"] if isinstance(example, Mapping) else getattr(example, "id", None)
 
 
 def _model_id(model: nn.Module) -> str | None:

@@ -720,8 +720,10 @@ def _inspect(args: Any) -> None:
 
 
 def _inspect_sketch(store: Any) -> None:
+    from influence_fast.lora import layout_width
+
     sketch = store.projection.sketch
-    numbers = sum(entry.shape[0] * entry.shape[1] for entry in sketch.layout)
+    numbers = layout_width(sketch.layout)
     share, made = f"{100 * sketch.share:.0f} % of the whitened rows", sketch.purpose
     print(f"  fitted sketch        {store.width:,} of {numbers:,} coordinates, {share}")
     print(f"  fitted on            {made.get('sample')}; damping {made.get('damping')}")

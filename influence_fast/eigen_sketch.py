@@ -30,6 +30,7 @@ from influence_fast.lora import LayoutEntry, layout_width
 from influence_fast.projection import Projection
 
 DEFAULT_EXAMPLES = 256  # LDS of 64 is that of 512 on both worlds of benches.proof, to 0.002
+FILES = "sketch-*.safetensors"  # in a store's folder; `file_of` names them
 MEND = "restore it, or fit it again and run the same build"
 
 Shape = tuple[int, int]
@@ -69,7 +70,7 @@ class EigenSketch:
         return hash(self.fingerprint)
 
     def __repr__(self) -> str:
-        return f"EigenSketch({self.fingerprint[:12]}, {self.chosen.numel()} of {layout_width(list(self.layout))})"
+        return f"EigenSketch({self.fingerprint[:12]}, {self.chosen.numel()} of {layout_width(self.layout)})"
 
     def check_layout(self, layout: Sequence[LayoutEntry]) -> None:
         """ConfigError unless it was fitted for unsketched rows of this layout."""
@@ -138,7 +139,7 @@ class EigenRows:
     """An `EigenSketch` on a device, ready for rows: [E, K] -> [E, width], two batched products a shape of blocks."""
 
     def __init__(self, sketch: EigenSketch, device: torch.device, dtype: torch.dtype) -> None:
-        places = torch.arange(layout_width(list(sketch.layout)))
+        places = torch.arange(layout_width(sketch.layout))
         self._parts: list[tuple[Shape, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         made = []  # the coordinates in the order of the products, which leave a block transposed
         for shape, (left, right) in sketch.bases.items():

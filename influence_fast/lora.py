@@ -203,7 +203,7 @@ def _module_name(module: LoraLinear | LayoutEntry) -> str:
     return module.name if isinstance(module, LoraLinear) else module.module
 
 
-def layout_width(layout: list[LayoutEntry]) -> int:
+def layout_width(layout: Sequence[LayoutEntry]) -> int:
     """Numbers in a row of this layout."""
     last = layout[-1]
     return int(last.columns.stop)

@@ -104,8 +104,13 @@ def _takes_losses(gradients: GradientSource) -> bool:
     return any(p.name == "losses" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
+def id_of(example: Any) -> Any:
+    """The id of a tokenized example or a text; None where it has none."""
+    return example["id"] if isinstance(example, Mapping) else getattr(example, "id", None)
+
+
 def tokenized(
-    shard: list[Any], ids: list[str], tokenizer: Any, max_length: int | None, truncate: bool
+    shard: list[Any], tokenizer: Any, max_length: int | None, truncate: bool
 ) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """The shard's examples that have a gradient, tokenized, and (id, reason) of the others."""
     set_aside: dict[str, str] = {}
@@ -134,7 +139,7 @@ def tokenized(
             set_aside[example["id"]] = "no completion token to learn from"
     kept = [example for example in examples if example["id"] not in set_aside]
     found = {example["id"] for example in kept}
-    for name in ids:
+    for name in map(id_of, shard):
         if name not in found:
             set_aside.setdefault(name, "not tokenized")
     return kept, list(set_aside.items())

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from influence_fast.damping import AUTO, Damping, check_damping
-from influence_fast.eigen_sketch import DEFAULT_EXAMPLES, EigenSketch, check_projection
+from influence_fast.eigen_sketch import DEFAULT_EXAMPLES, FILES, EigenSketch, check_projection
 from influence_fast.ekfac import Ekfac, fit_ekfac
 from influence_fast.errors import ConfigError, DataError, StoreError
 from influence_fast.fingerprints import dataset_fingerprint, weight_hashes
@@ -22,7 +22,6 @@ from influence_fast.projection import Projection
 from influence_fast.shard_rows import GradientSource, tokenized
 from influence_fast.store import fitted_sketch, open_store
 from influence_fast.store_manifest import MANIFEST_NAME, Manifest
-from influence_fast.store_manifest import SKETCHES as FILES
 from influence_fast.store_writer import make_folder
 
 _PIECE = 1 << 24  # numbers of rows that are turned into fp64 at a time
@@ -214,8 +213,7 @@ def _sample(dataset: Sequence[Any], examples: int) -> list[Any]:
 
 
 def _tokens(sample: list[Any], tokenizer: Any, max_length: int | None, truncate: bool) -> list[dict[str, Any]]:
-    ids = [example["id"] if isinstance(example, Mapping) else example.id for example in sample]
-    examples, set_aside = tokenized(sample, ids, tokenizer, max_length, truncate)
+    examples, set_aside = tokenized(sample, tokenizer, max_length, truncate)
     if not examples:
         name, reason = set_aside[0]
         raise DataError(f"a sketch cannot be fitted: none of {len(sample)} examples has a gradient ({name}: {reason})")

@@ -34,7 +34,6 @@ DTYPES: dict[str, np.dtype] = {
 }
 SCALE_DTYPE = LOSS_DTYPE = np.dtype("<f4")
 MANIFEST_NAME = "manifest.json"
-SKETCHES = "sketch-*.safetensors"  # see `eigen_sketch`
 
 
 class ForeignShardError(StoreError):

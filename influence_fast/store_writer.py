@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from influence_fast.atomic import replacing
-from influence_fast.eigen_sketch import EigenSketch, file_of
+from influence_fast.eigen_sketch import FILES, EigenSketch, file_of
 from influence_fast.errors import NumericError, StoreError, listing
 from influence_fast.products import quantize_rows
 from influence_fast.store import Store, check_dtype, open_store, read_ids
@@ -34,7 +34,6 @@ from influence_fast.store_manifest import (
     LOSS_DTYPE,
     MANIFEST_NAME,
     SCALE_DTYPE,
-    SKETCHES,
     FileRecord,
     ForeignShardError,
     Manifest,
@@ -211,7 +210,7 @@ class StoreWriter:
         kinds = ("rows", "scales", "losses", "ids", "shard", "sketch")
         self._remove(*(f".{kind}-*.tmp" for kind in kinds), ".partial-*", "..partial-*")
         named = self.manifest.identity.projection_sketch
-        for path in self.path.glob(SKETCHES):
+        for path in self.path.glob(FILES):
             if named is None or path.name != file_of(named):
                 path.unlink(missing_ok=True)  # fitted for a build that came to nothing
         return open_store(self.path)
@@ -283,7 +282,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         _sync_folder(path.parent)
-        strangers = [p.name for p in sorted(path.iterdir()) if not p.name.startswith(".") and not p.match(SKETCHES)]
+        strangers = [p.name for p in sorted(path.iterdir()) if not p.name.startswith(".") and not p.match(FILES)]
     except OSError as error:
         raise StoreError(f"{path} cannot be a store's folder ({error.strerror}); give another one") from None
     if strangers and not (path / MANIFEST_NAME).exists():

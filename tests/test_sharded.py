@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from influence_fast.cli import main
+from influence_fast.eigen_sketch import FILES
 from influence_fast.errors import ConfigError, ModelError
 from influence_fast.processes import World, init_group
 from influence_fast.sharded import shard_model
 from influence_fast.store import open_store, verify_store
-from influence_fast.store_manifest import SKETCHES
 
 WORKER = """
 import gc, json, sys
@@ -121,12 +121,17 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_lora: Callable[..., Any
     return folder
 
 
-def test_the_command_builds_a_store_and_says_what_was_left_out(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def in_the_world(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run in the world's folder, and by no launcher."""
     monkeypatch.chdir(world)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+
+
+def test_the_command_builds_a_store_and_says_what_was_left_out(
+    world: Path, in_the_world: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["build", "--model", "model", "--adapter", "adapter", "--data", "data.jsonl", "--dim", "4", "--quiet"]
     assert main([*command, "--output", "short", "--max-length", "25", "--store-dtype", "int8"]) == 0
     said = capsys.readouterr().out
@@ -165,10 +170,10 @@ def test_processes_that_hold_one_model_together_fit_one_sketch(world: Path) -> N
     command = ["-m", "influence_fast", "build", *settings, "--shard-rows", "4", "--store-dtype", "fp32", "--quiet"]
     python(*command, "--output", "alone", cwd=world)
     torchrun(4, *command, "--output", "together", "--fsdp", "2", cwd=world)
-    made = sorted((path, path.stat().st_mtime_ns) for path in (world / "together").glob(SKETCHES))
+    made = sorted((path, path.stat().st_mtime_ns) for path in (world / "together").glob(FILES))
     assert len(made) == 1
     torchrun(4, *command, "--output", "together", "--fsdp", "2", cwd=world)  # finds it
-    assert sorted((path, path.stat().st_mtime_ns) for path in (world / "together").glob(SKETCHES)) == made
+    assert sorted((path, path.stat().st_mtime_ns) for path in (world / "together").glob(FILES)) == made
     assert verify_store(world / "together") == []
     # eigenvectors are given up to their sign, so of two fits the inner products are what can be compared
     grams = [rows @ rows.T for rows in (open_store(world / name).rows() for name in ("alone", "together"))]
@@ -176,21 +181,18 @@ def test_processes_that_hold_one_model_together_fit_one_sketch(world: Path) -> N
 
 
 def test_scores_are_made_of_a_store_that_was_built_before(
-    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    world: Path, in_the_world: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(world)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
     command = ["--model", "model", "--adapter", "adapter", "--data", "data.jsonl", "--dim", "4", "--width", "64"]
     assert main(["build", *command, "--output", "before", "--quiet"]) == 0
-    made = [(path, path.stat().st_mtime_ns) for path in (world / "before").glob(SKETCHES)]
+    made = [(path, path.stat().st_mtime_ns) for path in (world / "before").glob(FILES)]
     assert len(made) == 1
     score = ["score", *command, "--validation", "data.jsonl", "--queries", "reference", "--store", "before", "--quiet"]
     assert main([*score, "--output", "scores.csv"]) == 0
     capsys.readouterr()
     assert main(["inspect", "before"]) == 0
     assert "fitted sketch        64 of 448 coordinates" in capsys.readouterr().out
-    assert [(path, path.stat().st_mtime_ns) for path in (world / "before").glob(SKETCHES)] == made
+    assert [(path, path.stat().st_mtime_ns) for path in (world / "before").glob(FILES)] == made
     capsys.readouterr()
     assert main([*score, "--output", "scores.csv", "--damping", "0.5"]) == 2
     assert "before: its sketch was fitted with another damping: 0.1 there and 0.5 here" in capsys.readouterr().err
