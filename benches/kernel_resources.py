@@ -118,15 +118,19 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
             for stored in segment_outer.ROW_DTYPES:
                 rows = tensor(3, 2 * a_size * b_size, dtype=stored)
 
-                def outer(
-                    left: torch.Tensor = left,
-                    right: torch.Tensor = right,
-                    rows: torch.Tensor = rows,
-                    offsets: torch.Tensor = offsets,
-                ) -> object:
-                    return segment_outer.segment_outer(left, right, on_meta, rows, offsets)
+                for whole in (False, True):
 
-                yield f"segment_outer {short} {a_size}x{b_size}, {_TYPES[stored]} rows", outer
+                    def outer(
+                        left: torch.Tensor = left,
+                        right: torch.Tensor = right,
+                        rows: torch.Tensor = rows,
+                        offsets: torch.Tensor = offsets,
+                        whole: bool = whole,
+                    ) -> object:
+                        return segment_outer.segment_outer(left, right, on_meta, rows, offsets, whole=whole)
+
+                    name = f"segment_outer {short} {a_size}x{b_size}, {_TYPES[stored]} rows"
+                    yield f"{name}{', whole' if whole else ''}", outer
         for r_size in (8, 16, 64):
             g, h = tensor(tokens, 3584, dtype=dtype), tensor(tokens, r_size, dtype=dtype)
             queries = tensor(16, 3584, r_size, dtype=torch.float32)

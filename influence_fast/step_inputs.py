@@ -96,7 +96,7 @@ class StepInputs:
         if triton:
             from influence_fast.kernels.segments import Segments
 
-            segments = Segments.from_lengths(pack.lengths, room=room)
+            segments = Segments.from_lengths(pack.lengths, room=room, longest=tokens.longest)
         return cls(tokens, positions, targets, weights, edges, segments)
 
     @property

@@ -7,14 +7,16 @@
     as they are); the block of a module is a x b, row-major, at its own offset of a row of K numbers. With left = y
     and right = h this is the projected dB, with u and z the projected dA, with the plain g and h the exact dB.
 
-Bytes: left and right once, the blocks once. One program sums one chunk of one example for one module (and one tile of
-a x b where they are wide). An example of one chunk is written at once; a longer one leaves a float32 partial sum a
-chunk, and a second kernel adds them in order. No atomics: the same bits run after run, in any pack.
+Bytes: left and right once, the blocks once. Tokens are summed by chunks of an example, each from zero, and the chunks
+added in order. Where modules, tiles of a x b and examples fill the card, one program takes a whole example. Where they
+do not, it takes one chunk, a longer example leaves a float32 partial sum a chunk, and a second kernel adds those in the
+same order: 2 S M a b numbers more to move for S partial sums. No atomics: the same bits run after run, in any pack.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,11 +34,14 @@ from influence_fast.kernels.runtime import (
     jit,
     launch,
     padded,
+    processors,
     tl,
 )
 from influence_fast.kernels.segments import Segments, as_segments, check_tokens
 
 ROW_DTYPES = (torch.float32, torch.bfloat16)
+# That keep enough loads on their way for a processor: each has two tiles of 64 tokens in flight, 4 to 20 KB.
+_PROGRAMS = 4
 
 
 @jit
@@ -53,10 +58,12 @@ def outer_tile(
     stride_rt,
     BLOCK_L: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr = 0,  # else every CHUNK tokens are summed from zero, and these sums added in order
 ):
     """sum over begin <= t < stop of left[t, a] right[t, b]^T as float32 [BLOCK_A, BLOCK_B], in registers."""
     lane = tl.arange(0, BLOCK_L)
     total = tl.zeros([a.shape[0], b.shape[0]], dtype=tl.float32)
+    chunks = tl.zeros([a.shape[0], b.shape[0]], dtype=tl.float32)
     for start in range(begin, stop, BLOCK_L):
         t = (start + lane).to(tl.int64)
         t_mask = t < stop
@@ -69,7 +76,53 @@ def outer_tile(
             right + t[:, None] * stride_rt + b[None, :], mask=t_mask[:, None] & b_mask[None, :], other=0.0
         )
         total = dot(tile_left, tile_right, total, PRECISION)
-    return total
+        if CHUNK > 0:
+            ends = (start - begin + BLOCK_L) % CHUNK == 0
+            chunks = tl.where(ends, chunks + total, chunks)
+            total = tl.where(ends, 0.0, total)
+    return chunks + total if CHUNK > 0 else total
+
+
+@jit
+def _example_kernel(
+    left,  # [T, M, a]
+    right,  # [T, M, b]
+    cu_seqlens,  # [E + 1] int32
+    offsets,  # [M] int64
+    scales,  # [M] float32, or unused
+    rows,  # [E, K]
+    scale,
+    modules,
+    a_size,
+    b_size,
+    stride_lt,
+    stride_lm,
+    stride_rt,
+    stride_rm,
+    stride_row,
+    CHUNK: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    e = (tl.program_id(0) // modules).to(tl.int64)
+    m = (tl.program_id(0) % modules).to(tl.int64)
+    tiles_b = tl.cdiv(b_size, BLOCK_B)
+    a = ((tl.program_id(1) // tiles_b) * BLOCK_A + tl.arange(0, BLOCK_A)).to(tl.int64)
+    b = ((tl.program_id(1) % tiles_b) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    a_mask = a < a_size
+    b_mask = b < b_size
+    begin = tl.load(cu_seqlens + e)
+    stop = tl.load(cu_seqlens + e + 1)
+    left += m * stride_lm
+    right += m * stride_rm
+    total = outer_tile(left, right, a, b, a_mask, b_mask, begin, stop, stride_lt, stride_rt, BLOCK_L, PRECISION, CHUNK)
+    if HAS_SCALES:
+        scale = tl.load(scales + m)
+    place = rows + e * stride_row + tl.load(offsets + m) + a[:, None] * b_size + b[None, :]
+    tl.store(place, total * scale, mask=a_mask[:, None] & b_mask[None, :])
 
 
 @jit
@@ -178,6 +231,7 @@ def segment_outer(
     *,
     scale: float | Tensor = 1.0,
     precision: str = "ieee",
+    whole: bool | None = None,
 ) -> Tensor:
     """Writes s_m * sum_t left[t, m] right[t, m]^T of each example into `rows` and returns `rows`.
 
@@ -187,8 +241,10 @@ def segment_outer(
     offsets: (M,) int64, first number of each block; the blocks must lie inside a row and apart (not checked: that
         would wait for the device)
     scale: one number, or (M,) float32
+    whole: one program an example, not a chunk (None: where that fills the card); the bits are the same
 
-    Raises ConfigError for shapes, dtypes or devices that do not fit, DataError for an example of no tokens.
+    Raises ConfigError for shapes, dtypes or devices that do not fit, or for whole examples whose chunks are no multiple
+    of a block of tokens, DataError for an example of no tokens.
     """
     name = "segment_outer"
     segments = as_segments(segments)
@@ -222,40 +278,45 @@ def segment_outer(
 
     tiles = configuration(a_size, b_size, left.element_size(), precision)
     num_warps, num_stages = tiles.pop("num_warps"), tiles.pop("num_stages")
+    across = ceil_div(a_size, tiles["BLOCK_A"]) * ceil_div(b_size, tiles["BLOCK_B"])
+    fits = segments.chunk % tiles["BLOCK_L"] == 0
+    if whole and not fits:
+        raise ConfigError(f"{name}: chunks of {segments.chunk} tokens are no multiple of {tiles['BLOCK_L']}")
+    if whole is None:
+        # Some programs a processor for as long as the longest example takes.
+        busy = _PROGRAMS * processors(device) * segments.longest <= segments.tokens * modules * across
+        whole = fits and segments.slots > 0 and busy
+    shared = {
+        "left": left,
+        "right": right,
+        "offsets": offsets,
+        "scales": scales if scales is not None else rows,
+        "rows": rows,
+        "scale": number,
+        "modules": modules,
+        "a_size": a_size,
+        "b_size": b_size,
+        "stride_lt": left.stride(0),
+        "stride_lm": left.stride(1),
+        "stride_rt": right.stride(0),
+        "stride_rm": right.stride(1),
+        "stride_row": rows.stride(0),
+    }
+    constants = {**tiles, "HAS_SCALES": scales is not None, "PRECISION": precision}
+    how: dict[str, Any] = {"device": device, "num_warps": num_warps, "num_stages": num_stages}
+    if whole:
+        launch(
+            _example_kernel,
+            (segments.examples * modules, across),
+            {**shared, "cu_seqlens": segments.cu_seqlens},
+            {**constants, "CHUNK": segments.chunk},
+            **how,
+        )
+        return rows
     # Of no numbers where no example is split, but float32 too: for another pointer Triton compiles another variant.
     parts = torch.empty(segments.slots, modules, a_size, b_size, dtype=torch.float32, device=device)
-    launch(
-        _chunk_kernel,
-        (
-            segments.chunks * modules,
-            ceil_div(a_size, tiles["BLOCK_A"]) * ceil_div(b_size, tiles["BLOCK_B"]),
-        ),
-        {
-            "left": left,
-            "right": right,
-            "chunk_start": segments.chunk_start,
-            "chunk_stop": segments.chunk_stop,
-            "chunk_example": segments.chunk_example,
-            "chunk_slot": segments.chunk_slot,
-            "offsets": offsets,
-            "scales": scales if scales is not None else rows,
-            "rows": rows,
-            "parts": parts,
-            "scale": number,
-            "modules": modules,
-            "a_size": a_size,
-            "b_size": b_size,
-            "stride_lt": left.stride(0),
-            "stride_lm": left.stride(1),
-            "stride_rt": right.stride(0),
-            "stride_rm": right.stride(1),
-            "stride_row": rows.stride(0),
-        },
-        {**tiles, "HAS_SCALES": scales is not None, "PRECISION": precision},
-        device=device,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+    chunks = {key: getattr(segments, key) for key in ("chunk_start", "chunk_stop", "chunk_example", "chunk_slot")}
+    launch(_chunk_kernel, (segments.chunks * modules, across), {**shared, **chunks, "parts": parts}, constants, **how)
     if segments.slots:
         size = a_size * b_size
         block = min(padded(size), 1024)

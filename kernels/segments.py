@@ -10,7 +10,7 @@ packed or reordered.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -46,6 +46,8 @@ class Segments:
     split_example: (S,) examples of more than one chunk
     split_slot: (S + 1,) their partial sums are split_slot[i] ... split_slot[i + 1]
     slots: number of partial sums in all
+    chunk: tokens in a chunk, but for an example's last one
+    longest: no example has more tokens; only ever decides how work is spread, never the order of a sum
     """
 
     cu_seqlens: Tensor
@@ -60,6 +62,8 @@ class Segments:
     tokens: int
     chunks: int
     slots: int
+    chunk: int
+    longest: int
 
     @classmethod
     def from_lengths(
@@ -69,12 +73,14 @@ class Segments:
         device: torch.device | str = "cpu",
         chunk: int = CHUNK,
         room: tuple[int, int] | None = None,
+        longest: int | None = None,
     ) -> Segments:
         """Tables for examples of these lengths in this order; one copy to the device, no synchronisation.
 
         room: (E, T), for a step that is recorded once and replayed: tables as large as any pack needs of fewer than E
         examples and at most T tokens. The examples too many have no tokens, and the last one the tokens too many;
         chunks too many have no tokens and belong to it. What kernels write for these is zeros, or not written.
+        longest: tokens of no example more, for such a step; by default those of the longest here
 
         Raises DataError for an example of no tokens, ConfigError for no examples at all or more than there is room.
         """
@@ -98,6 +104,8 @@ class Segments:
             tokens=tables["cu_seqlens"][-1],
             chunks=len(tables["chunk_start"]),
             slots=slots,
+            chunk=chunk,
+            longest=max(lengths) if longest is None else longest,
         )
 
     @property
@@ -107,7 +115,7 @@ class Segments:
 
     def with_tables(self, tables: Sequence[Tensor]) -> Segments:
         """The same with other tensors in that order: copies on another device."""
-        return Segments(*tables, examples=self.examples, tokens=self.tokens, chunks=self.chunks, slots=self.slots)
+        return replace(self, **dict(zip(_TABLES, tables, strict=True)))
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, *, chunk: int = CHUNK) -> Segments:

@@ -18,6 +18,7 @@ from influence_fast.kernels.counter import SignColumns, fill_signs, fill_sjlt
 from influence_fast.kernels.project_flat import FlatSketch, project_flat
 from influence_fast.kernels.quantize_rows import quantize_rows, reference
 from influence_fast.kernels.segment_bilinear import segment_bilinear
+from influence_fast.kernels.segment_outer import reference as outer_reference
 from influence_fast.kernels.segment_outer import segment_outer
 from influence_fast.kernels.segments import Segments
 from influence_fast.kernels.skinny_project import skinny_project
@@ -90,6 +91,31 @@ def outer_rows_do_not_depend_on_the_pack(device: torch.device) -> None:
         return segment_outer(g[:, None], h[:, None], segments, rows, offsets)
 
     _rows_do_not_depend_on_the_pack(device, rows_of)
+
+
+def whole_examples_have_the_bits_of_their_chunks(device: torch.device) -> None:
+    lengths = [1, 97, 130, 64, 65, 63, 300, 128, 256]
+    segments = Segments.from_lengths(lengths, device=device, chunk=128)
+    for dtype in (torch.float32, BF16):
+        for modules, a, b in ((3, 16, 16), (1, 70, 16), (2, 16, 70)):
+            left = normal(segments.tokens, modules, a, dtype=dtype, device=device)
+            right = normal(segments.tokens, modules, b, dtype=dtype, device=device, seed=1)
+            offsets = torch.arange(modules, device=device) * a * b
+            by_chunk, whole = (
+                segment_outer(
+                    left,
+                    right,
+                    segments,
+                    torch.empty(len(lengths), modules * a * b, device=device),
+                    offsets,
+                    scale=0.3,
+                    whole=whole,
+                )
+                for whole in (False, True)
+            )
+            assert torch.equal(by_chunk, whole)
+            expected = outer_reference(left.double(), right.double(), segments, scale=0.3).flatten(1)
+            assert relative_norm(whole, expected) < TOLERANCES[torch.float32]
 
 
 def bilinear_rows_do_not_depend_on_the_pack(device: torch.device) -> None:
@@ -219,6 +245,7 @@ CHECKS: list[Check] = [
     signs_generated_in_skinny_project_are_those_of_the_projection,
     skinny_bits_do_not_depend_on_the_other_tokens_nor_on_the_split,
     outer_rows_do_not_depend_on_the_pack,
+    whole_examples_have_the_bits_of_their_chunks,
     bilinear_rows_do_not_depend_on_the_pack,
     flat_rows_do_not_depend_on_the_pack,
     sjlt_repeats_bit_for_bit,
@@ -314,6 +341,19 @@ REFUSALS = [
         ConfigError,
         "rows must be float32 or bfloat16",
         lambda device: _outer(device, rows_dtype=torch.float64),
+    ),
+    Refusal(
+        "whole examples of chunks that end inside a block of tokens",
+        ConfigError,
+        "chunks of 48 tokens are no multiple of 32",
+        lambda device: segment_outer(
+            torch.zeros(9, 1, 4, device=device),
+            torch.zeros(9, 1, 4, device=device),
+            Segments.from_lengths([9], device=device, chunk=48),
+            torch.zeros(1, 16, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+            whole=True,
+        ),
     ),
     Refusal(
         "rows to quantize that are not float32",

@@ -1,0 +1,199 @@
+"""Kernels on a card: against the bytes they must move, plain PyTorch and torch.compile (a part of `gpu_session`)."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from influence_fast.kernels import quantize_rows as quantize
+from influence_fast.kernels import segment_outer as outer
+from influence_fast.kernels import skinny_project as skinny
+from influence_fast.kernels import token_loss
+from influence_fast.kernels.segments import Segments
+from influence_fast.loss import CARD_TOKENS, by_pytorch
+from influence_fast.products import inner_products, quantize_rows
+
+RANK = DIM = 16
+MODULES = 196  # LoRA linears of Qwen2.5-7B
+AHEAD = 1_000_000  # cycles, half a millisecond
+
+Variants = dict[str, Callable[[], Any]]
+
+
+def timed(device: torch.device, run: Callable[[], Any], rounds: int, ahead: int = 0) -> list[float]:
+    """Seconds of each of `rounds` runs after a warm-up; the L2 cache is overwritten before each on a card.
+
+    ahead: cycles that the card is kept busy before, so that the host has launched all by when the clock starts.
+    """
+    run()
+    flush = torch.empty(256 << 20, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    found = []
+    for _ in range(rounds):
+        if flush is not None:
+            flush.zero_()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if ahead:
+                torch.cuda._sleep(ahead)
+            begin.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            found.append(begin.elapsed_time(end) / 1e3)
+        else:
+            start = time.perf_counter()
+            run()
+            found.append(time.perf_counter() - start)
+    return found
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    """p20, p50 and p80."""
+    ordered = sorted(seconds)
+    at = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
+    return {"p20": at(0.2), "p50": statistics.median(ordered), "p80": at(0.8)}
+
+
+def copy_bandwidth(device: torch.device, numbers: int, rounds: int) -> float:
+    """Bytes read and written a second by a plain copy."""
+    source = torch.empty(numbers, dtype=torch.bfloat16, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(timed(device, lambda: target.copy_(source), rounds, AHEAD))
+
+
+def matmul_peak(device: torch.device, size: int, rounds: int) -> float:
+    """FLOP/s of a large square product in the steps' dtype: the ceiling that utilisation is measured against."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / min(timed(device, lambda: a @ b, rounds))
+
+
+class Table:
+    """Rows of measured kernels."""
+
+    def __init__(self, device: torch.device, bandwidth: float, rounds: int) -> None:
+        self.device, self.bandwidth, self.rounds = device, bandwidth, rounds
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, name: str, shape: str, cost: Any, variants: Variants) -> None:
+        seconds = {variant: summary(timed(self.device, run, self.rounds, AHEAD)) for variant, run in variants.items()}
+        best = seconds.get("triton", seconds["pytorch"])["p50"]
+        row = {"kernel": name, "shape": shape, "seconds": seconds, "bytes": cost.bytes, "flops": cost.flops}
+        row["share_of_copy_bandwidth"] = cost.bytes / best / self.bandwidth
+        self.rows.append(row)
+        print(f"{name:<16} {shape:<44} {best * 1e6:9.1f} us  {row['share_of_copy_bandwidth']:.0%} of copy", flush=True)
+
+
+def kernels(device: torch.device, tokens: int, widths: tuple[int, ...], modules: int, rounds: int) -> dict[str, Any]:
+    """Kernels against their byte floor, plain PyTorch and torch.compile; on a CPU the PyTorch side alone."""
+    table = Table(device, copy_bandwidth(device, tokens * max(widths), rounds), rounds)
+    print(f"a copy moves {table.bandwidth / 1e12:.3f} TB/s", flush=True)
+    for d in widths:
+        _projections(table, tokens, d)
+    for d in widths:
+        _exact_sums(table, tokens, d)
+    _projected_sums(table, tokens, modules)
+    _quantization(table, modules)
+    _losses(table)
+    return {"copy_bytes_per_second": table.bandwidth, "rows": table.rows}
+
+
+def _projections(table: Table, tokens: int, d: int) -> None:
+    for columns in (32, 64, 96):
+        x = torch.randn(tokens, d, device=table.device).bfloat16()
+        w = torch.randn(d, columns, device=table.device).bfloat16()
+        variants: Variants = {"pytorch": lambda: x @ w}  # noqa: B023
+        if table.device.type == "cuda":
+            compiled = torch.compile(lambda x, w: x @ w)
+            variants["torch.compile"] = lambda: compiled(x, w)  # noqa: B023
+            variants["triton"] = lambda: skinny.skinny_project(x, w)  # noqa: B023
+        table.add("skinny_project", f"T={tokens} d={d} N={columns}", skinny.cost(tokens, d, columns), variants)
+
+
+def _exact_sums(table: Table, tokens: int, d: int) -> None:
+    """A factor's exact gradients of 16 examples, straight into rows: dA of a module that reads d numbers a token."""
+    segments = Segments.from_lengths([tokens // 16] * 16, device=table.device)
+    u = torch.randn(tokens, 1, RANK, device=table.device).bfloat16()
+    x = torch.randn(tokens, 1, d, device=table.device).bfloat16()
+    rows, start = (
+        torch.zeros(n, dtype=t, device=table.device) for n, t in ((16 * RANK * d, torch.float32), (1, torch.int64))
+    )
+    variants: Variants = {"pytorch": lambda: outer.reference(u, x, segments)}
+    if table.device.type == "cuda":
+        variants["triton"] = lambda: outer.segment_outer(u, x, segments, rows.view(16, -1), start)
+    cost = outer.cost(tokens, 16, 1, RANK, d, row_itemsize=4)
+    table.add("segment_outer", f"T={tokens} E=16 {RANK}x{d} exact", cost, variants)
+
+
+def _projected_sums(table: Table, tokens: int, modules: int) -> None:
+    """Both sides of all modules as the engine keeps them: [u | y] and [h | z], each module's tokens side by side."""
+    segments = Segments.from_lengths([tokens // 16] * 16, device=table.device)
+    block = DIM * RANK
+    u_y, h_z = (
+        torch.randn(modules, tokens, RANK + DIM, device=table.device).bfloat16().transpose(0, 1) for _ in range(2)
+    )
+    sides = [(u_y[..., :RANK], h_z[..., RANK:]), (u_y[..., RANK:], h_z[..., :RANK])]
+    offsets = [torch.arange(modules, device=table.device) * 2 * block + side * block for side in (0, 1)]
+    for stored in (torch.float32, torch.bfloat16):
+        out = torch.empty(16, 2 * modules * block, dtype=stored, device=table.device)
+        variants: Variants = {"pytorch": lambda: [outer.reference(a, b, segments) for a, b in sides]}
+        if table.device.type == "cuda":
+            variants["triton"] = lambda: [
+                outer.segment_outer(a, b, segments, out, at)  # noqa: B023
+                for (a, b), at in zip(sides, offsets, strict=True)
+            ]
+        one = outer.cost(tokens, 16, modules, DIM, RANK, row_itemsize=out.element_size())
+        cost = type(one)(2 * one.flops, 2 * one.bytes)
+        shape = f"T={tokens} E=16 M={modules} {DIM}x{RANK}, both sides, {out.element_size()}-byte rows"
+        table.add("segment_outer", shape, cost, variants)
+
+
+def _quantization(table: Table, modules: int) -> None:
+    for width in (8192, 2 * DIM * RANK * modules):  # sketched rows, and the whole ones of a 7B model
+        made = torch.randn(16, width, device=table.device)
+        variants: Variants = {"pytorch": lambda: quantize.reference(made)}  # noqa: B023
+        if table.device.type == "cuda":
+            variants["triton"] = lambda: quantize.quantize_rows(made)  # noqa: B023
+        table.add("quantize_rows", f"E=16 K={width}", quantize.cost(16, width), variants)
+
+
+def _losses(table: Table) -> None:
+    device = table.device
+    counted, vocabulary = (CARD_TOKENS, 152_064) if device.type == "cuda" else (64, 300)
+    logits = torch.randn(counted, vocabulary, device=device).bfloat16()
+    targets, weights = torch.arange(counted, device=device) % vocabulary, torch.rand(counted, device=device)
+    losses = torch.empty(counted, device=device)
+    variants: Variants = {"pytorch": lambda: by_pytorch(logits, targets, losses, weights).bfloat16()}
+    if device.type == "cuda":
+        fused = torch.compile(by_pytorch)
+        variants["torch.compile"] = lambda: fused(logits, targets, losses, weights).bfloat16()
+        variants["triton"] = lambda: token_loss.token_loss(logits, targets, losses, weights=weights)
+    table.add("token_loss", f"n={counted} V={vocabulary}", token_loss.cost(counted, vocabulary), variants)
+
+
+def products(device: torch.device, rows: int, width: int, rounds: int) -> list[dict[str, Any]]:
+    """Seconds of inner products of `rows` stored rows with queries, all on the device, by ours and by PyTorch."""
+    made = torch.randn(rows, width, device=device)
+    int8, scales = quantize_rows(made)
+    bf16 = made.bfloat16()
+    del made
+    ours = None if device.type == "cuda" else "torch"
+    found = []
+    for count in (2, 64, 512):
+        queries = torch.randn(count, width, device=device)
+        variants: Variants = {
+            "ours, int8": lambda: inner_products(int8, queries, row_scales=scales, isa=ours),  # noqa: B023
+            "ours, bf16": lambda: inner_products(bf16, queries, isa=ours),  # noqa: B023
+            "PyTorch, bf16": lambda: bf16 @ queries.bfloat16().T,  # noqa: B023
+        }
+        if device.type == "cuda" and count >= 32:
+            rounded = queries.clamp(-1, 1).mul(127).to(torch.int8).T
+            variants["torch._int_mm"] = lambda: torch._int_mm(int8, rounded).float().mul_(scales[:, None])  # noqa: B023
+        seconds = {name: summary(timed(device, run, rounds)) for name, run in variants.items()}
+        found.append({"rows": rows, "width": width, "queries": count, "seconds": seconds})
+        times = ", ".join(f"{name} {s['p50'] * 1e3:.2f} ms" for name, s in seconds.items())
+        print(f"{count:>4} queries of {rows} rows: {times}", flush=True)
+    return found

@@ -1,0 +1,276 @@
+"""Whole steps on a card, at the shapes of real models with random weights (a part of `gpu_session`)."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+
+import influence_fast as inf
+from benches.card_kernels import DIM, RANK, matmul_peak, summary, timed
+from influence_fast import attention, fp8
+from influence_fast import streaming as stream
+from influence_fast.engine import GradientEngine
+from influence_fast.gradients import iter_gradient_rows
+from influence_fast.lora import layout_width
+from influence_fast.memory import gradient_memory
+from influence_fast.packing import pack_examples
+
+# hidden, intermediate, heads, key/value heads, vocabulary, layers run here (the 7B is repeated layers of its shape)
+SHAPES = {
+    "Qwen2.5-0.5B": (896, 4864, 14, 2, 151_936, 24),
+    "Qwen2.5-1.5B": (1536, 8960, 12, 2, 151_936, 14),
+    "Qwen2.5-7B": (3584, 18_944, 28, 4, 152_064, 6),
+}
+LONG = ("Qwen2.5-7B", (3584, 18_944, 28, 4, 152_064, 28))
+SMOKE_SHAPES = {"tiny": (64, 128, 2, 1, 300, 2)}
+ANY_ORDER = "triton, attention in any order"
+
+
+def model_of(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Any:
+    """A Qwen2-shaped peft model with random weights on the device."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    hidden, intermediate, heads, kv_heads, vocabulary, layers = shape
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=hidden < 3584,
+    )
+    with torch.device(device):
+        model = Qwen2ForCausalLM(config).to(dtype)
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+    return get_peft_model(model, lora, autocast_adapter_dtype=False).to(device)
+
+
+def matmul_flops(shape: tuple[int, ...], tokens: int) -> float:
+    """Forward and activation backward through the frozen linears and the head: 4 N T."""
+    hidden, intermediate, heads, kv_heads, vocabulary, layers = shape
+    head_dim = hidden // heads
+    attention = hidden * hidden * 2 + 2 * hidden * kv_heads * head_dim
+    return 4.0 * tokens * (layers * (attention + 3 * hidden * intermediate) + vocabulary * hidden)
+
+
+def ways_of(device: torch.device) -> dict[str, dict[str, Any]]:
+    """Each way to run a step here, and the engine's options for it."""
+    ways: dict[str, dict[str, Any]] = {"torch": {"backend": "torch"}}
+    if device.type != "cuda":
+        return ways
+    ways |= {"triton": {"backend": "triton"}, "triton graphs": {"backend": "triton", "cuda_graphs": True}}
+    ways[ANY_ORDER] = {"backend": "triton"}
+    if torch.cuda.get_device_capability(device) >= fp8.LOWEST_CAPABILITY:
+        ways["triton fp8"] = {"backend": "triton", "precision": fp8.FP8}
+    return ways
+
+
+@contextlib.contextmanager
+def attention_of(way: str) -> Iterator[None]:
+    """What attention's backward is asked for: one order, but for the way that is there to show what this costs."""
+    if way != ANY_ORDER:
+        yield
+        return
+    with mock.patch.object(attention, "_is_fused", return_value=False):
+        yield
+
+
+def launching_share(run: Callable[[], Any]) -> float:
+    """Share of a batch's time after which the host has launched all of it; near 1, the card waits for the host."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    launched = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return launched / (time.perf_counter() - start)
+
+
+def steps(
+    device: torch.device, shapes: dict[str, Any], tokens: int, rounds: int, deadline: float
+) -> list[dict[str, Any]]:
+    """Per-example projected gradients of one packed batch beside a plain LoRA forward+backward of it, interleaved."""
+    rows = []
+    peak = matmul_peak(device, 8192 if device.type == "cuda" else 256, rounds)
+    for name, shape in shapes.items():
+        if time.monotonic() > deadline:
+            print(f"{name}: left out, the session's time is used up", flush=True)
+            continue
+        try:
+            rows.append(_step(device, name, shape, tokens, rounds, peak))
+        except torch.OutOfMemoryError as error:
+            print(f"{name}: does not fit: {error}", flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows
+
+
+def _step(
+    device: torch.device, name: str, shape: tuple[int, ...], tokens: int, rounds: int, peak: float
+) -> dict[str, Any]:
+    model = model_of(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    length = tokens // 16
+    ids = [torch.randint(0, shape[4], (length,)) for _ in range(16)]
+    examples = [{"input_ids": i, "labels": torch.where(torch.arange(length) < length // 8, -100, i)} for i in ids]
+    packed = torch.stack(ids).to(device)
+    labels = torch.stack([e["labels"] for e in examples]).to(device)
+    projection = inf.Projection(dim=DIM)
+    pack = pack_examples(examples, tokens)[0]
+
+    def plain() -> None:
+        model(input_ids=packed, labels=labels, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    seconds: dict[str, list[float]] = {}
+    launching: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        seconds.setdefault("plain LoRA step", []).extend(timed(device, plain, 1))
+        for way, options in ways_of(device).items():
+            with attention_of(way), GradientEngine(model, projection, **options) as engine:
+                run = partial(engine.run, pack)
+                if engine.cuda_graphs:
+                    run()  # a shape is recorded when it is seen again, which the warm-up then is
+                found = timed(device, run, 1)
+                if engine.cuda_graphs and not (engine._graphs and engine._graphs.most_tokens):
+                    print(f"{name}: no step was recorded, so there is no time for graphs", flush=True)
+                    continue
+                if device.type == "cuda":
+                    launching.setdefault(way, []).append(launching_share(run))
+            seconds.setdefault(f"ours, {way}", []).extend(found)
+    best = statistics.median(seconds.get("ours, triton", seconds["ours, torch"]))
+    measured, summed = batch_memory(device, model, projection, pack)
+    row = {
+        "model": name,
+        "layers": shape[5],
+        "tokens": tokens,
+        "seconds": {variant: summary(found) for variant, found in seconds.items()},
+        "ratio_to_plain": best / statistics.median(seconds["plain LoRA step"]),
+        "tokens_per_second": tokens / best,
+        "matmul_flops_per_second": peak,
+        "model_flop_utilisation": matmul_flops(shape, tokens) / best / peak,
+        "launching_share": {way: statistics.median(shares) for way, shares in launching.items()},
+        "batch_memory_gib": measured,
+        "batch_memory_sum_gib": summed,
+    }
+    print(
+        f"{name:<14} {row['ratio_to_plain']:.3f} x plain, {row['tokens_per_second']:.0f} tokens/s, "
+        f"{row['model_flop_utilisation']:.0%} of the measured matmul peak",
+        flush=True,
+    )
+    return row
+
+
+def batch_memory(device: torch.device, model: Any, projection: inf.Projection, pack: Any) -> tuple[float | None, float]:
+    """GiB that one batch adds at its peak, as the allocator counts it (None on a CPU) and as the sum says."""
+    checkpointing, measured = False, None
+    with GradientEngine(model, projection) as engine:
+        checkpointing = engine.overflows(len(pack.input_ids))
+        if device.type == "cuda":
+            engine.run(pack)
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            engine.run(pack)
+            measured = (torch.cuda.max_memory_allocated() - before) / 2**30
+        summed = gradient_memory(
+            engine.base.config,
+            len(pack.input_ids),
+            parameters=0,
+            rank=RANK,
+            dim=DIM,
+            examples=len(pack.indices),
+            completion_tokens=int((pack.targets >= 0).sum()),
+            weight_bytes=engine.linears[0].weight.element_size(),
+            checkpointing=checkpointing,
+            triton=engine.backend == "triton",
+        )
+    return measured, summed.batch / 2**30
+
+
+def crossing(device: torch.device, shape: tuple[int, ...], tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Seconds of eight packs with their rows on the host, by how the rows get there."""
+    model = model_of(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    length = tokens // 16
+    ids = [torch.randint(0, shape[4], (length,)) for _ in range(8 * 16)]
+    examples = [{"input_ids": i, "labels": i} for i in ids]
+    projection = inf.Projection(dim=DIM)
+
+    def waiting() -> None:
+        with GradientEngine(model, projection) as engine:
+            for pack in pack_examples(examples, tokens):
+                engine.run(pack)[0].cpu()
+
+    def behind(dtype: str) -> None:
+        for _ in iter_gradient_rows(model, examples, projection=projection, max_tokens=tokens, row_dtype=dtype):
+            pass
+
+    ways: dict[str, Callable[[], Any]] = {"waited for": waiting}
+    ways |= {f"behind, {dtype}": lambda dtype=dtype: behind(dtype) for dtype in ("fp32", "bf16", "int8")}
+    found: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for way, run in ways.items():
+            found.setdefault(way, []).extend(timed(device, run, 1))
+    for way, seconds in found.items():
+        print(f"rows {way:<14} {statistics.median(seconds):.4f} s for 8 packs", flush=True)
+    return [{"rows": way, "packs": 8, "tokens": tokens, "seconds": summary(s)} for way, s in found.items()]
+
+
+def streaming(device: torch.device, shape: tuple[int, ...], tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Seconds of one pack's scores by the number of queries: the kernel for all of them, and never."""
+    model = model_of(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    length = tokens // 16
+    ids = [torch.randint(0, shape[4], (length,)) for _ in range(16)]
+    (pack,) = pack_examples([{"input_ids": i, "labels": i} for i in ids], tokens)
+    width = layout_width(inf.gradient_layout(model))
+    found = []
+    for count in (1, 4, 16, 64):
+        queries = torch.randn(count, width, device=device)
+        seconds = {}
+        for way, columns in (("kernel", 1 << 30), ("form", 0)):
+            with mock.patch.object(stream, "_KERNEL_COLUMNS", columns):
+                reducer = partial(stream.StreamReducer, queries=queries)  # by the linears and their layout
+                with GradientEngine(model, None, reducer=reducer) as engine:
+                    seconds[way] = summary(timed(device, lambda engine=engine: engine.run(pack), rounds))
+        found.append({"queries": count, "tokens": tokens, "seconds": seconds})
+        print(
+            f"{count:>3} streamed queries: " + ", ".join(f"{w} {s['p50']:.4f} s" for w, s in seconds.items()),
+            flush=True,
+        )
+    return found
+
+
+def long_trace(device: torch.device, name: str, shape: tuple[int, ...], tokens: int, rounds: int) -> dict[str, Any]:
+    """One example of so many tokens through a whole model: its time, and the card's memory at the fullest moment."""
+    model = model_of(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    ids = torch.randint(0, shape[4], (tokens,))
+    (pack,) = pack_examples([{"input_ids": ids, "labels": ids}], tokens)
+    with GradientEngine(model, inf.Projection(dim=DIM)) as engine:
+        engine.room = None if engine.room is None else min(engine.room, 80 * 10**9)  # as on a card of 80 GB
+        recomputed = engine.overflows(tokens)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = summary(timed(device, partial(engine.run, pack), rounds))
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+        summed = gradient_memory(
+            engine.base.config,
+            tokens,
+            parameters=sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n),
+            rank=RANK,
+            dim=DIM,
+            weight_bytes=engine.linears[0].weight.element_size(),
+            checkpointing=recomputed,
+            triton=engine.backend == "triton",
+        )
+    found = {"model": name, "layers": shape[5], "tokens": tokens, "seconds": seconds, "recomputed": recomputed}
+    found |= {"peak_gib": peak, "peak_sum_gib": summed.peak / 2**30, "tokens_per_second": tokens / seconds["p50"]}
+    print(f"one trace of {tokens} tokens, {shape[5]} layers: {seconds['p50']:.2f} s, {peak} GiB at most", flush=True)
+    return found
