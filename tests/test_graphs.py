@@ -280,7 +280,12 @@ class FakeCuda:
         cuda.get_sync_debug_mode = lambda: self.mode
         cuda.set_sync_debug_mode = lambda mode: setattr(self, "mode", mode)
         cuda.graph = self.graph
+        cuda.graph_pool_handle = lambda: "pool"
+        self.left_pools: list[str] = []
         monkeypatch.setattr(torch, "cuda", cuda)
+        # PyTorch has it where it is built for CUDA
+        leave = lambda device, pool: self.left_pools.append(pool)  # noqa: E731
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", leave, raising=False)
         monkeypatch.setattr(graphs, "_stream", lambda device: "capture")
 
     @contextmanager
@@ -320,6 +325,7 @@ def test_a_capture_that_fails_leaves_the_stream_and_says_why(monkeypatch: pytest
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         recorder.record(lambda: None)
     assert fake.stream == "main"
+    assert fake.left_pools == ["pool"]
 
 
 def test_gradients_that_need_bounds_on_the_host_are_not_recorded(tiny_lora: Callable[..., Any]) -> None:

@@ -133,7 +133,7 @@ def test_fused_results_are_those_of_the_scores(path: str, kind: str) -> None:
         assert isinstance(fused, InnerProducts)
         assert fused.scores is out
         assert np.array_equal(out, scores)
-        ranks = rankdata(scores, axis=0)
+        ranks = rankdata(scores.astype(np.float64), axis=0)
         for g, group in enumerate(groups):
             mean = scores[:, group].mean(axis=1, dtype=np.float64)
             assert np.allclose(fused.group_means[:, g], mean, rtol=1e-6, atol=1e-7 * np.abs(scores).max())
