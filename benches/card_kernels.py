@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,7 +124,8 @@ def _exact_sums(table: Table, tokens: int, d: int) -> None:
     )
     variants: Variants = {"pytorch": lambda: outer.reference(u, x, segments)}
     if table.device.type == "cuda":
-        variants["triton"] = lambda: outer.segment_outer(u, x, segments, rows.view(16, -1), start)
+        by = lambda whole: outer.segment_outer(u, x, segments, rows.view(16, -1), start, whole=whole)  # noqa: E731
+        variants |= {"triton": lambda: by(None), "triton, by chunks": lambda: by(False)}
     cost = outer.cost(tokens, 16, 1, RANK, d, row_itemsize=4)
     table.add("segment_outer", f"T={tokens} E=16 {RANK}x{d} exact", cost, variants)
 
@@ -139,12 +141,14 @@ def _projected_sums(table: Table, tokens: int, modules: int) -> None:
     offsets = [torch.arange(modules, device=table.device) * 2 * block + side * block for side in (0, 1)]
     for stored in (torch.float32, torch.bfloat16):
         out = torch.empty(16, 2 * modules * block, dtype=stored, device=table.device)
+
+        def both(whole: bool | None, out: torch.Tensor = out) -> None:
+            for (a, b), at in zip(sides, offsets, strict=True):
+                outer.segment_outer(a, b, segments, out, at, whole=whole)
+
         variants: Variants = {"pytorch": lambda: [outer.reference(a, b, segments) for a, b in sides]}
         if table.device.type == "cuda":
-            variants["triton"] = lambda: [
-                outer.segment_outer(a, b, segments, out, at)  # noqa: B023
-                for (a, b), at in zip(sides, offsets, strict=True)
-            ]
+            variants |= {"triton": partial(both, None), "triton, by chunks": partial(both, False)}
         one = outer.cost(tokens, 16, modules, DIM, RANK, row_itemsize=out.element_size())
         cost = type(one)(2 * one.flops, 2 * one.bytes)
         shape = f"T={tokens} E=16 M={modules} {DIM}x{RANK}, both sides, {out.element_size()}-byte rows"

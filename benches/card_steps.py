@@ -6,6 +6,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -114,26 +115,39 @@ def steps(
     return rows
 
 
+@dataclass(frozen=True)
+class Batch:
+    """16 examples of one length, as our packs and as a plain step takes them."""
+
+    pack: Any
+    input_ids: torch.Tensor  # [16, length]
+    labels: torch.Tensor
+
+    @classmethod
+    def of(cls, tokens: int, vocabulary: int, device: torch.device) -> Batch:
+        length = tokens // 16
+        ids = [torch.randint(0, vocabulary, (length,)) for _ in range(16)]
+        prompt = torch.arange(length) < length // 8
+        examples = [{"input_ids": i, "labels": torch.where(prompt, -100, i)} for i in ids]
+        labels = torch.stack([e["labels"] for e in examples])
+        return cls(pack_examples(examples, tokens)[0], torch.stack(ids).to(device), labels.to(device))
+
+    def plain_step(self, model: Any) -> None:
+        """Forward and backward of a LoRA training step."""
+        model(input_ids=self.input_ids, labels=self.labels, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+
 def _step(
     device: torch.device, name: str, shape: tuple[int, ...], tokens: int, rounds: int, peak: float
 ) -> dict[str, Any]:
     model = model_of(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    length = tokens // 16
-    ids = [torch.randint(0, shape[4], (length,)) for _ in range(16)]
-    examples = [{"input_ids": i, "labels": torch.where(torch.arange(length) < length // 8, -100, i)} for i in ids]
-    packed = torch.stack(ids).to(device)
-    labels = torch.stack([e["labels"] for e in examples]).to(device)
-    projection = inf.Projection(dim=DIM)
-    pack = pack_examples(examples, tokens)[0]
-
-    def plain() -> None:
-        model(input_ids=packed, labels=labels, use_cache=False).loss.backward()
-        model.zero_grad(set_to_none=True)
-
+    batch, projection = Batch.of(tokens, shape[4], device), inf.Projection(dim=DIM)
+    pack = batch.pack
     seconds: dict[str, list[float]] = {}
     launching: dict[str, list[float]] = {}
     for _ in range(rounds):
-        seconds.setdefault("plain LoRA step", []).extend(timed(device, plain, 1))
+        seconds.setdefault("plain LoRA step", []).extend(timed(device, partial(batch.plain_step, model), 1))
         for way, options in ways_of(device).items():
             with attention_of(way), GradientEngine(model, projection, **options) as engine:
                 run = partial(engine.run, pack)
@@ -194,6 +208,46 @@ def batch_memory(device: torch.device, model: Any, projection: inf.Projection, p
             triton=engine.backend == "triton",
         )
     return measured, summed.batch / 2**30
+
+
+def profile(device: torch.device, shapes: dict[str, Any], tokens: int, shown: int = 25) -> list[dict[str, Any]]:
+    """Where a step's time goes: its kernels by their time on the card (on a CPU: its operations), ours and plain."""
+    found = []
+    for name, shape in shapes.items():
+        model = model_of(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        batch = Batch.of(tokens, shape[4], device)
+        with GradientEngine(model, inf.Projection(dim=DIM)) as engine:
+            found.append({"model": name, "step": "ours", **_profiled(partial(engine.run, batch.pack), device, shown)})
+        found.append({"model": name, "step": "plain", **_profiled(partial(batch.plain_step, model), device, shown)})
+        del model, batch
+    return found
+
+
+def _profiled(run: Callable[[], Any], device: torch.device, shown: int) -> dict[str, Any]:
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
+    run()
+    run()
+    with torch.profiler.profile(activities=activities) as watched:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    on = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    calls: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    for event in watched.events():
+        if event.device_type == on:
+            own = event.device_time if device.type == "cuda" else event.self_cpu_time_total
+            calls[event.name] = calls.get(event.name, 0) + 1
+            seconds[event.name] = seconds.get(event.name, 0.0) + own / 1e6
+    longest = sorted(seconds, key=lambda kernel: -seconds[kernel])[:shown]
+    return {
+        "seconds": sum(seconds.values()),
+        "kernels": sum(calls.values()),
+        "longest": [{"kernel": k[:160], "calls": calls[k], "seconds": seconds[k]} for k in longest],
+    }
 
 
 def crossing(device: torch.device, shape: tuple[int, ...], tokens: int, rounds: int) -> list[dict[str, Any]]:

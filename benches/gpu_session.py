@@ -10,6 +10,7 @@ steps      Whole per-example-gradient steps at the shapes of Qwen2.5-0.5B, 1.5B 
            utilisation, the share of the time in which the host is still launching, and the batch's peak memory beside
            the sum of docs/memory.md. As CUDA graphs too, with 8-bit base products where the card has them, and with
            attention that adds up in any order.
+profile    Where a step's time on the card goes, kernel by kernel, ours and plain (7B and 0.5B).
 crossing   Rows to the host over eight packs: waited for after each, or written behind as fp32, bf16 and int8.
 streaming  Scores by the number of queries, by the kernel and by forming a factor's gradients.
 products   Inner products of stored rows with queries, both on the card, by our kernels and by PyTorch.
@@ -165,6 +166,23 @@ def _steps_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _profile_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        lines += [
+            f"{row['model']}, {row['step']}: {row['seconds'] * 1e3:.1f} ms in {row['kernels']} kernels",
+            "",
+            "| ms | share | calls | kernel |",
+            "|---|---|---|---|",
+        ]
+        for found in row["longest"][:12]:
+            share = found["seconds"] / row["seconds"]
+            name = found["kernel"][:100].replace("|", "/")
+            lines.append(f"| {found['seconds'] * 1e3:.2f} | {share:.0%} | {found['calls']} | `{name}` |")
+        lines.append("")
+    return lines
+
+
 def _crossing_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["| rows to the host | packs | tokens each | p50 s |", "|---|---|---|---|"]
     return lines + [f"| {r['rows']} | {r['packs']} | {r['tokens']} | {r['seconds']['p50']:.4f} |" for r in rows]
@@ -200,6 +218,7 @@ def _long_table(row: dict[str, Any]) -> list[str]:
 TABLES: dict[str, Callable[[Any], list[str]]] = {
     "kernels": _kernels_table,
     "steps": _steps_table,
+    "profile": _profile_table,
     "crossing": _crossing_table,
     "streaming": _streaming_table,
     "products": _products_table,
@@ -232,6 +251,8 @@ def main() -> None:
             sys.exit("tests/gpu failed, so nothing was timed (--keep-going times all the same)")
     session.part("kernels", lambda: card_kernels.kernels(device, tokens, widths, modules, rounds))
     session.part("steps", lambda: card_steps.steps(device, shapes, tokens, few, deadline))
+    profiled = {name: shape for name, shape in shapes.items() if not name.endswith("1.5B")}
+    session.part("profile", lambda: card_steps.profile(device, profiled, tokens))
     session.part("crossing", lambda: card_steps.crossing(device, tiny, short, few))
     session.part("streaming", lambda: card_steps.streaming(device, tiny, short, few))
     session.part("products", lambda: card_kernels.products(device, *stored, few))

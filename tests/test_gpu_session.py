@@ -1,0 +1,58 @@
+"""The session for a card, as far as it runs without one: every part at tiny shapes, by PyTorch on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benches import gpu_session
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_every_part_runs_and_has_its_table() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benches.gpu_session", "--smoke"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    tables = done.stdout[done.stdout.rindex("\n# ") :]
+    for head in (
+        "| kernel | shape |",
+        "/ plain LoRA step |",
+        "tiny, ours:",
+        "| rows to the host |",
+        "| streamed queries |",
+        "| numbers a row | queries |",
+        "| one trace through |",
+    ):
+        assert head in tables
+
+
+def test_a_part_that_fails_stops_no_other_and_keeps_what_was_measured(tmp_path: Path) -> None:
+    session = gpu_session.Session(tmp_path, deadline=float("inf"), only=[])
+    session.part("crossing", lambda: [{"rows": "x", "packs": 1, "tokens": 2, "seconds": {"p50": 0.5}}])
+    session.part("streaming", lambda: 1 / 0)
+    (written,) = tmp_path.glob("*.json")
+    result = json.loads(written.read_text())
+    assert result["crossing"][0]["seconds"] == {"p50": 0.5}
+    assert "ZeroDivisionError" in result["failed"]["streaming"]
+    assert "| x | 1 | 2 | 0.5000 |" in written.with_suffix(".md").read_text()
+
+
+def test_parts_are_left_out_when_the_time_is_used_up_or_others_are_asked_for(tmp_path: Path) -> None:
+    late = gpu_session.Session(None, deadline=0.0, only=[])
+    assert late.part("kernels", lambda: {"never": "run"}) is None
+    assert late.result["left_out"] == ["kernels"]
+    some = gpu_session.Session(None, deadline=float("inf"), only=["steps"])
+    assert some.part("kernels", lambda: {"never": "run"}) is None
+    assert some.part("steps", list) == []
