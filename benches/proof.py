@@ -28,6 +28,7 @@ from benches.environment import describe
 from benches.models import qwen2_model, train_tokenizer
 from influence_fast import planner
 from influence_fast.config import (
+    WHOLE,
     DataConfig,
     InfluenceConfig,
     ModelConfig,
@@ -38,7 +39,6 @@ from influence_fast.config import (
 )
 from influence_fast.data import Example, load_examples, save_examples, tokenize
 from influence_fast.demo import WorldConfig, demo_config, make_world
-from influence_fast.methods import EXACT
 from influence_fast.pipeline import Pipeline
 from influence_fast.proof import validate
 from influence_fast.proof_page import text_tables, write_page
@@ -181,7 +181,7 @@ def write_fidelity() -> None:
         whole = sum(costs[result["default"]]["seconds"].values())
         for name, cost in costs.items():
             settings = cost["settings"]
-            if settings["loss"] or settings["projection"] == EXACT or settings["moments"] or settings.get("proxy"):
+            if settings["loss"] or settings["projection"] == WHOLE or settings["moments"] or settings.get("proxy"):
                 continue  # no influence, no store worth its name, or a state or model that another run has not
             row = rows.setdefault(name, {"settings": settings, "cost": [], "worlds": {}})
             row["cost"].append(sum(cost["seconds"].values()) / whole)

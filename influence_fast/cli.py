@@ -480,7 +480,7 @@ def _score(args: Any) -> None:
 def _gradients(args: Any) -> GradientConfig:
     from influence_fast.config import GradientConfig
 
-    return GradientConfig(**_given(args, "dim", "width", "sketch", "store_dtype", "precision"))
+    return GradientConfig(**_given(args, "dim", "width", "sketch", "store_dtype", "precision", "max_tokens"))
 
 
 def _given(args: Any, *names: str) -> dict[str, Any]:
@@ -499,13 +499,10 @@ def _as_flags() -> Iterator[None]:
 
 
 def _build(args: Any) -> None:
-    import torch
-
-    from influence_fast import distributed, metrics, processes, sharded, spooling
-    from influence_fast.config import InfluenceConfig, check_influence
+    from influence_fast import metrics, processes, spooling
+    from influence_fast.config import InfluenceConfig, ModelConfig, check_influence
     from influence_fast.fp8 import check_precision
-    from influence_fast.models import load_model, load_tokenizer
-    from influence_fast.sketch_fitting import resolved
+    from influence_fast.store_build import build_from_source
 
     _quiet_libraries()
     gradients, influence = _gradients(args), InfluenceConfig(**_given(args, "damping"))
@@ -516,60 +513,37 @@ def _build(args: Any) -> None:
         raise ConfigError(
             "--damping is that of a fitted sketch, and none is fitted here: give a --width, or leave it out"
         )
-    world = processes.World.from_environment()
-    cuda = args.device.partition(":")[0] == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    device = f"cuda:{world.local_rank}" if cuda and ":" not in args.device else args.device
-    mesh, group = None, None
-    if args.fsdp != 1:
-        mesh, group = processes.init_group(world, args.fsdp, "cuda" if cuda else "cpu")
-    place = device if group is None else "cpu"
-    model = processes.retried(lambda: load_model(args.model, adapter=args.adapter, dtype=args.dtype, device=place))
-    tokenizer = processes.retried(lambda: load_tokenizer(args.model, model=model))
-    if group is not None:
-        model = sharded.shard_model(model, mesh)
-    source = spooling.TokenSource(
-        args.data, args.split, args.format, _trace(args), args.limit, args.columns or {}, args.max_length, args.truncate
-    )
-    folder = Path(f"{args.output}.tokens")
-    processes.once(
-        folder,
-        world,
-        lambda: spooling.is_spooled(folder, source, tokenizer),
-        lambda beat: processes.retried(lambda: spooling.spool(folder, source, tokenizer, beat)),
-        args.time_limit,
-    )
-    tokens = spooling.Tokens(folder)
-    if world.rank == 0:
+
+    def told(tokens: spooling.Tokens) -> None:
         _say_left_out(args, tokens.too_long)
         if tokens.without:
             print(f"left out, without a trace for --trace {args.trace}: {len(tokens.without)} rows")
-    peak = args.peak_tflops * 1e12 if args.peak_tflops else metrics.peak_flops(torch.device(device if cuda else "cpu"))
-    together: dict[str, Any] = {"world": world, "group": group, "time_limit": args.time_limit}
-    options: dict[str, Any] = {"precision": gradients.precision, "max_tokens": args.max_tokens}
 
-    def fit(projection: Any) -> Any:
-        sizes: dict[str, Any] = {"examples": gradients.sketch_examples, "damping": influence.damping}
-        return distributed.fit_projection(
-            args.output, model, tokens, projection=projection, **sizes, **together, **options
-        )
-
-    projection = resolved(gradients.projection, gradients.sketch, influence.preconditioner, model, fit)
-    store = distributed.build_distributed(
+    world = processes.World.from_environment()
+    store = build_from_source(
         args.output,
-        model,
-        None,
-        tokens,
+        ModelConfig(args.model, adapter=args.adapter, dtype=args.dtype, device=args.device),
+        spooling.TokenSource(
+            args.data,
+            args.split,
+            args.format,
+            _trace(args),
+            args.limit,
+            args.columns or {},
+            args.max_length,
+            args.truncate,
+        ),
+        gradients,
+        influence,
+        world=world,
+        fsdp=args.fsdp,
+        time_limit=args.time_limit,
+        told=told,
+        peak_flops=args.peak_tflops * 1e12 if args.peak_tflops else None,
         progress=False if args.quiet else None,
         profile=args.profile,
-        peak=None if peak is None else peak * args.fsdp,
-        projection=projection,
-        dtype=gradients.store_dtype,
         shard_rows=args.shard_rows,
-        **together,
-        **options,
     )
-    if group is not None:
-        processes.close_group()
     if world.rank == 0:
         totals = metrics.summary(metrics.folder_of(Path(args.output)))
         print(f"store: {args.output} ({len(store)} rows; {100 * totals.idle_share:.1f} % of the ranks' time idle)")

@@ -39,6 +39,7 @@ from influence_fast.strategies import STRATEGIES, needed_columns
 from influence_fast.training import LoraSettings, TrainConfig
 
 QUERY_KINDS = ("own_answers", "reference")
+WHOLE = "none"  # in place of a projection's kind
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class GradientConfig:
-    """How a gradient becomes a row of the store (see `Projection`).
+    """How a gradient becomes a row of the store: `kind`, `dim`, `width`, `layers` and `seed` of `Projection`, or whole
+    gradients for the kind `none`.
 
     `sketch` is how rows get to `width` numbers: `random`, or `eigen`, fitted on the gradients of `sketch_examples`
     examples (see `eigen_sketch`), or the folder of a store whose sketch is used again; `auto` is `eigen` where scores
@@ -108,7 +110,15 @@ class GradientConfig:
     sketch_examples: int = DEFAULT_EXAMPLES
 
     @property
-    def projection(self) -> Projection:
+    def projection(self) -> Projection | None:
+        """None for whole gradients. Raises ConfigError where the settings do not fit together."""
+        if self.kind == WHOLE:
+            if self.width is not None or self.layers != 1:
+                raise ConfigError(
+                    f"gradients.kind {WHOLE!r} keeps whole gradients of all layers: leave out gradients.width and "
+                    "gradients.layers, or choose a projection"
+                )
+            return None
         return Projection(self.kind, dim=self.dim, seed=self.seed, width=self.width, layers=self.layers)
 
     def fits_sketch(self, preconditioner: str) -> bool:
@@ -224,7 +234,6 @@ class RunConfig:
     validate: ValidateConfig = field(default_factory=ValidateConfig)
 
     def __post_init__(self) -> None:
-        self.gradients.projection  # noqa: B018 -- raises where the settings do not fit together
         check_influence(self.influence, self.gradients)
         if self.influence.checkpoints and not self.training.save_checkpoints and self.model.adapter is None:
             raise ConfigError("influence.checkpoints: there will be none; set training.save_checkpoints")
@@ -266,6 +275,7 @@ class RunConfig:
 
 def check_influence(influence: InfluenceConfig, gradients: GradientConfig) -> None:
     """ConfigError for settings that are unknown or do not fit together, before any work is done for them."""
+    gradients.projection  # noqa: B018 -- raises where the settings do not fit together
     _one_of("gradients.store_dtype", gradients.store_dtype, ("fp32", "bf16", "int8"))
     _one_of("gradients.loss_reduction", gradients.loss_reduction, ("mean", "sum"))
     _one_of("gradients.precision", gradients.precision, PRECISIONS)

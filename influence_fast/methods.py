@@ -7,7 +7,7 @@ which layers and how much of a trace they see, one adapter or all saved checkpoi
 from __future__ import annotations
 
 import dataclasses
-import functools
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,23 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_fast.adam import adam_moments
-from influence_fast.building import build_store
-from influence_fast.config import GradientConfig
+from influence_fast.config import WHOLE, GradientConfig, InfluenceConfig, check_influence
 from influence_fast.damping import AUTO, Damping
-from influence_fast.eigen_sketch import DEFAULT_EXAMPLES, check_projection
+from influence_fast.eigen_sketch import DEFAULT_EXAMPLES
 from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
-from influence_fast.gradients import per_example_gradients, per_example_losses
-from influence_fast.lora import gradient_layout
+from influence_fast.gradients import per_example_losses
 from influence_fast.packing import IGNORED
-from influence_fast.preconditioners import PRECONDITIONERS, SKETCHES, after_sketch, fits_sketch
-from influence_fast.projection import Projection
+from influence_fast.pool_gradients import pool_gradients
 from influence_fast.scoring import influence_matrix
-from influence_fast.sketch_fitting import fit_projection, resolved
 from influence_fast.timing import timed
 from influence_fast.training import finetuned
-
-EXACT = "none"  # the projection kind that keeps whole gradients
 
 
 @dataclass(frozen=True)
@@ -66,35 +59,34 @@ class Method:
     loss: bool = False
 
     def __post_init__(self) -> None:
-        if self.preconditioner not in PRECONDITIONERS:
-            raise ConfigError(
-                f"method {self.name}: unknown preconditioner {self.preconditioner!r}; "
-                f"{did_you_mean(self.preconditioner, PRECONDITIONERS)}"
-            )
         if not 0 < self.tokens <= 1:
             raise ConfigError(f"method {self.name}: tokens is {self.tokens}; it is a share, above 0 and at most 1")
         if self.moments and self.preconditioner not in ("adam", "less"):
             raise ConfigError(f"method {self.name}: moments are read by 'adam' and 'less' only")
         if self.proxy is not None and (self.moments or self.checkpoints):
             raise ConfigError(f"method {self.name}: a proxy has one adapter, and neither checkpoints nor moments")
-        if self.sketch not in SKETCHES:
-            raise ConfigError(
-                f"method {self.name}: unknown sketch {self.sketch!r}; {did_you_mean(self.sketch, SKETCHES)}"
-            )
-        rows = self.rows()  # raises where the settings do not fit together
-        if self.fits_sketch():
-            check_projection(rows)
-            after_sketch(self.preconditioner)
+        try:
+            check_influence(self.influence(), self.gradients())
+        except ConfigError as error:
+            raise ConfigError(f"method {self.name}: {re.sub(r'(gradients|influence)[.]', '', str(error))}") from None
 
-    def rows(self, seed: int = 0) -> Projection | None:
-        """The projection of its rows; None for exact gradients."""
-        if self.projection == EXACT:
-            return None
-        return Projection(self.projection, dim=self.dim, seed=seed, width=self.width, layers=self.layers)
+    def gradients(self, shared: GradientConfig | None = None) -> GradientConfig:
+        """How its rows are made; what methods share (seed, loss reduction, precision, max_tokens) is `shared`'s."""
+        return dataclasses.replace(
+            shared or GradientConfig(),
+            kind=self.projection,
+            dim=self.dim,
+            width=self.width,
+            layers=self.layers,
+            sketch=self.sketch,
+            sketch_examples=self.sketch_examples,
+            store_dtype=self.store_dtype,
+        )
 
-    def fits_sketch(self) -> bool:
-        """Whether its rows are made by a sketch that is fitted on some of them."""
-        return fits_sketch(self.sketch, self.rows(), self.preconditioner)
+    def influence(self, adapter: Path | None = None) -> InfluenceConfig:
+        """What its scores under one adapter are made of."""
+        optimizer = str(adapter) if self.moments else None
+        return InfluenceConfig(self.preconditioner, damping=self.damping, optimizer=optimizer)
 
 
 #: What can be named in a configuration; anything else is spelt out as a mapping.
@@ -104,9 +96,9 @@ METHODS: dict[str, Method] = {
         Method("ekfac-cosine"),
         Method("cosine", "cosine"),
         Method("dot", "none"),
-        Method("exact-dot", "none", projection=EXACT, store_dtype="fp32"),
-        Method("exact-cosine", "cosine", projection=EXACT, store_dtype="fp32"),
-        Method("exact-ekfac-cosine", projection=EXACT, store_dtype="fp32"),
+        Method("exact-dot", "none", projection=WHOLE, store_dtype="fp32"),
+        Method("exact-cosine", "cosine", projection=WHOLE, store_dtype="fp32"),
+        Method("exact-ekfac-cosine", projection=WHOLE, store_dtype="fp32"),
         Method("fisher", "fisher"),
         Method("fisher-auto", "fisher", damping="auto"),
         Method("fisher-cosine", "fisher_cosine"),
@@ -164,8 +156,6 @@ def score_by(
 
     Raises DataError where an example has no finite gradient: a comparison of methods needs all rows.
     """
-    gradients = gradients or GradientConfig()
-    shared = {name: getattr(gradients, name) for name in ("loss_reduction", "precision", "max_tokens")}
     seconds: dict[str, float] = {}
     shortened = [shorten(example, method.tokens) for example in pool]
     total = np.zeros((len(pool), len(queries)), np.float32)
@@ -177,43 +167,25 @@ def score_by(
                     losses = per_example_losses(model, shortened).numpy().astype(np.float32)
                 return Scored(np.repeat(-losses[:, None], len(queries), axis=1), seconds, 4)
             shutil.rmtree(scratch, ignore_errors=True)
-            fit = functools.partial(_fit, seconds, method, model, shortened, shared)
-            whole = method.rows(gradients.seed)
-            projection = resolved(whole, method.sketch, method.preconditioner, model, fit)
-            options: dict[str, Any] = {"projection": projection, **shared}
-            with timed(seconds, "training gradients"):
-                store = build_store(
-                    scratch, model, None, shortened, dtype=method.store_dtype, progress=False, **options
-                )
-            if store.set_aside:
-                names = listing(name for name, _ in store.set_aside)
+            influence = method.influence(path)
+            settings = (method.gradients(gradients), influence)
+            made = pool_gradients(model, shortened, queries, scratch, *settings, seconds, progress=False)
+            if made.store.set_aside:
+                names = listing(name for name, _ in made.store.set_aside)
                 raise DataError(f"method {method.name}: no gradient for {names}; leave these examples out of the pool")
-            with timed(seconds, "query gradients"):
-                rows = per_example_gradients(model, queries, **options).cpu()
-            moments = None
-            if method.moments:
-                moments = adam_moments(path, gradient_layout(model), projection=projection)
             with timed(seconds, "scores"):
                 matrix = influence_matrix(
-                    store, rows, preconditioner=method.preconditioner, damping=method.damping, moments=moments
+                    made.store,
+                    made.queries,
+                    preconditioner=influence.preconditioner,
+                    damping=influence.damping,
+                    moments=made.moments,
                 )
             total += np.float32(weight) * matrix
-            bytes_per_example += sum(file.stat().st_size for file in scratch.glob("rows-*")) // max(1, len(store))
+            size = sum(file.stat().st_size for file in scratch.glob("rows-*"))
+            bytes_per_example += size // max(1, len(made.store))
     shutil.rmtree(scratch, ignore_errors=True)
     return Scored(total, seconds, bytes_per_example)
-
-
-def _fit(
-    seconds: dict[str, float],
-    method: Method,
-    model: Any,
-    pool: Sequence[dict[str, Any]],
-    options: dict[str, Any],
-    projection: Projection,
-) -> Projection:
-    with timed(seconds, "fitting the sketch"):
-        sizes: dict[str, Any] = {"examples": method.sketch_examples, "damping": method.damping}
-        return fit_projection(model, pool, projection=projection, **sizes, **options)
 
 
 def shorten(example: Mapping[str, Any], share: float) -> dict[str, Any]:

@@ -78,7 +78,9 @@ def plan(
     proposals = []
     for row in fidelity_table():
         method = method_of(row["settings"])
-        size = row_bytes(width_of(method.rows(), method.sketch, method.preconditioner, model), method.store_dtype)
+        gradients = method.gradients()
+        width = width_of(gradients.projection, gradients.sketch, method.preconditioner, model)
+        size = row_bytes(width, gradients.store_dtype)
         proposals.append(
             Proposal(
                 method,
@@ -107,7 +109,7 @@ def measure(model: nn.Module, dataset: Sequence[Mapping[str, Any]]) -> float:
         tokens += len(sample[-1]["input_ids"])
         if tokens >= SAMPLE_TOKENS:
             break
-    projection = method_of("ekfac-cosine").rows()
+    projection = method_of("ekfac-cosine").gradients().projection
     elapsed = []
     for _ in range(2):
         start = time.perf_counter()

@@ -9,20 +9,16 @@ from typing import Any
 import numpy as np
 
 from influence_fast import scoring
-from influence_fast.adam import adam_moments
-from influence_fast.building import build_store
 from influence_fast.config import GradientConfig, InfluenceConfig
 from influence_fast.data import Example, tokenize
 from influence_fast.difficulty import pass_rates
 from influence_fast.embeddings import embedding_ranks
 from influence_fast.evaluation import EvalConfig
-from influence_fast.gradients import per_example_gradients, per_example_losses
-from influence_fast.lora import gradient_layout
+from influence_fast.gradients import per_example_losses
 from influence_fast.packing import IGNORED
-from influence_fast.projection import Projection
+from influence_fast.pool_gradients import pool_gradients
 from influence_fast.queries import Queries
 from influence_fast.scores import ScoreTable
-from influence_fast.sketch_fitting import fit_projection, resolved
 from influence_fast.strategies import EMBEDDING_RANK, PASS_RATE
 from influence_fast.timing import timed
 
@@ -76,35 +72,17 @@ def score_pool(
     finite gradient are set aside by the store and have no row in the table.
     """
     seconds: dict[str, float] = {}
-
-    options: dict[str, Any] = {
-        "loss_reduction": gradients.loss_reduction,
-        "precision": gradients.precision,
-        "max_tokens": gradients.max_tokens,
-    }
-
-    def fit(projection: Projection) -> Projection:
-        with timed(seconds, "fitting the sketch"):
-            sizes: dict[str, Any] = {"examples": gradients.sketch_examples, "damping": influence.damping}
-            return fit_projection(model, pool, projection=projection, folder=store_path, **sizes, **options)
-
-    projection = resolved(gradients.projection, gradients.sketch, influence.preconditioner, model, fit)
-    options["projection"] = projection
-    with timed(seconds, "training gradients"):
-        store = build_store(store_path, model, None, pool, dtype=gradients.store_dtype, progress=progress, **options)
-    with timed(seconds, "query gradients"):
-        rows = per_example_gradients(model, tokenize(queries.examples, tokenizer).examples, **options).cpu()
-    moments = None
-    if influence.optimizer is not None:
-        moments = adam_moments(influence.optimizer, gradient_layout(model), projection=projection)
+    asked = tokenize(queries.examples, tokenizer).examples
+    made = pool_gradients(model, pool, asked, store_path, gradients, influence, seconds, progress=progress)
+    store = made.store
     with timed(seconds, "inner products and ranks"):
         table = scoring.influence_scores(
             store,
-            rows,
+            made.queries,
             queries.groups,
             preconditioner=influence.preconditioner,
             damping=influence.damping,
-            moments=moments,
+            moments=made.moments,
         )
     by_id = {example["id"]: example for example in pool}
     stored = [by_id[name] for name in table.ids]

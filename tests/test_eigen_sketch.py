@@ -439,6 +439,7 @@ def test_a_build_that_stopped_before_its_manifest_starts_anew(
         ({"width": 64, "kind": "sjlt"}, "default", False),
         ({"width": 64, "sketch": "random"}, "default", False),
         ({"width": 64, "sketch": "eigen"}, "default", True),
+        ({"kind": "none"}, "default", False),
     ],
 )
 def test_when_a_sketch_is_fitted(gradients: dict[str, Any], preconditioner: str, fits: bool) -> None:
@@ -454,6 +455,9 @@ def test_when_a_sketch_is_fitted(gradients: dict[str, Any], preconditioner: str,
         ({"sketch": "eigen", "kind": "sjlt", "width": 9}, {}, "gradients.sketch: .*random sketch itself"),
         ({"sketch": "eigne", "width": 9}, {}, "is no store's folder; did you mean 'eigen'"),
         ({"width": 9, "sketch_examples": 0}, {}, "sketch_examples must be at least 1"),
+        ({"kind": "none", "width": 9}, {}, "'none' keeps whole gradients of all layers: leave out gradients.width"),
+        ({"kind": "none", "sketch": "eigen"}, {}, "gradients.sketch: exact rows have no sketch"),
+        ({"kind": "one_side"}, {}, "did you mean 'one_sided'"),
         ({"width": 9, "sketch": "random"}, {"preconditioner": "ekfac"}, "random sketch to gradients.width mixes"),
         ({"width": 9, "sketch": "eigen"}, {"preconditioner": "adam"}, "cannot be scored by 'adam'"),
         ({"width": 9, "sketch": "eigen"}, {"preconditioner": "cosine"}, "cannot be scored by 'cosine'"),

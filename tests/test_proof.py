@@ -193,6 +193,8 @@ def change(folder: Path, tmp_path: Path, **validate_settings: Any) -> str:
         ({"methods": ["cosine", {"name": "x", "tokens": 0}]}, "tokens is 0"),
         ({"methods": ["cosine", {"name": "x", "sketch": "eigne"}]}, "did you mean 'eigen'"),
         ({"methods": ["cosine", {"name": "x", "sketch": "eigen"}]}, "needs the width"),
+        ({"methods": ["cosine", {"name": "x", "store_dtype": "int4"}]}, "method x: store_dtype: unknown value 'int4'"),
+        ({"methods": ["cosine", {"name": "x", "projection": "none", "width": 9}]}, "leave out width and layers"),
         ({"methods": ["cosine", {"name": "x", "proxy": "p", "checkpoints": True}]}, "a proxy has one adapter"),
         ({"methods": ["cosine", {"name": "x", "proxy": "missing-model"}]}, "missing-model"),
         ({"share": 1.5}, "validate.share is 1.5"),
