@@ -112,7 +112,9 @@ def build_parser() -> argparse.ArgumentParser:
     _model(sub, adapter=True)
     _data(sub, "--data", "training examples")
     sub.add_argument("--validation", required=True, help="validation questions: hub id, file or folder")
-    sub.add_argument("--output", required=True, help="score table, .parquet or .csv")
+    sub.add_argument(
+        "--output", required=True, help="score table, .parquet or .csv; own answers go to OUTPUT.answers.jsonl"
+    )
     sub.add_argument("--store", help="folder of the gradient store (default: OUTPUT with .store)")
     sub.add_argument("--queries", help="own_answers (default) or reference")
     sub.add_argument("--fallback", help="reference: let the solutions stand in where no own answer is correct")
@@ -442,7 +444,8 @@ def _score(args: Any) -> None:
     validation = load_examples(args.validation)
     answers = None
     if influence.queries == "own_answers":
-        answers = own_answers(model, tokenizer, validation, _evaluation(args), progress=_bars(args))
+        kept = Path(f"{args.output}.answers.jsonl")
+        answers = own_answers(model, tokenizer, validation, _evaluation(args), kept, progress=_bars(args))
     queries = make_queries(validation, answers, args.fallback, needed=("correct",))
     if args.tasks is not None:
         queries = with_tasks(queries, row_groups(load_rows(args.validation), args.tasks))
@@ -466,6 +469,7 @@ def _score(args: Any) -> None:
         [(by_id[name], tokens[name]) for name in table.ids],
         queries,
         PruningConfig().pass_rate_config(_evaluation(args)),
+        transcripts=Path(f"{args.output}.pool.jsonl"),
         progress=_bars(args),
     )
     seconds |= more

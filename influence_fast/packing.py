@@ -48,6 +48,11 @@ def example_name(example: Mapping[str, Any], index: int) -> str:
     return str(example["id"]) if "id" in example else f"examples[{index}]"
 
 
+def teaches(labels: torch.Tensor) -> bool:
+    """Whether a token of labels [n] counts; the first has no token before it that could predict it."""
+    return bool((labels[1:] != IGNORED).any())
+
+
 def check_examples(examples: Sequence[Mapping[str, Any]]) -> None:
     """Raises DataError naming every example that has no gradient: malformed, empty, or all labels ignored."""
     ignored = []
@@ -69,8 +74,7 @@ def check_examples(examples: Sequence[Mapping[str, Any]]) -> None:
                 f"{name}: input_ids and labels must be 1-D and of one length, "
                 f"not {tuple(ids.shape)} and {tuple(labels.shape)}"
             )
-        # labels[0] has no token before it to predict it, so it never counts
-        if not bool((labels[1:] != IGNORED).any()):
+        if not teaches(labels):
             ignored.append(name)
     if ignored:
         raise DataError(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from influence_fast.errors import DataError, ModelError, listing
+from influence_fast.packing import teaches
 
 #: As `influence_fast.gradients.iter_gradient_rows`: (model, examples, *, projection, loss_reduction, max_tokens) ->
 #: batches of (places in `examples`, rows [n, width]). Ours also take `skip`, places that need no row, and any may take
@@ -135,7 +136,7 @@ def tokenized(
             cut = {name: torch.as_tensor(example[name])[:max_length] for name in ("input_ids", "labels")}
             examples.append({**example, **cut})
     for example in examples:
-        if not bool((example["labels"][1:] != -100).any()):
+        if not teaches(example["labels"]):
             set_aside[example["id"]] = "no completion token to learn from"
     kept = [example for example in examples if example["id"] not in set_aside]
     found = {example["id"] for example in kept}

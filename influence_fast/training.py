@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from influence_fast import sft
 from influence_fast.errors import ConfigError, DataError, ModelError, did_you_mean, listing
 from influence_fast.fingerprints import dataset_fingerprint, weight_hashes
-from influence_fast.packing import IGNORED
+from influence_fast.packing import example_name, teaches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -250,14 +250,14 @@ def _check(examples: Sequence[Mapping[str, Any]]) -> None:
         raise DataError("no training examples: check the data source, its limit, and what pruning kept")
     masked = []
     for i, example in enumerate(examples):
-        name = str(example.get("id", f"examples[{i}]"))
+        name = example_name(example, i)
         for key in sft.FIELDS:
             if key not in example:
                 raise DataError(f"{name}: no {key!r}; an example is {{'id', 'input_ids', 'labels'}}")
         labels = torch.as_tensor(example["labels"])
         if len(labels) != len(example["input_ids"]):
             raise DataError(f"{name}: {len(example['input_ids'])} input_ids but {len(labels)} labels")
-        if not bool((labels[1:] != IGNORED).any()):
+        if not teaches(labels):
             masked.append(name)
     if masked:
         raise DataError(

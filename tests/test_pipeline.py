@@ -704,6 +704,29 @@ def test_score_adds_what_the_named_strategies_read(
     assert "did you mean 'embedding'" in capsys.readouterr().err
 
 
+def test_score_asks_no_question_twice_when_it_is_stopped_after_the_answers(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: Path
+) -> None:
+    from influence_fast import generation, pool_scores
+
+    arguments = ["score", "--model", world / "model", "--adapter", chosen / "adapters" / "full-seed0", "--dim", 4]
+    arguments += ["--data", world / "pool.jsonl", "--validation", world / "validation.jsonl", "--max-new-tokens", 6]
+    arguments += ["--fallback", "reference", "--output", tmp_path / "s.csv", "--quiet"]
+
+    def stopped(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pool_scores, "score_pool", stopped)
+        assert main([str(a) for a in arguments]) == 130
+    answers = (tmp_path / "s.csv.answers.jsonl").read_text()
+    assert answers.count("\n") == len((world / "validation.jsonl").read_text().splitlines())
+    monkeypatch.setattr(generation, "_answer", stopped)
+    assert main([str(a) for a in arguments]) == 0
+    assert (tmp_path / "s.csv.answers.jsonl").read_text() == answers
+    assert len(ScoreTable.load(tmp_path / "s.csv").ids) == 40
+
+
 def test_tasks_may_not_be_called_as_groups_are() -> None:
     examples = [Example(str(i), "p", "c", row=i) for i in range(2)]
     queries = Queries(examples, {"correct": [0], "incorrect": [1]}, [])
