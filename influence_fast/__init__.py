@@ -50,6 +50,7 @@ _EXPORTS: dict[str, str] = {
     "plot_ranking_over_training": "checkpoints",
     "quantize_rows": "products",
     "ranking_over_training": "checkpoints",
+    "sample_labels": "fisher_labels",
     "select": "pruning",
     "stream_influence": "streaming",
     "task_examples": "tasks",

@@ -124,6 +124,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--damping", type=_damping, help="share of the mean eigenvalue (0.1), or auto")
     sub.add_argument(
+        "--fisher",
+        help="model (the default): fit the preconditioner on labels that the model draws; data: on the data's own",
+    )
+    sub.add_argument("--fisher-examples", type=int, help="examples that labels are drawn for (512)")
+    sub.add_argument(
         "--optimizer", help="checkpoint whose Adam state 'adam' and 'less' read (default: moments of the rows)"
     )
     _gradient_flags(sub)
@@ -139,6 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", required=True, help="folder of the store, which all processes see")
     _gradient_flags(sub)
     sub.add_argument("--damping", type=_damping, help="of a fitted sketch: as for 'score'")
+    sub.add_argument("--fisher", help="labels that a sketch is fitted on: as for 'score'")
     sub.add_argument("--shard-rows", type=int, help="examples in a shard, which is what a process takes at a time")
     sub.add_argument("--max-tokens", type=int, help="tokens in one packed batch")
     sub.add_argument("--fsdp", type=int, default=1, metavar="N", help="spread each copy of the model over N processes")
@@ -432,7 +438,8 @@ def _score(args: Any) -> None:
 
     _not_an_input(args.output, args.data, args.validation)
     gradients = _gradients(args)
-    influence = InfluenceConfig(**_given(args, "preconditioner", "damping", "optimizer", "queries", "fallback"))
+    names = ("preconditioner", "damping", "fisher", "fisher_examples", "optimizer", "queries", "fallback")
+    influence = InfluenceConfig(**_given(args, *names))
     with _as_flags():
         check_influence(influence, gradients)
     needs = needed_columns(args.strategies)
@@ -509,14 +516,15 @@ def _build(args: Any) -> None:
     from influence_fast.store_build import build_from_source
 
     _quiet_libraries()
-    gradients, influence = _gradients(args), InfluenceConfig(**_given(args, "damping"))
+    gradients, influence = _gradients(args), InfluenceConfig(**_given(args, "damping", "fisher"))
     with _as_flags():
         check_influence(influence, gradients)
     check_precision(gradients.precision, "--precision", sharded=args.fsdp != 1)
-    if args.damping is not None and not gradients.fits_sketch(influence.preconditioner):
-        raise ConfigError(
-            "--damping is that of a fitted sketch, and none is fitted here: give a --width, or leave it out"
-        )
+    for flag in ("damping", "fisher"):
+        if getattr(args, flag) is not None and not gradients.fits_sketch(influence.preconditioner):
+            raise ConfigError(
+                f"--{flag} is that of a fitted sketch, and none is fitted here: give a --width, or leave it out"
+            )
 
     def told(tokens: spooling.Tokens) -> None:
         _say_left_out(args, tokens.too_long)

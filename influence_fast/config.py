@@ -26,6 +26,9 @@ from influence_fast.fp8 import PRECISIONS
 from influence_fast.preconditioners import (
     AUTO,
     DEFAULT,
+    FISHER_EXAMPLES,
+    FISHER_LABELS,
+    FROM_MODEL,
     PRECONDITIONERS,
     SKETCHES,
     Damping,
@@ -137,11 +140,15 @@ class InfluenceConfig:
     held-out rows); `optimizer`, a checkpoint folder with Adam's state, is where `adam` reads second moments. `tasks`
     names the column of the validation rows that says which task a question belongs to, for the strategy `less`.
     `checkpoints` sums the scores over the checkpoints of the fine-tuning, weighted by learning rate (TracIn, LESS), and
-    shows how the ranking moved; it needs `training.save_checkpoints`.
+    shows how the ranking moved; it needs `training.save_checkpoints`. `fisher: model` fits `ekfac`, `fisher` and
+    `datainf` (a fitted sketch too) on gradients of `fisher_examples` of the pool with labels drawn from the model (see
+    `fisher_labels`); `data` fits them on the pool's own.
     """
 
     preconditioner: str = DEFAULT
     damping: Damping = 0.1
+    fisher: str = FROM_MODEL
+    fisher_examples: int = FISHER_EXAMPLES
     optimizer: str | None = None
     queries: str = "own_answers"
     fallback: str | None = None
@@ -281,6 +288,9 @@ def check_influence(influence: InfluenceConfig, gradients: GradientConfig) -> No
     _one_of("gradients.precision", gradients.precision, PRECISIONS)
     _one_of("influence.preconditioner", influence.preconditioner, (DEFAULT, *PRECONDITIONERS))
     _one_of("influence.queries", influence.queries, QUERY_KINDS)
+    _one_of("influence.fisher", influence.fisher, FISHER_LABELS)
+    if influence.fisher_examples < 1:
+        raise ConfigError(f"influence.fisher_examples must be at least 1, not {influence.fisher_examples}")
     if gradients.max_tokens is not None and gradients.max_tokens < 1:
         raise ConfigError(f"gradients.max_tokens is {gradients.max_tokens}; it must be at least 1, or left out")
     if influence.fallback is not None:

@@ -25,12 +25,13 @@ from torch.nn.functional import linear as dense
 from influence_fast import attention, backends, fp8, graphs
 from influence_fast.errors import ConfigError, ModelError, say_once
 from influence_fast.lora import LayoutEntry, LoraLinear, find_lora_linears, in_top_layers, layout_of
-from influence_fast.loss import CompletionLoss
+from influence_fast.loss import CompletionLoss, drawn_tokens
 from influence_fast.memory import layer_bytes
 from influence_fast.packing import Pack
 from influence_fast.projection import Projection
 from influence_fast.reduction import FullReducer, ProjectedReducer, Reducer, segment_sums
 from influence_fast.step_inputs import StepInputs, StepShape
+from influence_fast.transfer import to_device
 
 # Share of a card's free memory that kept activations may fill: gradients inside a layer, and fragments, need the rest.
 _ROOM = 0.8
@@ -357,6 +358,17 @@ class GradientEngine:
         """Losses of a pack [E], without a backward pass."""
         inputs = StepInputs.of(pack, self.loss_reduction, self.reducer.dtype, triton=False)  # nothing is summed
         return self._loss(inputs.to(self.device))[1]
+
+    @torch.no_grad()
+    def draw(self, pack: Pack, uniform: torch.Tensor) -> torch.Tensor:
+        """A token from the model's prediction of each that the loss counts [n] int64, by uniform numbers [n]."""
+        inputs = StepInputs.of(pack, self.loss_reduction, self.reducer.dtype, triton=False).to(self.device)
+        try:
+            hidden, weight, bias = self._hidden(inputs)
+        finally:
+            for group in self._groups:
+                group.forget()
+        return drawn_tokens(hidden, weight, bias, to_device(uniform, self.device))
 
     def _loss(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The pack's summed loss, to differentiate, and the loss of each example [E]."""

@@ -67,6 +67,24 @@ class CompletionLoss(torch.autograd.Function):
         return grad * grad_outputs[0].to(grad.dtype), None, None, None, None, None
 
 
+def drawn_tokens(
+    hidden: torch.Tensor,  # [n, d]
+    weight: torch.Tensor,  # [vocab, d]
+    bias: torch.Tensor | None,  # [vocab]
+    uniform: torch.Tensor,  # [n] fp64 in (0, 1)
+) -> torch.Tensor:
+    """Tokens [n] int64 from softmax(W h + b): the first whose cumulated probability is above the uniform number."""
+    drawn = []
+    step = tokens_at_once(weight.shape[0], hidden.device)
+    for rows, numbers in zip(hidden.split(step), uniform.split(step), strict=True):
+        logits = torch.nn.functional.linear(rows, weight, bias)
+        total = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1).cumsum(dim=1)
+        # times the last sum, which rounding leaves a little beside 1
+        wanted = numbers.to(total.dtype)[:, None] * total[:, -1:]
+        drawn.append(torch.searchsorted(total, wanted, right=True).squeeze(1).clamp_(max=total.shape[1] - 1))
+    return torch.cat(drawn)
+
+
 def by_kernel(
     logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor | None:

@@ -24,6 +24,7 @@ from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
 from influence_fast.gradients import per_example_losses
 from influence_fast.packing import IGNORED
 from influence_fast.pool_gradients import pool_gradients
+from influence_fast.preconditioners import FISHER_EXAMPLES, FROM_DATA, FROM_MODEL
 from influence_fast.scoring import influence_matrix
 from influence_fast.timing import timed
 from influence_fast.training import finetuned
@@ -33,6 +34,7 @@ from influence_fast.training import finetuned
 class Method:
     """One way of scoring.
 
+    fisher, fisher_examples: what the preconditioner is fitted on (see `config.InfluenceConfig`).
     projection: kind, or "none" for exact gradients; dim, width, layers: see `Projection`. sketch, sketch_examples: how
     rows get to that width (see `config.GradientConfig`). store_dtype: fp32, bf16 or int8. tokens: share of each trace's
     completion tokens that is kept, from its start. checkpoints: sum over the reference's saved checkpoints, weighted by
@@ -45,6 +47,8 @@ class Method:
     name: str
     preconditioner: str = "ekfac_cosine"
     damping: Damping = 0.1
+    fisher: str = FROM_MODEL
+    fisher_examples: int = FISHER_EXAMPLES
     projection: str = "one_sided"
     dim: int = 64
     width: int | None = None
@@ -86,7 +90,9 @@ class Method:
     def influence(self, adapter: Path | None = None) -> InfluenceConfig:
         """What its scores under one adapter are made of."""
         optimizer = str(adapter) if self.moments else None
-        return InfluenceConfig(self.preconditioner, damping=self.damping, optimizer=optimizer)
+        return InfluenceConfig(
+            self.preconditioner, self.damping, self.fisher, self.fisher_examples, optimizer=optimizer
+        )
 
 
 #: What can be named in a configuration; anything else is spelt out as a mapping.
@@ -110,7 +116,7 @@ METHODS: dict[str, Method] = {
         Method("tracin", "none", checkpoints=True),
         Method("less-checkpoints", "less", moments=True, checkpoints=True),
         Method("cosine-checkpoints", "cosine", checkpoints=True),
-        Method("trak", "fisher", projection="sjlt", width=2048, store_dtype="fp32"),
+        Method("trak", "fisher", fisher=FROM_DATA, projection="sjlt", width=2048, store_dtype="fp32"),
         Method("loss", loss=True),
     )
 }
@@ -180,6 +186,7 @@ def score_by(
                     preconditioner=influence.preconditioner,
                     damping=influence.damping,
                     moments=made.moments,
+                    fisher=made.fisher,
                 )
             total += np.float32(weight) * matrix
             size = sum(file.stat().st_size for file in scratch.glob("rows-*"))

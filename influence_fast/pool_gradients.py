@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,16 @@ import torch
 from influence_fast.adam import adam_moments
 from influence_fast.building import build_store
 from influence_fast.config import GradientConfig, InfluenceConfig
+from influence_fast.errors import StoreError
+from influence_fast.fisher_labels import sample_labels
 from influence_fast.gradients import per_example_gradients
 from influence_fast.lora import gradient_layout
+from influence_fast.preconditioners import FROM_MODEL
 from influence_fast.projection import Projection
-from influence_fast.sketch_fitting import fit_projection, resolved
+from influence_fast.scoring import reads_fisher
+from influence_fast.sketch_fitting import drawn_unseen, fit_projection, resolved
 from influence_fast.store import Store
+from influence_fast.store_manifest import MANIFEST_NAME
 from influence_fast.timing import timed
 
 
@@ -24,11 +30,13 @@ from influence_fast.timing import timed
 class PoolGradients:
     """Gradients under one adapter, all in rows of one projection.
 
-    store: the pool's. queries: [Q, k] on the host. moments: what `adam` and `less` divide by, if asked for.
+    store: the pool's. queries: [Q, k] on the host. fisher: those that the preconditioner is to be fitted on; None: the
+    pool's. moments: what `adam` and `less` divide by, if asked for.
     """
 
     store: Store
     queries: torch.Tensor
+    fisher: Store | None
     moments: torch.Tensor | None
 
 
@@ -56,15 +64,50 @@ def pool_gradients(
 
     def fit(projection: Projection) -> Projection:
         with timed(seconds, "fitting the sketch"):
-            sizes: dict[str, Any] = {"examples": gradients.sketch_examples, "damping": influence.damping}
-            return fit_projection(model, pool, projection=projection, folder=folder, **sizes, **options)
+            how = sketch_options(gradients, influence)
+            return fit_projection(model, pool, projection=projection, folder=folder, **how, **options)
 
     options["projection"] = resolved(gradients.projection, gradients.sketch, influence.preconditioner, model, fit)
     with timed(seconds, "training gradients"):
         store = build_store(folder, model, None, pool, dtype=gradients.store_dtype, progress=progress, **options)
     with timed(seconds, "query gradients"):
         rows = per_example_gradients(model, queries, **options).cpu()
+    fisher = None
+    if influence.fisher == FROM_MODEL and reads_fisher(store, influence.preconditioner):
+        with timed(seconds, "fisher gradients"):
+            fisher = _fisher_store(model, pool, fisher_folder(folder), gradients.seed, influence, options)
     moments = None
     if influence.optimizer is not None:
         moments = adam_moments(influence.optimizer, gradient_layout(model), projection=options["projection"])
-    return PoolGradients(store, rows, moments)
+    return PoolGradients(store, rows, fisher, moments)
+
+
+def sketch_options(gradients: GradientConfig, influence: InfluenceConfig) -> dict[str, Any]:
+    """How `fit_projection` is to fit a sketch."""
+    return {"examples": gradients.sketch_examples, "damping": influence.damping, "labels": influence.fisher}
+
+
+def fisher_folder(store: str | Path) -> Path:
+    """Where the rows lie that the preconditioner of a store is fitted on."""
+    return Path(f"{store}.fisher")
+
+
+def _fisher_store(
+    model: Any,
+    pool: Sequence[dict[str, Any]],
+    folder: Path,
+    seed: int,
+    influence: InfluenceConfig,
+    options: dict[str, Any],
+) -> Store:
+    """Gradients of some of the pool with labels drawn from the model. Rows of other draws are made anew: these are no
+    one's but ours, and a rounding on another machine can draw another label."""
+    limits = {name: options[name] for name in ("max_tokens", "precision")}
+    drawn = sample_labels(model, drawn_unseen(pool, influence.fisher_examples), seed=seed, **limits)
+    try:
+        return build_store(folder, model, None, drawn, dtype="fp32", progress=False, **options)
+    except StoreError:
+        if not (folder / MANIFEST_NAME).exists():
+            raise
+    shutil.rmtree(folder)
+    return build_store(folder, model, None, drawn, dtype="fp32", progress=False, **options)

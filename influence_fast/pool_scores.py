@@ -83,6 +83,7 @@ def score_pool(
             preconditioner=influence.preconditioner,
             damping=influence.damping,
             moments=made.moments,
+            fisher=made.fisher,
         )
     by_id = {example["id"]: example for example in pool}
     stored = [by_id[name] for name in table.ids]

@@ -34,6 +34,10 @@ from influence_fast.whitened import UnitNorm
 __all__ = [
     "AUTO",
     "DEFAULT",
+    "FISHER_EXAMPLES",
+    "FISHER_LABELS",
+    "FROM_DATA",
+    "FROM_MODEL",
     "MAX_DENSE",
     "PRECONDITIONERS",
     "SKETCHES",
@@ -55,6 +59,7 @@ __all__ = [
     "fit_ekfac",
     "fit_fisher",
     "fits_sketch",
+    "reads_fisher",
 ]
 
 
@@ -63,6 +68,10 @@ __all__ = [
 #: imported without blocks.
 DEFAULT = "default"
 SKETCHES = (AUTO, "random", "eigen")  # how rows get to their width
+FROM_MODEL, FROM_DATA = "model", "data"
+FISHER_LABELS = (FROM_MODEL, FROM_DATA)  # whose gradients a Fisher information is of: see `fisher_labels`
+FISHER_EXAMPLES = 512  # by so many; in the small worlds of the proof a hundred do (docs/results.md)
+_READ_FISHER = ("fisher", "fisher_cosine", "ekfac", "ekfac_cosine", "datainf")
 _AFTER_SKETCH = {DEFAULT: "cosine", "ekfac_cosine": "cosine", "ekfac": "none"}  # see `after_sketch`
 
 
@@ -147,6 +156,14 @@ def resolve(name: str, factors: list[LayoutEntry] | None) -> str:
     if name not in PRECONDITIONERS:
         raise ConfigError(f"unknown preconditioner {name!r}; {did_you_mean(name, (DEFAULT, *PRECONDITIONERS))}")
     return name
+
+
+def reads_fisher(name: str, factors: list[LayoutEntry] | None) -> bool:
+    """Whether `name` is fitted on second moments of gradients that stand for a Fisher information.
+
+    Those of `adam` and `less` stand for an optimizer's state, which saw the data's own labels.
+    """
+    return resolve(name, factors) in _READ_FISHER
 
 
 def after_sketch(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ def influence_scores(
     preconditioner: str = preconditioners.DEFAULT,
     damping: preconditioners.Damping = 0.1,
     moments: torch.Tensor | None = None,
+    fisher: Store | None = None,
 ) -> ScoreTable:
     """Scores every row of `store` against groups of query gradients.
 
@@ -39,6 +41,9 @@ def influence_scores(
         damping: share of a block's mean eigenvalue added to its eigenvalues, or "auto" (see `damping`). Rows of a
             fitted sketch keep the damping that it was fitted with.
         moments: [k] second moments for "adam" and "less" (see `adam.adam_moments`); by default those of the rows.
+        fisher: gradients of examples whose labels were drawn from the model (see `sample_labels`), which "ekfac",
+            "fisher" and "datainf" are then fitted on: its Fisher information. By default the rows of `store`: the
+            empirical Fisher.
 
     Returns:
         For each group g: `s_g` (mean influence), `rank_g` (rank of that mean, 1 = lowest, ties averaged) and
@@ -47,11 +52,12 @@ def influence_scores(
     Raises:
         DataError: the queries do not fit the store, or every group is empty.
         ConfigError: unknown preconditioner, or one that does not fit this width.
+        StoreError: `fisher` is of another model, adapter or projection than `store`.
     """
     used = {name: list(members) for name, members in groups.items() if len(members)}
     if not used:
         raise DataError("there is no query to score against: every group is empty")
-    rows, queries, options = _prepared(store, queries, preconditioner, damping, moments)
+    rows, queries, options = _prepared(store, queries, preconditioner, damping, moments, fisher)
     result = inner_products(rows, queries, **options, groups=list(used.values()), ranks=True)
     means, ranks = np.asarray(result.group_means, np.float64), np.asarray(result.mean_ranks, np.float64)
     columns = {}
@@ -69,12 +75,13 @@ def influence_matrix(
     preconditioner: str = preconditioners.DEFAULT,
     damping: preconditioners.Damping = 0.1,
     moments: torch.Tensor | None = None,
+    fisher: Store | None = None,
 ) -> np.ndarray:
     """[N, Q] fp32: I(d, v) of every row of `store` (in the order of `store.ids`) on every query.
 
     For many queries take `influence_scores`, which never holds the matrix. Arguments and errors are its own.
     """
-    rows, queries, options = _prepared(store, queries, preconditioner, damping, moments)
+    rows, queries, options = _prepared(store, queries, preconditioner, damping, moments, fisher)
     return np.asarray(inner_products(rows, queries, **options), np.float32)
 
 
@@ -84,6 +91,7 @@ def _prepared(
     preconditioner: str,
     damping: preconditioners.Damping,
     moments: torch.Tensor | None,
+    fisher: Store | None,
 ) -> tuple[Any, torch.Tensor, dict[str, Any]]:
     """What `inner_products` is called with: rows, preconditioned queries [Q, k], options."""
     queries = torch.as_tensor(queries)
@@ -94,9 +102,14 @@ def _prepared(
         )
     if store.identity.projection_sketch is not None:
         preconditioner = preconditioners.after_sketch(preconditioner)
+    source = store
+    if fisher is not None and reads_fisher(store, preconditioner):
+        data = {"dataset_fingerprint": None, "tokenization": None, "tokenizer_hash": None}
+        fisher.identity.check(replace(store.identity, **data), fisher.path)
+        source = fisher
     fitted = preconditioners.fit(
         preconditioner,
-        lambda: _row_blocks(store),
+        lambda: _row_blocks(source),
         blocks_of(store),
         damping=damping,
         factors=factors_of(store),
@@ -106,6 +119,12 @@ def _prepared(
     # H^-1 q spreads over decades where the rows are small: 8 bits of it would be too few
     precision = "fast" if isinstance(fitted, preconditioners.Identity) else "high"
     return rows, fitted.apply(queries.float()), {"normalize": fitted.normalize, "precision": precision}
+
+
+def reads_fisher(store: Store, preconditioner: str) -> bool:
+    """Whether the preconditioner of that name is fitted on rows like the store's; a fitted sketch has that in it."""
+    sketched = store.identity.projection_sketch is not None
+    return not sketched and preconditioners.reads_fisher(preconditioner, factors_of(store))
 
 
 class _Divided:

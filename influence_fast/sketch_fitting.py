@@ -13,11 +13,12 @@ import torch
 from influence_fast.damping import AUTO, Damping, check_damping
 from influence_fast.eigen_sketch import DEFAULT_EXAMPLES, FILES, EigenSketch, check_projection
 from influence_fast.ekfac import Ekfac, fit_ekfac
-from influence_fast.errors import ConfigError, DataError, StoreError
+from influence_fast.errors import ConfigError, DataError, StoreError, did_you_mean
 from influence_fast.fingerprints import dataset_fingerprint, weight_hashes
+from influence_fast.fisher_labels import sample_labels
 from influence_fast.gradients import iter_gradient_rows
 from influence_fast.lora import gradient_layout, layout_width
-from influence_fast.preconditioners import SKETCHES, fits_sketch
+from influence_fast.preconditioners import FISHER_LABELS, FROM_MODEL, SKETCHES, fits_sketch
 from influence_fast.projection import Projection
 from influence_fast.shard_rows import GradientSource, tokenized
 from influence_fast.store import fitted_sketch, open_store
@@ -39,6 +40,7 @@ def fit_projection(
     projection: Projection,
     examples: int = DEFAULT_EXAMPLES,
     damping: Damping = 0.1,
+    labels: str = FROM_MODEL,
     loss_reduction: str = "mean",
     precision: str = "auto",
     max_tokens: int | None = None,
@@ -56,6 +58,7 @@ def fit_projection(
         projection: kind "one_sided" or "kron", with the `width` that rows are to have.
         examples: how many are drawn.
         damping: share of each block's mean eigenvalue that is added to its eigenvalues, or "auto" (see `damping`).
+        labels: "model" draws them from the model's predictions (see `fisher_labels`), "data" takes the examples' own.
         folder: the store's folder. What was fitted there before for the same is taken; else the result is kept there.
         share: how the processes that share `folder` agree on who fits; by default there is this one (`alone`).
 
@@ -77,10 +80,13 @@ def fit_projection(
             f"a width of {projection.width} is more than the {layout_width(layout)} numbers that a row has: leave the "
             "width out"
         )
-    sample = _tokens(_sample(dataset, examples), tokenizer, max_length, truncate)
+    if labels not in FISHER_LABELS:
+        raise ConfigError(f"labels: unknown value {labels!r}; {did_you_mean(labels, FISHER_LABELS)}")
+    sample = _tokens(drawn_unseen(dataset, examples), tokenizer, max_length, truncate)
     base, adapter = weight_hashes(model)
     purpose: dict[str, Any] = {
         "projection": repr(projection),
+        "labels": labels,
         "damping": damping if isinstance(damping, str) else float(damping),
         "loss_reduction": loss_reduction,
         "precision": precision,
@@ -94,7 +100,12 @@ def fit_projection(
         if gradients is None:
             options["precision"] = precision
         source: GradientSource = iter_gradient_rows if gradients is None else gradients
-        rows = _finite(source(model, sample, **options), beat)
+        asked = sample
+        if labels == FROM_MODEL:
+            asked = sample_labels(
+                model, sample, seed=projection.seed, max_tokens=max_tokens, precision=precision, beat=beat
+            )
+        rows = _finite(source(model, asked, **options), beat)
         piece = max(1, _PIECE // rows.shape[1])
         return leading(fit_ekfac(lambda: rows.split(piece), layout, damping), projection, purpose)
 
@@ -203,10 +214,10 @@ def kept_sketch(folder: Path, purpose: Mapping[str, Any]) -> EigenSketch | None:
     return None
 
 
-def _sample(dataset: Sequence[Any], examples: int) -> list[Any]:
+def drawn_unseen(dataset: Sequence[Any], examples: int) -> list[Any]:
     """Up to `examples` of the dataset in its order; which ones depends on nothing but their numbers."""
     if len(dataset) == 0:
-        raise DataError("there is no example to fit a sketch on")
+        raise DataError("there is no example to fit on")
     places = np.sort(np.random.default_rng(0).permutation(len(dataset))[:examples]).tolist()
     sample = [dataset[place] for place in places]
     return [{"id": str(p), **e} if isinstance(e, Mapping) else e for p, e in zip(places, sample, strict=True)]

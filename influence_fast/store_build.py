@@ -12,6 +12,7 @@ from influence_fast import distributed, metrics, processes, sharded, spooling
 from influence_fast.config import GradientConfig, InfluenceConfig, ModelConfig
 from influence_fast.fp8 import check_precision
 from influence_fast.models import load_model, load_tokenizer
+from influence_fast.pool_gradients import sketch_options
 from influence_fast.processes import World
 from influence_fast.projection import Projection
 from influence_fast.sketch_fitting import resolved
@@ -74,8 +75,8 @@ def build_from_source(
     shared["loss_reduction"] = gradients.loss_reduction
 
     def fit(projection: Projection) -> Projection:
-        sizes: dict[str, Any] = {"examples": gradients.sketch_examples, "damping": influence.damping}
-        return distributed.fit_projection(folder, loaded, tokens, projection=projection, **sizes, **shared)
+        how = sketch_options(gradients, influence)
+        return distributed.fit_projection(folder, loaded, tokens, projection=projection, **how, **shared)
 
     projection = resolved(gradients.projection, gradients.sketch, influence.preconditioner, loaded, fit)
     store = distributed.build_distributed(

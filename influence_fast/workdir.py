@@ -133,6 +133,9 @@ def _with_defaults(recorded: Any) -> Any:
     gradients = recorded.get("gradients") if isinstance(recorded, dict) else None
     if isinstance(gradients, dict) and "sketch" not in gradients and gradients.get("width") is not None:
         gradients["sketch"] = "random"  # there was no other
+    influence = recorded.get("influence") if isinstance(recorded, dict) else None
+    if isinstance(influence, dict) and "fisher" not in influence:
+        influence["fisher"] = "data"  # nor were there labels of the model's
     try:
         filled = to_dict(from_dict(RunConfig, {"output": "", **recorded}))
     except (ConfigError, TypeError):

@@ -510,7 +510,7 @@ def test_one_engine_serves_all_shards_and_none_is_opened_for_a_finished_store(
 
 # The builder imports everything once, then forks a child for each line it reads, so that a trial costs the build alone.
 BUILDER = """
-import os, signal, sys, time
+import gc, os, signal, sys, time
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -531,6 +531,8 @@ examples = []
 for i in range(48):
     ids = torch.randint(5, 300, (int(torch.randint(3, 40, (), generator=generator)),), generator=generator)
     examples.append(dict(id=f"e{i}", input_ids=ids, labels=ids.clone()))
+gc.collect()
+gc.freeze()  # a collection of all that was imported takes as long as a build, and would fall into one and not another
 print("ready", flush=True)
 for line in sys.stdin:
     path, kill_after = line.rstrip("\\n").split("\\t")

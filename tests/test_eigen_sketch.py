@@ -109,7 +109,7 @@ def test_a_block_without_gradients_is_left_out_first() -> None:
 
 def test_at_full_width_scores_are_those_of_ekfac(tmp_path: Path, model: Any, examples: list[dict[str, Any]]) -> None:
     full = replace(WHOLE, width=layout_width(gradient_layout(model, WHOLE)))
-    made = fit_projection(model, examples, projection=full, damping=0.3)
+    made = fit_projection(model, examples, projection=full, damping=0.3, labels="data")
     options: dict[str, Any] = {"dtype": "fp32", "progress": False}
     plain = build_store(tmp_path / "plain", model, None, examples, projection=WHOLE, **options)
     fitted = build_store(tmp_path / "fitted", model, None, examples, projection=made, **options)

@@ -117,7 +117,8 @@ def test_pruned_data_keeps_the_inputs_own_rows(world: Path, results: dict[str, A
 
 
 def test_scores_are_inner_products_of_exact_pieces(world: Path, results: dict[str, Any]) -> None:
-    """The table against a float64 computation from scratch: gradients, damped Fisher, mean over the groups."""
+    """The table against a float64 computation from scratch: gradients, damped Fisher of labels that the model draws,
+    mean over the groups."""
     import influence_fast as inf
     from influence_fast.data import tokenize
     from influence_fast.models import load_model, load_tokenizer
@@ -125,10 +126,13 @@ def test_scores_are_inner_products_of_exact_pieces(world: Path, results: dict[st
     from influence_fast.training import load_finetuned
 
     run = world / "run"
-    model = load_finetuned(load_model(world / "model"), run / "adapters" / "full-seed0").double()
+    model = load_finetuned(load_model(world / "model"), run / "adapters" / "full-seed0")
     tokenizer = load_tokenizer(world / "model")
     projection = inf.Projection(dim=4)
     pool = tokenize(load_examples(world / "pool.jsonl"), tokenizer).examples
+    drawn = inf.sample_labels(model, pool)
+    model = model.double()
+    drawn_rows = inf.per_example_gradients(model, drawn, projection=projection)
     rows = inf.per_example_gradients(model, pool, projection=projection)
     answers = json.loads((run / "own_answers.json").read_text())["value"]
     queries = make_queries(load_examples(world / "validation.jsonl"), answers, None)
@@ -136,7 +140,7 @@ def test_scores_are_inner_products_of_exact_pieces(world: Path, results: dict[st
     scores = torch.zeros(len(pool), len(queries.examples), dtype=torch.float64)
     for start, end in module_blocks(inf.gradient_layout(model, projection)):
         block = rows[:, start:end]
-        fisher = block.T @ block / len(rows)
+        fisher = drawn_rows[:, start:end].T @ drawn_rows[:, start:end] / len(drawn_rows)
         damped = fisher + 0.1 * fisher.diagonal().mean() * torch.eye(end - start)
         scores += block @ torch.linalg.solve(damped, asked[:, start:end].T)
     table = ScoreTable.load(run / "scores.parquet")
@@ -222,7 +226,7 @@ def test_seeds_share_what_they_can_and_only_random_draws_again(crossed: tuple[Pa
     assert [_training_record(run, f"full-seed{s}")["train"]["seed"] for s in (0, 1)] == [0, 1]
     assert [p.name for p in (run / "adapters").glob("reference*")] == ["reference-seed0"]
     assert len(list((run / "evaluations").glob("base*"))) == 1
-    assert len(list(run.glob("**/manifest.json"))) == 1
+    assert sorted(path.parent.name for path in run.glob("**/manifest.json")) == ["store", "store.fisher"]
 
 
 def test_scores_of_one_model_prune_the_data_of_another(world: Path, crossed: tuple[Path, dict[str, Any]]) -> None:
@@ -351,6 +355,12 @@ def test_a_run_of_an_earlier_version_goes_on(world: Path, results: dict[str, Any
     del raw["gradients"]["sketch"], raw["pruning"]["max_similar"]
     record.write_text(yaml.safe_dump(raw))
     RunFolder(load_config(world / "config.yaml"))
+    older = raw | {"influence": {k: v for k, v in raw["influence"].items() if not k.startswith("fisher")}}
+    record.write_text(yaml.safe_dump(older))  # its scores are of the data's labels, as they then all were
+    with pytest.raises(ConfigError, match=r"another configuration \(influence.fisher: 'data' against 'model'"):
+        RunFolder(load_config(world / "config.yaml"))
+    config = load_config(world / "config.yaml")
+    RunFolder(dataclasses.replace(config, influence=dataclasses.replace(config.influence, fisher="data")))
     record.write_text(yaml.safe_dump(raw | {"a_later_setting": 1}))
     with pytest.raises(ConfigError, match=r"another configuration \(a_later_setting"):
         RunFolder(load_config(world / "config.yaml"))

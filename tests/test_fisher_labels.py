@@ -1,0 +1,203 @@
+"""Labels drawn from the model: their distribution, what decides them, and the preconditioners fitted on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import influence_fast as inf
+from influence_fast import fisher_labels, loss
+from influence_fast.config import GradientConfig, InfluenceConfig, check_influence
+from influence_fast.errors import ConfigError, StoreError
+from influence_fast.loss import drawn_tokens
+from influence_fast.pool_gradients import fisher_folder, pool_gradients
+from influence_fast.preconditioners import fit
+from influence_fast.scoring import blocks_of, factors_of, influence_matrix
+
+
+def make_examples(count: int = 9, seed: int = 0) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for i, n in enumerate(torch.randint(3, 30, (count,), generator=generator).tolist()):
+        ids = torch.randint(0, 90, (n,), generator=generator)
+        labels = torch.where(torch.arange(n) < n // 3, -100, ids)
+        examples.append({"id": f"{seed}-{i}", "input_ids": ids, "labels": labels, "more": i})
+    return examples
+
+
+def labels_of(examples: list[dict[str, Any]]) -> dict[str, list[int]]:
+    return {example["id"]: example["labels"].tolist() for example in examples}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_tokens_are_drawn_as_often_as_the_model_predicts_them(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss, "tokens_at_once", lambda *_: 999)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 3, generator=generator).to(dtype)
+    weight, bias = torch.randn(7, 3, generator=generator).to(dtype), torch.randn(7, generator=generator).to(dtype)
+    count = 20_000
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    drawn = drawn_tokens(hidden.expand(count, 3), weight, bias, uniform)
+    share = torch.bincount(drawn, minlength=7).double() / count
+    wanted = torch.softmax((hidden @ weight.T + bias).double(), dim=1)[0]
+    assert float((share - wanted).abs().max()) < (2e-3 if dtype == torch.bfloat16 else 2e-4)
+    ends = drawn_tokens(hidden.expand(2, 3), weight, bias, torch.tensor([0.0, 1.0], dtype=torch.float64))
+    assert ends.tolist() == [0, 6]
+
+
+def test_what_decides_a_draw(tiny_lora: Callable[..., Any]) -> None:
+    model, examples = tiny_lora(), make_examples()
+    before = labels_of(examples)
+    drawn = inf.sample_labels(model, examples)
+    assert labels_of(examples) == before
+    for one, other in zip(examples, drawn, strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
+        assert other["more"] == one["more"]
+        assert torch.equal(one["labels"] == -100, other["labels"] == -100)
+        assert other["labels"].dtype == one["labels"].dtype
+    found = labels_of(drawn)
+    assert found != before
+    assert labels_of(inf.sample_labels(model, examples, max_tokens=1)) == found
+    assert labels_of(inf.sample_labels(model, examples[::-1][:4])).items() <= found.items()
+    assert labels_of(inf.sample_labels(model, examples, seed=1)) != found
+    renamed = inf.sample_labels(model, [{**example, "id": f"x{example['id']}"} for example in examples])
+    assert list(labels_of(renamed).values()) == list(found.values())
+
+
+def test_a_first_label_that_counts_for_nothing_is_left_as_it_is(tiny_lora: Callable[..., Any]) -> None:
+    ids = torch.arange(5, 12)
+    (drawn,) = inf.sample_labels(tiny_lora(), [{"id": "a", "input_ids": ids, "labels": ids}])
+    assert int(drawn["labels"][0]) == 5
+
+
+def test_second_moments_are_the_fisher_information(
+    tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one token after a prompt: the sum over the whole vocabulary against many draws."""
+    numbers = iter(torch.rand(4000, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
+    monkeypatch.setattr(fisher_labels, "_uniform", lambda *_: next(numbers))
+    model, projection = tiny_lora(vocab_size=24), inf.Projection(dim=2)
+    prompt = torch.tensor([3, 1, 4, 1])
+    every = [
+        {"id": str(c), "input_ids": torch.cat([prompt, torch.tensor([9])]), "labels": torch.tensor([-100] * 4 + [c])}
+        for c in range(24)
+    ]
+    rows = inf.per_example_gradients(model, every, projection=projection).double()
+    chance = (-inf.per_example_losses(model, every)).double().exp()
+    assert abs(float(chance.sum()) - 1) < 1e-5
+    exact = (rows * chance[:, None]).T @ rows
+    asked = [{**every[0], "id": f"draw-{i}"} for i in range(4000)]
+    drawn = inf.sample_labels(model, asked)
+    counts = torch.bincount(torch.tensor([int(example["labels"][-1]) for example in drawn]), minlength=24).double()
+    sampled = (rows * (counts / 4000)[:, None]).T @ rows
+    assert float((sampled - exact).norm() / exact.norm()) < 0.1
+    assert float((counts / 4000 - chance).abs().max()) < 0.03
+
+
+@pytest.mark.parametrize("name", ["ekfac", "ekfac_cosine", "fisher", "datainf", "default"])
+def test_preconditioners_are_fitted_on_the_rows_that_are_given(
+    tiny_lora: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    model, pool, queries = tiny_lora(), make_examples(12), make_examples(3, 1)
+    settings = GradientConfig(dim=4, store_dtype="fp32")
+    influence = InfluenceConfig(name, fisher_examples=7)
+    seconds: dict[str, float] = {}
+    made = pool_gradients(model, pool, queries, tmp_path / "s", settings, influence, seconds, progress=False)
+    assert "fisher gradients" in seconds
+    assert made.fisher is not None
+    assert len(made.fisher) == 7
+    by_id = {example["id"]: example for example in pool}
+    drawn = inf.sample_labels(model, [by_id[i] for i in made.fisher.ids])
+    rows = inf.per_example_gradients(model, drawn, projection=settings.projection)
+    assert torch.equal(made.fisher.rows(), rows)
+    got = influence_matrix(made.store, made.queries, preconditioner=name, fisher=made.fisher)
+    fitted = fit(name, lambda: [rows], blocks_of(made.store), factors=factors_of(made.store))
+    wanted = made.store.rows().double() @ fitted.apply(made.queries).double().T
+    if name in ("ekfac_cosine", "default"):
+        wanted /= fitted.row_norms(made.store.rows())[:, None]
+    assert float((torch.from_numpy(got) - wanted).norm() / wanted.norm()) < 1e-3
+    plain = torch.from_numpy(influence_matrix(made.store, made.queries, preconditioner=name))
+    assert float((plain - wanted).norm() / wanted.norm()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("influence", "gradients"),
+    [
+        ({"preconditioner": "cosine"}, {}),
+        ({"preconditioner": "adam"}, {}),
+        ({"preconditioner": "ekfac", "fisher": "data"}, {}),
+        ({}, {"width": 24}),  # of a fitted sketch
+        ({}, {"width": 24, "sketch": "random"}),  # cosines of rows that have no blocks
+    ],
+)
+def test_no_labels_are_drawn_where_nothing_reads_them(
+    tiny_lora: Callable[..., Any], tmp_path: Path, influence: dict[str, Any], gradients: dict[str, Any]
+) -> None:
+    settings, how = GradientConfig(dim=4, **gradients), InfluenceConfig(**influence)
+    made = pool_gradients(tiny_lora(), make_examples(), make_examples(2, 1), tmp_path / "s", settings, how, {})
+    assert made.fisher is None
+    assert not fisher_folder(tmp_path / "s").exists()
+
+
+def test_rows_of_other_draws_are_made_anew_and_nothing_else_is_touched(
+    tiny_lora: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, pool, queries = tiny_lora(), make_examples(), make_examples(2, 1)
+    settings, folder = GradientConfig(dim=4), fisher_folder(tmp_path / "s")
+    asked = (model, pool, queries, tmp_path / "s", settings)
+    first = pool_gradients(*asked, InfluenceConfig(fisher_examples=5), {}, progress=False)
+    stamp = (folder / "manifest.json").stat().st_mtime_ns
+    pool_gradients(*asked, InfluenceConfig(fisher_examples=5), {}, progress=False)
+    assert (folder / "manifest.json").stat().st_mtime_ns == stamp
+    more = pool_gradients(*asked, InfluenceConfig(fisher_examples=6), {}, progress=False)
+    assert (len(first.fisher), len(more.fisher)) == (5, 6)
+    other = fisher_folder(tmp_path / "t")
+    other.mkdir()
+    (other / "mine.txt").write_text("not a store")
+    with pytest.raises(StoreError, match=r"t\.fisher"):
+        pool_gradients(model, pool, queries, tmp_path / "t", settings, InfluenceConfig(), {}, progress=False)
+    assert (other / "mine.txt").read_text() == "not a store"
+
+
+def test_rows_of_another_adapter_or_projection_are_refused(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
+    model, examples = tiny_lora(), make_examples()
+    store = inf.build_store(tmp_path / "s", model, None, examples, projection=inf.Projection(dim=4), progress=False)
+    wrong = inf.build_store(tmp_path / "w", model, None, examples, projection=inf.Projection(dim=5), progress=False)
+    queries = inf.per_example_gradients(model, examples[:2], projection=inf.Projection(dim=4))
+    with pytest.raises(StoreError, match="projection_dim"):
+        inf.influence_scores(store, queries, {"correct": [0]}, preconditioner="ekfac", fisher=wrong)
+    inf.influence_scores(store, queries, {"correct": [0]}, preconditioner="cosine", fisher=wrong)  # reads none
+
+
+def test_a_sketch_is_fitted_on_drawn_labels_unless_told_otherwise(
+    tiny_lora: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, examples = tiny_lora(), make_examples(30)
+    plain = inf.Projection(dim=4, width=40)
+    drawn = inf.fit_projection(model, examples, projection=plain)
+    given = inf.fit_projection(model, examples, projection=plain, labels="data")
+    again = inf.fit_projection(model, inf.sample_labels(model, examples), projection=plain, labels="data")
+    assert drawn.sketch is not None
+    assert given.sketch is not None
+    assert again.sketch is not None
+    assert torch.equal(drawn.sketch.scale, again.sketch.scale)
+    assert not torch.equal(drawn.sketch.scale, given.sketch.scale)
+    inf.fit_projection(model, examples, projection=plain, folder=tmp_path / "s")
+    with pytest.raises(ConfigError, match="did you mean 'data'"):
+        inf.fit_projection(model, examples, projection=plain, labels="date")
+
+
+def test_mistakes_in_settings_are_named() -> None:
+    for settings, message in (
+        ({"fisher": "modle"}, "influence.fisher: unknown value 'modle'; did you mean 'model'"),
+        ({"fisher_examples": 0}, "influence.fisher_examples must be at least 1, not 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_influence(dataclasses.replace(InfluenceConfig(), **settings), GradientConfig())
