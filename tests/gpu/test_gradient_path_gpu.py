@@ -131,6 +131,21 @@ def test_a_fitted_sketch_makes_the_rows_of_the_cpu(tiny_lora: Callable[..., Any]
     assert float((results[-1] - truth).norm() / truth.norm()) < bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_labels_are_drawn_as_on_the_cpu(tiny_lora: Callable[..., Any], backend: str, dtype: torch.dtype) -> None:
+    """But where a uniform number falls between two roundings of a probability."""
+    model, examples = tiny_lora(), make_examples(60)
+    here = inf.sample_labels(model.to(dtype), examples)
+    model.to(CUDA)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("INFLUENCE_FAST_BACKEND", backend)
+        there = inf.sample_labels(model, examples)
+    pairs = [(a["labels"], b["labels"]) for a, b in zip(here, there, strict=True)]
+    same = torch.cat([(a == b)[a != -100] for a, b in pairs]).double().mean()
+    assert float(same) > (0.999 if dtype == torch.float32 else 0.9)
+    assert all(torch.equal(a == -100, b == -100) for a, b in pairs)
+
+
 @pytest.mark.parametrize(
     "projection",
     [None, inf.Projection(dim=8), inf.Projection(dim=8, width=64), inf.Projection("sjlt", width=64)],
