@@ -127,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--fisher",
         help="model (the default): fit the preconditioner on labels that the model draws; data: on the data's own",
     )
-    sub.add_argument("--fisher-examples", type=int, help="examples that labels are drawn for (512)")
+    sub.add_argument("--fisher-examples", type=int, help="examples that labels are drawn for (1024)")
     sub.add_argument(
         "--optimizer", help="checkpoint whose Adam state 'adam' and 'less' read (default: moments of the rows)"
     )

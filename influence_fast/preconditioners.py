@@ -70,7 +70,7 @@ DEFAULT = "default"
 SKETCHES = (AUTO, "random", "eigen")  # how rows get to their width
 FROM_MODEL, FROM_DATA = "model", "data"
 FISHER_LABELS = (FROM_MODEL, FROM_DATA)  # whose gradients a Fisher information is of: see `fisher_labels`
-FISHER_EXAMPLES = 512  # by so many; in the small worlds of the proof a hundred do (docs/results.md)
+FISHER_EXAMPLES = 1024  # of so many at most; in the small worlds of the proof some hundred do (docs/results.md)
 _READ_FISHER = ("fisher", "fisher_cosine", "ekfac", "ekfac_cosine", "datainf")
 _AFTER_SKETCH = {DEFAULT: "cosine", "ekfac_cosine": "cosine", "ekfac": "none"}  # see `after_sketch`
 
