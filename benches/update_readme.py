@@ -230,6 +230,8 @@ def headlines(found: dict[str, dict[str, Any]], proofs: dict[str, dict[str, Any]
                 best.setdefault(name.split("-")[0], f"{name} {rows[name]['value']:.3f}")
             others = ", ".join(best.values())
             spread = f"**{ours['value']:.3f}** ({ours['low']:.3f}-{ours['high']:.3f})"
+            if (data := rows.get(f"{result['default']}, the data's labels")) is not None:
+                spread += f", by the data's labels {data['value']:.3f}"
             cells.append(f"{world}: `{result['default']}` {spread}" + (f"; at best {others}" if others else ""))
         lines.append(f"| rank correlation of scores with what retraining does (LDS) | {'<br>'.join(cells)} |")
         cells = []
