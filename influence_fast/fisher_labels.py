@@ -67,7 +67,7 @@ def _counted(example: Mapping[str, Any]) -> int:
 
 def _uniform(seed: int, example: Mapping[str, Any]) -> torch.Tensor:
     """[n] fp64 in (0, 1), one number a label that counts."""
-    name = hashlib.sha256(example["input_ids"].to(torch.int64).numpy().tobytes()).hexdigest()
+    name = hashlib.sha256(example["input_ids"].cpu().to(torch.int64).numpy().tobytes()).hexdigest()
     index = torch.arange(_counted(example))
     zero = torch.zeros_like(index)
     word = philox4x32((index, zero, zero, zero + _STREAM), key(seed, f"{name}/labels"))[0]

@@ -23,7 +23,7 @@ from influence_fast.eigen_sketch import DEFAULT_EXAMPLES
 from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
 from influence_fast.gradients import per_example_losses
 from influence_fast.packing import IGNORED
-from influence_fast.pool_gradients import pool_gradients
+from influence_fast.pool_gradients import fisher_folder, pool_gradients
 from influence_fast.preconditioners import FISHER_EXAMPLES, FROM_DATA, FROM_MODEL
 from influence_fast.scoring import influence_matrix
 from influence_fast.timing import timed
@@ -172,7 +172,7 @@ def score_by(
                 with timed(seconds, "losses"):
                     losses = per_example_losses(model, shortened).numpy().astype(np.float32)
                 return Scored(np.repeat(-losses[:, None], len(queries), axis=1), seconds, 4)
-            shutil.rmtree(scratch, ignore_errors=True)
+            _clear(scratch)
             influence = method.influence(path)
             settings = (method.gradients(gradients), influence)
             made = pool_gradients(model, shortened, queries, scratch, *settings, seconds, progress=False)
@@ -191,8 +191,13 @@ def score_by(
             total += np.float32(weight) * matrix
             size = sum(file.stat().st_size for file in scratch.glob("rows-*"))
             bytes_per_example += size // max(1, len(made.store))
-    shutil.rmtree(scratch, ignore_errors=True)
+    _clear(scratch)
     return Scored(total, seconds, bytes_per_example)
+
+
+def _clear(scratch: Path) -> None:
+    for folder in (scratch, fisher_folder(scratch)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def shorten(example: Mapping[str, Any], share: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from influence_fast.adam import adam_moments
 from influence_fast.building import build_store
 from influence_fast.config import GradientConfig, InfluenceConfig
-from influence_fast.errors import StoreError
+from influence_fast.fingerprints import dataset_fingerprint
 from influence_fast.fisher_labels import sample_labels
 from influence_fast.gradients import per_example_gradients
 from influence_fast.lora import gradient_layout
@@ -22,7 +22,7 @@ from influence_fast.projection import Projection
 from influence_fast.scoring import reads_fisher
 from influence_fast.sketch_fitting import drawn_unseen, fit_projection, resolved
 from influence_fast.store import Store
-from influence_fast.store_manifest import MANIFEST_NAME
+from influence_fast.store_manifest import MANIFEST_NAME, Manifest
 from influence_fast.timing import timed
 
 
@@ -104,10 +104,8 @@ def _fisher_store(
     one's but ours, and a rounding on another machine can draw another label."""
     limits = {name: options[name] for name in ("max_tokens", "precision")}
     drawn = sample_labels(model, drawn_unseen(pool, influence.fisher_examples), seed=seed, **limits)
-    try:
-        return build_store(folder, model, None, drawn, dtype="fp32", progress=False, **options)
-    except StoreError:
-        if not (folder / MANIFEST_NAME).exists():
-            raise
-    shutil.rmtree(folder)
+    if (folder / MANIFEST_NAME).exists():
+        before = Manifest.load(folder).identity.dataset_fingerprint
+        if before != dataset_fingerprint(drawn):
+            shutil.rmtree(folder)
     return build_store(folder, model, None, drawn, dtype="fp32", progress=False, **options)

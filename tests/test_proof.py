@@ -41,6 +41,7 @@ SETTINGS: dict[str, Any] = {
             "exact-dot",
             "exact-cosine",
             "loss",
+            "ekfac-cosine",
             NARROW,
             WIDE,
             FITTED,
@@ -72,7 +73,7 @@ def proof(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
 def test_every_part_is_there(proof: tuple[Path, dict[str, Any]]) -> None:
     folder, results = proof
-    names = {"cosine", "less", "exact-dot", "exact-cosine", "loss", "narrow", "wide", "fitted", "proxy"}
+    names = {"cosine", "less", "exact-dot", "exact-cosine", "loss", "ekfac-cosine", "narrow", "wide", "fitted", "proxy"}
     for part, subsets, size in (("lds", 4, 12), ("leave_out", 3, 22)):
         assert (results[part]["subsets"], results[part]["seeds"], results[part]["size"]) == (subsets, 2, size)
         for group, kind in (("all", "queries"), ("correct", "mean")):
@@ -110,6 +111,7 @@ def test_the_score_is_that_of_the_kept_retrainings(proof: tuple[Path, dict[str, 
         found = [np.load(folder / "run" / "retrained" / f"half-{i:04d}-seed{s}.npz") for s in (0, 1)]
         losses.append([f["losses"] for f in found])
         assert np.abs(losses[-1][0] - losses[-1][1]).max() > 0
+    assert not list((folder / "run" / "validate").glob(".*")), "a method's gradients were left behind"
     matrix = np.load(folder / "run" / "validate" / "cosine.npz")["matrix"]
     wanted = linear_datamodeling_scores({"m": matrix}, masks, np.array(losses), draws=50)["m"]
     (row,) = [r for r in results["lds"]["rows"] if (r["method"], r["group"], r["of"]) == ("cosine", "all", "queries")]
