@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -121,18 +122,20 @@ def sums() -> Iterator[Candidate]:
         left, right = (wide, narrow) if wide_left else (narrow, wide)
         exact = torch.empty(EXAMPLES, RANK * d, device=CUDA)
         chosen = outer.configuration(left.shape[2], right.shape[2], 2)
-        for length, across, warps, stages in product((64, 128), (64, 128, 256), (4, 8), (3, 4)):
+        for length, across, warps, stages in product((64, 128), (64, 128, 256), (2, 4, 8), (3, 4)):
+            if across > 64 * warps // 2:
+                continue  # more than 32 sums a thread
             a, b = (across, 16) if wide_left else (16, across)
             tiles = {"BLOCK_L": length, "BLOCK_A": a, "BLOCK_B": b, "num_warps": warps, "num_stages": stages}
-            yield Candidate(
-                f"segment_outer {left.shape[2]}x{right.shape[2]} exact",
-                described(tiles),
-                tiles == chosen,
-                outer.cost(TOKENS, EXAMPLES, 1, RANK, d, row_itemsize=4).bytes,
-                with_tiles(
-                    outer, tiles, lambda le=left, ri=right, ex=exact: outer.segment_outer(le, ri, segments, ex, start)
-                ),
-            )
+            for whole in (False, True):
+                run = partial(outer.segment_outer, left, right, segments, exact, start, whole=whole)
+                yield Candidate(
+                    f"segment_outer {left.shape[2]}x{right.shape[2]} exact",
+                    described(tiles, " whole" if whole else ""),
+                    tiles == chosen,
+                    outer.cost(TOKENS, EXAMPLES, 1, RANK, d, row_itemsize=4).bytes,
+                    with_tiles(outer, tiles, run),
+                )
 
 
 def compile_all(candidates: list[Candidate], share: int, shares: int) -> None:

@@ -7,10 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from benches import gpu_session
+from benches import gpu_session, tune_kernels
+from influence_fast.kernels.runtime import recording
+from influence_fast.kernels.segments import Segments
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,3 +60,24 @@ def test_parts_are_left_out_when_the_time_is_used_up_or_others_are_asked_for(tmp
     some = gpu_session.Session(None, deadline=float("inf"), only=["steps"])
     assert some.part("kernels", lambda: {"never": "run"}) is None
     assert some.part("steps", list) == []
+
+
+def test_every_candidate_of_the_tuning_can_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded, with tensors of no memory; each kernel's own configuration is among what is tried."""
+    whole = Segments.from_lengths
+
+    def on_meta(lengths: list[int], **options: Any) -> Segments:
+        made = whole(lengths)
+        return made.with_tables([table.to("meta") for table in made.tables])
+
+    monkeypatch.setattr(tune_kernels, "CUDA", torch.device("meta"))
+    monkeypatch.setattr(tune_kernels.Segments, "from_lengths", on_meta)
+    chosen: dict[str, bool] = {}
+    for candidate in (*tune_kernels.projections(), *tune_kernels.sums()):
+        with recording() as launches:
+            candidate.run()
+        assert launches
+        assert f"num_warps={launches[0].num_warps} num_stages={launches[0].num_stages}" in candidate.tiles
+        chosen[candidate.shape] = chosen.get(candidate.shape, False) or candidate.chosen
+    assert len(chosen) == 11
+    assert all(chosen.values())
