@@ -181,7 +181,7 @@ def _losses(table: Table) -> None:
 def products(device: torch.device, rows: int, width: int, rounds: int) -> list[dict[str, Any]]:
     """Seconds of inner products of `rows` stored rows with queries, all on the device, by ours and by PyTorch."""
     made = torch.randn(rows, width, device=device)
-    int8, scales = quantize_rows(made)
+    int8, scales = (quantize.quantize_rows if device.type == "cuda" else quantize_rows)(made)
     bf16 = made.bfloat16()
     del made
     ours = None if device.type == "cuda" else "torch"

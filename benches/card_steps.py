@@ -308,12 +308,16 @@ def long_trace(device: torch.device, name: str, shape: tuple[int, ...], tokens: 
     ids = torch.randint(0, shape[4], (tokens,))
     (pack,) = pack_examples([{"input_ids": ids, "labels": ids}], tokens)
     with GradientEngine(model, inf.Projection(dim=DIM)) as engine:
-        engine.room = None if engine.room is None else min(engine.room, 80 * 10**9)  # as on a card of 80 GB
+        if engine.room is not None:  # as on a card of 80 GB that holds nothing else
+            engine.room = min(engine.room, 80 * 10**9 - torch.cuda.memory_allocated())
         recomputed = engine.overflows(tokens)
+        seconds = summary(timed(device, partial(engine.run, pack), rounds))
+        peak = None
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds = summary(timed(device, partial(engine.run, pack), rounds))
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+            engine.run(pack)
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() / 2**30
         summed = gradient_memory(
             engine.base.config,
             tokens,

@@ -185,19 +185,25 @@ def write_fidelity() -> None:
     for world, result in sorted(worlds.items()):
         costs = {row["method"]: row for row in result["cost"]["rows"]}
         scores = {row["method"]: row for row in result["lds"]["rows"] if (row["group"], row["of"]) == PROOF}
-        whole = sum(costs[result["default"]]["seconds"].values())
+        whole = _pool_seconds(costs[result["default"]])
         for name, cost in costs.items():
             settings = cost["settings"]
             if settings["loss"] or settings["projection"] == WHOLE or settings["moments"] or settings.get("proxy"):
                 continue  # no influence, no store worth its name, or a state or model that another run has not
             row = rows.setdefault(name, {"settings": settings, "cost": [], "worlds": {}})
-            row["cost"].append(sum(cost["seconds"].values()) / whole)
+            row["cost"].append(_pool_seconds(cost) / whole)
             exact = cost["spearman_to_exact"]
             found = {key: scores[name][key] for key in ("low", "high")} | {"lds": scores[name]["value"]}
             row["worlds"][world] = found | {"agreement": None if exact is None else exact["correct"]}
     table = [row | {"cost": sum(row["cost"]) / len(row["cost"])} for row in rows.values()]
     made = {world: {key: result[key] for key in ("commit", "measured")} for world, result in worlds.items()}
     planner.TABLE.write_text(json.dumps({"made_from": made, "rows": table}, indent=1) + "\n")
+
+
+def _pool_seconds(cost: dict[str, Any]) -> float:
+    """Seconds of what grows with the pool; sketches and preconditioners are fitted on so many examples of any."""
+    once = ("fisher gradients", "fitting the sketch")
+    return sum(seconds for stage, seconds in cost["seconds"].items() if stage not in once)
 
 
 def write_peer_work(config: RunConfig, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import re
 import sys
 import traceback
@@ -113,9 +114,15 @@ def build_parser() -> argparse.ArgumentParser:
     _data(sub, "--data", "training examples")
     sub.add_argument("--validation", required=True, help="validation questions: hub id, file or folder")
     sub.add_argument(
-        "--output", required=True, help="score table, .parquet or .csv; own answers go to OUTPUT.answers.jsonl"
+        "--output",
+        required=True,
+        help="score table, .parquet or .csv; own answers go to OUTPUT.answers.jsonl, those for pass rates to "
+        "OUTPUT.pool.jsonl",
     )
-    sub.add_argument("--store", help="folder of the gradient store (default: OUTPUT with .store)")
+    sub.add_argument(
+        "--store",
+        help="folder of the gradient store (default: OUTPUT with .store); what is fitted on lies beside it",
+    )
     sub.add_argument("--queries", help="own_answers (default) or reference")
     sub.add_argument("--fallback", help="reference: let the solutions stand in where no own answer is correct")
     sub.add_argument(
@@ -322,7 +329,6 @@ def _tokenize(args: Any, examples: list[Any], tokenizer: Any) -> list[dict[str, 
 
 def _evaluation(args: Any, settings: Any = None) -> Any:
     """`settings` (default: EvalConfig's own) with what the command line says otherwise."""
-    import dataclasses
 
     from influence_fast.evaluation import EvalConfig
 
@@ -361,7 +367,6 @@ def _demo(args: Any) -> None:
 
 
 def _run(args: Any) -> None:
-    import dataclasses
 
     from influence_fast.config import load_config
 
@@ -428,7 +433,7 @@ def _train(args: Any) -> None:
 
 
 def _score(args: Any) -> None:
-    from influence_fast.config import InfluenceConfig, PruningConfig, check_influence
+    from influence_fast.config import InfluenceConfig, PruningConfig, check_influence, fitted_examples
     from influence_fast.data import load_examples, load_rows
     from influence_fast.difficulty import check_answers
     from influence_fast.grouping import row_groups
@@ -442,6 +447,15 @@ def _score(args: Any) -> None:
     influence = InfluenceConfig(**_given(args, *names))
     with _as_flags():
         check_influence(influence, gradients)
+    sketched = gradients.fits_sketch(influence.preconditioner)
+    reads = fitted_examples(dataclasses.replace(influence, fisher="model"), gradients) > 0
+    if args.fisher is not None and not reads:
+        raise ConfigError("--fisher is read by ekfac, fisher, datainf and where a sketch is fitted: leave it out here")
+    if args.fisher_examples is not None and (sketched or not reads or influence.fisher != "model"):
+        raise ConfigError(
+            "--fisher-examples is read by ekfac, fisher and datainf on rows without a fitted sketch, with --fisher "
+            "model: leave it out here"
+        )
     needs = needed_columns(args.strategies)
     examples = _load_data(args)
     if PASS_RATE in needs:
@@ -511,7 +525,7 @@ def _as_flags() -> Iterator[None]:
 
 def _build(args: Any) -> None:
     from influence_fast import metrics, processes, spooling
-    from influence_fast.config import InfluenceConfig, ModelConfig, check_influence
+    from influence_fast.config import InfluenceConfig, ModelConfig, check_influence, fitted_examples
     from influence_fast.fp8 import check_precision
     from influence_fast.store_build import build_from_source
 
@@ -521,7 +535,7 @@ def _build(args: Any) -> None:
         check_influence(influence, gradients)
     check_precision(gradients.precision, "--precision", sharded=args.fsdp != 1)
     for flag in ("damping", "fisher"):
-        if getattr(args, flag) is not None and not gradients.fits_sketch(influence.preconditioner):
+        if getattr(args, flag) is not None and not fitted_examples(influence, gradients):
             raise ConfigError(
                 f"--{flag} is that of a fitted sketch, and none is fitted here: give a --width, or leave it out"
             )
@@ -666,7 +680,6 @@ def _plan(args: Any) -> None:
 
 
 def _validate(args: Any) -> None:
-    import dataclasses
 
     from influence_fast.config import load_config
     from influence_fast.proof import validate

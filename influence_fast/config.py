@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from influence_fast.damping import check_width
+from influence_fast.damping import FEWEST_ROWS, check_width
 from influence_fast.diversity import check_similarity
 from influence_fast.eigen_sketch import DEFAULT_EXAMPLES, check_projection
 from influence_fast.errors import ConfigError, did_you_mean
@@ -30,6 +30,7 @@ from influence_fast.preconditioners import (
     FISHER_LABELS,
     FROM_MODEL,
     PRECONDITIONERS,
+    READ_FISHER,
     SKETCHES,
     Damping,
     after_sketch,
@@ -291,6 +292,11 @@ def check_influence(influence: InfluenceConfig, gradients: GradientConfig) -> No
     _one_of("influence.fisher", influence.fisher, FISHER_LABELS)
     if influence.fisher_examples < 1:
         raise ConfigError(f"influence.fisher_examples must be at least 1, not {influence.fisher_examples}")
+    if influence.damping == AUTO and 0 < fitted_examples(influence, gradients) < FEWEST_ROWS:
+        raise ConfigError(
+            f"influence.damping: 'auto' needs at least {FEWEST_ROWS} examples to be picked on, and is given "
+            f"{fitted_examples(influence, gradients)} (influence.fisher_examples, gradients.sketch_examples)"
+        )
     if gradients.max_tokens is not None and gradients.max_tokens < 1:
         raise ConfigError(f"gradients.max_tokens is {gradients.max_tokens}; it must be at least 1, or left out")
     if influence.fallback is not None:
@@ -333,6 +339,21 @@ def check_influence(influence: InfluenceConfig, gradients: GradientConfig) -> No
             "random sketch to gradients.width mixes: leave gradients.sketch at auto and the kind at one_sided, leave "
             "the width out, or use 'cosine', 'fisher' or 'datainf'"
         )
+
+
+def fitted_examples(influence: InfluenceConfig, gradients: GradientConfig) -> int:
+    """Of how many examples gradients are made beside the pool's rows, to fit a sketch or a preconditioner; 0 for none.
+
+    As far as settings tell: a row that is shorter than its width is not sketched.
+    """
+    if gradients.fits_sketch(influence.preconditioner):
+        return gradients.sketch_examples if gradients.sketch in SKETCHES else 0
+    if influence.fisher != FROM_MODEL:
+        return 0
+    name = influence.preconditioner
+    if name == DEFAULT:
+        name = "ekfac_cosine" if gradients.width is None else "cosine"  # see `preconditioners.resolve`
+    return influence.fisher_examples if name in READ_FISHER else 0
 
 
 def load_config(path: str | Path) -> RunConfig:

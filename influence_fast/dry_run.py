@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from influence_fast.config import ModelConfig, RunConfig, Source
+from influence_fast.config import ModelConfig, RunConfig, Source, fitted_examples
 from influence_fast.errors import ConfigError, ModelError
 from influence_fast.fp8 import FP8
 from influence_fast.memory import GradientMemory, gradient_memory
@@ -68,6 +68,8 @@ class Plan:
     stores: int  # one for each checkpoint that is scored
     row: int | None
     store_bytes: int | None
+    fitted: int  # examples beside the pool's, that a sketch or a preconditioner is fitted on, for each store
+    fitted_bytes: int | None  # of their rows, where these are kept
     model: ModelShape | None
     target: ModelShape | None
     memory: list[tuple[str, int]] = field(default_factory=list)
@@ -139,6 +141,9 @@ def plan(
         training = round(tokens * epochs * (kept * len(grid.seeds) + own))
     row = shape.row if shape else config.gradients.width
     stores = _stores(config, examples)
+    fitted = min(examples, fitted_examples(config.influence, config.gradients))
+    kept = 0 if config.gradients.fits_sketch(config.influence.preconditioner) else fitted
+    gradients = None if tokens is None else stores * (tokens + tokens * fitted // max(1, examples))
     return Plan(
         pool=pool,
         validation=sizes["validation"],
@@ -151,16 +156,18 @@ def plan(
         cells=cells,
         fine_tunings=cells + own,
         training_tokens=training,
-        gradient_tokens=None if tokens is None else stores * tokens,
+        gradient_tokens=gradients,
         stores=stores,
         row=row,
         store_bytes=None if row is None else stores * examples * row_bytes(row, config.gradients.store_dtype),
+        fitted=fitted,
+        fitted_bytes=None if row is None else stores * kept * row_bytes(row, "fp32"),
         model=shape,
         target=target,
         memory=_memory(config, target, longest),
         gradient_memory=_gradient_memory(config, shape, _gradient_batch(config, longest)),
         gradient_batch=_gradient_batch(config, longest),
-        seconds=_seconds(training, None if tokens is None else stores * tokens, tokens_per_second),
+        seconds=_seconds(training, gradients, tokens_per_second),
     )
 
 
@@ -283,6 +290,14 @@ def describe(config: RunConfig, found: Plan) -> str:
                 f"{row_bytes(found.row, dtype):,} bytes ({found.row:,} numbers, {dtype})",
             )
         )
+        if found.fitted_bytes:
+            lines.append(
+                (
+                    "",
+                    f"{_bytes(found.fitted_bytes)} = {stores}{found.fitted:,} rows x {row_bytes(found.row, 'fp32'):,} "
+                    "bytes, of labels that the model draws (influence.fisher_examples)",
+                )
+            )
     for name, model, shape in (
         ("model", config.model, found.model),
         ("target model", config.target_model, found.target),

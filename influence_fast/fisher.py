@@ -1,4 +1,4 @@
-"""`fisher`: the damped empirical Fisher of each module, inverted densely."""
+"""`fisher`: the damped Fisher of each module, of the rows that it is fitted on, inverted densely."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
 
 which is the Gauss-Newton matrix of its loss. With the data's own labels in their place it is the *empirical* Fisher,
 which is another matrix wherever the model does not fit its data (Kunstner et al. 2019, arXiv 1905.12558; Martens 2020,
-arXiv 1412.1193). Against retraining, scores by the former did better on real solutions, `fisher` by far, and as well on
-the demo's (benches/results/proof-*.json).
+arXiv 1412.1193). Against retraining, scores by the former did better on real solutions, `fisher` by far; on the demo's,
+`fisher` did better, `ekfac` as well and a fitted sketch worse (benches/results/proof-*.json).
 
 The input is the data's: each completion token is drawn given the tokens before it, not the ones drawn before it.
 """

@@ -79,8 +79,9 @@ def drawn_tokens(
     for rows, numbers in zip(hidden.split(step), uniform.split(step), strict=True):
         logits = torch.nn.functional.linear(rows, weight, bias)
         total = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1).cumsum(dim=1)
-        # times the last sum, which rounding leaves a little beside 1
-        wanted = numbers.to(total.dtype)[:, None] * total[:, -1:]
+        # below 1, which some round to, and times the last sum, which rounding leaves a little beside 1
+        below = numbers.to(total.dtype).clamp_(max=1 - torch.finfo(total.dtype).eps)
+        wanted = below[:, None] * total[:, -1:]
         drawn.append(torch.searchsorted(total, wanted, right=True).squeeze(1).clamp_(max=total.shape[1] - 1))
     return torch.cat(drawn)
 

@@ -23,7 +23,7 @@ from influence_fast.eigen_sketch import DEFAULT_EXAMPLES
 from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
 from influence_fast.gradients import per_example_losses
 from influence_fast.packing import IGNORED
-from influence_fast.pool_gradients import fisher_folder, pool_gradients
+from influence_fast.pool_gradients import fisher_folders, pool_gradients
 from influence_fast.preconditioners import FISHER_EXAMPLES, FROM_DATA, FROM_MODEL
 from influence_fast.scoring import influence_matrix
 from influence_fast.timing import timed
@@ -196,7 +196,7 @@ def score_by(
 
 
 def _clear(scratch: Path) -> None:
-    for folder in (scratch, fisher_folder(scratch)):
+    for folder in (scratch, *fisher_folders(scratch)):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -19,10 +19,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from influence_fast.config import fitted_examples
 from influence_fast.dry_run import row_bytes
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients import iter_gradient_rows
 from influence_fast.methods import Method, method_of
+from influence_fast.preconditioners import FROM_MODEL
 from influence_fast.sketch_fitting import width_of
 
 TABLE = Path(__file__).with_name("fidelity.json")
@@ -33,9 +35,10 @@ SAMPLE_TOKENS = 8192  # timed, after as many again to warm up
 class Proposal:
     """One way of scoring, and what to expect of it.
 
-    seconds: one pass over the data on this machine (gradients; the inner products come on top and are small).
-    bytes: of the store. lds: world -> (value, low, high) as measured there; agreement: world -> Spearman of the group
-    scores with exact ones, None where it was not measured.
+    seconds: one pass over the data on this machine, and what a sketch or a preconditioner is fitted on (the inner
+    products come on top and are small). bytes: of the store, and of the rows beside it. lds: world -> (value, low,
+    high) as measured there; agreement: world -> Spearman of the group scores with exact ones, None where it was not
+    measured.
     """
 
     method: Method
@@ -81,11 +84,15 @@ def plan(
         gradients = method.gradients()
         width = width_of(gradients.projection, gradients.sketch, method.preconditioner, model)
         size = row_bytes(width, gradients.store_dtype)
+        # once, and with labels that the model draws: a forward pass is a third of a gradient
+        extra = min(len(dataset), fitted_examples(method.influence(), gradients))
+        passes = row["cost"] + extra / len(dataset) * (4 / 3 if method.fisher == FROM_MODEL else 1)
+        beside = 0 if gradients.fits_sketch(method.preconditioner) else extra * row_bytes(width, "fp32")
         proposals.append(
             Proposal(
                 method,
-                seconds=tokens / rate * row["cost"],
-                bytes=size * len(dataset),
+                seconds=tokens / rate * passes,
+                bytes=size * len(dataset) + beside,
                 lds={world: (found["lds"], found["low"], found["high"]) for world, found in row["worlds"].items()},
                 agreement={world: found["agreement"] for world, found in row["worlds"].items()},
             )
@@ -121,7 +128,8 @@ def measure(model: nn.Module, dataset: Sequence[Mapping[str, Any]]) -> float:
 
 @functools.cache
 def fidelity_table() -> list[dict[str, Any]]:
-    """Rows of `fidelity.json`: "settings" of a `Method`, "cost" over the default method's, "worlds" with their LDS."""
+    """Rows of `fidelity.json`: "settings" of a `Method`, "cost" over the default method's without what is made once
+    for any pool, "worlds" with their LDS."""
     return json.loads(TABLE.read_text(encoding="utf-8"))["rows"]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import glob
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,18 @@ from typing import Any
 import torch
 
 from influence_fast.adam import adam_moments
-from influence_fast.building import build_store
+from influence_fast.building import build_store, identity_of
 from influence_fast.config import GradientConfig, InfluenceConfig
 from influence_fast.fingerprints import dataset_fingerprint
 from influence_fast.fisher_labels import sample_labels
 from influence_fast.gradients import per_example_gradients
 from influence_fast.lora import gradient_layout
+from influence_fast.packing import teaches
 from influence_fast.preconditioners import FROM_MODEL
 from influence_fast.projection import Projection
 from influence_fast.scoring import reads_fisher
 from influence_fast.sketch_fitting import drawn_unseen, fit_projection, resolved
 from influence_fast.store import Store
-from influence_fast.store_manifest import MANIFEST_NAME, Manifest
 from influence_fast.timing import timed
 
 
@@ -75,7 +76,7 @@ def pool_gradients(
     fisher = None
     if influence.fisher == FROM_MODEL and reads_fisher(store, influence.preconditioner):
         with timed(seconds, "fisher gradients"):
-            fisher = _fisher_store(model, pool, fisher_folder(folder), gradients.seed, influence, options)
+            fisher = _fisher_store(model, pool, folder, gradients.seed, influence, options)
     moments = None
     if influence.optimizer is not None:
         moments = adam_moments(influence.optimizer, gradient_layout(model), projection=options["projection"])
@@ -87,25 +88,30 @@ def sketch_options(gradients: GradientConfig, influence: InfluenceConfig) -> dic
     return {"examples": gradients.sketch_examples, "damping": influence.damping, "labels": influence.fisher}
 
 
-def fisher_folder(store: str | Path) -> Path:
-    """Where the rows lie that the preconditioner of a store is fitted on."""
-    return Path(f"{store}.fisher")
+def fisher_folders(store: str | Path) -> list[Path]:
+    """Where rows lie that the preconditioner of a store was fitted on: a folder for each set of draws."""
+    path = Path(store)
+    return sorted(path.parent.glob(f"{glob.escape(path.name)}.fisher-*"))
 
 
 def _fisher_store(
     model: Any,
     pool: Sequence[dict[str, Any]],
-    folder: Path,
+    store: Path,
     seed: int,
     influence: InfluenceConfig,
     options: dict[str, Any],
 ) -> Store:
-    """Gradients of some of the pool with labels drawn from the model. Rows of other draws are made anew: these are no
-    one's but ours, and a rounding on another machine can draw another label."""
+    """Gradients of some of the pool with labels drawn from the model, beside `store`.
+
+    The folder is named by the draws and by how rows are made of them: a rounding on another machine can draw another
+    label, and several processes may score one store at a time, each by settings of its own.
+    """
     limits = {name: options[name] for name in ("max_tokens", "precision")}
-    drawn = sample_labels(model, drawn_unseen(pool, influence.fisher_examples), seed=seed, **limits)
-    if (folder / MANIFEST_NAME).exists():
-        before = Manifest.load(folder).identity.dataset_fingerprint
-        if before != dataset_fingerprint(drawn):
-            shutil.rmtree(folder)
+    live = [example for example in pool if teaches(example["labels"])]
+    drawn = sample_labels(model, drawn_unseen(live, influence.fisher_examples), seed=seed, **limits)
+    made = {name: value for name, value in options.items() if name != "max_tokens"}
+    identity = identity_of(model, **made)
+    digest = hashlib.sha256(f"{identity} {dataset_fingerprint(drawn)}".encode()).hexdigest()[:12]
+    folder = store.with_name(f"{store.name}.fisher-{digest}")
     return build_store(folder, model, None, drawn, dtype="fp32", progress=False, **options)

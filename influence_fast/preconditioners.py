@@ -3,7 +3,7 @@
     none      plain gradient dot product (TracIn at one checkpoint)
     cosine    the same between unit-norm rows
     adam      diag(sqrt(v) + eps), the optimizer's second moments (`adam.py`)
-    fisher    damped empirical Fisher of each module (`fisher.py`)
+    fisher    damped Fisher of each module (`fisher.py`)
     ekfac     eigenvalue-corrected Kronecker factors of each LoRA factor (`ekfac.py`)
     datainf   mean of the inverses of each row's damped outer product (`datainf.py`)
     fisher_cosine, ekfac_cosine, less    the same between unit-norm rows in the metric of H^-1 (`whitened.py`)
@@ -40,6 +40,7 @@ __all__ = [
     "FROM_MODEL",
     "MAX_DENSE",
     "PRECONDITIONERS",
+    "READ_FISHER",
     "SKETCHES",
     "Adam",
     "Damping",
@@ -71,7 +72,7 @@ SKETCHES = (AUTO, "random", "eigen")  # how rows get to their width
 FROM_MODEL, FROM_DATA = "model", "data"
 FISHER_LABELS = (FROM_MODEL, FROM_DATA)  # whose gradients a Fisher information is of: see `fisher_labels`
 FISHER_EXAMPLES = 1024  # of so many at most; in the small worlds of the proof some hundred do (docs/results.md)
-_READ_FISHER = ("fisher", "fisher_cosine", "ekfac", "ekfac_cosine", "datainf")
+READ_FISHER = ("fisher", "fisher_cosine", "ekfac", "ekfac_cosine", "datainf")
 _AFTER_SKETCH = {DEFAULT: "cosine", "ekfac_cosine": "cosine", "ekfac": "none"}  # see `after_sketch`
 
 
@@ -163,7 +164,7 @@ def reads_fisher(name: str, factors: list[LayoutEntry] | None) -> bool:
 
     Those of `adam` and `less` stand for an optimizer's state, which saw the data's own labels.
     """
-    return resolve(name, factors) in _READ_FISHER
+    return resolve(name, factors) in READ_FISHER
 
 
 def after_sketch(name: str) -> str:

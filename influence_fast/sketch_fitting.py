@@ -18,7 +18,7 @@ from influence_fast.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.fisher_labels import sample_labels
 from influence_fast.gradients import iter_gradient_rows
 from influence_fast.lora import gradient_layout, layout_width
-from influence_fast.preconditioners import FISHER_LABELS, FROM_MODEL, SKETCHES, fits_sketch
+from influence_fast.preconditioners import FISHER_LABELS, FROM_DATA, FROM_MODEL, SKETCHES, fits_sketch
 from influence_fast.projection import Projection
 from influence_fast.shard_rows import GradientSource, tokenized
 from influence_fast.store import fitted_sketch, open_store
@@ -58,7 +58,8 @@ def fit_projection(
         projection: kind "one_sided" or "kron", with the `width` that rows are to have.
         examples: how many are drawn.
         damping: share of each block's mean eigenvalue that is added to its eigenvalues, or "auto" (see `damping`).
-        labels: "model" draws them from the model's predictions (see `fisher_labels`), "data" takes the examples' own.
+        labels: "model" draws them from the model's predictions (see `fisher_labels`), whatever makes the `gradients`;
+            "data" takes the examples' own.
         folder: the store's folder. What was fitted there before for the same is taken; else the result is kept there.
         share: how the processes that share `folder` agree on who fits; by default there is this one (`alone`).
 
@@ -197,7 +198,7 @@ def kept_sketch(folder: Path, purpose: Mapping[str, Any]) -> EigenSketch | None:
                 "build a new store"
             )
         for name, wanted in purpose.items():
-            mine = found.purpose.get(name)
+            mine = _labelled(found.purpose).get(name)
             if mine != wanted:
                 raise StoreError(
                     f"{folder}: its sketch was fitted with another {name}: {mine} there and {wanted} here; use that, "
@@ -209,9 +210,14 @@ def kept_sketch(folder: Path, purpose: Mapping[str, Any]) -> EigenSketch | None:
             found = EigenSketch.load(path)
         except StoreError:
             continue
-        if found.purpose == purpose:
+        if _labelled(found.purpose) == purpose:
             return found
     return None
+
+
+def _labelled(purpose: Mapping[str, Any]) -> dict[str, Any]:
+    """A sketch's purpose; one that does not say so was fitted on the data's own labels, as all then were."""
+    return {"labels": FROM_DATA, **purpose}
 
 
 def drawn_unseen(dataset: Sequence[Any], examples: int) -> list[Any]:

@@ -2,7 +2,7 @@
 
 Tokens of E examples lie one after another, T in all; `cu_seqlens` (E + 1,) int32 holds where each begins, as in
 variable-length attention. Each example is cut from its own first token into chunks of `chunk` tokens (the last one
-shorter). A program sums one chunk; an example of several chunks is summed from its chunks in order. Chunks do not
+shorter). A program sums one chunk, or one after another; an example is summed from its chunks in order. Chunks do not
 depend on the neighbours in the pack, so neither does the order of any sum: the same example gives the same bits alone,
 packed or reordered.
 """

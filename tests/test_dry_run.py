@@ -93,7 +93,13 @@ def test_the_grid_is_counted(folder: Path) -> None:
     assert (found.cells, found.fine_tunings) == (6, 6)
     assert found.tokens is not None
     assert found.training_tokens == round(found.tokens * 2 * 2 * (1 + 0.75 + 0.75))
-    assert found.seconds == {"fine-tunings": found.training_tokens / 100, "gradients": found.tokens / 100}
+    # labels are drawn for all of the pool
+    assert found.seconds == {"fine-tunings": found.training_tokens / 100, "gradients": 2 * found.tokens / 100}
+    assert found.fitted == found.examples == 23
+    assert found.fitted_bytes == 2 * (found.store_bytes or 0)  # fp32 beside bf16
+    assert "of labels that the model draws" in describe(config_of(folder), found)
+    data = plan(config_of(folder, influence=InfluenceConfig(fisher="data")))
+    assert (data.fitted, data.fitted_bytes, data.gradient_tokens) == (0, 0, found.tokens)
     other = plan(config_of(folder, target_model=ModelConfig(str(folder / "model"))))
     assert other.fine_tunings == 7  # and the model that scores
     assert other.training_tokens == found.training_tokens + 2 * found.tokens

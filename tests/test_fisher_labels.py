@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from influence_fast import fisher_labels, loss
 from influence_fast.config import GradientConfig, InfluenceConfig, check_influence
 from influence_fast.errors import ConfigError, StoreError
 from influence_fast.loss import drawn_tokens
-from influence_fast.pool_gradients import fisher_folder, pool_gradients
+from influence_fast.pool_gradients import fisher_folders, pool_gradients
 from influence_fast.preconditioners import fit
 from influence_fast.scoring import blocks_of, factors_of, influence_matrix
 
@@ -48,8 +49,10 @@ def test_tokens_are_drawn_as_often_as_the_model_predicts_them(
     share = torch.bincount(drawn, minlength=7).double() / count
     wanted = torch.softmax((hidden @ weight.T + bias).double(), dim=1)[0]
     assert float((share - wanted).abs().max()) < (2e-3 if dtype == torch.bfloat16 else 2e-4)
-    ends = drawn_tokens(hidden.expand(2, 3), weight, bias, torch.tensor([0.0, 1.0], dtype=torch.float64))
-    assert ends.tolist() == [0, 6]
+    never = bias.clone()
+    never[[0, 6]] = -2000.0  # tokens of no probability, at both ends
+    ends = torch.tensor([0.0, 1 - 2**-40], dtype=torch.float64)
+    assert drawn_tokens(hidden.expand(2, 3), weight, never, ends).tolist() == [1, 5]
 
 
 def test_what_decides_a_draw(tiny_lora: Callable[..., Any]) -> None:
@@ -143,27 +146,47 @@ def test_no_labels_are_drawn_where_nothing_reads_them(
     settings, how = GradientConfig(dim=4, **gradients), InfluenceConfig(**influence)
     made = pool_gradients(tiny_lora(), make_examples(), make_examples(2, 1), tmp_path / "s", settings, how, {})
     assert made.fisher is None
-    assert not fisher_folder(tmp_path / "s").exists()
+    assert not fisher_folders(tmp_path / "s")
 
 
-def test_rows_of_other_draws_are_made_anew_and_nothing_else_is_touched(
-    tiny_lora: Callable[..., Any], tmp_path: Path
-) -> None:
-    model, pool, queries = tiny_lora(), make_examples(), make_examples(2, 1)
-    settings, folder = GradientConfig(dim=4), fisher_folder(tmp_path / "s")
-    asked = (model, pool, queries, tmp_path / "s", settings)
-    first = pool_gradients(*asked, InfluenceConfig(fisher_examples=5), {}, progress=False)
+def test_rows_of_other_draws_or_settings_lie_beside_each_other(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
+    model, queries = tiny_lora(), make_examples(2, 1)
+    silent = {"id": "silent", "input_ids": torch.arange(4), "labels": torch.full((4,), -100)}
+    pool = [*make_examples(), silent]  # which teaches nothing, and for which none are drawn
+    asked = (model, pool, queries, tmp_path / "s")
+    first = pool_gradients(*asked, GradientConfig(dim=4), InfluenceConfig(fisher_examples=5), {}, progress=False)
+    assert first.store.set_aside
+    assert first.fisher is not None
+    (folder,) = fisher_folders(tmp_path / "s")
     stamp = (folder / "manifest.json").stat().st_mtime_ns
-    pool_gradients(*asked, InfluenceConfig(fisher_examples=5), {}, progress=False)
+    pool_gradients(*asked, GradientConfig(dim=4), InfluenceConfig(fisher_examples=5), {}, progress=False)
     assert (folder / "manifest.json").stat().st_mtime_ns == stamp
-    more = pool_gradients(*asked, InfluenceConfig(fisher_examples=6), {}, progress=False)
-    assert (len(first.fisher), len(more.fisher)) == (5, 6)
-    other = fisher_folder(tmp_path / "t")
-    other.mkdir()
-    (other / "mine.txt").write_text("not a store")
-    with pytest.raises(StoreError, match=r"t\.fisher"):
-        pool_gradients(model, pool, queries, tmp_path / "t", settings, InfluenceConfig(), {}, progress=False)
-    assert (other / "mine.txt").read_text() == "not a store"
+    more = pool_gradients(*asked, GradientConfig(dim=4), InfluenceConfig(fisher_examples=600), {}, progress=False)
+    assert more.fisher is not None
+    assert (len(first.fisher), len(more.fisher)) == (5, len(pool) - 1)
+    assert len(fisher_folders(tmp_path / "s")) == 2
+    shutil.rmtree(tmp_path / "s")
+    wider = pool_gradients(*asked, GradientConfig(dim=5), InfluenceConfig(fisher_examples=5), {}, progress=False)
+    assert wider.fisher is not None
+    assert wider.fisher.width > first.fisher.width
+
+
+def test_a_sketch_that_does_not_say_whose_labels_is_of_the_datas(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
+    """As all were before labels were drawn: with a store, and of a build that was stopped before it had one."""
+    model, examples, plain = tiny_lora(), make_examples(30), inf.Projection(dim=4, width=40)
+    made = inf.fit_projection(model, examples, projection=plain, labels="data")
+    assert made.sketch is not None
+    older = {name: value for name, value in made.sketch.purpose.items() if name != "labels"}
+    old = dataclasses.replace(made, sketch=dataclasses.replace(made.sketch, purpose=older))
+    (tmp_path / "s").mkdir()
+    assert old.sketch is not None
+    old.sketch.save(tmp_path / "s")
+    for _ in range(2):
+        found = inf.fit_projection(model, examples, projection=plain, labels="data", folder=tmp_path / "s")
+        assert found == old
+        inf.build_store(tmp_path / "s", model, None, examples, projection=found, progress=False)
+    with pytest.raises(StoreError, match="another labels: data there and model here"):
+        inf.fit_projection(model, examples, projection=plain, folder=tmp_path / "s")
 
 
 def test_rows_of_another_adapter_or_projection_are_refused(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
@@ -198,6 +221,10 @@ def test_mistakes_in_settings_are_named() -> None:
     for settings, message in (
         ({"fisher": "modle"}, "influence.fisher: unknown value 'modle'; did you mean 'model'"),
         ({"fisher_examples": 0}, "influence.fisher_examples must be at least 1, not 0"),
+        (
+            {"fisher_examples": 5, "damping": "auto"},
+            "'auto' needs at least 10 examples to be picked on, and is given 5",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             check_influence(dataclasses.replace(InfluenceConfig(), **settings), GradientConfig())

@@ -226,7 +226,8 @@ def test_seeds_share_what_they_can_and_only_random_draws_again(crossed: tuple[Pa
     assert [_training_record(run, f"full-seed{s}")["train"]["seed"] for s in (0, 1)] == [0, 1]
     assert [p.name for p in (run / "adapters").glob("reference*")] == ["reference-seed0"]
     assert len(list((run / "evaluations").glob("base*"))) == 1
-    assert sorted(path.parent.name for path in run.glob("**/manifest.json")) == ["store", "store.fisher"]
+    stores = sorted(path.parent.name.partition("-")[0] for path in run.glob("**/manifest.json"))
+    assert stores == ["store", "store.fisher"]
 
 
 def test_scores_of_one_model_prune_the_data_of_another(world: Path, crossed: tuple[Path, dict[str, Any]]) -> None:
@@ -567,6 +568,9 @@ SCORE += ["--output", "s.csv"]
         ([*SCORE, "--preconditioner", "fischer"], "--preconditioner: unknown value 'fischer'; did you mean 'fisher'"),
         ([*SCORE, "--fallback", "refrence"], "--fallback: unknown value 'refrence'; did you mean 'reference'"),
         ([*SCORE, "--store-dtype", "int4"], "--store-dtype: unknown value 'int4'"),
+        ([*SCORE, "--preconditioner", "cosine", "--fisher", "data"], "--fisher is read by ekfac, fisher, datainf"),
+        ([*SCORE, "--width", "9", "--fisher-examples", "5"], "--fisher-examples is read by ekfac, fisher and datainf"),
+        ([*SCORE, "--fisher", "data", "--fisher-examples", "5"], "--fisher-examples is read by"),
         ([*SCORE, "--width", "9", "--sketch", "eigne"], "--sketch: 'eigne' is no store's folder; did you mean"),
         (["eval", "--model", "{world}/absent/model", "--data", "{pool}", "--output", "x.jsonl"], "absent/model"),
         (["train", "--model", "{model}", "--data", "{world}/absent.jsonl", "--output", "x"], "absent.jsonl"),

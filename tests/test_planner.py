@@ -19,7 +19,8 @@ from influence_fast.methods import Method
 
 def row(cost: float, lds: float, **settings: Any) -> dict[str, Any]:
     found = {"lds": lds, "low": lds - 0.1, "high": lds + 0.1, "agreement": 0.9}
-    return {"settings": dataclasses.asdict(Method(**settings)), "cost": cost, "worlds": {"demo": found, "other": found}}
+    settings = dataclasses.asdict(Method(**{"fisher": "data", **settings}))
+    return {"settings": settings, "cost": cost, "worlds": {"demo": found, "other": found}}
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +51,24 @@ def test_without_a_budget_the_best_comes_first(tiny_lora: Any) -> None:
     assert names(proposals) == ["best", "small", "cheap"]
     assert [p.seconds for p in proposals] == pytest.approx([2.0, 1.8, 1.0])
     assert proposals[0].lds["demo"] == pytest.approx((0.3, 0.2, 0.4))
+
+
+def test_what_is_fitted_beside_the_pool_is_counted_once(
+    tiny_lora: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On labels that the model draws for 6 of 12 examples, which takes a third more than a gradient."""
+    (tmp_path / "more.json").write_text(
+        json.dumps({"rows": [row(1.0, 0.3, name="drawn", dim=8, fisher="model", fisher_examples=6),
+                             row(1.0, 0.3, name="cosine", dim=8, preconditioner="cosine", fisher="model"),
+                             row(1.0, 0.3, name="plain", dim=8)]})
+    )  # fmt: skip
+    monkeypatch.setattr(planner, "TABLE", tmp_path / "more.json")
+    planner.fidelity_table.cache_clear()
+    found = {p.method.name: p for p in planner.plan(tiny_lora(), examples(), tokens_per_second=60)}
+    assert found["cosine"].seconds == found["plain"].seconds == pytest.approx(2.0)
+    assert found["drawn"].seconds == pytest.approx(2.0 + 2.0 * 6 / 12 * 4 / 3)
+    # bf16 rows, and half as many in fp32
+    assert found["drawn"].bytes == 2 * found["plain"].bytes
 
 
 def test_a_budget_leaves_what_fits(tiny_lora: Any) -> None:
