@@ -21,7 +21,7 @@ from influence_fast.fp8 import AUTO, check_precision
 from influence_fast.projection import Projection
 from influence_fast.shard_rows import GradientSource, ShardWork, id_of, tokenized
 from influence_fast.store import Store, check_dtype
-from influence_fast.store_manifest import Manifest, ModuleEntry, Part, StoreIdentity, projection_fields
+from influence_fast.store_manifest import MANIFEST_NAME, Manifest, ModuleEntry, Part, StoreIdentity, projection_fields
 from influence_fast.store_writer import StoreWriter, UniqueIds
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ def build_store(
         loss_reduction: "mean" or "sum" over an example's completion tokens.
         precision: "auto" or "fp8", as in `per_example_gradients`; the store records it, and rows of one do not mix with
             rows of the other.
-        shard_rows: examples in a shard; by default 1024, or as many as fit 256 MiB in fp32.
+        shard_rows: examples in a shard; by default those of the store that is there, else 1024, or as many as fit 256
+            MiB in fp32.
         max_tokens: tokens in one packed batch, as in `per_example_gradients`.
         max_length: longer examples are set aside, or cut when `truncate`.
         resume: go on with an unfinished store in `path`; False makes that an error.
@@ -194,6 +195,8 @@ def build_shards(
     if gradients is not None and precision != AUTO:
         raise ConfigError(f"precision: {precision!r} is for rows made here, not for another source; leave it at 'auto'")
     survey = Survey.of(dataset)
+    if shard_rows is None and resume and (Path(path) / MANIFEST_NAME).exists():
+        shard_rows = Manifest.load(Path(path)).parts[0].shard_rows  # how rows are cut changes none of them
     from influence_fast.gradients import KeptEngine, iter_gradient_rows
 
     ours = gradients is None
@@ -390,9 +393,7 @@ def _interruptible(writer: StoreWriter) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         total = writer.manifest.shard_count
         done = total - len(writer.pending())
-        raise type(stop)(
-            f"stopped: {done} of {total} shards of {writer.path} are done; run the same build again to go on"
-        ) from None
+        raise type(stop)(f"{done} of {total} shards of {writer.path} are done; run the same again to go on") from None
 
 
 @contextmanager

@@ -439,22 +439,22 @@ def _score(args: Any) -> None:
     from influence_fast.grouping import row_groups
     from influence_fast.pool_scores import baseline_columns, score_pool
     from influence_fast.queries import make_queries, own_answers, with_tasks
+    from influence_fast.scores import check_format
     from influence_fast.strategies import PASS_RATE, needed_columns
 
     _not_an_input(args.output, args.data, args.validation)
+    check_format(args.output)
     gradients = _gradients(args)
     names = ("preconditioner", "damping", "fisher", "fisher_examples", "optimizer", "queries", "fallback")
     influence = InfluenceConfig(**_given(args, *names))
     with _as_flags():
         check_influence(influence, gradients)
-    sketched = gradients.fits_sketch(influence.preconditioner)
     reads = fitted_examples(dataclasses.replace(influence, fisher="model"), gradients) > 0
     if args.fisher is not None and not reads:
         raise ConfigError("--fisher is read by ekfac, fisher, datainf and where a sketch is fitted: leave it out here")
-    if args.fisher_examples is not None and (sketched or not reads or influence.fisher != "model"):
+    if args.fisher_examples is not None and (not reads or influence.fisher != "model"):
         raise ConfigError(
-            "--fisher-examples is read by ekfac, fisher and datainf on rows without a fitted sketch, with --fisher "
-            "model: leave it out here"
+            "--fisher-examples is read by ekfac, fisher and datainf with --fisher model: leave it out here"
         )
     needs = needed_columns(args.strategies)
     examples = _load_data(args)

@@ -21,7 +21,7 @@ from torch import nn
 
 from influence_fast.engine import GradientEngine
 from influence_fast.gradients import packs_for
-from influence_fast.packing import IGNORED
+from influence_fast.packing import IGNORED, check_examples
 from influence_fast.projection import key, philox4x32
 
 _STREAM = 2  # the fourth word of the counter: 0 and 1 are the signs' and the SJLT's
@@ -48,6 +48,7 @@ def sample_labels(
 
     Returns copies with other `labels`, in the same order; one forward pass. Raises as `per_example_gradients`.
     """
+    check_examples(examples)
     drawn = [dict(example) for example in examples]
     with GradientEngine(model, None, precision=precision) as engine:
         for pack in packs_for(engine, examples, max_tokens):

@@ -39,7 +39,8 @@ PEAK_FLOPS = {
 
 def folder_of(store: Path) -> Path:
     """Where the metrics of the store at `store` are."""
-    return store.with_name(f"{store.name}.metrics")
+    path = store.absolute()  # "." has no name
+    return path.with_name(f"{path.name}.metrics")
 
 
 def peak_flops(device: torch.device) -> float | None:

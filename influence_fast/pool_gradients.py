@@ -14,6 +14,7 @@ import torch
 from influence_fast.adam import adam_moments
 from influence_fast.building import build_store, identity_of
 from influence_fast.config import GradientConfig, InfluenceConfig
+from influence_fast.errors import StoreError
 from influence_fast.fingerprints import dataset_fingerprint
 from influence_fast.fisher_labels import sample_labels
 from influence_fast.gradients import per_example_gradients
@@ -90,7 +91,7 @@ def sketch_options(gradients: GradientConfig, influence: InfluenceConfig) -> dic
 
 def fisher_folders(store: str | Path) -> list[Path]:
     """Where rows lie that the preconditioner of a store was fitted on: a folder for each set of draws."""
-    path = Path(store)
+    path = Path(store).absolute()
     return sorted(path.parent.glob(f"{glob.escape(path.name)}.fisher-*"))
 
 
@@ -113,5 +114,9 @@ def _fisher_store(
     made = {name: value for name, value in options.items() if name != "max_tokens"}
     identity = identity_of(model, **made)
     digest = hashlib.sha256(f"{identity} {dataset_fingerprint(drawn)}".encode()).hexdigest()[:12]
-    folder = store.with_name(f"{store.name}.fisher-{digest}")
-    return build_store(folder, model, None, drawn, dtype="fp32", progress=False, **options)
+    path = store.absolute()  # "." has no name
+    folder = path.with_name(f"{path.name}.fisher-{digest}")
+    try:
+        return build_store(folder, model, None, drawn, dtype="fp32", progress=False, **options)
+    except StoreError as error:
+        raise StoreError(f"{error} ({folder} is made of what is at hand: it may be deleted)") from error

@@ -12,6 +12,12 @@ from influence_fast.atomic import replacing
 from influence_fast.errors import DataError
 
 
+def check_format(path: str | Path) -> None:
+    """DataError for a file that no score table can be written to."""
+    if Path(path).suffix not in (".parquet", ".csv"):
+        raise DataError(f"{path}: a score table is written as .parquet or .csv")
+
+
 @dataclass(frozen=True)
 class ScoreTable:
     """`ids` in the data's order, float64 `columns` and text columns (`texts`) of the same length.
@@ -47,9 +53,8 @@ class ScoreTable:
         path = Path(path)
         numbers = {name: np.asarray(column, np.float64) for name, column in self.columns.items()}
         table = pa.table({"id": self.ids, **numbers, **self.texts})
-        write = {".parquet": pyarrow.parquet.write_table, ".csv": pyarrow.csv.write_csv}.get(path.suffix)
-        if write is None:
-            raise DataError(f"{path}: a score table is written as .parquet or .csv")
+        check_format(path)
+        write = {".parquet": pyarrow.parquet.write_table, ".csv": pyarrow.csv.write_csv}[path.suffix]
         with replacing(path) as temporary:
             write(table, temporary)
 

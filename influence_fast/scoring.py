@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from influence_fast import preconditioners
-from influence_fast.errors import DataError
+from influence_fast.errors import ConfigError, DataError
 from influence_fast.lora import LayoutEntry, layout_width
 from influence_fast.products import inner_products
 from influence_fast.scores import ScoreTable
@@ -52,7 +52,7 @@ def influence_scores(
     Raises:
         DataError: the queries do not fit the store, or every group is empty.
         ConfigError: unknown preconditioner, or one that does not fit this width.
-        StoreError: `fisher` is of another model, adapter or projection than `store`.
+        StoreError: `fisher`, where it is read, is of another model, adapter or projection than `store`.
     """
     used = {name: list(members) for name, members in groups.items() if len(members)}
     if not used:
@@ -103,6 +103,8 @@ def _prepared(
     if store.identity.projection_sketch is not None:
         preconditioner = preconditioners.after_sketch(preconditioner)
     source = store
+    if fisher is not None and not isinstance(fisher, Store):
+        raise ConfigError(f"fisher must be a store (of `build_store`), not a {type(fisher).__name__}")
     if fisher is not None and reads_fisher(store, preconditioner):
         data = {"dataset_fingerprint": None, "tokenization": None, "tokenizer_hash": None}
         fisher.identity.check(replace(store.identity, **data), fisher.path)

@@ -25,6 +25,7 @@ from influence_fast.store import fitted_sketch, open_store
 from influence_fast.store_manifest import MANIFEST_NAME, Manifest
 from influence_fast.store_writer import make_folder
 
+_SAID = {"labels": "labels (--fisher, influence.fisher)", "damping": "damping (--damping, influence.damping)"}
 _PIECE = 1 << 24  # numbers of rows that are turned into fp64 at a time
 
 Find = Callable[[], EigenSketch | None]  # what is kept already
@@ -194,15 +195,15 @@ def kept_sketch(folder: Path, purpose: Mapping[str, Any]) -> EigenSketch | None:
         found = fitted_sketch(folder, Manifest.load(folder))
         if found is None:
             raise StoreError(
-                f"{folder}: its rows were made by a random sketch or none (--sketch and gradients.sketch: random), or "
-                "build a new store"
+                f"{folder}: its rows were made by a random sketch or none: ask for that (--sketch and "
+                "gradients.sketch: random), or build a new store"
             )
         for name, wanted in purpose.items():
             mine = _labelled(found.purpose).get(name)
             if mine != wanted:
                 raise StoreError(
-                    f"{folder}: its sketch was fitted with another {name}: {mine} there and {wanted} here; use that, "
-                    "or build a new store"
+                    f"{folder}: its sketch was fitted with another setting of {_SAID.get(name, name)}: {mine} "
+                    f"there and {wanted} here; use that one, or build a new store"
                 )
         return found
     for path in sorted(folder.glob(FILES)):  # of a build that was stopped before its manifest

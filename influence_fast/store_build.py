@@ -58,7 +58,7 @@ def build_from_source(
     tokenizer = processes.retried(lambda: load_tokenizer(model.path, model=loaded, **trust))
     if group is not None:
         loaded = sharded.shard_model(loaded, mesh)
-    spool = Path(f"{folder}.tokens")
+    spool = Path(f"{Path(folder).absolute()}.tokens")
     processes.once(
         spool,
         world,

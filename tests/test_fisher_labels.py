@@ -14,7 +14,7 @@ import torch
 import influence_fast as inf
 from influence_fast import fisher_labels, loss
 from influence_fast.config import GradientConfig, InfluenceConfig, check_influence
-from influence_fast.errors import ConfigError, StoreError
+from influence_fast.errors import ConfigError, DataError, StoreError
 from influence_fast.loss import drawn_tokens
 from influence_fast.pool_gradients import fisher_folders, pool_gradients
 from influence_fast.preconditioners import fit
@@ -171,6 +171,34 @@ def test_rows_of_other_draws_or_settings_lie_beside_each_other(tiny_lora: Callab
     assert wider.fisher.width > first.fisher.width
 
 
+def test_a_store_keeps_its_shards_and_may_be_the_folder_one_is_in(
+    tiny_lora: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pool, queries = tiny_lora(), make_examples(), make_examples(2, 1)
+    settings = GradientConfig(dim=4)
+    (tmp_path / "s").mkdir()
+    built = inf.build_store(
+        tmp_path / "s", model, None, pool, projection=settings.projection, shard_rows=2, progress=False
+    )
+    monkeypatch.chdir(tmp_path / "s")
+    made = pool_gradients(model, pool, queries, Path(), settings, InfluenceConfig(), {}, progress=False)
+    assert made.store.manifest == built.manifest
+    assert made.fisher is not None
+    assert len(fisher_folders(tmp_path / "s")) == len(fisher_folders(Path())) == 1
+    (fisher_folders(Path())[0] / "manifest.json").unlink()
+    with pytest.raises(StoreError, match="is made of what is at hand: it may be deleted"):
+        pool_gradients(model, pool, queries, Path(), settings, InfluenceConfig(), {}, progress=False)
+
+
+def test_what_is_no_tokens_or_no_store_is_named(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
+    model, examples = tiny_lora(), make_examples()
+    with pytest.raises(DataError, match=r"examples\[0\] is a str, not tokens"):
+        inf.sample_labels(model, ["hello"])  # type: ignore[list-item]
+    store = inf.build_store(tmp_path / "s", model, None, examples, projection=inf.Projection(dim=4), progress=False)
+    with pytest.raises(ConfigError, match=r"fisher must be a store .*, not a str"):
+        inf.influence_scores(store, torch.zeros(1, store.width), {"correct": [0]}, fisher="s")  # type: ignore[arg-type]
+
+
 def test_a_sketch_that_does_not_say_whose_labels_is_of_the_datas(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
     """As all were before labels were drawn: with a store, and of a build that was stopped before it had one."""
     model, examples, plain = tiny_lora(), make_examples(30), inf.Projection(dim=4, width=40)
@@ -185,7 +213,7 @@ def test_a_sketch_that_does_not_say_whose_labels_is_of_the_datas(tiny_lora: Call
         found = inf.fit_projection(model, examples, projection=plain, labels="data", folder=tmp_path / "s")
         assert found == old
         inf.build_store(tmp_path / "s", model, None, examples, projection=found, progress=False)
-    with pytest.raises(StoreError, match="another labels: data there and model here"):
+    with pytest.raises(StoreError, match=r"another setting of labels .*: data there and model here"):
         inf.fit_projection(model, examples, projection=plain, folder=tmp_path / "s")
 
 
