@@ -385,7 +385,7 @@ def test_one_that_a_store_stands_on_is_not_fitted_anew(
     assert fit_projection(model, examples, projection=NARROW, damping=0.1, folder=tmp_path / "s") == fitted
     with pytest.raises(StoreError, match=r"influence.damping\): 0.1 there and 0.5 here"):
         fit_projection(model, examples, projection=NARROW, damping=0.5, folder=tmp_path / "s")
-    with pytest.raises(StoreError, match=r"fitted with another sample: 24 examples, .* there and 5 examples"):
+    with pytest.raises(StoreError, match=r"another setting of sample: 24 examples, .* there and 5 examples"):
         fit_projection(model, examples, projection=NARROW, examples=5, folder=tmp_path / "s")
     built(tmp_path / "random", model, examples)
     with pytest.raises(StoreError, match="its rows were made by a random sketch or none"):

@@ -327,7 +327,7 @@ def test_the_command_line_refuses_it_before_any_work(capsys: pytest.CaptureFixtu
     assert "--precision: unknown value 'fp9'; did you mean 'fp8'" in capsys.readouterr().err
     assert cli.main([*build, "fp8", "--fsdp", "2"]) == 2
     assert "--precision: fp8 keeps copies of whole base weights" in capsys.readouterr().err
-    score = ["score", "--model", "m", "--adapter", "a", "--data", "d", "--validation", "v", "--output", "o"]
+    score = ["score", "--model", "m", "--adapter", "a", "--data", "d", "--validation", "v", "--output", "o.csv"]
     assert cli.main([*score, "--precision", "fp9"]) == 2
     assert "--precision: unknown value 'fp9'" in capsys.readouterr().err
 
