@@ -84,6 +84,37 @@ def outer_tile(
 
 
 @jit
+def _module_tile(
+    left,  # [T, M, a]
+    right,  # [T, M, b]
+    m,
+    begin,
+    stop,
+    a_size,
+    b_size,
+    stride_lt,
+    stride_lm,
+    stride_rt,
+    stride_rm,
+    BLOCK_L: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """This program's tile of a module's block: places inside the block, which of them there are, and `outer_tile`."""
+    tiles_b = tl.cdiv(b_size, BLOCK_B)
+    a = ((tl.program_id(1) // tiles_b) * BLOCK_A + tl.arange(0, BLOCK_A)).to(tl.int64)
+    b = ((tl.program_id(1) % tiles_b) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
+    a_mask = a < a_size
+    b_mask = b < b_size
+    left += m * stride_lm
+    right += m * stride_rm
+    total = outer_tile(left, right, a, b, a_mask, b_mask, begin, stop, stride_lt, stride_rt, BLOCK_L, PRECISION, CHUNK)
+    return a[:, None] * b_size + b[None, :], a_mask[:, None] & b_mask[None, :], total
+
+
+@jit
 def _example_kernel(
     left,  # [T, M, a]
     right,  # [T, M, b]
@@ -109,20 +140,29 @@ def _example_kernel(
 ):
     e = (tl.program_id(0) // modules).to(tl.int64)
     m = (tl.program_id(0) % modules).to(tl.int64)
-    tiles_b = tl.cdiv(b_size, BLOCK_B)
-    a = ((tl.program_id(1) // tiles_b) * BLOCK_A + tl.arange(0, BLOCK_A)).to(tl.int64)
-    b = ((tl.program_id(1) % tiles_b) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
-    a_mask = a < a_size
-    b_mask = b < b_size
     begin = tl.load(cu_seqlens + e)
     stop = tl.load(cu_seqlens + e + 1)
-    left += m * stride_lm
-    right += m * stride_rm
-    total = outer_tile(left, right, a, b, a_mask, b_mask, begin, stop, stride_lt, stride_rt, BLOCK_L, PRECISION, CHUNK)
+    block, mask, total = _module_tile(
+        left,
+        right,
+        m,
+        begin,
+        stop,
+        a_size,
+        b_size,
+        stride_lt,
+        stride_lm,
+        stride_rt,
+        stride_rm,
+        BLOCK_L,
+        BLOCK_A,
+        BLOCK_B,
+        PRECISION,
+        CHUNK,
+    )
     if HAS_SCALES:
         scale = tl.load(scales + m)
-    place = rows + e * stride_row + tl.load(offsets + m) + a[:, None] * b_size + b[None, :]
-    tl.store(place, total * scale, mask=a_mask[:, None] & b_mask[None, :])
+    tl.store(rows + e * stride_row + tl.load(offsets + m) + block, total * scale, mask=mask)
 
 
 @jit
@@ -155,19 +195,26 @@ def _chunk_kernel(
     # Modules run fastest, so programs that share the lines of one token run side by side.
     chunk = tl.program_id(0) // modules
     m = (tl.program_id(0) % modules).to(tl.int64)
-    tiles_b = tl.cdiv(b_size, BLOCK_B)
-    a = ((tl.program_id(1) // tiles_b) * BLOCK_A + tl.arange(0, BLOCK_A)).to(tl.int64)
-    b = ((tl.program_id(1) % tiles_b) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
-    a_mask = a < a_size
-    b_mask = b < b_size
     begin = tl.load(chunk_start + chunk)
     stop = tl.load(chunk_stop + chunk)
-    left += m * stride_lm
-    right += m * stride_rm
-    total = outer_tile(left, right, a, b, a_mask, b_mask, begin, stop, stride_lt, stride_rt, BLOCK_L, PRECISION)
-
-    mask = a_mask[:, None] & b_mask[None, :]
-    block = a[:, None] * b_size + b[None, :]
+    block, mask, total = _module_tile(
+        left,
+        right,
+        m,
+        begin,
+        stop,
+        a_size,
+        b_size,
+        stride_lt,
+        stride_lm,
+        stride_rt,
+        stride_rm,
+        BLOCK_L,
+        BLOCK_A,
+        BLOCK_B,
+        PRECISION,
+        0,
+    )
     slot = tl.load(chunk_slot + chunk).to(tl.int64)
     if slot < 0:
         if HAS_SCALES:
