@@ -130,23 +130,28 @@ def _exact_sums(table: Table, tokens: int, d: int) -> None:
     table.add("segment_outer", f"T={tokens} E=16 {RANK}x{d} exact", cost, variants)
 
 
+def both_sides(device: torch.device, tokens: int, modules: int) -> list[tuple[torch.Tensor, ...]]:
+    """(left, right, offsets) of dA and of dB of all modules, as the engine keeps them: columns of [u | y] and [h | z],
+    each module's tokens side by side."""
+    u_y, h_z = (torch.randn(modules, tokens, RANK + DIM, device=device).bfloat16().transpose(0, 1) for _ in range(2))
+    at = torch.arange(2 * modules, device=device) * DIM * RANK
+    return [
+        (u_y[..., :RANK], h_z[..., RANK:], at[0::2].contiguous()),
+        (u_y[..., RANK:], h_z[..., :RANK], at[1::2].contiguous()),
+    ]
+
+
 def _projected_sums(table: Table, tokens: int, modules: int) -> None:
-    """Both sides of all modules as the engine keeps them: [u | y] and [h | z], each module's tokens side by side."""
     segments = Segments.from_lengths([tokens // 16] * 16, device=table.device)
-    block = DIM * RANK
-    u_y, h_z = (
-        torch.randn(modules, tokens, RANK + DIM, device=table.device).bfloat16().transpose(0, 1) for _ in range(2)
-    )
-    sides = [(u_y[..., :RANK], h_z[..., RANK:]), (u_y[..., RANK:], h_z[..., :RANK])]
-    offsets = [torch.arange(modules, device=table.device) * 2 * block + side * block for side in (0, 1)]
+    sides = both_sides(table.device, tokens, modules)
     for stored in (torch.float32, torch.bfloat16):
-        out = torch.empty(16, 2 * modules * block, dtype=stored, device=table.device)
+        out = torch.empty(16, 2 * modules * DIM * RANK, dtype=stored, device=table.device)
 
         def both(whole: bool | None, out: torch.Tensor = out) -> None:
-            for (a, b), at in zip(sides, offsets, strict=True):
+            for a, b, at in sides:
                 outer.segment_outer(a, b, segments, out, at, whole=whole)
 
-        variants: Variants = {"pytorch": lambda: [outer.reference(a, b, segments) for a, b in sides]}
+        variants: Variants = {"pytorch": lambda: [outer.reference(a, b, segments) for a, b, _ in sides]}
         if table.device.type == "cuda":
             variants |= {"triton": partial(both, None), "triton, by chunks": partial(both, False)}
         one = outer.cost(tokens, 16, modules, DIM, RANK, row_itemsize=out.element_size())

@@ -34,8 +34,8 @@ SMOKE_SHAPES = {"tiny": (64, 128, 2, 1, 300, 2)}
 ANY_ORDER = "triton, attention in any order"
 
 
-def model_of(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Any:
-    """A Qwen2-shaped peft model with random weights on the device."""
+def model_of(shape: tuple[int, ...], device: torch.device) -> Any:
+    """A Qwen2-shaped peft model with random weights on the device: bf16 on a card, fp32 on a CPU."""
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -51,7 +51,7 @@ def model_of(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -
         tie_word_embeddings=hidden < 3584,
     )
     with torch.device(device):
-        model = Qwen2ForCausalLM(config).to(dtype)
+        model = Qwen2ForCausalLM(config).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
     return get_peft_model(model, lora, autocast_adapter_dtype=False).to(device)
 
@@ -141,7 +141,7 @@ class Batch:
 def _step(
     device: torch.device, name: str, shape: tuple[int, ...], tokens: int, rounds: int, peak: float
 ) -> dict[str, Any]:
-    model = model_of(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = model_of(shape, device)
     batch, projection = Batch.of(tokens, shape[4], device), inf.Projection(dim=DIM)
     pack = batch.pack
     seconds: dict[str, list[float]] = {}
@@ -183,6 +183,14 @@ def _step(
     return row
 
 
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most that the allocator holds on the card while `run` is."""
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
 def batch_memory(device: torch.device, model: Any, projection: inf.Projection, pack: Any) -> tuple[float | None, float]:
     """GiB that one batch adds at its peak, as the allocator counts it (None on a CPU) and as the sum says."""
     checkpointing, measured = False, None
@@ -192,9 +200,7 @@ def batch_memory(device: torch.device, model: Any, projection: inf.Projection, p
             engine.run(pack)
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            engine.run(pack)
-            measured = (torch.cuda.max_memory_allocated() - before) / 2**30
+            measured = (peak_bytes(partial(engine.run, pack)) - before) / 2**30
         summed = gradient_memory(
             engine.base.config,
             len(pack.input_ids),
@@ -214,7 +220,7 @@ def profile(device: torch.device, shapes: dict[str, Any], tokens: int, shown: in
     """Where a step's time goes: its kernels by their time on the card (on a CPU: its operations), ours and plain."""
     found = []
     for name, shape in shapes.items():
-        model = model_of(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        model = model_of(shape, device)
         batch = Batch.of(tokens, shape[4], device)
         with GradientEngine(model, inf.Projection(dim=DIM)) as engine:
             found.append({"model": name, "step": "ours", **_profiled(partial(engine.run, batch.pack), device, shown)})
@@ -252,7 +258,7 @@ def _profiled(run: Callable[[], Any], device: torch.device, shown: int) -> dict[
 
 def crossing(device: torch.device, shape: tuple[int, ...], tokens: int, rounds: int) -> list[dict[str, Any]]:
     """Seconds of eight packs with their rows on the host, by how the rows get there."""
-    model = model_of(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = model_of(shape, device)
     length = tokens // 16
     ids = [torch.randint(0, shape[4], (length,)) for _ in range(8 * 16)]
     examples = [{"input_ids": i, "labels": i} for i in ids]
@@ -280,7 +286,7 @@ def crossing(device: torch.device, shape: tuple[int, ...], tokens: int, rounds: 
 
 def streaming(device: torch.device, shape: tuple[int, ...], tokens: int, rounds: int) -> list[dict[str, Any]]:
     """Seconds of one pack's scores by the number of queries: the kernel for all of them, and never."""
-    model = model_of(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = model_of(shape, device)
     length = tokens // 16
     ids = [torch.randint(0, shape[4], (length,)) for _ in range(16)]
     (pack,) = pack_examples([{"input_ids": i, "labels": i} for i in ids], tokens)
@@ -304,7 +310,7 @@ def streaming(device: torch.device, shape: tuple[int, ...], tokens: int, rounds:
 
 def long_trace(device: torch.device, name: str, shape: tuple[int, ...], tokens: int, rounds: int) -> dict[str, Any]:
     """One example of so many tokens through a whole model: its time, and the card's memory at the fullest moment."""
-    model = model_of(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = model_of(shape, device)
     ids = torch.randint(0, shape[4], (tokens,))
     (pack,) = pack_examples([{"input_ids": ids, "labels": ids}], tokens)
     with GradientEngine(model, inf.Projection(dim=DIM)) as engine:
@@ -312,12 +318,7 @@ def long_trace(device: torch.device, name: str, shape: tuple[int, ...], tokens: 
             engine.room = min(engine.room, 80 * 10**9 - torch.cuda.memory_allocated())
         recomputed = engine.overflows(tokens)
         seconds = summary(timed(device, partial(engine.run, pack), rounds))
-        peak = None
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            engine.run(pack)
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() / 2**30
+        peak = peak_bytes(partial(engine.run, pack)) / 2**30 if device.type == "cuda" else None
         summed = gradient_memory(
             engine.base.config,
             tokens,

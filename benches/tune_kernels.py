@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 
-from benches.card_kernels import AHEAD, DIM, MODULES, RANK, copy_bandwidth, timed
+from benches.card_kernels import AHEAD, DIM, MODULES, RANK, both_sides, copy_bandwidth, timed
 from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels import skinny_project as skinny
 from influence_fast.kernels.segments import Segments
@@ -99,17 +99,14 @@ def projections() -> Iterator[Candidate]:
 
 def sums() -> Iterator[Candidate]:
     segments = Segments.from_lengths([TOKENS // EXAMPLES] * EXAMPLES, device=CUDA)
-    u_y, h_z = (torch.randn(MODULES, TOKENS, RANK + DIM, device=CUDA).bfloat16().transpose(0, 1) for _ in range(2))
-    sides = [(u_y[..., :RANK], h_z[..., RANK:]), (u_y[..., RANK:], h_z[..., :RANK])]
-    block = DIM * RANK
-    offsets = [torch.arange(MODULES, device=CUDA) * 2 * block + side * block for side in (0, 1)]
-    rows = torch.empty(EXAMPLES, 2 * MODULES * block, device=CUDA)
+    sides = both_sides(CUDA, TOKENS, MODULES)
+    rows = torch.empty(EXAMPLES, 2 * MODULES * DIM * RANK, device=CUDA)
     chosen = outer.configuration(RANK, DIM, 2)
     for length, warps, stages in product((64, 128, 256), (1, 2, 4), (2, 3)):
         tiles = {"BLOCK_L": length, "BLOCK_A": 16, "BLOCK_B": 16, "num_warps": warps, "num_stages": stages}
 
         def both() -> None:
-            for (a, b), at in zip(sides, offsets, strict=True):
+            for a, b, at in sides:
                 outer.segment_outer(a, b, segments, rows, at)
 
         cost = 2 * outer.cost(TOKENS, EXAMPLES, MODULES, RANK, DIM, row_itemsize=4).bytes
