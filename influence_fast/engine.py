@@ -363,31 +363,27 @@ class GradientEngine:
     def draw(self, pack: Pack, uniform: torch.Tensor) -> torch.Tensor:
         """A token from the model's prediction of each that the loss counts [n] int64, by uniform numbers [n]."""
         inputs = StepInputs.of(pack, self.loss_reduction, self.reducer.dtype, triton=False).to(self.device)
-        try:
-            hidden, weight, bias = self._hidden(inputs)
-        finally:
-            for group in self._groups:
-                group.forget()
-        return drawn_tokens(hidden, weight, bias, to_device(uniform, self.device))
+        return drawn_tokens(*self._hidden(inputs), to_device(uniform, self.device))
 
     def _loss(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """The pack's summed loss, to differentiate, and the loss of each example [E]."""
-        try:
-            hidden, weight, bias = self._hidden(inputs)
-        finally:
-            for group in self._groups:
-                group.forget()
+        hidden, weight, bias = self._hidden(inputs)
         triton = self.backend == "triton"
         loss, token_losses = CompletionLoss.apply(hidden, weight, bias, inputs.targets, inputs.weights, triton)
         return loss, segment_sums(token_losses * inputs.weights, inputs.edges)
 
     def _hidden(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """What the loss needs: the last hidden states of the completion tokens, the head's weight and bias."""
+        try:
+            found = self._call(self.base if self._whole_model_logits else self.decoder, inputs.tokens)
+        finally:
+            for group in self._groups:
+                group.forget()
         if self._whole_model_logits:
-            logits = self._call(self.base, inputs.tokens).logits[0, inputs.positions]
+            logits = found.logits[0, inputs.positions]
             # the identity as head: softmax over logits that the model has already made
             return logits, torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device), None
-        hidden = self._call(self.decoder, inputs.tokens).last_hidden_state[0, inputs.positions]
+        hidden = found.last_hidden_state[0, inputs.positions]
         return hidden, self.head.weight.detach(), None if self.head.bias is None else self.head.bias.detach()
 
     def _call(self, module: nn.Module, tokens: attention.PackedTokens, **kwargs: Any) -> Any:
