@@ -10,6 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def beside(path: str | Path, suffix: str) -> Path:
+    """What lies beside a folder or file under its name and `suffix`; "." has the name of the folder that it is."""
+    whole = Path(path).absolute()
+    return whole.with_name(whole.name + suffix)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, and is removed if not."""

@@ -180,14 +180,7 @@ def score_by(
                 names = listing(name for name, _ in made.store.set_aside)
                 raise DataError(f"method {method.name}: no gradient for {names}; leave these examples out of the pool")
             with timed(seconds, "scores"):
-                matrix = influence_matrix(
-                    made.store,
-                    made.queries,
-                    preconditioner=influence.preconditioner,
-                    damping=influence.damping,
-                    moments=made.moments,
-                    fisher=made.fisher,
-                )
+                matrix = influence_matrix(made.store, made.queries, **made.scored_by(influence))
             total += np.float32(weight) * matrix
             size = sum(file.stat().st_size for file in scratch.glob("rows-*"))
             bytes_per_example += size // max(1, len(made.store))

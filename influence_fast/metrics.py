@@ -24,6 +24,8 @@ from typing import Any
 
 import torch
 
+from influence_fast.atomic import beside
+
 EVERY = 1.0  # seconds between two lines of a rank, and between two looks at those of the others
 # Dense bf16 FLOP/s from the makers' data sheets, by a part of the card's name; the first that fits counts.
 PEAK_FLOPS = {
@@ -39,8 +41,7 @@ PEAK_FLOPS = {
 
 def folder_of(store: Path) -> Path:
     """Where the metrics of the store at `store` are."""
-    path = store.absolute()  # "." has no name
-    return path.with_name(f"{path.name}.metrics")
+    return beside(store, ".metrics")
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from influence_fast.adam import adam_moments
+from influence_fast.atomic import beside
 from influence_fast.building import build_store, identity_of
 from influence_fast.config import GradientConfig, InfluenceConfig
 from influence_fast.errors import StoreError
@@ -40,6 +41,15 @@ class PoolGradients:
     queries: torch.Tensor
     fisher: Store | None
     moments: torch.Tensor | None
+
+    def scored_by(self, influence: InfluenceConfig) -> dict[str, Any]:
+        """What `influence_scores` and `influence_matrix` take beside the store and the queries."""
+        return {
+            "preconditioner": influence.preconditioner,
+            "damping": influence.damping,
+            "moments": self.moments,
+            "fisher": self.fisher,
+        }
 
 
 def pool_gradients(
@@ -91,8 +101,8 @@ def sketch_options(gradients: GradientConfig, influence: InfluenceConfig) -> dic
 
 def fisher_folders(store: str | Path) -> list[Path]:
     """Where rows lie that the preconditioner of a store was fitted on: a folder for each set of draws."""
-    path = Path(store).absolute()
-    return sorted(path.parent.glob(f"{glob.escape(path.name)}.fisher-*"))
+    first = beside(store, ".fisher-")
+    return sorted(first.parent.glob(f"{glob.escape(first.name)}*"))
 
 
 def _fisher_store(
@@ -114,8 +124,7 @@ def _fisher_store(
     made = {name: value for name, value in options.items() if name != "max_tokens"}
     identity = identity_of(model, **made)
     digest = hashlib.sha256(f"{identity} {dataset_fingerprint(drawn)}".encode()).hexdigest()[:12]
-    path = store.absolute()  # "." has no name
-    folder = path.with_name(f"{path.name}.fisher-{digest}")
+    folder = beside(store, f".fisher-{digest}")
     try:
         return build_store(folder, model, None, drawn, dtype="fp32", progress=False, **options)
     except StoreError as error:

@@ -76,15 +76,7 @@ def score_pool(
     made = pool_gradients(model, pool, asked, store_path, gradients, influence, seconds, progress=progress)
     store = made.store
     with timed(seconds, "inner products and ranks"):
-        table = scoring.influence_scores(
-            store,
-            made.queries,
-            queries.groups,
-            preconditioner=influence.preconditioner,
-            damping=influence.damping,
-            moments=made.moments,
-            fisher=made.fisher,
-        )
+        table = scoring.influence_scores(store, made.queries, queries.groups, **made.scored_by(influence))
     by_id = {example["id"]: example for example in pool}
     stored = [by_id[name] for name in table.ids]
     tokens = np.array([int((example["labels"] != IGNORED).sum()) for example in stored], dtype=np.float64)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from influence_fast import distributed, metrics, processes, sharded, spooling
+from influence_fast.atomic import beside
 from influence_fast.config import GradientConfig, InfluenceConfig, ModelConfig
-from influence_fast.fp8 import check_precision
 from influence_fast.models import load_model, load_tokenizer
 from influence_fast.pool_gradients import sketch_options
 from influence_fast.processes import World
@@ -44,7 +44,6 @@ def build_from_source(
 
     Raises as the steps do; ConfigError for a precision that sharded weights cannot have.
     """
-    check_precision(gradients.precision, "precision", sharded=fsdp != 1)
     cuda = model.device.partition(":")[0] == "cuda" or (model.device == "auto" and torch.cuda.is_available())
     device = f"cuda:{world.local_rank}" if cuda and ":" not in model.device else model.device
     mesh, group = None, None
@@ -58,7 +57,7 @@ def build_from_source(
     tokenizer = processes.retried(lambda: load_tokenizer(model.path, model=loaded, **trust))
     if group is not None:
         loaded = sharded.shard_model(loaded, mesh)
-    spool = Path(f"{Path(folder).absolute()}.tokens")
+    spool = beside(folder, ".tokens")
     processes.once(
         spool,
         world,
