@@ -329,7 +329,6 @@ def _tokenize(args: Any, examples: list[Any], tokenizer: Any) -> list[dict[str, 
 
 def _evaluation(args: Any, settings: Any = None) -> Any:
     """`settings` (default: EvalConfig's own) with what the command line says otherwise."""
-
     from influence_fast.evaluation import EvalConfig
 
     given = _given(args, "max_new_tokens", "samples", "temperature", "top_p", "seed", "answer_kind", "engine")
@@ -367,7 +366,6 @@ def _demo(args: Any) -> None:
 
 
 def _run(args: Any) -> None:
-
     from influence_fast.config import load_config
 
     config = load_config(args.config)
@@ -680,7 +678,6 @@ def _plan(args: Any) -> None:
 
 
 def _validate(args: Any) -> None:
-
     from influence_fast.config import load_config
     from influence_fast.proof import validate
     from influence_fast.proof_page import text_tables, write_page

@@ -21,7 +21,7 @@ from torch import nn
 
 from influence_fast.engine import GradientEngine
 from influence_fast.gradients import packs_for
-from influence_fast.packing import IGNORED, check_examples
+from influence_fast.packing import IGNORED
 from influence_fast.projection import key, philox4x32
 
 _STREAM = 2  # the fourth word of the counter: 0 and 1 are the signs' and the SJLT's
@@ -48,28 +48,24 @@ def sample_labels(
 
     Returns copies with other `labels`, in the same order; one forward pass. Raises as `per_example_gradients`.
     """
-    check_examples(examples)
-    drawn = [dict(example) for example in examples]
     with GradientEngine(model, None, precision=precision) as engine:
-        for pack in packs_for(engine, examples, max_tokens):
-            uniform = torch.cat([_uniform(seed, examples[i]) for i in pack.indices])
-            made = engine.draw(pack, uniform).cpu()
+        packs = packs_for(engine, examples, max_tokens)
+        drawn = [dict(example) for example in examples]
+        for pack in packs:
+            uniform = [_uniform(seed, examples[i]) for i in pack.indices]
+            made = engine.draw(pack, torch.cat(uniform)).cpu()
             beat()
-            for i, mine in zip(pack.indices, made.split([_counted(examples[j]) for j in pack.indices]), strict=True):
+            for i, mine in zip(pack.indices, made.split([len(numbers) for numbers in uniform]), strict=True):
                 labels = examples[i]["labels"].clone()
                 labels[1:][labels[1:] != IGNORED] = mine.to(labels.dtype)
                 drawn[i]["labels"] = labels
     return drawn
 
 
-def _counted(example: Mapping[str, Any]) -> int:
-    return int((example["labels"][1:] != IGNORED).sum())
-
-
 def _uniform(seed: int, example: Mapping[str, Any]) -> torch.Tensor:
     """[n] fp64 in (0, 1), one number a label that counts."""
     name = hashlib.sha256(example["input_ids"].cpu().to(torch.int64).numpy().tobytes()).hexdigest()
-    index = torch.arange(_counted(example))
+    index = torch.arange(int((example["labels"][1:] != IGNORED).sum()))
     zero = torch.zeros_like(index)
     word = philox4x32((index, zero, zero, zero + _STREAM), key(seed, f"{name}/labels"))[0]
     return (word.double() + 0.5) / 2**32

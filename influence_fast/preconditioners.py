@@ -60,7 +60,6 @@ __all__ = [
     "fit_ekfac",
     "fit_fisher",
     "fits_sketch",
-    "reads_fisher",
 ]
 
 
@@ -72,6 +71,8 @@ SKETCHES = (AUTO, "random", "eigen")  # how rows get to their width
 FROM_MODEL, FROM_DATA = "model", "data"
 FISHER_LABELS = (FROM_MODEL, FROM_DATA)  # whose gradients a Fisher information is of: see `fisher_labels`
 FISHER_EXAMPLES = 1024  # of so many at most; in the small worlds of the proof some hundred do (docs/results.md)
+# Fitted on second moments that stand for a Fisher information; those of `adam` and `less` stand for an optimizer's
+# state, which saw the data's own labels.
 READ_FISHER = ("fisher", "fisher_cosine", "ekfac", "ekfac_cosine", "datainf")
 _AFTER_SKETCH = {DEFAULT: "cosine", "ekfac_cosine": "cosine", "ekfac": "none"}  # see `after_sketch`
 
@@ -157,14 +158,6 @@ def resolve(name: str, factors: list[LayoutEntry] | None) -> str:
     if name not in PRECONDITIONERS:
         raise ConfigError(f"unknown preconditioner {name!r}; {did_you_mean(name, (DEFAULT, *PRECONDITIONERS))}")
     return name
-
-
-def reads_fisher(name: str, factors: list[LayoutEntry] | None) -> bool:
-    """Whether `name` is fitted on second moments of gradients that stand for a Fisher information.
-
-    Those of `adam` and `less` stand for an optimizer's state, which saw the data's own labels.
-    """
-    return resolve(name, factors) in READ_FISHER
 
 
 def after_sketch(name: str) -> str:

@@ -54,7 +54,7 @@ class ScoreTable:
         numbers = {name: np.asarray(column, np.float64) for name, column in self.columns.items()}
         table = pa.table({"id": self.ids, **numbers, **self.texts})
         check_format(path)
-        write = {".parquet": pyarrow.parquet.write_table, ".csv": pyarrow.csv.write_csv}[path.suffix]
+        write = pyarrow.parquet.write_table if path.suffix == ".parquet" else pyarrow.csv.write_csv
         with replacing(path) as temporary:
             write(table, temporary)
 

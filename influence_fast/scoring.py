@@ -126,7 +126,7 @@ def _prepared(
 def reads_fisher(store: Store, preconditioner: str) -> bool:
     """Whether the preconditioner of that name is fitted on rows like the store's; a fitted sketch has that in it."""
     sketched = store.identity.projection_sketch is not None
-    return not sketched and preconditioners.reads_fisher(preconditioner, factors_of(store))
+    return not sketched and preconditioners.resolve(preconditioner, factors_of(store)) in preconditioners.READ_FISHER
 
 
 class _Divided:
