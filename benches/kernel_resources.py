@@ -23,9 +23,11 @@ from typing import Any
 
 import torch
 
-from influence_fast.kernels import project_flat, segment_bilinear, segment_outer, skinny_project
+from influence_fast.kernels import project_flat, rms_norm, segment_bilinear, segment_outer, skinny_project
 from influence_fast.kernels.counter import SignColumns, fill_signs, fill_sjlt
+from influence_fast.kernels.gated_silu import gated_silu, gated_silu_backward
 from influence_fast.kernels.quantize_rows import quantize_rows
+from influence_fast.kernels.rotary import rotary
 from influence_fast.kernels.runtime import INTERPRETED, WHY_NO_TRITON, Launch, recording
 from influence_fast.kernels.segments import Segments
 from influence_fast.kernels.token_loss import token_loss
@@ -155,6 +157,22 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                     return project_flat.project_flat(g, h, packed, sketch, rows, accumulate=True)
 
                 yield f"project_flat {short} {kind} {d}x{r} E={packed.examples}", flat
+        for width in (64, 128, 896, 3584, 8192, 16_384):
+            x, w = tensor(tokens, width, dtype=dtype), tensor(width, dtype=dtype)
+            yield (
+                f"rms_norm {short} d={width}",
+                lambda x=x, w=w: [rms_norm.rms_norm(x, w, 1e-6), rms_norm.rms_norm(x, w, 1e-6, round_first=False)],
+            )
+            yield f"rms_norm {short} d={width} backward", lambda x=x, w=w: rms_norm.rms_norm_backward(x, x, w, 1e-6)
+        x = tensor(tokens, 18_944, dtype=dtype)
+        yield f"gated_silu {short}", lambda x=x: [gated_silu(x, x), gated_silu_backward(x, x, x)]
+        for size in (64, 128, 256):
+            heads = tensor(1, tokens, 28, size, dtype=dtype).transpose(1, 2)
+            angles = tensor(1, tokens, size, dtype=dtype)
+            yield (
+                f"rotary {short} D={size}",
+                lambda x=heads, a=angles: [rotary(x, a, a), rotary(x, a, a, backward=True)],
+            )
     for precision in ("tf32", "tf32x3"):
         for columns in (32, 128, 256):
             x = tensor(tokens, 3584, dtype=torch.float32)
@@ -185,6 +203,11 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                 f"project_flat {kind} {case}",
                 lambda x=one, s=packed, k=sketch: project_flat.project_flat(x, x, s, k, tensor(1, 1)),
             )
+        yield (
+            f"rms_norm {case}",
+            lambda x=one: [rms_norm.rms_norm(x, x[0], 1e-6), rms_norm.rms_norm_backward(x, x, x[0], 1e-6)],
+        )
+        yield f"gated_silu {case}", lambda x=one: [gated_silu(x, x), gated_silu_backward(x, x, x)]
         yield f"quantize_rows {case}", lambda x=one: quantize_rows(x.float())
     for width in (16, 8192, 8191):
         yield f"quantize_rows K={width}", lambda k=width: quantize_rows(tensor(16, k, dtype=torch.float32))

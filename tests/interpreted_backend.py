@@ -6,12 +6,14 @@ import copy
 import json
 
 import torch
+from interpreted_rounding import round_as_cards_do
 from interpreted_world import tiny_world
 
 import influence_fast as inf
 
 
 def main() -> None:
+    round_as_cards_do()
     model, examples = tiny_world()
 
     errors = {}

@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from interpreted_rounding import round_as_cards_do
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -94,6 +95,7 @@ def largest(projection: inf.Projection, triton: bool) -> int:
 
 
 def main() -> None:
+    round_as_cards_do()
     project_flat.SLAB = SLAB
     project_flat.TILES_A_PROGRAM, project_flat.MOST_SPLITS = 1, 2  # so that a program has several tiles
     errors = {}

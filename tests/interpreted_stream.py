@@ -7,6 +7,7 @@ import itertools
 import json
 
 import torch
+from interpreted_rounding import round_as_cards_do
 from interpreted_world import tiny_world
 
 import influence_fast as inf
@@ -14,6 +15,7 @@ from influence_fast import streaming
 
 
 def main() -> None:
+    round_as_cards_do()
     model, examples = tiny_world()
 
     exact = inf.per_example_gradients(copy.deepcopy(model).double(), examples, backend="torch")

@@ -13,8 +13,13 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # kernel_cases and tolerances, shared with tests/gpu
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from interpreted_rounding import round_as_cards_do
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    round_as_cards_do()
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:

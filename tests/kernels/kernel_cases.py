@@ -11,7 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from influence_fast.kernels import gated_silu as gated
 from influence_fast.kernels import project_flat as flat
+from influence_fast.kernels import rms_norm as norm
+from influence_fast.kernels import rotary as rotate
 from influence_fast.kernels import segment_bilinear as bilinear
 from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels import skinny_project as skinny
@@ -198,6 +201,61 @@ def _loss_run(tokens: int, vocabulary: int, gradient: bool, dtype: torch.dtype, 
     return (logits, expected) if gradient else (losses, expected)
 
 
+def _norm_run(
+    count: int,
+    features: int,
+    offset: float,
+    round_first: bool,
+    backward: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Pair:
+    """y, or the gradient of x; rows from tiny (where eps counts) to large, slices of wider ones."""
+    eps = 1e-5
+    size = 10.0 ** torch.linspace(-4, 3, count, dtype=torch.float64)[:, None]
+    wide = (normal(count, features + 5, dtype=torch.float64, device=torch.device("cpu")) * size).to(dtype).to(device)
+    x = wide[:, 2 : 2 + features]
+    w = normal(features, dtype=dtype, device=device, seed=1)
+    exact = x.double().requires_grad_()
+    expected = norm.reference(exact, w.double(), eps, offset=offset)
+    if not backward:
+        return norm.rms_norm(x, w, eps, offset=offset, round_first=round_first), expected.detach()
+    g = normal(count, features + 1, dtype=dtype, device=device, seed=2)[:, :features]
+    expected.backward(g.double())
+    made = norm.rms_norm_backward(g, x, w, eps, offset=offset)
+    assert exact.grad is not None
+    scale = size.to(device)  # gradients are the larger the smaller the row: so each counts alike
+    return (made * scale).to(dtype), exact.grad * scale
+
+
+def _gated_run(size: int, backward: bool, dtype: torch.dtype, device: torch.device) -> Pair:
+    """y, or both gradients; gates so large that their exponential is infinite too."""
+    a = normal(size, dtype=torch.float64, device=torch.device("cpu")) * 3
+    a[:3] = torch.tensor([200.0, -200.0, 0.0])[:size]
+    a = a.to(dtype).to(device)
+    b, g = (normal(size, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+    exact = [a.double().requires_grad_(), b.double().requires_grad_()]
+    expected = gated.reference(*exact)
+    if not backward:
+        return gated.gated_silu(a, b), expected.detach()
+    return torch.stack(gated.gated_silu_backward(g, a, b)), torch.stack(
+        torch.autograd.grad(expected, exact, g.double())
+    )
+
+
+def _rotary_run(tokens: int, heads: int, size: int, backward: bool, dtype: torch.dtype, device: torch.device) -> Pair:
+    """Heads as a projection leaves them; the halves of the angles differ, as no model's do, so that a mix-up shows."""
+    x = normal(1, tokens, heads + 2, size, dtype=dtype, device=device)[:, :, 1 : 1 + heads].transpose(1, 2)
+    cos, sin = (normal(1, tokens, size, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+    exact = x.double().requires_grad_()
+    expected = rotate.reference(exact, cos.double(), sin.double())
+    if backward:
+        (expected,) = torch.autograd.grad(expected, exact, x.double())
+    made = rotate.rotary(x, cos, sin, backward=backward)
+    assert made.transpose(1, 2).is_contiguous()
+    return made, expected.detach()
+
+
 def cases() -> list[Case]:
     """Every kernel over ragged shapes, float32 and bfloat16, and where it stores another dtype than it reads."""
     found: list[Case] = []
@@ -248,6 +306,42 @@ def cases() -> list[Case]:
                         dtype,
                         stored,
                         lambda device, arguments=(tokens, vocabulary, gradient, dtype): _loss_run(*arguments, device),
+                    )
+                )
+        for count, features, offset, round_first in (
+            (1, 1, 0.0, False),
+            (5, 61, 1.0, False),
+            (33, 128, 0.0, True),
+            (3, 4096, 0.0, True),
+            (2, 4099, 0.0, False),
+        ):
+            for backward in (False, True):
+                found.append(
+                    Case(
+                        f"rms_norm {kind} {count}x{features} {'backward' if backward else 'forward'}",
+                        dtype,
+                        dtype,
+                        lambda device, a=(count, features, offset, round_first, backward, dtype): _norm_run(*a, device),
+                    )
+                )
+        for tokens, heads, size in ((1, 1, 2), (17, 9, 10), (33, 2, 64), (15, 8, 128)):
+            for backward in (False, True):
+                found.append(
+                    Case(
+                        f"rotary {kind} {tokens}x{heads}x{size} {'backward' if backward else 'forward'}",
+                        dtype,
+                        dtype,
+                        lambda device, a=(tokens, heads, size, backward, dtype): _rotary_run(*a, device),
+                    )
+                )
+        for size in (3, 61, 2048, 2049):
+            for backward in (False, True):
+                found.append(
+                    Case(
+                        f"gated_silu {kind} {size} {'backward' if backward else 'forward'}",
+                        dtype,
+                        dtype,
+                        lambda device, a=(size, backward, dtype): _gated_run(*a, device),
                     )
                 )
         flats = [

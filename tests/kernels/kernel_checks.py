@@ -15,8 +15,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from influence_fast.engine import GradientEngine
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.kernels.counter import SignColumns, fill_signs, fill_sjlt
+from influence_fast.kernels.gated_silu import gated_silu, gated_silu_backward
 from influence_fast.kernels.project_flat import FlatSketch, project_flat
 from influence_fast.kernels.quantize_rows import quantize_rows, reference
+from influence_fast.kernels.rms_norm import MAX_FEATURES, rms_norm, rms_norm_backward
+from influence_fast.kernels.rotary import rotary
 from influence_fast.kernels.segment_bilinear import segment_bilinear
 from influence_fast.kernels.segment_outer import reference as outer_reference
 from influence_fast.kernels.segment_outer import segment_outer
@@ -239,6 +242,32 @@ def logits_that_are_not_finite_give_such_losses(device: torch.device) -> None:
     torch.testing.assert_close(losses[2:].cpu(), torch.tensor([4.0, 4100.0]).log())
 
 
+def a_token_passes_a_layer_with_the_same_bits_whatever_its_neighbours(device: torch.device) -> None:
+    for dtype in (torch.float32, BF16):
+        x, g = (normal(37, 70, dtype=dtype, device=device, seed=seed) for seed in (0, 1))
+        w = normal(70, dtype=dtype, device=device, seed=2)
+        cos, sin = (normal(1, 37, 10, dtype=dtype, device=device, seed=seed) for seed in (3, 4))
+        heads = x.view(1, 37, 7, 10).transpose(1, 2)
+        whole = [rms_norm(x, w, 1e-6), rms_norm_backward(g, x, w, 1e-6), gated_silu(g, x)]
+        whole += [*gated_silu_backward(x, g, x), rotary(heads, cos, sin).transpose(1, 2).reshape(37, 70)]
+        for one in (slice(0, 1), slice(31, 33), slice(36, 37)):
+            a, b = x[one], g[one]
+            part = [rms_norm(a, w, 1e-6), rms_norm_backward(b, a, w, 1e-6), gated_silu(b, a)]
+            turned = rotary(heads[:, :, one], cos[:, one], sin[:, one]).transpose(1, 2)
+            part += [*gated_silu_backward(a, b, a), turned.reshape(-1, 70)]
+            assert all(torch.equal(found, all_of[one]) for found, all_of in zip(part, whole, strict=True))
+
+
+def norms_have_the_bits_of_the_models(device: torch.device) -> None:
+    """Rounded where Llama's norm rounds; a card's and PyTorch's sums may differ in the last bit of a scale."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    theirs = LlamaRMSNorm(256, eps=1e-6).to(device)
+    x, w = (normal(*shape, dtype=BF16, device=device, seed=3) for shape in ((40, 256), (256,)))
+    theirs.weight.data = w
+    assert float((rms_norm(x, w, 1e-6) == theirs(x)).float().mean()) > 0.99
+
+
 CHECKS: list[Check] = [
     sign_bits_are_those_of_the_projection,
     sjlt_map_is_that_of_the_projection,
@@ -255,6 +284,8 @@ CHECKS: list[Check] = [
     rows_for_a_bf16_store_are_written_by_the_kernel,
     a_token_has_one_loss_whatever_its_neighbours,
     logits_that_are_not_finite_give_such_losses,
+    a_token_passes_a_layer_with_the_same_bits_whatever_its_neighbours,
+    norms_have_the_bits_of_the_models,
 ]
 
 
@@ -385,6 +416,52 @@ REFUSALS = [
             torch.zeros(2, 3, device=device),
             torch.zeros(3, dtype=torch.int64, device=device),
             torch.zeros(2, device=device),
+        ),
+    ),
+    Refusal(
+        "a norm's weight of another size",
+        ConfigError,
+        r"rms_norm: w must have shape \(3\), got \(4,\)",
+        lambda device: rms_norm(torch.zeros(2, 3, device=device), torch.zeros(4, device=device), 1e-6),
+    ),
+    Refusal(
+        "a norm of rows that no program holds",
+        ConfigError,
+        f"rms_norm_backward: rows of {MAX_FEATURES + 1} numbers; it takes 1 to {MAX_FEATURES}",
+        lambda device: rms_norm_backward(
+            *(torch.zeros(1, MAX_FEATURES + 1, device=device) for _ in range(2)),
+            torch.zeros(MAX_FEATURES + 1, device=device),
+            1e-6,
+        ),
+    ),
+    Refusal(
+        "a gate of another dtype",
+        ConfigError,
+        "share one dtype.*a bfloat16, b float32",
+        lambda device: gated_silu(torch.zeros(2, dtype=BF16, device=device), torch.zeros(2, device=device)),
+    ),
+    Refusal(
+        "a gate that is transposed",
+        ConfigError,
+        "gated_silu_backward: g must be contiguous",
+        lambda device: gated_silu_backward(
+            torch.zeros(3, 2, device=device).T, torch.zeros(2, 3, device=device), torch.zeros(2, 3, device=device)
+        ),
+    ),
+    Refusal(
+        "heads without halves",
+        ConfigError,
+        "rotary: heads of 3 numbers have no halves",
+        lambda device: rotary(torch.zeros(1, 2, 4, 3, device=device), *torch.zeros(2, 1, 4, 3, device=device)),
+    ),
+    Refusal(
+        "angles of other tokens",
+        ConfigError,
+        r"rotary: sin must have shape \(1, 4, 2\), got \(1, 5, 2\)",
+        lambda device: rotary(
+            torch.zeros(1, 2, 4, 2, device=device),
+            torch.zeros(1, 4, 2, device=device),
+            torch.zeros(1, 5, 2, device=device),
         ),
     ),
     Refusal(

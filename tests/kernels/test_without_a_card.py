@@ -13,8 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from influence_fast import products
 from influence_fast.errors import ConfigError
 from influence_fast.kernels import (
+    gated_silu,
     project_flat,
     quantize_rows,
+    rms_norm,
+    rotary,
     segment_bilinear,
     segment_outer,
     skinny_project,
@@ -181,6 +184,23 @@ def test_the_reference_of_the_loss_is_pytorchs_cross_entropy() -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad((expected * weights).sum(), logits)[0])
 
 
+def test_the_references_of_a_layer_are_what_models_compute() -> None:
+    x, w = _normal(5, 12), _normal(12)
+    expected = torch.nn.functional.rms_norm(x, (12,), w, 1e-3)
+    torch.testing.assert_close(rms_norm.reference(x, w, 1e-3), expected)
+    torch.testing.assert_close(rms_norm.reference(x, w - 1, 1e-3, offset=1.0), expected)
+    torch.testing.assert_close(gated_silu.reference(x, 2 * x), 2 * x * x / (1 + torch.exp(-x)))
+    # a rotation keeps the length of every pair, and the product of two heads depends on their distance alone
+    angles = torch.arange(5, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.1, 0.01], dtype=torch.float64)
+    cos, sin = (part.repeat(1, 2)[None] for part in (angles.cos(), angles.sin()))
+    heads = _normal(1, 2, 1, 6).expand(1, 2, 5, 6)
+    turned = rotary.reference(heads, cos, sin)
+    torch.testing.assert_close(turned.norm(dim=-1), heads.norm(dim=-1))
+    products = torch.einsum("td,sd->ts", turned[0, 0], turned[0, 1])
+    torch.testing.assert_close(products[1:, 1:], products[:-1, :-1])
+    assert not torch.allclose(products[0], products[1])
+
+
 def test_costs_count_the_flops_of_the_references() -> None:
     segments = Segments.from_lengths([3, 64, 130])  # a product of one token is no matrix product to the counter
     tokens = segments.tokens
@@ -201,5 +221,10 @@ def test_costs_count_each_operand_once() -> None:
     assert segment_bilinear.cost(10, 7, 4, 3, 2) == (2 * (10 + 6) * 28, 10 * 11 * 2 + 3 * 28 * 4)
     assert quantize_rows.cost(10, 7) == (70, 10 * 7 * 5 + 10 * 4)
     assert token_loss.cost(10, 7) == (4 * 70, 10 * 7 * 2 * 2 + 10 * 16)
+    assert rms_norm.cost(10, 7).bytes == (2 * 70 + 7) * 2
+    assert rms_norm.cost(10, 7, backward=True).bytes == (3 * 70 + 7) * 2
+    assert gated_silu.cost(70).bytes == 3 * 70 * 2
+    assert gated_silu.cost(70, backward=True, itemsize=4).bytes == 5 * 70 * 4
+    assert rotary.cost(10, 3, 8).bytes == 2 * (10 * 3 * 8 + 10 * 8) * 2
     assert project_flat.cost("sjlt", 10, 3, 7, 4, 64).flops == 2 * 10 * 28 + 2 * 3 * 28
     assert project_flat.cost("rademacher", 10, 3, 7, 4, 64).flops == 2 * 10 * 28 + 2 * 3 * 28 * 64

@@ -10,10 +10,10 @@ TOLERANCES: dict[torch.dtype, float] = {
     # Sums of up to a few thousand float32 terms: about 2^-24 sqrt(n), measured 1e-7 to 3e-7. A lost term of a sum or
     # a TF32 product (1e-3) is far outside.
     torch.float32: 1e-5,
-    # One rounding to 8 bits at the store, 2^-9 at most and 2e-3 in the norm; the interpreter truncates instead of
-    # rounding, 2^-8 at most and 3e-3 in the norm. A bfloat16 sum (1e-2 from some tens of terms on) is outside.
+    # One rounding to 8 bits at the store, 2^-9 at most and 2e-3 in the norm. A bfloat16 sum (1e-2 from some tens of
+    # terms on) is outside.
     torch.bfloat16: 1e-2,
-    # The same with 11 bits; truncation 5e-4.
+    # The same with 11 bits.
     torch.float16: 2e-3,
 }
 
