@@ -9,8 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._functorch import config as functorch
 
+from influence_fast.kernels import gated_silu as gated
 from influence_fast.kernels import quantize_rows as quantize
+from influence_fast.kernels import rms_norm as norm
+from influence_fast.kernels import rotary as rotate
 from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels import skinny_project as skinny
 from influence_fast.kernels import token_loss
@@ -85,7 +89,7 @@ class Table:
         row = {"kernel": name, "shape": shape, "seconds": seconds, "bytes": cost.bytes, "flops": cost.flops}
         row["share_of_copy_bandwidth"] = cost.bytes / best / self.bandwidth
         self.rows.append(row)
-        print(f"{name:<16} {shape:<44} {best * 1e6:9.1f} us  {row['share_of_copy_bandwidth']:.0%} of copy", flush=True)
+        print(f"{name:<19} {shape:<44} {best * 1e6:9.1f} us  {row['share_of_copy_bandwidth']:.0%} of copy", flush=True)
 
 
 def kernels(device: torch.device, tokens: int, widths: tuple[int, ...], modules: int, rounds: int) -> dict[str, Any]:
@@ -99,6 +103,7 @@ def kernels(device: torch.device, tokens: int, widths: tuple[int, ...], modules:
     _projected_sums(table, tokens, modules)
     _quantization(table, modules)
     _losses(table)
+    _layer(table, tokens, min(widths), max(widths))
     return {"copy_bytes_per_second": table.bandwidth, "rows": table.rows}
 
 
@@ -181,6 +186,63 @@ def _losses(table: Table) -> None:
         variants["torch.compile"] = lambda: fused(logits, targets, losses, weights).bfloat16()
         variants["triton"] = lambda: token_loss.token_loss(logits, targets, losses, weights=weights)
     table.add("token_loss", f"n={counted} V={vocabulary}", token_loss.cost(counted, vocabulary), variants)
+
+
+def _layer(table: Table, tokens: int, hidden: int, mlp: int) -> None:
+    """Parts of a layer, forward and backward; PyTorch's are what transformers writes, differentiated."""
+    device = table.device
+    x, g = (torch.randn(tokens, hidden, device=device).bfloat16() for _ in range(2))
+    w, eps = torch.randn(hidden, device=device).bfloat16(), 1e-6
+    a, b, c = (torch.randn(tokens, mlp, device=device).bfloat16() for _ in range(3))
+    heads = x.view(1, tokens, -1, min(128, hidden)).transpose(1, 2)
+    angles = torch.randn(2, 1, tokens, heads.shape[3], device=device).bfloat16()
+    cases: list[tuple[str, Any, list[torch.Tensor], torch.Tensor, Any, Any]] = [
+        (
+            "rms_norm",
+            lambda x: norm.reference(x, w, eps),
+            [x],
+            g,
+            (lambda: norm.rms_norm(x, w, eps), norm.cost(tokens, hidden)),
+            (lambda: norm.rms_norm_backward(g, x, w, eps), norm.cost(tokens, hidden, backward=True)),
+        ),
+        (
+            "gated_silu",
+            gated.reference,
+            [a, b],
+            c,
+            (lambda: gated.gated_silu(a, b), gated.cost(a.numel())),
+            (lambda: gated.gated_silu_backward(c, a, b), gated.cost(a.numel(), backward=True)),
+        ),
+        (
+            "rotary",
+            lambda x: rotate.reference(x, *angles),
+            [heads],
+            heads,
+            (lambda: rotate.rotary(heads, *angles), rotate.cost(tokens, heads.shape[1], heads.shape[3])),
+            (
+                lambda: rotate.rotary(heads, *angles, backward=True),
+                rotate.cost(tokens, heads.shape[1], heads.shape[3]),
+            ),
+        ),
+    ]
+    for name, reference, inputs, grad, forward, backward in cases:
+        leaves = [one.detach().requires_grad_() for one in inputs]
+        made = reference(*leaves)
+        variants: dict[str, Variants] = {
+            "": {"pytorch": lambda: reference(*inputs)},  # noqa: B023
+            " backward": {"pytorch": lambda: torch.autograd.grad(made, leaves, grad, retain_graph=True)},  # noqa: B023
+        }
+        if device.type == "cuda":
+            fused = torch.compile(reference)
+            with functorch.patch(donated_buffer=False):  # or its backward could be timed only once
+                of_fused = fused(*leaves)
+            variants[""] |= {"torch.compile": lambda: fused(*inputs), "triton": forward[0]}  # noqa: B023
+            variants[" backward"] |= {
+                "torch.compile": lambda: torch.autograd.grad(of_fused, leaves, grad, retain_graph=True),  # noqa: B023
+                "triton": backward[0],
+            }
+        for way, (_, cost) in (("", forward), (" backward", backward)):
+            table.add(name + way, f"T={tokens} {'x'.join(map(str, inputs[0].shape[-1:]))}", cost, variants[way])
 
 
 def products(device: torch.device, rows: int, width: int, rounds: int) -> list[dict[str, Any]]:

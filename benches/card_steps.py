@@ -32,6 +32,7 @@ SHAPES = {
 LONG = ("Qwen2.5-7B", (3584, 18_944, 28, 4, 152_064, 28))
 SMOKE_SHAPES = {"tiny": (64, 128, 2, 1, 300, 2)}
 ANY_ORDER = "triton, attention in any order"
+OWN_LAYERS = "triton, the model's own norms and MLPs"
 
 
 def model_of(shape: tuple[int, ...], device: torch.device) -> Any:
@@ -70,19 +71,20 @@ def ways_of(device: torch.device) -> dict[str, dict[str, Any]]:
     if device.type != "cuda":
         return ways
     ways |= {"triton": {"backend": "triton"}, "triton graphs": {"backend": "triton", "cuda_graphs": True}}
-    ways[ANY_ORDER] = {"backend": "triton"}
+    ways |= {way: {"backend": "triton"} for way in (OWN_LAYERS, ANY_ORDER)}
     if torch.cuda.get_device_capability(device) >= fp8.LOWEST_CAPABILITY:
         ways["triton fp8"] = {"backend": "triton", "precision": fp8.FP8}
     return ways
 
 
 @contextlib.contextmanager
-def attention_of(way: str) -> Iterator[None]:
-    """What attention's backward is asked for: one order, but for the way that is there to show what this costs."""
-    if way != ANY_ORDER:
-        yield
-        return
-    with mock.patch.object(attention, "_is_fused", return_value=False):
+def without(way: str) -> Iterator[None]:
+    """The engine less what this way is there to show the price or the worth of."""
+    with contextlib.ExitStack() as stack:
+        if way == ANY_ORDER:
+            stack.enter_context(mock.patch.object(attention, "_is_fused", return_value=False))
+        if way == OWN_LAYERS:
+            stack.enter_context(mock.patch("influence_fast.engine.fused", return_value=contextlib.nullcontext(False)))
         yield
 
 
@@ -149,7 +151,7 @@ def _step(
     for _ in range(rounds):
         seconds.setdefault("plain LoRA step", []).extend(timed(device, partial(batch.plain_step, model), 1))
         for way, options in ways_of(device).items():
-            with attention_of(way), GradientEngine(model, projection, **options) as engine:
+            with without(way), GradientEngine(model, projection, **options) as engine:
                 run = partial(engine.run, pack)
                 if engine.cuda_graphs:
                     run()  # a shape is recorded when it is seen again, which the warm-up then is

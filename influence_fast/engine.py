@@ -24,6 +24,7 @@ from torch.nn.functional import linear as dense
 
 from influence_fast import attention, backends, fp8, graphs
 from influence_fast.errors import ConfigError, ModelError, say_once
+from influence_fast.fused_layers import fused, overridden
 from influence_fast.lora import LayoutEntry, LoraLinear, find_lora_linears, in_top_layers, layout_of
 from influence_fast.loss import CompletionLoss, drawn_tokens
 from influence_fast.memory import layer_bytes
@@ -276,6 +277,7 @@ class GradientEngine:
         self._graphs: graphs.StepGraphs | None = None
         self._stack = contextlib.ExitStack()
         self._groups: list[InputGroup] = []
+        self._fused_layers = False
         self._layers: list[Any] = []  # those that can be computed again in the backward, and are not already
         self.room = _free_bytes(self.device)
         self._whole_model_logits = type(self.head) is not nn.Linear or any(
@@ -302,6 +304,8 @@ class GradientEngine:
             for group in self._groups:
                 for place, member in enumerate(group.members):
                     stack.enter_context(_replaced_forward(member.layer, group, place, self._anchor))
+            if self.backend == "triton":
+                self._fused_layers = stack.enter_context(fused(self.base))
             if self.cuda_graphs:
                 self._graphs = graphs.StepGraphs(self._step, self.device, graphs.CudaRecorder(self.device))
             self._stack = stack.pop_all()
@@ -346,9 +350,11 @@ class GradientEngine:
         if self.room is None or not self._layers:
             return False
         columns = max(max(group.columns) for group in self._groups)
-        inputs, weight = self.reducer.needs_input, self.linears[0].weight
+        inputs, w = self.reducer.needs_input, self.linears[0].weight.element_size()
         try:
-            layer = layer_bytes(self.base.config, weight_bytes=weight.element_size(), columns=columns, inputs=inputs)
+            layer = layer_bytes(
+                self.base.config, weight_bytes=w, columns=columns, inputs=inputs, triton=self._fused_layers
+            )
         except ConfigError:
             return False
         return tokens * layer * len(self._layers) > _ROOM * self.room
@@ -507,7 +513,7 @@ def _recomputable(base: Any) -> Iterator[list[Any]]:
     how = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_overridden(layer, "_gradient_checkpointing_func", how))
+            stack.enter_context(overridden(layer, "_gradient_checkpointing_func", how))
         yield layers
 
 
@@ -527,19 +533,5 @@ def _replaced_forward(layer: nn.Module, group: InputGroup, place: int, anchor: t
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return group.call(place, x, anchor)
 
-    with _overridden(layer, "forward", forward):
+    with overridden(layer, "forward", forward):
         yield
-
-
-@contextlib.contextmanager
-def _overridden(instance: Any, name: str, value: Any) -> Iterator[None]:
-    """`instance.name = value`; afterwards its own attribute from before is there again, or its class's."""
-    before = vars(instance).get(name)
-    setattr(instance, name, value)
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(instance, name)
-        else:
-            setattr(instance, name, before)

@@ -44,19 +44,23 @@ class GradientMemory:
         return sum(self.throughout.values()) + self.batch
 
 
-def layer_bytes(config: Any, *, weight_bytes: int = 2, columns: int = 0, inputs: bool = False) -> int:
+def layer_bytes(
+    config: Any, *, weight_bytes: int = 2, columns: int = 0, inputs: bool = False, triton: bool = False
+) -> int:
     """Bytes a token that one decoder layer keeps for its backward: frozen weights, `columns` numbers a LoRA module.
 
     2 (4 d + 4) fp32 copies and scales of the norms, w (2 a + 2 b) + 4 h of the attention, 3 w f of the MLP, 7 w c.
+    triton: norms and MLP by the kernels (`fused_layers`), which keep 2 w d and 2 w f.
     inputs: the LoRA modules' inputs too, w (2 d + a + f), which exact rows and flat projections need.
     """
     s = _Shape.of(config)
-    norms = 2 * _norm(s.hidden)
+    w = weight_bytes if triton else 0
+    norms = 2 * _norm(s.hidden, w)
     if s.head_norms:
-        norms += 4 * (s.queries + s.keys) + 4 * (s.heads + s.key_heads)
+        norms += s.heads * _norm(s.head_dim, w) + s.key_heads * _norm(s.head_dim, w)
     attention = weight_bytes * (2 * s.queries + 2 * s.keys) + 4 * s.heads
     x = 2 * s.hidden + s.queries + s.mlp if inputs else 0
-    return norms + attention + weight_bytes * (3 * s.mlp + MODULES * columns + x)
+    return norms + attention + weight_bytes * ((2 if triton else 3) * s.mlp + MODULES * columns + x)
 
 
 def gradient_memory(
@@ -101,14 +105,16 @@ def gradient_memory(
             for d_in, d_out in s.modules
             if d_in % fp8_multiple == 0 and d_out % fp8_multiple == 0
         )
-    layer = tokens * layer_bytes(config, weight_bytes=w, columns=columns)
+    layer = tokens * layer_bytes(config, weight_bytes=w, columns=columns, triton=triton)
+    last_norm = tokens * _norm(s.hidden, w if triton else 0)
     sides = 2 * tokens * MODULES * columns * w  # [h | z] and [u | y] of one layer
     inputs = tokens * s.hidden * w  # one layer's input, or a gradient of that shape
     angles = 2 * tokens * s.head_dim * w
     work = tokens * (3 * s.mlp * w + columns * w) + inputs  # gradients inside the MLP
     if fp8:  # the last of them in e4m3, and in fp32 while it is rounded
-        work = tokens * (w * s.mlp + 5 * s.mlp + w * (3 * s.hidden + columns) + 8)
-        work += 0 if checkpointing else inputs  # which a layer that is computed again has let go by then
+        work = tokens * (w * s.mlp + 5 * s.mlp + w * (2 * s.hidden + columns) + 8)
+        if not triton:  # PyTorch's norms hold on to theirs, but for the input of a layer that is computed again
+            work += inputs if checkpointing else 2 * inputs
     chunk = min(counted, CARD_TOKENS)
     numbers = row if row is not None else 2 * rank * dim * MODULES * s.layers
 
@@ -116,10 +122,11 @@ def gradient_memory(
         named = {"layer inputs" if checkpointing else "activations of all layers": saved, "rotary angles": angles}
         return {**named, **{name.replace("_", " "): amount for name, amount in more.items()}}
 
-    all_layers = s.layers * inputs if checkpointing else s.layers * layer - tokens * _norm(s.hidden)
-    again = layer if checkpointing else 0
+    all_layers = s.layers * inputs if checkpointing else s.layers * layer - last_norm
+    again = 0
+    if checkpointing:  # the kernel of a layer's first norm keeps the layer's input, which is there already
+        again = layer - inputs if triton else layer
     logits = chunk * s.vocabulary * (w if triton else 4 + w)  # the kernel writes the gradient over them
-    last_norm = tokens * _norm(s.hidden)
     moments = {
         "the loss": moment(all_layers, final_norm=last_norm, last_hidden=2 * counted * s.hidden * w, logits=logits),
         "the backward of the top layer": moment(all_layers, one_layer_again=again, gradients_in_it=work),
@@ -131,7 +138,7 @@ def gradient_memory(
         },
     }
     if checkpointing:
-        bottom = moment(inputs, one_layer_again=layer, gradients_in_it=work, kept_for_the_sums=(s.layers - 1) * sides)
+        bottom = moment(inputs, one_layer_again=again, gradients_in_it=work, kept_for_the_sums=(s.layers - 1) * sides)
         moments["the backward of the bottom layer"] = bottom
     return GradientMemory(throughout, moments)
 
@@ -188,6 +195,6 @@ class _Shape:
         return sum(map(sum, self.modules))
 
 
-def _norm(width: int) -> int:
-    """Bytes a token that one RMS norm keeps: its input in fp32, and one scale."""
-    return 4 * width + 4
+def _norm(width: int, fused_bytes: int = 0) -> int:
+    """Bytes a token that one RMS norm keeps: its input in fp32, and one scale; by a kernel its input as it is."""
+    return fused_bytes * width if fused_bytes else 4 * width + 4

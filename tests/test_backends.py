@@ -51,6 +51,5 @@ def test_the_gradient_path_on_the_kernels_agrees_with_float64(interpreted: Calla
         if case.endswith("float32"):
             assert found["triton"] < 1e-5, case
         else:
-            # A tiny model's bf16 noise is several per cent whatever computes it: no worse than PyTorch's, but for the
-            # interpreter, which cuts numbers off to bf16 where PyTorch and a card round, so their error is twice that.
-            assert found["triton"] < 2 * found["torch"] < 0.2, case
+            # A tiny model's bf16 noise is several per cent whatever computes it: no worse than PyTorch's.
+            assert found["triton"] < 1.1 * found["torch"] < 0.2, (case, found)

@@ -23,7 +23,7 @@ def test_the_kernels_take_fewer_operations_than_a_plain_lora_step() -> None:
     projection = inf.Projection(dim=16)
     plain = launches.per_layer(launches.plain)
     ours = launches.per_layer(lambda layers: launches.ours(layers, "triton", projection))
-    assert ours["layer"] < 0.75 * plain["layer"]
+    assert ours["layer"] < 0.4 * plain["layer"]
     assert ours["rest"] < 4 * plain["rest"]
 
 

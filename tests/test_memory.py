@@ -146,6 +146,29 @@ def test_the_sum_for_the_kernels(
     assert memory.batch == pytest.approx(measured(model, lengths, inf.Projection(dim=dim), triton=True), rel=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("kind", "checkpointing", "precision"),
+    [
+        ("qwen2", False, "auto"),
+        ("llama", False, "auto"),
+        ("qwen3", False, "auto"),
+        ("qwen3", True, "auto"),
+        ("llama", False, "fp8"),
+        ("llama", True, "fp8"),
+    ],
+)
+def test_the_sum_for_the_kernels_of_every_kind(
+    tiny_lora: Callable[..., Any], kind: str, checkpointing: bool, precision: str
+) -> None:
+    lengths, changes = [300, 211, 1, 100], BASE | {"num_hidden_layers": 3}
+    model = tiny_lora(kind, torch.bfloat16, r=16, **(changes | ({"head_dim": 64} if kind == "qwen3" else {})))
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    memory = summed(model, lengths, checkpointing=checkpointing, fp8=precision == "fp8")
+    found = measured(model, lengths, inf.Projection(dim=16), precision, triton=True)
+    assert memory.batch == pytest.approx(found, rel=TOLERANCE), memory.fullest
+
+
 def test_short_layers_and_many_columns_fill_up_at_the_sums(tiny_lora: Callable[..., Any]) -> None:
     model = tiny_lora("qwen2", torch.bfloat16, r=16, **(BASE | {"num_hidden_layers": 8, "intermediate_size": 64}))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -196,9 +219,10 @@ class _FusedAttention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
+@pytest.mark.parametrize("triton", [False, True])
 @pytest.mark.parametrize(("layers", "checkpointing", "tokens"), [(8, True, 32_768), (4, False, 16_384)])
 def test_the_shape_of_a_7b_model_with_no_numbers_in_it(
-    monkeypatch: pytest.MonkeyPatch, layers: int, checkpointing: bool, tokens: int
+    monkeypatch: pytest.MonkeyPatch, layers: int, checkpointing: bool, tokens: int, triton: bool
 ) -> None:
     """Qwen2.5-7B on the meta device: every tensor that the engine would make, at its size."""
     from peft import LoraConfig, get_peft_model
@@ -220,8 +244,9 @@ def test_the_shape_of_a_7b_model_with_no_numbers_in_it(
         model = get_peft_model(model, lora, autocast_adapter_dtype=False).to(torch.bfloat16)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    memory = gradient_memory(config, tokens, parameters=7_615_616_512, checkpointing=checkpointing, triton=False)
-    assert memory.batch == pytest.approx(measured(model, [tokens], inf.Projection(dim=16)), rel=TOLERANCE)
+    memory = gradient_memory(config, tokens, parameters=7_615_616_512, checkpointing=checkpointing, triton=triton)
+    found = measured(model, [tokens], inf.Projection(dim=16), triton=triton)
+    assert memory.batch == pytest.approx(found, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("projection", [inf.Projection(dim=8), None], ids=str)

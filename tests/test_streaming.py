@@ -183,4 +183,4 @@ def test_the_kernel_agrees_with_float64(interpreted: Callable[[str], Any]) -> No
         if case.startswith("float32"):
             assert found["triton"] < 1e-5, case
         else:  # a tiny model's own bf16 noise, whatever computes it
-            assert found["triton"] < max(2 * found["torch"], 0.02) < 0.3, case
+            assert found["triton"] < 1.1 * found["torch"] < 0.3, (case, found)

@@ -1,0 +1,274 @@
+"""Norms, gated MLPs and rotary embeddings of a model by one kernel each way, in the place of dozens of operations.
+
+What may be replaced is found out and not looked up: the forward of a module's class is run on random numbers with
+stand-ins for its weights and linears, and so is a model's rotary function; only where they give what the kernel
+computes is the kernel used. Whatever does anything else stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_ROTARY = "apply_rotary_pos_emb"  # its name in transformers' modules
+_SAME = 1e-6  # relative error of what float32 computes twice
+
+
+@contextlib.contextmanager
+def fused(base: nn.Module) -> Iterator[bool]:
+    """While the block runs, the parts of `base` that kernels can compute are computed by them.
+
+    Gives whether norms and MLPs both are, and so keep less for the backward (`memory.layer_bytes`). The parameters must
+    be frozen: the kernels give no gradient of a norm's weight.
+    """
+    made = set()
+    with contextlib.ExitStack() as stack:
+        for module in base.modules():
+            if "forward" in vars(module):
+                continue  # of somebody else's making
+            for make in (_norm, _gated_mlp):
+                if (forward := make(module)) is not None:
+                    stack.enter_context(overridden(module, "forward", forward))
+                    made.add(make)
+        for source in {type(module).__module__ for module in base.modules()}:
+            own = getattr(sys.modules.get(source), _ROTARY, None)
+            if own is not None and _is_rotary(own):
+                stack.enter_context(overridden(sys.modules[source], _ROTARY, _rotary_by_kernel(own, base)))
+        yield len(made) == 2
+
+
+@contextlib.contextmanager
+def overridden(instance: Any, name: str, value: Any) -> Iterator[None]:
+    """`instance.name = value`; afterwards its own attribute from before is there again, or its class's."""
+    before = vars(instance).get(name)
+    setattr(instance, name, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(instance, name)
+        else:
+            setattr(instance, name, before)
+
+
+def _norm(module: nn.Module) -> Forward | None:
+    weight, eps = getattr(module, "weight", None), _eps(module)
+    if eps is None or not isinstance(weight, nn.Parameter) or weight.dim() != 1:
+        return None
+    if getattr(module, "bias", None) is not None or hasattr(weight, "full_tensor"):
+        return None  # a full_tensor: spread over processes, and whole only while FSDP says so
+    from influence_fast.kernels.rms_norm import MAX_FEATURES
+
+    kind: Any = type(module)
+    found = _norm_kind(kind, eps)
+    if found is None or weight.numel() > MAX_FEATURES:
+        return None
+    offset, round_first = found
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return _RmsNorm.apply(x, weight.detach(), eps, offset, round_first)
+
+    return forward
+
+
+def _eps(module: nn.Module) -> float | None:
+    for name in ("variance_epsilon", "eps"):
+        if isinstance(value := getattr(module, name, None), float):
+            return value
+    return None
+
+
+@functools.cache
+def _norm_kind(kind: Any, eps: float) -> tuple[float, bool] | None:
+    """(offset, round_first) with which `rms_norm` is the forward of this class; None if it is not."""
+    from influence_fast.kernels.rms_norm import reference
+
+    generator = torch.Generator().manual_seed(0)
+    # small numbers too, where eps counts
+    x = torch.randn(6, 64, generator=generator) * eps ** torch.tensor([0.0, 0.0, 0.5, 0.5, 1.0, 1.0])[:, None]
+    w = 1 + 0.3 * torch.randn(64, generator=generator)
+
+    def by_class(dtype: torch.dtype) -> torch.Tensor | None:
+        settings = {"variance_epsilon": eps, "eps": eps, "normalized_shape": (64,), "bias": None}
+        return _on_stand_in(kind, x.to(dtype), weight=nn.Parameter(w.to(dtype)), **settings)
+
+    own, half = by_class(x.dtype), by_class(torch.bfloat16)
+    if own is None or half is None or own.dtype != x.dtype or half.dtype != torch.bfloat16:
+        return None
+    for offset in (0.0, 1.0):
+        if _agree(own, reference(x, w, eps, offset=offset)):
+            made = {
+                first: reference(x.bfloat16(), w.bfloat16(), eps, offset=offset, round_first=first)
+                for first in (True, False)
+            }
+            return offset, bool((half - made[True]).norm() <= (half - made[False]).norm())
+    return None
+
+
+def _gated_mlp(module: nn.Module) -> Forward | None:
+    children = dict(module.named_children())
+    if any(name not in children for name in (*_PROJECTIONS, "act_fn")):
+        return None
+    kind: Any = type(module)
+    activation: Any = type(children["act_fn"])
+    if not _is_gated_silu(kind, activation):
+        return None
+    gate, up, down = (children[name] for name in _PROJECTIONS)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return down(_GatedSilu.apply(gate(x), up(x)))
+
+    return forward
+
+
+@functools.cache
+def _is_gated_silu(kind: Any, activation: Any) -> bool:
+    """Whether this class, with such an activation, is down(silu(gate(x)) * up(x)) and nothing more."""
+    from influence_fast.kernels.gated_silu import reference
+
+    try:
+        act = activation()
+    except Exception:
+        return False  # it has settings of its own
+    generator = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(5, 32, generator=generator)
+    found = _on_stand_in(
+        kind,
+        x,
+        gate_proj=lambda x: x[:, :16],
+        up_proj=lambda x: x[:, 16:],
+        down_proj=lambda y: y + 0.5,
+        act_fn=act,
+    )
+    return found is not None and _agree(found, reference(x[:, :16], x[:, 16:]) + 0.5)
+
+
+@functools.cache
+def _is_rotary(function: Callable[..., Any]) -> bool:
+    """Whether a model's `apply_rotary_pos_emb(q, k, cos, sin)` turns halves of heads, as `rotary` does."""
+    from influence_fast.kernels.rotary import reference
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (torch.randn(1, *shape, generator=generator) for shape in ((4, 3, 8), (2, 3, 8), (3, 8), (3, 8)))
+    try:
+        with torch.no_grad():
+            found = function(q, k, cos, sin)
+        return all(
+            _agree(own.flatten(0, 2), reference(x, cos, sin).flatten(0, 2))
+            for own, x in zip(found, (q, k), strict=True)
+        )
+    except Exception:
+        return False  # it takes other arguments
+
+
+def _rotary_by_kernel(own: Callable[..., Any], base: nn.Module) -> Callable[..., Any]:
+    """In place of `own`, which any other model of the family shares: what is not of this one is left to it."""
+    device = next(base.parameters()).device
+
+    def rotary(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        ours = not args and not kwargs and q.device == device and cos.dim() == 3
+        ours = ours and all(x.dim() == 4 and x.shape[0] == 1 and x.dtype == cos.dtype for x in (q, k))
+        if not ours or cos.shape != (1, q.shape[2], q.shape[3]) or q.shape[2:] != k.shape[2:]:
+            return own(q, k, cos, sin, *args, **kwargs)
+        return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)
+
+    return rotary
+
+
+class _StandIn:
+    """What a forward finds on `self`: these attributes and the methods of its class, nothing else."""
+
+    def __init__(self, kind: type[nn.Module], **attributes: Any) -> None:
+        vars(self).update(attributes, _kind=kind)
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._kind, name)
+        if not inspect.isfunction(method):
+            raise AttributeError(name)
+        return types.MethodType(method, self)
+
+
+def _on_stand_in(kind: type[nn.Module], x: torch.Tensor, **attributes: Any) -> torch.Tensor | None:
+    """The forward of a class on `x`, with these attributes for its own; None if it needs others."""
+    if len(inspect.signature(kind.forward).parameters) != 2:  # self and x
+        return None
+    try:
+        with torch.no_grad():
+            found = kind.forward(_StandIn(kind, **attributes), x)  # type: ignore[arg-type]
+    except Exception:
+        return None
+    return found if isinstance(found, torch.Tensor) and found.shape[0] == x.shape[0] else None
+
+
+def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Row by row, so that rows of small numbers count."""
+    if found.shape != expected.shape:
+        return False
+    return bool(((found - expected).norm(dim=1) <= _SAME * expected.norm(dim=1)).all())
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, round_first: bool
+    ) -> torch.Tensor:
+        from influence_fast.kernels.rms_norm import rms_norm
+
+        ctx.save_for_backward(x, weight)
+        ctx.how = eps, offset
+        rows = x.reshape(-1, x.shape[-1])
+        return rms_norm(rows, weight, eps, offset=offset, round_first=round_first).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        from influence_fast.kernels.rms_norm import rms_norm_backward
+
+        x, weight = ctx.saved_tensors
+        eps, offset = ctx.how
+        g, rows = (part.reshape(-1, x.shape[-1]) for part in (grads[0], x))
+        return rms_norm_backward(g, rows, weight, eps, offset=offset).view(x.shape), None, None, None, None
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        from influence_fast.kernels.rotary import rotary
+
+        ctx.save_for_backward(cos, sin)
+        return rotary(x if x.stride(-1) == 1 else x.contiguous(), cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        from influence_fast.kernels.rotary import rotary
+
+        (g,) = grads
+        return rotary(g if g.stride(-1) == 1 else g.contiguous(), *ctx.saved_tensors, backward=True), None, None
+
+
+class _GatedSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        from influence_fast.kernels.gated_silu import gated_silu
+
+        ctx.save_for_backward(gate, up)
+        return gated_silu(gate.contiguous(), up.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        from influence_fast.kernels.gated_silu import gated_silu_backward
+
+        gate, up = (part.contiguous() for part in ctx.saved_tensors)
+        return gated_silu_backward(grads[0].contiguous(), gate, up)
