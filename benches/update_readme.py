@@ -192,14 +192,15 @@ def peers_scoring(result: dict[str, Any]) -> list[str]:
 
 def launches(result: dict[str, Any]) -> list[str]:
     lines = [
-        "Operations that one batch makes the host launch, at the shape of Qwen2.5-0.5B (counted, not timed):",
+        "Operations that one batch makes the host launch, and bytes that those of a layer move (PyTorch's matrix",
+        "products and attention left out), at the shape of Qwen2.5-0.5B; counted, not timed:",
         "",
-        "| way | a layer | beyond the layers | 24 layers |",
-        "|---|---|---|---|",
+        "| way | a layer | beyond the layers | 24 layers | KB a token and layer |",
+        "|---|---|---|---|---|",
     ]
     for name, row in result["operations"].items():
         whole = 24 * row["layer"] + row["rest"]
-        lines.append(f"| {name} | {row['layer']} | {row['rest']} | {whole:,} |")
+        lines.append(f"| {name} | {row['layer']} | {row['rest']} | {whole:,} | {row['bytes'] / 1e3:.0f} |")
     return [*lines, "", f"`python -m benches.launches`: {measured(result)}", ""]
 
 

@@ -25,6 +25,7 @@ def test_the_kernels_take_fewer_operations_than_a_plain_lora_step() -> None:
     ours = launches.per_layer(lambda layers: launches.ours(layers, "triton", projection))
     assert ours["layer"] < 0.4 * plain["layer"]
     assert ours["rest"] < 4 * plain["rest"]
+    assert ours["bytes"] < 0.5 * plain["bytes"]
 
 
 def test_views_and_allocations_are_not_counted() -> None:
@@ -33,6 +34,11 @@ def test_views_and_allocations_are_not_counted() -> None:
         a.T.reshape(2, 6).unsqueeze(0)[:, :1]
         torch.empty_like(a)
     assert found.count == 1  # the reshape of a transpose copies
+    assert found.bytes == 2 * 12 * 4
     with found:
         a @ a.T + 1
     assert found.count == 3
+    assert found.bytes == 2 * 12 * 4 + 2 * 9 * 4  # none of the product
+    with found:
+        a + a[:1].expand(3, 4)
+    assert found.bytes == 2 * 12 * 4 + 2 * 9 * 4 + (12 + 4 + 12) * 4
