@@ -21,6 +21,7 @@ from influence_fast.errors import ConfigError, ModelError
 from influence_fast.fp8 import FP8
 from influence_fast.memory import GradientMemory, gradient_memory
 from influence_fast.store_manifest import DTYPES, SCALE_DTYPE
+from influence_fast.workdir import occupied
 
 THOUSAND = 1000
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -76,6 +77,7 @@ class Plan:
     gradient_memory: dict[bool, GradientMemory] = field(default_factory=dict)  # with layers computed again, or not
     gradient_batch: int = 0  # tokens
     seconds: dict[str, float] = field(default_factory=dict)
+    occupied: str = ""  # by what the output folder is, if not by this run
 
 
 def plan(
@@ -168,6 +170,7 @@ def plan(
         gradient_memory=_gradient_memory(config, shape, _gradient_batch(config, longest)),
         gradient_batch=_gradient_batch(config, longest),
         seconds=_seconds(training, gradients, tokens_per_second),
+        occupied=occupied(config),
     )
 
 
@@ -233,6 +236,8 @@ def describe(config: RunConfig, found: Plan) -> str:
     def size(value: int | None) -> str:
         return "unknown (not on this machine)" if value is None else f"{value:,}"
 
+    if found.occupied:
+        lines.append(("output", f"warning: the run would stop at once: {found.occupied}"))
     lines.append(("pool", size(found.pool)))
     lines.append(("validation, test", f"{size(found.validation)}, {size(found.test)}"))
     if found.tokens is None:

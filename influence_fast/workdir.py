@@ -23,6 +23,30 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def occupied(config: RunConfig) -> str:
+    """Why a run of `config` cannot go into `config.output`, and what to do: what lies there, and the first setting that
+    differs; empty where it can."""
+    import yaml
+
+    path = Path(config.output)
+    record = path / CONFIG
+    if not record.exists():
+        if path.exists() and any(path.iterdir()):
+            return f"{path} is not empty and holds no run: choose another output folder"
+        return ""
+    before, now = _with_defaults(yaml.safe_load(record.read_text(encoding="utf-8"))), _settings(config)
+    _take_equal_paths(before, now, path)
+    for part in (before, now):
+        _leave_out_what_can_grow(part)
+    if not (path / "scoring_seconds.json").exists():  # what follows the answers can still be decided otherwise
+        for part in (before, now):
+            part.get("influence", {}).pop("fallback", None)
+    differs = difference(before, now)
+    if not differs:
+        return ""
+    return f"{path} holds a run of another configuration ({differs}): choose another output folder, or delete this one"
+
+
 class RunFolder:
     """Opens `config.output`, new or left by an earlier run of the same configuration.
 
@@ -33,27 +57,9 @@ class RunFolder:
         import yaml
 
         self.path = Path(config.output)
-        settings = portable(to_dict(config), self.path)
-        settings.pop("output")
-        settings.pop("validate")  # more methods or subsets over the same run are no other run
-        record = self.path / CONFIG
-        if record.exists():
-            before, now = _with_defaults(yaml.safe_load(record.read_text(encoding="utf-8"))), copy.deepcopy(settings)
-            _take_equal_paths(before, now, self.path)
-            for part in (before, now):
-                _leave_out_what_can_grow(part)
-            if not self.has("scoring_seconds"):  # what follows the answers can still be decided otherwise
-                for part in (before, now):
-                    part.get("influence", {}).pop("fallback", None)
-            differs = difference(before, now)
-            if differs:
-                raise ConfigError(
-                    f"{self.path} holds a run of another configuration ({differs}): choose another output folder, "
-                    "or delete this one"
-                )
-        elif self.path.exists() and any(self.path.iterdir()):
-            raise ConfigError(f"{self.path} is not empty and holds no run: choose another output folder")
-        write_text(record, yaml.safe_dump(settings, sort_keys=False))
+        if why := occupied(config):
+            raise ConfigError(why)
+        write_text(self.path / CONFIG, yaml.safe_dump(_settings(config), sort_keys=False))
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -79,6 +85,14 @@ class RunFolder:
     def seconds(self, name: str) -> float:
         """How long the finished piece `name` took when it was computed."""
         return float(json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))["seconds"])
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """What a run's folder records: not where it is, nor what only `validate` reads, of which there can be more."""
+    settings = portable(to_dict(config), Path(config.output))
+    settings.pop("output")
+    settings.pop("validate")
+    return settings
 
 
 def portable(settings: dict[str, Any], folder: Path) -> dict[str, Any]:

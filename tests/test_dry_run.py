@@ -28,6 +28,7 @@ from influence_fast.dry_run import describe, model_shape, plan, row_bytes
 from influence_fast.errors import ConfigError, ModelError
 from influence_fast.models import load_tokenizer
 from influence_fast.training import LoraSettings, TrainConfig, finetune
+from influence_fast.workdir import RunFolder
 
 RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
 LORA = LoraSettings(r=4)
@@ -186,6 +187,20 @@ def test_the_command_prints_the_plan_and_does_nothing(folder: Path, capsys: pyte
     assert "--rows is for --dry-run only" in capsys.readouterr().err
     assert main(["run", str(folder / "config.yaml"), "--dry-run", "--rows", "0"]) == 2
     assert "--rows is 0; it must be above 0" in capsys.readouterr().err
+
+
+def test_a_folder_that_the_run_cannot_use_is_said(folder: Path, tmp_path: Path) -> None:
+    config = config_of(folder, output=str(tmp_path / "run"))
+    assert "output" not in describe(config, plan(config))
+    RunFolder(config)
+    assert "output" not in describe(config, plan(config))
+    other = dataclasses.replace(config, gradients=GradientConfig(dim=5))
+    said = describe(other, plan(other))
+    assert "warning: the run would stop at once" in said
+    assert "holds a run of another configuration (gradients.dim" in said
+    (tmp_path / "run" / "config.yaml").rename(tmp_path / "run" / "else.yaml")
+    assert "is not empty and holds no run" in describe(config, plan(config))
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_bad_input_is_named(folder: Path, tmp_path: Path) -> None:
