@@ -182,6 +182,10 @@ def configuration(columns: int, itemsize: int, precision: str = "ieee", generate
     block_k = 32 if generated > 32 or (wide and itemsize == 4) else 64
     # tf32x3 holds three products' operands at once: 64 rows of more than 128 columns spill 1 KB a thread.
     block_t = 32 if precision == "tf32x3" and itemsize == 4 and columns > 128 else 64
+    if itemsize == 2 and columns <= 128 and not generated:
+        # Every program reads all of w from the L2 cache, d N numbers for each d BLOCK_T of x: with 64 rows that cache
+        # would have to give as much again as memory at N = 64, which it cannot.
+        return {"BLOCK_T": 128, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3 if wide else 4}
     return {"BLOCK_T": block_t, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 3 if wide else 4}
 
 
