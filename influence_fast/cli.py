@@ -367,10 +367,13 @@ def _demo(args: Any) -> None:
 
 def _run(args: Any) -> None:
     from influence_fast.config import load_config
+    from influence_fast.unread import unread_settings
 
     config = load_config(args.config)
     if args.output:
         config = dataclasses.replace(config, output=args.output)
+    for line in unread_settings(config):
+        print(f"warning: {line}", file=sys.stderr)
     assumed = {name: getattr(args, name) for name in ("rows", "tokens_per_example", "tokens_per_second")}
     if args.dry_run:
         from influence_fast.dry_run import describe, plan

@@ -1,0 +1,54 @@
+"""Settings of a run that differ from their defaults and that nothing reads, as the others are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from influence_fast.config import WHOLE, RunConfig, fitted_examples
+from influence_fast.preconditioners import FROM_MODEL, SKETCHES
+from influence_fast.strategies import PASS_RATE, needed_columns
+
+
+def unread_settings(config: RunConfig) -> list[str]:
+    """One line for each: its key, its value, and what would have to be otherwise."""
+    return [
+        f"{key} is {value!r}, which nothing reads here: {why}"
+        for key, value, default, why in _unread(config)
+        if value != default
+    ]
+
+
+def _unread(config: RunConfig) -> Iterator[tuple[str, Any, Any, str]]:
+    """(key, value, default, why) of all that is not read, whether it was changed or not."""
+
+    def of(part: str, name: str, why: str) -> tuple[str, Any, Any, str]:
+        settings = getattr(config, part)
+        return f"{part}.{name}", getattr(settings, name), type(settings).__dataclass_fields__[name].default, why
+
+    gradients, influence = config.gradients, config.influence
+    fitted = gradients.fits_sketch(influence.preconditioner)
+    used_again = gradients.sketch not in SKETCHES
+    if gradients.kind == WHOLE:
+        for name in ("dim", "seed"):
+            yield of("gradients", name, f"whole gradients (kind: {WHOLE}) are not projected")
+    elif gradients.projection is not None and gradients.projection.flat:
+        yield of("gradients", "dim", f"{gradients.kind} goes from whole factors straight to gradients.width")
+    if gradients.width is None:
+        yield of("gradients", "sketch", "there is no gradients.width to sketch rows to")
+    if not fitted or used_again:
+        yield of("gradients", "sketch_examples", "no sketch is fitted")
+    if influence.preconditioner in ("none", "cosine"):
+        yield of("influence", "damping", f"{influence.preconditioner} inverts nothing")
+    if not fitted_examples(dataclasses.replace(influence, fisher=FROM_MODEL), gradients):
+        yield of("influence", "fisher", "nothing is fitted on a Fisher information")
+    if fitted or not fitted_examples(influence, gradients):
+        yield of("influence", "fisher_examples", "no preconditioner is fitted on labels that the model draws")
+    if influence.queries == "reference":
+        yield of("influence", "fallback", "influence.queries: reference asks for no answers of the model")
+    if "less" not in config.pruning.strategies:
+        yield of("influence", "tasks", "it is for the strategy less")
+    if PASS_RATE not in needed_columns(config.pruning.strategies):
+        for name in ("pass_rate_samples", "pass_rate_temperature"):
+            yield of("pruning", name, "no strategy reads pass rates (difficulty, easy, hard)")

@@ -1,0 +1,81 @@
+"""Settings that nothing reads are said, those that something reads are not."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from influence_fast.cli import main
+from influence_fast.config import (
+    DataConfig,
+    GradientConfig,
+    InfluenceConfig,
+    ModelConfig,
+    PruningConfig,
+    RunConfig,
+    Source,
+    load_config,
+)
+from influence_fast.unread import unread_settings
+
+RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
+
+
+def config_of(**changes: Any) -> RunConfig:
+    source = Source("some/where")
+    return RunConfig("run", ModelConfig("a/model"), DataConfig(source, validation=source, test=source), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({}, []),
+        ({"influence": InfluenceConfig(damping=0.5, fisher="data")}, []),
+        ({"influence": InfluenceConfig("cosine", damping=0.5)}, ["influence.damping"]),
+        ({"influence": InfluenceConfig("adam", damping=0.5)}, []),
+        ({"influence": InfluenceConfig("cosine", fisher="data")}, ["influence.fisher"]),
+        ({"influence": InfluenceConfig("ekfac", fisher_examples=9)}, []),
+        ({"influence": InfluenceConfig(fisher="data", fisher_examples=9)}, ["influence.fisher_examples"]),
+        (
+            {"influence": InfluenceConfig(fisher_examples=9), "gradients": GradientConfig(width=64)},
+            ["influence.fisher_examples"],
+        ),
+        ({"influence": InfluenceConfig(fisher="data"), "gradients": GradientConfig(width=64, sketch_examples=9)}, []),
+        ({"gradients": GradientConfig(sketch_examples=9)}, ["gradients.sketch_examples"]),
+        ({"gradients": GradientConfig(sketch="random")}, ["gradients.sketch"]),
+        ({"gradients": GradientConfig("none", dim=9, seed=3)}, ["gradients.dim", "gradients.seed"]),
+        (
+            {"gradients": GradientConfig("sjlt", dim=9, width=64, seed=3), "influence": InfluenceConfig("cosine")},
+            ["gradients.dim"],
+        ),
+        ({"influence": InfluenceConfig(queries="reference", fallback="reference")}, ["influence.fallback"]),
+        ({"influence": InfluenceConfig(tasks="kind")}, ["influence.tasks"]),
+        ({"pruning": PruningConfig(("random",), pass_rate_samples=9)}, ["pruning.pass_rate_samples"]),
+        ({"pruning": PruningConfig(("easy",), pass_rate_samples=9)}, []),
+    ],
+    ids=str,
+)
+def test_what_nothing_reads_is_named(changes: dict[str, Any], keys: list[str]) -> None:
+    if changes.get("influence") == InfluenceConfig(queries="reference", fallback="reference"):
+        changes = changes | {"pruning": PruningConfig(("low_benefit",))}
+    found = unread_settings(config_of(**changes))
+    assert [line.split(" is ")[0] for line in found] == keys
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_have_none(path: Path) -> None:
+    assert unread_settings(load_config(path)) == []
+
+
+def test_the_command_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = dataclasses.asdict(config_of(influence=InfluenceConfig("cosine", damping=0.5)))
+    part = {"damping": 0.5, "preconditioner": "cosine"}
+    wanted = {key: settings[key] for key in ("output", "model", "data")} | {"influence": part}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(wanted))
+    assert main(["run", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert "warning: influence.damping is 0.5, which nothing reads here: cosine inverts nothing" in said
