@@ -18,6 +18,7 @@ from benches.card_kernels import DIM, RANK, matmul_peak, summary, timed
 from influence_fast import attention, fp8
 from influence_fast import streaming as stream
 from influence_fast.engine import GradientEngine
+from influence_fast.fused_layers import Fused
 from influence_fast.gradients import iter_gradient_rows
 from influence_fast.lora import layout_width
 from influence_fast.memory import gradient_memory
@@ -84,7 +85,7 @@ def without(way: str) -> Iterator[None]:
         if way == ANY_ORDER:
             stack.enter_context(mock.patch.object(attention, "_is_fused", return_value=False))
         if way == OWN_LAYERS:
-            stack.enter_context(mock.patch("influence_fast.engine.fused", return_value=contextlib.nullcontext(False)))
+            stack.enter_context(mock.patch("influence_fast.engine.fused", return_value=contextlib.nullcontext(Fused())))
         yield
 
 

@@ -24,7 +24,7 @@ from torch.nn.functional import linear as dense
 
 from influence_fast import attention, backends, fp8, graphs
 from influence_fast.errors import ConfigError, ModelError, say_once
-from influence_fast.fused_layers import fused, overridden
+from influence_fast.fused_layers import Fused, fused, overridden
 from influence_fast.lora import LayoutEntry, LoraLinear, find_lora_linears, in_top_layers, layout_of
 from influence_fast.loss import CompletionLoss, drawn_tokens
 from influence_fast.memory import layer_bytes
@@ -277,7 +277,7 @@ class GradientEngine:
         self._graphs: graphs.StepGraphs | None = None
         self._stack = contextlib.ExitStack()
         self._groups: list[InputGroup] = []
-        self._fused_layers = False
+        self._fused_layers = Fused()
         self._layers: list[Any] = []  # those that can be computed again in the backward, and are not already
         self.room = _free_bytes(self.device)
         self._whole_model_logits = type(self.head) is not nn.Linear or any(
@@ -305,7 +305,7 @@ class GradientEngine:
                 for place, member in enumerate(group.members):
                     stack.enter_context(_replaced_forward(member.layer, group, place, self._anchor))
             if self.backend == "triton":
-                self._fused_layers = stack.enter_context(fused(self.base))
+                self._fused_layers = stack.enter_context(fused(self.base, self.linears[0].weight.dtype))
             if self.cuda_graphs:
                 self._graphs = graphs.StepGraphs(self._step, self.device, graphs.CudaRecorder(self.device))
             self._stack = stack.pop_all()
@@ -353,7 +353,12 @@ class GradientEngine:
         inputs, w = self.reducer.needs_input, self.linears[0].weight.element_size()
         try:
             layer = layer_bytes(
-                self.base.config, weight_bytes=w, columns=columns, inputs=inputs, triton=self._fused_layers
+                self.base.config,
+                weight_bytes=w,
+                columns=columns,
+                inputs=inputs,
+                fused_norms=self._fused_layers.norms,
+                fused_mlp=self._fused_layers.mlps,
             )
         except ConfigError:
             return False

@@ -2,7 +2,8 @@
 
 What may be replaced is found out and not looked up: the forward of a module's class is run on random numbers with
 stand-ins for its weights and linears, and so is a model's rotary function; only where they give what the kernel
-computes is the kernel used. Whatever does anything else stays as it is.
+computes is the kernel used. Whatever does anything else stays as it is, and so does every other model: all that is
+changed, for as long as an engine is open, are forwards of this model's own modules.
 """
 
 from __future__ import annotations
@@ -10,42 +11,51 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import sys
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
+Forward = Callable[..., Any]
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _ROTARY = "apply_rotary_pos_emb"  # its name in transformers' modules
 _SAME = 1e-6  # relative error of what float32 computes twice
 
 
+@dataclass
+class Fused:
+    """Which kinds of modules the kernels compute, and so keep less for the backward (`memory.layer_bytes`)."""
+
+    norms: bool = False
+    mlps: bool = False
+
+
 @contextlib.contextmanager
-def fused(base: nn.Module) -> Iterator[bool]:
+def fused(base: nn.Module, dtype: torch.dtype) -> Iterator[Fused]:
     """While the block runs, the parts of `base` that kernels can compute are computed by them.
 
-    Gives whether norms and MLPs both are, and so keep less for the backward (`memory.layer_bytes`). The parameters must
-    be frozen: the kernels give no gradient of a norm's weight.
+    dtype: of the tensors between the layers; norms with weights of another are left alone. The parameters must be
+    frozen: the kernels give no gradient of a norm's weight.
     """
-    made = set()
+    found = Fused()
     with contextlib.ExitStack() as stack:
         for module in base.modules():
             if "forward" in vars(module):
                 continue  # of somebody else's making
-            for make in (_norm, _gated_mlp):
-                if (forward := make(module)) is not None:
-                    stack.enter_context(overridden(module, "forward", forward))
-                    made.add(make)
-        for source in {type(module).__module__ for module in base.modules()}:
-            own = getattr(sys.modules.get(source), _ROTARY, None)
-            if own is not None and _is_rotary(own):
-                stack.enter_context(overridden(sys.modules[source], _ROTARY, _rotary_by_kernel(own, base)))
-        yield len(made) == 2
+            forward = _norm(module, dtype)
+            if forward is not None:
+                found.norms = True
+            elif (forward := _gated_mlp(module)) is not None:
+                found.mlps = True
+            else:
+                forward = _attention(module)
+            if forward is not None:
+                stack.enter_context(overridden(module, "forward", forward))
+        yield found
 
 
 @contextlib.contextmanager
@@ -62,21 +72,24 @@ def overridden(instance: Any, name: str, value: Any) -> Iterator[None]:
             setattr(instance, name, before)
 
 
-def _norm(module: nn.Module) -> Forward | None:
+def _norm(module: nn.Module, dtype: torch.dtype) -> Forward | None:
     weight, eps = getattr(module, "weight", None), _eps(module)
-    if eps is None or not isinstance(weight, nn.Parameter) or weight.dim() != 1:
+    if eps is None or not isinstance(weight, nn.Parameter) or weight.dim() != 1 or weight.dtype != dtype:
         return None
     if getattr(module, "bias", None) is not None or hasattr(weight, "full_tensor"):
         return None  # a full_tensor: spread over processes, and whole only while FSDP says so
     from influence_fast.kernels.rms_norm import MAX_FEATURES
 
     kind: Any = type(module)
-    found = _norm_kind(kind, eps)
+    found = _norm_kind(kind.forward, kind, eps)
     if found is None or weight.numel() > MAX_FEATURES:
         return None
     offset, round_first = found
+    own = module.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != dtype:
+            return own(x)
         return _RmsNorm.apply(x, weight.detach(), eps, offset, round_first)
 
     return forward
@@ -90,7 +103,7 @@ def _eps(module: nn.Module) -> float | None:
 
 
 @functools.cache
-def _norm_kind(kind: Any, eps: float) -> tuple[float, bool] | None:
+def _norm_kind(forward: Forward, kind: Any, eps: float) -> tuple[float, bool] | None:
     """(offset, round_first) with which `rms_norm` is the forward of this class; None if it is not."""
     from influence_fast.kernels.rms_norm import reference
 
@@ -101,7 +114,7 @@ def _norm_kind(kind: Any, eps: float) -> tuple[float, bool] | None:
 
     def by_class(dtype: torch.dtype) -> torch.Tensor | None:
         settings = {"variance_epsilon": eps, "eps": eps, "normalized_shape": (64,), "bias": None}
-        return _on_stand_in(kind, x.to(dtype), weight=nn.Parameter(w.to(dtype)), **settings)
+        return _on_stand_in(forward, kind, x.to(dtype), weight=nn.Parameter(w.to(dtype)), **settings)
 
     own, half = by_class(x.dtype), by_class(torch.bfloat16)
     if own is None or half is None or own.dtype != x.dtype or half.dtype != torch.bfloat16:
@@ -120,9 +133,10 @@ def _gated_mlp(module: nn.Module) -> Forward | None:
     children = dict(module.named_children())
     if any(name not in children for name in (*_PROJECTIONS, "act_fn")):
         return None
-    kind: Any = type(module)
-    activation: Any = type(children["act_fn"])
-    if not _is_gated_silu(kind, activation):
+    act: Any = children["act_fn"]
+    if "forward" in vars(act) or act._forward_hooks or act._forward_pre_hooks or act._backward_hooks:
+        return None  # somebody watches it, or steers by it
+    if not _is_gated_silu(type(module).forward, type(module), act):
         return None
     gate, up, down = (children[name] for name in _PROJECTIONS)
 
@@ -132,30 +146,45 @@ def _gated_mlp(module: nn.Module) -> Forward | None:
     return forward
 
 
-@functools.cache
-def _is_gated_silu(kind: Any, activation: Any) -> bool:
-    """Whether this class, with such an activation, is down(silu(gate(x)) * up(x)) and nothing more."""
+def _is_gated_silu(forward: Forward, kind: Any, activation: nn.Module) -> bool:
+    """Whether this class, with this activation, is down(silu(gate(x)) * up(x)) and nothing more, roundings included."""
     from influence_fast.kernels.gated_silu import reference
 
-    try:
-        act = activation()
-    except Exception:
-        return False  # it has settings of its own
     generator = torch.Generator().manual_seed(0)
-    x = 3 * torch.randn(5, 32, generator=generator)
-    found = _on_stand_in(
-        kind,
-        x,
-        gate_proj=lambda x: x[:, :16],
-        up_proj=lambda x: x[:, 16:],
-        down_proj=lambda y: y + 0.5,
-        act_fn=act,
-    )
-    return found is not None and _agree(found, reference(x[:, :16], x[:, 16:]) + 0.5)
+    wide = 3 * torch.randn(5, 32, generator=generator)
+    for x in (wide, wide.bfloat16()):
+        found = _on_stand_in(
+            forward,
+            kind,
+            x,
+            gate_proj=lambda x: x[:, :16],
+            up_proj=lambda x: x[:, 16:],
+            down_proj=lambda y: y + 0.5,
+            act_fn=activation,
+        )
+        expected = reference(x[:, :16], x[:, 16:]) + 0.5
+        if found is None or found.dtype != x.dtype:
+            return False
+        if not (_agree(found, expected) if x.dtype == torch.float32 else torch.equal(found, expected)):
+            return False
+    return True
+
+
+def _attention(module: nn.Module) -> Forward | None:
+    """The module's own forward, with another function in the place of the rotary one that it finds in its file."""
+    own = inspect.unwrap(type(module).forward)
+    if not inspect.isfunction(own) or _ROTARY not in own.__code__.co_names or _ROTARY not in own.__globals__:
+        return None
+    if not _is_rotary(own.__globals__[_ROTARY]):
+        return None
+    around = own.__globals__ | {_ROTARY: _rotary_by_kernel(own.__globals__[_ROTARY])}
+    made = types.FunctionType(own.__code__, around, own.__name__, own.__defaults__, own.__closure__)
+    made.__kwdefaults__ = own.__kwdefaults__
+    return types.MethodType(made, module)
 
 
 @functools.cache
-def _is_rotary(function: Callable[..., Any]) -> bool:
+def _is_rotary(function: Forward) -> bool:
     """Whether a model's `apply_rotary_pos_emb(q, k, cos, sin)` turns halves of heads, as `rotary` does."""
     from influence_fast.kernels.rotary import reference
 
@@ -172,20 +201,25 @@ def _is_rotary(function: Callable[..., Any]) -> bool:
         return False  # it takes other arguments
 
 
-def _rotary_by_kernel(own: Callable[..., Any], base: nn.Module) -> Callable[..., Any]:
-    """In place of `own`, which any other model of the family shares: what is not of this one is left to it."""
-    device = next(base.parameters()).device
+def _rotary_by_kernel(own: Forward) -> Forward:
+    """`own` for four tensors of which the kernel can make what it would; all else is left to it."""
 
-    def rotary(
-        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        ours = not args and not kwargs and q.device == device and cos.dim() == 3
-        ours = ours and all(x.dim() == 4 and x.shape[0] == 1 and x.dtype == cos.dtype for x in (q, k))
-        if not ours or cos.shape != (1, q.shape[2], q.shape[3]) or q.shape[2:] != k.shape[2:]:
-            return own(q, k, cos, sin, *args, **kwargs)
+    def rotary(*args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != 4 or not _turnable(*args):
+            return own(*args, **kwargs)
+        q, k, cos, sin = args
         return _Rotary.apply(q, cos, sin), _Rotary.apply(k, cos, sin)
 
     return rotary
+
+
+def _turnable(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    from influence_fast.kernels.runtime import DTYPES
+
+    heads = all(x.dim() == 4 and x.shape[0] == 1 and x.dtype == cos.dtype for x in (q, k))
+    if not heads or cos.dtype not in DTYPES or sin.dtype != cos.dtype:
+        return False
+    return cos.shape == sin.shape == (1, *q.shape[2:]) and q.shape[2:] == k.shape[2:]
 
 
 class _StandIn:
@@ -201,16 +235,21 @@ class _StandIn:
         return types.MethodType(method, self)
 
 
-def _on_stand_in(kind: type[nn.Module], x: torch.Tensor, **attributes: Any) -> torch.Tensor | None:
+def _on_stand_in(forward: Forward, kind: Any, x: torch.Tensor, **attributes: Any) -> torch.Tensor | None:
     """The forward of a class on `x`, with these attributes for its own; None if it needs others."""
-    if len(inspect.signature(kind.forward).parameters) != 2:  # self and x
+    if len(inspect.signature(forward).parameters) != 2:  # self and x
         return None
     try:
         with torch.no_grad():
-            found = kind.forward(_StandIn(kind, **attributes), x)  # type: ignore[arg-type]
+            found = forward(_StandIn(kind, **attributes), x)
     except Exception:
         return None
     return found if isinstance(found, torch.Tensor) and found.shape[0] == x.shape[0] else None
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of it whose last dimension is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -229,7 +268,7 @@ class _RmsNorm(torch.autograd.Function):
 
         ctx.save_for_backward(x, weight)
         ctx.how = eps, offset
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _dense(x.reshape(-1, x.shape[-1]))
         return rms_norm(rows, weight, eps, offset=offset, round_first=round_first).view(x.shape)
 
     @staticmethod
@@ -238,7 +277,7 @@ class _RmsNorm(torch.autograd.Function):
 
         x, weight = ctx.saved_tensors
         eps, offset = ctx.how
-        g, rows = (part.reshape(-1, x.shape[-1]) for part in (grads[0], x))
+        g, rows = (_dense(part.reshape(-1, x.shape[-1])) for part in (grads[0], x))
         return rms_norm_backward(g, rows, weight, eps, offset=offset).view(x.shape), None, None, None, None
 
 
@@ -247,15 +286,15 @@ class _Rotary(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         from influence_fast.kernels.rotary import rotary
 
+        cos, sin = _dense(cos), _dense(sin)
         ctx.save_for_backward(cos, sin)
-        return rotary(x if x.stride(-1) == 1 else x.contiguous(), cos, sin)
+        return rotary(_dense(x), cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         from influence_fast.kernels.rotary import rotary
 
-        (g,) = grads
-        return rotary(g if g.stride(-1) == 1 else g.contiguous(), *ctx.saved_tensors, backward=True), None, None
+        return rotary(_dense(grads[0]), *ctx.saved_tensors, backward=True), None, None
 
 
 class _GatedSilu(torch.autograd.Function):

@@ -45,22 +45,28 @@ class GradientMemory:
 
 
 def layer_bytes(
-    config: Any, *, weight_bytes: int = 2, columns: int = 0, inputs: bool = False, triton: bool = False
+    config: Any,
+    *,
+    weight_bytes: int = 2,
+    columns: int = 0,
+    inputs: bool = False,
+    fused_norms: bool = False,
+    fused_mlp: bool = False,
 ) -> int:
     """Bytes a token that one decoder layer keeps for its backward: frozen weights, `columns` numbers a LoRA module.
 
     2 (4 d + 4) fp32 copies and scales of the norms, w (2 a + 2 b) + 4 h of the attention, 3 w f of the MLP, 7 w c.
-    triton: norms and MLP by the kernels (`fused_layers`), which keep 2 w d and 2 w f.
+    fused_norms, fused_mlp: by the kernels (`fused_layers`), which keep 2 w d and 2 w f.
     inputs: the LoRA modules' inputs too, w (2 d + a + f), which exact rows and flat projections need.
     """
     s = _Shape.of(config)
-    w = weight_bytes if triton else 0
+    w = weight_bytes if fused_norms else 0
     norms = 2 * _norm(s.hidden, w)
     if s.head_norms:
         norms += s.heads * _norm(s.head_dim, w) + s.key_heads * _norm(s.head_dim, w)
     attention = weight_bytes * (2 * s.queries + 2 * s.keys) + 4 * s.heads
     x = 2 * s.hidden + s.queries + s.mlp if inputs else 0
-    return norms + attention + weight_bytes * ((2 if triton else 3) * s.mlp + MODULES * columns + x)
+    return norms + attention + weight_bytes * ((2 if fused_mlp else 3) * s.mlp + MODULES * columns + x)
 
 
 def gradient_memory(
@@ -105,7 +111,8 @@ def gradient_memory(
             for d_in, d_out in s.modules
             if d_in % fp8_multiple == 0 and d_out % fp8_multiple == 0
         )
-    layer = tokens * layer_bytes(config, weight_bytes=w, columns=columns, triton=triton)
+    kept = layer_bytes(config, weight_bytes=w, columns=columns, fused_norms=triton, fused_mlp=triton and s.silu)
+    layer = tokens * kept
     last_norm = tokens * _norm(s.hidden, w if triton else 0)
     sides = 2 * tokens * MODULES * columns * w  # [h | z] and [u | y] of one layer
     inputs = tokens * s.hidden * w  # one layer's input, or a gradient of that shape
@@ -153,6 +160,7 @@ class _Shape:
     layers: int
     vocabulary: int
     head_norms: bool
+    silu: bool
 
     @classmethod
     def of(cls, config: Any) -> _Shape:
@@ -173,6 +181,7 @@ class _Shape:
             layers=config.num_hidden_layers,
             vocabulary=config.vocab_size,
             head_norms=str(getattr(config, "model_type", "")).startswith("qwen3"),
+            silu=getattr(config, "hidden_act", None) in ("silu", "swish"),
         )
 
     @property

@@ -25,6 +25,14 @@ def of_transformers(model: str, name: str) -> Any:
     return getattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), name)
 
 
+def norm_kind(kind: Any, eps: float) -> object:
+    return fused_layers._norm_kind(kind.forward, kind, eps)
+
+
+def is_gated(kind: Any, activation: nn.Module) -> bool:
+    return fused_layers._is_gated_silu(kind.forward, kind, activation)
+
+
 @pytest.mark.parametrize(
     ("model", "name", "expected"),
     [
@@ -40,12 +48,12 @@ def of_transformers(model: str, name: str) -> Any:
 )
 def test_norms_are_told_by_what_they_compute(model: str, name: str, expected: object) -> None:
     for eps in (1e-6, 1e-5):
-        assert fused_layers._norm_kind(of_transformers(model, name), eps) == expected
+        assert norm_kind(of_transformers(model, name), eps) == expected
 
 
 def test_pytorchs_own_norms_are_told_apart() -> None:
-    assert fused_layers._norm_kind(nn.RMSNorm, 1e-6) == (0.0, False)
-    assert fused_layers._norm_kind(nn.LayerNorm, 1e-5) is None
+    assert norm_kind(nn.RMSNorm, 1e-6) == (0.0, False)
+    assert norm_kind(nn.LayerNorm, 1e-5) is None
 
 
 class Elsewhere(nn.Module):
@@ -65,21 +73,39 @@ class Gated(nn.Module):
 
 @pytest.mark.parametrize("kind", [Elsewhere, Gated])
 def test_what_only_looks_like_such_a_norm_is_left_alone(kind: type[nn.Module]) -> None:
-    assert fused_layers._norm_kind(kind, 1e-6) is None
+    assert norm_kind(kind, 1e-6) is None
+
+
+class Swish(nn.Module):
+    def __init__(self, beta: float = 1.0) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.silu(x) if self.beta == 1 else x * torch.sigmoid(self.beta * x)
 
 
 def test_mlps_are_told_by_what_they_compute() -> None:
-    silu, gelu = type(ACT2FN["silu"]), type(ACT2FN["gelu_pytorch_tanh"])
+    silu, gelu = ACT2FN["silu"], ACT2FN["gelu_pytorch_tanh"]
     for model, name in (("llama", "LlamaMLP"), ("qwen2", "Qwen2MLP"), ("gemma2", "Gemma2MLP")):
-        assert fused_layers._is_gated_silu(of_transformers(model, name), silu)
-        assert not fused_layers._is_gated_silu(of_transformers(model, name), gelu)
-    assert not fused_layers._is_gated_silu(of_transformers("phi3", "Phi3MLP"), silu)  # gate and up are one linear
+        assert is_gated(of_transformers(model, name), silu)
+        assert not is_gated(of_transformers(model, name), gelu)
+    assert not is_gated(of_transformers("phi3", "Phi3MLP"), silu)  # gate and up are one linear
+    llamas = of_transformers("llama", "LlamaMLP")
+    assert is_gated(llamas, Swish())
+    assert not is_gated(llamas, Swish(1.7))
 
-    class Clamped(of_transformers("llama", "LlamaMLP")):  # type: ignore[misc]
+    class Clamped(llamas):  # type: ignore[misc,valid-type]
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(-1, 1))
 
-    assert not fused_layers._is_gated_silu(Clamped, silu)
+    class RoundedLate(llamas):  # type: ignore[misc,valid-type]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            middle = self.act_fn(self.gate_proj(x).float()) * self.up_proj(x).float()
+            return self.down_proj(middle.to(x.dtype))
+
+    assert not is_gated(Clamped, silu)
+    assert not is_gated(RoundedLate, silu)
 
 
 def test_rotary_functions_are_told_by_what_they_compute() -> None:
@@ -140,15 +166,85 @@ def test_a_forward_of_somebody_elses_making_stays(tiny_lora: Callable[..., Any])
     assert norm.forward is watched
 
 
-def test_another_model_of_the_family_keeps_its_own_rotary_function(tiny_lora: Callable[..., Any]) -> None:
-    """While an engine is open, what lies elsewhere or has other arguments goes the model's own way."""
-    base = nn.Linear(2, 2, device="meta")
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_an_activation_that_somebody_steers_by_stays(tiny_lora: Callable[..., Any], how: str) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    model = tiny_lora("qwen2", torch.bfloat16)
+    act = model.get_base_model().model.layers[0].mlp.act_fn
+    if how == "hook":
+        act.register_forward_hook(lambda module, inputs, out: out * 0.5)
+    else:
+        act.forward = lambda x: x
+    assert launched(model)["_gated_silu_kernel"] == len(model.get_base_model().model.layers) - 1
+
+
+def test_norms_of_another_dtype_stay(tiny_lora: Callable[..., Any]) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    model = tiny_lora("qwen2", torch.bfloat16, num_hidden_layers=2)
+    base = model.get_base_model()
+    for module in base.modules():
+        if isinstance(module, type(base.model.norm)):
+            module.weight.data = module.weight.data.float()
+    with fused_layers.fused(base, torch.bfloat16) as found:
+        assert (found.norms, found.mlps) == (False, True)
+    base.model.norm.weight.data = base.model.norm.weight.data.bfloat16()
+    x = torch.randn(3, base.config.hidden_size)
+    expected = base.model.norm(x)
+    with fused_layers.fused(base, torch.bfloat16) as found:
+        assert found.norms
+        torch.testing.assert_close(base.model.norm(x), expected)  # of float32, which the weights are not
+
+
+def test_a_class_that_is_changed_is_looked_at_again(
+    tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    model = tiny_lora("qwen2", torch.bfloat16)
+    assert launched(model)["_rms_norm_kernel"]
+    kind = of_transformers("qwen2", "Qwen2RMSNorm")
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: 1.5 * own(self, x))
+    assert not launched(model)["_rms_norm_kernel"]
+
+
+def test_engines_open_and_close_in_any_order(tiny_lora: Callable[..., Any]) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    rotary = of_transformers("qwen2", "apply_rotary_pos_emb")
+    models = [tiny_lora("qwen2", torch.bfloat16) for _ in range(2)]
+    with recording():
+        first, second = (GradientEngine(model, Projection(dim=4), backend="triton") for model in models)
+        first.__enter__()
+        second.__enter__()
+        assert of_transformers("qwen2", "apply_rotary_pos_emb") is rotary  # it is other models' too
+        first.__exit__()
+        second.__exit__()
+    assert not any("forward" in vars(module) for model in models for module in model.modules())
+    assert launched(models[0])["_rotary_kernel"]
+
+
+def test_what_the_rotary_kernel_cannot_turn_is_left_to_the_models_function() -> None:
     calls: list[Any] = []
-    rotary = fused_layers._rotary_by_kernel(lambda *args, **kwargs: calls.append((args, kwargs)), base)
-    here = [torch.zeros(1, *shape) for shape in ((4, 3, 8), (2, 3, 8), (3, 8), (3, 8))]
-    rotary(*here)
-    there = [x.to("meta") for x in here]
-    rotary(*there, unsqueeze_dim=2)
-    rotary(there[0].expand(2, 4, 3, 8), *there[1:])
-    rotary(*there[:2], there[2][..., :4], there[3][..., :4])
-    assert len(calls) == 4
+    rotary = fused_layers._rotary_by_kernel(lambda *args, **kwargs: calls.append((args, kwargs)))
+    q, k, cos, sin = (torch.zeros(1, *shape) for shape in ((4, 3, 8), (2, 3, 8), (3, 8), (3, 8)))
+    rotary(q, cos=cos, sin=sin)
+    rotary(q, k, cos, sin, unsqueeze_dim=2)
+    rotary(q, k, cos, sin, 2)
+    rotary(q.expand(2, 4, 3, 8), k, cos, sin)
+    rotary(q, k, cos[..., :4], sin[..., :4])
+    rotary(*(x.double() for x in (q, k, cos, sin)))
+    rotary(q, k.bfloat16(), cos, sin)
+    assert len(calls) == 7
+
+
+def test_gradients_and_inputs_of_any_strides() -> None:
+    """Recorded: what the launchers would refuse is made contiguous."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    with recording():
+        x = torch.zeros(4, 6, requires_grad=True)
+        fused_layers._RmsNorm.apply(x.T, torch.ones(4), 1e-6, 0.0, True).sum().backward()
+        heads = torch.zeros(1, 8, 3, 2, requires_grad=True)
+        angles = torch.zeros(1, 8, 3).transpose(1, 2)
+        fused_layers._Rotary.apply(heads.transpose(1, 3), angles, angles).sum().backward()
+        fused_layers._GatedSilu.apply(x.T, x.T).sum().backward()
+    assert x.grad is not None
+    assert heads.grad is not None

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from benches import gpu_session, tune_kernels
+from benches import card_steps, gpu_session, tune_kernels
+from influence_fast.engine import GradientEngine
 from influence_fast.kernels.runtime import recording
 from influence_fast.kernels.segments import Segments
+from influence_fast.projection import Projection
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,6 +62,19 @@ def test_parts_are_left_out_when_the_time_is_used_up_or_others_are_asked_for(tmp
     some = gpu_session.Session(None, deadline=float("inf"), only=["steps"])
     assert some.part("kernels", lambda: {"never": "run"}) is None
     assert some.part("steps", list) == []
+
+
+def test_steps_without_a_part_of_the_engine_are_without_it() -> None:
+    """Recorded: the ways that only a card runs, at a tiny shape."""
+    model = card_steps.model_of(card_steps.SMOKE_SHAPES["tiny"], torch.device("cpu"))
+    batch = card_steps.Batch.of(64, 300, torch.device("cpu"))
+    norms = {}
+    for way in ("triton", card_steps.OWN_LAYERS, card_steps.ANY_ORDER):
+        with recording(), card_steps.without(way), GradientEngine(model, Projection(dim=4), backend="triton") as engine:
+            with recording() as launches:
+                engine.run(batch.pack)
+        norms[way] = sum(launch.kernel.__name__ == "_rms_norm_kernel" for launch in launches)
+    assert norms == {"triton": 5, card_steps.OWN_LAYERS: 0, card_steps.ANY_ORDER: 5}
 
 
 def test_every_candidate_of_the_tuning_can_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:

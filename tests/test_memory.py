@@ -153,6 +153,7 @@ def test_the_sum_for_the_kernels(
         ("llama", False, "auto"),
         ("qwen3", False, "auto"),
         ("qwen3", True, "auto"),
+        ("gelu", False, "auto"),
         ("llama", False, "fp8"),
         ("llama", True, "fp8"),
     ],
@@ -161,7 +162,8 @@ def test_the_sum_for_the_kernels_of_every_kind(
     tiny_lora: Callable[..., Any], kind: str, checkpointing: bool, precision: str
 ) -> None:
     lengths, changes = [300, 211, 1, 100], BASE | {"num_hidden_layers": 3}
-    model = tiny_lora(kind, torch.bfloat16, r=16, **(changes | ({"head_dim": 64} if kind == "qwen3" else {})))
+    more: dict[str, Any] = {"qwen3": {"head_dim": 64}, "gelu": {"hidden_act": "gelu"}}.get(kind, {})
+    model = tiny_lora("llama" if kind == "gelu" else kind, torch.bfloat16, r=16, **(changes | more))
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     memory = summed(model, lengths, checkpointing=checkpointing, fp8=precision == "fp8")
@@ -277,6 +279,21 @@ def test_a_pack_that_would_not_fit_is_computed_again_with_the_same_bits(
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert not any(module.training or "_gradient_checkpointing_func" in vars(module) for module in model.modules())
     assert not model.get_input_embeddings()._forward_hooks  # the model's own switch would leave one
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_what_the_kernels_keep_decides_whether_a_pack_overflows(
+    tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, activation: str
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    model = tiny_lora("llama", torch.bfloat16, hidden_act=activation, **BASE)
+    base = model.get_base_model()
+    layer = layer_bytes(base.config, columns=12, fused_norms=True, fused_mlp=activation == "silu")
+    assert layer < layer_bytes(base.config, columns=12)
+    room = int(300 * layer * len(base.model.layers) / 0.8) + 1
+    monkeypatch.setattr("influence_fast.engine._free_bytes", lambda device: room)
+    with runtime.recording(), GradientEngine(model, inf.Projection(dim=8), backend="triton") as engine:
+        assert (engine.overflows(300), engine.overflows(301)) == (False, True)
 
 
 def test_what_a_layer_keeps_grows_with_its_columns_and_dtype(tiny_config: Callable[..., Any]) -> None:
