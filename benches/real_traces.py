@@ -61,7 +61,7 @@ def main() -> None:
 
     adapter = pipeline.reference_adapter()
     model = load_finetuned(pipeline.base, adapter)
-    table, seconds = score_pool(
+    scored = score_pool(
         model,
         pipeline.tokenizer,
         tokenize(examples, pipeline.tokenizer).examples,
@@ -70,8 +70,10 @@ def main() -> None:
         pipeline.config.gradients,
         pipeline.config.influence,
     )
+    table = scored.table
     table.save(args.output / "scores-all.csv")
-    print(f"all {len(table.ids)} examples against {len(pipeline.splits.validation)} held out: {json.dumps(seconds)}")
+    held_out = len(pipeline.splits.validation)
+    print(f"all {len(table.ids)} examples against {held_out} held out: {json.dumps(scored.seconds)}")
 
 
 if __name__ == "__main__":

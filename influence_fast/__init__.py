@@ -55,6 +55,7 @@ _EXPORTS: dict[str, str] = {
     "stream_influence": "streaming",
     "task_examples": "tasks",
     "tokenize": "data",
+    "top_influences": "scoring",
     "validate": "proof",
     "verify_store": "store",
     "write_report": "report",

@@ -144,6 +144,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--strategies", nargs="+", default=[], metavar="NAME", help="add the scores that only some strategies read"
     )
+    sub.add_argument(
+        "--explain",
+        type=int,
+        default=0,
+        metavar="K",
+        help="for each answer, the K examples that made it likelier and the K that made it less likely: "
+        "OUTPUT.explained.html and .jsonl",
+    )
 
     sub = verb("build", _build, "build a gradient store; under torchrun and the like, on all processes together")
     _model(sub, adapter=True)
@@ -437,6 +445,7 @@ def _score(args: Any) -> None:
     from influence_fast.config import InfluenceConfig, PruningConfig, check_influence, fitted_examples
     from influence_fast.data import load_examples, load_rows
     from influence_fast.difficulty import check_answers
+    from influence_fast.explain import EXPLAINED, explanations, save_explanations
     from influence_fast.grouping import row_groups
     from influence_fast.pool_scores import baseline_columns, score_pool
     from influence_fast.queries import make_queries, own_answers, with_tasks
@@ -445,6 +454,8 @@ def _score(args: Any) -> None:
 
     _not_an_input(args.output, args.data, args.validation)
     check_format(args.output)
+    if args.explain < 0:
+        raise ConfigError(f"--explain is {args.explain}; give a number of examples, or leave it out")
     gradients = _gradients(args)
     names = ("preconditioner", "damping", "fisher", "fisher_examples", "optimizer", "queries", "fallback")
     influence = InfluenceConfig(**_given(args, *names))
@@ -471,7 +482,7 @@ def _score(args: Any) -> None:
     queries = make_queries(validation, answers, args.fallback, needed=("correct",))
     if args.tasks is not None:
         queries = with_tasks(queries, row_groups(load_rows(args.validation), args.tasks))
-    table, seconds = score_pool(
+    scored = score_pool(
         model,
         tokenizer,
         pool,
@@ -479,10 +490,17 @@ def _score(args: Any) -> None:
         Path(args.store or f"{args.output}.store"),
         gradients,
         influence,
+        top=args.explain,
         progress=_bars(args),
     )
+    table, seconds = scored.table, scored.seconds
     tokens = {example["id"]: example for example in pool}
     by_id = {example.id: example for example in examples}
+    if scored.top is not None:
+        for path in save_explanations(
+            explanations(scored.top, table.ids, queries), by_id, f"{args.output}.{EXPLAINED}"
+        ):
+            print(f"answer by answer: {path}")
     table, more = baseline_columns(
         table,
         needs,

@@ -143,7 +143,8 @@ class InfluenceConfig:
     `checkpoints` sums the scores over the checkpoints of the fine-tuning, weighted by learning rate (TracIn, LESS), and
     shows how the ranking moved; it needs `training.save_checkpoints`. `fisher: model` fits `ekfac`, `fisher` and
     `datainf` (a fitted sketch too) on gradients of `fisher_examples` of the pool with labels drawn from the model (see
-    `fisher_labels`); `data` fits them on the pool's own.
+    `fisher_labels`); `data` fits them on the pool's own. `explain`: for each validation answer, so many examples that
+    made it likelier and as many that made it less likely are written to `explained.html` and `explained.jsonl`.
     """
 
     preconditioner: str = DEFAULT
@@ -155,6 +156,7 @@ class InfluenceConfig:
     fallback: str | None = None
     tasks: str | None = None
     checkpoints: bool = False
+    explain: int = 5
 
 
 @dataclass(frozen=True)
@@ -290,6 +292,8 @@ def check_influence(influence: InfluenceConfig, gradients: GradientConfig) -> No
     _one_of("influence.preconditioner", influence.preconditioner, (DEFAULT, *PRECONDITIONERS))
     _one_of("influence.queries", influence.queries, QUERY_KINDS)
     _one_of("influence.fisher", influence.fisher, FISHER_LABELS)
+    if influence.explain < 0:
+        raise ConfigError(f"influence.explain is {influence.explain}; it must be 0 (no lists) or more")
     if influence.fisher_examples < 1:
         raise ConfigError(f"influence.fisher_examples must be at least 1, not {influence.fisher_examples}")
     if influence.damping == AUTO and 0 < fitted_examples(influence, gradients) < FEWEST_ROWS:

@@ -30,10 +30,11 @@ from influence_fast.data import load_rows, save_examples
 from influence_fast.diversity import near_duplicates
 from influence_fast.errors import ConfigError
 from influence_fast.evaluation import evaluate
+from influence_fast.explain import EXPLAINED, explanations, save_explanations
 from influence_fast.generation import ModelFiles, choose_engine
 from influence_fast.grouping import row_groups
 from influence_fast.models import check_tokenizer, load_model, load_tokenizer
-from influence_fast.pool_scores import baseline_columns, score_pool
+from influence_fast.pool_scores import PoolScores, baseline_columns, score_pool
 from influence_fast.queries import Queries, make_queries, own_answers, with_tasks
 from influence_fast.report import save_results, write_report
 from influence_fast.run_results import cell_name, collect, known_harmful
@@ -191,7 +192,12 @@ class Pipeline:
             if self.config.influence.checkpoints:
                 table, seconds = self._over_checkpoints(Path(adapter), queries)
             else:
-                table, seconds = self._score_under(adapter, queries, "store", self.config.influence)
+                scored = self._score_under(adapter, queries, "store", self.config.influence)
+                table, seconds = scored.table, scored.seconds
+                if scored.top is not None:
+                    by_id = {example.id: example for example in self.splits.pool}
+                    found = explanations(scored.top, table.ids, queries)
+                    save_explanations(found, by_id, self.folder / EXPLAINED, title=self.config.title)
             self._save(table)
             return seconds
 
@@ -204,9 +210,7 @@ class Pipeline:
         table.save(self.folder / "scores.csv")
         table.save(self.folder / SCORES)
 
-    def _score_under(
-        self, adapter: str | Path, queries: Queries, store: str, influence: InfluenceConfig
-    ) -> tuple[ScoreTable, dict[str, float]]:
+    def _score_under(self, adapter: str | Path, queries: Queries, store: str, influence: InfluenceConfig) -> PoolScores:
         with self._finetuned(adapter) as model:
             return score_pool(
                 model,
@@ -216,6 +220,7 @@ class Pipeline:
                 self.folder / store,
                 self.config.gradients,
                 influence,
+                top=0 if influence.checkpoints else influence.explain,
                 progress=self.progress,
             )
 
@@ -230,10 +235,10 @@ class Pipeline:
             influence = self.config.influence
             if influence.preconditioner in ("adam", "less"):  # each checkpoint has moments of its own
                 influence = dataclasses.replace(influence, optimizer=str(checkpoint))
-            table, spent = self._score_under(checkpoint, queries, f"store-{checkpoint.name}", influence)
-            for stage, value in spent.items():
+            scored = self._score_under(checkpoint, queries, f"store-{checkpoint.name}", influence)
+            for stage, value in scored.seconds.items():
                 seconds[stage] = seconds.get(stage, 0.0) + value
-            return table
+            return scored.table
 
         found = checkpoint_scores(list(zip(saved, learning_rates(saved, average=True), strict=True)), score)
         plot_ranking_over_training(found, self.folder / "ranking-over-training.svg")

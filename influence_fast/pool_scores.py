@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from influence_fast.packing import IGNORED
 from influence_fast.pool_gradients import pool_gradients
 from influence_fast.queries import Queries
 from influence_fast.scores import ScoreTable
+from influence_fast.scoring import TopInfluences
 from influence_fast.strategies import EMBEDDING_RANK, PASS_RATE
 from influence_fast.timing import timed
 
@@ -55,6 +57,16 @@ def baseline_columns(
     return table.with_columns(columns), seconds
 
 
+@dataclass(frozen=True, slots=True)
+class PoolScores:
+    """table: the scores, `loss` and `tokens`. seconds: of each step. top: rows of the table that count most for each
+    query, where they were asked for."""
+
+    table: ScoreTable
+    seconds: dict[str, float]
+    top: TopInfluences | None
+
+
 def score_pool(
     model: Any,
     tokenizer: Any,
@@ -64,19 +76,25 @@ def score_pool(
     gradients: GradientConfig,
     influence: InfluenceConfig,
     *,
+    top: int = 0,
     progress: bool = True,
-) -> tuple[ScoreTable, dict[str, float]]:
+) -> PoolScores:
     """Gradients of the tokenized `pool` into a store, gradients of the queries, and the scores.
 
-    Returns the table (with `loss` and `tokens` beside the scores) and the seconds of each step. Examples without a
-    finite gradient are set aside by the store and have no row in the table.
+    top: examples to find for each query and direction; 0 for none. Examples without a finite gradient are set aside by
+    the store and have no row in the table.
     """
     seconds: dict[str, float] = {}
     asked = tokenize(queries.examples, tokenizer).examples
     made = pool_gradients(model, pool, asked, store_path, gradients, influence, seconds, progress=progress)
     store = made.store
     with timed(seconds, "inner products and ranks"):
-        table = scoring.influence_scores(store, made.queries, queries.groups, **made.scored_by(influence))
+        how = made.scored_by(influence)
+        found = None
+        if top:
+            table, found = scoring.scores_and_top(store, made.queries, queries.groups, top, **how)
+        else:
+            table = scoring.influence_scores(store, made.queries, queries.groups, **how)
     by_id = {example["id"]: example for example in pool}
     stored = [by_id[name] for name in table.ids]
     tokens = np.array([int((example["labels"] != IGNORED).sum()) for example in stored], dtype=np.float64)
@@ -86,4 +104,4 @@ def score_pool(
             losses = per_example_losses(model, stored).double().numpy()
     elif gradients.loss_reduction == "sum":
         losses /= [int((example["labels"][1:] != IGNORED).sum()) for example in stored]
-    return table.with_columns({"loss": losses, "tokens": tokens}), seconds
+    return PoolScores(table.with_columns({"loss": losses, "tokens": tokens}), seconds, found)

@@ -28,6 +28,7 @@ number that is None, NaN or infinite is shown as `n/a`. Accuracies, fractions an
     curves           {run name: [[step, loss], ...]}
     cost             [{"stage", "seconds", "detail"}]
     queries          {"correct": n, "incorrect": n}   validation answers the scores are means over
+    explained        str: where the page of single answers is (`explain`), beside the report
     warnings         [str]
 
 Tens of thousands of scores are fine: above `MAX_POINTS` the scatter shows all traces as a density, and only the
@@ -67,7 +68,8 @@ MAX_TEXT = 20_000  # ... and with it
 
 _KNOWN = {
     "title", "summary", "created", "config", "versions", "environment", "data", "accuracy_before", "cells",
-    "settings", "comparisons", "detection", "scores", "rank_agreement", "curves", "cost", "queries", "warnings",
+    "settings", "comparisons", "detection", "scores", "rank_agreement", "curves", "cost", "queries", "explained",
+    "warnings",
 }  # fmt: skip
 
 
@@ -250,6 +252,7 @@ def _view(results: Mapping[str, Any]) -> dict[str, Any]:
         "queries": results.get("queries") or {},
         "scatter": _scatter(scores, labels, settings),
         "traces": _traces(scores),
+        "explained": str(results.get("explained") or ""),
         "distribution": _distribution(scores, labels),
         "detection": _detection(results.get("detection") or []),
         "agreement": _agreement(results.get("rank_agreement") or {}),
@@ -390,19 +393,19 @@ def _traces(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             "rank_incorrect": s.get("rank_incorrect"),
             "loss": s.get("loss"),
             "dropped_by": [str(name) for name in s.get("dropped_by") or []],
-            "texts": [(name, *_clipped(str(s[name]))) for name in ("prompt", "completion") if s.get(name)],
+            "texts": [(name, *clipped(str(s[name]))) for name in ("prompt", "completion") if s.get(name)],
         }
 
     return {"helpful": [card(i) for i in helpful], "harmful": [card(i) for i in harmful], "total": len(scores)}
 
 
-def _clipped(text: str) -> tuple[str, str, int]:
+def clipped(text: str, most: int = MAX_TEXT) -> tuple[str, str, int]:
     """(shown, folded, characters left out); the cut falls on a line or word end where one is near."""
     if len(text) <= SHOWN_TEXT + 80:
         return text, "", 0
     cut = max(text.rfind("\n", SHOWN_TEXT - 120, SHOWN_TEXT), text.rfind(" ", SHOWN_TEXT - 120, SHOWN_TEXT))
     cut = cut + 1 if cut > 0 else SHOWN_TEXT
-    return text[:cut], text[cut:MAX_TEXT], max(0, len(text) - MAX_TEXT)
+    return text[:cut], text[cut:most], max(0, len(text) - most)
 
 
 def _distribution(scores: Sequence[Mapping[str, Any]], labels: Mapping[str, int]) -> plots.Chart | None:

@@ -12,6 +12,7 @@ import numpy as np
 from influence_fast import doctor, pruning, scoring
 from influence_fast.config import to_dict
 from influence_fast.data import Example
+from influence_fast.explain import EXPLAINED
 from influence_fast.scores import ScoreTable
 from influence_fast.splits import Splits
 from influence_fast.statistics import grid_statistics
@@ -55,6 +56,7 @@ def collect(
         "curves": _curves(folder),
         "cost": _costs(folder, splits, cells),
         "queries": queries,
+        "explained": f"{EXPLAINED}.html" if (folder / f"{EXPLAINED}.html").exists() else None,
         "warnings": run.warnings,
     }
 

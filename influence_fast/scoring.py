@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,19 @@ from influence_fast.products import inner_products
 from influence_fast.scores import ScoreTable
 from influence_fast.store import Store
 from influence_fast.whitened import UnitNorm
+
+
+@dataclass(frozen=True, slots=True)
+class TopInfluences:
+    """The rows of a store that count most for each of Q queries, k of them (fewer where the store has fewer).
+
+    raising, lowering: (influence [Q, k] fp32, rows [Q, k] int64), the strongest first. More training on a raising row
+    makes the query's answer likelier, on a lowering one less likely; with weak rows among the first k the signs of the
+    last can be the other way.
+    """
+
+    raising: tuple[np.ndarray, np.ndarray]
+    lowering: tuple[np.ndarray, np.ndarray]
 
 
 def influence_scores(
@@ -54,10 +67,62 @@ def influence_scores(
         ConfigError: unknown preconditioner, or one that does not fit this width.
         StoreError: `fisher`, where it is read, is of another model, adapter or projection than `store`.
     """
+    used = _used(groups)
+    return _grouped(store, used, *_prepared(store, queries, preconditioner, damping, moments, fisher))
+
+
+def top_influences(
+    store: Store,
+    queries: torch.Tensor | np.ndarray,
+    k: int = 10,
+    *,
+    preconditioner: str = preconditioners.DEFAULT,
+    damping: preconditioners.Damping = 0.1,
+    moments: torch.Tensor | None = None,
+    fisher: Store | None = None,
+) -> TopInfluences:
+    """The k rows of `store` that raise, and the k that lower, each of the queries [Q, width] most.
+
+    Arguments and errors are those of `influence_scores`; no [N, Q] matrix is held.
+    """
+    return _top(k, *_prepared(store, queries, preconditioner, damping, moments, fisher))
+
+
+def scores_and_top(
+    store: Store,
+    queries: torch.Tensor | np.ndarray,
+    groups: Mapping[str, Sequence[int]],
+    k: int,
+    *,
+    preconditioner: str = preconditioners.DEFAULT,
+    damping: preconditioners.Damping = 0.1,
+    moments: torch.Tensor | None = None,
+    fisher: Store | None = None,
+) -> tuple[ScoreTable, TopInfluences]:
+    """`influence_scores` and `top_influences` of one fitted preconditioner."""
+    used = _used(groups)
+    prepared = _prepared(store, queries, preconditioner, damping, moments, fisher)
+    return _grouped(store, used, *prepared), _top(k, *prepared)
+
+
+def _used(groups: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     used = {name: list(members) for name, members in groups.items() if len(members)}
     if not used:
         raise DataError("there is no query to score against: every group is empty")
-    rows, queries, options = _prepared(store, queries, preconditioner, damping, moments, fisher)
+    return used
+
+
+def _top(k: int, rows: Any, queries: torch.Tensor, options: dict[str, Any]) -> TopInfluences:
+    count = len(queries)
+    found = inner_products(rows, torch.cat([queries, -queries]), **options, topk=k)
+    assert found.topk is not None
+    values, places = (np.asarray(part) for part in found.topk)
+    return TopInfluences((values[:count], places[:count]), (-values[count:], places[count:]))
+
+
+def _grouped(
+    store: Store, used: dict[str, list[int]], rows: Any, queries: torch.Tensor, options: dict[str, Any]
+) -> ScoreTable:
     result = inner_products(rows, queries, **options, groups=list(used.values()), ranks=True)
     means, ranks = np.asarray(result.group_means, np.float64), np.asarray(result.mean_ranks, np.float64)
     columns = {}

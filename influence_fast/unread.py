@@ -45,6 +45,8 @@ def _unread(config: RunConfig) -> Iterator[tuple[str, Any, Any, str]]:
         yield of("influence", "fisher", "nothing is fitted on a Fisher information")
     if fitted or not fitted_examples(influence, gradients):
         yield of("influence", "fisher_examples", "no preconditioner is fitted on labels that the model draws")
+    if influence.checkpoints:
+        yield of("influence", "explain", "scores that are summed over checkpoints are not explained")
     if influence.queries == "reference":
         yield of("influence", "fallback", "influence.queries: reference asks for no answers of the model")
     if "less" not in config.pruning.strategies:

@@ -149,6 +149,15 @@ def test_scores_are_inner_products_of_exact_pieces(world: Path, results: dict[st
         got = table.columns[f"s_{group}"]
         # the store holds bf16: 2^-9 a number, averaged over a row
         assert np.linalg.norm(got - expected) < 2e-2 * np.linalg.norm(expected)
+    place = {name: i for i, name in enumerate(table.ids)}
+    told = [json.loads(line) for line in (run / "explained.jsonl").read_text().splitlines()]
+    assert [one["id"] for one in told] == [example.id for example in queries.examples]
+    for q, one in enumerate(told):
+        for direction, best in (("raising", scores[:, q].max()), ("lowering", scores[:, q].min())):
+            (first, *_) = one[direction]
+            assert first["influence"] == pytest.approx(float(best), rel=0.05)
+            assert float(scores[place[first["id"]], q]) == pytest.approx(float(best), rel=0.05)
+    assert 'href="explained.html"' in (run / "report.html").read_text()
 
 
 def test_a_second_run_computes_nothing_again(
@@ -708,9 +717,17 @@ def test_score_adds_what_the_named_strategies_read(
         "score", "--model", world / "model", "--adapter", chosen / "adapters" / "full-seed0", "--dim", 4,
         "--data", world / "pool.jsonl", "--validation", world / "validation2.jsonl", "--queries", "reference",
         "--tasks", "task", "--strategies", "embedding", "--output", tmp_path / "s.parquet", "--quiet",
+        "--explain", 3,
     ]  # fmt: skip
     assert main([str(a) for a in arguments]) == 0
-    assert "embeddings" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "embeddings" in said
+    assert f"answer by answer: {tmp_path / 's.parquet.explained.html'}" in said
+    told = [json.loads(line) for line in (tmp_path / "s.parquet.explained.jsonl").read_text().splitlines()]
+    assert all(one["groups"] in (["correct", "odd"], ["correct", "even"]) for one in told)
+    assert all(1 <= len(one["raising"]) <= 3 for one in told)
+    page = (tmp_path / "s.parquet.explained.html").read_text()
+    assert all(told_id in page for one in told for told_id in (one["id"], one["raising"][0]["id"]))
     ours, runs = ScoreTable.load(tmp_path / "s.parquet"), ScoreTable.load(chosen / "scores.parquet")
     assert np.array_equal(ours.columns["embedding_rank"], runs.columns["embedding_rank"])
     np.testing.assert_allclose(ours.columns["s_odd"], runs.columns["s_odd"], rtol=1e-4, atol=1e-6)
@@ -771,7 +788,7 @@ def test_scores_over_checkpoints_are_their_weighted_sum(world: Path, tmp_path: P
     assert len(saved) == 2
     total = np.zeros(len(table.ids))
     for path, rate in zip(saved, learning_rates(saved, average=True), strict=True):
-        single, _ = run._score_under(path, run.queries(reference), f"single-{path.name}", config.influence)
+        single = run._score_under(path, run.queries(reference), f"single-{path.name}", config.influence).table
         assert single.ids == table.ids
         total += rate * single.columns["s_correct"]
     np.testing.assert_allclose(table.columns["s_correct"], total, rtol=1e-6)

@@ -533,11 +533,11 @@ def test_many_traces_are_limited_and_keep_the_extremes(monkeypatch: pytest.Monke
 
 def test_long_text_is_folded_and_then_cut() -> None:
     words = " ".join(f"w{i}" for i in range(9000))
-    shown, folded, left_out = report._clipped(words)
+    shown, folded, left_out = report.clipped(words)
     assert words.startswith(shown + folded)
     assert len(shown) <= report.SHOWN_TEXT
     assert len(shown) + len(folded) + left_out == len(words)
-    assert report._clipped("short") == ("short", "", 0)
+    assert report.clipped("short") == ("short", "", 0)
     scores = [{"id": str(i), "s_correct": i, "s_incorrect": -i, "completion": words} for i in range(2)]
     html = report.render({"title": "t", "scores": scores})
     assert html.count("more characters</summary>") == 2

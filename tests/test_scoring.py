@@ -21,7 +21,9 @@ from influence_fast.scoring import (
     bootstrap_auc,
     influence_matrix,
     influence_scores,
+    scores_and_top,
     spearman,
+    top_influences,
 )
 from influence_fast.store import Store
 
@@ -92,6 +94,22 @@ def test_the_matrix_and_its_group_means_agree(
         assert np.linalg.norm(table.columns[f"s_{group}"] - wanted) < 1e-5 * np.linalg.norm(wanted)
     if name != "none":
         assert 0.05 < np.abs(matrix).max() <= 1.01
+
+
+@pytest.mark.parametrize("name", ["none", "cosine", "fisher_cosine", "ekfac_cosine"])
+def test_top_influences_are_the_ends_of_the_matrix(store: Store, exact: torch.Tensor, name: str) -> None:
+    matrix = influence_matrix(store, exact[N:], preconditioner=name)
+    order = np.argsort(matrix, axis=0)  # [N, Q], lowest first
+    top = top_influences(store, exact[N:], 5, preconditioner=name)
+    for (values, rows), expected in ((top.raising, order[::-1][:5].T), (top.lowering, order[:5].T)):
+        np.testing.assert_array_equal(rows, expected)
+        np.testing.assert_allclose(values, np.take_along_axis(matrix.T, expected, axis=1), rtol=1e-5)
+    table, again = scores_and_top(store, exact[N:], GROUPS, 5, preconditioner=name)
+    alone = influence_scores(store, exact[N:], GROUPS, preconditioner=name)
+    for column, values in alone.columns.items():
+        np.testing.assert_array_equal(table.columns[column], values)
+    np.testing.assert_array_equal(again.lowering[1], top.lowering[1])
+    assert top_influences(store, exact[N:], 500, preconditioner=name).raising[0].shape == (Q, N)
 
 
 def test_a_zero_row_scores_zero_in_every_metric(tmp_path: Path, tiny_lora: Any, exact: torch.Tensor) -> None:
