@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
+import os
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,20 +34,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InfluenceFastError as error:
         if args.debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_by_flags(str(error), args)}", file=sys.stderr)
         return 2
     except OSError as error:
         # a full disk, a folder that cannot be written: the system's own words name the thing
         if args.debug:
             traceback.print_exc()
         what = f"{error.filename}: " if error.filename else ""
-        print(f"error: {what}{error.strerror or error}; finished work is kept", file=sys.stderr)
+        wrong = isinstance(error, NotADirectoryError | IsADirectoryError | FileNotFoundError)
+        kept = "give another path" if wrong else "finished work is kept"
+        print(f"error: {what}{error.strerror or error}; {kept}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         said = str(stop) or "what was finished is kept; run the same command again to go on"
         print(f"stopped: {said}", file=sys.stderr)
         return getattr(stop, "exit_code", 130)  # SIGTERM has its own
     return 0
+
+
+def _by_flags(text: str, args: Any) -> str:
+    """Settings by the names that they have as options of this verb; a configuration file has their own."""
+    if hasattr(args, "config"):
+        return text
+
+    def flag(found: re.Match[str]) -> str:
+        name = {"r": "rank"}.get(found[1], found[1])
+        return "--" + name.replace("_", "-") if hasattr(args, name) else found[0]
+
+    text = re.sub(r"\b(?:gradients|influence|training|train|lora|evaluation|data|pruning)\.(\w+)", flag, text)
+    if hasattr(args, "columns"):  # {"prompt": "...", "id": None} as prompt=...,id=
+        text = re.sub(
+            r"columns=\{([^{}]*)\}",
+            lambda m: "--columns " + re.sub(r'"(\w+)": (?:"?(\.\.\.)"?|None)(?:, )?', r"\1=\2,", m[1]).rstrip(","),
+            text,
+        )
+        text = re.sub(r'format="(\w+)"(?: with)?', r"--format \1", text)
+    return text
 
 
 def _say_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -113,6 +135,12 @@ def build_parser() -> argparse.ArgumentParser:
     _model(sub, adapter=True)
     _data(sub, "--data", "training examples")
     sub.add_argument("--validation", required=True, help="validation questions: hub id, file or folder")
+    sub.add_argument("--validation-split", default="train")
+    sub.add_argument("--validation-format", default="auto", help="as --format, of the validation rows")
+    sub.add_argument("--validation-limit", type=int)
+    sub.add_argument(
+        "--validation-columns", type=_columns, metavar="NAME=COLUMN,...", help="as --columns, of these rows"
+    )
     sub.add_argument(
         "--output",
         required=True,
@@ -289,6 +317,10 @@ def _quiet_libraries() -> None:
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if "datasets" in sys.modules:  # to import it takes a second
+        sys.modules["datasets"].disable_progress_bars()
+    else:
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def _bars(args: Any) -> bool:
@@ -324,10 +356,16 @@ def _say_left_out(args: Any, too_long: Sequence[tuple[str, int]]) -> None:
         print(f"left out, longer than {args.max_length} tokens: {len(too_long)} examples: {names}")
 
 
+def _check_cut(args: Any) -> None:
+    if args.truncate and args.max_length is None:
+        raise ConfigError("--truncate cuts what is longer than --max-length: give that too")
+
+
 def _tokenize(args: Any, examples: list[Any], tokenizer: Any) -> list[dict[str, Any]]:
     from influence_fast.data import tokenize
     from influence_fast.errors import DataError
 
+    _check_cut(args)
     result = tokenize(examples, tokenizer, max_length=args.max_length, truncate=args.truncate)
     _say_left_out(args, result.too_long)
     if not result.examples:
@@ -442,7 +480,13 @@ def _train(args: Any) -> None:
 
 
 def _score(args: Any) -> None:
-    from influence_fast.config import InfluenceConfig, PruningConfig, check_influence, fitted_examples
+    from influence_fast.config import (
+        InfluenceConfig,
+        PruningConfig,
+        check_influence,
+        check_strategies,
+        fitted_examples,
+    )
     from influence_fast.data import load_examples, load_rows
     from influence_fast.difficulty import check_answers
     from influence_fast.explain import EXPLAINED, explanations, save_explanations
@@ -451,6 +495,7 @@ def _score(args: Any) -> None:
     from influence_fast.queries import make_queries, own_answers, with_tasks
     from influence_fast.scores import check_format
     from influence_fast.strategies import PASS_RATE, needed_columns
+    from influence_fast.unread import unread_influence
 
     _not_an_input(args.output, args.data, args.validation)
     check_format(args.output)
@@ -459,8 +504,8 @@ def _score(args: Any) -> None:
     gradients = _gradients(args)
     names = ("preconditioner", "damping", "fisher", "fisher_examples", "optimizer", "queries", "fallback")
     influence = InfluenceConfig(**_given(args, *names))
-    with _as_flags():
-        check_influence(influence, gradients)
+    check_influence(influence, gradients)
+    check_strategies(args.strategies, influence)
     reads = fitted_examples(dataclasses.replace(influence, fisher="model"), gradients) > 0
     if args.fisher is not None and not reads:
         raise ConfigError("--fisher is read by ekfac, fisher, datainf and where a sketch is fitted: leave it out here")
@@ -468,20 +513,32 @@ def _score(args: Any) -> None:
         raise ConfigError(
             "--fisher-examples is read by ekfac, fisher and datainf with --fisher model: leave it out here"
         )
+    for line in unread_influence(gradients, influence):
+        raise ConfigError(f"{line}; leave it out")
+    if influence.queries == "reference" and args.max_new_tokens is not None:
+        raise ConfigError("--max-new-tokens is of the model's own answers, which --queries reference does not ask for")
     needs = needed_columns(args.strategies)
     examples = _load_data(args)
     if PASS_RATE in needs:
         check_answers(examples)
     model, tokenizer = _load_model(args)
     pool = _tokenize(args, examples, tokenizer)
-    validation = load_examples(args.validation)
+    validation = load_examples(
+        args.validation,
+        split=args.validation_split,
+        format=args.validation_format,
+        limit=args.validation_limit,
+        columns=args.validation_columns,
+    )
+    if (args.validation, args.validation_split) == (args.data, args.split):
+        print("warning: the validation questions are the training data, which scores itself: see --validation-split")
     answers = None
     if influence.queries == "own_answers":
         kept = Path(f"{args.output}.answers.jsonl")
         answers = own_answers(model, tokenizer, validation, _evaluation(args), kept, progress=_bars(args))
     queries = make_queries(validation, answers, args.fallback, needed=("correct",))
     if args.tasks is not None:
-        queries = with_tasks(queries, row_groups(load_rows(args.validation), args.tasks))
+        queries = with_tasks(queries, row_groups(load_rows(args.validation, split=args.validation_split), args.tasks))
     scored = score_pool(
         model,
         tokenizer,
@@ -532,16 +589,6 @@ def _given(args: Any, *names: str) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
-@contextlib.contextmanager
-def _as_flags() -> Iterator[None]:
-    """Complaints about settings, by the names that they have on the command line."""
-    try:
-        yield
-    except ConfigError as error:
-        text = re.sub(r"\b(?:gradients|influence)\.(\w+)", lambda m: "--" + m[1].replace("_", "-"), str(error))
-        raise ConfigError(text) from None
-
-
 def _build(args: Any) -> None:
     from influence_fast import metrics, processes, spooling
     from influence_fast.config import InfluenceConfig, ModelConfig, check_influence, fitted_examples
@@ -550,14 +597,15 @@ def _build(args: Any) -> None:
 
     _quiet_libraries()
     gradients, influence = _gradients(args), InfluenceConfig(**_given(args, "damping", "fisher"))
-    with _as_flags():
-        check_influence(influence, gradients)
+    check_influence(influence, gradients)
     check_precision(gradients.precision, "--precision", sharded=args.fsdp != 1)
     for flag in ("damping", "fisher"):
         if getattr(args, flag) is not None and not fitted_examples(influence, gradients):
             raise ConfigError(
                 f"--{flag} is that of a fitted sketch, and none is fitted here: give a --width, or leave it out"
             )
+
+    _check_cut(args)
 
     def told(tokens: spooling.Tokens) -> None:
         _say_left_out(args, tokens.too_long)
@@ -672,7 +720,8 @@ def _eval(args: Any) -> None:
         model, tokenizer = ModelFiles(args.model, args.adapter, args.dtype), load_tokenizer(args.model)
     else:
         model, tokenizer = _load_model(args)
-    result = evaluate(model, tokenizer, examples, config=config, transcripts=Path(args.output), progress=_bars(args))
+    how: dict[str, Any] = {"config": config, "overwrite": False, "progress": _bars(args)}
+    result = evaluate(model, tokenizer, examples, transcripts=Path(args.output), **how)
     total = len(result.items)
     low, high = result.interval
     asked = f"n={len(examples)}" + (f", {config.samples} samples each" if config.samples > 1 else "")

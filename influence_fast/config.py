@@ -256,14 +256,7 @@ class RunConfig:
             raise ConfigError(
                 "pruning: a strategy or fraction comes twice (fractions are told apart by whole per cent)"
             )
-        for strategy in self.pruning.strategies:
-            _one_of("pruning.strategies", strategy, STRATEGIES)
-            wrong = any(column.endswith("_incorrect") for column in needed_columns([strategy]))
-            if wrong and self.influence.queries == "reference":
-                raise ConfigError(
-                    f"pruning.strategies: {strategy!r} reads the model's wrong answers, which influence.queries: "
-                    "reference does not ask for; use own_answers, or leave the strategy out"
-                )
+        check_strategies(self.pruning.strategies, self.influence)
         if self.pruning.max_similar is not None:
             check_similarity(self.pruning.max_similar)
         if self.pruning.pass_rate_samples < 1 or self.pruning.pass_rate_temperature <= 0:
@@ -281,6 +274,18 @@ class RunConfig:
             raise ConfigError("data: give a validation source, or holdout_validation to hold some of the pool out")
         if self.data.test is None and self.data.holdout_test < 1:
             raise ConfigError("data: give a test source, or holdout_test to hold some of the pool out")
+
+
+def check_strategies(names: typing.Iterable[str], influence: InfluenceConfig) -> None:
+    """ConfigError for a strategy that is unknown, or that reads what the queries do not give."""
+    for strategy in names:
+        _one_of("pruning.strategies", strategy, STRATEGIES)
+        wrong = any(column.endswith("_incorrect") for column in needed_columns([strategy]))
+        if wrong and influence.queries == "reference":
+            raise ConfigError(
+                f"pruning.strategies: {strategy!r} reads the model's wrong answers, which influence.queries: "
+                "reference does not ask for; use own_answers, or leave the strategy out"
+            )
 
 
 def check_influence(influence: InfluenceConfig, gradients: GradientConfig) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from influence_fast.config import ModelConfig, RunConfig, Source, fitted_examples
-from influence_fast.errors import ConfigError, ModelError
+from influence_fast.errors import ConfigError, DataError, ModelError
 from influence_fast.fp8 import FP8
 from influence_fast.memory import GradientMemory, gradient_memory
 from influence_fast.store_manifest import DTYPES, SCALE_DTYPE
@@ -77,7 +77,7 @@ class Plan:
     gradient_memory: dict[bool, GradientMemory] = field(default_factory=dict)  # with layers computed again, or not
     gradient_batch: int = 0  # tokens
     seconds: dict[str, float] = field(default_factory=dict)
-    occupied: str = ""  # by what the output folder is, if not by this run
+    stops: list[str] = field(default_factory=list)  # what would stop the run at once
 
 
 def plan(
@@ -170,7 +170,7 @@ def plan(
         gradient_memory=_gradient_memory(config, shape, _gradient_batch(config, longest)),
         gradient_batch=_gradient_batch(config, longest),
         seconds=_seconds(training, gradients, tokens_per_second),
-        occupied=occupied(config),
+        stops=_stops(config),
     )
 
 
@@ -236,8 +236,8 @@ def describe(config: RunConfig, found: Plan) -> str:
     def size(value: int | None) -> str:
         return "unknown (not on this machine)" if value is None else f"{value:,}"
 
-    if found.occupied:
-        lines.append(("output", f"warning: the run would stop at once: {found.occupied}"))
+    for reason in found.stops:
+        lines.append(("warning", f"the run would stop at once: {reason}"))
     lines.append(("pool", size(found.pool)))
     lines.append(("validation, test", f"{size(found.validation)}, {size(found.test)}"))
     if found.tokens is None:
@@ -419,6 +419,20 @@ def _local_examples(source: Source) -> list[Any] | None:
     if not Path(source.path).expanduser().exists():
         return None
     return load_examples(source.path, **{k: v for k, v in dataclasses.asdict(source).items() if k != "path"})
+
+
+def _stops(config: RunConfig) -> list[str]:
+    """What would stop the run at once: an output folder that holds something else, data that is nowhere."""
+    from influence_fast.rows import check_hub_id
+
+    found = [occupied(config)]
+    for source in (config.data.pool, config.data.validation, config.data.test):
+        if source is not None and not Path(source.path).expanduser().exists():
+            try:
+                check_hub_id(source.path)
+            except DataError as error:
+                found.append(str(error))
+    return [reason for reason in found if reason]
 
 
 def _size(source: Source | None, held_out: int) -> int | None:

@@ -114,6 +114,7 @@ def evaluate(
     *,
     config: EvalConfig,
     transcripts: str | Path | None = None,
+    overwrite: bool = True,
     progress: bool = False,
 ) -> EvalResult:
     """Answers and grades every example's prompt; `transcripts` names a jsonl file for the items.
@@ -121,10 +122,12 @@ def evaluate(
     A module answers by transformers, `ModelFiles` by vLLM (see `answer_batches`). Transcripts are written as the
     answers come. When the same questions are put to the same weights with the same settings again, the answers that
     are there already are taken from them; delete the file to ask anew. Those of `ModelFiles` are always asked anew,
-    their weights not being at hand to be compared.
+    their weights not being at hand to be compared. The answers of other questions, weights or settings are replaced,
+    or without `overwrite` refused.
 
     Raises DataError for no examples or examples without an `answer` (`choice`: without a letter), ModelError for
-    prompts that leave no room in the model's context, ConfigError for an engine that does not fit the model.
+    prompts that leave no room in the model's context, ConfigError for an engine that does not fit the model, or
+    transcripts of another evaluation.
     """
     if len(examples) == 0:
         raise DataError("no examples to evaluate on: check the test source and its limit")
@@ -139,7 +142,7 @@ def evaluate(
     prompts = [render_prompt(example, tokenizer) for example in examples]
     journal = None
     if transcripts is not None and not isinstance(model, ModelFiles):
-        journal = Journal(transcripts, _run_record(model, tokenizer, examples, prompts, config))
+        journal = Journal(transcripts, _run_record(model, tokenizer, examples, prompts, config), overwrite=overwrite)
     answered: dict[int, list[EvalItem]] = dict(journal.found) if journal else {}
     reused = sum(len(items) for items in answered.values())
     with contextlib.closing(journal) if journal else contextlib.nullcontext():

@@ -13,7 +13,15 @@ from influence_fast.engine import GradientEngine
 from influence_fast.errors import ConfigError, DataError, NumericError, listing
 from influence_fast.fp8 import AUTO
 from influence_fast.lora import gradient_layout
-from influence_fast.packing import Pack, check_examples, example_name, pack_examples
+from influence_fast.packing import (
+    IGNORED,
+    Pack,
+    check_examples,
+    context_of,
+    example_name,
+    pack_examples,
+    say_if_beyond,
+)
 from influence_fast.projection import Projection
 from influence_fast.transfer import WriteBehind, decoded, encoded, to_device
 
@@ -188,6 +196,14 @@ def packs_for(engine: GradientEngine, examples: Sequence[Mapping[str, Any]], max
                 f"{example_name(example, index)}: token id outside the model's vocabulary of {vocab}; "
                 "tokenize with this model's own tokenizer"
             )
+        labels = example["labels"]
+        strange = (labels != IGNORED) & ((labels < 0) | (labels >= vocab))
+        if bool(strange.any()):
+            raise DataError(
+                f"{example_name(example, index)}: label {int(labels[strange][0])} is neither {IGNORED} (ignored) nor a "
+                f"token of the model's vocabulary of {vocab}"
+            )
+    say_if_beyond(context_of(engine.base), examples)
     if not engine.packs_are_separate:
         max_tokens = 1  # one example a pack: this model's attention does not see the packing
     elif max_tokens is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,7 +10,9 @@ from typing import Any
 
 import torch
 
-from influence_fast.errors import DataError, listing
+from influence_fast.errors import DataError, listing, say_once
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100  # label of a token that the loss leaves out
 
@@ -46,6 +49,24 @@ class Pack:
 def example_name(example: Mapping[str, Any], index: int) -> str:
     """The example's id, or its place in the list when it has none."""
     return str(example["id"]) if "id" in example else f"examples[{index}]"
+
+
+def context_of(model: Any) -> int | None:
+    """The tokens that a model can tell the places of, by its configuration; None where that does not say."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
+def say_if_beyond(context: int | None, examples: Sequence[Mapping[str, Any]]) -> None:
+    """A warning, once, where examples are longer than the model's context."""
+    if context is not None and any(len(example["input_ids"]) > context for example in examples):
+        say_once(
+            logger,
+            f"examples are longer than the model's context of {context} tokens, and so at positions that it has not "
+            "learned: leave them out or cut them by max_length",
+        )
 
 
 def teaches(labels: torch.Tensor) -> bool:

@@ -111,7 +111,7 @@ def inner_products(
         queries: [Q, k] of any floating dtype.
         row_scales: fp32 [N], multiplied into the scores; required for int8 rows.
         normalize: cosines: divided by the norms of the row and of the query. A zero vector has cosine 0.
-        groups: lists of query numbers; they may overlap, and may not be empty.
+        groups: lists of query numbers (no names: a list of lists); they may overlap, and may not be empty.
         topk: rows to return for each query (at most N).
         ranks: mean rank of every row in the columns of each group (one group of all queries where `groups` is None).
         out: fp32 [N, Q] to write the scores to; with `groups`, `topk` or `ranks` it also asks for them.

@@ -112,9 +112,7 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         results = json.loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(
-            f"no {source.name} at {source}: name a run folder that holds {RESULTS_NAME}, or the file"
-        ) from None
+        raise DataError(f"{source}: no such file: name a run folder that holds {RESULTS_NAME}, or the file") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{source} cannot be read as JSON ({error}): run the pipeline again to rewrite it") from None
     summary.check_results(results)

@@ -134,9 +134,14 @@ def _load_named(source: str, split: str) -> Rows:
             return _READERS[suffix](path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
-    if suffix in _READERS or not _HUB_ID.fullmatch(source):
-        raise DataError(f"{source}: no such file or folder; check the path (from {Path.cwd()})")
+    check_hub_id(source)
     return _load_hub(source, split)
+
+
+def check_hub_id(source: str) -> None:
+    """DataError for what is not on this machine and cannot be the id of a dataset either."""
+    if Path(source).suffix.lower() in _READERS or not _HUB_ID.fullmatch(source):
+        raise DataError(f"{source}: no such file or folder; check the path (from {Path.cwd()})")
 
 
 def _read_jsonl(path: Path) -> Rows:

@@ -106,6 +106,8 @@ def scores_and_top(
 
 
 def _used(groups: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    if not isinstance(groups, Mapping):
+        raise DataError('groups are named, as {"correct": [0, 1]}, not a ' + type(groups).__name__)
     used = {name: list(members) for name, members in groups.items() if len(members)}
     if not used:
         raise DataError("there is no query to score against: every group is empty")
@@ -159,6 +161,8 @@ def _prepared(
     fisher: Store | None,
 ) -> tuple[Any, torch.Tensor, dict[str, Any]]:
     """What `inner_products` is called with: rows, preconditioned queries [Q, k], options."""
+    if not isinstance(store, Store):
+        raise ConfigError(f"the store must be an open one (inf.open_store), not a {type(store).__name__}")
     queries = torch.as_tensor(queries)
     if queries.ndim != 2 or queries.shape[1] != store.width:
         raise DataError(

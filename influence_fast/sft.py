@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,13 +57,14 @@ def train(
         kept = [checkpoint for checkpoint in list_checkpoints(folder) if (checkpoint / NAMES).exists()]
         spent = _read_seconds(kept[-1]) if kept else 0.0
         trainer.add_callback(_end_checkpoints(spent))
+        trainer.add_callback(_stop_at_nan())
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
         seconds = spent + time.perf_counter() - start
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):  # by the last step, after its loss
+        raise NumericError("the last training step left weights that are not finite: lower training.learning_rate")
     history = [(int(log["step"]), float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
-    bad = [step for step, loss in history if loss != loss or loss == float("inf")]
-    if bad:
-        raise NumericError(f"the training loss is not finite from step {bad[0]} on: lower training.learning_rate")
     return history, seconds, int(trainer.state.num_input_tokens_seen)
 
 
@@ -108,6 +110,7 @@ def make_trainer(
         save_steps=save_steps or 500,
         logging_strategy="steps",
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # which would show a NaN as 0
         train_sampling_strategy="random" if packing else "group_by_length",
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
@@ -285,6 +288,21 @@ def _end_checkpoints(spent: float) -> Any:
                 temporary.write_text(json.dumps(ordered), encoding="utf-8")
 
     return EndCheckpoints()
+
+
+def _stop_at_nan() -> Any:
+    """A callback that raises NumericError at the first loss that is not finite: what follows would be trained for
+    nothing."""
+    from transformers import TrainerCallback
+
+    class StopAtNan(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if not math.isfinite(float((logs or {}).get("loss", 0.0))):
+                raise NumericError(
+                    f"the training loss is not finite at step {state.global_step}: lower training.learning_rate"
+                )
+
+    return StopAtNan()
 
 
 def _read_seconds(checkpoint: Path) -> float:

@@ -114,9 +114,13 @@ class StoreIdentity:
                     "take `store.projection` (--sketch and gradients.sketch: eigen, random, or a store's folder), or "
                     "build a new store"
                 )
+            how = {
+                "model_hash": " (its dtype counts: bfloat16 weights are another model)",
+                "dataset_fingerprint": " (max_length, truncate and limit too)",
+            }.get(name, "")
             raise StoreError(
                 f"{where}: made with another {label}: {name} is {_short(mine)} in the store "
-                f"and {_short(theirs)} here; use the {label} that it was built with, or build a new store"
+                f"and {_short(theirs)} here; use the {label} that it was built with{how}, or build a new store"
             )
 
     def body(self) -> dict[str, Any]:
@@ -228,7 +232,7 @@ class Manifest:
     def load(cls, folder: Path) -> Manifest:
         """Raises StoreError: not a store, a damaged manifest, or one of a newer format."""
         path = folder / MANIFEST_NAME
-        body = _signed_body(path, "restore it or build the store again")
+        body = None if folder.is_file() else _signed_body(path, "restore it or build the store again")
         if body is None:
             raise StoreError(f"{folder} is not a gradient store: it has no {MANIFEST_NAME}")
         try:
@@ -351,7 +355,7 @@ class ShardRecord:
         return record
 
 
-REBUILD = "delete it and finish with resume=True, or build the store again"
+REBUILD = "delete it and build the store again, which keeps what is whole"
 
 
 def file_name(kind: str, index: int) -> str:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from influence_fast import sft
 from influence_fast.errors import ConfigError, DataError, ModelError, did_you_mean, listing
 from influence_fast.fingerprints import dataset_fingerprint, weight_hashes
-from influence_fast.packing import example_name, teaches
+from influence_fast.packing import context_of, example_name, say_if_beyond, teaches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -139,6 +139,7 @@ def finetune(
 
     final = Path(output_dir)
     _check(examples)
+    say_if_beyond(context_of(model), examples)
     if lora is not None and isinstance(model, PeftModel):
         raise ModelError("the model already carries a LoRA adapter: pass lora=None to train that one further")
     record = {
@@ -235,6 +236,8 @@ def load_adam_moments(checkpoint: str | Path) -> dict[str, dict[str, torch.Tenso
     `exp_avg` and `exp_avg_sq` have their parameter's shape. Raises ModelError when the folder has no such state.
     """
     folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder; name a checkpoint-* folder that a fine-tuning has saved")
     try:
         names = json.loads((folder / sft.NAMES).read_text(encoding="utf-8"))
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)["state"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from influence_fast.atomic import replacing
-from influence_fast.errors import DataError
+from influence_fast.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +46,18 @@ class Journal:
     """The answers of one evaluation as they come, by the place of their question.
 
     `run` is a JSON object of all that the answers depend on. What an earlier run of the same left at `path` is taken
-    up: `found` has the items of each question that was finished. What a different run left is written over.
+    up: `found` has the items of each question that was finished. What a different run left is written over, or with
+    `overwrite` False is a ConfigError that names the first difference.
     """
 
-    def __init__(self, path: str | Path, run: dict[str, Any]) -> None:
+    def __init__(self, path: str | Path, run: dict[str, Any], *, overwrite: bool = True) -> None:
         self.path = Path(path)
         _check_own(self.path)
         self.run: dict[str, Any] = json.loads(json.dumps(run))
+        if not overwrite and (other := self._other()):
+            raise ConfigError(
+                f"{path} holds the answers of another evaluation ({other}): choose another file, or delete it"
+            )
         self.found = self._finished() or self._interrupted()
         self._file: IO[str] | None = None
 
@@ -92,6 +97,17 @@ class Journal:
     def _append(self, question: int, items: Sequence[EvalItem]) -> None:
         assert self._file is not None
         self._file.write(_line({"question": question, "items": [asdict(item) for item in items]}))
+
+    def _other(self) -> str:
+        """In what the run whose answers are there differs from this one; empty where none is, or it is this one."""
+        from influence_fast.config import difference
+
+        if not (self._record.exists() and self.path.exists()):
+            return ""
+        before = json.loads(self._record.read_text(encoding="utf-8"))["run"]
+        found = difference(before, self.run) or ""
+        name = found.partition(":")[0]
+        return f"other {name}" if len(str(before.get(name))) == 64 else found  # not two hashes
 
     def _finished(self) -> dict[int, list[EvalItem]]:
         """The items of whole transcripts, if their record is this run's."""

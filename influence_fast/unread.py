@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from influence_fast.config import WHOLE, RunConfig, fitted_examples
+from influence_fast.config import WHOLE, GradientConfig, InfluenceConfig, RunConfig, fitted_examples
 from influence_fast.preconditioners import FROM_MODEL, SKETCHES
 from influence_fast.strategies import PASS_RATE, needed_columns
+
+Unread = tuple[str, Any, Any, str]  # key, value, default, why
 
 
 def unread_settings(config: RunConfig) -> list[str]:
     """One line for each: its key, its value, and what would have to be otherwise."""
+    return _lines([*_unread(config.gradients, config.influence), *_beside(config)])
+
+
+def unread_influence(gradients: GradientConfig, influence: InfluenceConfig) -> list[str]:
+    """The same of these two alone."""
+    return _lines(_unread(gradients, influence))
+
+
+def _lines(found: Iterable[Unread]) -> list[str]:
     return [
-        f"{key} is {value!r}, which nothing reads here: {why}"
-        for key, value, default, why in _unread(config)
-        if value != default
+        f"{key} is {value!r}, which nothing reads here: {why}" for key, value, default, why in found if value != default
     ]
 
 
-def _unread(config: RunConfig) -> Iterator[tuple[str, Any, Any, str]]:
-    """(key, value, default, why) of all that is not read, whether it was changed or not."""
+def _of(settings: Any, part: str, name: str, why: str) -> Unread:
+    return f"{part}.{name}", getattr(settings, name), type(settings).__dataclass_fields__[name].default, why
 
-    def of(part: str, name: str, why: str) -> tuple[str, Any, Any, str]:
-        settings = getattr(config, part)
-        return f"{part}.{name}", getattr(settings, name), type(settings).__dataclass_fields__[name].default, why
 
-    gradients, influence = config.gradients, config.influence
+def _unread(gradients: GradientConfig, influence: InfluenceConfig) -> Iterator[Unread]:
+    """All of the two parts that is not read, whether it was changed or not."""
+
+    def of(part: str, name: str, why: str) -> Unread:
+        return _of(gradients if part == "gradients" else influence, part, name, why)
+
     fitted = gradients.fits_sketch(influence.preconditioner)
     used_again = gradients.sketch not in SKETCHES
     if gradients.kind == WHOLE:
@@ -39,7 +50,7 @@ def _unread(config: RunConfig) -> Iterator[tuple[str, Any, Any, str]]:
         yield of("gradients", "sketch", "there is no gradients.width to sketch rows to")
     if not fitted or used_again:
         yield of("gradients", "sketch_examples", "no sketch is fitted")
-    if influence.preconditioner in ("none", "cosine"):
+    if influence.preconditioner in ("none", "cosine") and (used_again or not fitted):
         yield of("influence", "damping", f"{influence.preconditioner} inverts nothing")
     if not fitted_examples(dataclasses.replace(influence, fisher=FROM_MODEL), gradients):
         yield of("influence", "fisher", "nothing is fitted on a Fisher information")
@@ -49,8 +60,18 @@ def _unread(config: RunConfig) -> Iterator[tuple[str, Any, Any, str]]:
         yield of("influence", "explain", "scores that are summed over checkpoints are not explained")
     if influence.queries == "reference":
         yield of("influence", "fallback", "influence.queries: reference asks for no answers of the model")
+
+
+def _beside(config: RunConfig) -> Iterator[Unread]:
+    """What the other parts of a run do not read."""
     if "less" not in config.pruning.strategies:
-        yield of("influence", "tasks", "it is for the strategy less")
+        yield _of(config.influence, "influence", "tasks", "it is for the strategy less")
     if PASS_RATE not in needed_columns(config.pruning.strategies):
         for name in ("pass_rate_samples", "pass_rate_temperature"):
-            yield of("pruning", name, "no strategy reads pass rates (difficulty, easy, hard)")
+            yield _of(config.pruning, "pruning", name, "no strategy reads pass rates (difficulty, easy, hard)")
+    if config.data.max_length is None:
+        yield _of(config.data, "data", "truncate", "there is no data.max_length to cut at")
+    if config.evaluation.temperature == 0:
+        yield _of(config.evaluation, "evaluation", "top_p", "evaluation.temperature 0 takes the likeliest token")
+    if config.training.max_steps > 0:
+        yield _of(config.training, "training", "epochs", "training.max_steps decides")

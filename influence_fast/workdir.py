@@ -30,6 +30,8 @@ def occupied(config: RunConfig) -> str:
 
     path = Path(config.output)
     record = path / CONFIG
+    if path.is_file():
+        return f"{path} is a file, and a run needs a folder: choose another output"
     if not record.exists():
         if path.exists() and any(path.iterdir()):
             return f"{path} is not empty and holds no run: choose another output folder"

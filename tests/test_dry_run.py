@@ -191,16 +191,22 @@ def test_the_command_prints_the_plan_and_does_nothing(folder: Path, capsys: pyte
 
 def test_a_folder_that_the_run_cannot_use_is_said(folder: Path, tmp_path: Path) -> None:
     config = config_of(folder, output=str(tmp_path / "run"))
-    assert "output" not in describe(config, plan(config))
+    assert "warning" not in describe(config, plan(config))
     RunFolder(config)
-    assert "output" not in describe(config, plan(config))
+    assert "warning" not in describe(config, plan(config))
     other = dataclasses.replace(config, gradients=GradientConfig(dim=5))
     said = describe(other, plan(other))
-    assert "warning: the run would stop at once" in said
+    assert "\nwarning            the run would stop at once: " in f"\n{said}"
     assert "holds a run of another configuration (gradients.dim" in said
     (tmp_path / "run" / "config.yaml").rename(tmp_path / "run" / "else.yaml")
     assert "is not empty and holds no run" in describe(config, plan(config))
     assert not (tmp_path / "run" / "config.yaml").exists()
+    lost = dataclasses.replace(
+        config,
+        output=str(tmp_path / "new"),
+        data=DataConfig(Source("../poool.jsonl"), holdout_test=3, holdout_validation=3),
+    )
+    assert "the run would stop at once: ../poool.jsonl: no such file or folder" in describe(lost, plan(lost))
 
 
 def test_bad_input_is_named(folder: Path, tmp_path: Path) -> None:

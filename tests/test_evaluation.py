@@ -281,6 +281,20 @@ def test_bad_input_is_named(model: Any, tokenizer: Any, examples: list[Example])
         EvalConfig(engine="vlm")
 
 
+def test_answers_of_another_evaluation_are_kept_unless_they_may_go(tmp_path: Path) -> None:
+    path = tmp_path / "file.jsonl"
+    run: dict[str, Any] = {"config": {"samples": 1, "max_new_tokens": 5}, "weights": "a" * 64}
+    item = EvalItem("q", "p", "g", "a", None, False, "stop")
+    Journal(path, run).finish([item])
+    assert Journal(path, run, overwrite=False).found == {0: [item]}
+    longer = run | {"config": {"samples": 1, "max_new_tokens": 9}}
+    with pytest.raises(ConfigError, match=r"another evaluation \(config.max_new_tokens: 5 against 9\)"):
+        Journal(path, longer, overwrite=False)
+    with pytest.raises(ConfigError, match=r"another evaluation \(other weights\)"):
+        Journal(path, run | {"weights": "b" * 64}, overwrite=False)
+    assert Journal(path, longer).found == {}
+
+
 @pytest.mark.parametrize("content", ["[1, 2]\n", '{"id": 1}\n', "text\n"])
 def test_transcripts_replace_nothing_else(tmp_path: Path, content: str) -> None:
     path = tmp_path / "file.jsonl"

@@ -401,14 +401,16 @@ def test_ignored_labels_are_an_error_that_names_the_id() -> None:
     [
         ({"labels": torch.tensor([1, 2])}, "ex-1: input_ids and labels"),
         ({"input_ids": torch.tensor([1, VOCAB])}, "ex-1: token id outside"),
+        ({"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([-100, VOCAB])}, f"ex-1: label {VOCAB} is neither"),
+        ({"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([-7, 2])}, "ex-1: label -7 is neither"),
     ],
 )
 def test_malformed_examples_are_named(change: dict[str, Any], message: str) -> None:
     examples = make_examples()
     examples[1] = {"id": "ex-1", "input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([-100, 2, 3])}
-    examples[1] |= change
     if "input_ids" in change:
         examples[1]["labels"] = torch.tensor([-100, 5])
+    examples[1] |= change
     with pytest.raises(DataError, match=message):
         inf.per_example_gradients(make_model(), examples)
 

@@ -586,12 +586,28 @@ SCORE += ["--output", "s.csv"]
         (["train", "--model", "{model}", "--data", "{world}/absent.jsonl", "--output", "x"], "absent.jsonl"),
         (["report", "{world}/absent"], "absent"),
         (["inspect", "{world}/absent"], "absent"),
+        (["inspect", "{pool}"], "is not a gradient store"),
+        ([*SCORE, "--preconditioner", "cosine", "--damping", "0.7"], "--damping is 0.7, which nothing reads here"),
+        ([*SCORE, "--queries", "reference", "--fallback", "reference"], "--fallback is 'reference', which nothing"),
+        ([*SCORE, "--queries", "reference", "--max-new-tokens", "3"], "--max-new-tokens is of the model's own answers"),
+        ([*SCORE, "--queries", "reference", "--strategies", "combined"], "reads the model's wrong answers"),
+        ([*SCORE, "--explain", "-1"], "--explain is -1"),
+        (["train", "--model", "{model}", "--data", "{pool}", "--output", "x", "--truncate"], "give that too"),
+        (["train", "--model", "{model}", "--data", "{pool}", "--output", "x", "--learning-rate", "0"],
+         "--learning-rate"),
+        (["train", "--model", "{model}", "--data", "{pool}", "--output", "x", "--rank", "0"], "--rank"),
+        (["train", "--model", "{model}", "--data", "{named}", "--output", "x"],
+         "name yours with --columns prompt=...,completion=..."),
+        (["train", "--model", "{model}", "--data", "{pool}", "--output", "{pool}/x", "--max-steps", "1"],
+         "another path"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_and_exit_code_2(
     world: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fill = {"world": world, "model": world / "model", "pool": world / "pool.jsonl"}
+    named = world / "named.jsonl"  # columns of other names
+    named.write_text('{"q": "1 + 1", "a": "2"}\n')
+    fill = {"world": world, "model": world / "model", "pool": world / "pool.jsonl", "named": named}
     code = main([argument.format(**fill) for argument in arguments])
     error = capsys.readouterr().err
     assert code == 2
@@ -734,6 +750,31 @@ def test_score_adds_what_the_named_strategies_read(
     arguments[arguments.index("embedding")] = "embeding"
     assert main([str(a) for a in arguments]) == 2
     assert "did you mean 'embedding'" in capsys.readouterr().err
+
+
+def test_validation_rows_are_read_as_they_are_said_to_be(
+    world: Path, chosen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A saved set with both splits, of columns with other names."""
+    from datasets import Dataset, DatasetDict
+
+    pool, asked = (
+        [json.loads(line) for line in (world / name).read_text().splitlines()]
+        for name in ("pool.jsonl", "validation2.jsonl")
+    )
+    renamed = [{"q": r["prompt"], "a": r["completion"], "gold": r["answer"], "uid": r["id"]} for r in asked]
+    both = DatasetDict(train=Dataset.from_list(pool), test=Dataset.from_list(renamed))
+    both.save_to_disk(str(tmp_path / "both"))
+    arguments = ["score", "--model", world / "model", "--adapter", chosen / "adapters" / "full-seed0", "--dim", 4]
+    arguments += ["--data", tmp_path / "both", "--validation", tmp_path / "both", "--queries", "reference"]
+    arguments += ["--output", tmp_path / "s.csv", "--quiet"]
+    names = ["--validation-columns", "prompt=q,completion=a,answer=gold,id=uid", "--validation-limit", 4]
+    assert main([str(a) for a in [*arguments, "--validation-split", "test", *names]]) == 0
+    said = capsys.readouterr().out
+    assert "against 4 correct answers" in said
+    assert "the training data" not in said
+    assert main([str(a) for a in [*arguments, "--limit", 5, "--store", tmp_path / "other"]]) == 0
+    assert "warning: the validation questions are the training data" in capsys.readouterr().out
 
 
 def test_score_asks_no_question_twice_when_it_is_stopped_after_the_answers(

@@ -599,7 +599,7 @@ def test_results_come_back_and_give_the_same_page(results: dict[str, Any], tmp_p
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "no results.json"),
+        (None, "results.json: no such file"),
         ("{", "cannot be read as JSON"),
         ("[]", "must be a dictionary"),
         ("{}", "no 'title'"),

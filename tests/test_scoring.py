@@ -138,6 +138,10 @@ def test_an_empty_group_is_left_out(store: Store, exact: torch.Tensor) -> None:
 
 
 def test_misfits_are_named(store: Store, exact: torch.Tensor) -> None:
+    with pytest.raises(DataError, match="groups are named"):
+        influence_scores(store, exact[N:], [[0, 1]])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="must be an open one"):
+        influence_scores(str(store.path), exact[N:], GROUPS)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="project them as the store was"):
         influence_scores(store, exact[N:, :-1], GROUPS)
     with pytest.raises(ConfigError, match="did you mean 'fisher'"):

@@ -13,7 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from influence_fast import sft
 from influence_fast.demo import make_tokenizer
-from influence_fast.errors import ConfigError, DataError, ModelError
+from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, say_once
 from influence_fast.training import (
     LoraSettings,
     TrainConfig,
@@ -313,6 +313,34 @@ def test_the_model_comes_back_without_trls_patches(model: Any, tokenizer: Any, e
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     model.requires_grad_(False)
     assert not model(examples[0]["input_ids"][None]).logits.requires_grad
+
+
+@pytest.mark.parametrize("steps", [2, 30])
+def test_a_training_that_diverges_leaves_nothing_behind(
+    model: Any, tokenizer: Any, examples: Any, tmp_path: Path, steps: int
+) -> None:
+    """Whether a loss shows it or only the last step's weights; transformers would log the NaN as 0."""
+    config = TrainConfig(max_steps=steps, learning_rate=1e9, batch_size=2)
+    with pytest.raises(NumericError, match=r"lower training\.learning_rate"):
+        run(model, tokenizer, examples, tmp_path / "out", config=config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_examples_beyond_the_models_context_are_said(
+    model: Any, tokenizer: Any, examples: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    say_once.cache_clear()
+    context = max(len(example["input_ids"]) for example in examples)
+    before = model.config.max_position_embeddings
+    try:
+        model.config.max_position_embeddings = context
+        run(model, tokenizer, examples, tmp_path / "fits", config=TrainConfig(max_steps=1))
+        assert "context" not in caplog.text
+        model.config.max_position_embeddings = context - 1
+        run(model, tokenizer, examples, tmp_path / "long", config=TrainConfig(max_steps=1))
+        assert f"longer than the model's context of {context - 1} tokens" in caplog.text
+    finally:
+        model.config.max_position_embeddings = before
 
 
 def test_bad_input_is_named(model: Any, tokenizer: Any, examples: Any, tmp_path: Path) -> None:
