@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from influence_fast.atomic import replacing
 from influence_fast.data import Example
 from influence_fast.queries import Queries
 from influence_fast.report import clipped, signed, templates
+from influence_fast.report_summary import percent
 from influence_fast.scoring import TopInfluences
 
 EXPLAINED = "explained"  # .html and .jsonl of a run
@@ -79,7 +80,7 @@ def save_explanations(
 
 def _page(found: Sequence[Mapping[str, Any]], pool: Mapping[str, Example], title: str) -> str:
     environment = templates()
-    environment.filters.update(signed=signed)
+    environment.filters.update(signed=signed, percent=percent)
     places: dict[str, int] = {}  # of the examples that are named, in the order of their naming
 
     def named(name: str) -> dict[str, Any]:
@@ -99,15 +100,15 @@ def _page(found: Sequence[Mapping[str, Any]], pool: Mapping[str, Example], title
             for one in members[:SHOWN_ANSWERS]
         ]
         often = [named(each["id"]) | each for each in _often(members)]
-        labels = {d: _shares(pool[each["id"]] for one in members for each in one[d]) for d in _DIRECTIONS}
-        groups.append({"name": name, "count": len(members), "answers": shown, "often": often, "labels": labels})
+        found_in = {"labels": _labels(members, pool), "often": often}
+        groups.append({"name": name, "count": len(members), "answers": shown, **found_in})
     examples = [
         named(name)
         | {"texts": [(key, *clipped(getattr(pool[name], key), _MOST_TEXT)) for key in ("prompt", "completion")]}
         for name in list(places)
     ]
     page = environment.get_template("answers.html.j2")
-    return page.render(title=title, groups=groups, examples=examples, pool=_shares(pool.values()))
+    return page.render(title=title, groups=groups, examples=examples)
 
 
 def _by_interest(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -125,13 +126,21 @@ def _often(members: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _shares(examples: Iterable[Example]) -> str:
-    """Labels and their shares, the largest first; nothing where none has a label."""
-    counts = Counter(example.label for example in examples)
-    if not set(counts) - {None}:
-        return ""
-    total = counts.total()
-    return ", ".join(f"{label or 'none'} {count / total:.0%}" for label, count in counts.most_common())
+def _labels(members: Sequence[Mapping[str, Any]], pool: Mapping[str, Example]) -> list[dict[str, Any]]:
+    """A row for each label of the pool: its share of the examples in either list, and of the pool; none where none has
+    a label."""
+    named = {d: Counter(pool[each["id"]].label for one in members for each in one[d]) for d in _DIRECTIONS}
+    whole = Counter(example.label for example in pool.values())
+    if not set(whole) - {None}:
+        return []
+    return [
+        {
+            "label": label or "none",
+            "pool": count / len(pool),
+            **{d: named[d][label] / max(1, named[d].total()) for d in _DIRECTIONS},
+        }
+        for label, count in whole.most_common()
+    ]
 
 
 def _start(text: str) -> str:

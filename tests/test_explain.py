@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,12 @@ def test_files_hold_what_was_found(tmp_path: Path, queries: Queries, pool: dict[
     ):
         assert text in html, text
     wrong = html[html.index("Incorrect answers") : html.index("Correct answers")]
-    assert "raised them: wrong_step 100%; that lowered them: none 50%, clean 50%" in wrong
+    rows = [line for line in wrong.splitlines() if line.startswith('<tr><th scope="row"><span class="chip">')]
+    assert [re.findall(r">([^<>\u00a0]+)[<\u00a0]", row) for row in rows] == [
+        ["wrong_step", "100.0", "0.0", "50.0"],
+        ["clean", "0.0", "50.0", "25.0"],
+        ["none", "0.0", "50.0", "25.0"],
+    ]
     assert html.count('<article class="trace" id="e') == len(pool)  # each named example once
     for place in range(len(pool)):
         assert f'href="#e{place}"' in html
@@ -81,13 +87,13 @@ def test_texts_cannot_break_the_page(tmp_path: Path, queries: Queries, pool: dic
     html = page.read_text()
     assert "<script" not in html
     assert "further characters are left out" in html
-    assert "Labels of the examples" not in html  # none has one
+    assert "Known labels" not in html  # none has one
 
 
 def test_examples_that_are_named_often_are_counted(tmp_path: Path, queries: Queries, pool: dict[str, Example]) -> None:
     both = Queries(queries.examples, {"correct": [0, 1]}, [])
     _, page = save_explanations(explanations(top_of(MATRIX, 2), IDS, both), pool, tmp_path / "x")
-    table = page.read_text().split("<tbody>")[1].split("</tbody>")[0]
+    table = page.read_text().split("<tbody>")[2].split("</tbody>")[0]
     rows = [row for row in table.split("<tr>") if "<code>" in row]
     assert [("<code>a" in r, "<code>c" in r, "<code>d" in r) for r in rows] == [
         (True, False, False),
