@@ -61,7 +61,8 @@ def _by_flags(text: str, args: Any) -> str:
         name = {"r": "rank"}.get(found[1], found[1])
         return "--" + name.replace("_", "-") if hasattr(args, name) else found[0]
 
-    text = re.sub(r"\b(?:gradients|influence|training|train|lora|evaluation|data|pruning)\.(\w+)", flag, text)
+    parts = "gradients|influence|training|train|lora|evaluation|data|pruning"
+    text = re.sub(rf"(?<![\w./\\-])(?:{parts})\.(\w+)(?![\w/\\]|\.\w)", flag, text)  # no part of a path
     if hasattr(args, "columns"):  # {"prompt": "...", "id": None} as prompt=...,id=
         text = re.sub(
             r"columns=\{([^{}]*)\}",

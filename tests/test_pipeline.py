@@ -616,6 +616,26 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert error.count("\n") == 1
 
 
+def test_settings_are_named_as_options_and_paths_are_left_alone() -> None:
+    from argparse import Namespace
+
+    from influence_fast.cli import _by_flags
+
+    args = Namespace(columns=None, limit=1, learning_rate=None, rank=4, model="m")
+    for text, said in (
+        ("data.limit is 0", "--limit is 0"),
+        ("lower training.learning_rate.", "lower --learning-rate."),
+        ("(lora.r)", "(--rank)"),
+        ("lora.alpha", "lora.alpha"),  # no option of this verb
+        ("my/data.limit", "my/data.limit"),
+        ("data.limit.csv: absent", "data.limit.csv: absent"),
+        ("train.model/config.json", "train.model/config.json"),
+        ('with columns={"id": None}', "with --columns id="),
+    ):
+        assert _by_flags(text, args) == said
+    assert _by_flags("data.limit is 0", Namespace(config="c.yaml", limit=1)) == "data.limit is 0"
+
+
 @pytest.fixture(scope="module")
 def chosen(world: Path) -> Path:
     """The folder of a run with the baselines that ask for more, near-duplicates, tasks and a leaked test question."""
