@@ -49,6 +49,7 @@ _EXPORTS: dict[str, str] = {
     "plan": "planner",
     "plot_ranking_over_training": "checkpoints",
     "quantize_rows": "products",
+    "query_gradients": "pool_gradients",
     "ranking_over_training": "checkpoints",
     "sample_labels": "fisher_labels",
     "select": "pruning",

@@ -18,6 +18,7 @@ from influence_fast.config import GradientConfig, InfluenceConfig
 from influence_fast.errors import StoreError
 from influence_fast.fingerprints import dataset_fingerprint
 from influence_fast.fisher_labels import sample_labels
+from influence_fast.fp8 import AUTO
 from influence_fast.gradients import per_example_gradients
 from influence_fast.lora import gradient_layout
 from influence_fast.packing import teaches
@@ -92,6 +93,24 @@ def pool_gradients(
     if influence.optimizer is not None:
         moments = adam_moments(influence.optimizer, gradient_layout(model), projection=options["projection"])
     return PoolGradients(store, rows, fisher, moments)
+
+
+def query_gradients(
+    store: Store, model: Any, queries: Sequence[dict[str, Any]], *, max_tokens: int | None = None
+) -> torch.Tensor:
+    """[Q, k] fp32 on the host: gradients of tokenized examples, made as the store's rows were.
+
+    Projection (a fitted sketch included), loss reduction and precision are the store's. Raises StoreError where the
+    model or its adapter is not the store's: their gradients would have the same width, and mean something else.
+    """
+    made = store.identity
+    options: dict[str, Any] = {
+        "projection": store.projection,
+        "loss_reduction": made.loss_reduction or "mean",
+        "precision": made.precision or AUTO,
+    }
+    made.check(identity_of(model, **options), store.path)
+    return per_example_gradients(model, queries, max_tokens=max_tokens, **options).cpu()
 
 
 def sketch_options(gradients: GradientConfig, influence: InfluenceConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 
 import influence_fast as inf
 from influence_fast.config import GradientConfig, InfluenceConfig
+from influence_fast.errors import StoreError
 from influence_fast.pool_gradients import pool_gradients
 from influence_fast.scoring import influence_matrix
 
@@ -51,3 +52,18 @@ def test_a_sketch_is_fitted_once_and_kept_beside_the_rows(tiny_lora: Callable[..
     again = pool_gradients(model, pool, queries, tmp_path / "store", settings, influence, {}, progress=False)
     assert torch.equal(again.store.rows(), made.store.rows())
     assert torch.equal(again.queries, made.queries)
+
+
+def test_query_gradients_are_made_as_the_stores_rows_were(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
+    model, pool, queries = tiny_lora(), make_examples(6, 0), make_examples(3, 1)
+    settings = GradientConfig(dim=4, width=24, store_dtype="fp32", loss_reduction="sum")
+    influence = InfluenceConfig("ekfac_cosine")
+    made = pool_gradients(model, pool, queries, tmp_path / "store", settings, influence, {}, progress=False)
+    assert torch.equal(inf.query_gradients(made.store, model, queries), made.queries)
+    other = inf.per_example_gradients(model, queries, projection=inf.Projection(dim=4, width=24))  # the sketch left out
+    assert other.shape == made.queries.shape
+    assert not torch.allclose(other, made.queries, rtol=0.1)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name).add_(0.1)
+    with pytest.raises(StoreError, match="made with another adapter"):
+        inf.query_gradients(made.store, model, queries)
