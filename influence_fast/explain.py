@@ -21,7 +21,7 @@ from influence_fast.report_summary import percent
 from influence_fast.scoring import TopInfluences
 
 EXPLAINED = "explained"  # .html and .jsonl of a run
-SHOWN_ANSWERS = 200  # on a page, of each group
+SHOWN_ANSWERS = 100  # on a page, of each group
 _MOST_NAMED = 10  # examples that are counted over all answers
 _MOST_TEXT = 4000  # characters of an example, which are many
 _STARTS = 100  # characters of an example's prompt where it is only named
