@@ -58,11 +58,12 @@ def _by_flags(text: str, args: Any) -> str:
         return text
 
     def flag(found: re.Match[str]) -> str:
-        name = {"r": "rank"}.get(found[1], found[1])
-        return "--" + name.replace("_", "-") if hasattr(args, name) else found[0]
+        part, name = found[1], found[2]
+        option = {"r": "rank"}.get(name, name)
+        known = name in _settings_of(part) and hasattr(args, option)
+        return "--" + option.replace("_", "-") if known else found[0]
 
-    parts = "gradients|influence|training|train|lora|evaluation|data|pruning"
-    text = re.sub(rf"(?<![\w./\\-])(?:{parts})\.(\w+)(?![\w/\\]|\.\w)", flag, text)  # no part of a path
+    text = re.sub(r"(?<![\w./\\-])(\w+)\.(\w+)(?![\w/\\]|\.\w)", flag, text)  # no part of a path
     if hasattr(args, "columns"):  # {"prompt": "...", "id": None} as prompt=...,id=
         text = re.sub(
             r"columns=\{([^{}]*)\}",
@@ -71,6 +72,24 @@ def _by_flags(text: str, args: Any) -> str:
         )
         text = re.sub(r'format="(\w+)"(?: with)?', r"--format \1", text)
     return text
+
+
+def _settings_of(part: str) -> set[str]:
+    """The keys of one part of a configuration, of those whose names are no file's."""
+    from influence_fast import config
+
+    parts = {
+        "gradients": config.GradientConfig,
+        "influence": config.InfluenceConfig,
+        "training": config.TrainConfig,
+        "train": config.TrainConfig,
+        "lora": config.LoraSettings,
+        "evaluation": config.EvalConfig,
+        "pruning": config.PruningConfig,
+    }
+    if part == "data":
+        return {"max_length", "truncate", "limit"}
+    return {f.name for f in dataclasses.fields(parts[part])} if part in parts else set()
 
 
 def _say_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -345,6 +364,23 @@ def _load_data(args: Any) -> list[Any]:
     )
 
 
+def _load_validation(args: Any) -> list[Any]:
+    from influence_fast.data import load_examples
+    from influence_fast.errors import DataError
+
+    options = {name: getattr(args, f"validation_{name}") for name in ("split", "format", "limit", "columns")}
+    try:
+        return load_examples(args.validation, **options)
+    except DataError as error:
+        raise DataError(_by_flags(str(error), args).replace("--", "--validation-")) from error
+
+
+def _same_rows(args: Any) -> bool:
+    """Whether --data and --validation are the same split of the same source; a single file has one split."""
+    data, validation = (os.path.realpath(os.path.expanduser(path)) for path in (args.data, args.validation))
+    return data == validation and (args.split == args.validation_split or os.path.isfile(data))
+
+
 def _trace(args: Any) -> str | int:
     return int(args.trace) if args.trace.lstrip("-").isdigit() else args.trace
 
@@ -488,7 +524,7 @@ def _score(args: Any) -> None:
         check_strategies,
         fitted_examples,
     )
-    from influence_fast.data import load_examples, load_rows
+    from influence_fast.data import load_rows
     from influence_fast.difficulty import check_answers
     from influence_fast.explain import EXPLAINED, explanations, save_explanations
     from influence_fast.grouping import row_groups
@@ -516,22 +552,16 @@ def _score(args: Any) -> None:
         )
     for line in unread_influence(gradients, influence):
         raise ConfigError(f"{line}; leave it out")
-    if influence.queries == "reference" and args.max_new_tokens is not None:
-        raise ConfigError("--max-new-tokens is of the model's own answers, which --queries reference does not ask for")
     needs = needed_columns(args.strategies)
+    if influence.queries == "reference" and args.max_new_tokens is not None and PASS_RATE not in needs:
+        raise ConfigError("--max-new-tokens is of the model's own answers, which --queries reference does not ask for")
     examples = _load_data(args)
     if PASS_RATE in needs:
         check_answers(examples)
     model, tokenizer = _load_model(args)
     pool = _tokenize(args, examples, tokenizer)
-    validation = load_examples(
-        args.validation,
-        split=args.validation_split,
-        format=args.validation_format,
-        limit=args.validation_limit,
-        columns=args.validation_columns,
-    )
-    if (args.validation, args.validation_split) == (args.data, args.split):
+    validation = _load_validation(args)
+    if _same_rows(args):
         print("warning: the validation questions are the training data, which scores itself: see --validation-split")
     answers = None
     if influence.queries == "own_answers":
@@ -554,6 +584,8 @@ def _score(args: Any) -> None:
     table, seconds = scored.table, scored.seconds
     tokens = {example["id"]: example for example in pool}
     by_id = {example.id: example for example in examples}
+    for old in (Path(f"{args.output}.{EXPLAINED}{suffix}") for suffix in (".html", ".jsonl")):
+        old.unlink(missing_ok=True)  # of other scores
     if scored.top is not None:
         for path in save_explanations(
             explanations(scored.top, table.ids, queries), by_id, f"{args.output}.{EXPLAINED}"

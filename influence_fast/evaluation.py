@@ -21,7 +21,7 @@ from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
 from influence_fast.fingerprints import tokenizer_hash, weight_hashes
 from influence_fast.generation import CUT, ENGINES, Answer, ModelFiles, answer_batches
 from influence_fast.grading import ANSWER_KINDS, choice_letter, grade, normalise
-from influence_fast.transcripts import EvalItem, Journal, write_transcripts
+from influence_fast.transcripts import EvalItem, Journal, record_of, write_transcripts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,6 +141,8 @@ def evaluate(
     start = time.perf_counter()
     prompts = [render_prompt(example, tokenizer) for example in examples]
     journal = None
+    if transcripts is not None and isinstance(model, ModelFiles) and not overwrite and Path(transcripts).exists():
+        raise ConfigError(f"{transcripts} holds the answers of another evaluation: choose another file, or delete it")
     if transcripts is not None and not isinstance(model, ModelFiles):
         journal = Journal(transcripts, _run_record(model, tokenizer, examples, prompts, config), overwrite=overwrite)
     answered: dict[int, list[EvalItem]] = dict(journal.found) if journal else {}
@@ -158,6 +160,7 @@ def evaluate(
         if journal is not None:
             journal.finish(items)
         elif transcripts is not None:
+            record_of(Path(transcripts)).unlink(missing_ok=True)  # of other answers
             write_transcripts(items, transcripts)
     n = config.samples
     by_question = [answered[i] for i in range(len(examples))]

@@ -14,14 +14,17 @@ import inspect
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 Forward = Callable[..., Any]
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+_TRANSFORMERS = Path(transformers.__file__).parent
 _ROTARY = "apply_rotary_pos_emb"  # its name in transformers' modules
 _SAME = 1e-6  # relative error of what float32 computes twice
 
@@ -172,7 +175,7 @@ def _is_gated_silu(forward: Forward, kind: Any, activation: nn.Module) -> bool:
 
 def _attention(module: nn.Module) -> Forward | None:
     """The module's own forward, with another function in the place of the rotary one that it finds in its file."""
-    own = inspect.unwrap(type(module).forward)
+    own = _without_decorators(type(module).forward)
     if not inspect.isfunction(own) or _ROTARY not in own.__code__.co_names or _ROTARY not in own.__globals__:
         return None
     if not _is_rotary(own.__globals__[_ROTARY]):
@@ -181,6 +184,15 @@ def _attention(module: nn.Module) -> Forward | None:
     made = types.FunctionType(own.__code__, around, own.__name__, own.__defaults__, own.__closure__)
     made.__kwdefaults__ = own.__kwdefaults__
     return types.MethodType(made, module)
+
+
+def _without_decorators(function: Any) -> Any:
+    """What transformers' own decorators, which rename arguments, are around; None where somebody else wraps it."""
+    while inspect.isfunction(function) and hasattr(function, "__wrapped__"):
+        if not Path(function.__code__.co_filename).is_relative_to(_TRANSFORMERS):
+            return None
+        function = function.__wrapped__
+    return function
 
 
 @functools.cache

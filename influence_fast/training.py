@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 
 from influence_fast import sft
-from influence_fast.errors import ConfigError, DataError, ModelError, did_you_mean, listing
+from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, listing
 from influence_fast.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.packing import context_of, example_name, say_if_beyond, teaches
 
@@ -173,6 +173,9 @@ def finetune(
                 raise OSError(0, f"the result cannot be written ({error})", str(partial)) from error
             if not is_adapter:
                 tokenizer.save_pretrained(partial)
+        except NumericError:
+            shutil.rmtree(partial)  # going on from its checkpoints would end the same way
+            raise
         finally:
             if lora is not None:
                 trained.unload()  # type: ignore[operator]

@@ -42,6 +42,11 @@ def write_transcripts(items: Iterable[EvalItem], path: str | Path) -> None:
             file.write(_line(asdict(item)))
 
 
+def record_of(transcripts: Path) -> Path:
+    """Where the record of finished transcripts lies."""
+    return transcripts.with_name(f"{transcripts.name}.run.json")
+
+
 class Journal:
     """The answers of one evaluation as they come, by the place of their question.
 
@@ -63,7 +68,7 @@ class Journal:
 
     @property
     def _record(self) -> Path:
-        return self.path.with_name(f"{self.path.name}.run.json")
+        return record_of(self.path)
 
     @property
     def _partial(self) -> Path:
@@ -102,9 +107,15 @@ class Journal:
         """In what the run whose answers are there differs from this one; empty where none is, or it is this one."""
         from influence_fast.config import difference
 
-        if not (self._record.exists() and self.path.exists()):
+        there = self.path.exists() and self.path.stat().st_size > 0
+        if there and not self._record.exists():
+            return "without a record of what it was"
+        if there:
+            before = json.loads(self._record.read_text(encoding="utf-8"))["run"]
+        elif self._partial.exists() and (rows := _read_lines(self._partial)):
+            before = rows[0].get("run") or {}
+        else:
             return ""
-        before = json.loads(self._record.read_text(encoding="utf-8"))["run"]
         found = difference(before, self.run) or ""
         name = found.partition(":")[0]
         return f"other {name}" if len(str(before.get(name))) == 64 else found  # not two hashes

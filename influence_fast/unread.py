@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from influence_fast.config import WHOLE, GradientConfig, InfluenceConfig, RunConfig, fitted_examples
-from influence_fast.preconditioners import FROM_MODEL, SKETCHES
+from influence_fast.damping import AUTO
+from influence_fast.preconditioners import DEFAULT, FROM_MODEL, SKETCHES
 from influence_fast.strategies import PASS_RATE, needed_columns
 
 Unread = tuple[str, Any, Any, str]  # key, value, default, why
@@ -42,19 +43,19 @@ def _unread(gradients: GradientConfig, influence: InfluenceConfig) -> Iterator[U
     fitted = gradients.fits_sketch(influence.preconditioner)
     used_again = gradients.sketch not in SKETCHES
     if gradients.kind == WHOLE:
-        for name in ("dim", "seed"):
-            yield of("gradients", name, f"whole gradients (kind: {WHOLE}) are not projected")
+        yield of("gradients", "dim", f"whole gradients (kind: {WHOLE}) are not projected")
     elif gradients.projection is not None and gradients.projection.flat:
         yield of("gradients", "dim", f"{gradients.kind} goes from whole factors straight to gradients.width")
     if gradients.width is None:
         yield of("gradients", "sketch", "there is no gradients.width to sketch rows to")
     if not fitted or used_again:
         yield of("gradients", "sketch_examples", "no sketch is fitted")
-    if influence.preconditioner in ("none", "cosine") and (used_again or not fitted):
-        yield of("influence", "damping", f"{influence.preconditioner} inverts nothing")
+    if _inverts_nothing(gradients, influence):
+        yield of("influence", "damping", "nothing is inverted")
     if not fitted_examples(dataclasses.replace(influence, fisher=FROM_MODEL), gradients):
         yield of("influence", "fisher", "nothing is fitted on a Fisher information")
-    if fitted or not fitted_examples(influence, gradients):
+    # by auto a row that is no longer than its width is not sketched, and something else is fitted
+    if (fitted and gradients.sketch != AUTO) or not fitted_examples(influence, gradients):
         yield of("influence", "fisher_examples", "no preconditioner is fitted on labels that the model draws")
     if influence.checkpoints:
         yield of("influence", "explain", "scores that are summed over checkpoints are not explained")
@@ -62,16 +63,23 @@ def _unread(gradients: GradientConfig, influence: InfluenceConfig) -> Iterator[U
         yield of("influence", "fallback", "influence.queries: reference asks for no answers of the model")
 
 
+def _inverts_nothing(gradients: GradientConfig, influence: InfluenceConfig) -> bool:
+    """Whether scores are of rows as they are, and no sketch is fitted either."""
+    if gradients.fits_sketch(influence.preconditioner):
+        return gradients.sketch not in SKETCHES  # what is used again was fitted with a damping of its own
+    at_random = influence.preconditioner == DEFAULT and gradients.width is not None
+    return at_random or influence.preconditioner in ("none", "cosine")
+
+
 def _beside(config: RunConfig) -> Iterator[Unread]:
     """What the other parts of a run do not read."""
-    if "less" not in config.pruning.strategies:
-        yield _of(config.influence, "influence", "tasks", "it is for the strategy less")
-    if PASS_RATE not in needed_columns(config.pruning.strategies):
+    asks_the_pool = PASS_RATE in needed_columns(config.pruning.strategies)
+    if not asks_the_pool:
         for name in ("pass_rate_samples", "pass_rate_temperature"):
             yield _of(config.pruning, "pruning", name, "no strategy reads pass rates (difficulty, easy, hard)")
     if config.data.max_length is None:
         yield _of(config.data, "data", "truncate", "there is no data.max_length to cut at")
-    if config.evaluation.temperature == 0:
+    if config.evaluation.temperature == 0 and not asks_the_pool:
         yield _of(config.evaluation, "evaluation", "top_p", "evaluation.temperature 0 takes the likeliest token")
     if config.training.max_steps > 0:
         yield _of(config.training, "training", "epochs", "training.max_steps decides")

@@ -36,7 +36,10 @@ def occupied(config: RunConfig) -> str:
         if path.exists() and any(path.iterdir()):
             return f"{path} is not empty and holds no run: choose another output folder"
         return ""
-    before, now = _with_defaults(yaml.safe_load(record.read_text(encoding="utf-8"))), _settings(config)
+    recorded = yaml.safe_load(record.read_text(encoding="utf-8"))
+    if not isinstance(recorded, dict):
+        return f"{path} holds no run ({record.name} is empty or no mapping): choose another output folder"
+    before, now = _with_defaults(recorded), _settings(config)
     _take_equal_paths(before, now, path)
     for part in (before, now):
         _leave_out_what_can_grow(part)
@@ -138,6 +141,7 @@ def _take_equal_paths(before: Any, now: Any, folder: Path) -> None:
 def _leave_out_what_can_grow(settings: Any) -> None:
     """What changes no finished piece: the title, and more or fewer cells. The first seed is the reference's."""
     settings.pop("title", None)
+    settings.get("influence", {}).pop("explain", None)
     grid = settings.get("pruning", {})
     for name in ("strategies", "fractions"):
         grid.pop(name, None)

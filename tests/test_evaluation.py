@@ -24,7 +24,7 @@ from influence_fast.evaluation import (
     pass_at_k,
     wilson_interval,
 )
-from influence_fast.transcripts import EvalItem, Journal
+from influence_fast.transcripts import EvalItem, Journal, record_of
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +293,16 @@ def test_answers_of_another_evaluation_are_kept_unless_they_may_go(tmp_path: Pat
     with pytest.raises(ConfigError, match=r"another evaluation \(other weights\)"):
         Journal(path, run | {"weights": "b" * 64}, overwrite=False)
     assert Journal(path, longer).found == {}
+    other = tmp_path / "stopped.jsonl"
+    stopped = Journal(other, run)
+    stopped.add(0, [item])
+    stopped.close()
+    with pytest.raises(ConfigError, match="max_new_tokens: 5 against 9"):
+        Journal(other, longer, overwrite=False)
+    assert Journal(other, run, overwrite=False).found == {0: [item]}
+    record_of(path).unlink()
+    with pytest.raises(ConfigError, match="without a record"):
+        Journal(path, run, overwrite=False)
 
 
 @pytest.mark.parametrize("content", ["[1, 2]\n", '{"id": 1}\n', "text\n"])

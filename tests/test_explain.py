@@ -29,7 +29,7 @@ def top_of(matrix: np.ndarray, k: int) -> TopInfluences:
 @pytest.fixture
 def queries() -> Queries:
     asked = [Example("q0", "2 + 2?", "It is 5.", "4"), Example("q1", "1 + 1?", "It is 2.", "2")]
-    return Queries(asked, {"correct": [1], "incorrect": [0], "sums": [1]}, [])
+    return Queries(asked, {"correct": [1], "incorrect": [0], "GSM8K": [1]}, [])
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_each_answer_has_what_raised_and_what_lowered_it(queries: Queries) -> No
     assert (first["id"], first["groups"], first["answer"]) == ("q0", ["incorrect"], "It is 5.")
     assert first["raising"] == [{"id": "a", "influence": 3.0}, {"id": "c", "influence": 1.0}]
     assert first["lowering"] == [{"id": "d", "influence": -4.0}, {"id": "b", "influence": -2.0}]
-    assert second["groups"] == ["correct", "sums"]
+    assert second["groups"] == ["correct", "GSM8K"]
     assert [one["id"] for one in second["raising"]] == ["c"]  # not b, which does nothing
     assert [one["id"] for one in second["lowering"]] == ["a", "d"]
 
@@ -58,7 +58,7 @@ def test_files_hold_what_was_found(tmp_path: Path, queries: Queries, pool: dict[
     lines, page = save_explanations(found, pool, tmp_path / "x", title="A title")
     assert [json.loads(line) for line in lines.read_text().splitlines()] == found
     html = page.read_text()
-    assert html.index("Incorrect answers") < html.index("Correct answers")
+    assert html.index("Incorrect answers") < html.index("Correct answers") < html.index("<h2>GSM8K answers")
     for text in (
         "A title: answer by answer",
         "It is 5.",

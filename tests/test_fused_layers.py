@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections import Counter
 from collections.abc import Callable
@@ -205,6 +206,23 @@ def test_a_class_that_is_changed_is_looked_at_again(
     own = kind.forward
     monkeypatch.setattr(kind, "forward", lambda self, x: 1.5 * own(self, x))
     assert not launched(model)["_rms_norm_kernel"]
+
+
+def test_an_attention_that_somebody_wraps_stays(tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own decorators rename arguments; another's may do anything."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    model = tiny_lora("qwen2", torch.bfloat16)
+    kind = of_transformers("qwen2", "Qwen2Attention")
+    own = kind.forward
+
+    @functools.wraps(own)
+    def halved(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out, *rest = own(self, *args, **kwargs)
+        return 0.5 * out, *rest
+
+    assert launched(model)["_rotary_kernel"]
+    monkeypatch.setattr(kind, "forward", halved)
+    assert not launched(model)["_rotary_kernel"]
 
 
 def test_engines_open_and_close_in_any_order(tiny_lora: Callable[..., Any]) -> None:

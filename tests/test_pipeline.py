@@ -621,7 +621,7 @@ def test_settings_are_named_as_options_and_paths_are_left_alone() -> None:
 
     from influence_fast.cli import _by_flags
 
-    args = Namespace(columns=None, limit=1, learning_rate=None, rank=4, model="m")
+    args = Namespace(columns=None, limit=1, learning_rate=None, rank=4, model="m", store="s")
     for text, said in (
         ("data.limit is 0", "--limit is 0"),
         ("lower training.learning_rate.", "lower --learning-rate."),
@@ -629,6 +629,8 @@ def test_settings_are_named_as_options_and_paths_are_left_alone() -> None:
         ("lora.alpha", "lora.alpha"),  # no option of this verb
         ("my/data.limit", "my/data.limit"),
         ("data.limit.csv: absent", "data.limit.csv: absent"),
+        ("data.model is no store", "data.model is no store"),
+        ("gradients.store is not a gradient store", "gradients.store is not a gradient store"),
         ("train.model/config.json", "train.model/config.json"),
         ('with columns={"id": None}', "with --columns id="),
     ):
@@ -793,6 +795,8 @@ def test_validation_rows_are_read_as_they_are_said_to_be(
     said = capsys.readouterr().out
     assert "against 4 correct answers" in said
     assert "the training data" not in said
+    assert main([str(a) for a in [*arguments, "--validation-split", "test"]]) == 2
+    assert "name yours with --validation-columns" in capsys.readouterr().err
     assert main([str(a) for a in [*arguments, "--limit", 5, "--store", tmp_path / "other"]]) == 0
     assert "warning: the validation questions are the training data" in capsys.readouterr().out
 

@@ -12,12 +12,14 @@ import yaml
 from influence_fast.cli import main
 from influence_fast.config import (
     DataConfig,
+    EvalConfig,
     GradientConfig,
     InfluenceConfig,
     ModelConfig,
     PruningConfig,
     RunConfig,
     Source,
+    TrainConfig,
     load_config,
 )
 from influence_fast.unread import unread_settings
@@ -40,20 +42,29 @@ def config_of(**changes: Any) -> RunConfig:
         ({"influence": InfluenceConfig("cosine", fisher="data")}, ["influence.fisher"]),
         ({"influence": InfluenceConfig("ekfac", fisher_examples=9)}, []),
         ({"influence": InfluenceConfig(fisher="data", fisher_examples=9)}, ["influence.fisher_examples"]),
+        # a row that is no longer than its width is not sketched
+        ({"influence": InfluenceConfig(fisher_examples=9), "gradients": GradientConfig(width=64)}, []),
         (
-            {"influence": InfluenceConfig(fisher_examples=9), "gradients": GradientConfig(width=64)},
+            {"influence": InfluenceConfig(fisher_examples=9), "gradients": GradientConfig(width=64, sketch="eigen")},
             ["influence.fisher_examples"],
         ),
         ({"influence": InfluenceConfig(fisher="data"), "gradients": GradientConfig(width=64, sketch_examples=9)}, []),
         ({"gradients": GradientConfig(sketch_examples=9)}, ["gradients.sketch_examples"]),
         ({"gradients": GradientConfig(sketch="random")}, ["gradients.sketch"]),
-        ({"gradients": GradientConfig("none", dim=9, seed=3)}, ["gradients.dim", "gradients.seed"]),
+        ({"gradients": GradientConfig("none", dim=9, seed=3)}, ["gradients.dim"]),  # the seed draws labels
+        ({"influence": InfluenceConfig(damping=0.5), "gradients": GradientConfig(width=64)}, []),
+        (
+            {"influence": InfluenceConfig(damping=0.5), "gradients": GradientConfig(width=64, sketch="random")},
+            ["influence.damping"],
+        ),
         (
             {"gradients": GradientConfig("sjlt", dim=9, width=64, seed=3), "influence": InfluenceConfig("cosine")},
             ["gradients.dim"],
         ),
         ({"influence": InfluenceConfig(queries="reference", fallback="reference")}, ["influence.fallback"]),
-        ({"influence": InfluenceConfig(tasks="kind")}, ["influence.tasks"]),
+        ({"evaluation": EvalConfig(top_p=0.5)}, ["evaluation.top_p"]),
+        ({"evaluation": EvalConfig(top_p=0.5), "pruning": PruningConfig(("easy",))}, []),
+        ({"training": TrainConfig(max_steps=3, epochs=2)}, ["training.epochs"]),
         ({"pruning": PruningConfig(("random",), pass_rate_samples=9)}, ["pruning.pass_rate_samples"]),
         ({"pruning": PruningConfig(("easy",), pass_rate_samples=9)}, []),
     ],
@@ -78,4 +89,4 @@ def test_the_command_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(wanted))
     assert main(["run", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
     said = capsys.readouterr().err
-    assert "warning: influence.damping is 0.5, which nothing reads here: cosine inverts nothing" in said
+    assert "warning: influence.damping is 0.5, which nothing reads here: nothing is inverted" in said
