@@ -18,13 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 Forward = Callable[..., Any]
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_TRANSFORMERS = Path(transformers.__file__).parent
 _ROTARY = "apply_rotary_pos_emb"  # its name in transformers' modules
 _SAME = 1e-6  # relative error of what float32 computes twice
 
@@ -188,8 +186,11 @@ def _attention(module: nn.Module) -> Forward | None:
 
 def _without_decorators(function: Any) -> Any:
     """What transformers' own decorators, which rename arguments, are around; None where somebody else wraps it."""
+    import transformers
+
+    theirs = Path(transformers.__file__).parent
     while inspect.isfunction(function) and hasattr(function, "__wrapped__"):
-        if not Path(function.__code__.co_filename).is_relative_to(_TRANSFORMERS):
+        if not Path(function.__code__.co_filename).is_relative_to(theirs):
             return None
         function = function.__wrapped__
     return function
