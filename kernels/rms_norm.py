@@ -35,10 +35,16 @@ _TILE = 4096  # numbers a program holds, if a row is not longer
 
 
 @jit
-def _normalised(x, features, eps):
-    """n as float32 [rows, BLOCK], and 1 / sqrt(mean(x^2) + eps) [rows, 1]."""
-    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / features + eps)
-    return x * scale[:, None], scale[:, None]
+def _normalised(x, w, count, features, eps, offset, stride_x, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's rows: their numbers and columns, which of them there are, n as float32 [ROWS, BLOCK],
+    1 / sqrt(mean(x^2) + eps) [ROWS, 1] and w + o [1, BLOCK]."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (row < count) & (column < features)
+    x = tl.load(x + row * stride_x + column, mask=mask, other=0.0).to(tl.float32)
+    scale = (1.0 / tl.sqrt(tl.sum(x * x, axis=1) / features + eps))[:, None]
+    weight = tl.load(w + column, mask=column < features, other=0.0).to(tl.float32) + offset
+    return row, column, mask, x * scale, scale, weight
 
 
 @jit(do_not_specialize=["count"])
@@ -56,17 +62,10 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    inside = column < features
-    mask = (row < count)[:, None] & inside[None, :]
-    normal, _ = _normalised(
-        tl.load(x + row[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32), features, eps
-    )
+    row, column, mask, normal, _, weight = _normalised(x, w, count, features, eps, offset, stride_x, ROWS, BLOCK)
     if ROUND_FIRST:
         normal = normal.to(y.dtype.element_ty).to(tl.float32)
-    weight = tl.load(w + column, mask=inside, other=0.0).to(tl.float32) + offset
-    tl.store(y + row[:, None] * stride_y + column[None, :], normal * weight[None, :], mask=mask)
+    tl.store(y + row * stride_y + column, normal * weight, mask=mask)
 
 
 @jit(do_not_specialize=["count"])
@@ -85,18 +84,10 @@ def _rms_norm_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    inside = column < features
-    mask = (row < count)[:, None] & inside[None, :]
-    normal, scale = _normalised(
-        tl.load(x + row[:, None] * stride_x + column[None, :], mask=mask, other=0.0).to(tl.float32), features, eps
-    )
-    weight = tl.load(w + column, mask=inside, other=0.0).to(tl.float32) + offset
-    weighted = tl.load(g + row[:, None] * stride_g + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    weighted *= weight[None, :]
-    along = tl.sum(weighted * normal, axis=1) / features
-    tl.store(dx + row[:, None] * stride_dx + column[None, :], (weighted - normal * along[:, None]) * scale, mask=mask)
+    row, column, mask, normal, scale, weight = _normalised(x, w, count, features, eps, offset, stride_x, ROWS, BLOCK)
+    weighted = tl.load(g + row * stride_g + column, mask=mask, other=0.0).to(tl.float32) * weight
+    along = (tl.sum(weighted * normal, axis=1) / features)[:, None]
+    tl.store(dx + row * stride_dx + column, (weighted - normal * along) * scale, mask=mask)
 
 
 def configuration(features: int) -> dict[str, int]:
