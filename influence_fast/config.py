@@ -359,10 +359,15 @@ def fitted_examples(influence: InfluenceConfig, gradients: GradientConfig) -> in
         return gradients.sketch_examples if gradients.sketch in SKETCHES else 0
     if influence.fisher != FROM_MODEL:
         return 0
-    name = influence.preconditioner
-    if name == DEFAULT:
-        name = "ekfac_cosine" if gradients.width is None else "cosine"  # see `preconditioners.resolve`
-    return influence.fisher_examples if name in READ_FISHER else 0
+    return influence.fisher_examples if unsketched_preconditioner(influence, gradients) in READ_FISHER else 0
+
+
+def unsketched_preconditioner(influence: InfluenceConfig, gradients: GradientConfig) -> str:
+    """The preconditioner that the default stands for where no sketch is fitted, as far as settings tell (see
+    `preconditioners.resolve`, which has the rows' layout)."""
+    if influence.preconditioner != DEFAULT:
+        return influence.preconditioner
+    return "ekfac_cosine" if gradients.width is None else "cosine"
 
 
 def load_config(path: str | Path) -> RunConfig:

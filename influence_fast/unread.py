@@ -6,9 +6,16 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from influence_fast.config import WHOLE, GradientConfig, InfluenceConfig, RunConfig, fitted_examples
+from influence_fast.config import (
+    WHOLE,
+    GradientConfig,
+    InfluenceConfig,
+    RunConfig,
+    fitted_examples,
+    unsketched_preconditioner,
+)
 from influence_fast.damping import AUTO
-from influence_fast.preconditioners import DEFAULT, FROM_MODEL, SKETCHES
+from influence_fast.preconditioners import FROM_MODEL, SKETCHES
 from influence_fast.strategies import PASS_RATE, needed_columns
 
 Unread = tuple[str, Any, Any, str]  # key, value, default, why
@@ -67,8 +74,7 @@ def _inverts_nothing(gradients: GradientConfig, influence: InfluenceConfig) -> b
     """Whether scores are of rows as they are, and no sketch is fitted either."""
     if gradients.fits_sketch(influence.preconditioner):
         return gradients.sketch not in SKETCHES  # what is used again was fitted with a damping of its own
-    at_random = influence.preconditioner == DEFAULT and gradients.width is not None
-    return at_random or influence.preconditioner in ("none", "cosine")
+    return unsketched_preconditioner(influence, gradients) in ("none", "cosine")
 
 
 def _beside(config: RunConfig) -> Iterator[Unread]:
