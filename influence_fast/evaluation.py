@@ -141,10 +141,13 @@ def evaluate(
     start = time.perf_counter()
     prompts = [render_prompt(example, tokenizer) for example in examples]
     journal = None
-    if transcripts is not None and isinstance(model, ModelFiles) and not overwrite and Path(transcripts).exists():
-        raise ConfigError(f"{transcripts} holds the answers of another evaluation: choose another file, or delete it")
-    if transcripts is not None and not isinstance(model, ModelFiles):
-        journal = Journal(transcripts, _run_record(model, tokenizer, examples, prompts, config), overwrite=overwrite)
+    if transcripts is not None:
+        if not isinstance(model, ModelFiles):
+            record = _run_record(model, tokenizer, examples, prompts, config)
+            journal = Journal(transcripts, record, overwrite=overwrite)
+        elif not overwrite and Path(transcripts).exists():
+            why = f"{transcripts} holds the answers of another evaluation"
+            raise ConfigError(f"{why}: choose another file, or delete it")
     answered: dict[int, list[EvalItem]] = dict(journal.found) if journal else {}
     reused = sum(len(items) for items in answered.values())
     with contextlib.closing(journal) if journal else contextlib.nullcontext():

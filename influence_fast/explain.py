@@ -94,7 +94,7 @@ def _page(found: Sequence[Mapping[str, Any]], pool: Mapping[str, Example], title
         shown = [
             {
                 "id": one["id"],
-                "texts": [(key, *clipped(one[key], _MOST_TEXT)) for key in ("prompt", "answer")],
+                "texts": _texts(prompt=one["prompt"], answer=one["answer"]),
                 **{d: [named(each["id"]) | each for each in one[d]] for d in _DIRECTIONS},
             }
             for one in members[:SHOWN_ANSWERS]
@@ -103,8 +103,7 @@ def _page(found: Sequence[Mapping[str, Any]], pool: Mapping[str, Example], title
         found_in = {"labels": _labels(members, pool), "often": often}
         groups.append({"name": name, "count": len(members), "answers": shown, **found_in})
     examples = [
-        named(name)
-        | {"texts": [(key, *clipped(getattr(pool[name], key), _MOST_TEXT)) for key in ("prompt", "completion")]}
+        named(name) | {"texts": _texts(prompt=pool[name].prompt, completion=pool[name].completion)}
         for name in list(places)
     ]
     page = environment.get_template("answers.html.j2")
@@ -141,6 +140,11 @@ def _labels(members: Sequence[Mapping[str, Any]], pool: Mapping[str, Example]) -
         }
         for label, count in whole.most_common()
     ]
+
+
+def _texts(**texts: str) -> list[tuple[str, str, str, int]]:
+    """As the template `folding` shows them."""
+    return [(name, *clipped(text, _MOST_TEXT)) for name, text in texts.items()]
 
 
 def _start(text: str) -> str:

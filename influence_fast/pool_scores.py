@@ -90,11 +90,7 @@ def score_pool(
     store = made.store
     with timed(seconds, "inner products and ranks"):
         how = made.scored_by(influence)
-        found = None
-        if top:
-            table, found = scoring.scores_and_top(store, made.queries, queries.groups, top, **how)
-        else:
-            table = scoring.influence_scores(store, made.queries, queries.groups, **how)
+        table, found = scoring.scores_and_top(store, made.queries, queries.groups, top, **how)
     by_id = {example["id"]: example for example in pool}
     stored = [by_id[name] for name in table.ids]
     tokens = np.array([int((example["labels"] != IGNORED).sum()) for example in stored], dtype=np.float64)

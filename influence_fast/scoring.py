@@ -98,11 +98,11 @@ def scores_and_top(
     damping: preconditioners.Damping = 0.1,
     moments: torch.Tensor | None = None,
     fisher: Store | None = None,
-) -> tuple[ScoreTable, TopInfluences]:
-    """`influence_scores` and `top_influences` of one fitted preconditioner."""
+) -> tuple[ScoreTable, TopInfluences | None]:
+    """`influence_scores` and, unless k is 0, `top_influences`, of one fitted preconditioner."""
     used = _used(groups)
     prepared = _prepared(store, queries, preconditioner, damping, moments, fisher)
-    return _grouped(store, used, *prepared), _top(k, *prepared)
+    return _grouped(store, used, *prepared), _top(k, *prepared) if k else None
 
 
 def _used(groups: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
