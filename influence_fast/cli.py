@@ -52,8 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _by_flags(text: str, args: Any) -> str:
-    """Settings by the names that they have as options of this verb; a configuration file has their own."""
+def _by_flags(text: str, args: Any, of: str = "") -> str:
+    """Settings by the names that they have as options of this verb; a configuration file has their own.
+
+    of: what the names of the options for columns and format begin with ("validation-").
+    """
     if hasattr(args, "config"):
         return text
 
@@ -67,10 +70,10 @@ def _by_flags(text: str, args: Any) -> str:
     if hasattr(args, "columns"):  # {"prompt": "...", "id": None} as prompt=...,id=
         text = re.sub(
             r"columns=\{([^{}]*)\}",
-            lambda m: "--columns " + re.sub(r'"(\w+)": (?:"?(\.\.\.)"?|None)(?:, )?', r"\1=\2,", m[1]).rstrip(","),
+            lambda m: f"--{of}columns " + re.sub(r'"(\w+)": (?:"?(\.\.\.)"?|None)(?:, )?', r"\1=\2,", m[1]).rstrip(","),
             text,
         )
-        text = re.sub(r'format="(\w+)"(?: with)?', r"--format \1", text)
+        text = re.sub(r'format="(\w+)"(?: with)?', rf"--{of}format \1", text)
     return text
 
 
@@ -372,7 +375,7 @@ def _load_validation(args: Any) -> list[Any]:
     try:
         return load_examples(args.validation, **options)
     except DataError as error:
-        raise DataError(_by_flags(str(error), args).replace("--", "--validation-")) from error
+        raise DataError(_by_flags(str(error), args, of="validation-")) from error
 
 
 def _same_rows(args: Any) -> bool:
@@ -550,8 +553,8 @@ def _score(args: Any) -> None:
         raise ConfigError(
             "--fisher-examples is read by ekfac, fisher and datainf with --fisher model: leave it out here"
         )
-    for line in unread_influence(gradients, influence):
-        raise ConfigError(f"{line}; leave it out")
+    if unread := unread_influence(gradients, influence):
+        raise ConfigError(f"{unread[0]}; leave it out")
     needs = needed_columns(args.strategies)
     if influence.queries == "reference" and args.max_new_tokens is not None and PASS_RATE not in needs:
         raise ConfigError("--max-new-tokens is of the model's own answers, which --queries reference does not ask for")

@@ -232,7 +232,7 @@ class Manifest:
     def load(cls, folder: Path) -> Manifest:
         """Raises StoreError: not a store, a damaged manifest, or one of a newer format."""
         path = folder / MANIFEST_NAME
-        body = None if folder.is_file() else _signed_body(path, "restore it or build the store again")
+        body = _signed_body(path, "restore it or build the store again")
         if body is None:
             raise StoreError(f"{folder} is not a gradient store: it has no {MANIFEST_NAME}")
         try:
@@ -382,7 +382,7 @@ def _signed_body(path: Path, remedy: str) -> dict[str, Any] | None:
     try:
         body = json.loads(path.read_bytes())
         stated = body.pop("checksum")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} cannot be read ({error!r}); {remedy}") from None
