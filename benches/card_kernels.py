@@ -188,61 +188,70 @@ def _losses(table: Table) -> None:
     table.add("token_loss", f"n={counted} V={vocabulary}", token_loss.cost(counted, vocabulary), variants)
 
 
-@functorch.patch(donated_buffer=False)  # or a compiled backward could be timed only once
 def _layer(table: Table, tokens: int, hidden: int, mlp: int) -> None:
     """Parts of a layer, forward and backward; PyTorch's are what transformers writes, differentiated."""
     device = table.device
     x, g = (torch.randn(tokens, hidden, device=device).bfloat16() for _ in range(2))
     w, eps = torch.randn(hidden, device=device).bfloat16(), 1e-6
+    _both_ways(
+        table,
+        f"rms_norm T={tokens} d={hidden}",
+        partial(norm.reference, w=w, eps=eps),
+        [x],
+        g,
+        (lambda: norm.rms_norm(x, w, eps), lambda: norm.rms_norm_backward(g, x, w, eps)),
+        partial(norm.cost, tokens, hidden),
+    )
     a, b, c = (torch.randn(tokens, mlp, device=device).bfloat16() for _ in range(3))
+    _both_ways(
+        table,
+        f"gated_silu T={tokens} f={mlp}",
+        gated.reference,
+        [a, b],
+        c,
+        (lambda: gated.gated_silu(a, b), lambda: gated.gated_silu_backward(c, a, b)),
+        partial(gated.cost, a.numel()),
+    )
     heads = x.view(1, tokens, -1, min(128, hidden)).transpose(1, 2)
-    angles = torch.randn(2, 1, tokens, heads.shape[3], device=device).bfloat16()
-    cases: list[tuple[str, Any, list[torch.Tensor], torch.Tensor, Any, Any]] = [
-        (
-            "rms_norm",
-            lambda x: norm.reference(x, w, eps),
-            [x],
-            g,
-            (lambda: norm.rms_norm(x, w, eps), norm.cost(tokens, hidden)),
-            (lambda: norm.rms_norm_backward(g, x, w, eps), norm.cost(tokens, hidden, backward=True)),
-        ),
-        (
-            "gated_silu",
-            gated.reference,
-            [a, b],
-            c,
-            (lambda: gated.gated_silu(a, b), gated.cost(a.numel())),
-            (lambda: gated.gated_silu_backward(c, a, b), gated.cost(a.numel(), backward=True)),
-        ),
-        (
-            "rotary",
-            lambda x: rotate.reference(x, *angles),
-            [heads],
-            heads,
-            (lambda: rotate.rotary(heads, *angles), rotate.cost(tokens, heads.shape[1], heads.shape[3])),
-            (
-                lambda: rotate.rotary(heads, *angles, backward=True),
-                rotate.cost(tokens, heads.shape[1], heads.shape[3]),
-            ),
-        ),
-    ]
-    for name, reference, inputs, grad, forward, backward in cases:
-        leaves = [one.detach().requires_grad_() for one in inputs]
-        made = reference(*leaves)
-        variants: dict[str, Variants] = {
-            "": {"pytorch": lambda: reference(*inputs)},  # noqa: B023
-            " backward": {"pytorch": lambda: torch.autograd.grad(made, leaves, grad, retain_graph=True)},  # noqa: B023
-        }
-        if device.type == "cuda":
-            fused = torch.compile(reference)
-            of_fused = fused(*leaves)
-            variants[""] |= {"torch.compile": lambda: fused(*inputs), "triton": forward[0]}  # noqa: B023
-            variants[" backward"] |= {
-                "torch.compile": lambda: torch.autograd.grad(of_fused, leaves, grad, retain_graph=True),  # noqa: B023
-                "triton": backward[0],
-            }
-        for way, (_, cost) in (("", forward), (" backward", backward)):
-            table.add(name + way, f"T={tokens} {'x'.join(map(str, inputs[0].shape[-1:]))}", cost, variants[way])
+    _, count, _, size = heads.shape
+    cos, sin = torch.randn(2, 1, tokens, size, device=device).bfloat16()
+    _both_ways(
+        table,
+        f"rotary T={tokens} h={count} D={size}",
+        partial(rotate.reference, cos=cos, sin=sin),
+        [heads],
+        heads,
+        (lambda: rotate.rotary(heads, cos, sin), lambda: rotate.rotary(heads, cos, sin, backward=True)),
+        lambda backward: rotate.cost(tokens, count, size),
+    )
+
+
+@functorch.patch(donated_buffer=False)  # or a compiled backward could be timed only once
+def _both_ways(
+    table: Table,
+    named: str,
+    reference: Callable[..., Any],
+    inputs: list[torch.Tensor],
+    grad: torch.Tensor,
+    kernels: tuple[Callable[[], Any], Callable[[], Any]],  # forward, backward
+    cost: Callable[..., Any],  # of `backward`
+) -> None:
+    """A row for the forward and one for the backward of `reference`, by PyTorch and by the kernels."""
+    leaves = [one.detach().requires_grad_() for one in inputs]
+
+    def gradient_by(function: Callable[..., Any]) -> Callable[[], Any]:
+        made = function(*leaves)
+        return lambda: torch.autograd.grad(made, leaves, grad, retain_graph=True)
+
+    forward: Variants = {"pytorch": lambda: reference(*inputs)}
+    backward: Variants = {"pytorch": gradient_by(reference)}
+    if table.device.type == "cuda":
+        fused = torch.compile(reference)
+        forward |= {"torch.compile": lambda: fused(*inputs), "triton": kernels[0]}
+        backward |= {"torch.compile": gradient_by(fused), "triton": kernels[1]}
+    name, _, shape = named.partition(" ")
+    table.add(name, shape, cost(backward=False), forward)
+    table.add(f"{name} backward", shape, cost(backward=True), backward)
 
 
 def products(device: torch.device, rows: int, width: int, rounds: int) -> list[dict[str, Any]]:
