@@ -23,8 +23,8 @@ import torch
 import influence_fast as inf
 from benches.environment import describe
 from benches.models import qwen2_model, train_tokenizer, with_lora
-from influence_fast.data import load_examples, tokenize
-from influence_fast.gradients import iter_gradient_rows
+from influence_fast.data.examples import load_examples, tokenize
+from influence_fast.gradients.per_example import iter_gradient_rows
 
 
 def padded(model: Any, examples: list[dict[str, Any]], batch_size: int) -> None:

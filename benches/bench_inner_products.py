@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from benches.environment import describe
-from influence_fast import native
-from influence_fast.products import inner_products, quantize_rows
-from influence_fast.scoring import spearman
+from influence_fast.influence.scoring import spearman
+from influence_fast.products import native
+from influence_fast.products.inner_products import inner_products, quantize_rows
 
 T = TypeVar("T")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch._functorch import config as functorch
 
+from influence_fast.gradients.loss import CARD_TOKENS, by_pytorch
 from influence_fast.kernels import gated_silu as gated
 from influence_fast.kernels import quantize_rows as quantize
 from influence_fast.kernels import rms_norm as norm
@@ -19,8 +20,7 @@ from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels import skinny_project as skinny
 from influence_fast.kernels import token_loss
 from influence_fast.kernels.segments import Segments
-from influence_fast.loss import CARD_TOKENS, by_pytorch
-from influence_fast.products import inner_products, quantize_rows
+from influence_fast.products.inner_products import inner_products, quantize_rows
 
 RANK = DIM = 16
 MODULES = 196  # LoRA linears of Qwen2.5-7B

@@ -15,14 +15,14 @@ import torch
 
 import influence_fast as inf
 from benches.card_kernels import DIM, RANK, matmul_peak, summary, timed
-from influence_fast import attention, fp8
-from influence_fast import streaming as stream
-from influence_fast.engine import GradientEngine
-from influence_fast.fused_layers import Fused
-from influence_fast.gradients import iter_gradient_rows
-from influence_fast.lora import layout_width
-from influence_fast.memory import gradient_memory
-from influence_fast.packing import pack_examples
+from influence_fast.data.packing import pack_examples
+from influence_fast.gradients import attention, fp8
+from influence_fast.gradients import streaming as stream
+from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.fused_layers import Fused
+from influence_fast.gradients.lora import layout_width
+from influence_fast.gradients.memory import gradient_memory
+from influence_fast.gradients.per_example import iter_gradient_rows
 
 # hidden, intermediate, heads, key/value heads, vocabulary, layers run here (the 7B is repeated layers of its shape)
 SHAPES = {
@@ -85,7 +85,8 @@ def without(way: str) -> Iterator[None]:
         if way == ANY_ORDER:
             stack.enter_context(mock.patch.object(attention, "_is_fused", return_value=False))
         if way == OWN_LAYERS:
-            stack.enter_context(mock.patch("influence_fast.engine.fused", return_value=contextlib.nullcontext(Fused())))
+            none = contextlib.nullcontext(Fused())
+            stack.enter_context(mock.patch("influence_fast.gradients.engine.fused", return_value=none))
         yield
 
 

@@ -28,7 +28,7 @@ from benches.bench_gradients import timed
 from benches.environment import describe
 from benches.interleave import ratios, spread
 from benches.suites.case import STAGES, Scale, cases_of
-from influence_fast import native
+from influence_fast.products import native
 
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ("BASE", "this tree")

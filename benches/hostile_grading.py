@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from influence_fast.grading import ANSWER_KINDS, equal_answers, grade
+from influence_fast.evaluation.grading import ANSWER_KINDS, equal_answers, grade
 
 COUNT = 5000
 TIMEOUT = 0.5  # seconds; short, so that thousands of overruns end

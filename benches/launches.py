@@ -31,10 +31,10 @@ from torch.utils._pytree import tree_leaves
 
 import influence_fast as inf
 from benches.environment import describe
-from influence_fast import attention
-from influence_fast.engine import GradientEngine
+from influence_fast.data.packing import pack_examples
+from influence_fast.gradients import attention
+from influence_fast.gradients.engine import GradientEngine
 from influence_fast.kernels.runtime import recording
-from influence_fast.packing import pack_examples
 
 SHAPE = {  # Qwen2.5-0.5B, whose layers are the smallest
     "vocab_size": 151_936,

@@ -38,14 +38,14 @@ import torch
 from benches.bench_inner_products import heavy_tailed, with_peak
 from benches.environment import describe
 from benches.models import qwen2_model, with_lora
-from influence_fast import native
-from influence_fast.gradients import per_example_gradients
-from influence_fast.metrics import PEAK_FLOPS, example_flops
-from influence_fast.products import inner_products
-from influence_fast.projection import Projection
-from influence_fast.store import Store, open_store
-from influence_fast.store_manifest import Manifest, Part, StoreIdentity
-from influence_fast.store_writer import StoreWriter
+from influence_fast.distributed.metrics import PEAK_FLOPS, example_flops
+from influence_fast.gradients.per_example import per_example_gradients
+from influence_fast.gradients.projection import Projection
+from influence_fast.products import native
+from influence_fast.products.inner_products import inner_products
+from influence_fast.store.manifest import Manifest, Part, StoreIdentity
+from influence_fast.store.reader import Store, open_store
+from influence_fast.store.writer import StoreWriter
 
 SHARD_ROWS = 1024
 TARGETS = {
@@ -223,7 +223,7 @@ def trace_lengths(count: int, cap: int = 16_384) -> np.ndarray:
 
 
 def model_flops(shape: tuple[int, int, int, int, int], lengths: np.ndarray) -> float:
-    """FORMULA's numerator: see `influence_fast.metrics.example_flops`."""
+    """FORMULA's numerator: see `influence_fast.distributed.metrics.example_flops`."""
     layers, hidden, heads, kv_heads, intermediate = shape
     key_value = hidden // heads * kv_heads
     weights = layers * (2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * intermediate)

@@ -46,9 +46,9 @@ def one_world(output: str, seed: int) -> dict[str, Any]:
     """The whole pipeline on the demo's world of `seed`: cells, each question's outcome, detection."""
     import torch
 
-    from influence_fast.demo import demo_config
-    from influence_fast.pipeline import Pipeline
-    from influence_fast.run_results import correct_answers
+    from influence_fast.run.demo import demo_config
+    from influence_fast.run.pipeline import Pipeline
+    from influence_fast.run.results import correct_answers
 
     torch.set_num_threads(1)
     config = demo_config(Path(output) / f"seed-{seed}", seed=seed, progress=False)
@@ -66,7 +66,7 @@ def one_world(output: str, seed: int) -> dict[str, Any]:
 
 def table_of(worlds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means with intervals, and every comparison of ours with a baseline, over all worlds."""
-    from influence_fast.statistics import compare, holm, two_level_interval
+    from influence_fast.report.statistics import compare, holm, two_level_interval
 
     answers: dict[tuple[str, float], np.ndarray] = {}
     for cell in worlds[0]["cells"]:

@@ -26,7 +26,6 @@ import torch
 
 from benches.environment import describe
 from benches.models import qwen2_model, train_tokenizer
-from influence_fast import planner
 from influence_fast.config import (
     WHOLE,
     DataConfig,
@@ -37,12 +36,13 @@ from influence_fast.config import (
     Source,
     ValidateConfig,
 )
-from influence_fast.data import Example, load_examples, save_examples, tokenize
-from influence_fast.demo import WorldConfig, demo_config, make_world
-from influence_fast.pipeline import Pipeline
-from influence_fast.proof import validate
-from influence_fast.proof_page import text_tables, write_page
-from influence_fast.training import TrainConfig, finetune, list_checkpoints
+from influence_fast.data.examples import Example, load_examples, save_examples, tokenize
+from influence_fast.proof.page import text_tables, write_page
+from influence_fast.proof.validate import validate
+from influence_fast.run import planner
+from influence_fast.run.demo import WorldConfig, demo_config, make_world
+from influence_fast.run.pipeline import Pipeline
+from influence_fast.training.fine_tuning import TrainConfig, finetune, list_checkpoints
 
 RESULTS = Path(__file__).parent / "results"
 POOL, QUERIES = 160, 40  # of the math500 world: the shortest problems, so that retraining is a matter of seconds

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from benches.models import qwen2_model, train_tokenizer
-from influence_fast.config import RunConfig, from_dict
-from influence_fast.data import load_examples, tokenize
-from influence_fast.pipeline import Pipeline
-from influence_fast.pool_scores import score_pool
-from influence_fast.training import load_finetuned
+from influence_fast.config import RunConfig
+from influence_fast.data.examples import load_examples, tokenize
+from influence_fast.run.pipeline import Pipeline
+from influence_fast.selection.pool_scores import score_pool
+from influence_fast.settings import from_dict
+from influence_fast.training.fine_tuning import load_finetuned
 
 
 def settings(model: Path, data: str, output: Path) -> dict[str, Any]:

@@ -31,15 +31,15 @@ from benches.suites.case import VOCABULARY, Scale, ragged_examples
 from benches.suites.test_kernels import DIM, RANK, factors
 from benches.suites.test_preconditioners import blocks_of, world
 from benches.suites.test_store import write_store
-from influence_fast import native
-from influence_fast.fisher import fit_fisher
-from influence_fast.gradients import per_example_gradients
+from influence_fast.distributed.metrics import example_flops
+from influence_fast.gradients.per_example import per_example_gradients
+from influence_fast.gradients.projection import Projection
+from influence_fast.influence.fisher import fit_fisher
 from influence_fast.kernels import project_flat, segment_bilinear, segment_outer, skinny_project
 from influence_fast.kernels.runtime import Cost
 from influence_fast.kernels.segments import Segments
-from influence_fast.metrics import example_flops
-from influence_fast.products import inner_products, quantize_rows
-from influence_fast.projection import Projection
+from influence_fast.products import native
+from influence_fast.products.inner_products import inner_products, quantize_rows
 
 COMMAND = "python -m benches.roofline"
 

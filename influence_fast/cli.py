@@ -353,14 +353,14 @@ def _bars(args: Any) -> bool:
 
 def _load_model(args: Any) -> tuple[Any, Any]:
     _quiet_libraries()
-    from influence_fast.models import load_model, load_tokenizer
+    from influence_fast.training.models import load_model, load_tokenizer
 
     model = load_model(args.model, adapter=getattr(args, "adapter", None), dtype=args.dtype, device=args.device)
     return model, load_tokenizer(args.model, model=model)
 
 
 def _load_data(args: Any) -> list[Any]:
-    from influence_fast.data import load_examples
+    from influence_fast.data.examples import load_examples
 
     return load_examples(
         args.data, split=args.split, format=args.format, trace=_trace(args), limit=args.limit, columns=args.columns
@@ -368,7 +368,7 @@ def _load_data(args: Any) -> list[Any]:
 
 
 def _load_validation(args: Any) -> list[Any]:
-    from influence_fast.data import load_examples
+    from influence_fast.data.examples import load_examples
     from influence_fast.errors import DataError
 
     options = {name: getattr(args, f"validation_{name}") for name in ("split", "format", "limit", "columns")}
@@ -402,7 +402,7 @@ def _check_cut(args: Any) -> None:
 
 
 def _tokenize(args: Any, examples: list[Any], tokenizer: Any) -> list[dict[str, Any]]:
-    from influence_fast.data import tokenize
+    from influence_fast.data.examples import tokenize
     from influence_fast.errors import DataError
 
     _check_cut(args)
@@ -415,7 +415,7 @@ def _tokenize(args: Any, examples: list[Any], tokenizer: Any) -> list[dict[str, 
 
 def _evaluation(args: Any, settings: Any = None) -> Any:
     """`settings` (default: EvalConfig's own) with what the command line says otherwise."""
-    from influence_fast.evaluation import EvalConfig
+    from influence_fast.evaluation.evaluate import EvalConfig
 
     given = _given(args, "max_new_tokens", "samples", "temperature", "top_p", "seed", "answer_kind", "engine")
     if getattr(args, "pass_at", None) is not None:
@@ -425,7 +425,7 @@ def _evaluation(args: Any, settings: Any = None) -> Any:
 
 def _questions(args: Any) -> tuple[list[Any], Any]:
     """What `eval` asks, and its settings: a task's, or those of any data with answers."""
-    from influence_fast.tasks import known_tasks, load_task, task_examples
+    from influence_fast.evaluation.tasks import known_tasks, load_task, task_examples
 
     if args.task is None:
         if args.data is None:
@@ -441,7 +441,7 @@ def _questions(args: Any) -> tuple[list[Any], Any]:
 def _demo(args: Any) -> None:
     import torch
 
-    from influence_fast.demo import demo_config
+    from influence_fast.run.demo import demo_config
 
     _quiet_libraries()
     # a second thread buys nothing on a model this small, and on a busy machine its waiting costs several times over
@@ -453,7 +453,7 @@ def _demo(args: Any) -> None:
 
 def _run(args: Any) -> None:
     from influence_fast.config import load_config
-    from influence_fast.unread import unread_settings
+    from influence_fast.run.unread import unread_settings
 
     config = load_config(args.config)
     if args.output:
@@ -462,7 +462,7 @@ def _run(args: Any) -> None:
         print(f"warning: {line}", file=sys.stderr)
     assumed = {name: getattr(args, name) for name in ("rows", "tokens_per_example", "tokens_per_second")}
     if args.dry_run:
-        from influence_fast.dry_run import describe, plan
+        from influence_fast.run.dry_run import describe, plan
 
         _quiet_libraries()
         print(describe(config, plan(config, **assumed)))
@@ -474,7 +474,7 @@ def _run(args: Any) -> None:
 
 
 def _run_config(config: Any, args: Any) -> None:
-    from influence_fast.pipeline import run
+    from influence_fast.run.pipeline import run
 
     _quiet_libraries()
     results = run(config, progress=not args.quiet)
@@ -504,7 +504,7 @@ def _run_config(config: Any, args: Any) -> None:
 
 
 def _train(args: Any) -> None:
-    from influence_fast.training import LoraSettings, TrainConfig, finetune
+    from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune
 
     model, tokenizer = _load_model(args)
     examples = _tokenize(args, _load_data(args), tokenizer)
@@ -527,15 +527,15 @@ def _score(args: Any) -> None:
         check_strategies,
         fitted_examples,
     )
-    from influence_fast.data import load_rows
-    from influence_fast.difficulty import check_answers
-    from influence_fast.explain import EXPLAINED, explanations, save_explanations
-    from influence_fast.grouping import row_groups
-    from influence_fast.pool_scores import baseline_columns, score_pool
-    from influence_fast.queries import make_queries, own_answers, with_tasks
-    from influence_fast.scores import check_format
-    from influence_fast.strategies import PASS_RATE, needed_columns
-    from influence_fast.unread import unread_influence
+    from influence_fast.data.examples import load_rows
+    from influence_fast.data.grouping import row_groups
+    from influence_fast.influence.queries import make_queries, own_answers, with_tasks
+    from influence_fast.influence.scores import check_format
+    from influence_fast.report.explain import EXPLAINED, explanations, save_explanations
+    from influence_fast.run.unread import unread_influence
+    from influence_fast.selection.difficulty import check_answers
+    from influence_fast.selection.pool_scores import baseline_columns, score_pool
+    from influence_fast.selection.strategies import PASS_RATE, needed_columns
 
     _not_an_input(args.output, args.data, args.validation)
     check_format(args.output)
@@ -626,10 +626,11 @@ def _given(args: Any, *names: str) -> dict[str, Any]:
 
 
 def _build(args: Any) -> None:
-    from influence_fast import metrics, processes, spooling
     from influence_fast.config import InfluenceConfig, ModelConfig, check_influence, fitted_examples
-    from influence_fast.fp8 import check_precision
-    from influence_fast.store_build import build_from_source
+    from influence_fast.data import spooling
+    from influence_fast.distributed import metrics, processes
+    from influence_fast.distributed.from_source import build_from_source
+    from influence_fast.gradients.fp8 import check_precision
 
     _quiet_libraries()
     gradients, influence = _gradients(args), InfluenceConfig(**_given(args, "damping", "fisher"))
@@ -686,13 +687,13 @@ def _not_an_input(output: str, *inputs: str | None) -> None:
 
 
 def _prune(args: Any) -> None:
-    from influence_fast.data import load_examples, load_rows, save_examples
-    from influence_fast.decontamination import contaminated
-    from influence_fast.diversity import near_duplicates
+    from influence_fast.data.decontamination import contaminated
+    from influence_fast.data.diversity import near_duplicates
+    from influence_fast.data.examples import load_examples, load_rows, save_examples
+    from influence_fast.data.grouping import row_groups
     from influence_fast.errors import listing
-    from influence_fast.grouping import row_groups
-    from influence_fast.pruning import aligned_examples, save_selection, select
-    from influence_fast.scores import ScoreTable
+    from influence_fast.influence.scores import ScoreTable
+    from influence_fast.selection.pruning import aligned_examples, save_selection, select
 
     _not_an_input(args.output, args.data, args.scores, *args.decontaminate)
     table = ScoreTable.load(args.scores)
@@ -734,14 +735,14 @@ def _prune(args: Any) -> None:
 
 
 def _eval(args: Any) -> None:
-    from influence_fast.evaluation import evaluate
-    from influence_fast.generation import ModelFiles, choose_engine
+    from influence_fast.evaluation.evaluate import evaluate
+    from influence_fast.evaluation.generation import ModelFiles, choose_engine
 
     if args.output is not None:
         _not_an_input(args.output, args.data)
     examples, config = _questions(args)
     if args.export_lm_eval:
-        from influence_fast.lm_eval_export import export_lm_eval
+        from influence_fast.evaluation.lm_eval_export import export_lm_eval
 
         name = Path(args.task or args.data).stem
         command = export_lm_eval(name, examples, config, args.export_lm_eval)
@@ -751,7 +752,7 @@ def _eval(args: Any) -> None:
         raise ConfigError("eval needs --model and --output; only --export-lm-eval does without")
     model: Any
     if choose_engine(config.engine) == "vllm":
-        from influence_fast.models import load_tokenizer
+        from influence_fast.training.models import load_tokenizer
 
         model, tokenizer = ModelFiles(args.model, args.adapter, args.dtype), load_tokenizer(args.model)
     else:
@@ -774,7 +775,7 @@ def _eval(args: Any) -> None:
 
 
 def _plan(args: Any) -> None:
-    from influence_fast.planner import describe, plan
+    from influence_fast.run.planner import describe, plan
 
     model, tokenizer = _load_model(args)
     examples = _tokenize(args, _load_data(args), tokenizer)
@@ -785,8 +786,8 @@ def _plan(args: Any) -> None:
 
 def _validate(args: Any) -> None:
     from influence_fast.config import load_config
-    from influence_fast.proof import validate
-    from influence_fast.proof_page import text_tables, write_page
+    from influence_fast.proof.page import text_tables, write_page
+    from influence_fast.proof.validate import validate
 
     config = load_config(args.config)
     if args.output:
@@ -800,13 +801,13 @@ def _validate(args: Any) -> None:
 
 
 def _report(args: Any) -> None:
-    from influence_fast.report import load_results, write_report
+    from influence_fast.report.page import load_results, write_report
 
     print(f"report: {write_report(load_results(args.run), Path(args.run) / 'report.html')}")
 
 
 def _inspect(args: Any) -> None:
-    from influence_fast.store import open_store
+    from influence_fast.store.reader import open_store
 
     store = open_store(args.store)
     size = sum(path.stat().st_size for path in Path(args.store).iterdir())
@@ -822,7 +823,7 @@ def _inspect(args: Any) -> None:
 
 
 def _inspect_sketch(store: Any) -> None:
-    from influence_fast.lora import layout_width
+    from influence_fast.gradients.lora import layout_width
 
     sketch = store.projection.sketch
     numbers = layout_width(sketch.layout)
@@ -833,7 +834,7 @@ def _inspect_sketch(store: Any) -> None:
 
 def _verify(args: Any) -> None:
     from influence_fast.errors import StoreError
-    from influence_fast.store import open_store, verify_store
+    from influence_fast.store.reader import open_store, verify_store
 
     problems = verify_store(args.store)
     if problems:
@@ -842,13 +843,13 @@ def _verify(args: Any) -> None:
 
 
 def _merge(args: Any) -> None:
-    from influence_fast.store_merge import merge_stores
+    from influence_fast.store.merge import merge_stores
 
     print(repr(merge_stores(args.stores, args.output)))
 
 
 def _import(args: Any) -> None:
-    from influence_fast.importers import import_gradients
+    from influence_fast.store.importers import import_gradients
 
     print(repr(import_gradients(args.source, args.output, format=args.format, dtype=args.dtype)))
 

@@ -6,24 +6,22 @@ ConfigError that names the key and the nearest one that exists.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
 import os
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from influence_fast.damping import FEWEST_ROWS, check_width
-from influence_fast.diversity import check_similarity
-from influence_fast.eigen_sketch import DEFAULT_EXAMPLES, check_projection
+from influence_fast.data.diversity import check_similarity
 from influence_fast.errors import ConfigError, did_you_mean
-from influence_fast.evaluation import EvalConfig
-from influence_fast.fp8 import AUTO as OWN_PRECISION
-from influence_fast.fp8 import PRECISIONS
-from influence_fast.preconditioners import (
+from influence_fast.evaluation.evaluate import EvalConfig
+from influence_fast.gradients.eigen_sketch import DEFAULT_EXAMPLES, check_projection
+from influence_fast.gradients.fp8 import AUTO as OWN_PRECISION
+from influence_fast.gradients.fp8 import PRECISIONS
+from influence_fast.gradients.projection import Projection
+from influence_fast.influence.damping import FEWEST_ROWS, check_width
+from influence_fast.influence.preconditioners import (
     AUTO,
     DEFAULT,
     FISHER_EXAMPLES,
@@ -37,10 +35,10 @@ from influence_fast.preconditioners import (
     check_damping,
     fits_sketch,
 )
-from influence_fast.projection import Projection
-from influence_fast.store_manifest import MANIFEST_NAME
-from influence_fast.strategies import STRATEGIES, needed_columns
-from influence_fast.training import LoraSettings, TrainConfig
+from influence_fast.selection.strategies import STRATEGIES, needed_columns
+from influence_fast.settings import from_dict, read_mapping
+from influence_fast.store.manifest import MANIFEST_NAME
+from influence_fast.training.fine_tuning import LoraSettings, TrainConfig
 
 QUERY_KINDS = ("own_answers", "reference")
 WHOLE = "none"  # in place of a projection's kind
@@ -56,6 +54,11 @@ class Source:
     trace: str | int = "first_correct"  # which of an OpenR1 row's traces
     limit: int | None = None
     columns: dict[str, str] | None = None
+
+    @classmethod
+    def from_text(cls, path: str) -> Source:
+        """In a YAML file a bare path stands for the whole."""
+        return cls(path=path)
 
 
 @dataclass(frozen=True)
@@ -375,19 +378,11 @@ def load_config(path: str | Path) -> RunConfig:
 
     Raises ConfigError naming the file and the key.
     """
-    import yaml
-
     path = Path(path)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _unique_keys())
+        raw = read_mapping(path, "a configuration")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text; save it as that") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a configuration is a mapping of keys, not {type(raw).__name__}")
     gradients = raw.get("gradients")
     if isinstance(gradients, dict) and isinstance(sketch := gradients.get("sketch"), str) and sketch not in SKETCHES:
         raw["gradients"] = gradients | {"sketch": _local(sketch, path.parent)}  # checked when it is read
@@ -396,112 +391,6 @@ def load_config(path: str | Path) -> RunConfig:
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return _resolve_paths(config, path.parent)
-
-
-def _unique_keys() -> Any:
-    """A YAML loader that refuses a key that comes twice, of which the last would win in silence."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            seen = set()
-            for key, _ in node.value:
-                if key.tag == "tag:yaml.org,2002:merge":  # <<: *base
-                    continue
-                name = self.construct_object(key, deep=True)
-                if not isinstance(name, str | int | float | None):
-                    raise yaml.constructor.ConstructorError(None, None, f"{name!r} is no key", key.start_mark)
-                if name in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} comes twice", key.start_mark)
-                seen.add(name)
-            return super().construct_mapping(node, deep)
-
-    return Loader
-
-
-def from_dict(kind: type[Any], raw: dict[str, Any], where: str = "") -> Any:
-    """A settings class from plain YAML values; a bare string stands for a `Source` with that path."""
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for key in raw:
-        if key not in fields:
-            raise ConfigError(f"unknown key {where + str(key)!r}; {did_you_mean(str(key), fields)}")
-    values = {key: _convert(hints[key], value, f"{where}{key}") for key, value in raw.items()}
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in raw and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"missing key {where + missing[0]!r}")
-    return kind(**values)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain values, as YAML and JSON can hold them."""
-    return _plain(dataclasses.asdict(config))
-
-
-def difference(one: dict[str, Any], other: dict[str, Any], where: str = "") -> str | None:
-    """The first key in which two plain configurations differ, with both sides; None if they agree."""
-    for key in sorted(one.keys() | other.keys()):
-        a, b = one.get(key), other.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found = difference(a, b, f"{where}{key}.")
-            if found:
-                return found
-        elif a != b:
-            return f"{where}{key}: {a!r} against {b!r}"
-    return None
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        options = typing.get_args(hint)
-        if value is None and type(None) in options:
-            return None
-        errors = []
-        for option in options:
-            if option is type(None):
-                continue
-            try:
-                return _convert(option, value, where)
-            except ConfigError as error:
-                errors.append(error)
-        raise errors[0]
-    if dataclasses.is_dataclass(hint):
-        if hint is Source and isinstance(value, str):
-            return Source(path=value)
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a mapping of keys, not {value!r}")
-        return from_dict(typing.cast(type, hint), value, f"{where}.")
-    if origin in (tuple, list):
-        if not isinstance(value, list | tuple):
-            value = [value]
-        item = typing.get_args(hint)[0]
-        return origin(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a mapping, not {value!r}")
-        _, item = typing.get_args(hint)
-        return {str(key): _convert(item, entry, f"{where}.{key}") for key, entry in value.items()}
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            value = float(value)  # YAML reads 1e-4 as a string
-    if hint is float and isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where}: expected a finite number, not {value}")
-    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
-        return value
-    raise ConfigError(f"{where}: expected {getattr(hint, '__name__', hint)}, not {value!r}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
 def _one_of(key: str, value: str, known: typing.Iterable[str]) -> None:

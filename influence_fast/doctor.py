@@ -50,7 +50,7 @@ def environment() -> dict[str, Any]:
 
 def paths() -> list[tuple[str, bool, str]]:
     """(path, active, what it is or why it is not active), in the order of the engine."""
-    from influence_fast import native
+    from influence_fast.products import native
 
     return [*_gradients(), *native.status(), *_optional()]
 
@@ -58,7 +58,7 @@ def paths() -> list[tuple[str, bool, str]]:
 def _gradients() -> list[tuple[str, bool, str]]:
     import torch
 
-    from influence_fast import backends, graphs
+    from influence_fast.gradients import backends, graphs
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

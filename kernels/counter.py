@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""The counter-based random matrices of `influence_fast.projection`, inside kernels: the same bits, entry by entry.
+"""The counter-based random matrices of `gradients.projection`, inside kernels: the same bits, entry by entry.
 
 One Philox4x32-10 call gives 128 sign bits of one row in about 110 integer instructions. Beside a tile of columns every
 thread makes them again for its own, so what is used more than once is written out first (`project_flat`).
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import ConfigError
+from influence_fast.gradients.projection import key, sign_matrix
 from influence_fast.kernels.runtime import ceil_div, check_device, jit, launch, tl
-from influence_fast.projection import key, sign_matrix
 
 
 @jit

@@ -15,16 +15,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import ConfigError
-from influence_fast.kernels.runtime import (
-    Cost,
-    ceil_div,
-    check_device,
-    check_dtype,
-    check_shape,
-    jit,
-    launch,
-    tl,
-)
+from influence_fast.kernels.runtime import Cost, ceil_div, check_device, check_dtype, check_shape, jit, launch, tl
 
 BLOCK = 2048
 

@@ -3,7 +3,7 @@
 
     scale = max|row| / 127        rows[e, j] ~ scale * int8[e, j],   to nearest, halves to even
 
-The same bits as `influence_fast.products.quantize_rows`: both quotients are rounded to nearest (`div.rn`, not the
+The same bits as `influence_fast.quantize_rows`: both quotients are rounded to nearest (`div.rn`, not the
 fast division of the compiler), and a scale below the smallest normal number becomes 0. A row with a NaN or infinite
 number has the scale NaN and zeros, so that the host, which must not be waited for here, can name it later.
 
@@ -17,16 +17,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import ConfigError
-from influence_fast.kernels.runtime import (
-    Cost,
-    check_device,
-    check_last_stride,
-    check_shape,
-    jit,
-    launch,
-    padded,
-    tl,
-)
+from influence_fast.kernels.runtime import Cost, check_device, check_last_stride, check_shape, jit, launch, padded, tl
 
 TINY = torch.finfo(torch.float32).tiny
 # 1.5 * 2^23: a number below 2^22 added to it loses exactly its fraction, to nearest even.

@@ -157,7 +157,7 @@ def chatml() -> str:
 @pytest.fixture(scope="session")
 def demo_tokenizer() -> Any:
     """The demo's tokenizer."""
-    from influence_fast.demo import make_tokenizer
+    from influence_fast.run.demo import make_tokenizer
 
     return make_tokenizer()
 
@@ -175,6 +175,6 @@ def answering_model(demo_tokenizer: Any) -> Any:
 @pytest.fixture(scope="session")
 def demo_examples() -> list[Any]:
     """Seven questions of the demo's world."""
-    from influence_fast.demo_data import draw_examples
+    from influence_fast.run.demo_data import draw_examples
 
     return draw_examples(random.Random(2), 7, "q")

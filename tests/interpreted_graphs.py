@@ -14,11 +14,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from varlen import varlen_attn
 
 import influence_fast as inf
-from influence_fast import attention, graphs
-from influence_fast.engine import GradientEngine
-from influence_fast.gradients import packs_for
+from influence_fast.gradients import attention, graphs
+from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.per_example import packs_for
+from influence_fast.gradients.streaming import StreamReducer
 from influence_fast.kernels.segments import Segments
-from influence_fast.streaming import StreamReducer
 
 
 @functools.wraps(varlen_attn)  # its words are looked at

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import influence_fast as inf
+from influence_fast.gradients.lora import LoraLinear, layout_of
+from influence_fast.gradients.reduction import FullReducer
 from influence_fast.kernels import project_flat
-from influence_fast.lora import LoraLinear, layout_of
-from influence_fast.reduction import FullReducer
 
 SHAPES = ((50, 40, 20), (24, 70, 4), (7, 5, 1))  # (d_in, d_out, r)
 SLAB = 512  # in the place of 32,768: factors this small then have several, in both directions

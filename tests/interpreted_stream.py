@@ -11,7 +11,7 @@ from interpreted_rounding import round_as_cards_do
 from interpreted_world import tiny_world
 
 import influence_fast as inf
-from influence_fast import streaming
+from influence_fast.gradients import streaming
 
 
 def main() -> None:

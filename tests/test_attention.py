@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from influence_fast import attention
+from influence_fast.gradients import attention
 
 sys.path.insert(0, str(Path(__file__).parent))
 from varlen import varlen_attn

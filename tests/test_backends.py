@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from influence_fast import backends, doctor
+from influence_fast import doctor
 from influence_fast.errors import ConfigError
+from influence_fast.gradients import backends
 
 CPU = torch.device("cpu")
 

@@ -16,20 +16,21 @@ from typing import Any
 import pytest
 import torch
 
-from influence_fast import store_writer
-from influence_fast.building import build_shards, build_store, identity_of
-from influence_fast.data import Example
-from influence_fast.engine import GradientEngine
+from influence_fast.data.examples import Example
+from influence_fast.data.fingerprints import dataset_fingerprint, tokenizer_hash, weight_hashes
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, StoreError
-from influence_fast.fingerprints import dataset_fingerprint, tokenizer_hash, weight_hashes
-from influence_fast.gradients import iter_gradient_rows, per_example_gradients, per_example_losses
-from influence_fast.projection import Projection
-from influence_fast.store import open_store, verify_store
-from influence_fast.store_merge import merge_stores
+from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.per_example import iter_gradient_rows, per_example_gradients, per_example_losses
+from influence_fast.gradients.projection import Projection
+from influence_fast.store import writer as store_writer
+from influence_fast.store.building import build_shards, build_store, identity_of
+from influence_fast.store.merge import merge_stores
+from influence_fast.store.reader import open_store, verify_store
 
 PROJECTION = Projection(dim=4, seed=3, width=64)
 # fp32 gradients of one example in different packs: rounding only, summed in another order
 BATCH_TOLERANCE = 1e-4
+ROWS_OF = "influence_fast.gradients.per_example.iter_gradient_rows"
 
 
 def make_examples(n: int = 11, seed: int = 0) -> list[dict[str, Any]]:
@@ -141,7 +142,7 @@ def test_a_shard_does_not_depend_on_the_others(tmp_path: Path, model: Any) -> No
 
 
 def test_wide_rows_make_short_shards(tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("influence_fast.building._SHARD_BYTES", 4 * 64 * 5)
+    monkeypatch.setattr("influence_fast.store.building._SHARD_BYTES", 4 * 64 * 5)
     store = build(tmp_path / "s", model, make_examples(), shard_rows=None)
     assert [part.shard_rows for part in store.manifest.parts] == [5]
     assert store.manifest.shard_count == 3
@@ -149,7 +150,7 @@ def test_wide_rows_make_short_shards(tmp_path: Path, model: Any, monkeypatch: py
 
 
 def test_texts_are_tokenized_and_identified(tmp_path: Path, model: Any, tiny_tokenizer: Callable[..., Any]) -> None:
-    from influence_fast.data import tokenize
+    from influence_fast.data.examples import tokenize
 
     tokenizer = tiny_tokenizer()
     texts = [Example(f"q{i}", f"What is {i}+{i}?", f"It is {2 * i}. " * (i + 1)) for i in range(6)]
@@ -336,7 +337,7 @@ def test_only_the_active_adapter_counts_and_not_its_name(tiny_lora: Callable[...
 def test_hashing_in_chunks_is_hashing_at_once(tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_lora("qwen2")
     at_once = weight_hashes(model)
-    monkeypatch.setattr("influence_fast.fingerprints._CHUNK_BYTES", 100)
+    monkeypatch.setattr("influence_fast.data.fingerprints._CHUNK_BYTES", 100)
     assert weight_hashes(model) == at_once
 
 
@@ -417,13 +418,13 @@ def test_the_batches_of_an_interrupted_shard_are_not_computed_again(
             computed.append(places)
             yield places, rows
 
-    monkeypatch.setattr("influence_fast.gradients.iter_gradient_rows", lambda *a, **o: watched(*a, limit=2, **o))
+    monkeypatch.setattr(ROWS_OF, lambda *a, **o: watched(*a, limit=2, **o))
     with pytest.raises(KeyboardInterrupt, match="0 of 3 shards"):
         build(tmp_path / "s", model, make_examples(), max_tokens=30)
     first = list(computed)
     assert [p.name for p in (tmp_path / "s").glob(".partial*")] == [".partial-00000.safetensors"]
     computed.clear()
-    monkeypatch.setattr("influence_fast.gradients.iter_gradient_rows", lambda *a, **o: watched(*a, limit=99, **o))
+    monkeypatch.setattr(ROWS_OF, lambda *a, **o: watched(*a, limit=99, **o))
     build(tmp_path / "s", model, make_examples(), max_tokens=30)
     assert sum(map(len, first + computed)) == 11  # each example once
     assert stored_bytes(tmp_path / "s") == stored_bytes(tmp_path / "whole")

@@ -13,19 +13,19 @@ import torch
 from scipy import stats
 
 import influence_fast as inf
-from influence_fast.adam import adam_moments
-from influence_fast.checkpoints import (
+from influence_fast.errors import ConfigError, DataError, ModelError
+from influence_fast.gradients.streaming import stream_influence
+from influence_fast.influence.adam import adam_moments
+from influence_fast.influence.checkpoints import (
     CheckpointScores,
     checkpoint_scores,
     learning_rates,
     plot_ranking_over_training,
     ranking_over_training,
 )
-from influence_fast.errors import ConfigError, DataError, ModelError
-from influence_fast.scores import ScoreTable
-from influence_fast.scoring import average_ranks
-from influence_fast.streaming import stream_influence
-from influence_fast.training import (
+from influence_fast.influence.scores import ScoreTable
+from influence_fast.influence.scoring import average_ranks
+from influence_fast.training.fine_tuning import (
     LoraSettings,
     TrainConfig,
     TrainResult,

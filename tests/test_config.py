@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from influence_fast.config import difference, load_config, to_dict
+from influence_fast.config import load_config
 from influence_fast.errors import ConfigError
+from influence_fast.settings import difference, to_dict
 
 GOOD = {
     "output": "out",
@@ -147,7 +148,7 @@ def test_difference_names_the_first_key_that_differs(tmp_path: Path) -> None:
 
 
 def test_the_demo_recipe_is_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
-    from influence_fast import demo
+    from influence_fast.run import demo
 
     world = demo.DemoWorld(Path("demo-run-world"), Path("demo-run-world/model"), [], [], [])
     monkeypatch.setattr(demo, "make_world", lambda *_, **__: world)

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from influence_fast import native
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.products import inner_products
+from influence_fast.products import native
+from influence_fast.products.inner_products import inner_products
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 GRANULE, TILE_ROWS = 16, 128  # bytes, rows: csrc/cuda/plan.h

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from influence_fast.data import (
+from influence_fast.data.examples import (
     Example,
     kept_rows,
     load_examples,
@@ -27,8 +27,8 @@ from influence_fast.data import (
     tokenize,
     write_rows,
 )
+from influence_fast.data.schemas import last_boxed
 from influence_fast.errors import ConfigError, DataError, ModelError
-from influence_fast.schemas import last_boxed
 
 Factory = Callable[..., Any]
 
@@ -542,7 +542,7 @@ def test_a_limit_too_small_to_learn_from(tiny_tokenizer: Factory) -> None:
 def test_chunks_keep_the_order(tiny_tokenizer: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, examples = tiny_tokenizer(), random_examples(50, seed=9)
     whole = tokenize(examples, tokenizer).examples
-    monkeypatch.setattr("influence_fast.data._CHUNK", 7)
+    monkeypatch.setattr("influence_fast.data.examples._CHUNK", 7)
     for a, b in zip(whole, tokenize(examples, tokenizer).examples, strict=True):
         assert a["id"] == b["id"]
         assert torch.equal(a["input_ids"], b["input_ids"])

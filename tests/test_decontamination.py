@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from influence_fast.data import Example
-from influence_fast.decontamination import contaminated, plain_prompt
+from influence_fast.data.decontamination import contaminated, plain_prompt
+from influence_fast.data.examples import Example
 
 TESTS = {
     "aime": [

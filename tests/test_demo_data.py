@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from influence_fast import demo_data
-from influence_fast.data import Example, render_prompt, tokenize
-from influence_fast.demo import WorldConfig, make_tokenizer, make_world, pretrain
-from influence_fast.grading import grade
+from influence_fast.data.examples import Example, render_prompt, tokenize
+from influence_fast.evaluation.grading import grade
+from influence_fast.run import demo_data
+from influence_fast.run.demo import WorldConfig, make_tokenizer, make_world, pretrain
 
 OPERATIONS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a // b}
 
@@ -112,7 +112,7 @@ SMALL = WorldConfig(
 
 
 def test_world_is_made_whole_once_and_loads_as_any_model(tmp_path: Path) -> None:
-    from influence_fast.models import load_model, load_tokenizer
+    from influence_fast.training.models import load_model, load_tokenizer
 
     world = make_world(tmp_path / "world", seed=1, config=SMALL)
     made = (world.path / "world.json").stat().st_mtime_ns
@@ -129,8 +129,8 @@ def test_world_is_made_whole_once_and_loads_as_any_model(tmp_path: Path) -> None
 
 
 def test_demo_config_points_at_a_world_that_the_pipeline_can_load(tmp_path: Path) -> None:
-    from influence_fast.data import load_examples
-    from influence_fast.demo import demo_config
+    from influence_fast.data.examples import load_examples
+    from influence_fast.run.demo import demo_config
 
     config = demo_config(tmp_path / "run", seed=3, config=SMALL, progress=False)
     assert not (tmp_path / "run").exists()  # the run's own folder is the pipeline's to make

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from influence_fast import difficulty
-from influence_fast.data import Example
-from influence_fast.difficulty import pass_rates
+from influence_fast.data.examples import Example
 from influence_fast.errors import DataError
-from influence_fast.evaluation import EvalConfig, evaluate
+from influence_fast.evaluation.evaluate import EvalConfig, evaluate
+from influence_fast.selection import difficulty
+from influence_fast.selection.difficulty import pass_rates
 
 SAMPLED = EvalConfig(max_new_tokens=8, samples=8, temperature=1.0, answer_kind="last_number")
 

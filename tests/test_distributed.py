@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from influence_fast.claims import Claims, Owner
+from influence_fast.distributed.claims import Claims, Owner
+from influence_fast.distributed.metrics import Follower, folder_of, rates_text, summary
+from influence_fast.distributed.processes import World, retried
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.metrics import Follower, folder_of, rates_text, summary
-from influence_fast.processes import World, retried
-from influence_fast.store import open_store, verify_store
+from influence_fast.store.reader import open_store, verify_store
 
 EXAMPLES = 48
 SHARDS = 16
@@ -332,9 +332,9 @@ def test_alone_it_shows_one_bar_keeps_metrics_and_a_trace(
 ) -> None:
     import torch
 
-    from influence_fast.building import build_store
-    from influence_fast.distributed import build_distributed
-    from influence_fast.projection import Projection
+    from influence_fast.distributed.builds import build_distributed
+    from influence_fast.gradients.projection import Projection
+    from influence_fast.store.building import build_store
 
     model, generator = tiny_lora(), torch.Generator().manual_seed(0)
     examples = []

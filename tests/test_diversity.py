@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from influence_fast.diversity import _shared_runs, near_duplicates
+from influence_fast.data.diversity import _shared_runs, near_duplicates
+from influence_fast.data.ngrams import ngram_hashes, words
 from influence_fast.errors import ConfigError
-from influence_fast.ngrams import ngram_hashes, words
 
 
 def by_all_pairs(texts: list[str], threshold: float, n: int) -> np.ndarray:

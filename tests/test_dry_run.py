@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from influence_fast.building import build_store
 from influence_fast.cli import main
 from influence_fast.config import (
     DataConfig,
@@ -23,12 +22,13 @@ from influence_fast.config import (
     Source,
     load_config,
 )
-from influence_fast.data import load_examples, tokenize
-from influence_fast.dry_run import describe, model_shape, plan, row_bytes
+from influence_fast.data.examples import load_examples, tokenize
 from influence_fast.errors import ConfigError, ModelError
-from influence_fast.models import load_tokenizer
-from influence_fast.training import LoraSettings, TrainConfig, finetune
-from influence_fast.workdir import RunFolder
+from influence_fast.run.dry_run import describe, model_shape, plan, row_bytes
+from influence_fast.run.workdir import RunFolder
+from influence_fast.store.building import build_store
+from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune
+from influence_fast.training.models import load_tokenizer
 
 RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
 LORA = LoraSettings(r=4)

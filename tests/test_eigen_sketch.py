@@ -14,20 +14,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from influence_fast import sketch_fitting
-from influence_fast.building import build_shards, build_store, identity_of
 from influence_fast.config import GradientConfig, InfluenceConfig, check_influence
-from influence_fast.data import Example, tokenize
-from influence_fast.eigen_sketch import EigenRows, EigenSketch, file_of
-from influence_fast.ekfac import fit_ekfac
+from influence_fast.data.examples import Example, tokenize
 from influence_fast.errors import ConfigError, DataError, StoreError
-from influence_fast.gradients import iter_gradient_rows, per_example_gradients
-from influence_fast.lora import LayoutEntry, gradient_layout, layout_width
-from influence_fast.projection import Projection
-from influence_fast.scoring import influence_matrix, influence_scores, spearman
-from influence_fast.sketch_fitting import fit_projection, leading, resolved, width_of
-from influence_fast.store import open_store, verify_store
-from influence_fast.store_merge import append_store, merge_stores
+from influence_fast.gradients.eigen_sketch import EigenRows, EigenSketch, file_of
+from influence_fast.gradients.lora import LayoutEntry, gradient_layout, layout_width
+from influence_fast.gradients.per_example import iter_gradient_rows, per_example_gradients
+from influence_fast.gradients.projection import Projection
+from influence_fast.influence import sketch_fitting
+from influence_fast.influence.ekfac import fit_ekfac
+from influence_fast.influence.scoring import influence_matrix, influence_scores, spearman
+from influence_fast.influence.sketch_fitting import fit_projection, leading, resolved, width_of
+from influence_fast.store.building import build_shards, build_store, identity_of
+from influence_fast.store.merge import append_store, merge_stores
+from influence_fast.store.reader import open_store, verify_store
 
 WHOLE = Projection(dim=6, seed=3)
 NARROW = replace(WHOLE, width=40)

@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from influence_fast.embeddings import cosine_similarity, embedding_ranks, example_embeddings, round_robin_order
 from influence_fast.errors import DataError, NumericError
+from influence_fast.selection.embeddings import (
+    cosine_similarity,
+    embedding_ranks,
+    example_embeddings,
+    round_robin_order,
+)
 
 
 def ragged(lengths: list[int], seed: int = 0) -> list[dict[str, Any]]:

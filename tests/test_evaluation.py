@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from influence_fast import evaluation
-from influence_fast.data import Example, render_prompt
+from influence_fast.data.examples import Example, render_prompt
 from influence_fast.errors import ConfigError, DataError, ModelError
-from influence_fast.evaluation import (
+from influence_fast.evaluation import evaluate as evaluation
+from influence_fast.evaluation.evaluate import (
     EvalConfig,
     bootstrap_interval,
     evaluate,
@@ -24,7 +24,7 @@ from influence_fast.evaluation import (
     pass_at_k,
     wilson_interval,
 )
-from influence_fast.transcripts import EvalItem, Journal, record_of
+from influence_fast.evaluation.transcripts import EvalItem, Journal, record_of
 
 
 @pytest.fixture(scope="module")

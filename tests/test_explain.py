@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from influence_fast.data import Example
-from influence_fast.explain import explanations, save_explanations
-from influence_fast.queries import Queries
-from influence_fast.scoring import TopInfluences
+from influence_fast.data.examples import Example
+from influence_fast.influence.queries import Queries
+from influence_fast.influence.scoring import TopInfluences
+from influence_fast.report.explain import explanations, save_explanations
 
 IDS = ["a", "b", "c", "d"]
 MATRIX = np.array([[3.0, -1.0], [-2.0, 0.0], [1.0, 5.0], [-4.0, -0.5]], np.float32)  # [N, Q]

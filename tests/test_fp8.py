@@ -21,14 +21,16 @@ if str(ROOT) not in sys.path:
 import influence_fast as inf  # noqa: E402
 from benches.fp8_effect import RoundedLinear  # noqa: E402
 from benches.fp8_effect import fp8 as rounding  # noqa: E402
-from influence_fast import cli, distributed, fp8  # noqa: E402
-from influence_fast.building import build_store, identity_of  # noqa: E402
-from influence_fast.config import from_dict  # noqa: E402
+from influence_fast import cli  # noqa: E402
+from influence_fast.distributed import builds as distributed  # noqa: E402
 from influence_fast.errors import ConfigError, StoreError, say_once  # noqa: E402
-from influence_fast.gradients import iter_gradient_rows  # noqa: E402
-from influence_fast.lora import find_lora_linears  # noqa: E402
-from influence_fast.store import open_store  # noqa: E402
-from influence_fast.store_merge import merge_stores  # noqa: E402
+from influence_fast.gradients import fp8  # noqa: E402
+from influence_fast.gradients.lora import find_lora_linears  # noqa: E402
+from influence_fast.gradients.per_example import iter_gradient_rows  # noqa: E402
+from influence_fast.settings import from_dict  # noqa: E402
+from influence_fast.store.building import build_store, identity_of  # noqa: E402
+from influence_fast.store.merge import merge_stores  # noqa: E402
+from influence_fast.store.reader import open_store  # noqa: E402
 
 CPU = torch.device("cpu")
 E4M3 = rounding(torch.float8_e4m3fn)
@@ -249,7 +251,7 @@ def test_shapes_that_do_not_fit_keep_their_own_product_and_are_reported_once(
 ) -> None:
     model, examples = tiny_lora("qwen2", intermediate_size=56), make_examples()
     say_once.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="influence_fast.fp8"):
+    with caplog.at_level(logging.WARNING, logger="influence_fast.gradients.fp8"):
         rows = inf.per_example_gradients(model, examples, precision="fp8")
         inf.per_example_gradients(model, examples, precision="fp8")
     (record,) = caplog.records

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from influence_fast import fused_layers
-from influence_fast.engine import GradientEngine
+from influence_fast.data.packing import pack_examples
+from influence_fast.gradients import fused_layers
+from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.projection import Projection
 from influence_fast.kernels.runtime import recording
-from influence_fast.packing import pack_examples
-from influence_fast.projection import Projection
 
 LLAMAS = (0.0, True)
 

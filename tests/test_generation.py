@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from influence_fast import generation
-from influence_fast.data import Example, render_prompt
+from influence_fast.data.examples import Example, render_prompt
 from influence_fast.errors import ConfigError, ModelError
-from influence_fast.evaluation import EvalConfig, evaluate
-from influence_fast.generation import Answer, ModelFiles, choose_engine, generate
+from influence_fast.evaluation import generation
+from influence_fast.evaluation.evaluate import EvalConfig, evaluate
+from influence_fast.evaluation.generation import Answer, ModelFiles, choose_engine, generate
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +185,8 @@ def test_the_engine_is_never_another_than_asked_for(
 def test_a_run_by_vllm_gives_it_files_and_says_at_once_where_it_is_missing(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from influence_fast import pipeline
     from influence_fast.config import DataConfig, ModelConfig, RunConfig, Source
+    from influence_fast.run import pipeline
 
     base = ModelConfig("absent/model", dtype="bfloat16", trust_remote_code=True)
     with pipeline._answering(model, tmp_path, base, "vllm") as answering:

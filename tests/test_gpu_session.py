@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from benches import card_steps, gpu_session, tune_kernels
-from influence_fast.engine import GradientEngine
+from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.projection import Projection
 from influence_fast.kernels.runtime import recording
 from influence_fast.kernels.segments import Segments
-from influence_fast.projection import Projection
 
 ROOT = Path(__file__).parents[1]
 

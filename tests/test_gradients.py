@@ -19,12 +19,12 @@ from transformers import (
 )
 
 import influence_fast as inf
-from influence_fast import loss
-from influence_fast.engine import GradientEngine, InputGroup
+from influence_fast.data.packing import pack_examples
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, say_once
-from influence_fast.gradients import KeptEngine, iter_gradient_rows
-from influence_fast.packing import pack_examples
-from influence_fast.projection import random_matrix
+from influence_fast.gradients import loss
+from influence_fast.gradients.engine import GradientEngine, InputGroup
+from influence_fast.gradients.per_example import KeptEngine, iter_gradient_rows
+from influence_fast.gradients.projection import random_matrix
 
 VOCAB = 97
 SIZES = {
@@ -200,7 +200,7 @@ def test_projected_is_the_projection_of_exact(kind: str, width: int | None) -> N
 
 
 def sketch_by_hand(rows: torch.Tensor, model: Any, projection: inf.Projection) -> torch.Tensor:
-    from influence_fast.projection import sjlt_map
+    from influence_fast.gradients.projection import sjlt_map
 
     assert projection.width is not None
     out = torch.zeros(rows.shape[0], projection.width, dtype=rows.dtype)
@@ -221,7 +221,7 @@ def test_flat_sjlt_sketches_the_exact_row() -> None:
 
 
 def test_flat_rademacher_is_a_dense_sign_product() -> None:
-    from influence_fast.projection import sign_matrix
+    from influence_fast.gradients.projection import sign_matrix
 
     model, examples = make_model(target_modules=["k_proj", "gate_proj"]), make_examples()
     projection = inf.Projection("rademacher", seed=5, width=40)

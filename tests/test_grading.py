@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from influence_fast.grading import Grade, choice_letter, equal_answers, extract_answer, extract_choice, grade, normalise
+from influence_fast.evaluation.grading import (
+    Grade,
+    choice_letter,
+    equal_answers,
+    extract_answer,
+    extract_choice,
+    grade,
+    normalise,
+)
 
 MATH500 = Path(__file__).parents[2] / "shared" / "data" / "math500.jsonl"
 

@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import influence_fast as inf
-from influence_fast import attention, graphs
-from influence_fast.engine import GradientEngine
+from influence_fast.data.packing import Pack, pack_examples
 from influence_fast.errors import ConfigError, say_once
+from influence_fast.gradients import attention, graphs
+from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.step_inputs import StepInputs, StepShape
 from influence_fast.kernels.runtime import recording
 from influence_fast.kernels.segments import CHUNK, Segments
-from influence_fast.packing import Pack, pack_examples
-from influence_fast.step_inputs import StepInputs, StepShape
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tape import TapeRecorder

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from influence_fast.data import load_rows
+from influence_fast.data.examples import load_rows
+from influence_fast.data.grouping import row_groups
 from influence_fast.errors import DataError
-from influence_fast.grouping import row_groups
 
 
 def test_a_columns_values_name_the_groups() -> None:

@@ -14,10 +14,10 @@ from numpy.lib.format import open_memmap
 from safetensors.torch import save_file
 
 from influence_fast.errors import ConfigError, StoreError
-from influence_fast.importers import import_gradients
-from influence_fast.projection import Projection
-from influence_fast.store import StoreIdentity, open_store, verify_store
-from influence_fast.store_manifest import ModuleEntry, projection_fields
+from influence_fast.gradients.projection import Projection
+from influence_fast.store.importers import import_gradients
+from influence_fast.store.manifest import ModuleEntry, projection_fields
+from influence_fast.store.reader import StoreIdentity, open_store, verify_store
 
 ROWS, WIDTH = 37, 24
 
@@ -122,7 +122,7 @@ def test_rows_arrive_exactly_with_their_ids(tmp_path: Path, format: str, dtype: 
 
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_one_row_and_many_shards(tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("influence_fast.importers._MAX_SHARD_ROWS", 5)
+    monkeypatch.setattr("influence_fast.store.importers._MAX_SHARD_ROWS", 5)
     _, write = FORMATS[format]
     for n in (1, ROWS):
         source = (tmp_path / f"source{n}").with_suffix(SUFFIX.get(format, ""))
@@ -165,7 +165,7 @@ def test_rows_that_are_not_finite_are_set_aside(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_import_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("influence_fast.importers._MAX_SHARD_ROWS", 5)
+    monkeypatch.setattr("influence_fast.store.importers._MAX_SHARD_ROWS", 5)
     np.save(tmp_path / "g.npy", make_rows().numpy())
     whole = import_gradients(tmp_path / "g.npy", tmp_path / "out")
     (tmp_path / "out" / "shard-00003.json").unlink()

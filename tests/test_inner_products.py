@@ -18,9 +18,9 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
-from influence_fast import native
 from influence_fast.errors import ConfigError, DataError, NumericError
-from influence_fast.products import InnerProducts, inner_products, quantize_rows, to_bf16
+from influence_fast.products import native
+from influence_fast.products.inner_products import InnerProducts, inner_products, quantize_rows, to_bf16
 
 PATHS = native.available()
 NATIVE = [name for name in PATHS if name != native.TORCH]
@@ -164,7 +164,7 @@ def test_columns_chunk_by_chunk(path: str, monkeypatch: pytest.MonkeyPatch) -> N
     rows, queries = normal(230, 40), normal(150, 40, seed=2)
     groups = [[149, 0, 70], list(range(100))]
     whole = inner_products(rows, queries, groups=groups, topk=4, ranks=True, isa=path)
-    monkeypatch.setattr("influence_fast.products._COLUMN_BYTES", 230 * 4 * 65)
+    monkeypatch.setattr("influence_fast.products.inner_products._COLUMN_BYTES", 230 * 4 * 65)
     parts = inner_products(rows, queries, groups=groups, topk=4, ranks=True, isa=path)
     assert np.allclose(parts.group_means, whole.group_means, rtol=1e-5, atol=1e-5)
     assert np.allclose(parts.mean_ranks, whole.mean_ranks, rtol=1e-12)

@@ -12,7 +12,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from influence_fast.errors import ConfigError, InfluenceFastError, ModelError
-from influence_fast.models import check_tokenizer, load_model, load_tokenizer
+from influence_fast.training.models import check_tokenizer, load_model, load_tokenizer
 
 Factory = Callable[..., Any]
 IDS = torch.tensor([[5, 9, 100, 42, 7, 300]])

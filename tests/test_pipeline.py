@@ -15,14 +15,14 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from influence_fast import pipeline
 from influence_fast.cli import main
 from influence_fast.config import PruningConfig, load_config
-from influence_fast.data import Example, load_examples
+from influence_fast.data.examples import Example, load_examples
 from influence_fast.errors import ConfigError, ModelError
-from influence_fast.queries import Queries, make_queries, with_tasks
-from influence_fast.scores import ScoreTable
-from influence_fast.workdir import RunFolder
+from influence_fast.influence.queries import Queries, make_queries, with_tasks
+from influence_fast.influence.scores import ScoreTable
+from influence_fast.run import pipeline
+from influence_fast.run.workdir import RunFolder
 
 WORDS = ["<pad>", "<eos>", "<unk>", "what", "is", "plus", "The", "answer", "#", *map(str, range(20))]
 
@@ -120,10 +120,10 @@ def test_scores_are_inner_products_of_exact_pieces(world: Path, results: dict[st
     """The table against a float64 computation from scratch: gradients, damped Fisher of labels that the model draws,
     mean over the groups."""
     import influence_fast as inf
-    from influence_fast.data import tokenize
-    from influence_fast.models import load_model, load_tokenizer
-    from influence_fast.scoring import module_blocks
-    from influence_fast.training import load_finetuned
+    from influence_fast.data.examples import tokenize
+    from influence_fast.influence.scoring import module_blocks
+    from influence_fast.training.fine_tuning import load_finetuned
+    from influence_fast.training.models import load_model, load_tokenizer
 
     run = world / "run"
     model = load_finetuned(load_model(world / "model"), run / "adapters" / "full-seed0")
@@ -240,11 +240,11 @@ def test_seeds_share_what_they_can_and_only_random_draws_again(crossed: tuple[Pa
 
 
 def test_scores_of_one_model_prune_the_data_of_another(world: Path, crossed: tuple[Path, dict[str, Any]]) -> None:
-    from influence_fast.data import tokenize
-    from influence_fast.evaluation import EvalConfig, evaluate
-    from influence_fast.fingerprints import dataset_fingerprint, weight_hashes
-    from influence_fast.models import load_model, load_tokenizer
-    from influence_fast.training import load_finetuned
+    from influence_fast.data.examples import tokenize
+    from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
+    from influence_fast.evaluation.evaluate import EvalConfig, evaluate
+    from influence_fast.training.fine_tuning import load_finetuned
+    from influence_fast.training.models import load_model, load_tokenizer
 
     run, results = crossed
     pool = load_examples(world / "pool.jsonl")
@@ -270,7 +270,7 @@ def test_scores_of_one_model_prune_the_data_of_another(world: Path, crossed: tup
 
 
 def test_the_reports_statistics_are_those_of_the_transcripts(crossed: tuple[Path, dict[str, Any]]) -> None:
-    from influence_fast.statistics import compare
+    from influence_fast.report.statistics import compare
 
     run, results = crossed
 
@@ -804,7 +804,8 @@ def test_validation_rows_are_read_as_they_are_said_to_be(
 def test_score_asks_no_question_twice_when_it_is_stopped_after_the_answers(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: Path
 ) -> None:
-    from influence_fast import generation, pool_scores
+    from influence_fast.evaluation import generation
+    from influence_fast.selection import pool_scores
 
     arguments = ["score", "--model", world / "model", "--adapter", chosen / "adapters" / "full-seed0", "--dim", 4]
     arguments += ["--data", world / "pool.jsonl", "--validation", world / "validation.jsonl", "--max-new-tokens", 6]
@@ -835,8 +836,8 @@ def test_tasks_may_not_be_called_as_groups_are() -> None:
 
 
 def test_scores_over_checkpoints_are_their_weighted_sum(world: Path, tmp_path: Path) -> None:
-    from influence_fast.checkpoints import learning_rates
-    from influence_fast.training import list_checkpoints
+    from influence_fast.influence.checkpoints import learning_rates
+    from influence_fast.training.fine_tuning import list_checkpoints
 
     config = load_config(world / "config.yaml")
     config = dataclasses.replace(

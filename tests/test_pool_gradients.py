@@ -12,8 +12,8 @@ import torch
 import influence_fast as inf
 from influence_fast.config import GradientConfig, InfluenceConfig
 from influence_fast.errors import StoreError
-from influence_fast.pool_gradients import pool_gradients
-from influence_fast.scoring import influence_matrix
+from influence_fast.influence.pool_gradients import pool_gradients
+from influence_fast.influence.scoring import influence_matrix
 
 
 def make_examples(count: int, seed: int) -> list[dict[str, Any]]:

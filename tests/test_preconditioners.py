@@ -12,15 +12,16 @@ import pytest
 import torch
 from scipy import stats
 
-from influence_fast import preconditioners
-from influence_fast.adam import adam_moments
-from influence_fast.building import build_store
-from influence_fast.config import RunConfig, from_dict
-from influence_fast.damping import GRID
+from influence_fast.config import RunConfig
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError
-from influence_fast.lora import LayoutEntry, gradient_layout
-from influence_fast.projection import Projection, random_matrix, sjlt_map
-from influence_fast.scoring import factors_of, influence_scores, module_blocks
+from influence_fast.gradients.lora import LayoutEntry, gradient_layout
+from influence_fast.gradients.projection import Projection, random_matrix, sjlt_map
+from influence_fast.influence import preconditioners
+from influence_fast.influence.adam import adam_moments
+from influence_fast.influence.damping import GRID
+from influence_fast.influence.scoring import factors_of, influence_scores, module_blocks
+from influence_fast.settings import from_dict
+from influence_fast.store.building import build_store
 
 # two modules, ranks 2 and 1, p = 3 and 5
 FACTORS = [

@@ -11,15 +11,15 @@ import pytest
 import torch
 import yaml
 
-from influence_fast import retraining
 from influence_fast.cli import main
 from influence_fast.config import load_config
-from influence_fast.data import load_examples
+from influence_fast.data.examples import load_examples
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.lds import linear_datamodeling_scores
-from influence_fast.methods import METHODS, method_of, shorten
-from influence_fast.proof import drop_priority, validate
-from influence_fast.retraining import Retraining, retrain
+from influence_fast.influence.methods import METHODS, method_of, shorten
+from influence_fast.proof import retraining
+from influence_fast.proof.lds import linear_datamodeling_scores
+from influence_fast.proof.retraining import Retraining, retrain
+from influence_fast.proof.validate import drop_priority, validate
 
 from .test_pipeline import write_model, write_rows
 
@@ -103,7 +103,7 @@ def test_every_part_is_there(proof: tuple[Path, dict[str, Any]]) -> None:
 def test_the_score_is_that_of_the_kept_retrainings(proof: tuple[Path, dict[str, Any]]) -> None:
     folder, results = proof
     config = load_config(folder / "config.yaml")
-    from influence_fast.lds import draw_subsets
+    from influence_fast.proof.lds import draw_subsets
 
     masks = draw_subsets(24, 12, 4, config.seed)
     losses = []
@@ -124,8 +124,8 @@ def test_nothing_is_done_twice(proof: tuple[Path, dict[str, Any]], monkeypatch: 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("influence_fast.training.finetune", refuse)
-    monkeypatch.setattr("influence_fast.proof.score_by", refuse)
+    monkeypatch.setattr("influence_fast.training.fine_tuning.finetune", refuse)
+    monkeypatch.setattr("influence_fast.proof.validate.score_by", refuse)
     again = validate(load_config(folder / "config.yaml"), progress=False)
     assert json.loads(json.dumps(again))["lds"] == results["lds"]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from influence_fast.data import Example
+from influence_fast.data.examples import Example
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.pruning import STRATEGIES, save_selection, select, selection_table
-from influence_fast.scores import ScoreTable
-from influence_fast.strategies import needed_columns
+from influence_fast.influence.scores import ScoreTable
+from influence_fast.selection.pruning import STRATEGIES, save_selection, select, selection_table
+from influence_fast.selection.strategies import needed_columns
 
 
 def table(n: int = 20, seed: int = 0) -> ScoreTable:

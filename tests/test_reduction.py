@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from influence_fast import reduction
-from influence_fast.projection import Projection, random_matrix
+from influence_fast.gradients import reduction
+from influence_fast.gradients.projection import Projection, random_matrix
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from influence_fast import report
-from influence_fast import report_summary as summary
 from influence_fast.errors import DataError
-from influence_fast.statistics import grid_statistics
+from influence_fast.report import page as report
+from influence_fast.report import summary
+from influence_fast.report.statistics import grid_statistics
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 HOSTILE = (

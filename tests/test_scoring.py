@@ -11,10 +11,9 @@ import pytest
 import torch
 from scipy import stats
 
-from influence_fast.building import build_store
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.projection import Projection
-from influence_fast.scoring import (
+from influence_fast.gradients.projection import Projection
+from influence_fast.influence.scoring import (
     auc,
     average_ranks,
     blocks_of,
@@ -25,14 +24,15 @@ from influence_fast.scoring import (
     spearman,
     top_influences,
 )
-from influence_fast.store import Store
+from influence_fast.store.building import build_store
+from influence_fast.store.reader import Store
 
 N, Q = 37, 6
 
 
 @pytest.fixture
 def exact(tiny_lora: Any) -> torch.Tensor:
-    from influence_fast.lora import gradient_layout, layout_width
+    from influence_fast.gradients.lora import gradient_layout, layout_width
 
     width = layout_width(gradient_layout(tiny_lora(), Projection(dim=4)))
     generator = torch.Generator().manual_seed(0)

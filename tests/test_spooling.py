@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from influence_fast.data import load_examples, tokenize, write_rows
+from influence_fast.data.examples import load_examples, tokenize, write_rows
+from influence_fast.data.fingerprints import dataset_fingerprint
+from influence_fast.data.spooling import Tokens, TokenSource, is_spooled, spool
+from influence_fast.distributed.processes import World, once
 from influence_fast.errors import DataError
-from influence_fast.fingerprints import dataset_fingerprint
-from influence_fast.processes import World, once
-from influence_fast.spooling import Tokens, TokenSource, is_spooled, spool
 
 
 def make_rows(n: int = 150) -> list[dict[str, str]]:

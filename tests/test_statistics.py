@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from influence_fast.errors import DataError
-from influence_fast.statistics import (
+from influence_fast.report.statistics import (
     compare,
     grid_statistics,
     holm,

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from influence_fast import store_writer
 from influence_fast.errors import ConfigError, NumericError, StoreError
-from influence_fast.projection import Projection
-from influence_fast.store import Store, StoreIdentity, open_store, verify_store
-from influence_fast.store_manifest import Manifest, ModuleEntry, Part, digest, projection_fields
-from influence_fast.store_merge import append_store, merge_stores
-from influence_fast.store_writer import StoreWriter
+from influence_fast.gradients.projection import Projection
+from influence_fast.store import writer as store_writer
+from influence_fast.store.manifest import Manifest, ModuleEntry, Part, digest, projection_fields
+from influence_fast.store.merge import append_store, merge_stores
+from influence_fast.store.reader import Store, StoreIdentity, open_store, verify_store
+from influence_fast.store.writer import StoreWriter
 
 WIDTH = 37
 # bf16 keeps 8 bits of the mantissa and rounds to nearest: half a unit in the last place. int8: half a step of the row.

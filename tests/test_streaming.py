@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import influence_fast as inf
-from influence_fast import streaming
 from influence_fast.errors import DataError, NumericError
-from influence_fast.streaming import StreamReducer, stream_influence
+from influence_fast.gradients import streaming
+from influence_fast.gradients.streaming import StreamReducer, stream_influence
 
 LENGTHS = (7, 2, 13, 31, 5, 17)
 FEW, MANY = 2, 9  # queries that ride along as columns, and queries that do not
@@ -69,7 +69,7 @@ def test_scores_are_inner_products_of_exact_gradients(tiny_lora: Any, kind: str,
 
 def test_both_ways_of_multiplying_are_taken(model: Any) -> None:
     """Few queries need no x in the backward, many do: what the parameters above stand for."""
-    from influence_fast.lora import find_lora_linears, layout_of
+    from influence_fast.gradients.lora import find_lora_linears, layout_of
 
     linears = find_lora_linears(model)
     for count, way in ((FEW, "ride"), (MANY, "form")):
@@ -137,8 +137,8 @@ def test_an_example_scores_the_same_whatever_it_is_packed_with(model: Any) -> No
 
 def test_a_preconditioner_folds_into_the_queries(model: Any) -> None:
     """Stream mode with H^-1 on the query side equals the stored rows' own scores."""
-    from influence_fast import preconditioners
-    from influence_fast.scoring import module_blocks
+    from influence_fast.influence import preconditioners
+    from influence_fast.influence.scoring import module_blocks
 
     rows = inf.per_example_gradients(model, make_examples())
     fitted = preconditioners.fit("fisher", lambda: [rows], module_blocks(inf.gradient_layout(model)))

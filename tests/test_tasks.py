@@ -12,10 +12,10 @@ import yaml
 
 from influence_fast.cli import main
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.evaluation import EvalConfig
-from influence_fast.grading import grade
-from influence_fast.lm_eval_export import export_lm_eval
-from influence_fast.tasks import known_tasks, load_task, task_examples
+from influence_fast.evaluation.evaluate import EvalConfig
+from influence_fast.evaluation.grading import grade
+from influence_fast.evaluation.lm_eval_export import export_lm_eval
+from influence_fast.evaluation.tasks import known_tasks, load_task, task_examples
 
 # a row as the source has it, and the reference answer that must come of it
 ROWS: dict[str, tuple[dict[str, Any], str]] = {

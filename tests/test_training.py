@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from influence_fast import sft
-from influence_fast.demo import make_tokenizer
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, say_once
-from influence_fast.training import (
+from influence_fast.run.demo import make_tokenizer
+from influence_fast.training import sft
+from influence_fast.training.fine_tuning import (
     LoraSettings,
     TrainConfig,
     finetune,

@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import influence_fast as inf
-from influence_fast import gradients, reduction, transfer
-from influence_fast.engine import GradientEngine
-from influence_fast.products import quantize_rows, to_bf16
-from influence_fast.reduction import BucketSums
-from influence_fast.transfer import CudaCopier, WriteBehind, decoded, encoded
+from influence_fast.gradients import per_example as gradients
+from influence_fast.gradients import reduction, transfer
+from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.reduction import BucketSums
+from influence_fast.gradients.transfer import CudaCopier, WriteBehind, decoded, encoded
+from influence_fast.products.inner_products import quantize_rows, to_bf16
 
 CPU = torch.device("cpu")
 

@@ -22,7 +22,7 @@ from influence_fast.config import (
     TrainConfig,
     load_config,
 )
-from influence_fast.unread import unread_settings
+from influence_fast.run.unread import unread_settings
 
 RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
 

@@ -22,8 +22,8 @@ from worker import (
 )
 
 import influence_fast as inf
-from influence_fast import preconditioners, scoring
-from influence_fast.gradients import iter_gradient_rows
+from influence_fast.gradients.per_example import iter_gradient_rows
+from influence_fast.influence import preconditioners, scoring
 
 
 def stored(preconditioner: str, projection: inf.Projection) -> Callable[[Work], Scoring]:

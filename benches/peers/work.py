@@ -23,9 +23,9 @@ import torch
 
 from benches.models import qwen2_model, train_tokenizer, with_lora
 from influence_fast.atomic import replacing
-from influence_fast.data import Example, load_examples, tokenize
+from influence_fast.data.examples import Example, load_examples, tokenize
+from influence_fast.data.packing import check_examples
 from influence_fast.errors import DataError
-from influence_fast.packing import check_examples
 
 WORLDS = ("math500", "long")
 VOCABULARY = 4096

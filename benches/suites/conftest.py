@@ -18,7 +18,7 @@ import torch
 from benches.environment import describe
 from benches.interleave import interleaved, summary
 from benches.suites.case import Case, Scale
-from influence_fast import native
+from influence_fast.products import native
 
 
 class Clock:

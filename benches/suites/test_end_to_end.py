@@ -12,12 +12,12 @@ import torch
 from benches.interleave import Variants
 from benches.models import qwen2_model, train_tokenizer, with_lora
 from benches.suites.case import Case, Scale
-from influence_fast.building import build_store
-from influence_fast.data import Example, tokenize
-from influence_fast.gradients import per_example_gradients
-from influence_fast.projection import Projection
-from influence_fast.scoring import influence_scores
-from influence_fast.streaming import stream_influence
+from influence_fast.data.examples import Example, tokenize
+from influence_fast.gradients.per_example import per_example_gradients
+from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.streaming import stream_influence
+from influence_fast.influence.scoring import influence_scores
+from influence_fast.store.building import build_store
 
 
 def texts(count: int, words: int, first: int) -> list[Example]:

@@ -11,10 +11,10 @@ from benches.bench_gradients import one_by_one, ours, padded
 from benches.interleave import Variants
 from benches.models import qwen2_model, with_lora
 from benches.suites.case import VOCABULARY, Case, Scale, ragged_examples
-from influence_fast.gradients import gradient_layout, iter_gradient_rows, per_example_gradients
-from influence_fast.lora import layout_width
-from influence_fast.projection import Projection
-from influence_fast.streaming import stream_influence
+from influence_fast.gradients.lora import layout_width
+from influence_fast.gradients.per_example import gradient_layout, iter_gradient_rows, per_example_gradients
+from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.streaming import stream_influence
 
 BASELINES = ("padded batches of 4", "one by one")
 
@@ -48,7 +48,9 @@ def projected(projection: Projection) -> Callable[[Scale], Variants]:
 
 def fitted(scale: Scale) -> Variants:
     """Rows of a sketch that is fitted beforehand."""
-    from influence_fast.sketch_fitting import fit_projection  # the other cases also run over commits without it
+    from influence_fast.influence.sketch_fitting import (
+        fit_projection,  # the other cases also run over commits without it
+    )
 
     model, examples = world(scale)
     projection = fit_projection(model, examples, projection=Projection(dim=16, width=scale(4096, 512)))

@@ -10,7 +10,7 @@ import torch
 from benches.bench_inner_products import heavy_tailed
 from benches.interleave import Variants
 from benches.suites.case import Case, Scale
-from influence_fast.products import inner_products, quantize_rows
+from influence_fast.products.inner_products import inner_products, quantize_rows
 
 BASELINES = {
     "int8": ("torch._int_mm", "torch bf16 matmul"),

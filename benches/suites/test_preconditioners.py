@@ -9,8 +9,8 @@ import torch
 from benches.bench_inner_products import heavy_tailed
 from benches.interleave import Variants
 from benches.suites.case import Case, Scale
-from influence_fast import preconditioners
-from influence_fast.lora import LayoutEntry
+from influence_fast.gradients.lora import LayoutEntry
+from influence_fast.influence import preconditioners
 
 QUERIES, SIDE, DAMPING = 32, 16, 0.1
 

@@ -9,7 +9,7 @@ import torch
 from benches.bench_inner_products import heavy_tailed
 from benches.interleave import Variants
 from benches.suites.case import Case, Scale
-from influence_fast.products import inner_products, quantize_rows
+from influence_fast.products.inner_products import inner_products, quantize_rows
 
 QUERIES = 128
 GROUPS = [list(range(0, QUERIES, 2)), list(range(1, QUERIES, 2))]

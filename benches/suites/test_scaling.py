@@ -12,8 +12,8 @@ from benches.bench_inner_products import heavy_tailed
 from benches.interleave import Variants
 from benches.models import qwen2_model, with_lora
 from benches.suites.case import VOCABULARY, Case, Scale, example
-from influence_fast.products import inner_products, quantize_rows
-from influence_fast.projection import Projection
+from influence_fast.gradients.projection import Projection
+from influence_fast.products.inner_products import inner_products, quantize_rows
 
 WIDTH = 2048
 

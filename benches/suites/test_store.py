@@ -14,10 +14,10 @@ import torch
 from benches.bench_inner_products import heavy_tailed
 from benches.interleave import Variants
 from benches.suites.case import Case, Scale
-from influence_fast.products import quantize_rows
-from influence_fast.store import Store, open_store, verify_store
-from influence_fast.store_manifest import Manifest, Part, StoreIdentity
-from influence_fast.store_writer import StoreWriter
+from influence_fast.products.inner_products import quantize_rows
+from influence_fast.store.manifest import Manifest, Part, StoreIdentity
+from influence_fast.store.reader import Store, open_store, verify_store
+from influence_fast.store.writer import StoreWriter
 
 SHARD_ROWS = 1024
 

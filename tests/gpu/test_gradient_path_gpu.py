@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import influence_fast as inf
-from influence_fast import transfer
-from influence_fast.engine import GradientEngine
-from influence_fast.gradients import iter_gradient_rows, packs_for
+from influence_fast.gradients import transfer
+from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.per_example import iter_gradient_rows, packs_for
 from influence_fast.kernels.runtime import INTERPRETED, unavailable
 
 WHY_NOT = "TRITON_INTERPRET=1 is set, so nothing would be launched" if INTERPRETED else unavailable("cuda")

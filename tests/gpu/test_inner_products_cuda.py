@@ -11,9 +11,10 @@ import pytest
 import torch
 from scipy.stats import rankdata
 
-from influence_fast import inner_products_cuda, native
 from influence_fast.errors import DataError, NumericError
-from influence_fast.products import inner_products, quantize_rows
+from influence_fast.products import cuda as inner_products_cuda
+from influence_fast.products import native
+from influence_fast.products.inner_products import inner_products, quantize_rows
 
 pytestmark = [
     pytest.mark.requires_gpu,

@@ -12,8 +12,10 @@ from tolerances import TOLERANCES, relative_norm
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from influence_fast.engine import GradientEngine
+from influence_fast.data.packing import pack_examples
 from influence_fast.errors import ConfigError, DataError
+from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.projection import Projection, sign_matrix, sjlt_map
 from influence_fast.kernels.counter import SignColumns, fill_signs, fill_sjlt
 from influence_fast.kernels.gated_silu import gated_silu, gated_silu_backward
 from influence_fast.kernels.project_flat import FlatSketch, project_flat
@@ -26,9 +28,7 @@ from influence_fast.kernels.segment_outer import segment_outer
 from influence_fast.kernels.segments import Segments
 from influence_fast.kernels.skinny_project import skinny_project
 from influence_fast.kernels.token_loss import token_loss
-from influence_fast.packing import pack_examples
-from influence_fast.products import quantize_rows as quantize_for_the_store
-from influence_fast.projection import Projection, sign_matrix, sjlt_map
+from influence_fast.products.inner_products import quantize_rows as quantize_for_the_store
 
 Check = Callable[[torch.device], None]
 BF16 = torch.bfloat16

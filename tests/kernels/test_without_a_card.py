@@ -10,7 +10,6 @@ import torch
 from tolerances import TOLERANCES, relative_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from influence_fast import products
 from influence_fast.errors import ConfigError
 from influence_fast.kernels import (
     gated_silu,
@@ -25,6 +24,7 @@ from influence_fast.kernels import (
 )
 from influence_fast.kernels.runtime import INTERPRETED
 from influence_fast.kernels.segments import Segments
+from influence_fast.products import inner_products as products
 
 LENGTHS = [3, 64, 1, 129]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from influence_fast import native
+from influence_fast.products import native
 
 HERE = Path(__file__).parent
 

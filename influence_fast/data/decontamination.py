@@ -1,0 +1,104 @@
+"""Training examples that give the evaluation away: those that share a run of words with a test item."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from influence_fast.data.examples import Example
+from influence_fast.data.ngrams import ngram_hashes, words
+
+# A run in the items of more questions than this share is the wording of their format ("put your final answer ...").
+COMMON_SHARE = 0.1
+COMMON_COUNT = 3
+_PARTS = re.compile(r"[^\W_]+|[+*/^=<>%\u00d7\u00f7]|(?<![^\W\d_])\s*-|-(?![^\W\d_])")
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Example `id` shares the words `ngram` with the evaluation item called `item`."""
+
+    id: str
+    item: str
+    ngram: str
+
+    @property
+    def why(self) -> str:
+        """`shares 8 words with test/17`."""
+        return f"shares {len(words(self.ngram)) or 'all'} words with {self.item}"
+
+
+def contaminated(examples: Iterable[Example], tests: Mapping[str, Sequence[Example]], *, n: int = 8) -> list[Overlap]:
+    """The examples that share n words in a row with an evaluation item, in the order of `examples`.
+
+    Prompts and completions of both sides are compared, without case and punctuation. `tests` are evaluation sets by
+    name; an item is called `<name>/<id>`. The first shared run of an example is reported. Two readings of "shared":
+
+    - a prompt of fewer than n words has no such run; it is shared by an example with exactly that prompt, operators
+      included;
+    - a run in the items of more than a tenth of all questions (and of more than three) is the wording of their
+      format, tells nothing about any item, and is not counted.
+    """
+    index = _Index(tests, n)
+    overlaps = []
+    for example in examples:
+        overlap = index.first_overlap(example)
+        if overlap is not None:
+            overlaps.append(overlap)
+    return overlaps
+
+
+class _Index:
+    """The runs of all evaluation items, to be looked up by hash."""
+
+    def __init__(self, tests: Mapping[str, Sequence[Example]], n: int) -> None:
+        self.n = n
+        self.numbers: dict[str, int] = {}  # of each word that an item has
+        self.runs: dict[str, str] = {}  # words of a run -> the first item that has it
+        self.short: dict[str, str] = {}  # words of a short prompt -> the first item that asks it
+        hashes = [np.zeros(0, dtype=np.uint64)]
+        counts: Counter[str] = Counter()  # in how many different questions' items a run is
+        questions = set()
+        for name, members in tests.items():
+            for test in members:
+                item = f"{name}/{test.id}"
+                found = set()
+                for text in (test.prompt, test.completion):
+                    row = words(text)
+                    row_numbers = [self.numbers.setdefault(word, len(self.numbers)) for word in row]
+                    hashes.append(ngram_hashes(np.array(row_numbers, dtype=np.int64), n))
+                    found |= {" ".join(row[i : i + n]) for i in range(len(row) - n + 1)}
+                for run in found:
+                    self.runs.setdefault(run, item)
+                prompt = words(test.prompt)
+                if len(prompt) < n and (plain := plain_prompt(test.prompt)):
+                    self.short.setdefault(plain, item)
+                if " ".join(prompt) not in questions:
+                    questions.add(" ".join(prompt))
+                    counts.update(found)
+        most = max(COMMON_COUNT, COMMON_SHARE * len(questions))
+        self.runs = {run: item for run, item in self.runs.items() if counts[run] <= most}
+        self.hashes = np.unique(np.concatenate(hashes))
+
+    def first_overlap(self, example: Example) -> Overlap | None:
+        prompt = words(example.prompt)
+        for row in (prompt, words(example.completion)) if len(self.hashes) else ():
+            # a word that no item has gets a number that none of theirs is
+            numbers = np.array([self.numbers.get(word, -1) for word in row], dtype=np.int64)
+            hashes = ngram_hashes(numbers, self.n)
+            nearest = self.hashes[np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)]
+            for i in np.flatnonzero(nearest == hashes).tolist():
+                run = " ".join(row[i : i + self.n])
+                if run in self.runs:  # the hash only narrows the search
+                    return Overlap(example.id, self.runs[run], run)
+        whole = plain_prompt(example.prompt)
+        return Overlap(example.id, self.short[whole], whole) if whole in self.short else None
+
+
+def plain_prompt(prompt: str) -> str:
+    """A prompt's words and operators, without case, spacing and other marks; a hyphen between words is none."""
+    return " ".join(part.strip() for part in _PARTS.findall(prompt.casefold().replace("**", " ")))

@@ -1,0 +1,77 @@
+"""The source's own rows with only the kept examples in them, traces within a row included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from influence_fast.data.rows import Row, Rows
+from influence_fast.data.schemas import Example
+
+_TRACE_COLUMNS = (
+    "correctness_math_verify",
+    "correctness_llama",
+    "is_reasoning_complete",
+    "finish_reasons",
+)
+
+
+def kept_rows(
+    rows: Rows, examples: Iterable[Example], columns: Mapping[str, str | None] | None = None
+) -> Iterator[Row]:
+    """The source rows of `examples`, in source order and with all their columns.
+
+    A row with traces keeps only those of `examples`: `generations` and every column parallel to it are
+    filtered alike (the known verdict columns, and any list column as long as `generations` in every row).
+    `correctness_count` is counted again, and where `messages` shows a trace that was dropped it shows the
+    first kept one instead, so that a trainer that reads `messages` does not train on a pruned trace.
+    """
+    kept: dict[int, set[int] | None] = {}
+    for example in examples:
+        if example.trace is None:
+            kept[example.row] = None
+        else:
+            traces = kept.setdefault(example.row, set())
+            if traces is not None:
+                traces.add(example.trace)
+    generations = (columns or {}).get("generations") or "generations"
+    parallel: list[str] = []
+    if any(traces is not None for traces in kept.values()):
+        parallel = _parallel_columns(rows, generations)
+    for index, row in enumerate(rows):
+        if index in kept:
+            traces = kept[index]
+            yield row if traces is None else _keep_traces(row, sorted(traces), generations, parallel)
+
+
+def _parallel_columns(rows: Rows, generations: str) -> list[str]:
+    parallel = dict.fromkeys(rows.columns, True)
+    for row in rows:
+        count = len(row.get(generations) or [])
+        for column, value in row.items():
+            if parallel.get(column, False) and not (value is None or _is_per_trace(value, count)):
+                parallel[column] = False
+    return [column for column, same in parallel.items() if same or column in _TRACE_COLUMNS]
+
+
+def _is_per_trace(value: Any, count: int) -> bool:
+    """Messages are no traces, though two of them stand beside two traces in most rows of OpenR1."""
+    if not isinstance(value, list) or len(value) != count:
+        return False
+    return not any(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
+
+
+def _keep_traces(row: Row, kept: list[int], generations: str, parallel: list[str]) -> Row:
+    result = dict(row)
+    for column in parallel:
+        if isinstance(row.get(column), list):
+            result[column] = [row[column][i] for i in kept]
+    verdicts = row.get("correctness_math_verify")
+    if isinstance(verdicts, list) and row.get("correctness_count") == sum(map(bool, verdicts)):
+        result["correctness_count"] = sum(map(bool, result["correctness_math_verify"]))
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+        shown = messages[-1].get("content")
+        if shown in row[generations] and shown not in result[generations]:
+            result["messages"] = [*messages[:-1], {**messages[-1], "content": result[generations][0]}]
+    return result

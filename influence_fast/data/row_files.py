@@ -1,0 +1,151 @@
+"""Rows written to files: whole or not at all, in the format that the extension names."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from influence_fast.atomic import replacing
+from influence_fast.data.rows import BATCH, Row, Rows, need_datasets, need_pyarrow, one_line
+from influence_fast.errors import DataError, listing
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def write_rows(rows: Iterable[Row], path: str | os.PathLike[str], *, schema: pa.Schema | None = None) -> int:
+    """Write `rows` to `path` and return how many there were; the format is the extension's.
+
+    .jsonl, .json, .csv, .parquet, .arrow, or no extension for a folder in `save_to_disk` form. Column types
+    of the Arrow formats are `schema`'s (that of `rows` when it is `Rows`), else inferred from all rows. The
+    result appears whole or not at all: it is written under a temporary name and renamed.
+
+    Raises DataError: unknown extension, an existing folder in the way, values the format cannot hold.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if schema is None and isinstance(rows, Rows):
+        schema = rows.schema
+    if suffix not in _WRITERS:
+        raise DataError(f"{path}: cannot write {suffix!r} files; known: {', '.join(filter(None, _WRITERS))}")
+    if path.is_dir():
+        raise DataError(f"{path}: is an existing folder; remove it or give another name")
+    with replacing(path) as temporary:
+        return _WRITERS[suffix](rows, temporary, schema, path)
+
+
+def _dump(row: Row, path: Path) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False)
+    except TypeError as error:
+        raise DataError(f"{path}: JSON cannot hold a row ({error}); write .parquet instead") from error
+
+
+def _write_jsonl(rows: Iterable[Row], temporary: Path, schema: pa.Schema | None, path: Path) -> int:
+    count = 0
+    with temporary.open("w", encoding="utf-8", errors="strict", newline="\n") as file:
+        for row in rows:
+            _write_text(file, _dump(row, path) + "\n")
+            count += 1
+    return count
+
+
+def _write_json(rows: Iterable[Row], temporary: Path, schema: pa.Schema | None, path: Path) -> int:
+    count = 0
+    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            _write_text(file, (",\n" if count else "[\n") + _dump(row, path))
+            count += 1
+        file.write("\n]\n" if count else "[]\n")
+    return count
+
+
+def _write_text(file: IO[str], text: str) -> None:
+    """Half a surrogate pair has no UTF-8 form; JSON can still hold it as an escape."""
+    file.write(re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text))
+
+
+def _write_csv(rows: Iterable[Row], temporary: Path, schema: pa.Schema | None, path: Path) -> int:
+    rows = list(rows)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    nested = [column for column in columns if any(isinstance(row.get(column), list | dict) for row in rows)]
+    if nested:
+        raise DataError(f"{path}: CSV cannot hold the nested columns {listing(nested)}; write .jsonl instead")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return len(rows)
+
+
+def _tables(rows: Iterable[Row], schema: pa.Schema | None, path: Path) -> Iterator[pa.Table]:
+    """`rows` as Arrow tables of one schema; without a given one it takes all rows at once to infer it."""
+    pa = need_pyarrow(path)
+    rest = iter(rows)
+    size = BATCH if schema is not None else None
+    while True:
+        batch = list(islice(rest, size))
+        if batch or size is None:
+            try:
+                yield pa.Table.from_pylist(batch, schema=schema)
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                raise DataError(
+                    f"{path}: a column holds values of several types ({one_line(error)}); write .jsonl instead"
+                ) from error
+        if size is None or len(batch) < size:
+            return
+
+
+def _write_parquet(rows: Iterable[Row], temporary: Path, schema: pa.Schema | None, path: Path) -> int:
+    need_pyarrow(path)
+    import pyarrow.parquet as pq
+
+    count = 0
+    with contextlib.ExitStack() as stack:
+        writer = None
+        for table in _tables(rows, schema, path):
+            if writer is None:
+                writer = stack.enter_context(pq.ParquetWriter(temporary, table.schema))
+            writer.write_table(table)
+            count += len(table)
+        if writer is None:  # a schema and no rows
+            stack.enter_context(pq.ParquetWriter(temporary, schema))
+    return count
+
+
+def _write_arrow(rows: Iterable[Row], temporary: Path, schema: pa.Schema | None, path: Path) -> int:
+    table = _one_table(rows, schema, path)
+    pa = need_pyarrow(path)
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return len(table)
+
+
+def _write_folder(rows: Iterable[Row], temporary: Path, schema: pa.Schema | None, path: Path) -> int:
+    table = _one_table(rows, schema, path)
+    need_datasets(str(path)).Dataset(table).save_to_disk(str(temporary))
+    return len(table)
+
+
+def _one_table(rows: Iterable[Row], schema: pa.Schema | None, path: Path) -> pa.Table:
+    pa = need_pyarrow(path)
+    tables = list(_tables(rows, schema, path))
+    return pa.concat_tables(tables) if tables else schema.empty_table() if schema is not None else pa.table({})
+
+
+_Writer = Callable[[Iterable[Row], Path, Any, Path], int]
+_WRITERS: dict[str, _Writer] = {
+    ".jsonl": _write_jsonl,
+    ".json": _write_json,
+    ".csv": _write_csv,
+    ".parquet": _write_parquet,
+    ".arrow": _write_arrow,
+    "": _write_folder,
+}

@@ -1,0 +1,218 @@
+"""Tokenized examples on disk, made in one pass over rows that are never in memory together, and read as a sequence.
+
+A folder holds `tokens.arrow` (id, input_ids as int32, number of prompt tokens) and `tokens.json`, written last: what
+the tokens were made of, and which examples were left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+
+from influence_fast.atomic import replacing
+from influence_fast.data.examples import IGNORED, load_rows, tokenize
+from influence_fast.data.fingerprints import tokenizer_hash
+from influence_fast.data.rows import BATCH, Rows, need_datasets, need_pyarrow
+from influence_fast.data.schemas import Example, check_trace, read_examples
+from influence_fast.errors import DataError
+
+_ROWS = 64  # examples in one record batch, which is what reading one of them maps
+_BIG_FILE = 1 << 28  # bytes; smaller text files are read as they are, with line numbers in messages
+
+
+@dataclass(frozen=True)
+class TokenSource:
+    """Where tokens come from: as `data.load_examples` and `data.tokenize` take it."""
+
+    source: Any
+    split: str = "train"
+    format: str = "auto"
+    trace: str | int = "first_correct"
+    limit: int | None = None
+    columns: Mapping[str, str | None] = field(default_factory=dict)
+    max_length: int | None = None
+    truncate: bool = False
+
+
+class Tokens(Sequence[dict[str, Any]]):
+    """The tokenized examples in a folder, memory-mapped: `{"id", "input_ids" [n], "labels" [n]}`, int64 tensors.
+
+    too_long: (id, tokens) of the examples that were left out. without: the rows that have no trace of the kind asked
+    for. Raises DataError: the folder is not complete.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        pa = need_pyarrow(folder)
+        try:
+            about = json.loads((folder / "tokens.json").read_bytes())
+            self._reader = pa.ipc.open_file(pa.memory_map(str(folder / "tokens.arrow")))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder} holds no tokens ({error}); delete it and make them again") from error
+        self.too_long: list[tuple[str, int]] = [(name, n) for name, n in about["too_long"]]
+        self.without: list[str] = about["without"]
+        self._count = int(about["count"])
+        self._held: tuple[int, Any] = (-1, None)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number, row = divmod(range(self._count)[index], _ROWS)
+        if self._held[0] != number:
+            self._held = (number, self._reader.get_batch(number))
+        batch = self._held[1]
+        ids = torch.tensor(batch.column("input_ids")[row].values.to_numpy(), dtype=torch.int64)
+        labels = ids.clone()
+        labels[: batch.column("prompt")[row].as_py()] = IGNORED
+        return {"id": batch.column("id")[row].as_py(), "input_ids": ids, "labels": labels}
+
+
+def is_spooled(folder: Path, source: TokenSource, tokenizer: Any) -> bool:
+    """Whether `folder` holds the tokens of just these rows, settings and tokenizer. Of a stream nobody knows."""
+    try:
+        about = json.loads((folder / "tokens.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    made_of = _made_of(source, tokenizer)
+    return made_of["source"] is not None and bool(about.get("made_of") == made_of)
+
+
+def spool(folder: Path, source: TokenSource, tokenizer: Any, beat: Callable[[], None] = lambda: None) -> None:
+    """Tokenizes `source` into `folder`; `beat` is called as it gets on.
+
+    Raises DataError as `load_examples` and `tokenize` do, naming the row.
+    """
+    pa = need_pyarrow(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    made_of = _made_of(source, tokenizer)
+    schema = pa.schema([("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("prompt", pa.int32())])
+    too_long: list[tuple[str, int]] = []
+    count = 0
+    without: list[str] = []
+    examples = _examples(mapped_rows(source.source, source.split, folder), source, without)
+    held: list[dict[str, Any]] = []
+    with (
+        replacing(folder / "tokens.arrow") as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        while chunk := list(islice(examples, BATCH)):
+            found = tokenize(chunk, tokenizer, max_length=source.max_length, truncate=source.truncate)
+            too_long += found.too_long
+            held += found.examples
+            while len(held) >= _ROWS:
+                writer.write_batch(_batch(pa, held[:_ROWS], schema))
+                del held[:_ROWS]
+                count += _ROWS
+            beat()
+        if held:
+            writer.write_batch(_batch(pa, held, schema))
+            count += len(held)
+    if count == 0:
+        raise DataError(f"{source.source}: no example is left; raise max_length, or cut the examples (truncate)")
+    with replacing(folder / "tokens.json") as temporary:
+        about = {"made_of": made_of, "count": count, "too_long": too_long, "without": without}
+        temporary.write_text(json.dumps(about) + "\n")
+
+
+def mapped_rows(source: Any, split: str, folder: Path) -> Rows:
+    """`load_rows` without the rows in memory: parquet, large text files and streamed datasets go to Arrow files in
+    `folder` first, batch by batch. Raises DataError as `load_rows` does."""
+    streamed = not hasattr(source, "__len__") and hasattr(source, "__iter__") and not isinstance(source, Path)
+    if streamed:
+        return load_rows(_arrow_of(source, folder / "rows.arrow"))
+    if not isinstance(source, str | Path) or not Path(source).expanduser().is_file():
+        return load_rows(source, split=split)
+    path = Path(source).expanduser()
+    pa = need_pyarrow(path)
+    if path.suffix.lower() == ".parquet":
+        from pyarrow.parquet import ParquetFile
+
+        try:
+            with (
+                ParquetFile(path) as file,
+                replacing(folder / "rows.arrow") as temporary,
+                pa.OSFile(str(temporary), "wb") as sink,
+                pa.ipc.new_file(sink, file.schema_arrow) as writer,
+            ):
+                for batch in file.iter_batches(batch_size=BATCH):
+                    writer.write_batch(batch)
+        except pa.ArrowInvalid:
+            return load_rows(path)  # which says what is wrong with it
+        rows = load_rows(folder / "rows.arrow")
+        rows.name, rows.suffix = str(path), ".parquet"
+        return rows
+    if path.suffix.lower() in (".jsonl", ".json", ".csv") and path.stat().st_size > _BIG_FILE:
+        datasets = need_datasets(str(path))
+        kind = "csv" if path.suffix.lower() == ".csv" else "json"
+        try:
+            loaded = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=str(folder / "rows"))
+        except Exception as error:
+            raise DataError(f"{path}: cannot be read as {kind} ({' '.join(str(error).split())[:300]})") from error
+        return load_rows(loaded)
+    return load_rows(path, split=split)
+
+
+def _arrow_of(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
+    """Rows of a streamed dataset, of unknown number, in an Arrow file."""
+    need_datasets(str(path))
+    from datasets.arrow_writer import ArrowWriter
+
+    features = getattr(rows, "features", None)
+    with (
+        replacing(path) as temporary,
+        ArrowWriter(path=str(temporary), features=features, writer_batch_size=BATCH) as w,
+    ):
+        for row in rows:
+            w.write(dict(row))
+        w.finalize()
+    return path
+
+
+def _examples(rows: Rows, source: TokenSource, without: list[str]) -> Iterator[Example]:
+    check_trace(source.trace)
+
+    def every() -> Iterator[Example]:
+        for index, found in enumerate(read_examples(rows, source.format, source.trace, source.columns)):
+            if not found:
+                without.append(rows.place(index))
+            yield from found
+
+    return islice(every(), source.limit)
+
+
+def _batch(pa: Any, examples: list[dict[str, Any]], schema: Any) -> Any:
+    prompts = [int((example["labels"] == IGNORED).sum()) for example in examples]
+    columns = [
+        pa.array([example["id"] for example in examples]),
+        pa.array([example["input_ids"].to(torch.int32).numpy() for example in examples], type=schema.field(1).type),
+        pa.array(prompts, type=pa.int32()),
+    ]
+    return pa.record_batch(columns, schema=schema)
+
+
+def _made_of(source: TokenSource, tokenizer: Any) -> dict[str, Any]:
+    """What tells these tokens from others: of files, size and time of change; of datasets, their fingerprint."""
+    where = source.source
+    if isinstance(where, str | Path):
+        path = Path(where).expanduser()
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] * path.is_file()
+        state: Any = [str(where), [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
+    else:
+        known = getattr(where, "_fingerprint", None)
+        state = None if known is None else [type(where).__name__, str(known)]
+    settings = {name: getattr(source, name) for name in ("split", "format", "trace", "limit", "max_length", "truncate")}
+    columns = dict(source.columns)
+    return {"source": state, **settings, "columns": columns, "tokenizer": tokenizer_hash(tokenizer)}

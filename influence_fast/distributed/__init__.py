@@ -1,0 +1,1 @@
+"""One store built by many processes on any number of hosts."""

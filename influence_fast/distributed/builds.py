@@ -1,0 +1,295 @@
+"""One build on many processes, started by torchrun, accelerate launch, srun or a job array, on any number of hosts.
+
+The processes share the store's folder and nothing else: each takes the heaviest shard that nobody has claimed
+(`claims`), computes and writes it, and takes the next. So a slow one holds nobody up, one may die at any moment or
+join late, and the store comes out bit for bit as from one process. Only a model sharded over several cards (FSDP2,
+`sharded`) needs a process group; then the processes of a group work as one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from influence_fast.distributed.claims import Claims, Owner
+from influence_fast.distributed.metrics import Board, Meter, board, chrome_trace, example_flops, folder_of
+from influence_fast.distributed.processes import TIME_LIMIT, Signals, Watch, World, largest, once, pauses, rank_in
+from influence_fast.errors import StoreError
+from influence_fast.gradients.eigen_sketch import EigenSketch
+from influence_fast.gradients.fp8 import AUTO, check_precision
+from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.sharded import LockstepRows
+from influence_fast.influence.sketch_fitting import Find, Fit, Keep, kept
+from influence_fast.influence.sketch_fitting import fit_projection as fit_by_itself
+from influence_fast.store.building import build_shards, check_some, warn_of_set_aside
+from influence_fast.store.manifest import Manifest, file_name
+from influence_fast.store.reader import Store, open_store
+from influence_fast.store.writer import StoreWriter
+
+_FINALIZE = "finalize"
+
+
+def build_distributed(
+    path: str | Path,
+    model: nn.Module,
+    tokenizer: Any,
+    dataset: Sequence[Any],
+    *,
+    world: World | None = None,
+    group: Any = None,
+    time_limit: float = TIME_LIMIT,
+    progress: bool | None = None,
+    metrics: bool = True,
+    profile: bool = False,
+    peak: float | None = None,
+    **options: Any,
+) -> Store:
+    """`build_store` by every process that runs this with the same arguments, until the store in `path` is finished.
+
+    Args:
+        path: a folder that all processes see.
+        world: by default what the launcher says (`World.from_environment`).
+        group: for a model that `sharded.shard_model` has spread out, the process group it is spread over.
+        time_limit: seconds without a finished batch after which a process is given up: it ends itself (exit code
+            75, with a stack trace), and the others take over its shard and say so. Above the slowest batch.
+        progress: one bar for all processes, shown by rank 0; by default when stderr is a terminal.
+        metrics: JSON lines of each rank in `<path>.metrics` (see `metrics`).
+        profile: a Chrome trace of each rank's first batches, in `<path>.metrics/trace-rank-00000.json`.
+        peak: FLOP/s of one process's card, for the utilisation that the bar shows.
+        options: as `build_store`: projection, dtype, loss_reduction, precision, shard_rows, ...
+
+    Returns the finished store, in every process. Raises as `build_store`, and Preempted after SIGTERM: the batches
+    of the shard in hand are kept too, and the same command goes on, with any number of processes.
+    """
+    check_precision(options.get("precision", AUTO), sharded=group is not None)
+    world = World.from_environment() if world is None else world
+    path = Path(path)
+    folder = folder_of(path) if metrics or profile else None
+    leads = group is None or rank_in(group) == 0
+    meter = Meter(folder if metrics and leads else None, world.rank, example_flops(model))
+    trace = folder / f"trace-rank-{world.rank:05d}.json" if profile and folder is not None else None
+    with Signals() as signals, Watch(world, time_limit) as watch, chrome_trace(trace) as traced:
+        alone = ClaimedTurns(world, meter, signals, watch, progress=progress, peak=peak, after_batch=traced)
+        turns: ClaimedTurns | LockstepTurns = alone
+        if group is not None:
+            turns = LockstepTurns(alone, group)
+            options = {**options, "gradients": LockstepRows(group)}
+        try:
+            writer = build_shards(path, model, tokenizer, dataset, turns=turns, **options)
+            store = turns.finish(writer, len(dataset))
+        except KeyboardInterrupt:
+            meter.write("stopped")
+            raise
+    meter.write("finished")
+    return store
+
+
+class ClaimedTurns:
+    """Shards as they can be claimed, the heaviest first, until all are done; see `building.Turns`."""
+
+    def __init__(
+        self,
+        world: World,
+        meter: Meter,
+        signals: Signals,
+        watch: Watch,
+        *,
+        progress: bool | None = None,
+        peak: float | None = None,
+        after_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.world = world
+        self.meter = meter
+        self.signals = signals
+        self.watch = watch
+        self._progress = progress if world.rank == 0 else False
+        self._peak = peak
+        self._after_batch = after_batch
+        self._claims: Claims | None = None
+        self._name = ""
+        self._board: Board | None = None
+        self._said = 0
+
+    def shards(self, writer: StoreWriter, sizes: Sequence[tuple[int, int]]) -> Generator[int]:
+        claims = self._claims_on(writer.path)
+        pending = writer.pending()
+        total = sum(examples for examples, _ in sizes)
+        done = total - sum(sizes[index][0] for index in pending)
+        left = sorted(pending, key=lambda index: (-sizes[index][1], index))
+        with board(self._progress, self.meter.folder, done, total, self._peak) as self._board:
+            pause = pauses()
+            while left:
+                before = len(left)
+                for index in list(left):
+                    if self._done(writer, index):
+                        left.remove(index)
+                    elif claims.take(_name(index)):
+                        with self._holding(_name(index)):
+                            if not self._done(writer, index):  # it may have been finished before it was claimed
+                                self.meter.begin(index)
+                                yield index
+                                self.meter.end()
+                        left.remove(index)
+                    self._tell()
+                if len(left) < before:
+                    pause = pauses()
+                elif left:
+                    self._wait(next(pause))
+
+    def owns(self, index: int) -> bool:
+        return self._claims is not None and self._claims.holds(_name(index))
+
+    def advance(self, lengths: Sequence[int]) -> None:
+        self.meter.add(lengths)
+        self.watch.beat()
+        if self._claims is not None:
+            self._claims.beat(self._name)
+        if self._board is not None:
+            self._board.update()
+        if lengths:
+            self._after_batch()
+        self.signals.check()
+
+    def finish(self, writer: StoreWriter, examples: int) -> Store:
+        """Closes the store, or waits until another process has. Raises as `StoreWriter.finalize`."""
+        claims = self._claims_on(writer.path)
+        for pause in pauses():
+            if Manifest.load(writer.path).complete:
+                store = self._swept(writer, claims)
+                check_some(store, examples)
+                return store
+            if claims.take(_FINALIZE):
+                with self._holding(_FINALIZE):
+                    if not Manifest.load(writer.path).complete:  # nobody else closes it while this claim is held
+                        warn_of_set_aside(writer.finalize(), examples)
+                    return self._swept(writer, claims)
+            self._wait(pause)
+        raise AssertionError("unreachable")
+
+    def _swept(self, writer: StoreWriter, claims: Claims) -> Store:
+        """The finished store, without what was left by processes that were killed, closing it included."""
+        claims.sweep()
+        writer.sweep()
+        return open_store(writer.path)
+
+    @contextlib.contextmanager
+    def _holding(self, name: str) -> Iterator[None]:
+        assert self._claims is not None
+        self._name = name
+        self.watch.start(f"shard {name}" if name != _FINALIZE else "the last step")
+        self._tell()
+        try:
+            yield
+        finally:
+            self.watch.stop()
+            self._claims.release(name)
+
+    def _wait(self, seconds: float) -> None:
+        self.signals.check()
+        time.sleep(seconds)
+        self.meter.wait()
+        if self._board is not None:
+            self._board.update()
+
+    def _tell(self) -> None:
+        """Says what was taken over since the last time, and from whom."""
+        assert self._claims is not None
+        for lost in self._claims.lost[self._said :]:
+            print(f"rank {self.world.rank} takes over shard {lost}", file=sys.stderr, flush=True)
+            self.meter.write("taken over", what=str(lost))
+        self._said = len(self._claims.lost)
+
+    def _claims_on(self, folder: Path) -> Claims:
+        if self._claims is None:
+            self._claims = Claims(folder, Owner.here(self.world.rank), self.watch.time_limit)
+        return self._claims
+
+    def _done(self, writer: StoreWriter, index: int) -> bool:
+        return (writer.path / file_name("shard", index)).exists() and writer.is_done(index)
+
+
+class LockstepTurns:
+    """The same for a group of processes that hold one model together: its first process takes shards for all."""
+
+    def __init__(self, turns: ClaimedTurns, group: Any) -> None:
+        self.turns = turns
+        self.group = group
+        self.leads = rank_in(group) == 0
+
+    def shards(self, writer: StoreWriter, sizes: Sequence[tuple[int, int]]) -> Generator[int]:
+        if self.leads:
+            with closing(self.turns.shards(writer, sizes)) as shards:
+                for index in shards:
+                    self._agree(index)
+                    yield index
+            self._agree(-1)
+            return
+        while (index := self._agree(-1)) >= 0:
+            self.turns.watch.start(f"shard {index}")
+            yield index
+            self.turns.watch.stop()
+
+    def owns(self, index: int) -> bool:
+        return self.leads and self.turns.owns(index)
+
+    def advance(self, lengths: Sequence[int]) -> None:
+        # Stopping is agreed on: one that left alone would leave the others waiting for its part of the weights.
+        self.turns.signals.stopping = bool(largest(int(self.turns.signals.stopping), self.group))
+        self.turns.advance(lengths)
+
+    def finish(self, writer: StoreWriter, examples: int) -> Store:
+        return self.turns.finish(writer, examples)
+
+    def _agree(self, value: int) -> int:
+        return largest(value, self.group)  # all but the leader say -1
+
+
+def fit_projection(
+    path: str | Path,
+    model: nn.Module,
+    dataset: Sequence[Any],
+    *,
+    world: World | None = None,
+    group: Any = None,
+    time_limit: float = TIME_LIMIT,
+    **options: Any,
+) -> Projection:
+    """`sketch_fitting.fit_projection` for the store in `path`, by every process that runs this with the same arguments.
+
+    One of them fits, and the others take what it kept; with a `group` (see `build_distributed`) all compute, and rank
+    0's is kept. Returns the same everywhere. Raises as it does.
+    """
+    world = World.from_environment() if world is None else world
+    path = Path(path)
+
+    def by_claim(find: Find, fit: Fit, keep: Keep) -> EigenSketch:
+        once(path, world, lambda: find() is not None, lambda beat: keep(fit(beat)), time_limit)
+        return kept(find)
+
+    def together(find: Find, fit: Fit, keep: Keep) -> EigenSketch:
+        if largest(int(find() is None), None):  # somebody found none: all compute, in lockstep
+            sketch = fit(lambda: None)
+            failed: StoreError | None = None
+            if world.rank == 0:
+                try:
+                    keep(sketch)
+                except StoreError as error:
+                    failed = error
+            if largest(int(failed is not None), None):  # kept now, or all stop
+                raise failed or StoreError(f"{path}: rank 0 could not keep the sketch; its message says why")
+        return kept(find)
+
+    if group is None:
+        return fit_by_itself(model, dataset, folder=path, share=by_claim, **options)
+    return fit_by_itself(model, dataset, folder=path, share=together, gradients=LockstepRows(group), **options)
+
+
+def _name(index: int) -> str:
+    return f"{index:05d}"

@@ -1,0 +1,287 @@
+"""Answers to prompts, by transformers' `generate` in batches or by vLLM."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from influence_fast.errors import ConfigError, DataError, ModelError
+from influence_fast.progress import track
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from influence_fast.evaluation.evaluate import EvalConfig
+
+ENGINES = ("auto", "transformers", "vllm")
+STOPPED = "stop"  # the model ended its answer
+CUT = "length"  # it was still talking at max_new_tokens
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
+
+
+class Answer(NamedTuple):
+    """`text` without special tokens, the number of `tokens` before the end, and STOPPED or CUT."""
+
+    text: str
+    tokens: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model by its files, for an engine that loads it itself: hub id or folder, and a LoRA adapter's folder."""
+
+    path: str
+    adapter: str | None = None
+    dtype: str = "float32"
+    trust_remote_code: bool = False
+
+
+def choose_engine(engine: str) -> str:
+    """`transformers` or `vllm`: `auto` is vLLM where it is installed and there is a GPU.
+
+    Raises ConfigError for `vllm` where it is not installed.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    if engine == "vllm" and not installed:
+        raise ConfigError(
+            "evaluation.engine is 'vllm', which is not installed: pip install vllm, or use engine 'transformers'"
+        )
+    if engine == "auto":
+        return "vllm" if installed and torch.cuda.is_available() else "transformers"
+    return engine
+
+
+def generate(
+    model: torch.nn.Module | ModelFiles,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    config: EvalConfig,
+    progress: bool = False,
+) -> list[list[Answer]]:
+    """For each prompt text its `config.samples` answers; see `answer_batches`."""
+    answers: list[list[Answer]] = [[] for _ in prompts]
+    for batch in answer_batches(model, tokenizer, prompts, config=config, progress=progress):
+        for i, samples in batch.items():
+            answers[i] = samples
+    return answers
+
+
+def answer_batches(
+    model: torch.nn.Module | ModelFiles,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    config: EvalConfig,
+    answered: Callable[[int], bool] = lambda i: False,
+    progress: bool = False,
+) -> Iterator[dict[int, list[Answer]]]:
+    """Batch by batch, the answers of each prompt by its place in `prompts`: `config.samples` of them.
+
+    A model in memory answers by transformers: prompts of like length share a batch, padded on the left, the longest
+    first. Each batch has a seed of its own, so a batch whose prompts are all `answered` is left out and the others
+    come out the same. `ModelFiles` are answered by vLLM, all in one batch.
+
+    Raises ConfigError where `config.engine` says otherwise, DataError for a prompt without tokens, ModelError for
+    prompts that leave no room in the model's context.
+    """
+    encoded: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
+    if isinstance(model, ModelFiles):
+        if config.engine == "transformers":
+            raise ConfigError("evaluation.engine 'transformers' answers by a model in memory: load it (load_model)")
+        yield dict(enumerate(_vllm_answers(model, tokenizer, encoded, config, progress)))
+        return
+    if config.engine == "vllm":
+        raise ConfigError("evaluation.engine 'vllm' loads the model from its files: give ModelFiles, not a module")
+    check_room(getattr(model, "config", None), encoded, config)
+    yield from _transformers_answers(model, tokenizer, encoded, config, answered, progress)
+
+
+# ---- transformers ----------------------------------------------------------------------------------------
+
+
+def _transformers_answers(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Sequence[int]],
+    config: EvalConfig,
+    answered: Callable[[int], bool],
+    progress: bool,
+) -> Iterator[dict[int, list[Answer]]]:
+    device = next(model.parameters()).device
+    ends = _end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
+    settings = _generation_config(config, pad, ends)
+    # longest first: a batch too large for the memory fails at once, not at the end
+    order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
+    per_batch = max(1, config.batch_size // config.samples)
+    batches = [order[i : i + per_batch] for i in range(0, len(order), per_batch)]
+    was_training = model.training
+    model.eval()
+    try:
+        for number, batch in enumerate(track(batches, "answering", shown=progress)):
+            if all(answered(i) for i in batch):
+                continue
+            width = len(encoded[batch[0]])
+            input_ids = torch.full((len(batch), width), pad, dtype=torch.int64)  # [B, width], padded on the left
+            mask = torch.zeros_like(input_ids)
+            for row, i in enumerate(batch):
+                n = len(encoded[i])
+                input_ids[row, width - n :] = torch.tensor(encoded[i], dtype=torch.int64)
+                mask[row, width - n :] = 1
+            torch.manual_seed(config.seed * 1_000_003 + number)
+            with torch.no_grad():
+                output = model.generate(  # type: ignore[operator]
+                    input_ids=input_ids.to(device), attention_mask=mask.to(device), generation_config=settings
+                )[:, width:].cpu()  # [B * samples, new tokens]
+            rows = [_answer(tokens, ends, tokenizer) for tokens in output.tolist()]
+            n = config.samples
+            yield {i: rows[row * n : (row + 1) * n] for row, i in enumerate(batch)}
+    finally:
+        model.train(was_training)
+
+
+def _answer(tokens: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+    """New tokens, padded after their end, as an answer; without an end it was cut."""
+    end = next((k for k, token in enumerate(tokens) if token in ends), None)
+    kept = tokens if end is None else tokens[:end]
+    return Answer(_decode(kept, tokenizer), len(kept), CUT if end is None else STOPPED)
+
+
+def _decode(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _generation_config(config: EvalConfig, pad: int, ends: set[int]) -> Any:
+    from transformers import GenerationConfig
+
+    sampling: dict[str, Any] = {"do_sample": False}
+    if config.temperature > 0:
+        # top_k=0 switches off transformers' own default of 50, which nobody asked for
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    return GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        num_return_sequences=config.samples,
+        pad_token_id=pad,
+        eos_token_id=sorted(ends),
+        use_cache=True,
+        **sampling,
+    )
+
+
+def _end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokenizer's EOS, and the others that the model names (chat models end a turn by another token)."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    candidates = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id]
+    ends = {int(token) for token in candidates if token is not None}
+    if not ends:
+        raise ModelError("neither tokenizer nor model has an EOS token: set tokenizer.eos_token")
+    return ends
+
+
+def check_room(model_config: Any, encoded: Sequence[Sequence[int]], config: EvalConfig) -> None:
+    """DataError for an empty prompt, ModelError where a prompt and its answer may outgrow the model's context."""
+    longest = max(len(tokens) for tokens in encoded)
+    if min(len(tokens) for tokens in encoded) == 0:
+        raise DataError("a prompt has no tokens: drop the empty prompts or set a chat template")
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if limit is not None and longest + config.max_new_tokens > limit:
+        raise ModelError(
+            f"the longest prompt ({longest} tokens) and evaluation.max_new_tokens ({config.max_new_tokens}) exceed "
+            f"the model's context of {limit}: lower max_new_tokens to at most {max(1, limit - longest)} or drop "
+            "the long prompts"
+        )
+
+
+# ---- vLLM ------------------------------------------------------------------------------------------------
+
+
+def _vllm_answers(
+    files: ModelFiles,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Sequence[int]],
+    config: EvalConfig,
+    progress: bool,
+) -> list[list[Answer]]:
+    """The answers of a vLLM engine made for this call and dropped after it, the adapter by a LoRARequest.
+
+    Checked against vLLM's documented interface only (`LLM`, `SamplingParams`, `LoRARequest`, `RequestOutput`): it
+    has not been run with vLLM itself.
+    """
+    choose_engine("vllm")
+    from transformers import AutoConfig
+    from vllm import LLM, SamplingParams
+
+    check_room(AutoConfig.from_pretrained(files.path, trust_remote_code=files.trust_remote_code), encoded, config)
+    options: dict[str, Any] = {
+        "model": files.path,
+        "dtype": files.dtype,
+        "seed": config.seed,
+        "trust_remote_code": files.trust_remote_code,
+    }
+    request = None
+    if files.adapter is not None:
+        from vllm.lora.request import LoRARequest
+
+        options |= {"enable_lora": True, "max_lora_rank": _vllm_rank(files.adapter)}
+        request = LoRARequest("adapter", 1, files.adapter)
+    if torch.cuda.is_initialized():  # its default, 90 % of the card, leaves out what this process already holds
+        free, total = torch.cuda.mem_get_info()
+        options["gpu_memory_utilization"] = round(0.9 * free / total, 3)
+    end = tokenizer.eos_token_id
+    llm = LLM(**options)
+    try:
+        outputs = llm.generate(
+            [{"prompt_token_ids": list(tokens)} for tokens in encoded],
+            [
+                SamplingParams(
+                    n=config.samples,
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    top_k=-1,
+                    max_tokens=config.max_new_tokens,
+                    seed=config.seed * 1_000_003 + i * config.samples,  # sample j of a request has the seed plus j
+                    stop_token_ids=None if end is None else [end],
+                    detokenize=False,  # decoded below, by the tokenizer that the other engine uses
+                )
+                for i in range(len(encoded))
+            ],
+            use_tqdm=progress,
+            lora_request=request,
+        )
+    finally:
+        del llm
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+    return [[_vllm_answer(one, tokenizer) for one in output.outputs] for output in outputs]
+
+
+def _vllm_answer(output: Any, tokenizer: PreTrainedTokenizerBase) -> Answer:
+    tokens = [int(token) for token in output.token_ids]
+    cut = output.finish_reason == "length"
+    if not cut and tokens:
+        tokens.pop()  # the token that ended it is among them
+    return Answer(_decode(tokens, tokenizer), len(tokens), CUT if cut else STOPPED)
+
+
+def _vllm_rank(adapter: str) -> int:
+    """The least rank vLLM can be built for that holds the adapter's."""
+    path = Path(adapter) / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file; vLLM needs the adapter as a local folder") from None
+    rank = max([int(config["r"]), *(config.get("rank_pattern") or {}).values()])
+    for known in VLLM_RANKS:
+        if rank <= known:
+            return known
+    raise ModelError(f"{adapter} has LoRA rank {rank}; vLLM takes at most {VLLM_RANKS[-1]}, use engine 'transformers'")

@@ -1,0 +1,238 @@
+"""Evaluation tasks: small YAML files that say where questions come from, how they are put and how answers are judged.
+
+Those of the package are in `eval_tasks/`; a file of one's own has the same keys:
+
+    source: {path: owner/name, config: main, split: test}   # or a local file beside the YAML
+    columns: {question: question, answer: answer}           # also id, solution, distractors
+    answer: math                                            # math, last_number or choice
+    prompt: "{{ question }}"                                # Jinja; also `options` (letter, text) and the whole `row`
+    sampling: {max_new_tokens: 1024}                        # also temperature, top_p, samples, pass_at
+    citation: "..."
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from influence_fast.data.rows import load_rows
+from influence_fast.data.schemas import Cells, Example
+from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
+from influence_fast.evaluation.evaluate import EvalConfig
+from influence_fast.evaluation.grading import ANSWER_KINDS, choice_letter, extract_answer
+from influence_fast.settings import from_dict, read_mapping
+
+FOLDER = Path(__file__).with_name("eval_tasks")
+LETTERS = "ABCDEFGHIJ"
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """A hub id (or a local file), its configuration and its split."""
+
+    path: str
+    config: str | None = None
+    split: str = "test"
+
+
+@dataclass(frozen=True)
+class TaskColumns:
+    """What the source calls each column.
+
+    Without an `answer` column the final answer is the solution's, in a box or after ####. With `distractors` (columns
+    of text, or one column that is a list) the answer is the text of the right option, and the options are shuffled.
+    """
+
+    question: str
+    answer: str | None = None
+    id: str | None = None
+    solution: str | None = None
+    distractors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TaskSampling:
+    """A task's own defaults for the settings of the same names in `EvalConfig`."""
+
+    max_new_tokens: int = 2048
+    temperature: float = 0.0
+    top_p: float = 1.0
+    samples: int = 1
+    pass_at: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task as its file says; `name` is the file's name without its extension."""
+
+    name: str
+    source: TaskSource
+    columns: TaskColumns
+    prompt: str
+    answer: str = "math"
+    sampling: TaskSampling = field(default_factory=TaskSampling)
+    citation: str = ""
+
+    @property
+    def evaluation(self) -> EvalConfig:
+        """The settings to evaluate with; `dataclasses.replace` changes them."""
+        return EvalConfig(answer_kind=self.answer, **asdict(self.sampling))
+
+
+def known_tasks() -> list[str]:
+    """The names of the tasks in the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_task(name_or_path: str | Path) -> Task:
+    """A task of the package by its name, or one's own by the path of its YAML file.
+
+    Raises ConfigError: unknown name (with all known), no such file, unknown or missing key, a value that does not fit,
+    a prompt that is no Jinja template.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        known = known_tasks()
+        if str(name_or_path) not in known:
+            hint = did_you_mean(str(name_or_path), known)
+            raise ConfigError(f"unknown task {str(name_or_path)!r}; {hint}, or give the path of a .yaml file")
+        path = FOLDER / f"{name_or_path}.yaml"
+    try:
+        raw = read_mapping(path, "a task")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such task file; {did_you_mean(path.stem, known_tasks())}") from None
+    if isinstance(source := raw.get("source"), dict) and isinstance(source.get("path"), str):
+        beside = path.parent / source["path"]
+        if beside.is_file():
+            raw = raw | {"source": source | {"path": str(beside)}}
+    try:
+        task: Task = from_dict(Task, {"name": path.stem} | raw)
+        _check(task)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return task
+
+
+def _check(task: Task) -> None:
+    from jinja2 import TemplateSyntaxError
+
+    if task.answer not in ANSWER_KINDS:
+        raise ConfigError(f"answer: unknown value {task.answer!r}; {did_you_mean(task.answer, ANSWER_KINDS)}")
+    if task.columns.answer is None and task.columns.solution is None:
+        raise ConfigError("columns: name an 'answer' column, or a 'solution' that holds the final answer")
+    if task.columns.distractors and (task.answer != "choice" or task.columns.answer is None):
+        raise ConfigError("columns.distractors: needs 'answer: choice' and an 'answer' column, the right option's text")
+    try:
+        _template(task.prompt)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"prompt: not a Jinja template: {error}") from None
+    _ = task.evaluation  # raises where the sampling does not fit together
+
+
+def task_examples(
+    task: Task, limit: int | None = None, source: str | Path | None = None, split: str | None = None
+) -> list[Example]:
+    """The questions of `task` as examples, in the order of the rows; `source` overrides the hub by a local file.
+
+    `prompt` is the rendered template, `answer` the reference (a letter for a choice), `completion` the solution where
+    the source has one, else the answer. Raises DataError: source not found, a column missing, repeated ids, a row
+    without a usable answer, each with file and row.
+    """
+    from jinja2 import TemplateError
+
+    path = source if source is not None else _hub_path(task.source)
+    rows = load_rows(str(path), split=split or task.source.split)
+    names = {name: column for name, column in asdict(task.columns).items() if isinstance(column, str)}
+    for column in [*names.values(), *task.columns.distractors]:
+        if column not in rows.columns:
+            raise DataError(
+                f"{rows.name}: has no column {column!r}, which task {task.name!r} reads; "
+                f"{did_you_mean(column, rows.columns)}"
+            )
+    template = _template(task.prompt)
+    examples: list[Example] = []
+    wanted = None if "row" in task.prompt else {*names.values(), *task.columns.distractors}
+    for index, row in enumerate(rows.read(wanted)):
+        if limit is not None and len(examples) >= limit:
+            break
+        cells = Cells(row, index, rows, names)
+        name = str(cells.value("id")) if task.columns.id else str(index)
+        question = cells.text("question")
+        answer = _answer(task, cells)
+        solution = _joined(cells.value("solution"), "\n\n") if task.columns.solution else ""
+        options: list[tuple[str, str]] = []
+        if task.columns.distractors:
+            options, answer = _options(name, answer, list(_distractors(task, cells)), cells)
+        try:
+            prompt = template.render(question=question, options=options, row=row).strip()
+        except TemplateError as error:
+            raise cells.error(
+                f"the prompt of task {task.name!r} cannot be rendered ({error}); mend its template"
+            ) from None
+        examples.append(Example(id=name, prompt=prompt, completion=solution or answer, answer=answer, row=index))
+    repeated = [f"{name} ({n} times)" for name, n in Counter(e.id for e in examples).items() if n > 1]
+    if repeated:
+        raise DataError(f"{rows.name}: ids must be unique, repeated are {listing(repeated)}; name another id column")
+    return examples
+
+
+def _hub_path(source: TaskSource) -> str:
+    return source.path if source.config is None else f"{source.path}:{source.config}"
+
+
+def _template(text: str) -> Any:
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    # a task file may come from anybody: it can shape text and no more
+    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False).from_string(text)
+
+
+def _joined(value: Any, between: str) -> str:
+    """Text of a cell; the texts of a list one after the other."""
+    return between.join(str(part) for part in value) if isinstance(value, list) else str(value)
+
+
+def _answer(task: Task, cells: Cells) -> str:
+    """The reference answer of a row as text."""
+    if task.columns.answer is None:
+        answer = extract_answer(_joined(cells.value("solution"), "\n\n"))
+        if answer is None:
+            raise cells.error(
+                f"column {cells.column('solution')!r} states no final answer (in a box or after ####); add one, or "
+                "name an answer column"
+            )
+    else:
+        answer = _joined(cells.value("answer"), ", ")
+    if task.answer != "choice":
+        answer = re.sub(r"(?<!\\)\$", "", answer)  # dollars around mathematics, not a price
+    elif not task.columns.distractors and choice_letter(answer) is None:
+        raise cells.error(f"the answer {answer!r} is no letter from A to J; name the columns of the other options")
+    answer = answer.strip()
+    if not answer:
+        raise cells.error(f"column {cells.column('answer')!r} is empty; fill it in or remove the row")
+    return answer
+
+
+def _distractors(task: Task, cells: Cells) -> Iterator[str]:
+    for column in task.columns.distractors:
+        value = cells.value(column)
+        yield from (str(part).strip() for part in (value if isinstance(value, list) else [value]))
+
+
+def _options(name: str, right: str, wrong: list[str], cells: Cells) -> tuple[list[tuple[str, str]], str]:
+    """The options as (letter, text), and the letter of the right one.
+
+    Their order is a function of the row's id alone: that of SHA-256 over the id and the option's place.
+    """
+    texts = [right, *wrong]
+    if not 2 <= len(texts) <= len(LETTERS):
+        raise cells.error(f"has {len(texts)} options; a choice has from 2 to {len(LETTERS)}")
+    order = sorted(range(len(texts)), key=lambda i: hashlib.sha256(f"{name}\n{i}".encode()).digest())
+    options = [(LETTERS[place], texts[i]) for place, i in enumerate(order)]
+    return options, LETTERS[order.index(0)]

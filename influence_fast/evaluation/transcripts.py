@@ -1,0 +1,165 @@
+"""Transcripts of an evaluation on disk: written as the answers come, and found again when the run is repeated.
+
+Beside `answers.jsonl` lies `answers.jsonl.run.json`, which says what the answers depend on. While the evaluation goes
+on, the answers are in `answers.jsonl.partial`, whose first line says the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from influence_fast.atomic import replacing
+from influence_fast.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class EvalItem:
+    """One answer: `generation` as the model wrote it, `extracted` the answer found in it (None: none).
+
+    `finish_reason`: "stop", or "length" when the model had not ended after `max_new_tokens` tokens.
+    """
+
+    id: str
+    prompt: str
+    generation: str
+    answer: str
+    extracted: str | None
+    correct: bool
+    finish_reason: str
+    sample: int = 0
+    tokens: int = 0
+    note: str = ""
+
+
+def write_transcripts(items: Iterable[EvalItem], path: str | Path) -> None:
+    """One JSON object an answer; the file appears whole or not at all."""
+    with replacing(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
+        for item in items:
+            file.write(_line(asdict(item)))
+
+
+def record_of(transcripts: Path) -> Path:
+    """Where the record of finished transcripts lies."""
+    return transcripts.with_name(f"{transcripts.name}.run.json")
+
+
+class Journal:
+    """The answers of one evaluation as they come, by the place of their question.
+
+    `run` is a JSON object of all that the answers depend on. What an earlier run of the same left at `path` is taken
+    up: `found` has the items of each question that was finished. What a different run left is written over, or with
+    `overwrite` False is a ConfigError that names the first difference.
+    """
+
+    def __init__(self, path: str | Path, run: dict[str, Any], *, overwrite: bool = True) -> None:
+        self.path = Path(path)
+        _check_own(self.path)
+        self.run: dict[str, Any] = json.loads(json.dumps(run))
+        if not overwrite and (other := self._other()):
+            raise ConfigError(
+                f"{path} holds the answers of another evaluation ({other}): choose another file, or delete it"
+            )
+        self.found = self._finished() or self._interrupted()
+        self._file: IO[str] | None = None
+
+    @property
+    def _record(self) -> Path:
+        return record_of(self.path)
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.partial")
+
+    def add(self, question: int, items: Sequence[EvalItem]) -> None:
+        """Appends the items of a question; they are on their way to the disk when this returns."""
+        if self._file is None:
+            self._partial.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._partial.open("w", encoding="utf-8")
+            self._file.write(_line({"run": self.run}))
+            for earlier, kept in self.found.items():  # without the torn end that an interruption may leave
+                self._append(earlier, kept)
+        self._append(question, items)
+        self._file.flush()
+
+    def finish(self, items: Sequence[EvalItem]) -> None:
+        """Puts the transcripts, in the order of the questions, and their record in the place of the journal."""
+        self.close()
+        self._record.unlink(missing_ok=True)  # never beside transcripts that are not its own
+        write_transcripts(items, self.path)
+        with replacing(self._record) as temporary:
+            temporary.write_text(json.dumps({"run": self.run, "answers": len(items)}, indent=1) + "\n")
+        self._partial.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _append(self, question: int, items: Sequence[EvalItem]) -> None:
+        assert self._file is not None
+        self._file.write(_line({"question": question, "items": [asdict(item) for item in items]}))
+
+    def _other(self) -> str:
+        """In what the run whose answers are there differs from this one; empty where none is, or it is this one."""
+        from influence_fast.settings import difference
+
+        there = self.path.exists() and self.path.stat().st_size > 0
+        if there and not self._record.exists():
+            return "without a record of what it was"
+        if there:
+            before = json.loads(self._record.read_text(encoding="utf-8"))["run"]
+        elif self._partial.exists() and (rows := _read_lines(self._partial)):
+            before = rows[0].get("run") or {}
+        else:
+            return ""
+        found = difference(before, self.run) or ""
+        name = found.partition(":")[0]
+        return f"other {name}" if len(str(before.get(name))) == 64 else found  # not two hashes
+
+    def _finished(self) -> dict[int, list[EvalItem]]:
+        """The items of whole transcripts, if their record is this run's."""
+        if not (self._record.exists() and self.path.exists()):
+            return {}
+        record = json.loads(self._record.read_text(encoding="utf-8"))
+        rows = _read_lines(self.path)
+        if record["run"] != self.run or len(rows) != record["answers"]:
+            return {}
+        samples = int(self.run["config"]["samples"])
+        items = [EvalItem(**row) for row in rows]
+        return {i: items[i * samples : (i + 1) * samples] for i in range(len(items) // samples)}
+
+    def _interrupted(self) -> dict[int, list[EvalItem]]:
+        if not self._partial.exists():
+            return {}
+        rows = _read_lines(self._partial)
+        if not rows or rows[0].get("run") != self.run:
+            return {}
+        return {int(row["question"]): [EvalItem(**item) for item in row["items"]] for row in rows[1:]}
+
+
+def _check_own(path: Path) -> None:
+    """DataError where `path` is a file of something else, which transcripts would replace."""
+    if path.is_file() and path.stat().st_size:
+        rows = _read_lines(path)
+        if not rows or not isinstance(rows[0], dict) or not {"generation", "extracted"} <= rows[0].keys():
+            raise DataError(f"{path} is there and holds no transcripts, and would be lost: give another file")
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file up to the first line that is none: an interruption may have torn it."""
+    rows = []
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                rows.append(json.loads(line.decode("utf-8")))
+            except ValueError:  # no JSON, or a character cut in two
+                break
+    return rows
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"

@@ -1,0 +1,1 @@
+"""Per-example LoRA gradients, exact or projected: one forward and one activation backward of a pack."""

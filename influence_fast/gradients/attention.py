@@ -1,0 +1,269 @@
+"""Attention over a pack: each example attends to itself alone, at the cost of its own length squared.
+
+Registered with transformers as an attention implementation. A dense block-diagonal mask would compute the whole
+(T, T) product; here only the blocks are computed, so an example's numbers do not depend on its neighbours:
+
+    varlen   16-bit models on a card: PyTorch's own variable-length flash attention, one launch for the whole pack
+    SDPA     else: one call an example
+
+Models that run flash-attention or flex attention keep theirs: transformers hands them the same `cu_seq_lens` and
+positions.
+
+The same pack gives the same bits in every run. Fused attentions on cards add up the gradient of the queries as blocks
+of keys happen to finish, unless they are asked for one order; here they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from influence_fast.data.packing import Pack
+from influence_fast.errors import ModelError
+from influence_fast.gradients.transfer import all_to_device
+
+PACKED = "influence_fast_packed"
+_REPLACED = ("eager", "sdpa", None)  # these see a pack as one text
+_deterministic: Any = torch.utils.deterministic
+_FUSED = ("FlashAttention", "EfficientAttention", "varlen_attn")  # in the names of the backward functions of these
+_LARGEST_HEAD = 256  # of flash attention, whose heads are multiples of 8
+
+
+@contextlib.contextmanager
+def packed(base: Any, config: Any) -> Iterator[None]:
+    """While the block runs, the attention of the model `base` keeps the examples of a pack apart; `config` says which
+    attention it has."""
+    before = config._attn_implementation
+    if before not in _REPLACED:
+        yield
+        return
+    register()
+    base.set_attn_implementation(PACKED)
+    try:
+        with unchanged_order(), _without_cudnn():
+            yield
+    finally:
+        base.set_attn_implementation(before or "sdpa")
+
+
+@contextlib.contextmanager
+def unchanged_order() -> Iterator[None]:
+    """Puts back what `_in_order` asks PyTorch for, if the block ends in the middle of an attention's backward."""
+    order = _order()
+    try:
+        yield
+    finally:
+        _set_order(*order)
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """SDPA by other means than cuDNN: its backward has no one order, and it plans anew for every length."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def register() -> None:
+    """Makes `PACKED` known to transformers; harmless to repeat."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED, packed_attention)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedTokens:
+    """A pack's tokens as a decoder reads them, all on one device.
+
+    `cu_seqlens` has the bounds on the host too; it is None where the tensors' numbers are to change under a recorded
+    step, which then must not look at them.
+    """
+
+    input_ids: torch.Tensor  # [1, T] int64
+    position_ids: torch.Tensor  # [1, T] int64
+    bounds: torch.Tensor  # [E + 1] int32
+    longest: int  # tokens, of no example more
+    cu_seqlens: list[int] | None
+
+    @classmethod
+    def of(cls, pack: Pack) -> PackedTokens:
+        """On the host."""
+        bounds = torch.tensor(pack.cu_seqlens, dtype=torch.int32)
+        return cls(pack.input_ids[None], pack.position_ids[None], bounds, max(pack.lengths), pack.cu_seqlens)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.input_ids, self.position_ids, self.bounds]
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> PackedTokens:
+        """The same with other tensors in that order: copies on another device."""
+        input_ids, position_ids, bounds = tensors
+        return PackedTokens(input_ids, position_ids, bounds, self.longest, self.cu_seqlens)
+
+    def to(self, device: torch.device) -> PackedTokens:
+        return self.with_tensors(all_to_device(self.tensors, device))
+
+
+def call(module: Any, implementation: str | None, tokens: PackedTokens, **kwargs: Any) -> Any:
+    """A pack through a decoder or a whole model whose attention is `implementation`: what that returns."""
+    known = implementation == PACKED and tokens.cu_seqlens is not None
+    if implementation is not None and implementation.startswith("flash_attention"):
+        kwargs["deterministic"] = True
+    return module(
+        input_ids=tokens.input_ids,
+        position_ids=tokens.position_ids,
+        use_cache=False,
+        # ours needs them on the host too, and reading them back would wait for the card
+        cu_seq_lens_q=tokens.cu_seqlens if known else tokens.bounds,
+        cu_seq_lens_k=tokens.bounds,
+        max_length_q=tokens.longest,
+        max_length_k=tokens.longest,
+        **kwargs,
+    )
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # [1, heads, T, head_dim]
+    key: torch.Tensor,  # [1, kv_heads, T, head_dim]
+    value: torch.Tensor,  # [1, kv_heads, T, head_dim]
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: list[int] | torch.Tensor | None = None,
+    cu_seq_lens_k: list[int] | torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    packed_probe: list[bool] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: returns ([1, T, heads, head_dim], None)."""
+    for unsupported in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(unsupported) is not None:
+            raise ModelError(f"attention with {unsupported} is not supported in packed batches")
+    varlen = _has_varlen(query, value)
+    if packed_probe is not None and cu_seq_lens_q is not None:
+        packed_probe.append(varlen)  # the boundaries do reach the attention
+    if isinstance(cu_seq_lens_k, torch.Tensor) and max_length_q is not None and varlen:
+        return _varlen(query, key, value, cu_seq_lens_k, max_length_q, scaling, sliding_window), None
+    if cu_seq_lens_q is None:
+        lengths = [query.shape[2]]
+    else:
+        bounds = cu_seq_lens_q.tolist() if isinstance(cu_seq_lens_q, torch.Tensor) else cu_seq_lens_q
+        lengths = [end - start for start, end in pairwise(bounds)]
+    grouped = query.shape[1] != key.shape[1]
+    # split, not slicing: its backward is one concatenation, where each slice's would be a zero-filled copy
+    parts = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
+    outputs = []
+    for q, k, v in parts:
+        n = q.shape[2]
+        mask = None
+        if sliding_window is not None and n > sliding_window:
+            distance = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)[None, :]
+            mask = (distance >= 0) & (distance < sliding_window)
+        out = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+        )
+        outputs.append(_in_order(out).transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,  # [E + 1] int32
+    longest: int,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """[1, T, heads, head_dim] in one launch."""
+    attend = varlen_attention()
+    assert attend is not None
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, heads, head_dim]
+    # keys to the left that a token sees beside its own
+    left = -1 if sliding_window is None else sliding_window - 1
+    options: dict[str, Any] = {"scale": scaling, "window_size": (left, 0)}
+    if q.shape[1] != k.shape[1] and _asks_for_groups(attend):
+        options["enable_gqa"] = True
+    out: torch.Tensor = attend(q, k, v, bounds, bounds, longest, longest, **options)
+    return _in_order(out)[None]
+
+
+def _in_order(out: torch.Tensor) -> torch.Tensor:
+    """`out`, whose fused backward is to add up in one order: for as long as it runs, and for nothing else, since many
+    other operations would be slower for being asked, or refuse."""
+    node = out.grad_fn
+    if node is None or not _is_fused(node.name(), out.device):
+        return out
+    before: list[tuple[int, bool]] = []
+
+    def ask(grads: Any) -> None:
+        before.append(_order())
+        _set_order(2, False)
+
+    def done(*grads: Any) -> None:
+        _set_order(*before.pop())
+
+    node.register_prehook(ask)
+    node.register_hook(done)
+    return out
+
+
+def _order() -> tuple[int, bool]:
+    """Whether PyTorch is asked for deterministic operations (2: yes), and then fills new memory."""
+    return torch.get_deterministic_debug_mode(), _deterministic.fill_uninitialized_memory
+
+
+def _set_order(mode: int, fill: bool) -> None:
+    torch.set_deterministic_debug_mode(mode)
+    _deterministic.fill_uninitialized_memory = fill
+
+
+def _is_fused(backward: str, device: torch.device) -> bool:
+    return device.type == "cuda" and any(name in backward for name in _FUSED)
+
+
+def _has_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
+    size = query.shape[-1]
+    return (
+        query.dtype in (torch.bfloat16, torch.float16)
+        and size == value.shape[-1]
+        and size <= _LARGEST_HEAD
+        and size % 8 == 0
+        and _runs_varlen(query.device)
+    )
+
+
+@functools.cache
+def _runs_varlen(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None or varlen_attention() is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def varlen_attention() -> Callable[..., Any] | None:
+    """PyTorch's `varlen_attn`, from the release on that has windows (2.11); None before."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+
+
+@functools.cache
+def _asks_for_groups(attend: Callable[..., Any]) -> bool:
+    """Whether grouped heads must be asked for; PyTorch 2.11 takes them without."""
+    return "enable_gqa" in inspect.signature(attend).parameters

@@ -1,0 +1,542 @@
+"""One forward and one activation backward of a pack; out come the LoRA gradients of each of its examples.
+
+For a LoRA linear `y = W x + s B (A x)` with `h_t = A x_t` and `u_t = B^T g_t` (g: gradient of y):
+
+    forward   [y | h | z] = x [W + sBA | A | R_in]^T      one pass over x
+    backward  [dx | u | y'] = g [W + sBA | B | R_out]     one pass over g
+    per example e:  R_out^T dB_e = s sum_t y'_t h_t^T,    dA_e R_in = s sum_t u_t z_t^T
+
+The base is frozen and so are the factors while the engine is open: no weight gradient is formed, the factors can be
+folded into the base weight, and `(T, r + p)` numbers a module are all that is kept for the backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear as dense
+
+from influence_fast.data.packing import Pack
+from influence_fast.errors import ConfigError, ModelError, say_once
+from influence_fast.gradients import attention, backends, fp8, graphs
+from influence_fast.gradients.fused_layers import Fused, fused, overridden
+from influence_fast.gradients.lora import LayoutEntry, LoraLinear, find_lora_linears, in_top_layers, layout_of
+from influence_fast.gradients.loss import CompletionLoss, drawn_tokens
+from influence_fast.gradients.memory import layer_bytes
+from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.reduction import FullReducer, ProjectedReducer, Reducer, segment_sums
+from influence_fast.gradients.step_inputs import StepInputs, StepShape
+from influence_fast.gradients.transfer import to_device
+
+# Share of a card's free memory that kept activations may fill: gradients inside a layer, and fragments, need the rest.
+_ROOM = 0.8
+# Heads that do more than a matrix product; their logits are taken from the model itself.
+_HEAD_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+@dataclass(eq=False)
+class InputGroup:
+    """LoRA linears that read one tensor (q/k/v, gate/up), computed in one pass over it."""
+
+    members: list[LoraLinear]
+    numbers: list[int]  # each member's place among all LoRA linears
+    reducer: Reducer
+    fused: bool
+    triton: bool
+    fp8_weights: list[fp8.Fp8Weight | None]  # each member's, None where its own dtype multiplies
+    forward_weight: torch.Tensor = field(init=False)  # fused: [sum d_out + sum c, d_in], else [sum c, d_in]
+    forward_bias: torch.Tensor | None = field(init=False)
+    backward_weights: list[torch.Tensor] = field(init=False)  # fused: [d_out, d_in + c], else [d_out, c]
+    columns: list[int] = field(init=False)  # c: r, or r + p with a projection
+    factors_a: torch.Tensor = field(init=False)  # not fused: every member's A, [sum r, d_in]
+    pending: dict[int, torch.Tensor] = field(default_factory=dict)
+    pending_input: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        dtype, device = self.members[0].weight.dtype, self.members[0].weight.device
+        skinny, self.backward_weights, self.columns, merged = [], [], [], []
+        for number, member in zip(self.numbers, self.members, strict=True):
+            r_in, r_out = self.reducer.columns(number)
+            into = torch.cat([member.a.to(dtype), r_in.T.to(device, dtype)])
+            out_of = torch.cat([member.b.to(dtype), r_out.to(device, dtype)], dim=1)
+            skinny.append(into)
+            self.columns.append(into.shape[0])
+            if self.fused:
+                folded = torch.addmm(member.weight, member.b.to(dtype), member.a.to(dtype), alpha=member.scaling)
+                merged.append(folded)
+                out_of = torch.cat([folded, out_of], dim=1)
+            self.backward_weights.append(out_of)
+        self.forward_weight = torch.cat(merged + skinny)
+        self.factors_a = self.forward_weight.new_empty(0)
+        if not self.fused:
+            self.factors_a = self.factor_a(0)
+            if len(self.members) > 1:
+                self.factors_a = torch.cat([self.factor_a(place) for place in range(len(self.members))])
+        self.forward_bias = None
+        if self.fused and any(member.bias is not None for member in self.members):
+            biases = [
+                member.weight.new_zeros(member.d_out) if member.bias is None else member.bias for member in self.members
+            ]
+            self.forward_bias = torch.cat([*biases, self.members[0].weight.new_zeros(sum(self.columns))])
+
+    def factor_a(self, place: int) -> torch.Tensor:
+        """Member `place`'s A [r, d_in] in the weights' dtype; not for fused groups."""
+        start = sum(self.columns[:place])
+        return self.forward_weight[start : start + self.members[place].r]
+
+    def factor_b(self, place: int) -> torch.Tensor:
+        """Member `place`'s B [d_out, r], likewise."""
+        return self.backward_weights[place][:, : self.members[place].r]
+
+    def skinny(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [T, d] @ weight [d, c] for a small c: one pass over x."""
+        if not self.triton:
+            return x @ weight
+        from influence_fast.kernels.skinny_project import MAX_COLUMNS, skinny_project
+
+        x = x.contiguous()
+        parts = [skinny_project(x, part) for part in weight.split(MAX_COLUMNS, dim=1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def outputs(self, x: torch.Tensor, h: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Each member's W x + bias + s B h, [T, d_out]; x [T, d_in], h [T, r] of each.
+
+        The adapter's part is written first and the base product, which is bound by arithmetic, adds to it: added
+        afterwards, it would read and write all outputs once more. 8-bit products cannot add; they share one rounding
+        of x.
+        """
+        rounded = None
+        for place, (member, weight) in enumerate(zip(self.members, self.fp8_weights, strict=True)):
+            b, s = self.factor_b(place).T, member.scaling
+            if weight is not None:
+                rounded = fp8.to_fp8(x) if rounded is None else rounded
+                yield weight.forward(rounded, member.bias).addmm_(h[place], b, alpha=s)
+                continue
+            bias = member.live_bias
+            if bias is None:
+                y = x.new_empty(x.shape[0], member.d_out).addmm_(h[place], b, beta=0, alpha=s)
+            else:
+                y = torch.addmm(bias, h[place], b, alpha=s)
+            yield y.addmm_(x, member.live_weight.T)
+
+    def input_gradient(
+        self, grads: Sequence[torch.Tensor | None], u: Sequence[torch.Tensor | None]
+    ) -> torch.Tensor | None:
+        """dx [T, d_in] = sum over members of g W + s u A, in the same order; g [T, d_out], u [T, r]."""
+        dx = self._adapters_part(u)
+        for member, weight, g in zip(self.members, self.fp8_weights, grads, strict=True):
+            if g is None or dx is None:
+                continue
+            if weight is not None:
+                dx.add_(weight.backward(fp8.to_fp8(g)))
+            else:
+                dx.addmm_(g, member.live_weight)
+        return dx
+
+    def _adapters_part(self, u: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        """sum of s u A: one product where all members have a gradient and one scaling."""
+        scalings = {member.scaling for member in self.members}
+        given = [part for part in u if part is not None]
+        if not given:
+            return None
+        dx = given[0].new_empty(given[0].shape[0], self.members[0].d_in)
+        if len(given) == len(u) and len(scalings) == 1:
+            together = given[0] if len(given) == 1 else torch.cat(given, dim=1)
+            return dx.addmm_(together, self.factors_a, beta=0, alpha=scalings.pop())
+        beta = 0
+        for place, part in enumerate(u):
+            if part is not None:
+                dx.addmm_(part, self.factor_a(place), beta=beta, alpha=self.members[place].scaling)
+                beta = 1
+        return dx
+
+    def call(self, place: int, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+        """Member `place`'s output; the first member called with a tensor computes them all."""
+        if self.pending_input is not x or place not in self.pending:
+            outputs = _GroupedLora.apply(x, anchor, self)
+            self.pending = dict(enumerate(outputs))
+            self.pending_input = x
+        output = self.pending.pop(place)
+        if not self.pending:
+            self.pending_input = None
+        return output
+
+    def forget(self) -> None:
+        self.pending, self.pending_input = {}, None
+
+
+class _GroupedLora(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, group: InputGroup) -> tuple[torch.Tensor, ...]:
+        tokens = x.reshape(-1, x.shape[-1])  # [T, d_in]
+        outputs = []
+        if group.fused:
+            wide = dense(tokens, group.forward_weight, group.forward_bias)  # [T, sum d_out + sum c]
+            splits = wide.split([m.d_out for m in group.members] + [sum(group.columns)], dim=1)
+            outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in splits[:-1]]
+            kept = splits[-1].contiguous()  # a copy, so that `wide` itself need not stay
+        else:
+            kept = group.skinny(tokens, group.forward_weight.T)  # [T, sum c]
+            parts = kept.split(group.columns, dim=1)
+            h = [part[:, : member.r] for member, part in zip(group.members, parts, strict=True)]
+            outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in group.outputs(tokens, h)]
+        ctx.save_for_backward(kept, *([tokens] if group.reducer.needs_input else []))
+        ctx.group = group
+        ctx.x_shape = x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        group: InputGroup = ctx.group
+        kept, *rest = ctx.saved_tensors
+        tokens = rest[0] if rest else None
+        wants_dx = ctx.needs_input_grad[0]
+        dx: torch.Tensor | None = None
+        parts = kept.split(group.columns, dim=1)
+        flat: list[torch.Tensor | None] = [None] * len(group.members)
+        u: list[torch.Tensor | None] = [None] * len(group.members)
+        for i, (member, grad) in enumerate(zip(group.members, grads, strict=True)):
+            if grad is None:
+                continue
+            g = grad.reshape(-1, member.d_out)  # [T, d_out]
+            weight = group.backward_weights[i]
+            if group.fused:
+                both = g @ (weight if wants_dx else weight[:, member.d_in :])
+                out_of = both[:, -group.columns[i] :]
+                if wants_dx:
+                    term = both[:, : member.d_in]
+                    dx = term if dx is None else dx + term
+            else:
+                out_of = group.skinny(g, weight)
+                flat[i], u[i] = g, out_of[:, : member.r]
+            group.reducer.add(group.numbers[i], parts[i], out_of, g, tokens)
+        if wants_dx and not group.fused:
+            dx = group.input_gradient(flat, u)
+        return None if dx is None else dx.view(ctx.x_shape), None, None
+
+
+class GradientEngine:
+    """Opens a peft model for per-example gradients; use as a context manager.
+
+    While open, the LoRA layers' forwards are replaced, dropout is off and no parameter asks for a gradient;
+    everything is put back on exit. The factors must not change while the engine is open.
+
+    `reducer`, a function of the model's LoRA linears and their row layout, makes something else of each module's
+    tokens than gradient rows (see `streaming`). With `bf16_rows` the kernels may write rows in bf16.
+    `precision`: "auto", products with the base weights in the model's own dtype, or "fp8", those of the LoRA linears in
+    8 bits (see `fp8`; ConfigError on entry where that cannot be).
+    `cuda_graphs`: replay recorded steps in place of launching each operation (see `graphs`); ConfigError where these
+    gradients cannot be recorded. By default as the environment says, which asks for it only where it can be.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        projection: Projection | None,
+        loss_reduction: str = "mean",
+        backend: str | None = None,
+        reducer: Callable[[list[LoraLinear], list[LayoutEntry]], Reducer] | None = None,
+        bf16_rows: bool = False,
+        precision: str = fp8.AUTO,
+        cuda_graphs: bool | None = None,
+    ) -> None:
+        fp8.check_precision(precision)
+        if loss_reduction not in ("mean", "sum"):
+            raise ConfigError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}")
+        self.model = model
+        self.loss_reduction = loss_reduction
+        self.precision = precision
+        self.linears = in_top_layers(find_lora_linears(model), projection)
+        weight = self.linears[0].weight
+        self.device = weight.device
+        self.backend, self.backend_why = backends.choose(backend, weight.device, weight.dtype)
+        layout = layout_of(self.linears, projection)
+        if reducer is not None:
+            self.reducer = reducer(self.linears, layout)
+        else:
+            kind = None if projection is None else projection.kind
+            reducer_class = ProjectedReducer if kind in ("one_sided", "kron") else FullReducer
+            self.reducer = reducer_class(self.linears, layout, projection)
+        self.reducer.triton = self.backend == "triton"
+        self.reducer.bf16_rows = bf16_rows
+        self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.decoder = self.base.get_decoder()
+        self.head = self.base.get_output_embeddings()
+        self.packs_are_separate = True
+        self._graphs_asked_for = cuda_graphs is not None
+        self.cuda_graphs = graphs.wanted(cuda_graphs)
+        if self.cuda_graphs and (why := self._not_recordable()):
+            self._leave_graphs(why)
+        self._graphs: graphs.StepGraphs | None = None
+        self._stack = contextlib.ExitStack()
+        self._groups: list[InputGroup] = []
+        self._fused_layers = Fused()
+        self._layers: list[Any] = []  # those that can be computed again in the backward, and are not already
+        self.room = _free_bytes(self.device)
+        self._whole_model_logits = type(self.head) is not nn.Linear or any(
+            getattr(self.base.config, name, None) not in (None, 1, 1.0) for name in _HEAD_TRANSFORMS
+        )
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return self.reducer.width
+
+    def __enter__(self) -> GradientEngine:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_frozen(self.model))
+            weights: list[fp8.Fp8Weight | None] = [None] * len(self.linears)
+            if self.precision == fp8.FP8:
+                weights = fp8.weights_of(self.linears)
+                self.room = _free_bytes(self.device)  # less the copies
+            self._layers = stack.enter_context(_recomputable(self.base)) if self.room is not None else []
+            stack.enter_context(attention.packed(self.base, self.decoder.config))
+            inputs = self._probe()
+            self._groups = self._group(inputs, weights)
+            self._anchor = torch.zeros((), device=self.device, requires_grad=True)
+            for group in self._groups:
+                for place, member in enumerate(group.members):
+                    stack.enter_context(_replaced_forward(member.layer, group, place, self._anchor))
+            if self.backend == "triton":
+                self._fused_layers = stack.enter_context(fused(self.base, self.linears[0].weight.dtype))
+            if self.cuda_graphs:
+                self._graphs = graphs.StepGraphs(self._step, self.device, graphs.CudaRecorder(self.device))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._graphs = None
+        self._stack.close()
+        self._groups = []
+
+    def run(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients and losses of a pack: rows [E, k], losses [E] (reduced as the gradients are).
+
+        On a card it returns as soon as all is queued; nothing in it waits for the card. A pack whose activations would
+        not fit in the card's free memory has its layers computed again in the backward (docs/memory.md).
+        """
+        recorded = 0
+        if self._graphs is not None:
+            recorded, shape = self._graphs.most_tokens, StepShape.of(pack)
+            # the memory of recorded steps is theirs alone
+            if self._graphs.takes(shape) and not self.overflows(2 * max(shape.tokens, recorded)):
+                return self._graphs.run(shape, self._inputs(pack, shape), len(pack.indices))
+        return self._step(self._inputs(pack).to(self.device), self.overflows(len(pack.input_ids) + recorded))
+
+    def _inputs(self, pack: Pack, shape: StepShape | None = None) -> StepInputs:
+        """What `_step` needs of a pack, on the host."""
+        return StepInputs.of(
+            pack, self.loss_reduction, self.reducer.dtype, triton=self.backend == "triton", shape=shape
+        )
+
+    def _step(self, inputs: StepInputs, recompute: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and losses of inputs on the device; a function of their numbers that reads none on the host."""
+        self.reducer.begin(inputs.tokens.cu_seqlens, inputs.segments)
+        with torch.enable_grad(), _recomputing(self._layers if recompute else []):
+            loss, losses = self._loss(inputs)
+            with attention.unchanged_order():
+                loss.backward()
+        return self.reducer.finish(), losses
+
+    def overflows(self, tokens: int) -> bool:
+        """Whether what the layers keep of so many tokens is more than `room`; unknown models are taken to fit."""
+        if self.room is None or not self._layers:
+            return False
+        columns = max(max(group.columns) for group in self._groups)
+        inputs, w = self.reducer.needs_input, self.linears[0].weight.element_size()
+        try:
+            layer = layer_bytes(
+                self.base.config,
+                weight_bytes=w,
+                columns=columns,
+                inputs=inputs,
+                fused_norms=self._fused_layers.norms,
+                fused_mlp=self._fused_layers.mlps,
+            )
+        except ConfigError:
+            return False
+        return tokens * layer * len(self._layers) > _ROOM * self.room
+
+    @torch.no_grad()
+    def losses(self, pack: Pack) -> torch.Tensor:
+        """Losses of a pack [E], without a backward pass."""
+        inputs = StepInputs.of(pack, self.loss_reduction, self.reducer.dtype, triton=False)  # nothing is summed
+        return self._loss(inputs.to(self.device))[1]
+
+    @torch.no_grad()
+    def draw(self, pack: Pack, uniform: torch.Tensor) -> torch.Tensor:
+        """A token from the model's prediction of each that the loss counts [n] int64, by uniform numbers [n]."""
+        inputs = StepInputs.of(pack, self.loss_reduction, self.reducer.dtype, triton=False).to(self.device)
+        return drawn_tokens(*self._hidden(inputs), to_device(uniform, self.device))
+
+    def _loss(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pack's summed loss, to differentiate, and the loss of each example [E]."""
+        hidden, weight, bias = self._hidden(inputs)
+        triton = self.backend == "triton"
+        loss, token_losses = CompletionLoss.apply(hidden, weight, bias, inputs.targets, inputs.weights, triton)
+        return loss, segment_sums(token_losses * inputs.weights, inputs.edges)
+
+    def _hidden(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """What the loss needs: the last hidden states of the completion tokens, the head's weight and bias."""
+        try:
+            found = self._call(self.base if self._whole_model_logits else self.decoder, inputs.tokens)
+        finally:
+            for group in self._groups:
+                group.forget()
+        if self._whole_model_logits:
+            logits = found.logits[0, inputs.positions]
+            # the identity as head: softmax over logits that the model has already made
+            return logits, torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device), None
+        hidden = found.last_hidden_state[0, inputs.positions]
+        return hidden, self.head.weight.detach(), None if self.head.bias is None else self.head.bias.detach()
+
+    def _call(self, module: nn.Module, tokens: attention.PackedTokens, **kwargs: Any) -> Any:
+        return attention.call(module, self.decoder.config._attn_implementation, tokens, **kwargs)
+
+    def _probe(self) -> dict[int, torch.Tensor]:
+        """Runs two tokens to learn which LoRA linears share an input and whether attention sees the packing."""
+        inputs: dict[int, torch.Tensor] = {}
+        handles = [
+            member.layer.register_forward_pre_hook(lambda _, args, n=n: inputs.__setitem__(n, args[0]))
+            for n, member in enumerate(self.linears)
+        ]
+        two = torch.zeros(2, dtype=torch.int64)
+        tokens = attention.PackedTokens.of(Pack([0], two, torch.arange(2), two, [0, 2])).to(self.device)
+        seen: list[bool] = []
+        try:
+            with torch.no_grad():
+                self._call(self.base if self._whole_model_logits else self.decoder, tokens, packed_probe=seen)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self.decoder.config._attn_implementation == attention.PACKED:
+            self.packs_are_separate = bool(seen)
+            if self.cuda_graphs and not all(seen):
+                self._leave_graphs(
+                    "this model's attention runs an example at a time (it takes a 16-bit model, with heads of up to "
+                    "256 numbers in multiples of 8)"
+                )
+        unused = [m.name for n, m in enumerate(self.linears) if n not in inputs]
+        if unused:
+            raise ModelError(f"{unused[0]}: the model's forward never calls this LoRA layer")
+        for n, x in inputs.items():
+            if x.numel() != 2 * self.linears[n].d_in:
+                raise ModelError(
+                    f"{self.linears[n].name}: sees {x.numel() // x.shape[-1]} tokens of 2 (a routed expert?); "
+                    "leave it out of target_modules"
+                )
+        return inputs
+
+    def _leave_graphs(self, why: str) -> None:
+        """No CUDA graphs: ConfigError if this call asked for them, a warning if the environment did."""
+        if self._graphs_asked_for:
+            raise ConfigError(f"cuda_graphs: CUDA graphs cannot be used: {why}; leave them off")
+        say_once(graphs.logger, f"{graphs.VARIABLE}: CUDA graphs are not used here: {why}")
+        self.cuda_graphs = False
+
+    def _not_recordable(self) -> str:
+        """Why no step of this engine can be a CUDA graph; empty if it may be."""
+        if self.backend != "triton":
+            return f"the backend is not triton but {self.backend} ({self.backend_why})"
+        if self.device.type != "cuda":
+            return f"the model is not on a CUDA device but on {self.device.type}"
+        if any(linear.sharded for linear in self.linears):
+            return "the base weights are spread over processes (FSDP), which exchange them in every step"
+        if not self.reducer.recordable:
+            return "these gradients are summed by PyTorch, with each pack's bounds on the host"
+        return ""
+
+    def _group(self, inputs: dict[int, torch.Tensor], fp8_weights: list[fp8.Fp8Weight | None]) -> list[InputGroup]:
+        by_input: dict[int, list[int]] = {}
+        for n in range(len(self.linears)):
+            by_input.setdefault(id(inputs[n]), []).append(n)
+        groups = []
+        for numbers in by_input.values():
+            members = [self.linears[n] for n in numbers]
+            # Folding s B A into a 16-bit weight would round the adapter away; on a card the second copy of the
+            # weights would cost more than it saves.
+            # Sharded weights (FSDP2) are whole only inside their own layer's forward and backward: nothing to fold.
+            weight, triton = members[0].weight, self.backend == "triton"
+            wide = weight.dtype in (torch.float32, torch.float64)
+            fused = wide and weight.device.type == "cpu" and not triton and not members[0].sharded
+            fused = fused and self.precision != fp8.FP8  # a folded weight would round the adapter too
+            eights = [fp8_weights[n] for n in numbers]
+            groups.append(InputGroup(members, numbers, self.reducer, fused, triton, eights))
+        return groups
+
+
+@contextlib.contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    training = {module: module.training for module in model.modules()}
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for module in model.modules():
+            # such a layer recomputes only while training; its own flag touches nothing else
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = bool(getattr(module, "gradient_checkpointing", False))
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+        for module, flag in training.items():
+            module.training = flag
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """What a card has left, PyTorch's own cache counted as free; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+@contextlib.contextmanager
+def _recomputable(base: Any) -> Iterator[list[Any]]:
+    """The layers that `_recomputing` can switch; none where the model does so already, or cannot."""
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    already = any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+    if already or not getattr(base, "supports_gradient_checkpointing", False):
+        yield []
+        return
+    # Set here and not by the model's own switch, which would make the embedding's output ask for a gradient too and
+    # leave that behind. Nothing is random with dropout off.
+    how = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(overridden(layer, "_gradient_checkpointing_func", how))
+        yield layers
+
+
+@contextlib.contextmanager
+def _recomputing(layers: list[Any]) -> Iterator[None]:
+    try:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = True
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = False
+
+
+@contextlib.contextmanager
+def _replaced_forward(layer: nn.Module, group: InputGroup, place: int, anchor: torch.Tensor) -> Iterator[None]:
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return group.call(place, x, anchor)
+
+    with overridden(layer, "forward", forward):
+        yield

@@ -1,0 +1,159 @@
+"""Products with the frozen base weights in 8 bits: `precision="fp8"`.
+
+    x W^T   rows of x and rows of W      as e4m3, each row by a scale of its own
+    g W     rows of g and rows of W^T    the same: a product can take scales out of its sum only along what is left
+
+    scale = max|row| / 448, in fp32        row ~ scale * e4m3, to nearest
+
+W and W^T are rounded once, when the engine opens (2 bytes a weight for both, and 4 for each row's scale); x and g in
+every product. The gradient is e4m3 too: with a scale a row it needs no wider range, and on a small model its third bit
+of mantissa brought the rows closer to fp32's than e5m2's range did (`python -m benches.fp8_effect`).
+
+The products are `torch._scaled_mm`'s. With a scale a row it runs on cards of compute capability 8.9 and above (CUTLASS,
+or cuBLAS on 9.0), wants both dimensions of W in multiples of 16 (the number of tokens is free), and gives bf16 (fp32 on
+9.0 alone). Linears of other shapes keep their own dtype's product, on the CPU too, so that rows do not depend on where
+they were made. A CPU multiplies in fp32 after the rounding: the same numbers but for the order of the sums, no faster.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from influence_fast.errors import ConfigError, did_you_mean, listing, say_once
+from influence_fast.gradients.lora import LoraLinear
+
+logger = logging.getLogger(__name__)
+
+AUTO, FP8 = "auto", "fp8"
+PRECISIONS = (AUTO, FP8)
+FORMAT = torch.float8_e4m3fn
+MULTIPLE = 16
+LOWEST_CAPABILITY = (8, 9)
+_LARGEST = torch.finfo(FORMAT).max
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def check_precision(name: str, source: str = "precision", *, sharded: bool = False) -> None:
+    """Raises ConfigError for a precision that does not exist, or does not go with base weights that are `sharded`."""
+    if name not in PRECISIONS:
+        raise ConfigError(f"{source}: unknown value {name!r}; {did_you_mean(str(name), PRECISIONS)}")
+    if sharded and name == FP8:
+        raise ConfigError(
+            f"{source}: fp8 keeps copies of whole base weights, and these are spread over processes (FSDP); "
+            "use 'auto', or one process a card"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A matrix whose row i is `scales[i] * values[i]`."""
+
+    values: Tensor  # [n, k] e4m3, contiguous
+    scales: Tensor  # [n, 1] fp32
+
+
+def to_fp8(matrix: Tensor) -> Rows:
+    """Rounds the rows of a matrix [n, k] of any float dtype; a row with a NaN or infinite number has such a scale."""
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    largest = torch.linalg.vector_norm(matrix, torch.inf, dim=1, keepdim=True, dtype=wide)
+    scales = (largest.float() / _LARGEST).clamp_min(_TINY)  # a row of zeros must not be divided by zero
+    return Rows((matrix / scales).to(FORMAT).contiguous(), scales)
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """How rows are multiplied on one device.
+
+    dtype: what `torch._scaled_mm` gives, or without `scaled_mm` what the fp32 product is cast to.
+    """
+
+    dtype: torch.dtype
+    scaled_mm: bool = True
+
+    @classmethod
+    def on(cls, device: torch.device, dtype: torch.dtype) -> Product:
+        """For a model of `dtype`: products in its dtype where the device gives it, else in bf16.
+
+        Raises ConfigError naming the device where it has no such product.
+        """
+        name = str(device)
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+            capability = torch.cuda.get_device_capability(device)
+            if torch.version.hip is None and capability < LOWEST_CAPABILITY:
+                raise ConfigError(
+                    f"precision: fp8 needs a card of compute capability {_dotted(LOWEST_CAPABILITY)} or above, and "
+                    f"{name} has {_dotted(capability)}; use 'auto'"
+                )
+        why = ""
+        for wanted in dict.fromkeys((dtype, torch.bfloat16)):
+            product = cls(wanted)
+            try:
+                product(*(to_fp8(torch.zeros(MULTIPLE, MULTIPLE, device=device)) for _ in range(2)))
+            except (RuntimeError, ValueError) as error:
+                why = str(error).partition("\n")[0]
+            else:
+                return product
+        if device.type == "cpu":  # one with AMX: PyTorch hands it to oneDNN, with one scale a tensor alone
+            return cls(dtype, scaled_mm=False)
+        raise ConfigError(f"precision: fp8 cannot be used on {name} ({why}); use 'auto'")
+
+    def __call__(self, left: Rows, right: Rows) -> Tensor:
+        """left [n, k] times the transpose of right [m, k]: [n, m]."""
+        if self.scaled_mm:
+            return torch._scaled_mm(
+                left.values, right.values.T, scale_a=left.scales, scale_b=right.scales.T, out_dtype=self.dtype
+            )
+        return (left.values.float() @ right.values.float().T * left.scales * right.scales.T).to(self.dtype)
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(str(n) for n in capability)
+
+
+class Fp8Weight:
+    """A frozen weight [d_out, d_in] in 8 bits, for products with its rows and with its columns."""
+
+    def __init__(self, weight: Tensor, product: Product) -> None:
+        self.dtype = weight.dtype
+        self.product = product
+        self.rows = to_fp8(weight)  # [d_out, d_in]
+        self.columns = to_fp8(weight.T)  # [d_in, d_out]
+
+    def forward(self, x: Rows, bias: Tensor | None) -> Tensor:
+        """x [T, d_in] W^T + bias: [T, d_out] in the weight's dtype."""
+        y = self.product(x, self.rows).to(self.dtype)
+        return y if bias is None else y.add_(bias)
+
+    def backward(self, g: Rows) -> Tensor:
+        """g [T, d_out] W: [T, d_in] in the weight's dtype."""
+        return self.product(g, self.columns).to(self.dtype)
+
+
+def weights_of(linears: Sequence[LoraLinear]) -> list[Fp8Weight | None]:
+    """The base weight of each linear in 8 bits; None for those whose shape does not fit, which are logged once.
+
+    Raises ConfigError: a weight is sharded, the device has no such product, or no weight fits.
+    """
+    check_precision(FP8, sharded=any(linear.sharded for linear in linears))
+    first = linears[0].weight
+    product = Product.on(first.device, first.dtype)
+    others = [linear for linear in linears if not _fits(linear)]
+    if others:
+        names = listing(f"{linear.name} ({linear.d_out} x {linear.d_in})" for linear in others)
+        if len(others) == len(linears):
+            raise ConfigError(
+                f"precision: fp8 wants weights whose sides are multiples of {MULTIPLE}, and there is none: {names}; "
+                "use 'auto'"
+            )
+        say_once(logger, f"precision fp8: sides are no multiples of {MULTIPLE}, multiplied in {first.dtype}: {names}")
+    return [Fp8Weight(linear.weight, product) if _fits(linear) else None for linear in linears]
+
+
+def _fits(linear: LoraLinear) -> bool:
+    return linear.d_in % MULTIPLE == 0 and linear.d_out % MULTIPLE == 0

@@ -1,0 +1,223 @@
+"""Where the LoRA factors of a model are, and how one example's gradient is laid out as a row."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from influence_fast.data.fingerprints import active_adapters
+from influence_fast.errors import ModelError, listing, say_once
+from influence_fast.gradients.projection import Projection
+
+logger = logging.getLogger(__name__)
+
+_PEFT_PREFIX = "base_model.model."
+_LAYER_NUMBER = re.compile(r"\.(?:layers|h|blocks|block|layer)\.(\d+)\.")
+
+
+class LayoutEntry(NamedTuple):
+    """One LoRA factor's place in a gradient row.
+
+    `module` is the name `model.named_modules()` gives the LoRA layer, `factor` is `"lora_A"` or `"lora_B"`,
+    `shape` the factor's shape as stored in the row (C order), `offset` the index of its first number.
+    """
+
+    module: str
+    factor: str
+    shape: tuple[int, int]
+    offset: int
+
+    @property
+    def columns(self) -> slice:
+        """The factor's numbers in a row."""
+        return slice(self.offset, self.offset + self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True, eq=False)
+class LoraLinear:
+    """One LoRA linear, `y = W x + b + s B (A x)`, as plain tensors."""
+
+    name: str
+    layer: nn.Module
+    weight: torch.Tensor  # [d_out, d_in]
+    bias: torch.Tensor | None  # [d_out]
+    a: torch.Tensor  # [r, d_in]
+    b: torch.Tensor  # [d_out, r]
+    scaling: float
+
+    @property
+    def key(self) -> str:
+        """The name that seeds the projection: the same with and without the peft wrapper."""
+        return self.name.removeprefix(_PEFT_PREFIX)
+
+    @property
+    def d_in(self) -> int:
+        return self.a.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.b.shape[0]
+
+    @property
+    def r(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 holds the weight, which is then whole only while the layer around it runs."""
+        return hasattr(self.weight, "full_tensor")  # a DTensor; to import that class costs everybody a second
+
+    @property
+    def live_weight(self) -> torch.Tensor:
+        """[d_out, d_in]: `weight`, or what FSDP2 has gathered of it for the layer that is running."""
+        if not self.sharded:
+            return self.weight
+        base: Any = self.layer.get_base_layer()  # type: ignore[operator]
+        return base.weight.detach() if type(base) is nn.Linear else base.weight.detach().T
+
+    @property
+    def live_bias(self) -> torch.Tensor | None:
+        """[d_out], as `live_weight`."""
+        if not self.sharded or self.bias is None:
+            return self.bias
+        base: Any = self.layer.get_base_layer()  # type: ignore[operator]
+        return base.bias.detach()
+
+
+Module = TypeVar("Module", LoraLinear, LayoutEntry)
+
+
+def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
+    """Every LoRA linear of `model` with its active adapter, in `named_modules` order.
+
+    Raises ModelError when there is none, or one is of a kind whose gradient this package does not compute.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    found = [_as_plain(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    if not found:
+        raise ModelError(
+            "the model has no LoRA adapter: load one (peft.PeftModel.from_pretrained) or add a fresh one "
+            "(peft.get_peft_model) before asking for per-example gradients"
+        )
+    if others := _trained_beside(model):
+        say_once(
+            logger,
+            f"the adapter trains more than LoRA factors ({listing(others)}); gradients and scores here are of the "
+            "factors alone: train without modules_to_save and bias to have all of it scored",
+        )
+    return found
+
+
+def _trained_beside(model: nn.Module) -> list[str]:
+    """What else an adapter has than LoRA factors: whole modules saved with it, and biases."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    saved = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    configs = getattr(model, "peft_config", {})
+    kinds = {getattr(configs.get(name), "bias", "none") for name in active_adapters(model) or ()}
+    return saved + [f"bias={kind!r}" for kind in sorted(kinds - {"none"})]
+
+
+def _as_plain(name: str, layer: Any) -> LoraLinear:
+    base = layer.get_base_layer()
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+    if len(active) != 1:
+        raise ModelError(f"{name}: exactly one active LoRA adapter is needed, found {active or 'none'}")
+    adapter = active[0]
+    if adapter in layer.lora_variant:
+        variant = type(layer.lora_variant[adapter]).__name__
+        raise ModelError(f"{name}: {variant} is not plain LoRA; train the adapter without it")
+    if layer.lora_bias.get(adapter):
+        raise ModelError(f"{name}: lora_bias=True is not supported; train the adapter without it")
+    if layer.merged:
+        raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
+    if type(base) is nn.Linear:
+        weight = base.weight
+    elif type(base).__name__ == "Conv1D":
+        weight = base.weight.T
+    else:
+        raise ModelError(
+            f"{name}: LoRA over {type(base).__name__} is not supported (nn.Linear and Conv1D are); "
+            "leave that module out of target_modules"
+        )
+    return LoraLinear(
+        name=name,
+        layer=layer,
+        weight=weight.detach(),
+        bias=None if base.bias is None else base.bias.detach(),
+        a=layer.lora_A[adapter].weight.detach(),
+        b=layer.lora_B[adapter].weight.detach(),
+        scaling=float(layer.scaling[adapter]),
+    )
+
+
+def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -> list[LayoutEntry]:
+    """The row layout of `linears`: exact factors, or their projections (before any sketch of the whole row)."""
+    entries: list[LayoutEntry] = []
+    offset = 0
+    for linear in in_top_layers(linears, projection):
+        if projection is None or projection.kind in ("sjlt", "rademacher"):
+            shape_a, shape_b = (linear.r, linear.d_in), (linear.d_out, linear.r)
+        elif projection.kind == "one_sided":
+            shape_a, shape_b = (linear.r, projection.dim), (projection.dim, linear.r)
+        else:
+            shape_a = shape_b = (projection.dim, projection.dim)
+        for factor, shape in (("lora_A", shape_a), ("lora_B", shape_b)):
+            entries.append(LayoutEntry(linear.name, factor, shape, offset))
+            offset += shape[0] * shape[1]
+    return entries
+
+
+def in_top_layers(modules: Sequence[Module], projection: Projection | None) -> list[Module]:
+    """Those of `modules` that `projection.layers` leaves in a row; modules outside all layers (a head) stay.
+
+    Raises ModelError where no module's name has a layer's number to go by.
+    """
+    if projection is None or projection.layers == 1:
+        return list(modules)
+    numbers = [_layer_number(module) for module in modules]
+    known = [number for number in numbers if number is not None]
+    if not known:
+        raise ModelError(
+            f"the LoRA modules' names have no layer number ({_module_name(modules[0])}): leave projection layers at 1"
+        )
+    count = max(known) + 1
+    lowest = count - math.ceil(projection.layers * count)
+    return [module for module, n in zip(modules, numbers, strict=True) if n is None or n >= lowest]
+
+
+def _layer_number(module: LoraLinear | LayoutEntry) -> int | None:
+    found = _LAYER_NUMBER.search(_module_name(module))
+    return int(found[1]) if found else None
+
+
+def _module_name(module: LoraLinear | LayoutEntry) -> str:
+    return module.name if isinstance(module, LoraLinear) else module.module
+
+
+def layout_width(layout: Sequence[LayoutEntry]) -> int:
+    """Numbers in a row of this layout."""
+    last = layout[-1]
+    return int(last.columns.stop)
+
+
+def gradient_layout(model: nn.Module, projection: Projection | None = None) -> list[LayoutEntry]:
+    """The order in which `per_example_gradients(model, ..., projection=projection)` lays out a row.
+
+    With `projection=None` the row is the exact LoRA gradient: for each LoRA layer in `named_modules` order,
+    `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order. `one_sided` rows hold `dA R_in (r, p)`
+    and `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to `width`
+    numbers afterwards; the layout returned is then the one that is sketched. `projection.layers` leaves the modules
+    of lower layers out.
+
+    Raises ModelError when the model has no LoRA layer or an unsupported one.
+    """
+    return layout_of(find_lora_linears(model), projection)

@@ -1,0 +1,211 @@
+"""Per-example LoRA gradients of a packed batch, exact or projected, at less than the price of a training step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from influence_fast.data.packing import (
+    IGNORED,
+    Pack,
+    check_examples,
+    context_of,
+    example_name,
+    pack_examples,
+    say_if_beyond,
+)
+from influence_fast.errors import ConfigError, DataError, NumericError, listing
+from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.fp8 import AUTO
+from influence_fast.gradients.lora import gradient_layout
+from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.transfer import WriteBehind, decoded, encoded, to_device
+
+__all__ = ["Projection", "gradient_layout", "iter_gradient_rows", "per_example_gradients"]
+
+# Measured on a 2-core CPU at 256 wide: packs of 1k to 4k tokens differ by a few per cent; GPUs want more.
+DEFAULT_MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+def per_example_gradients(
+    model: nn.Module,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    projection: Projection | None = None,
+    loss_reduction: str = "mean",
+    max_tokens: int | None = None,
+    backend: str | None = None,
+    precision: str = AUTO,
+    cuda_graphs: bool | None = None,
+) -> torch.Tensor:
+    """The LoRA gradient of each example's own loss, one row an example.
+
+    Args:
+        model: a peft model (or a model with LoRA layers injected) that transformers can run.
+        examples: `{"input_ids", "labels"}`, 1-D int tensors of one length, labels -100 where ignored and aligned
+            with input_ids (the shift by one happens here); `"id"` is optional and used in messages.
+        projection: None for the exact gradient, laid out as `gradient_layout(model)` says; else a `Projection`. For
+            queries take `store.projection`, which has the store's own sketch where one was fitted.
+        loss_reduction: `"mean"` over the example's completion tokens, or `"sum"`.
+        max_tokens: tokens in one packed batch; changes speed and memory, not the numbers.
+        backend: "auto", "triton" or "torch" (see `backends`); by default what INFLUENCE_FAST_BACKEND says, or "auto".
+        precision: "auto", the model's own dtype throughout, or "fp8": the LoRA linears' products with their frozen
+            weights in 8 bits (see `fp8`). That changes the numbers: compare with rows of the same precision alone.
+        cuda_graphs: replay recorded steps, for small models on a card (see `graphs`); by default what
+            INFLUENCE_FAST_CUDA_GRAPHS says, or not.
+
+    Returns:
+        (E, k) tensor on the model's device: fp32, or fp64 for an fp64 model.
+
+    Raises:
+        ConfigError: an unknown loss_reduction, precision or backend, or one (or CUDA graphs) that this device or model
+            cannot have; a sketch that was fitted on another model.
+        DataError: an example is malformed, has no token to learn from or a token the model does not have.
+        ModelError: the model has no LoRA layer, or one this package cannot differentiate.
+        NumericError: a gradient is NaN or infinite; the message names the examples.
+    """
+    with GradientEngine(
+        model, projection, loss_reduction, backend, precision=precision, cuda_graphs=cuda_graphs
+    ) as engine:
+        dtype, device = engine.reducer.dtype, engine.device
+        out = torch.empty(len(examples), engine.width, dtype=dtype, device=device)
+        for pack in packs_for(engine, examples, max_tokens):
+            rows, _ = engine.run(pack)
+            out.index_copy_(0, to_device(torch.tensor(pack.indices), device), rows)
+    bad = out.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist()
+    if bad:
+        names = listing(example_name(examples[i], i) for i in bad)
+        raise NumericError(
+            f"the gradient is NaN or infinite for {names}: look at these examples and the adapter's weights, "
+            "or run the model in float32"
+        )
+    return out
+
+
+class KeptEngine:
+    """An engine that several calls share: opened by the first of them, closed at the end of the `with` block.
+
+    Opening one draws the random columns, copies weights for 8-bit products and forgets recorded steps, which a store of
+    many shards need not do for each.
+    """
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._opened: tuple[nn.Module, dict[str, Any], GradientEngine] | None = None
+
+    def __enter__(self) -> KeptEngine:
+        return self
+
+    def __exit__(self, *exc_info: Any) -> None:
+        self._opened = None
+        self._stack.close()
+
+    def open(self, model: nn.Module, settings: dict[str, Any]) -> GradientEngine:
+        """The engine for `model`, opened with `settings` (of `GradientEngine`); ValueError for other ones later."""
+        if self._opened is None:
+            self._opened = (model, settings, self._stack.enter_context(GradientEngine(model, **settings)))
+        served, held, engine = self._opened
+        if served is not model or held != settings:
+            raise ValueError("a kept engine serves one model and one set of settings; use another for these")
+        return engine
+
+
+def iter_gradient_rows(
+    model: nn.Module,
+    examples: Sequence[Mapping[str, Any]],
+    *,
+    projection: Projection | None = None,
+    loss_reduction: str = "mean",
+    max_tokens: int | None = None,
+    backend: str | None = None,
+    skip: Collection[int] = (),
+    row_dtype: str = "fp32",
+    precision: str = AUTO,
+    losses: torch.Tensor | None = None,
+    engine: KeptEngine | None = None,
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """As `per_example_gradients`, one packed batch at a time: (indices into `examples`, CPU rows [n, k]).
+
+    Rows come in packing order and may hold NaN or infinite numbers; the caller decides what to do with those.
+    `skip`: places whose rows are not needed. Batches of none but these are left out, and the others are what they
+    would have been.
+    `row_dtype`: the dtype of the store that the rows are for. From a card they come in it, and are fp32 again here:
+    rounded, but the same bits in that store. A batch then comes once the next one has been launched.
+    `losses`: fp32 [E] on the CPU, in which the completion losses of a batch's examples are when it comes.
+    `engine`: what keeps the engine open from one call to the next.
+    """
+    settings: dict[str, Any] = {
+        "projection": projection,
+        "loss_reduction": loss_reduction,
+        "backend": backend,
+        "bf16_rows": row_dtype == "bf16",
+        "precision": precision,
+    }
+    with KeptEngine() if engine is None else contextlib.nullcontext(engine) as kept:
+        opened = kept.open(model, settings)
+        behind = WriteBehind(opened.device)
+        for pack in packs_for(opened, examples, max_tokens):
+            if skip and set(pack.indices) <= set(skip):
+                continue
+            rows, found = opened.run(pack)
+            sent = encoded(rows, row_dtype, opened.backend == "triton") if behind.crosses else [rows]
+            for batch in behind.push(pack.indices, [*sent, found]):
+                yield _received(batch, losses)
+        for batch in behind.flush():
+            yield _received(batch, losses)
+
+
+def _received(
+    batch: tuple[list[int], list[torch.Tensor]], losses: torch.Tensor | None
+) -> tuple[list[int], torch.Tensor]:
+    """What a batch's tensors, the encoded rows and the losses, are to the caller."""
+    places, (*rows, found) = batch
+    if losses is not None:
+        losses[places] = found.to(losses.dtype)
+    return places, decoded(rows)
+
+
+def per_example_losses(
+    model: nn.Module, examples: Sequence[Mapping[str, Any]], *, loss_reduction: str = "mean"
+) -> torch.Tensor:
+    """(E,) fp32, or fp64 for an fp64 model: each example's completion loss under `model`, with no backward pass.
+
+    Raises DataError as `per_example_gradients` does.
+    """
+    with GradientEngine(model, None, loss_reduction) as engine:
+        out = torch.empty(len(examples), dtype=engine.reducer.dtype)
+        for pack in packs_for(engine, examples, None):
+            out[pack.indices] = engine.losses(pack).cpu()
+    return out
+
+
+def packs_for(engine: GradientEngine, examples: Sequence[Mapping[str, Any]], max_tokens: int | None) -> list[Pack]:
+    """The examples, checked against the engine's model and packed for it; raises as `per_example_gradients`."""
+    check_examples(examples)
+    if max_tokens is not None and max_tokens < 1:
+        raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1, or None")
+    vocab = engine.base.get_input_embeddings().weight.shape[0]
+    for index, example in enumerate(examples):
+        ids = example["input_ids"]
+        if int(ids.max()) >= vocab or int(ids.min()) < 0:
+            raise DataError(
+                f"{example_name(example, index)}: token id outside the model's vocabulary of {vocab}; "
+                "tokenize with this model's own tokenizer"
+            )
+        labels = example["labels"]
+        strange = (labels != IGNORED) & ((labels < 0) | (labels >= vocab))
+        if bool(strange.any()):
+            raise DataError(
+                f"{example_name(example, index)}: label {int(labels[strange][0])} is neither {IGNORED} (ignored) nor a "
+                f"token of the model's vocabulary of {vocab}"
+            )
+    say_if_beyond(context_of(engine.base), examples)
+    if not engine.packs_are_separate:
+        max_tokens = 1  # one example a pack: this model's attention does not see the packing
+    elif max_tokens is None:
+        max_tokens = DEFAULT_MAX_TOKENS.get(engine.device.type, 4096)
+    return pack_examples(examples, max_tokens)

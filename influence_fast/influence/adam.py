@@ -1,0 +1,149 @@
+"""`adam`: the optimizer's own diagonal (LESS, Xia et al. 2024, arXiv 2402.04333): H = diag(sqrt(v) + eps).
+
+Where v comes from:
+
+    moments given    the bias-corrected second moments of a checkpoint's Adam state (`adam_moments`): for exact rows
+                     as they are; for projected rows, v'_c = sum_j P_cj^2 v_j, which is what the projection P makes
+                     of them if coordinates of the gradient are uncorrelated (one_sided: one number a rank index)
+    none given       the mean square of each coordinate of the stored rows. That is of single examples' gradients
+                     at this checkpoint; Adam averages those of batches, over the last 1 / (1 - beta2) steps
+
+eps is `damping` times the mean of sqrt(v) in a module, as for the other preconditioners, where Adam has an absolute
+1e-8: a coordinate that training never moved would otherwise outweigh all others. Scores are plain inner products; for
+LESS's cosines see `whitened`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from influence_fast.errors import ConfigError, ModelError
+from influence_fast.gradients.lora import LayoutEntry, in_top_layers
+from influence_fast.gradients.projection import Projection, sjlt_map
+from influence_fast.influence.damping import GRID, Damping, RowBlocks, check_damping, ridge, split_rows
+
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Divides queries by sqrt(v) + eps, coordinate by coordinate."""
+
+    scale: torch.Tensor  # [k] fp64, sqrt(v) + eps
+    normalize: bool = False
+    damping: float = 0.1  # as it was used: with "auto", the share that was picked
+
+    def apply(self, queries: torch.Tensor) -> torch.Tensor:
+        return (queries / self.scale.to(queries.device)).to(queries.dtype)
+
+    def whiten(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, k] -> rows over the root of the scale, fp64."""
+        return rows.to(self.scale) / self.scale.sqrt()
+
+
+def fit_adam(
+    row_blocks: RowBlocks, blocks: list[tuple[int, int]], damping: Damping, moments: torch.Tensor | None = None
+) -> Adam:
+    """Fits `Adam`: one pass over the rows, none where `moments` [k] are given.
+
+    "auto" is for moments of the rows: held-out rows, as draws from N(0, H^2), are to be likeliest (see `damping`; of
+    its form only the variance (sqrt(v) + eps)^2 differs).
+    """
+    check_damping(damping)
+    if moments is not None:
+        if isinstance(damping, str):
+            raise ConfigError("damping='auto' cannot be picked for an optimizer's own moments; give a number")
+        if moments.shape != (blocks[-1][1],):
+            raise ConfigError(f"moments of shape {tuple(moments.shape)} do not fit rows of {blocks[-1][1]} numbers")
+        if not bool((moments >= 0).all()):
+            raise ConfigError("second moments cannot be negative or NaN; read them by adam_moments from a checkpoint")
+        return Adam(_scale(moments.to(torch.float64).cpu(), blocks, damping), damping=damping)
+    fitted = torch.zeros(blocks[-1][1], dtype=torch.float64)
+    held = torch.zeros_like(fitted)
+    counts = [0, 0]
+    for rows, others in split_rows("adam", row_blocks, damping):
+        counts[0] += len(rows)
+        counts[1] += len(others)
+        fitted += rows.square().sum(dim=0).cpu()
+        held += others.square().sum(dim=0).cpu()
+    if isinstance(damping, str):
+        means = fitted / counts[0], held / counts[1]
+        damping = max(GRID, key=lambda share: _log_likelihood(_scale(means[0], blocks, share), means[1]))
+    return Adam(_scale((fitted + held) / sum(counts), blocks, damping), damping=damping)
+
+
+def adam_moments(
+    checkpoint: str | Path,
+    layout: Sequence[LayoutEntry],
+    *,
+    projection: Projection | None = None,
+    beta2: float = 0.999,
+) -> torch.Tensor:
+    """(k,) fp64: second moments v / (1 - beta2^step) of a checkpoint's Adam state, in the order of a gradient row.
+
+    layout: `gradient_layout(model)`, exact. projection: as the rows were projected (see the top of this file).
+    beta2: the optimizer's, by default that of transformers' Trainer.
+
+    Raises ModelError when the checkpoint holds no optimizer state, or none for a factor of the layout.
+    """
+    from influence_fast.training.fine_tuning import load_adam_moments
+
+    state = load_adam_moments(checkpoint)
+    by_factor = {name.removeprefix(_PEFT_PREFIX).rsplit(".", 2)[0]: values for name, values in state.items()}
+    layout = in_top_layers(layout, projection)
+    pieces = []
+    for entry in layout:
+        name = f"{entry.module.removeprefix(_PEFT_PREFIX)}.{entry.factor}"
+        values = by_factor.get(name)
+        if values is None or tuple(values["exp_avg_sq"].shape) != tuple(entry.shape):
+            found = "none" if values is None else f"one of shape {tuple(values['exp_avg_sq'].shape)}"
+            raise ModelError(
+                f"{checkpoint}: needs Adam's state of {name} {tuple(entry.shape)}, holds {found}; "
+                "take a checkpoint of this very adapter"
+            )
+        moment = values["exp_avg_sq"].to(torch.float64) / (1 - beta2 ** float(values["step"]))
+        pieces.append(moment if projection is None else _projected(moment, entry, projection))
+    if projection is None or projection.width is None:
+        return torch.cat([piece.flatten() for piece in pieces])
+    return _sketched(pieces, layout, projection, projection.width)
+
+
+def _projected(moment: torch.Tensor, entry: LayoutEntry, projection: Projection) -> torch.Tensor:
+    """v' of one factor after the side projections, whose entries all have the square 1 / p."""
+    p = projection.dim
+    if projection.flat:
+        return moment
+    if projection.kind == "kron":
+        return (moment.sum() / p**2).expand(p, p)
+    if entry.factor == "lora_A":
+        return moment.sum(dim=1, keepdim=True).div(p).expand(-1, p)  # (r, p)
+    return moment.sum(dim=0, keepdim=True).div(p).expand(p, -1)  # (p, r)
+
+
+def _sketched(
+    pieces: list[torch.Tensor], layout: Sequence[LayoutEntry], projection: Projection, width: int
+) -> torch.Tensor:
+    """v' after the sketch of the whole row: sums over buckets, or the mean over all for dense signs."""
+    if projection.kind == "rademacher":
+        return torch.stack([piece.sum() for piece in pieces]).sum().div(width).expand(width)
+    out = torch.zeros(width, dtype=torch.float64)
+    for piece, entry in zip(pieces, layout, strict=True):
+        name = f"{entry.module.removeprefix(_PEFT_PREFIX)}/row/{entry.factor}"
+        bucket, _ = sjlt_map(projection.seed, name, piece.numel(), width)
+        out.index_add_(0, bucket, piece.flatten())
+    return out
+
+
+def _scale(moments: torch.Tensor, blocks: list[tuple[int, int]], damping: float) -> torch.Tensor:
+    scale = moments.sqrt()
+    for start, end in blocks:
+        scale[start:end] += ridge(damping, float(scale[start:end].mean()))
+    return scale
+
+
+def _log_likelihood(scale: torch.Tensor, held: torch.Tensor) -> float:
+    return -0.5 * float((2 * scale.log() + held / scale.square()).sum())

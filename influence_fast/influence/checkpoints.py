@@ -1,0 +1,220 @@
+"""Scores over the checkpoints of a training run, and how the ranking moved on the way.
+
+    s(d) = sum_i eta_i s_i(d)        TracIn (Pruthi et al. 2020), LESS (Xia et al. 2024)
+
+for the scores s_i under checkpoint i (of any preconditioner) and the learning rate eta_i at it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from influence_fast.atomic import replacing
+from influence_fast.errors import ConfigError, DataError, ModelError, listing
+from influence_fast.influence.scores import ScoreTable
+from influence_fast.influence.scoring import average_ranks, spearman
+
+STATE = "trainer_state.json"
+FORMATS = (".svg", ".png", ".pdf")
+
+
+@dataclass(frozen=True)
+class CheckpointScores:
+    """Scores at each checkpoint, in the order of training, and their weighted sum; all rows in one order of ids."""
+
+    paths: list[Path]
+    rates: list[float]
+    tables: list[ScoreTable]
+    total: ScoreTable
+
+    @property
+    def steps(self) -> list[int]:
+        """Optimizer step of each checkpoint, from its name; places 1, 2, ... where a name has none."""
+        found = [path.name.rpartition("-")[2] for path in self.paths]
+        return [int(n) for n in found] if all(n.isdigit() for n in found) else list(range(1, len(found) + 1))
+
+
+def learning_rates(checkpoints: Sequence[str | Path], *, average: bool = False) -> list[float]:
+    """The learning rate at each checkpoint, as transformers' Trainer logged it in `trainer_state.json`.
+
+    checkpoints: folders of one run, in the order of training (see `training.list_checkpoints`).
+    average: the mean of the rates logged since the checkpoint before, as LESS weighs its epochs, in place of the
+        rate of the last step that was logged by then. The latter is nearly nothing at the end of a schedule that
+        decays to zero.
+
+    Raises ModelError where a checkpoint has no such file or no rate in it, ConfigError for steps out of order.
+    """
+    rates, previous = [], 0
+    for folder in map(Path, checkpoints):
+        try:
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            step, history = int(state["global_step"]), state["log_history"]
+        except (FileNotFoundError, NotADirectoryError):
+            raise ModelError(
+                f"{folder} has no {STATE}: give checkpoints of transformers' Trainer, or the learning rates themselves"
+            ) from None
+        except (KeyError, TypeError, ValueError):
+            raise ModelError(f"{folder / STATE} is not a Trainer's state; give the learning rates themselves") from None
+        if step <= previous:
+            raise ConfigError(f"{folder} is of step {step}, after step {previous}: list checkpoints in training order")
+        logged = [(log["step"], float(log["learning_rate"])) for log in history if "learning_rate" in log]
+        until = [rate for at, rate in logged if at <= step]
+        since = [rate for at, rate in logged if previous < at <= step]
+        if not until:
+            raise ModelError(f"{folder / STATE} logs no learning rate up to step {step}: log more often, or give it")
+        rates.append(sum(since) / len(since) if average and since else until[-1])
+        previous = step
+    return rates
+
+
+def checkpoint_scores(
+    checkpoints: Sequence[tuple[str | Path, float]], score: Callable[[Path], ScoreTable]
+) -> CheckpointScores:
+    """Scores under every checkpoint and their sum weighted by learning rate.
+
+    Args:
+        checkpoints: (adapter folder, learning rate) in the order of training; see `learning_rates`.
+        score: the table of one checkpoint, for example gradients under the adapter by `load_finetuned`, then
+            `influence_scores` or `stream_influence`. Every table needs the same ids; their order may differ.
+
+    Returns:
+        In `total`: `s_*` are the weighted sums, `rank_*` their ranks, `mean_rank_*` the weighted means of the
+        checkpoints' own mean ranks (single queries are not in the tables, so not those of the sums); columns that
+        are not scores (`loss`, `tokens`) are the last checkpoint's.
+
+    Raises:
+        ConfigError: no checkpoint, or rates that are negative, not finite or all zero.
+        DataError: tables with different ids or score columns.
+    """
+    paths, rates = [Path(path) for path, _ in checkpoints], [float(rate) for _, rate in checkpoints]
+    if not paths:
+        raise ConfigError("no checkpoints to score: train with save_checkpoints set, or list them")
+    wrong = [f"{path} ({rate})" for path, rate in zip(paths, rates, strict=True) if not 0 <= rate < math.inf]
+    if wrong or not any(rates):
+        raise ConfigError(f"learning rates must be at least 0, and not all 0: {listing(wrong or map(str, paths))}")
+    tables: list[ScoreTable] = []
+    for path in paths:
+        table = score(path)
+        tables.append(_aligned(table, tables[0], path) if tables else table)
+    return CheckpointScores(paths, rates, tables, _total(tables, np.array(rates)))
+
+
+def ranking_over_training(scores: CheckpointScores, column: str = "s_correct") -> list[dict[str, Any]]:
+    """How near each checkpoint's ranking by `column` is to the final one, as plain values.
+
+    One dict a checkpoint: `checkpoint` (name), `step`, `learning_rate`, and rank correlations (Spearman): `with_sum`
+    to the weighted sum, `with_last` to the last checkpoint, `with_previous` to the checkpoint before (None for
+    the first). Raises DataError where the tables have no such column.
+    """
+    values = _column(scores, column)
+    final = scores.total.columns[column]
+    return [
+        {
+            "checkpoint": path.name,
+            "step": step,
+            "learning_rate": rate,
+            "with_sum": spearman(here, final),
+            "with_last": spearman(here, values[-1]),
+            "with_previous": spearman(here, values[i - 1]) if i else None,
+        }
+        for i, (path, step, rate, here) in enumerate(zip(scores.paths, scores.steps, scores.rates, values, strict=True))
+    ]
+
+
+def plot_ranking_over_training(
+    scores: CheckpointScores, path: str | Path, *, column: str = "s_correct", follow: int = 5
+) -> Path:
+    """Draws `ranking_over_training`, and the ranks of the `follow` examples at either end of the final ranking.
+
+    path: .svg, .png or .pdf, by the ending; the file appears whole or not at all. Returns it.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"{path}: a plot is written as {', '.join(FORMATS)}")
+    rows = ranking_over_training(scores, column)
+    steps = scores.steps
+    ranks = np.stack([average_ranks(-values) for values in _column(scores, column)])  # [C, E], 1 = highest
+    order = np.argsort(-scores.total.columns[column], kind="stable")
+    follow = min(follow, len(order) // 2)
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for key, style, label in (
+        ("with_sum", "o-", "weighted sum"),
+        ("with_last", "s--", "last checkpoint"),
+        ("with_previous", "^:", "checkpoint before"),
+    ):
+        left.plot(steps, [math.nan if row[key] is None else row[key] for row in rows], style, label=label)
+    left.set(xlabel="optimizer step", ylabel="Spearman correlation", ylim=(None, 1.05))
+    left.set_title(f"{column}: rank correlation with the ...", loc="left")
+    for places, colour, label in ((order[:follow], "C0", "highest"), (order[len(order) - follow :], "C3", "lowest")):
+        for n, place in enumerate(places):
+            name = f"{label} {follow} in the end" if n == 0 else None
+            right.plot(steps, ranks[:, place], "o-", color=colour, alpha=0.7, label=name)
+    right.set_ylim(len(order) + 1, 0)
+    right.set(xlabel="optimizer step", ylabel=f"rank of {len(order)} (1 = highest)")
+    right.set_title("ranks on the way", loc="left")
+    for axes in (left, right):
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)
+        axes.set_xticks(steps)
+        axes.spines[["top", "right"]].set_visible(False)
+    with (
+        replacing(path) as temporary,
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "influence-fast"}),
+    ):
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=metadata)
+    return path
+
+
+def _column(scores: CheckpointScores, column: str) -> list[np.ndarray]:
+    if column not in scores.total.columns:
+        raise DataError(f"no column {column!r} in these tables; they hold {', '.join(scores.total.columns)}")
+    return [table.columns[column] for table in scores.tables]
+
+
+def _aligned(table: ScoreTable, first: ScoreTable, path: Path) -> ScoreTable:
+    """`table` with its rows in the order of `first`."""
+    place = {name: i for i, name in enumerate(table.ids)}
+    odd = sorted(place.keys() ^ set(first.ids))
+    if odd or len(table.ids) != len(first.ids):
+        raise DataError(
+            f"{path}: its scores and those of the first checkpoint are not of the same examples: "
+            f"{listing(odd or table.ids)}; leave these out of both"
+        )
+    missing = sorted({name for name in first.columns.keys() ^ table.columns.keys() if name.startswith("s_")})
+    if missing:
+        raise DataError(f"{path}: its scores and those of the first checkpoint differ in column {missing[0]!r}")
+    rows = np.array([place[name] for name in first.ids], dtype=np.int64)
+    return ScoreTable(list(first.ids), {name: column[rows] for name, column in table.columns.items()})
+
+
+def _total(tables: list[ScoreTable], rates: np.ndarray) -> ScoreTable:
+    columns: dict[str, np.ndarray] = {}
+    for name, last in tables[-1].columns.items():
+        group = name.partition("_")[2]
+        if name.startswith("s_"):
+            columns[name] = _weighted(tables, name, rates)
+        elif name.startswith("rank_") and f"s_{group}" in tables[-1].columns:
+            columns[name] = average_ranks(_weighted(tables, f"s_{group}", rates))
+        elif name.startswith("mean_rank_") and all(name in table.columns for table in tables):
+            columns[name] = _weighted(tables, name, rates / rates.sum())
+        else:
+            columns[name] = last
+    return ScoreTable(list(tables[0].ids), columns)
+
+
+def _weighted(tables: list[ScoreTable], name: str, weights: np.ndarray) -> np.ndarray:
+    total = np.zeros(len(tables[0].ids))
+    for weight, table in zip(weights, tables, strict=True):
+        total += weight * np.asarray(table.columns[name], np.float64)
+    return total

@@ -1,0 +1,128 @@
+"""What the training examples are scored against: the model's own answers by group, or the reference solutions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from influence_fast.data.examples import Example
+from influence_fast.errors import ConfigError, listing
+from influence_fast.evaluation.evaluate import EvalConfig, evaluate
+from influence_fast.evaluation.generation import CUT
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What the training examples are scored against: texts, and their places by group."""
+
+    examples: list[Example]
+    groups: dict[str, list[int]]
+    warnings: list[str]
+
+
+def own_answers(
+    model: Any,
+    tokenizer: Any,
+    validation: Sequence[Example],
+    config: EvalConfig,
+    transcripts: Path | None = None,
+    *,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """The model's answers to the validation questions: `id`, `generation` (text), whether it was `correct`, and
+    whether it `ended` before it was cut."""
+    result = evaluate(model, tokenizer, validation, config=config, transcripts=transcripts, progress=progress)
+    return [
+        {
+            "id": item.id,
+            "generation": item.generation,
+            "correct": bool(item.correct),
+            "ended": item.finish_reason != CUT,
+        }
+        for item in result.items
+    ]
+
+
+def make_queries(
+    validation: Sequence[Example],
+    answers: Sequence[dict[str, Any]] | None,
+    fallback: str | None,
+    needed: Collection[str] = ("correct", "incorrect"),
+) -> Queries:
+    """Queries from the model's own `answers`, or from the reference solutions where `answers` is None.
+
+    Raises ConfigError when one of the groups `needed` is empty and `fallback` does not cover it; another one that is
+    empty is left out, with a warning.
+    """
+    if answers is None:
+        return Queries(list(validation), {"correct": list(range(len(validation)))}, [])
+    by_id = {example.id: example for example in validation}
+    asked: list[Example] = []
+    groups: dict[str, list[int]] = {"correct": [], "incorrect": []}
+    warnings = []
+    silent = 0
+    for answer in answers:
+        if not answer["generation"].strip():
+            silent += 1
+            continue
+        groups["correct" if answer["correct"] else "incorrect"].append(len(asked))
+        asked.append(
+            dataclasses.replace(by_id[answer["id"]], completion=answer["generation"], ended=answer.get("ended", True))
+        )
+    if silent == len(answers) and fallback is None:
+        raise ConfigError(
+            f"all {silent} answers of the model to the validation questions are empty: look at its chat template and "
+            "training loss, set influence.fallback: reference, or use influence.queries: reference"
+        )
+    if silent:
+        warnings.append(f"{silent} validation questions got an empty answer, which has no gradient")
+    if not groups["correct"] and fallback == "reference":
+        warnings.append(
+            "the model answered no validation question correctly: the reference solutions stand in for the correct "
+            "group, as influence.fallback asks"
+        )
+        groups["correct"] = list(range(len(asked), len(asked) + len(validation)))
+        asked += [dataclasses.replace(example, id=f"{example.id}/reference") for example in validation]
+    _check_groups({name: groups[name] for name in needed}, silent=silent == len(answers))
+    for name in [name for name, members in groups.items() if not members]:
+        warnings.append(f"no own answer is {name}, so there are no scores of that group")
+        del groups[name]
+    return Queries(asked, groups, warnings)
+
+
+def with_tasks(queries: Queries, tasks: Sequence[str]) -> Queries:
+    """`queries` with a group for each task: its members of the correct group (see the strategy `less`).
+
+    `tasks` has the task of each row of the validation data. Raises ConfigError for a task with a group's own name.
+    """
+    groups = dict(queries.groups)
+    taken = sorted(set(tasks) & {"correct", "incorrect"})
+    if taken:
+        raise ConfigError(f"influence.tasks: a task cannot be called {taken[0]!r}, as one of the groups is; rename it")
+    for place in queries.groups["correct"]:
+        groups.setdefault(tasks[queries.examples[place].row], []).append(place)
+    asked = {tasks[example.row] for example in queries.examples}
+    silent = sorted(asked - groups.keys())
+    warnings = [f"no correct answer to ask for the tasks {listing(silent)}"] if silent else []
+    return Queries(queries.examples, groups, queries.warnings + warnings)
+
+
+def _check_groups(groups: Mapping[str, Sequence[int]], *, silent: bool = False) -> None:
+    """ConfigError saying which of the `groups` of own answers is empty, and what can be done about it.
+
+    silent: every answer was empty, so that there is none of either kind.
+    """
+    if "correct" in groups and not len(groups["correct"]):
+        raise ConfigError(
+            "every one of the model's own validation answers is incorrect, so there is no correct group: add easier "
+            "questions, set influence.fallback: reference, or use influence.queries: reference"
+        )
+    if "incorrect" in groups and not len(groups["incorrect"]):
+        what = "empty" if silent else "correct"
+        raise ConfigError(
+            f"every one of the model's own validation answers is {what}, so there is no incorrect group: add harder "
+            "questions, or use strategies that read no wrong answers (low_benefit), with influence.queries: reference"
+        )

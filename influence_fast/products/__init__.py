@@ -1,0 +1,1 @@
+"""Inner products of stored rows with queries: native C++ and CUDA, and PyTorch where those are missing."""

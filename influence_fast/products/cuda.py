@@ -1,0 +1,189 @@
+"""The operations of `influence_fast._native` on a CUDA device, for int8 and bf16 rows (csrc/cuda/): the same names and
+arguments as `inner_products_torch`, whose Queries and TopK it shares.
+
+Rows may lie on the device, or be numpy arrays (memory-mapped shards), which are streamed through two pinned buffers.
+Products, cosines, group sums and the search for NaN are one kernel; the sort of whole columns for ranks and that of a
+chunk's scores for the top k are PyTorch's, which are hard to beat. fp32 rows have no tensor-core product that keeps
+their precision: they go through `inner_products_torch` on the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from influence_fast.products import native
+from influence_fast.products import pytorch as inner_products_torch
+from influence_fast.products.pytorch import TopK, rank
+
+__all__ = ["KINDS", "Queries", "TopK", "finish", "rank", "score"]
+
+KINDS = ("bfloat16", "int8")
+_SCRATCH_BYTES = 1 << 26  # of scores held for the top k, or on their way to the host
+_PINNED_BYTES = 1 << 25  # of each of the two buffers
+
+
+class Queries:
+    """Queries as the kernel takes them: one or two terms of the rows' dtype, q = sum_t factor[t] terms[t].
+
+    values: [Q, k] fp32 on the device. rows: "bfloat16" or "int8". high: a second term holds what the first rounded
+    away. isa and threads are not used.
+    """
+
+    def __init__(self, values: Tensor, rows: str, high: bool = False, isa: str = "", threads: int = 1) -> None:
+        rounded = inner_products_torch.Queries(values, rows, high)
+        self.rows, self.count, self.width = rows, rounded.count, values.shape[1]
+        self.device = values.device
+        first, second, step = _terms(rounded.values, rows)
+        terms = [first, second] if high else [first]
+        exact = sum((term.double() * step**t for t, term in enumerate(terms)), torch.zeros((), device=self.device))
+        norm = torch.linalg.vector_norm(exact, dim=1)  # [Q]
+        steps = torch.tensor([step**t for t in range(len(terms))], dtype=torch.float64, device=self.device)
+        self.factor = (steps[:, None] * rounded.factor.double()).float().contiguous()  # [terms, Q]
+        self.cosine = (steps[:, None] * torch.where(norm == 0, 0.0, 1.0 / norm)).float().contiguous()
+        # Zeros up to whole granules of 16 bytes.
+        stride = _native().cuda_padded_row(self.width * first.element_size())
+        self.terms = torch.zeros(
+            (len(terms), self.count, stride // first.element_size()), dtype=first.dtype, device=self.device
+        )
+        for t, term in enumerate(terms):
+            self.terms[t, :, : self.width] = term
+        self.flags: list[tuple[int, Tensor]] = []  # (first row, int32 [n]: 1 where a score is not finite)
+        self._stream: Any = None
+        self._lists: tuple[Any, Any, Tensor, Tensor] | None = None
+
+    def packed(self, normalize: bool) -> Any:
+        factor = self.cosine if normalize else self.factor
+        return _native().CudaQueries(
+            self.terms.data_ptr(),
+            factor.data_ptr(),
+            self.terms.shape[0],
+            self.count,
+            self.width,
+            self.terms.stride(1) * self.terms.element_size(),
+            self.rows == "int8",
+        )
+
+    def stream(self, rows: int) -> Any:
+        """The pinned buffers, made for the first block."""
+        if self._stream is None:
+            row_bytes = self.width * self.terms.element_size()
+            chunk = _native().cuda_chunk_rows(rows, row_bytes, _PINNED_BYTES)
+            self._stream = _native().CudaStream(_index(self.device), chunk, row_bytes)
+        return self._stream
+
+    def close(self) -> None:
+        """Waits for what is queued and frees the buffers."""
+        if self._stream is not None:
+            self._stream.finish()
+            self._stream = None
+
+    def tile_lists(self, begin: Any, query: Any) -> tuple[Tensor, Tensor]:
+        """Members of each group in each tile of queries, on the device; made once for the same lists."""
+        if self._lists is None or self._lists[0] is not begin or self._lists[1] is not query:
+            first, column = _native().cuda_tile_groups(begin, query, self.count)
+            column = column if column.size else np.zeros(1, np.int32)  # an address even where no member is left
+            self._lists = (begin, query, *(torch.from_numpy(a).to(self.device) for a in (first, column)))
+        return self._lists[2], self._lists[3]
+
+
+def score(
+    queries: Queries,
+    rows: Any,
+    scales: Any = None,
+    start: int = 0,
+    normalize: bool = False,
+    scores: Any = None,
+    columns: Tensor | None = None,
+    group_sums: Tensor | None = None,
+    group_begin: Any = None,
+    group_query: Any = None,
+    topk: TopK | None = None,
+    threads: int = 1,
+) -> list[int]:
+    """See `csrc/cuda/score.h`. Work is queued on PyTorch's current stream; rows with a NaN or infinite score are
+    named by `finish`, so that no block waits for the one before: the list returned here is empty.
+
+    rows, scales and scores may be numpy arrays or tensors of the device; columns and group_sums are of the device.
+    """
+    n = rows.shape[0]
+    flags = torch.zeros(n, dtype=torch.int32, device=queries.device)
+    queries.flags.append((start, flags))
+    if n == 0 or queries.count == 0:
+        return []
+    row_factor = torch.empty(n if normalize else 0, dtype=torch.float32, device=queries.device)
+    packed = queries.packed(normalize)
+    out = inner_products_torch.tensor(scores) if scores is not None else None
+    direct = out is not None and out.device == queries.device and (out.stride(1) == 1 or queries.count == 1)
+    held = topk is not None or (out is not None and not direct)
+    slab = max(1, _SCRATCH_BYTES // (4 * queries.count)) if held else n
+    scratch = torch.empty((min(slab, n), queries.count), dtype=torch.float32, device=queries.device) if held else None
+    for first in range(0, n, slab):
+        last = min(n, first + slab)
+        wanted: dict[str, Any] = {"bad": flags[first:].data_ptr(), "normalize": normalize}
+        if normalize:
+            wanted["row_factor"] = row_factor[first:].data_ptr()
+        target = scratch if held else out[first:last] if out is not None else None
+        if target is not None:
+            wanted |= {"scores": target.data_ptr(), "scores_stride": target.stride(0)}
+        if columns is not None:
+            wanted |= {"columns": columns[:, start + first :].data_ptr(), "columns_stride": columns.stride(0)}
+        if group_sums is not None:
+            begin, column = queries.tile_lists(group_begin, group_query)
+            wanted |= {"group_sums": group_sums[first:].data_ptr(), "group_stride": group_sums.stride(0)}
+            wanted |= {"groups": group_sums.shape[1], "group_begin": begin.data_ptr()}
+            wanted |= {"group_column": column.data_ptr()}
+        part = rows[first:last]
+        by_row = None if scales is None else scales[first:last]
+        _queue(queries, packed, part, by_row, _native().CudaOutputs(**wanted), n, threads)
+        if scratch is not None:
+            finished = scratch[: last - first]
+            if out is not None:
+                out[first:last] = finished
+            if topk is not None:
+                topk.offer(start + first, finished)
+    return []
+
+
+def finish(queries: Queries) -> list[int]:
+    """Waits for all blocks; the rows with a NaN or infinite score, in order."""
+    queries.close()
+    bad: list[int] = []
+    for start, flags in queries.flags:
+        bad += (start + torch.nonzero(flags)[:, 0]).tolist()
+    queries.flags.clear()
+    return bad
+
+
+def _queue(queries: Queries, packed: Any, rows: Any, scales: Any, out: Any, block: int, threads: int) -> None:
+    stream = torch.cuda.current_stream(queries.device).cuda_stream
+    if isinstance(rows, Tensor):
+        by_row = None if scales is None else inner_products_torch.tensor(scales).to(queries.device)
+        size, stride = rows.element_size(), rows.stride(0) * rows.element_size()
+        where = 0 if by_row is None else by_row.data_ptr()
+        if rows.shape[1] > 1 and rows.stride(1) != 1:
+            rows, stride = rows.contiguous(), rows.shape[1] * size
+        _native().cuda_score(_index(queries.device), packed, rows.data_ptr(), rows.shape[0], stride, where, out, stream)
+    else:
+        scales = scales.cpu().numpy() if isinstance(scales, Tensor) else scales
+        queries.stream(block).push(packed, rows, scales, out, threads, stream)
+
+
+def _terms(values: Tensor, rows: str) -> tuple[Tensor, Tensor, float]:
+    """Rounded queries (of `inner_products_torch.Queries`) as first + step * second, both of the rows' dtype."""
+    if rows == "int8":
+        first = values.round()
+        return first.to(torch.int8), ((values - first) * 254.0).round().to(torch.int8), 1.0 / 254.0
+    first = values.bfloat16()
+    return first, (values - first.float()).bfloat16(), 1.0
+
+
+def _native() -> Any:
+    return native.load()[0]
+
+
+def _index(device: torch.device) -> int:
+    return device.index if device.index is not None else torch.cuda.current_device()

@@ -1,0 +1,380 @@
+"""The proof: do the scores tell what retraining does?
+
+For every method, with 95 % bootstrap intervals over subsets and seeds (or examples, or queries):
+
+    LDS             rank correlation of summed influence and outcome over random halves of the pool (`lds`)
+    leave-k-out     the same over the pool without k random examples
+    removal         query loss and accuracy without the most helpful, the most harmful, or as many random examples
+    detection       AUC and precision at k of finding the examples whose label marks them as corrupted
+
+Everything lies in the run's folder under `validate/` and `retrained/`, piece by piece, and is found again when the
+same command is repeated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from influence_fast import doctor
+from influence_fast.atomic import replacing
+from influence_fast.config import RunConfig
+from influence_fast.data.examples import tokenize
+from influence_fast.errors import ConfigError, DataError, listing
+from influence_fast.influence import scoring
+from influence_fast.influence.checkpoints import learning_rates
+from influence_fast.influence.methods import Method, Scored, method_of, score_by
+from influence_fast.influence.queries import Queries
+from influence_fast.influence.scoring import average_ranks, spearman
+from influence_fast.proof.lds import Estimate, ceiling, draw_subsets, linear_datamodeling_scores, seed_agreement
+from influence_fast.proof.retraining import Outcome, Retraining, losses_of, retrain, subset_work
+from influence_fast.report.statistics import two_level_means
+from influence_fast.run.pipeline import Pipeline
+from influence_fast.run.results import HARMLESS
+from influence_fast.settings import to_dict
+from influence_fast.training.fine_tuning import finetune, list_checkpoints
+from influence_fast.training.models import load_model, load_tokenizer
+
+FOLDER = "validate"
+RESULTS = "validation.json"
+EXACT_OF = {"exact-dot": "none", "exact-cosine": "cosine", "exact-ekfac-cosine": "ekfac_cosine"}
+
+
+def validate(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
+    """Puts the methods of `config.validate` to the proof; writes and returns `validation.json`'s content.
+
+    Raises ConfigError for methods that the run's settings cannot serve, DataError for external scores of other shapes.
+    """
+    settings = config.validate
+    methods = [method_of(given) for given in settings.methods]
+    _check(config, methods)
+    pipeline = Pipeline(config, progress=progress)
+    reference = Path(pipeline.reference_adapter())
+    queries = pipeline.queries(reference)
+    scored = {m.name: _scored(pipeline, m, reference, queries, progress) for m in methods}
+    shape = (len(pipeline.splits.pool), len(queries.examples))
+    scores = {name: found.matrix for name, found in scored.items()} | _external(settings.external, shape)
+
+    plan = _Plan(config, shape[0], scores, queries)
+    outcomes = retrain(
+        config, queries.examples, plan.work, processes=settings.processes, talks=progress, pipeline=pipeline
+    )
+    results: dict[str, Any] = {
+        "config": to_dict(config),
+        "versions": doctor.versions(),
+        "environment": doctor.environment(),
+        "pool": shape[0],
+        "queries": {name: len(members) for name, members in queries.groups.items()},
+        "default": settings.default,
+        "lds": plan.lds(outcomes, "half"),
+        "leave_out": plan.lds(outcomes, "out"),
+        "removal": plan.removal(outcomes),
+        "detection": _detection(pipeline, scores, queries, settings.draws),
+        "cost": _cost(pipeline, scored, scores, methods, queries),
+        "retraining_seconds": float(sum(outcome.seconds for outcome in outcomes.values())),
+    }
+    with replacing(pipeline.folder / RESULTS) as partial:
+        partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
+
+
+def _check(config: RunConfig, methods: Sequence[Method]) -> None:
+    """ConfigError before any work, for what would fail after it."""
+    names = [*[method.name for method in methods], *config.validate.external]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"validate.methods: a name comes twice in {', '.join(names)}")
+    for name in (config.validate.default, *config.validate.removal_methods):
+        if name not in names:
+            raise ConfigError(f"validate: {name!r} is not among the methods ({', '.join(names)})")
+    needy = [method.name for method in methods if method.moments or method.checkpoints]
+    if needy and not config.training.save_checkpoints and config.model.adapter is None:
+        raise ConfigError(
+            f"validate: {', '.join(needy)} read checkpoints with optimizer state: set training.save_checkpoints"
+        )
+
+
+# ---- scores ----------------------------------------------------------------------------------------------
+
+
+def _scored(pipeline: Pipeline, method: Method, reference: Path, queries: Queries, talks: bool) -> Scored:
+    """The method's scores, computed once; other settings or another adapter under its name are computed anew."""
+    texts = [[q.id, q.completion] for q in queries.examples]
+    config = to_dict(pipeline.config)
+    settings = [dataclasses.asdict(method), config["training"], config["gradients"], config["model"]]
+    record = json.dumps([settings, texts], sort_keys=True)
+    digest = hashlib.sha256(record.encode()).hexdigest()
+    path = pipeline.folder / FOLDER / f"{method.name}.npz"
+    if path.exists():
+        with np.load(path) as found:
+            if str(found["digest"]) == digest:
+                return Scored(found["matrix"], json.loads(str(found["seconds"])), int(found["bytes_per_example"]))
+    if talks:
+        print(f"scores by {method.name}", file=sys.stderr, flush=True)
+    scorer = _proxy(pipeline, method.proxy) if method.proxy else _reference(pipeline, method, reference)
+    asked = tokenize(queries.examples, scorer.tokenizer).examples
+    scratch = pipeline.folder / FOLDER / f".{method.name}.store"
+    gradients = pipeline.config.gradients
+    scored = score_by(method, scorer.base, scorer.adapters, scorer.pool, asked, scratch, gradients)
+    scored = dataclasses.replace(scored, seconds=scorer.seconds | scored.seconds)
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(
+            file,
+            digest=digest,
+            matrix=scored.matrix,
+            seconds=json.dumps(scored.seconds),
+            bytes_per_example=scored.bytes_per_example,
+        )
+    return scored
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """The model that a method's gradients are of, and the pool in its tokens."""
+
+    base: Any
+    tokenizer: Any
+    pool: list[dict[str, Any]]
+    adapters: list[tuple[Path, float]]
+    seconds: dict[str, float]  # what it took to make, beyond the reference
+
+
+def _reference(pipeline: Pipeline, method: Method, reference: Path) -> _Scorer:
+    pool = pipeline.splits.tokenized.examples
+    return _Scorer(pipeline.base, pipeline.tokenizer, pool, _adapters(method, reference), {})
+
+
+def _proxy(pipeline: Pipeline, path: str) -> _Scorer:
+    """The model at `path`, fine-tuned on the pool as the reference was. Raises DataError: it cannot read all of it."""
+    config = pipeline.config
+    trust = config.model.trust_remote_code
+    base = load_model(path, dtype=config.model.dtype, device=config.model.device, trust_remote_code=trust)
+    tokenizer = load_tokenizer(path, model=base, trust_remote_code=trust)
+    tokens = tokenize(pipeline.splits.pool, tokenizer, max_length=config.data.max_length, truncate=config.data.truncate)
+    if tokens.too_long:
+        names = listing(name for name, _ in tokens.too_long)
+        raise DataError(f"{path}: in this proxy's tokens {names} are longer than max_length; raise it, or set truncate")
+    training = dataclasses.replace(config.training, seed=config.pruning.seeds[0], save_checkpoints=False)
+    name = hashlib.sha256(path.encode()).hexdigest()[:12]
+    folder = pipeline.folder / FOLDER / f"proxy-{name}"
+    trained = finetune(
+        base, tokenizer, tokens.examples, folder, config=training, lora=config.lora, progress=pipeline.progress
+    )
+    return _Scorer(base, tokenizer, tokens.examples, [(trained.path, 1.0)], {"fine-tuning the proxy": trained.seconds})
+
+
+def _adapters(method: Method, reference: Path) -> list[tuple[Path, float]]:
+    if not (method.checkpoints or method.moments):
+        return [(reference, 1.0)]
+    saved = list_checkpoints(reference)
+    if not saved:
+        raise ConfigError(f"method {method.name} reads checkpoints, and {reference} has none: save them in training")
+    if not method.checkpoints:
+        return [(saved[-1], 1.0)]
+    return list(zip(saved, learning_rates(saved, average=True), strict=True))
+
+
+def _external(files: Mapping[str, str], shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    matrices = {}
+    for name, path in files.items():
+        try:
+            with np.load(path) as found:
+                matrix = np.asarray(found["scores"], np.float32)
+        except (OSError, KeyError, ValueError) as error:
+            raise DataError(f"{path}: no scores of another tool (an .npz file with 'scores' [N, Q]): {error}") from None
+        if matrix.shape != shape:
+            raise DataError(f"{path}: scores of shape {matrix.shape}, this pool and these queries make {shape}")
+        matrices[name] = matrix
+    return matrices
+
+
+# ---- retraining ------------------------------------------------------------------------------------------
+
+
+class _Plan:
+    """Which retrainings the proof needs, and what is read off their outcomes."""
+
+    def __init__(self, config: RunConfig, n: int, scores: dict[str, np.ndarray], queries: Queries) -> None:
+        self.settings, self.scores, self.queries = config.validate, scores, queries
+        s = self.settings
+        self.subsets: dict[str, np.ndarray] = {}
+        self.names: dict[str, list[list[str]]] = {}
+        self.work: list[Retraining] = []
+        for prefix, count, size in (
+            ("half", s.subsets, round(s.share * n)),
+            ("out", s.leave_out_sets, n - max(1, round(s.leave_out * n))),
+        ):
+            if count:
+                self.subsets[prefix] = draw_subsets(n, size, count, config.seed)
+                work, self.names[prefix] = subset_work(self.subsets[prefix], s.seeds, prefix)
+                self.work += work
+        self.removals = self._removals(n, config.seed) if s.remove and s.removal_methods else {}
+        self.work += [job for jobs in self.removals.values() for job in jobs]
+
+    def _removals(self, n: int, seed: int) -> dict[tuple[str, str, float], list[Retraining]]:
+        """(method, direction, share) -> one retraining a seed; "random" is drawn anew for each seed."""
+        found = {}
+        target = self._target()
+        for share in self.settings.remove:
+            k = max(1, round(share * n))
+            for method in self.settings.removal_methods:
+                order = np.argsort(-self.scores[method][:, target].mean(axis=1), kind="stable")
+                for direction, dropped in (("helpful", order[:k]), ("harmful", order[n - k :])):
+                    keep = np.setdiff1d(np.arange(n), dropped)
+                    found[method, direction, share] = [
+                        Retraining(f"without-{direction}-{method}-{round(100 * share)}-seed{s}", keep, s, accuracy=True)
+                        for s in self.settings.seeds
+                    ]
+            found["random", "random", share] = [
+                Retraining(
+                    f"without-random-{round(100 * share)}-seed{s}",
+                    np.sort(np.random.default_rng([seed, round(1000 * share), s]).permutation(n)[k:]),
+                    s,
+                    accuracy=True,
+                )
+                for s in self.settings.seeds
+            ]
+        return found
+
+    def _target(self) -> list[int]:
+        """The queries whose loss removal is meant to move: those of right answers."""
+        return list(self.queries.groups["correct"])
+
+    def lds(self, outcomes: Mapping[str, Outcome], prefix: str) -> dict[str, Any] | None:
+        """Scores of every method by group of queries, each query by itself and the group's mean as one outcome."""
+        if prefix not in self.subsets:
+            return None
+        subsets, losses = self.subsets[prefix], losses_of(dict(outcomes), self.names[prefix])
+        draws, default = self.settings.draws, self.settings.default
+        rows = []
+        bounds = {}
+        for group, members in {"all": list(range(losses.shape[2])), **self.queries.groups}.items():
+            if not len(members):
+                continue
+            part = losses[:, :, members]
+            kinds = {"queries": part, "mean": part.mean(axis=2, keepdims=True)}
+            for kind, outcome in kinds.items():
+                if kind == "mean" and group == "all":
+                    continue  # of right and wrong answers together: no one's question
+                matrices = {
+                    name: matrix[:, members] if kind == "queries" else matrix[:, members].mean(axis=1, keepdims=True)
+                    for name, matrix in self.scores.items()
+                }
+                bounds[f"{group}/{kind}"] = {"agreement": seed_agreement(outcome), "ceiling": ceiling(outcome)}
+                found = linear_datamodeling_scores(matrices, subsets, outcome, draws=draws)
+                for name, estimate in found.items():
+                    ahead = found[default].minus(estimate) if name != default else None
+                    rows.append(
+                        {"method": name, "group": group, "of": kind, **_plain(estimate)}
+                        | {"default_ahead": None if ahead is None else _plain(ahead)}
+                    )
+        size, (count, seeds, _) = int(subsets[0].sum()), losses.shape
+        return {"subsets": count, "seeds": seeds, "size": size, "rows": rows, "noise": bounds}
+
+    def removal(self, outcomes: Mapping[str, Outcome]) -> list[dict[str, Any]] | None:
+        """Query loss after each removal against the random one of the same size and seeds, and accuracies."""
+        if not self.removals:
+            return None
+        target = self._target()
+        rows = []
+        for (method, direction, share), jobs in self.removals.items():
+            losses = np.stack([outcomes[job.name].losses[target] for job in jobs])  # [R, q]
+            chance = np.stack([outcomes[job.name].losses[target] for job in self.removals["random", "random", share]])
+            shift = two_level_means(np.stack([losses - chance]), draws=self.settings.draws)[0]
+            low, high = np.percentile(shift, [2.5, 97.5])
+            rows.append(
+                {
+                    "method": method,
+                    "direction": direction,
+                    "share": share,
+                    "loss": float(losses.mean()),
+                    "loss_over_random": float((losses - chance).mean()),
+                    "low": float(low),
+                    "high": float(high),
+                    "accuracy": [outcomes[job.name].accuracy for job in jobs],
+                }
+            )
+        return rows
+
+
+def _plain(estimate: Estimate) -> dict[str, float]:
+    return {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+# ---- detection and cost ----------------------------------------------------------------------------------
+
+
+def drop_priority(matrix: np.ndarray, groups: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """[N], higher = dropped sooner: the paper's combined rank, or low benefit where there are no wrong answers."""
+    benefit = average_ranks(matrix[:, list(groups["correct"])].mean(axis=1))
+    wrong = list(groups.get("incorrect", ()))
+    return average_ranks(matrix[:, wrong].mean(axis=1)) - benefit if wrong else -benefit
+
+
+def _detection(
+    pipeline: Pipeline, scores: Mapping[str, np.ndarray], queries: Queries, draws: int
+) -> list[dict[str, Any]] | None:
+    harmful = np.array([example.label not in HARMLESS for example in pipeline.splits.pool])
+    if not harmful.any() or harmful.all():
+        return None
+    rows = []
+    for name, matrix in scores.items():
+        # a baseline that is the same for all queries has no two groups to set against one another
+        constant = bool((matrix == matrix[:, :1]).all())
+        priority = -matrix[:, 0].astype(np.float64) if constant else drop_priority(matrix, queries.groups)
+        rng = np.random.default_rng(pipeline.config.seed)  # the same draws for every method
+        low, high = scoring.bootstrap_auc(priority, harmful, rng, draws)
+        order = np.argsort(-priority, kind="stable")
+        precision = {}
+        for share in (0.1, 0.25, 0.5):
+            top = harmful[order[: max(1, round(share * len(order)))]]
+            precision[f"{round(100 * share)}%"] = float(top.mean())
+        rows.append(
+            {"method": name, "auc": scoring.auc(priority, harmful), "low": low, "high": high, "precision_at": precision}
+        )
+    return sorted(rows, key=lambda row: -row["auc"])
+
+
+def _cost(
+    pipeline: Pipeline,
+    scored: Mapping[str, Scored],
+    scores: Mapping[str, np.ndarray],
+    methods: Sequence[Method],
+    queries: Queries,
+) -> dict[str, Any]:
+    """Seconds and bytes of every method, seconds over those of one epoch, and Spearman to the same scores from exact
+    gradients: mean over single queries, and of each group's mean."""
+    epoch = pipeline.epoch_seconds()
+    exact = {EXACT_OF[name]: matrix for name, matrix in scores.items() if name in EXACT_OF}
+    rows = []
+    for method in methods:
+        found = scored[method.name]
+        seconds = sum(found.seconds.values())
+        alike = exact.get(method.preconditioner)
+        agreement = None
+        if alike is not None and not method.loss and not method.checkpoints:
+            groups = {name: list(members) for name, members in queries.groups.items() if len(members)}
+            agreement = {
+                "queries": float(np.mean([spearman(a, b) for a, b in zip(found.matrix.T, alike.T, strict=True)]))
+            }
+            agreement |= {
+                g: spearman(found.matrix[:, m].mean(axis=1), alike[:, m].mean(axis=1)) for g, m in groups.items()
+            }
+        rows.append(
+            {
+                "method": method.name,
+                "settings": dataclasses.asdict(method),
+                "seconds": found.seconds,
+                "epochs": None if epoch is None else seconds / epoch,
+                "bytes_per_example": found.bytes_per_example,
+                "spearman_to_exact": agreement,
+            }
+        )
+    return {"epoch_seconds": epoch, "rows": rows}

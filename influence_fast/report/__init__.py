@@ -1,0 +1,1 @@
+"""What came of a run, for people: statistics, plots, self-contained HTML pages."""

@@ -1,0 +1,153 @@
+"""Answer by answer: the training examples that made it likelier and those that made it less likely.
+
+A score table says what an example does to all answers of a group; this says what stands behind a single one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from influence_fast.atomic import replacing
+from influence_fast.data.examples import Example
+from influence_fast.influence.queries import Queries
+from influence_fast.influence.scoring import TopInfluences
+from influence_fast.report.page import clipped, signed, templates
+from influence_fast.report.summary import percent
+
+EXPLAINED = "explained"  # .html and .jsonl of a run
+SHOWN_ANSWERS = 100  # on a page, of each group
+_MOST_NAMED = 10  # examples that are counted over all answers
+_MOST_TEXT = 4000  # characters of an example, which are many
+_STARTS = 100  # characters of an example's prompt where it is only named
+_DIRECTIONS = ("raising", "lowering")
+
+
+def explanations(top: TopInfluences, ids: Sequence[str], queries: Queries) -> list[dict[str, Any]]:
+    """For each query: its `id`, the `groups` it belongs to, `prompt`, `answer`, and `raising` and `lowering`: lists of
+    an example's `id` and `influence`, the strongest first.
+
+    ids: of the rows that `top` counts. Examples whose influence has the other sign, or is 0, are no part of a list.
+    """
+    groups: list[list[str]] = [[] for _ in queries.examples]
+    for name, members in queries.groups.items():
+        for place in members:
+            groups[place].append(name)
+    return [
+        {
+            "id": example.id,
+            "groups": groups[q],
+            "prompt": example.prompt,
+            "answer": example.completion,
+            "raising": _named(top.raising[0][q], top.raising[1][q], ids, 1),
+            "lowering": _named(top.lowering[0][q], top.lowering[1][q], ids, -1),
+        }
+        for q, example in enumerate(queries.examples)
+        if groups[q]
+    ]
+
+
+def _named(values: np.ndarray, rows: np.ndarray, ids: Sequence[str], sign: int) -> list[dict[str, Any]]:
+    return [
+        {"id": ids[row], "influence": float(value)} for value, row in zip(values, rows, strict=True) if sign * value > 0
+    ]
+
+
+def save_explanations(
+    found: Sequence[Mapping[str, Any]],
+    pool: Mapping[str, Example],
+    path: str | Path,
+    *,
+    title: str = "Answer by answer",
+) -> list[Path]:
+    """Writes `path`.jsonl, a line for each answer, and `path`.html, with the texts of answers and examples; returns
+    both. Each file appears whole or not at all.
+
+    pool: the training examples by id.
+    """
+    lines, page = Path(f"{path}.jsonl"), Path(f"{path}.html")
+    with replacing(lines) as temporary:
+        temporary.write_text("".join(json.dumps(one) + "\n" for one in found), encoding="utf-8")
+    with replacing(page) as temporary:
+        temporary.write_bytes(_page(found, pool, title).encode("utf-8", "replace"))
+    return [lines, page]
+
+
+def _page(found: Sequence[Mapping[str, Any]], pool: Mapping[str, Example], title: str) -> str:
+    environment = templates()
+    environment.filters.update(signed=signed, percent=percent)
+    places: dict[str, int] = {}  # of the examples that are named, in the order of their naming
+
+    def named(name: str) -> dict[str, Any]:
+        label = pool[name].label
+        place = places.setdefault(name, len(places))
+        return {"id": name, "place": place, "label": label, "prompt": _start(pool[name].prompt)}
+
+    groups = []
+    for name in _by_interest(found):
+        members = [one for one in found if name in one["groups"]]
+        shown = [
+            {
+                "id": one["id"],
+                "texts": _texts(prompt=one["prompt"], answer=one["answer"]),
+                **{d: [named(each["id"]) | each for each in one[d]] for d in _DIRECTIONS},
+            }
+            for one in members[:SHOWN_ANSWERS]
+        ]
+        often = [named(each["id"]) | each for each in _often(members)]
+        found_in = {"labels": _labels(members, pool), "often": often}
+        groups.append({"name": name, "count": len(members), "answers": shown, **found_in})
+    examples = [
+        named(name) | {"texts": _texts(prompt=pool[name].prompt, completion=pool[name].completion)}
+        for name in list(places)
+    ]
+    page = environment.get_template("answers.html.j2")
+    return page.render(title=title, groups=groups, examples=examples)
+
+
+def _by_interest(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the groups: first the wrong answers, whose cause is what is looked for."""
+    names = dict.fromkeys(name for one in found for name in one["groups"])
+    return sorted(names, key=lambda name: name != "incorrect")
+
+
+def _often(members: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Examples that are named for several answers: for how many in either list, the most named first."""
+    counts = {d: Counter(each["id"] for one in members for each in one[d]) for d in _DIRECTIONS}
+    both = sorted((counts["raising"] + counts["lowering"]).items(), key=lambda item: (-item[1], item[0]))
+    return [
+        {"id": name, **{d: counts[d][name] for d in _DIRECTIONS}} for name, times in both[:_MOST_NAMED] if times > 1
+    ]
+
+
+def _labels(members: Sequence[Mapping[str, Any]], pool: Mapping[str, Example]) -> list[dict[str, Any]]:
+    """A row for each label of the pool: its share of the examples in either list, and of the pool; none where none has
+    a label."""
+    named = {d: Counter(pool[each["id"]].label for one in members for each in one[d]) for d in _DIRECTIONS}
+    whole = Counter(example.label for example in pool.values())
+    if not set(whole) - {None}:
+        return []
+    return [
+        {
+            "label": label or "none",
+            "pool": count / len(pool),
+            **{d: named[d][label] / max(1, named[d].total()) for d in _DIRECTIONS},
+        }
+        for label, count in whole.most_common()
+    ]
+
+
+def _texts(**texts: str) -> list[tuple[str, str, str, int]]:
+    """As the template `folding` shows them."""
+    return [(name, *clipped(text, _MOST_TEXT)) for name, text in texts.items()]
+
+
+def _start(text: str) -> str:
+    """The first words on one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= _STARTS + 1 else line[:_STARTS] + "…"

@@ -1,0 +1,598 @@
+"""The report's charts: matplotlib draws them, `_inline` turns them into SVG that belongs to the page.
+
+Colours are written as stand-ins (`_INKS`) and become CSS variables, so that one drawing serves the light and the
+dark scheme; text stays text in the page's own font; nothing in the SVG points outside the page. Every chart is drawn
+twice, for a wide and for a narrow page, because an SVG scaled down to a phone cannot be read.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from influence_fast.report.summary import Setting, fraction_name, number
+
+# Stand-in colour -> CSS variable of the template. Categories are told apart by shape or dash as well as by colour.
+_INKS = {
+    "ink": "#010101",
+    "muted": "#020202",
+    "grid": "#030303",
+    "surface": "#040404",
+    "accent": "#050505",
+    "random": "#060606",
+    "baseline": "#070707",
+    **{f"c{i}": f"#0800{i:02x}" for i in range(7)},
+}
+INK = _INKS
+CATEGORIES = 7  # c0 (neutral) .. c6
+
+# Marker shapes of radius about 4, drawn around the origin, one a category.
+SHAPES = (
+    "M-3.2 0a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0 -6.4 0Z",  # circle
+    "M0-4.6L4.4 3.4L-4.4 3.4Z",  # triangle
+    "M-3.5-3.5H3.5V3.5H-3.5Z",  # square
+    "M0-5L4.4 0L0 5L-4.4 0Z",  # diamond
+    "M0 4.6L4.4-3.4L-4.4-3.4Z",  # triangle, tip down
+    "M-1.5-4.4H1.5V-1.5H4.4V1.5H1.5V4.4H-1.5V1.5H-4.4V-1.5H-1.5Z",  # plus
+    "M0-4.6L4.4-1.4L2.7 3.8H-2.7L-4.4-1.4Z",  # pentagon
+)
+
+_RC: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "influence-fast",
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 12,
+    "axes.labelsize": 12,
+    "axes.titlesize": 12.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "xtick.labelsize": 11.5,
+    "ytick.labelsize": 12,
+    "axes.edgecolor": INK["muted"],
+    "axes.labelcolor": INK["muted"],
+    "axes.titlecolor": INK["ink"],
+    "text.color": INK["ink"],
+    "xtick.color": INK["muted"],
+    "ytick.color": INK["muted"],
+    "ytick.labelcolor": INK["ink"],
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "axes.axisbelow": True,
+    "grid.color": INK["grid"],
+    "grid.linewidth": 0.8,
+    "figure.constrained_layout.w_pad": 0.02,
+    "figure.constrained_layout.h_pad": 0.07,
+}
+
+Draw = Callable[[Figure, bool], "str | None"]  # (figure, narrow) -> extra SVG laid over the axes
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One entry of a chart's legend: a line, band or marker in a CSS colour variable, and its name."""
+
+    mark: str  # "line" | "dash" | "dot" | "ring" | "open" | "bar" | "tick" | "shape"
+    colour: str
+    name: str
+    shape: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A finished chart: inline SVG for wide and narrow pages, and its legend."""
+
+    svg: Markup
+    keys: Sequence[Key] = ()
+
+
+def plain(text: Any, limit: int = 26) -> str:
+    """One short printable line of `text`, for a label inside a chart."""
+    line = "".join(c if c.isprintable() else " " for c in str(text).encode("utf-8", "replace").decode())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _inline(svg: str, name: str, alt: str, extra: str, *, scatter: bool = False) -> str:
+    """matplotlib's SVG document as an inline element: no namespaces, metadata or styles, ids prefixed by `name`."""
+    root = ElementTree.fromstring(svg)
+    used = set(re.findall(r"#([\w.-]+)", " ".join(v for e in root.iter() for v in e.attrib.values())))
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.rpartition("}")[2] in ("metadata", "style"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        attributes = {k.rpartition("}")[2]: v for k, v in element.attrib.items()}
+        if attributes.get("id") not in used:
+            attributes.pop("id", None)
+        for key, value in attributes.items():
+            if key == "id":
+                value = f"{name}-{value}"
+            elif key == "href":
+                value = value.replace("#", f"#{name}-", 1)
+            elif key == "clip-path":
+                value = value.replace("url(#", f"url(#{name}-")
+            elif key == "d":
+                value = re.sub(r"\s+", " ", re.sub(r"(\.\d\d)\d+", r"\1", value)).strip()
+            elif key == "style":
+                value = re.sub(r"font-family:[^;]*;?\s*", "", value)
+                for ink, stand_in in _INKS.items():
+                    value = value.replace(stand_in, f"var(--{ink})")
+            attributes[key] = value
+        element.attrib.clear()
+        element.attrib.update(attributes)
+        if element.tag != "text":
+            element.text = None
+        element.tail = None
+    box = root.attrib["viewBox"]
+    body = "".join(ElementTree.tostring(child, encoding="unicode") for child in root)
+    width = float(box.split()[2])
+    focus = ' tabindex="0"' if scatter else ""
+    return (
+        f'<svg class="chart{" scatter" if scatter else ""}" viewBox="{box}" style="max-width:{width:g}px" role="img"'
+        f'{focus} aria-label="{escape(alt)}">{body}{extra}</svg>'
+    )
+
+
+def render_chart(
+    name: str, draw: Draw, sizes: tuple[tuple[float, float], tuple[float, float]], alt: str, **how: Any
+) -> Markup:
+    """Both versions of a chart; sizes are (width, height) in CSS pixels, wide then narrow."""
+    parts = []
+    for narrow, (width, height) in enumerate(sizes):
+        with matplotlib.rc_context(_RC), warnings.catch_warnings():
+            # A name in a script that matplotlib's font lacks is still text in the page, in the reader's font.
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            warnings.filterwarnings("ignore", message=".*constrained_layout.*")
+            figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
+            canvas = FigureCanvasSVG(figure)
+            extra = draw(figure, bool(narrow)) or ""
+            stream = io.StringIO()
+            canvas.print_svg(stream, metadata={"Date": None})
+        view = "narrow" if narrow else "wide"
+        inline = _inline(stream.getvalue(), f"{name}-{view}", alt, extra, **how)
+        parts.append(f'<div class="only-{view}">{inline}</div>')
+    return Markup("".join(parts))  # every piece above is escaped
+
+
+# --- one row a strategy, one panel a fraction ----------------------------------------------------------------
+
+
+def _panels(settings: Sequence[Setting]) -> tuple[list[str], list[float]]:
+    """Strategies from best to worst mean, and fractions ascending; `full` is a line and not a row."""
+    rows = [s for s in settings if s.kind != "full"]
+    score: dict[str, list[float]] = {}
+    for s in rows:
+        score.setdefault(s.strategy, []).append(s.mean if math.isfinite(s.mean) else -1.0)
+    return sorted(score, key=lambda k: -float(np.mean(score[k]))), sorted({s.fraction for s in rows})
+
+
+def _colour(setting: Setting) -> str:
+    return {"influence": INK["accent"], "random": INK["random"]}.get(setting.kind, INK["baseline"])
+
+
+def _rows_figure(
+    figure: Figure,
+    narrow: bool,
+    strategies: Sequence[str],
+    fractions: Sequence[float],
+    what: str,
+    row: Callable[[Axes, float, Setting, bool], None],
+    at: Mapping[tuple[str, float], Setting],
+) -> list[Axes]:
+    columns = 1 if narrow else min(len(fractions), 3)
+    grid = figure.subplots(math.ceil(len(fractions) / columns), columns, sharex=True, squeeze=False)
+    axes = list(grid.flat)
+    for spare in axes[len(fractions) :]:
+        spare.set_visible(False)
+    for panel, fraction in enumerate(fractions):
+        ax = axes[panel]
+        ax.set_title(f"{fraction_name(fraction)} dropped")
+        ax.set_ylim(len(strategies) - 0.45, -0.55)
+        first = panel % columns == 0
+        ax.set_yticks(range(len(strategies)), [plain(s, 20) for s in strategies] if first else [""] * len(strategies))
+        ax.grid(axis="x")
+        for y, strategy in enumerate(strategies):
+            if (strategy, fraction) in at:
+                row(ax, y, at[strategy, fraction], narrow)
+        if panel + columns >= len(fractions):
+            ax.set_xlabel(what)
+            ax.tick_params(labelbottom=True)
+    return axes[: len(fractions)]
+
+
+def _rows_size(strategies: int, fractions: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    panel = 29 * strategies + 36
+    columns = min(fractions, 3)
+    width = {1: 640.0}.get(columns, 980.0)
+    return (width, math.ceil(fractions / columns) * panel + 34), (350.0, fractions * panel + 34)
+
+
+def accuracy_chart(settings: Sequence[Setting], base: Mapping[str, Any] | None) -> Chart | None:
+    """Mean accuracy and 95 % interval of every setting; all data and the model before as vertical lines.
+
+    Returns None when nothing but `full` was run.
+    """
+    strategies, fractions = _panels(settings)
+    if not strategies:
+        return None
+    at = {(s.strategy, s.fraction): s for s in settings}
+    full = next((s for s in settings if s.kind == "full"), None)
+    before, name_before = number((base or {}).get("accuracy")), str((base or {}).get("name", "before"))
+    seen = [v for s in settings for v in (s.mean, s.low, s.high, *s.accuracies) if math.isfinite(v)]
+    seen += [before] if math.isfinite(before) else []
+    low, high = (min(seen), max(seen)) if seen else (0.0, 1.0)
+    pad = max(0.06 * (high - low), 0.005)
+
+    def row(ax: Axes, y: float, s: Setting, narrow: bool) -> None:
+        colour = _colour(s)
+        if math.isfinite(s.low) and math.isfinite(s.high):
+            ax.plot([s.low, s.high], [y, y], color=colour, lw=2.2, solid_capstyle="round", zorder=3)
+        if s.seeds > 1:
+            finite = [a for a in s.accuracies if math.isfinite(a)]
+            ax.plot(finite, [y] * len(finite), ls="", marker="|", ms=7, mew=1.1, color=colour, alpha=0.55, zorder=2)
+        fill = INK["surface"] if s.kind == "random" else colour
+        ax.plot([s.mean], [y], ls="", marker="o", ms=8, mfc=fill, mec=colour, mew=1.8, zorder=4)
+        figure_text = f"{100 * s.mean:.1f}" if math.isfinite(s.mean) else "n/a"
+        ax.text(1.015, y, figure_text, transform=ax.get_yaxis_transform(), va="center", fontsize=11.5)
+
+    def draw(figure: Figure, narrow: bool) -> None:
+        for ax in _rows_figure(figure, narrow, strategies, fractions, "accuracy (%)", row, at):
+            if full is not None and math.isfinite(full.mean):
+                if math.isfinite(full.low) and math.isfinite(full.high):
+                    ax.axvspan(full.low, full.high, color=INK["muted"], alpha=0.13, lw=0, zorder=0)
+                ax.axvline(full.mean, color=INK["ink"], lw=1.3, zorder=1)
+            if math.isfinite(before):
+                ax.axvline(before, color=INK["ink"], lw=1.3, ls=(0, (4, 3)), zorder=1)
+            ax.set_xlim(max(0.0, low - pad), min(1.0, high + pad))
+            ax.xaxis.set_major_locator(MaxNLocator(4 if narrow else 5, steps=[1, 2, 5, 10]))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g}" if abs(v) < 1e3 else ""))
+
+    alt = "Accuracy with 95 % interval by strategy and dropped fraction. " + "; ".join(
+        f"{s.strategy} at {fraction_name(s.fraction)}: {100 * s.mean:.1f} %" for s in settings if math.isfinite(s.mean)
+    )
+    kinds = {s.kind for s in settings}
+    keys = [
+        *([Key("dot", "accent", "influence scores")] if "influence" in kinds else []),
+        *([Key("open", "random", "random")] if "random" in kinds else []),
+        *([Key("dot", "baseline", "other baselines")] if "baseline" in kinds else []),
+        *([Key("line", "ink", "all data, with its interval")] if full is not None else []),
+        *([Key("dash", "ink", name_before)] if math.isfinite(before) else []),
+        *([Key("tick", "muted", "single seeds")] if any(s.seeds > 1 for s in settings) else []),
+    ]
+    return Chart(render_chart("accuracy", draw, _rows_size(len(strategies), len(fractions)), alt), keys)
+
+
+def harmful_chart(settings: Sequence[Setting]) -> Chart | None:
+    """Share of the known harmful traces that each setting dropped, and what random would drop; None where unknown."""
+    known = [s for s in settings if s.kind != "full" and math.isfinite(s.harmful_dropped) and s.harmful_total > 0]
+    if not known:
+        return None
+    at = {(s.strategy, s.fraction): s for s in known}
+    order = {s.strategy: 0.0 for s in known}
+    for s in known:
+        order[s.strategy] += s.harmful_dropped / s.harmful_total
+    strategies, fractions = sorted(order, key=lambda k: -order[k]), sorted({s.fraction for s in known})
+    digits = 0 if all(float(s.harmful_dropped).is_integer() for s in known) else 1
+    top = max(max(s.harmful_dropped, s.by_chance if math.isfinite(s.by_chance) else 0) / s.harmful_total for s in known)
+
+    def row(ax: Axes, y: float, s: Setting, narrow: bool) -> None:
+        share = s.harmful_dropped / s.harmful_total
+        ax.barh([y], [share], height=0.5, color=_colour(s), lw=0, zorder=2)
+        if math.isfinite(s.by_chance):
+            chance = s.by_chance / s.harmful_total
+            ax.plot([chance, chance], [y - 0.38, y + 0.38], color=INK["ink"], lw=2.2, solid_capstyle="butt", zorder=3)
+        ax.text(
+            1.015, y, f"{s.harmful_dropped:,.{digits}f}", transform=ax.get_yaxis_transform(), va="center", fontsize=11.5
+        )
+
+    def draw(figure: Figure, narrow: bool) -> None:
+        for ax in _rows_figure(figure, narrow, strategies, fractions, "harmful traces dropped (%)", row, at):
+            ax.set_xlim(0, min(1.0, 1.06 * top) or 1)
+            ax.xaxis.set_major_locator(MaxNLocator(4 if narrow else 5, steps=[1, 2, 5, 10]))
+            ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g}"))
+
+    alt = "Known harmful traces dropped by each strategy, against chance. " + "; ".join(
+        f"{s.strategy} at {fraction_name(s.fraction)}: {s.harmful_dropped:g} of {s.harmful_total:g}" for s in known
+    )
+    kinds = {s.kind for s in known}
+    keys = [
+        *([Key("bar", "accent", "influence scores")] if "influence" in kinds else []),
+        *([Key("bar", "random", "random")] if "random" in kinds else []),
+        *([Key("bar", "baseline", "other baselines")] if "baseline" in kinds else []),
+        Key("tick", "ink", "expected from dropping as many at random"),
+    ]
+    return Chart(render_chart("harmful", draw, _rows_size(len(strategies), len(fractions)), alt), keys)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------
+
+
+def _heavy_tailed(values: np.ndarray) -> float:
+    """Linear width of an asinh axis where a few values would squash the rest, else 0."""
+    finite = np.abs(values[np.isfinite(values)])
+    bulk = float(np.quantile(finite, 0.75)) if finite.size else 0.0
+    return bulk if bulk > 0 and finite.max() > 8 * bulk else 0.0
+
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def _scaled(axis: Any, largest: float, ticks: int | Sequence[float]) -> str:
+    """Tick numbers without exponents, and the common power of ten for the axis' name: ` (×10⁻³)` or nothing.
+
+    `ticks` is how many there should be at most, or where they are.
+    """
+    power = math.floor(math.log10(largest)) if largest > 0 else 0
+    power = 0 if -2 <= power <= 3 else power
+    steps = MaxNLocator(ticks, steps=[1, 2, 5, 10]) if isinstance(ticks, int) else FixedLocator(ticks)
+    axis.set_major_locator(steps)
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{round(v / 10.0**power, 6):g}".replace("-", "−")))
+    return f" (×10{str(power).translate(_SUPERSCRIPT)})" if power else ""
+
+
+def _asinh_ticks(low: float, high: float, width: float) -> list[float]:
+    """Zero and 1, 2, 5 x 10^k on both sides, as far as they stand apart on an asinh axis of that linear width."""
+    span = math.asinh(high / width) - math.asinh(low / width)
+    sizes = [m * 10.0**e for e in range(-3, 7) for m in (1, 2, 5)]
+    unit = 10.0 ** math.floor(math.log10(width))
+    ticks = [0.0]
+    for sign in (1, -1):
+        last = 0.0
+        for size in sizes:
+            tick = sign * size * unit
+            place = math.asinh(tick / width)
+            if low <= tick <= high and abs(place - last) > 0.13 * span:
+                ticks.append(tick)
+                last = place
+    return sorted(t for t in ticks if low <= t <= high)
+
+
+def _score_axis(axis: Any, ax: Axes, name: str, values: np.ndarray, narrow: bool) -> None:
+    """Limits, ticks and name of one score axis over finite `values` (n,); asinh where tails are heavy."""
+    low, high = float(values.min()), float(values.max())
+    which = axis.axis_name
+    if width := _heavy_tailed(values):
+        getattr(ax, f"set_{which}scale")("asinh", linear_width=width)
+        inner, outer = math.asinh(low / width), math.asinh(high / width)
+        pad = 0.05 * (outer - inner)
+        limits = width * math.sinh(inner - pad), width * math.sinh(outer + pad)
+        name += _scaled(axis, max(map(abs, limits)), _asinh_ticks(*limits, width)) + ", asinh scale"
+    else:
+        pad = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
+        limits = low - pad, high + pad
+        name += _scaled(axis, max(map(abs, limits)), 5 if narrow else 8)
+    getattr(ax, f"set_{which}lim")(*limits)
+    getattr(ax, f"set_{which}label")(name)
+
+
+def scatter_chart(
+    s_correct: np.ndarray,
+    s_incorrect: np.ndarray,
+    drawn: Sequence[int],
+    category: Sequence[int],
+    dropped_by: Sequence[Sequence[int]],
+    marked: int,
+    titles: Sequence[str],
+    *,
+    density: bool,
+) -> Chart:
+    """s_correct (N,) against s_incorrect (N,); `drawn` indexes the traces that become points of their own.
+
+    `category` (0..6, shape and colour) and `dropped_by` (strategy numbers) and `titles` are one a drawn trace;
+    points dropped by strategy `marked` are ringed. With `density` all finite traces are shown as hexagons behind.
+    """
+
+    def draw(figure: Figure, narrow: bool) -> str:
+        ax = figure.subplots()
+        for side in ("left", "bottom"):
+            ax.spines[side].set_visible(False)
+        finite = np.isfinite(s_correct) & np.isfinite(s_incorrect)
+        _score_axis(ax.xaxis, ax, "s_correct: benefit →", s_correct[finite], narrow)
+        _score_axis(ax.yaxis, ax, "s_incorrect: harm →", s_incorrect[finite], narrow)
+        ax.tick_params(axis="both", length=0, labelcolor=INK["muted"])
+        ax.grid()
+        ax.axhline(0, color=INK["muted"], lw=1, zorder=1)
+        ax.axvline(0, color=INK["muted"], lw=1, zorder=1)
+        ax.text(0, 1.015, "↖ more harm, less benefit", transform=ax.transAxes, fontsize=11.5, color=INK["muted"])
+        ax.text(1, 1.015, "more of both ↗", transform=ax.transAxes, fontsize=11.5, color=INK["muted"], ha="right")
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+        height = figure.bbox.height
+
+        def place(indices: Any) -> np.ndarray:
+            spot = ax.transData.transform(np.column_stack([s_correct[indices], s_incorrect[indices]]))
+            return np.column_stack([spot[:, 0], height - spot[:, 1]])
+
+        pieces = ['<g class="dens">'] if density else []
+        if density:
+            pieces += [*_hexagons(place(np.flatnonzero(finite)), 5.5 if narrow else 7.0), "</g>"]
+        pieces.append('<g class="pts">')
+        prefix = "n" if narrow else "w"
+        shapes = "".join(f'<path id="{prefix}{k}" d="{SHAPES[k]}"/>' for k in sorted(set(category)))
+        pieces.append(f"<defs>{shapes}</defs>")
+        spots = place(np.asarray(drawn, dtype=np.int64))
+        # Neutral points first, so that the rarer kinds lie on top.
+        for position in sorted(range(len(drawn)), key=lambda p: category[p] != 0):
+            (x, y), kind = spots[position], category[position]
+            cut = " cut" if marked in dropped_by[position] else ""
+            pieces.append(
+                f'<use href="#{prefix}{kind}" x="{x:.1f}" y="{y:.1f}" class="p k{kind}{cut}" data-i="{position}">'
+                f"<title>{escape(titles[position])}</title></use>"
+            )
+        pieces.append('</g><circle class="here" r="8"/>')
+        return "".join(pieces)
+
+    shown = int(np.isfinite(s_correct + s_incorrect).sum())
+    alt = (
+        f"Scatter of s_correct (benefit) against s_incorrect (harm) for {shown:,} traces; "
+        "the most helpful and most harmful ones are listed with their text below"
+    )
+    return Chart(render_chart("scatter", draw, ((620, 540), (350, 390)), alt, scatter=True))
+
+
+def _hexagons(spots: np.ndarray, radius: float) -> list[str]:
+    """Hexagons over points (N, 2) in pixels, opacity by the logarithm of their count."""
+    w, h = radius * math.sqrt(3), radius * 1.5
+    row = np.round(spots[:, 1] / h).astype(np.int64)
+    column = np.round(spots[:, 0] / w - 0.5 * (row % 2)).astype(np.int64)
+    cells, counts = np.unique(np.column_stack([row, column]), axis=0, return_counts=True)
+    top = math.log1p(int(counts.max()))
+    x, y = f"{w / 2:.1f}", f"{radius / 2:.1f}"
+    outline = f"l{x} {y}v{radius:.1f}l-{x} {y}l-{x} -{y}v-{radius:.1f}Z"
+    levels: dict[int, list[str]] = {}
+    for (r, c), n in zip(cells, counts, strict=True):
+        level = max(1, round(8 * math.log1p(int(n)) / top))
+        levels.setdefault(level, []).append(f"M{(c + 0.5 * (r % 2)) * w:.1f} {r * h - radius:.1f}{outline}")
+    return [
+        f'<path fill-opacity="{0.08 + 0.065 * level:.2f}" d="{"".join(d)}"/>' for level, d in sorted(levels.items())
+    ]
+
+
+def distribution_chart(groups: Sequence[tuple[str, int, np.ndarray, np.ndarray]]) -> Chart | None:
+    """Histograms of both scores, one row a label: (name, category, s_correct (n,), s_incorrect (n,)).
+
+    Each histogram is scaled to its own height and holds the middle 99 % of all traces; the line is the median.
+    """
+    groups = [g for g in groups if np.isfinite(g[2]).any() or np.isfinite(g[3]).any()]
+    if not groups:
+        return None
+
+    def draw(figure: Figure, narrow: bool) -> None:
+        axes = np.atleast_1d(figure.subplots(2, 1) if narrow else figure.subplots(1, 2))
+        for which, (ax, name) in enumerate(zip(axes, ("s_correct: benefit →", "s_incorrect: harm →"), strict=True)):
+            everything = np.concatenate([g[2 + which] for g in groups])
+            everything = everything[np.isfinite(everything)]
+            ax.set_title(name.partition(": ")[2].capitalize())
+            show = which == 0 or narrow
+            ax.set_yticks(
+                range(len(groups)),
+                [plain(f"{g[0]} ({len(g[2]):,})", 24) for g in groups] if show else [""] * len(groups),
+            )
+            ax.set_ylim(len(groups) - 0.75, -1.0)
+            ax.tick_params(axis="y", pad=4)
+            if not everything.size:
+                continue
+            low, high = np.quantile(everything, [0.005, 0.995])
+            if low == high:
+                low, high = low - 0.5, high + 0.5
+            edges = np.linspace(low, high, 49)
+            ax.set_xlim(low, high)
+            ax.grid(axis="x")
+            ax.axvline(0, color=INK["muted"], lw=1, zorder=1)
+            for y, group in enumerate(groups):
+                scores = group[3] if which else group[2]
+                values = scores[np.isfinite(scores)]
+                if not values.size:
+                    continue
+                colour = INK[f"c{group[1]}"]
+                height, _ = np.histogram(values, edges)
+                # A light smoothing (1 2 1) keeps small groups from looking like combs.
+                height = np.convolve(height, [0.25, 0.5, 0.25], mode="same")
+                height = 0.85 * height / (height.max() or 1)
+                ax.fill_between(
+                    (edges[1:] + edges[:-1]) / 2, y + 0.0 * height, y - height, color=colour, alpha=0.45, lw=0, zorder=2
+                )
+                ax.plot((edges[1:] + edges[:-1]) / 2, y - height, color=colour, lw=1.3, zorder=3)
+                middle = float(np.median(values))
+                if low <= middle <= high:
+                    ax.plot([middle, middle], [y, y - 0.9], color=INK["ink"], lw=1.6, zorder=4)
+            ax.set_xlabel(name[: name.index(":")] + _scaled(ax.xaxis, max(abs(low), abs(high)), 4 if narrow else 5))
+
+    n = len(groups)
+    medians = "; ".join(
+        f"{g[0]}: median s_correct {np.nanmedian(g[2]):.3g}, median s_incorrect {np.nanmedian(g[3]):.3g}"
+        for g in groups
+        if np.isfinite(g[2]).any() and np.isfinite(g[3]).any()
+    )
+    size = ((980.0, 48.0 * n + 78), (350.0, 2 * (44.0 * n + 72)))
+    return Chart(
+        render_chart("distribution", draw, size, f"Score distributions by label. {medians}"),
+        [Key("tick", "ink", "median")],
+    )
+
+
+# --- curves ----------------------------------------------------------------------------------------------------
+
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), "-", (0, (5, 2)))
+
+
+def thin(points: Sequence[Sequence[Any]], most: int = 60) -> tuple[list[float], list[float]]:
+    """Steps and losses of a curve without points that are not finite; means of equal stretches above `most`."""
+    rows = [(number(p[0]), number(p[1])) for p in points]
+    kept = np.array([r for r in rows if math.isfinite(r[0]) and math.isfinite(r[1])], dtype=np.float64).reshape(-1, 2)
+    if len(kept) > most:
+        kept = np.stack([piece.mean(axis=0) for piece in np.array_split(kept, most)])
+    return kept[:, 0].tolist(), kept[:, 1].tolist()
+
+
+def curves_chart(curves: Mapping[str, Sequence[Sequence[Any]]]) -> Chart | None:
+    """Training loss by step; six runs in colour and dash, further runs in grey; None without a finite point."""
+    lines = {name: thin(points) for name, points in curves.items()}
+    lines = {name: line for name, line in lines.items() if line[0]}
+    if not lines:
+        return None
+    # All data and random first: what the other runs are read against.
+    order = sorted(lines, key=lambda k: (not k.startswith("full"), not k.startswith("random")))
+    named, rest = order[:6], order[6:]
+
+    def draw(figure: Figure, narrow: bool) -> None:
+        ax = figure.subplots()
+        for name in rest:
+            ax.plot(*lines[name], color=INK["muted"], lw=0.8, alpha=0.35)
+        for i, name in enumerate(named):
+            point: dict[str, Any] = {"marker": "o", "ms": 4} if len(lines[name][0]) == 1 else {}
+            ax.plot(*lines[name], color=INK[f"c{i + 1}"], lw=1.7, ls=_DASHES[i], **point)
+        ax.set_xlabel("optimizer step")
+        ax.set_ylabel("training loss")
+        ax.grid(axis="y")
+        ax.margins(x=0.01)
+        ax.tick_params(axis="y", labelcolor=INK["muted"])
+        ax.xaxis.set_major_locator(MaxNLocator(4 if narrow else 8, integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(5))
+
+    ends = "; ".join(f"{n}: {lines[n][1][0]:.3f} to {lines[n][1][-1]:.3f}" for n in named)
+    keys = [Key("dash" if i % 4 else "line", f"c{i + 1}", name) for i, name in enumerate(named)]
+    if rest:
+        keys.append(Key("line", "muted", f"{len(rest)} further runs"))
+    return Chart(render_chart("curves", draw, ((980, 320), (350, 250)), f"Training loss by step. {ends}"), keys)
+
+
+def key_svg(key: Key) -> Markup:
+    """The small drawing before a legend's name."""
+    colour = f"var(--{key.colour})"
+    marks = {
+        "line": f'<path d="M1 8H19" stroke="{colour}"/>',
+        "dash": f'<path d="M1 8H19" stroke="{colour}" stroke-dasharray="4 3"/>',
+        "dot": f'<circle cx="10" cy="8" r="4.5" fill="{colour}" stroke="none"/>',
+        "open": f'<circle cx="10" cy="8" r="4" fill="none" stroke="{colour}"/>',
+        "ring": f'<circle cx="10" cy="8" r="4.5" fill="none" stroke="{colour}" stroke-width="1.6"/>',
+        "bar": f'<rect x="2" y="4" width="16" height="8" fill="{colour}" stroke="none"/>',
+        "tick": f'<path d="M10 2V14" stroke="{colour}"/>',
+        "shape": f'<path d="{SHAPES[key.shape]}" transform="translate(10 8)" fill="{colour}" stroke="none"/>',
+    }
+    drawing = marks[key.mark]
+    # CSS variables work in style and not in presentation attributes.
+    drawing = re.sub(r'(fill|stroke)="(var\([^)]*\))"', r'style="\1:\2"', drawing)
+    return Markup(f'<svg class="key" viewBox="0 0 20 16" aria-hidden="true">{drawing}</svg>')

@@ -1,0 +1,490 @@
+"""What a run would do and cost, from its configuration alone: no network, no GPU, no weights.
+
+Sizes come from local data, a local or cached tokenizer, and the shapes of a local or cached model, built without
+memory for its weights. What cannot be known that way is said to be unknown, and what depends on it is given for each
+1,000 examples, or as a formula, or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from influence_fast.config import ModelConfig, RunConfig, Source, fitted_examples
+from influence_fast.errors import ConfigError, DataError, ModelError
+from influence_fast.gradients.fp8 import FP8
+from influence_fast.gradients.memory import GradientMemory, gradient_memory
+from influence_fast.run.workdir import occupied
+from influence_fast.store.manifest import DTYPES, SCALE_DTYPE
+
+THOUSAND = 1000
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
+# fp32 factor, its gradient, and Adam's two moments
+TRAINED_BYTES = 16
+# Korthikanti et al. (2022), section 4: what a transformer layer keeps for its backward, in units of hidden numbers of
+# 16 bits and without the attention matrix, which SDPA and flash-attention do not keep
+ACTIVATION_BYTES = 34
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What a model's configuration says. `row`: numbers in a row of the store under the run's LoRA and projection."""
+
+    parameters: int
+    hidden: int
+    layers: int
+    context: int | None
+    trained: int  # LoRA parameters
+    row: int
+    config: Any = field(default=None, repr=False, compare=False)  # of transformers, for the memory of a batch
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The outcome of `plan`; None is unknown. Tokens are those of whole examples, prompt and completion.
+
+    Where `pool` is None, `examples` is 1,000 and everything that grows with the pool is for 1,000 examples.
+    `tokens` is the pool's total; `tokens_bound` says that it is an upper bound, from `max_length`. `too_long` of the
+    source's examples go beyond that and would be left out.
+    """
+
+    pool: int | None
+    validation: int | None
+    test: int | None
+    examples: int
+    tokens: int | None
+    tokens_bound: bool
+    longest: int | None
+    too_long: int
+    cells: int
+    fine_tunings: int
+    training_tokens: int | None
+    gradient_tokens: int | None
+    stores: int  # one for each checkpoint that is scored
+    row: int | None
+    store_bytes: int | None
+    fitted: int  # examples beside the pool's, that a sketch or a preconditioner is fitted on, for each store
+    fitted_bytes: int | None  # of their rows, where these are kept
+    model: ModelShape | None
+    target: ModelShape | None
+    memory: list[tuple[str, int]] = field(default_factory=list)
+    gradient_memory: dict[bool, GradientMemory] = field(default_factory=dict)  # with layers computed again, or not
+    gradient_batch: int = 0  # tokens
+    seconds: dict[str, float] = field(default_factory=dict)
+    stops: list[str] = field(default_factory=list)  # what would stop the run at once
+
+
+def plan(
+    config: RunConfig,
+    *,
+    rows: int | None = None,
+    tokens_per_example: float | None = None,
+    tokens_per_second: float | None = None,
+) -> Plan:
+    """Sizes, memory and time of `config`.
+
+    rows: examples of the pool source, where it is not local. tokens_per_example: their mean length, likewise.
+    tokens_per_second: measured speed of training; gradients are given the same time a token.
+
+    Raises ConfigError for values not above 0, DataError or ModelError where something local cannot be read.
+    """
+    options = {"rows": rows, "tokens-per-example": tokens_per_example, "tokens-per-second": tokens_per_second}
+    for name, value in options.items():
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name} is {value}; it must be above 0")
+    with _offline():
+        shape = model_shape(config.model, config)
+        target = shape if config.target_model is None else model_shape(config.target_model, config)
+        data = config.data
+        found = _local_examples(data.pool)
+        if found is not None and rows is not None:
+            raise ConfigError(f"--rows: the pool is on this machine ({len(found)} examples); leave the option out")
+        total = len(found) if found is not None else rows
+        if total is not None and found is None and data.pool.limit is not None:
+            total = min(total, data.pool.limit)
+        held = {
+            "validation": (data.validation, data.holdout_validation),
+            "test": (data.test, data.holdout_test),
+        }
+        sizes = {name: _size(source, count) for name, (source, count) in held.items()}
+        out = sum(count for source, count in held.values() if source is None)
+        pool = None if total is None else total - out
+        if pool is not None and pool < 1:
+            raise ConfigError(f"data: holding out {out} of the pool's {total} examples would leave none")
+        lengths = None if found is None else _lengths(found, config.target_model or config.model, data.max_length)
+    examples = THOUSAND if pool is None else pool
+    bound = False
+    longest = data.max_length
+    too_long = 0
+    tokens: int | None
+    if lengths and tokens_per_example is not None:
+        raise ConfigError("--tokens-per-example: the pool and its tokenizer are on this machine; leave the option out")
+    if lengths:
+        too_long = len(found or ()) - len(lengths)
+        tokens, longest = round(sum(lengths) / len(lengths) * examples), max(lengths)
+    elif tokens_per_example is not None:
+        tokens = round(tokens_per_example * examples)
+    else:
+        tokens = None if data.max_length is None else data.max_length * examples
+        bound = tokens is not None
+    grid, epochs = config.pruning, config.training.epochs
+    strategies = [s for s in grid.strategies if s != "full"]
+    kept = 1 + sum(1 - fraction for _ in strategies for fraction in grid.fractions)  # in pools, for one seed
+    cells = len(grid.seeds) * (1 + len(strategies) * len(grid.fractions))
+    own = config.target_model is not None and config.model.adapter is None  # a reference that is no cell of the grid
+    training = None
+    if tokens is not None and config.training.max_steps <= 0:
+        training = round(tokens * epochs * (kept * len(grid.seeds) + own))
+    row = shape.row if shape else config.gradients.width
+    stores = _stores(config, examples)
+    fitted = min(examples, fitted_examples(config.influence, config.gradients))
+    kept = 0 if config.gradients.fits_sketch(config.influence.preconditioner) else fitted
+    gradients = None if tokens is None else stores * (tokens + tokens * fitted // max(1, examples))
+    return Plan(
+        pool=pool,
+        validation=sizes["validation"],
+        test=sizes["test"],
+        examples=examples,
+        tokens=tokens,
+        tokens_bound=bound,
+        longest=longest,
+        too_long=too_long,
+        cells=cells,
+        fine_tunings=cells + own,
+        training_tokens=training,
+        gradient_tokens=gradients,
+        stores=stores,
+        row=row,
+        store_bytes=None if row is None else stores * examples * row_bytes(row, config.gradients.store_dtype),
+        fitted=fitted,
+        fitted_bytes=None if row is None else stores * kept * row_bytes(row, "fp32"),
+        model=shape,
+        target=target,
+        memory=_memory(config, target, longest),
+        gradient_memory=_gradient_memory(config, shape, _gradient_batch(config, longest)),
+        gradient_batch=_gradient_batch(config, longest),
+        seconds=_seconds(training, gradients, tokens_per_second),
+        stops=_stops(config),
+    )
+
+
+def _stores(config: RunConfig, examples: int) -> int:
+    """Gradient stores of a run: one, or one for each checkpoint that the scores are summed over."""
+    training = config.training
+    if not config.influence.checkpoints or config.model.adapter is not None:
+        return 1
+    batch = training.batch_size * training.gradient_accumulation_steps
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(examples / batch) * training.epochs
+    every = training.save_checkpoints
+    return max(1, math.ceil(steps / every if every is not True else steps / math.ceil(examples / batch)))
+
+
+def row_bytes(row: int, dtype: str) -> int:
+    """Bytes of one stored row of `row` numbers."""
+    return row * DTYPES[dtype].itemsize + (SCALE_DTYPE.itemsize if dtype == "int8" else 0)
+
+
+def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
+    """The shape of a local or cached model, from its configuration on the meta device; None where there is none.
+
+    Raises ModelError where a local model's configuration cannot be read, or LoRA does not fit it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from influence_fast.influence.sketch_fitting import width_of
+    from influence_fast.training.fine_tuning import attach_lora, quiet_libraries
+
+    try:
+        settings = AutoConfig.from_pretrained(
+            model.path, trust_remote_code=model.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        if Path(model.path).is_dir():
+            raise ModelError(f"{model.path}: {' '.join(str(error).split())[:300]}") from error
+        return None
+    with quiet_libraries(), torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(settings, trust_remote_code=model.trust_remote_code)
+        parameters = sum(p.numel() for p in base.parameters())
+        tuned = attach_lora(base, config.lora, 0)
+        trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    row = width_of(config.gradients.projection, config.gradients.sketch, config.influence.preconditioner, tuned)
+    text = settings.get_text_config()
+    return ModelShape(
+        parameters=parameters,
+        hidden=int(text.hidden_size),
+        layers=int(text.num_hidden_layers),
+        context=getattr(text, "max_position_embeddings", None),
+        trained=trained,
+        row=row,
+        config=text,
+    )
+
+
+def describe(config: RunConfig, found: Plan) -> str:
+    """The plan as text for a terminal."""
+    per = "" if found.pool is not None else " for each 1,000 examples of the pool"
+    at_most = "at most (max_length) " if found.tokens_bound else ""
+    lines: list[tuple[str, str]] = []
+
+    def size(value: int | None) -> str:
+        return "unknown (not on this machine)" if value is None else f"{value:,}"
+
+    for reason in found.stops:
+        lines.append(("warning", f"the run would stop at once: {reason}"))
+    lines.append(("pool", size(found.pool)))
+    lines.append(("validation, test", f"{size(found.validation)}, {size(found.test)}"))
+    if found.tokens is None:
+        lines.append(("pool tokens", "unknown: give --tokens-per-example, or data.max_length for an upper bound"))
+    else:
+        lines.append(("pool tokens", f"{at_most}{found.tokens:,}{per}"))
+    if found.too_long:
+        lines.append(("", f"{found.too_long:,} examples are longer than max_length and would be left out"))
+    grid = config.pruning
+    strategies = [s for s in grid.strategies if s != "full"]
+    lines.append(
+        (
+            "cells",
+            f"{found.cells} = {len(grid.seeds)} seeds x (1 full + {len(strategies)} strategies x "
+            f"{len(grid.fractions)} fractions)",
+        )
+    )
+    lines.append(("fine-tunings", f"{found.fine_tunings}"))
+    if found.training_tokens is not None:
+        lines.append(
+            (
+                "tokens trained on",
+                f"{at_most}{found.training_tokens:,}{per} = pool tokens x {config.training.epochs:g} epochs x "
+                "kept shares of all fine-tunings",
+            )
+        )
+    elif config.training.max_steps > 0:
+        steps = config.training.max_steps
+        lines.append(("steps trained", f"{found.fine_tunings * steps:,} = fine-tunings x max_steps {steps}"))
+    asked = config.evaluation.samples
+    if found.test is not None:
+        answers = (found.cells + 1) * found.test * asked
+        lines.append(
+            (
+                "answers graded",
+                f"{answers:,} = (cells + 1 before) x {found.test:,} test questions x {asked} samples, of at most "
+                f"{config.evaluation.max_new_tokens:,} tokens each",
+            )
+        )
+    dtype = config.gradients.store_dtype
+    stores = f"{found.stores} checkpoints x " if found.stores > 1 else ""
+    if found.row is None or found.store_bytes is None:
+        lines.append(
+            (
+                "store",
+                "unknown without the model's shape: a row has 2 r dim numbers for each LoRA module (one_sided), "
+                "or gradients.width",
+            )
+        )
+    else:
+        lines.append(
+            (
+                "store",
+                f"{_bytes(found.store_bytes)}{per} = {stores}{found.examples:,} rows x "
+                f"{row_bytes(found.row, dtype):,} bytes ({found.row:,} numbers, {dtype})",
+            )
+        )
+        if found.fitted_bytes:
+            lines.append(
+                (
+                    "",
+                    f"{_bytes(found.fitted_bytes)} = {stores}{found.fitted:,} rows x {row_bytes(found.row, 'fp32'):,} "
+                    "bytes, of labels that the model draws (influence.fisher_examples)",
+                )
+            )
+    for name, model, shape in (
+        ("model", config.model, found.model),
+        ("target model", config.target_model, found.target),
+    ):
+        if model is None:
+            continue
+        if shape is None:
+            lines.append((name, f"{model.path}: shape unknown (neither a local folder nor in the hub's cache)"))
+        else:
+            lines.append(
+                (
+                    name,
+                    f"{model.path}: {shape.parameters:,} parameters, {shape.layers} layers of {shape.hidden:,}; LoRA "
+                    f"trains {shape.trained:,}; context {shape.context or 'unknown'}",
+                )
+            )
+            if found.longest and shape.context and found.longest > shape.context:
+                lines.append(("", f"warning: examples of up to {found.longest:,} tokens go beyond that context"))
+    lines.append(("memory, training", ""))
+    if found.memory:
+        for what, amount in found.memory:
+            lines.append(("", f"{_bytes(amount):>10}  {what}"))
+        lines.append(("", f"{_bytes(sum(amount for _, amount in found.memory)):>10}  together, an estimate"))
+    else:
+        lines[-1] = (
+            "memory, training",
+            "unknown without the model's shape: weights (4 or 2 bytes a parameter) + "
+            f"{TRAINED_BYTES} bytes a LoRA parameter + {ACTIVATION_BYTES} x hidden bytes a token and layer",
+        )
+    for again, memory in found.gradient_memory.items():
+        how = "layers computed again" if again else "all activations kept"
+        heading = f"a batch of {found.gradient_batch:,} tokens, {how}; fullest at {memory.fullest}"
+        lines.append(("memory, gradients", heading))
+        for what, amount in {**memory.throughout, **memory.moments[memory.fullest]}.items():
+            if amount:
+                lines.append(("", f"{_bytes(amount):>10}  {what}"))
+        lines.append(("", f"{_bytes(memory.peak):>10}  together, without the CUDA context (docs/memory.md)"))
+    if found.seconds:
+        for name, seconds in found.seconds.items():
+            lines.append((f"time, {name}", f"{at_most}{_time(seconds)}{per}"))
+        lines.append(("", "= tokens / --tokens-per-second; answering the questions comes on top"))
+    else:
+        lines.append(("time", "unknown: give --tokens-per-second, as measured on a short fine-tuning"))
+    return "\n".join(f"{name:<18} {text}".rstrip() for name, text in lines)
+
+
+def _memory(config: RunConfig, shape: ModelShape | None, longest: int | None) -> list[tuple[str, int]]:
+    """(formula with its inputs, bytes) of what training holds on the device at a time."""
+    if shape is None:
+        return []
+    dtype = (config.target_model or config.model).dtype
+    weights = WEIGHT_BYTES.get(dtype, 4)
+    parts = [
+        (f"weights: {shape.parameters:,} x {weights} bytes ({dtype})", shape.parameters * weights),
+        (
+            f"LoRA factors, gradients, Adam: {shape.trained:,} x {TRAINED_BYTES} bytes",
+            shape.trained * TRAINED_BYTES,
+        ),
+    ]
+    width = config.training.packing or longest
+    if width is not None:
+        tokens = width * config.training.batch_size
+        layer = ACTIVATION_BYTES * shape.hidden * weights // 2
+        if config.training.gradient_checkpointing:
+            # the input of each layer, and one layer's activations while it is computed again
+            amount = tokens * (shape.layers * shape.hidden * weights + layer)
+            how = f"({shape.layers} layers x {shape.hidden} x {weights} + {layer}) bytes, recomputed"
+        else:
+            amount = tokens * shape.layers * layer
+            how = f"{shape.layers} layers x {layer} bytes ({ACTIVATION_BYTES} x hidden in 16 bits)"
+        parts.append((f"activations: {config.training.batch_size} x {width:,} tokens x {how}", amount))
+    return parts
+
+
+def _gradient_batch(config: RunConfig, longest: int | None) -> int:
+    """Tokens of the largest batch of the gradient pass on a card: an example longer than the budget has its own."""
+    from influence_fast.gradients.per_example import DEFAULT_MAX_TOKENS
+
+    return max(config.gradients.max_tokens or DEFAULT_MAX_TOKENS["cuda"], longest or 0)
+
+
+def _gradient_memory(config: RunConfig, shape: ModelShape | None, tokens: int) -> dict[bool, GradientMemory]:
+    """The sum for such a batch, of one example, with all activations kept and with layers computed again; none for
+    models, modules or rows that it does not describe."""
+    gradients = config.gradients
+    described = gradients.kind in ("one_sided", "kron") and gradients.layers == 1.0
+    if shape is None or not described or config.lora.target_modules != "all-linear":
+        return {}
+    sizes: dict[str, Any] = {
+        "parameters": shape.parameters,
+        "rank": config.lora.r,
+        "dim": gradients.dim,
+        "row": shape.row,
+        "weight_bytes": WEIGHT_BYTES.get(config.model.dtype, 4),
+        "fp8": gradients.precision == FP8,
+    }
+    try:
+        return {again: gradient_memory(shape.config, tokens, checkpointing=again, **sizes) for again in (False, True)}
+    except ConfigError:  # another kind of model
+        return {}
+
+
+def _seconds(training: int | None, gradients: int | None, speed: float | None) -> dict[str, float]:
+    if speed is None:
+        return {}
+    known = {"fine-tunings": training, "gradients": gradients}
+    return {name: tokens / speed for name, tokens in known.items() if tokens is not None}
+
+
+def _local_examples(source: Source) -> list[Any] | None:
+    """The examples of a source on this machine; None for one on the hub."""
+    from influence_fast.data.examples import load_examples
+
+    if not Path(source.path).expanduser().exists():
+        return None
+    return load_examples(source.path, **{k: v for k, v in dataclasses.asdict(source).items() if k != "path"})
+
+
+def _stops(config: RunConfig) -> list[str]:
+    """What would stop the run at once: an output folder that holds something else, data that is nowhere."""
+    from influence_fast.data.rows import check_hub_id
+
+    found = [occupied(config)]
+    for source in (config.data.pool, config.data.validation, config.data.test):
+        if source is not None and not Path(source.path).expanduser().exists():
+            try:
+                check_hub_id(source.path)
+            except DataError as error:
+                found.append(str(error))
+    return [reason for reason in found if reason]
+
+
+def _size(source: Source | None, held_out: int) -> int | None:
+    if source is None:
+        return held_out
+    found = _local_examples(source)
+    # a limit on a source of unknown size is what was asked for, if not what there is
+    return len(found) if found is not None else source.limit
+
+
+def _lengths(examples: list[Any], model: ModelConfig, max_length: int | None) -> list[int] | None:
+    """Tokens of each example that is short enough; None where the tokenizer is not on this machine."""
+    from influence_fast.data.examples import tokenize
+    from influence_fast.training.models import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    except ModelError:
+        if Path(model.path).is_dir():
+            raise
+        return None
+    return [len(e["input_ids"]) for e in tokenize(examples, tokenizer, max_length=max_length).examples]
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Nothing below asks the hub; its cache is read."""
+    from huggingface_hub import constants
+
+    before, variable = constants.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE")
+    constants.HF_HUB_OFFLINE = True
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+        if variable is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = variable
+
+
+def _bytes(amount: int) -> str:
+    value = float(amount)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:,.0f} {unit}" if unit == "bytes" else f"{value:,.1f} {unit}"
+        value /= 1024
+    return f"{value:,.1f} TiB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"

@@ -1,0 +1,360 @@
+"""The whole road: data -> fine-tuning -> gradients -> scores -> pruning -> fine-tuning again -> evaluation -> report.
+
+Only this file knows the order. Every finished piece is kept in the run's folder under its own name and is not done
+again when the run is repeated after an interruption.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from influence_fast.atomic import write_text
+from influence_fast.config import InfluenceConfig, ModelConfig, RunConfig
+from influence_fast.data.diversity import near_duplicates
+from influence_fast.data.examples import load_rows, save_examples
+from influence_fast.data.grouping import row_groups
+from influence_fast.errors import ConfigError
+from influence_fast.evaluation.evaluate import evaluate
+from influence_fast.evaluation.generation import ModelFiles, choose_engine
+from influence_fast.influence.checkpoints import (
+    checkpoint_scores,
+    learning_rates,
+    plot_ranking_over_training,
+    ranking_over_training,
+)
+from influence_fast.influence.queries import Queries, make_queries, own_answers, with_tasks
+from influence_fast.influence.scores import ScoreTable
+from influence_fast.report.explain import EXPLAINED, explanations, save_explanations
+from influence_fast.report.page import save_results, write_report
+from influence_fast.run.results import cell_name, collect, known_harmful
+from influence_fast.run.splits import load_splits
+from influence_fast.run.workdir import RunFolder
+from influence_fast.selection import pruning
+from influence_fast.selection.pool_scores import PoolScores, baseline_columns, score_pool
+from influence_fast.selection.strategies import EMBEDDING_RANK, PASS_RATE, needed_columns
+from influence_fast.training.fine_tuning import TrainResult, finetune, finetuned, list_checkpoints
+from influence_fast.training.models import check_tokenizer, load_model, load_tokenizer
+
+SCORES = "scores.parquet"
+
+
+class Pipeline:
+    """One run of `config`. `run()` goes the whole road; each step can be called again and finds its result."""
+
+    def __init__(self, config: RunConfig, *, progress: bool = True) -> None:
+        choose_engine(config.evaluation.engine)  # an engine that is not installed is an error now, not after training
+        self.config = config
+        self.talks = progress
+        self.progress = progress and sys.stderr.isatty()  # bars are for terminals; a log gets a line a piece of work
+        self.started = time.perf_counter()
+        self.folder = RunFolder(config)
+        self.needs = needed_columns(config.pruning.strategies)
+        self.tokenizer = _tokenizer(config.model)
+        self.target_tokenizer = self.tokenizer if config.target_model is None else _tokenizer(config.target_model)
+        self.base = _model(config.model)
+        check_tokenizer(self.base, self.tokenizer)
+        self.splits = load_splits(config, self.tokenizer, self.target_tokenizer)
+        self.warnings = list(self.splits.warnings)
+
+    def _once(self, name: str, work: Callable[[], Any]) -> Any:
+        if self.talks and not self.folder.has(name):
+            print(f"{time.perf_counter() - self.started:7.1f} s  {name}", file=sys.stderr, flush=True)
+        return self.folder.once(name, work)
+
+    def run(self) -> dict[str, Any]:
+        """Everything, to `report.html` and `results.json`; returns what the report shows."""
+        # scores first: with two models the one that scored makes room for the one that is fine-tuned
+        reference = self.reference_adapter()
+        queries = self.queries(reference)
+        self.warnings += queries.warnings
+        table = self.scores(reference, queries)
+        before = self._evaluate("base", None)
+        cells = self.cells(table)
+        sizes = {name: len(members) for name, members in queries.groups.items()}
+        results = collect(self, table, before, cells, sizes)
+        save_results(results, self.folder / "results.json")
+        write_report(results, self.folder / "report.html")
+        return results
+
+    # ---- data ----------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def target(self) -> Any:
+        """The model that is fine-tuned and evaluated: the base, or `target_model`, for which the base makes room."""
+        if self.config.target_model is None:
+            return self.base
+        self.base.to("cpu")
+        model = _model(self.config.target_model)
+        check_tokenizer(model, self.target_tokenizer)
+        return model
+
+    # ---- the fine-tuned model that is asked ------------------------------------------------------------------
+
+    def reference_adapter(self) -> str | Path:
+        """The adapter whose answers and gradients the scores are made of: given, or trained on the whole pool."""
+        return self.config.model.adapter or self._reference().path
+
+    def _reference(self) -> TrainResult:
+        seed, everything = self.config.pruning.seeds[0], range(len(self.splits.pool))
+        if self.config.target_model is None:
+            return self._train("full", seed, everything)  # the grid's own cell
+        return self._train("reference", seed, everything, scorer=True)
+
+    def epoch_seconds(self) -> float | None:
+        """What one epoch of the fine-tuning behind `reference_adapter` took; None where the adapter was given."""
+        if self.config.model.adapter is not None:
+            return None
+        tokens = sum(len(example["input_ids"]) for example in self.splits.tokenized.examples)
+        result = self._reference()
+        return result.seconds * tokens / max(1, result.tokens_seen)
+
+    def _train(self, name: str, seed: int, rows: Sequence[int], *, scorer: bool = False) -> TrainResult:
+        """Fine-tunes on some of the pool: the target model, or the one that scores."""
+        pool = self.splits.tokenized if scorer else self.splits.for_target
+        examples = [pool.examples[i] for i in rows]
+        return finetune(
+            self.base if scorer else self.target,
+            self.tokenizer if scorer else self.target_tokenizer,
+            examples,
+            self.folder / "adapters" / f"{name}-seed{seed}",
+            config=dataclasses.replace(self.config.training, seed=seed),
+            lora=self.config.lora,
+            progress=self.progress,
+        )
+
+    def _evaluate(self, name: str, adapter: str | Path | None) -> dict[str, Any]:
+        """Accuracy on the test questions, with its interval; transcripts are kept."""
+
+        def work() -> dict[str, Any]:
+            files = self.config.target_model or self.config.model
+            with _answering(self.target, adapter, files, self.config.evaluation.engine) as model:
+                result = evaluate(
+                    model,
+                    self.target_tokenizer,
+                    self.splits.test,
+                    config=self.config.evaluation,
+                    transcripts=self.folder / "transcripts" / f"{name}.jsonl",
+                    progress=self.progress,
+                )
+            low, high = result.interval
+            return {
+                "accuracy": result.accuracy,
+                "low": low,
+                "high": high,
+                "n": len(self.splits.test),
+                "samples": self.config.evaluation.samples,
+                "majority": result.majority,
+                "pass_at": [dataclasses.asdict(found) for found in result.pass_at],
+                "cut": result.truncated / len(result.items),
+            }
+
+        return self._once(f"evaluations/{name}", work)
+
+    # ---- scores --------------------------------------------------------------------------------------------
+
+    def queries(self, adapter: str | Path) -> Queries:
+        """The texts whose gradients ask, and which of them form the correct and the incorrect group."""
+        validation = self.splits.validation
+        if self.config.influence.queries == "reference":
+            return self._by_task(make_queries(validation, None, None))
+
+        def work() -> list[dict[str, Any]]:
+            with _answering(self.base, adapter, self.config.model, self.config.evaluation.engine) as model:
+                transcripts = self.folder / "transcripts" / "validation.jsonl"
+                return own_answers(
+                    model, self.tokenizer, validation, self.config.evaluation, transcripts, progress=self.progress
+                )
+
+        answers = self._once("own_answers", work)
+        reads_wrong = any(column.endswith("_incorrect") for column in self.needs)
+        needed = ("correct", "incorrect") if reads_wrong else ("correct",)
+        return self._by_task(make_queries(validation, answers, self.config.influence.fallback, needed))
+
+    def _by_task(self, queries: Queries) -> Queries:
+        column, source = self.config.influence.tasks, self.config.data.validation or self.config.data.pool
+        if column is None:
+            return queries
+        return with_tasks(queries, row_groups(load_rows(source.path, split=source.split), column))
+
+    def scores(self, adapter: str | Path, queries: Queries) -> ScoreTable:
+        """Scores of the pool by `queries`, in `scores.parquet` and `scores.csv`."""
+
+        def work() -> dict[str, float]:
+            if self.config.influence.checkpoints:
+                table, seconds = self._over_checkpoints(Path(adapter), queries)
+            else:
+                scored = self._score_under(adapter, queries, "store", self.config.influence)
+                table, seconds = scored.table, scored.seconds
+                if scored.top is not None:
+                    by_id = {example.id: example for example in self.splits.pool}
+                    found = explanations(scored.top, table.ids, queries)
+                    save_explanations(found, by_id, self.folder / EXPLAINED, title=self.config.title)
+            self._save(table)
+            return seconds
+
+        self._once("scoring_seconds", work)
+        for column in sorted({EMBEDDING_RANK, PASS_RATE} & self.needs):
+            self._once(f"baselines/{column}", functools.partial(self._add_baseline, column, queries))
+        return ScoreTable.load(self.folder / SCORES)
+
+    def _save(self, table: ScoreTable) -> None:
+        table.save(self.folder / "scores.csv")
+        table.save(self.folder / SCORES)
+
+    def _score_under(self, adapter: str | Path, queries: Queries, store: str, influence: InfluenceConfig) -> PoolScores:
+        with self._finetuned(adapter) as model:
+            return score_pool(
+                model,
+                self.tokenizer,
+                self.splits.tokenized.examples,
+                queries,
+                self.folder / store,
+                self.config.gradients,
+                influence,
+                top=0 if influence.checkpoints else influence.explain,
+                progress=self.progress,
+            )
+
+    def _over_checkpoints(self, reference: Path, queries: Queries) -> tuple[ScoreTable, dict[str, float]]:
+        """Scores summed over the reference's checkpoints, and how the ranking moved, as a table and a plot."""
+        saved = list_checkpoints(reference)
+        if not saved:
+            raise ConfigError(f"influence.checkpoints: {reference} has no checkpoint-* folder; save them in training")
+        seconds: dict[str, float] = {}
+
+        def score(checkpoint: Path) -> ScoreTable:
+            influence = self.config.influence
+            if influence.preconditioner in ("adam", "less"):  # each checkpoint has moments of its own
+                influence = dataclasses.replace(influence, optimizer=str(checkpoint))
+            scored = self._score_under(checkpoint, queries, f"store-{checkpoint.name}", influence)
+            for stage, value in scored.seconds.items():
+                seconds[stage] = seconds.get(stage, 0.0) + value
+            return scored.table
+
+        found = checkpoint_scores(list(zip(saved, learning_rates(saved, average=True), strict=True)), score)
+        plot_ranking_over_training(found, self.folder / "ranking-over-training.svg")
+        write_text(
+            self.folder / "ranking-over-training.json", json.dumps(ranking_over_training(found), indent=1) + "\n"
+        )
+        return found.total, seconds
+
+    def _add_baseline(self, column: str, queries: Queries) -> dict[str, float]:
+        """Puts a column that only some baselines read into the score table; returns the seconds it took."""
+        table = ScoreTable.load(self.folder / SCORES)
+        by_id = {example.id: (example, self.splits.tokenized.examples[i]) for i, example in enumerate(self.splits.pool)}
+        table, seconds = baseline_columns(
+            table,
+            [column],
+            self.base,
+            self.tokenizer,
+            [by_id[name] for name in table.ids],
+            queries,
+            self.config.pruning.pass_rate_config(self.config.evaluation),
+            transcripts=self.folder / "transcripts" / "pool.jsonl",
+            progress=self.progress,
+        )
+        self._save(table)
+        return seconds
+
+    def _finetuned(self, adapter: str | Path) -> contextlib.AbstractContextManager[Any]:
+        return finetuned(self.base, adapter)
+
+    # ---- the grid ------------------------------------------------------------------------------------------
+
+    def cells(self, table: ScoreTable) -> list[dict[str, Any]]:
+        """One fine-tuning and one evaluation for each strategy, fraction and seed; each is done once."""
+        grid = self.config.pruning
+        cells = []
+        strategies = [s for s in grid.strategies if s != "full"]
+        for seed in grid.seeds:
+            cells.append(self._cell(table, "full", 0.0, seed))
+            for strategy in strategies:
+                cells += [self._cell(table, strategy, fraction, seed) for fraction in grid.fractions]
+        return cells
+
+    def _cell(self, table: ScoreTable, strategy: str, fraction: float, seed: int) -> dict[str, Any]:
+        name = cell_name(strategy, fraction)
+        place = {example.id: i for i, example in enumerate(self.splits.pool)}
+        # another seed is another training run on the same traces; only what is drawn at random is drawn again
+        draw = seed if strategy == "random" else self.config.pruning.seeds[0]
+        selection = self.select(table, strategy, fraction, draw)
+        rows = [place[table.ids[i]] for i in selection.keep]
+
+        def work() -> dict[str, Any]:
+            if strategy != "full":
+                written = self._write_pruned(name if strategy != "random" else f"{name}-seed{seed}", rows)
+                pruning.save_selection(table, selection, written)
+            trained = self._train(name, seed, range(len(self.splits.pool)) if strategy == "full" else rows)
+            cell = {"strategy": strategy, "fraction": fraction, "seed": seed, "seconds": trained.seconds}
+            kept = len(self.splits.pool) if strategy == "full" else len(rows)
+            cell |= {"kept": kept, "dropped": len(selection.drop)}
+            cell |= self._harmful(table, selection.drop)
+            return cell | self._evaluate(f"{name}-seed{seed}", trained.path)
+
+        return self._once(f"cells/{name}-seed{seed}", work)
+
+    def select(self, table: ScoreTable, strategy: str, fraction: float, seed: int) -> pruning.Selection:
+        """What a strategy keeps of the scored pool and what it drops, near-duplicates included."""
+        clusters = None
+        if self.config.pruning.max_similar is not None and strategy != "full":
+            clusters = [self._clusters[name] for name in table.ids]
+        return pruning.select(table, strategy, fraction=fraction, seed=seed, clusters=clusters)
+
+    @functools.cached_property
+    def _clusters(self) -> dict[str, int]:
+        """The cluster of near-duplicates that each pool example's completion is in."""
+        assert self.config.pruning.max_similar is not None
+        clusters = near_duplicates([e.completion for e in self.splits.pool], self.config.pruning.max_similar)
+        return {e.id: int(cluster) for e, cluster in zip(self.splits.pool, clusters, strict=True)}
+
+    def _write_pruned(self, name: str, rows: Sequence[int]) -> Path:
+        source = load_rows(self.config.data.pool.path, split=self.config.data.pool.split)
+        kept = [self.splits.pool[i] for i in rows]
+        path = self.folder / "pruned" / f"{name}{source.suffix}"
+        save_examples(kept, path, source, self.config.data.pool.columns)
+        return path
+
+    def _harmful(self, table: ScoreTable, dropped: np.ndarray) -> dict[str, Any]:
+        """How many of the examples known to be harmful were dropped, and how many chance would drop."""
+        harmful = known_harmful(self.splits.pool, table)
+        if harmful is None:
+            return {}
+        total = int(harmful.sum())
+        return {
+            "harmful_dropped": int(harmful[dropped].sum()),
+            "harmful_total": total,
+            "expected_by_chance": total * len(dropped) / len(table.ids),
+        }
+
+
+def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
+    """Runs `config` from data to report; see `Pipeline`. Returns the results that the report shows."""
+    return Pipeline(config, progress=progress).run()
+
+
+def _tokenizer(model: ModelConfig) -> Any:
+    return load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+
+
+def _model(model: ModelConfig) -> Any:
+    return load_model(model.path, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code)
+
+
+def _answering(
+    base: Any, adapter: str | Path | None, files: ModelConfig, engine: str
+) -> contextlib.AbstractContextManager[Any]:
+    """What answers questions: the model in memory with its adapter, or for vLLM the files of both."""
+    if engine == "vllm":
+        folder = None if adapter is None else str(adapter)
+        return contextlib.nullcontext(ModelFiles(files.path, folder, files.dtype, files.trust_remote_code))
+    return contextlib.nullcontext(base) if adapter is None else finetuned(base, adapter)

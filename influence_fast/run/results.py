@@ -1,0 +1,198 @@
+"""What a run has to show: everything in `results.json` and the report, collected from the finished pieces."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from influence_fast import doctor
+from influence_fast.data.examples import Example
+from influence_fast.influence import scoring
+from influence_fast.influence.scores import ScoreTable
+from influence_fast.report.explain import EXPLAINED
+from influence_fast.report.statistics import grid_statistics
+from influence_fast.run.splits import Splits
+from influence_fast.run.workdir import RunFolder
+from influence_fast.selection import pruning
+from influence_fast.settings import to_dict
+
+if TYPE_CHECKING:
+    from influence_fast.run.pipeline import Pipeline
+
+HARMLESS = (None, "clean")  # labels that do not mark an example as known to be harmful
+
+
+def collect(
+    run: Pipeline, table: ScoreTable, before: dict[str, Any], cells: list[dict[str, Any]], queries: dict[str, int]
+) -> dict[str, Any]:
+    """The results of a finished `run`: `before` is the base model's accuracy, `queries` the sizes of the groups."""
+    config, splits, folder = run.config, run.splits, run.folder
+    labels: dict[str, int] = {}
+    for example in splits.pool:
+        if example.label is not None:
+            labels[example.label] = labels.get(example.label, 0) + 1
+    answers = [correct_answers(folder, cell) for cell in cells]
+    return {
+        "title": config.title,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": to_dict(config),
+        "versions": doctor.versions(),
+        "environment": doctor.environment(),
+        "data": {
+            "pool": len(splits.pool),
+            "validation": len(splits.validation),
+            "test": len(splits.test),
+            "labels": labels or None,
+            "set_aside": splits.set_aside + _left_out(splits, table),
+        },
+        "accuracy_before": {"name": "base model"} | before,
+        "cells": cells,
+        **grid_statistics(cells, answers, seed=config.seed),
+        "detection": _detection(splits.pool, table, config.pruning.fractions, config.seed),
+        "scores": _trace_scores(run, table),
+        "rank_agreement": _rank_agreement(table),
+        "curves": _curves(folder),
+        "cost": _costs(folder, splits, cells),
+        "queries": queries,
+        "explained": f"{EXPLAINED}.html" if (folder / f"{EXPLAINED}.html").exists() else None,
+        "warnings": run.warnings,
+    }
+
+
+def cell_name(strategy: str, fraction: float) -> str:
+    """What a cell's files are called."""
+    return "full" if strategy == "full" else f"{strategy}-{round(100 * fraction)}"
+
+
+def correct_answers(folder: RunFolder, cell: dict[str, Any]) -> dict[str, float]:
+    """Question id -> share of its answers that were right, from a cell's transcripts."""
+    path = folder / "transcripts" / f"{cell_name(cell['strategy'], cell['fraction'])}-seed{cell['seed']}.jsonl"
+    answers: dict[str, list[bool]] = {}
+    with path.open(encoding="utf-8") as lines:
+        for item in map(json.loads, lines):
+            answers.setdefault(item["id"], []).append(item["correct"])
+    return {question: sum(right) / len(right) for question, right in answers.items()}
+
+
+def known_harmful(pool: Sequence[Example], table: ScoreTable) -> np.ndarray | None:
+    """[N] bool: the table's examples whose label marks them as harmful; None where none has such a label."""
+    labels = {example.id: example.label for example in pool}
+    harmful = np.array([labels[i] not in HARMLESS for i in table.ids])
+    return harmful if harmful.any() else None
+
+
+def _left_out(splits: Splits, table: ScoreTable) -> list[dict[str, str]]:
+    """The examples that were too long for a model, or got no score."""
+    whose = [(splits.tokenized, "")]
+    if splits.for_target is not splits.tokenized:
+        whose.append((splits.for_target, " in the target model's tokens"))
+    found = [
+        {"id": name, "why": f"{n} tokens, longer than max_length{tokens}"}
+        for part, tokens in whose
+        for name, n in part.too_long
+    ]
+    scored = set(table.ids)
+    why = "no finite gradient, and so no score: in the full data alone"
+    return found + [{"id": e.id, "why": why} for e in splits.pool if e.id not in scored]
+
+
+def _trace_scores(run: Pipeline, table: ScoreTable) -> list[dict[str, Any]] | None:
+    if "s_incorrect" not in table.columns or "s_correct" not in table.columns:
+        return None
+    pool = {example.id: example for example in run.splits.pool}
+    grid = run.config.pruning
+    dropped: dict[int, list[str]] = {}
+    for strategy in grid.strategies:
+        for fraction in grid.fractions if strategy not in ("full", "random") else ():
+            selection = run.select(table, strategy, fraction, grid.seeds[0])
+            for i in selection.drop:
+                dropped.setdefault(int(i), []).append(f"{strategy} {round(100 * fraction)} %")
+    n = len(table.ids)
+    c = table.columns
+    return [
+        {
+            "id": name,
+            "s_correct": float(c["s_correct"][i]),
+            "s_incorrect": float(c["s_incorrect"][i]),
+            "rank_correct": float(n + 1 - c["rank_correct"][i]),
+            "rank_incorrect": float(n + 1 - c["rank_incorrect"][i]),
+            "label": pool[name].label,
+            "prompt": pool[name].prompt,
+            "completion": pool[name].completion,
+            "loss": float(c["loss"][i]),
+            "dropped_by": dropped.get(i, []),
+        }
+        for i, name in enumerate(table.ids)
+    ]
+
+
+def _detection(
+    pool: Sequence[Example], table: ScoreTable, fractions: Sequence[float], seed: int
+) -> list[dict[str, Any]] | None:
+    harmful = known_harmful(pool, table)
+    if harmful is None:
+        return None
+    rng = np.random.default_rng(seed)
+    found = []
+    for name, strategy in pruning.STRATEGIES.items():
+        if name == "full" or any(column not in table.columns for column in strategy.needs):
+            continue
+        priority = np.asarray(strategy.drop_first(table, rng), dtype=np.float64)
+        low, high = scoring.bootstrap_auc(priority, harmful, rng)
+        order = np.argsort(-priority, kind="stable")
+        top = {f"{round(100 * f)}%": max(1, round(f * len(order))) for f in fractions}
+        found.append(
+            {
+                "method": name,
+                "auc": scoring.auc(priority, harmful),
+                "low": low,
+                "high": high,
+                "precision_at": {at: float(harmful[order[:k]].mean()) for at, k in top.items()},
+            }
+        )
+    return found
+
+
+def _curves(folder: RunFolder) -> dict[str, Any]:
+    return {
+        record.parent.name: json.loads(record.read_text(encoding="utf-8"))["result"]["loss_history"]
+        for record in sorted((folder / "adapters").glob("*/training.json"))
+    }
+
+
+def _costs(folder: RunFolder, splits: Splits, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    n = len(splits.pool)
+    tokens = sum(len(e["input_ids"]) for e in splits.tokenized.examples)
+    cost = []
+    baselines = [folder.once(f"baselines/{path.stem}", dict) for path in sorted((folder / "baselines").glob("*.json"))]
+    parts = [folder.once("scoring_seconds", dict), *baselines]
+    for stage, seconds in [item for part in parts for item in part.items()]:
+        detail = f"{n} examples, {tokens} tokens" if stage == "training gradients" else ""
+        cost.append({"stage": stage, "seconds": seconds, "detail": detail})
+    if folder.has("own_answers"):
+        detail = f"{len(splits.validation)} validation questions"
+        cost.append({"stage": "own answers", "seconds": folder.seconds("own_answers"), "detail": detail})
+    for record in sorted((folder / "adapters").glob("reference-seed*/training.json")):
+        seconds = json.loads(record.read_text(encoding="utf-8"))["result"]["seconds"]
+        cost.append({"stage": "fine-tuning the model that scores", "seconds": seconds, "detail": ""})
+    cost.append(
+        {
+            "stage": "fine-tuning",
+            "seconds": sum(cell["seconds"] for cell in cells),
+            "detail": f"{len(cells)} runs",
+        }
+    )
+    evaluations = sorted((folder / "evaluations").glob("*.json"))
+    seconds = sum(folder.seconds(f"evaluations/{path.stem}") for path in evaluations)
+    cost.append({"stage": "evaluation", "seconds": seconds, "detail": f"{len(evaluations)} runs"})
+    return cost
+
+
+def _rank_agreement(table: ScoreTable) -> dict[str, Any]:
+    names = [name for name in ("s_correct", "s_incorrect", "loss", "tokens") if name in table.columns]
+    matrix = [[scoring.spearman(table.columns[a], table.columns[b]) for b in names] for a in names]
+    return {"methods": names, "spearman": matrix}

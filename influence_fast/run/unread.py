@@ -1,0 +1,91 @@
+"""Settings of a run that differ from their defaults and that nothing reads, as the others are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from influence_fast.config import (
+    WHOLE,
+    GradientConfig,
+    InfluenceConfig,
+    RunConfig,
+    fitted_examples,
+    unsketched_preconditioner,
+)
+from influence_fast.influence.damping import AUTO
+from influence_fast.influence.preconditioners import FROM_MODEL, SKETCHES
+from influence_fast.selection.strategies import PASS_RATE, needed_columns
+
+Unread = tuple[str, Any, Any, str]  # key, value, default, why
+
+
+def unread_settings(config: RunConfig) -> list[str]:
+    """One line for each: its key, its value, and what would have to be otherwise."""
+    return _lines([*_unread(config.gradients, config.influence), *_beside(config)])
+
+
+def unread_influence(gradients: GradientConfig, influence: InfluenceConfig) -> list[str]:
+    """The same of these two alone."""
+    return _lines(_unread(gradients, influence))
+
+
+def _lines(found: Iterable[Unread]) -> list[str]:
+    return [
+        f"{key} is {value!r}, which nothing reads here: {why}" for key, value, default, why in found if value != default
+    ]
+
+
+def _of(settings: Any, part: str, name: str, why: str) -> Unread:
+    return f"{part}.{name}", getattr(settings, name), type(settings).__dataclass_fields__[name].default, why
+
+
+def _unread(gradients: GradientConfig, influence: InfluenceConfig) -> Iterator[Unread]:
+    """All of the two parts that is not read, whether it was changed or not."""
+
+    def of(part: str, name: str, why: str) -> Unread:
+        return _of(gradients if part == "gradients" else influence, part, name, why)
+
+    fitted = gradients.fits_sketch(influence.preconditioner)
+    used_again = gradients.sketch not in SKETCHES
+    if gradients.kind == WHOLE:
+        yield of("gradients", "dim", f"whole gradients (kind: {WHOLE}) are not projected")
+    elif gradients.projection is not None and gradients.projection.flat:
+        yield of("gradients", "dim", f"{gradients.kind} goes from whole factors straight to gradients.width")
+    if gradients.width is None:
+        yield of("gradients", "sketch", "there is no gradients.width to sketch rows to")
+    if not fitted or used_again:
+        yield of("gradients", "sketch_examples", "no sketch is fitted")
+    if _inverts_nothing(gradients, influence):
+        yield of("influence", "damping", "nothing is inverted")
+    if not fitted_examples(dataclasses.replace(influence, fisher=FROM_MODEL), gradients):
+        yield of("influence", "fisher", "nothing is fitted on a Fisher information")
+    # by auto a row that is no longer than its width is not sketched, and something else is fitted
+    if (fitted and gradients.sketch != AUTO) or not fitted_examples(influence, gradients):
+        yield of("influence", "fisher_examples", "no preconditioner is fitted on labels that the model draws")
+    if influence.checkpoints:
+        yield of("influence", "explain", "scores that are summed over checkpoints are not explained")
+    if influence.queries == "reference":
+        yield of("influence", "fallback", "influence.queries: reference asks for no answers of the model")
+
+
+def _inverts_nothing(gradients: GradientConfig, influence: InfluenceConfig) -> bool:
+    """Whether scores are of rows as they are, and no sketch is fitted either."""
+    if gradients.fits_sketch(influence.preconditioner):
+        return gradients.sketch not in SKETCHES  # what is used again was fitted with a damping of its own
+    return unsketched_preconditioner(influence, gradients) in ("none", "cosine")
+
+
+def _beside(config: RunConfig) -> Iterator[Unread]:
+    """What the other parts of a run do not read."""
+    asks_the_pool = PASS_RATE in needed_columns(config.pruning.strategies)
+    if not asks_the_pool:
+        for name in ("pass_rate_samples", "pass_rate_temperature"):
+            yield _of(config.pruning, "pruning", name, "no strategy reads pass rates (difficulty, easy, hard)")
+    if config.data.max_length is None:
+        yield _of(config.data, "data", "truncate", "there is no data.max_length to cut at")
+    if config.evaluation.temperature == 0 and not asks_the_pool:
+        yield _of(config.evaluation, "evaluation", "top_p", "evaluation.temperature 0 takes the likeliest token")
+    if config.training.max_steps > 0:
+        yield _of(config.training, "training", "epochs", "training.max_steps decides")

@@ -1,0 +1,58 @@
+"""How hard the training questions are: the share of a model's own answers to each that is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from influence_fast.data.examples import Example
+from influence_fast.errors import DataError, listing
+from influence_fast.evaluation.evaluate import EvalConfig, evaluate
+from influence_fast.selection.embeddings import pretrained
+
+
+def check_answers(examples: Sequence[Example]) -> None:
+    """DataError naming the examples that have no final answer, without which there is no pass rate."""
+    without = [example.id for example in examples if example.answer is None]
+    if without:
+        raise DataError(
+            f"no final answer to compute a pass rate from in {listing(without)}: add an 'answer' column, or leave "
+            "the strategies difficulty, easy and hard out"
+        )
+
+
+def pass_rates(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    config: EvalConfig,
+    transcripts: Path | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """(E,) float64 in 0 to 1: the share of `config.samples` answers to each example's question that is right.
+
+    A question that several examples share (several traces of one problem) is asked once. `transcripts`: a jsonl file
+    for the answers. It is the pretrained model that answers, an adapter on `model` is switched off for it: the
+    fine-tuned one has seen the solutions.
+
+    Raises DataError for examples without an answer, and as `evaluate` does.
+    """
+    check_answers(examples)
+    questions: dict[tuple[Any, ...], Example] = {}
+    for example in examples:
+        questions.setdefault(_question(example), example)
+    asked = list(questions.values())
+    with pretrained(model):
+        result = evaluate(model, tokenizer, asked, config=config, transcripts=transcripts, progress=progress)
+    right: dict[str, list[bool]] = {}
+    for item in result.items:
+        right.setdefault(item.id, []).append(item.correct)
+    return np.array([np.mean(right[questions[_question(example)].id]) for example in examples], dtype=np.float64)
+
+
+def _question(example: Example) -> tuple[Any, ...]:
+    return example.context, example.prompt, example.answer

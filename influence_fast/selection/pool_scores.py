@@ -1,0 +1,103 @@
+"""The score table of a tokenized pool: its gradients in a store, those of the queries, and what baselines read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from influence_fast.config import GradientConfig, InfluenceConfig
+from influence_fast.data.examples import Example, tokenize
+from influence_fast.data.packing import IGNORED
+from influence_fast.evaluation.evaluate import EvalConfig
+from influence_fast.gradients.per_example import per_example_losses
+from influence_fast.influence import scoring
+from influence_fast.influence.pool_gradients import pool_gradients
+from influence_fast.influence.queries import Queries
+from influence_fast.influence.scores import ScoreTable
+from influence_fast.influence.scoring import TopInfluences
+from influence_fast.selection.difficulty import pass_rates
+from influence_fast.selection.embeddings import embedding_ranks
+from influence_fast.selection.strategies import EMBEDDING_RANK, PASS_RATE
+from influence_fast.timing import timed
+
+
+def baseline_columns(
+    table: ScoreTable,
+    needs: Collection[str],
+    model: Any,
+    tokenizer: Any,
+    pool: Sequence[tuple[Example, dict[str, Any]]],
+    queries: Queries,
+    config: EvalConfig,
+    *,
+    transcripts: Path | None = None,
+    progress: bool = True,
+) -> tuple[ScoreTable, dict[str, float]]:
+    """`table` with those columns of `needs` that only some baselines read, and the seconds of each.
+
+    `embedding_rank` by the correct queries and `pass_rate` under `config`, both of the pretrained model. `pool` has the
+    example and its tokens for each row of the table.
+    """
+    columns: dict[str, np.ndarray] = {}
+    seconds: dict[str, float] = {}
+    if EMBEDDING_RANK in needs:
+        with timed(seconds, "embeddings"):
+            asked = tokenize([queries.examples[i] for i in queries.groups["correct"]], tokenizer).examples
+            columns[EMBEDDING_RANK] = embedding_ranks(model, [tokens for _, tokens in pool], asked)
+    if PASS_RATE in needs:
+        with timed(seconds, "pass rates"):
+            examples = [example for example, _ in pool]
+            columns[PASS_RATE] = pass_rates(
+                model, tokenizer, examples, config=config, transcripts=transcripts, progress=progress
+            )
+    return table.with_columns(columns), seconds
+
+
+@dataclass(frozen=True, slots=True)
+class PoolScores:
+    """table: the scores, `loss` and `tokens`. seconds: of each step. top: rows of the table that count most for each
+    query, where they were asked for."""
+
+    table: ScoreTable
+    seconds: dict[str, float]
+    top: TopInfluences | None
+
+
+def score_pool(
+    model: Any,
+    tokenizer: Any,
+    pool: Sequence[dict[str, Any]],
+    queries: Queries,
+    store_path: Path,
+    gradients: GradientConfig,
+    influence: InfluenceConfig,
+    *,
+    top: int = 0,
+    progress: bool = True,
+) -> PoolScores:
+    """Gradients of the tokenized `pool` into a store, gradients of the queries, and the scores.
+
+    top: examples to find for each query and direction; 0 for none. Examples without a finite gradient are set aside by
+    the store and have no row in the table.
+    """
+    seconds: dict[str, float] = {}
+    asked = tokenize(queries.examples, tokenizer).examples
+    made = pool_gradients(model, pool, asked, store_path, gradients, influence, seconds, progress=progress)
+    store = made.store
+    with timed(seconds, "inner products and ranks"):
+        how = made.scored_by(influence)
+        table, found = scoring.scores_and_top(store, made.queries, queries.groups, top, **how)
+    by_id = {example["id"]: example for example in pool}
+    stored = [by_id[name] for name in table.ids]
+    tokens = np.array([int((example["labels"] != IGNORED).sum()) for example in stored], dtype=np.float64)
+    losses = None if store.losses is None else store.losses.astype(np.float64)
+    if losses is None:  # a store of another source, or made before stores had them
+        with timed(seconds, "losses"):
+            losses = per_example_losses(model, stored).double().numpy()
+    elif gradients.loss_reduction == "sum":
+        losses /= [int((example["labels"][1:] != IGNORED).sum()) for example in stored]
+    return PoolScores(table.with_columns({"loss": losses, "tokens": tokens}), seconds, found)

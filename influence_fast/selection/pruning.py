@@ -1,0 +1,181 @@
+"""Which examples to drop: a strategy's order over a table of scores, and what must go whatever the strategy says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from influence_fast.data.schemas import Example
+from influence_fast.errors import ConfigError, DataError, listing
+from influence_fast.influence.scores import ScoreTable
+from influence_fast.selection.strategies import STRATEGIES, check_columns, find
+
+__all__ = ["STRATEGIES", "Selection", "aligned_examples", "save_selection", "select", "selection_table"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome: `keep` and `drop` are row numbers in the table's order, ascending.
+
+    `why` says of each example "kept" or "dropped: " and the reason.
+    """
+
+    strategy: str
+    keep: np.ndarray  # [N - n] int64
+    drop: np.ndarray  # [n] int64
+    priority: np.ndarray  # [N] float64, what the strategy gave each example
+    why: tuple[str, ...]  # N
+
+    def kept_examples(self, table: ScoreTable, examples: Sequence[Example]) -> list[Example]:
+        """The examples to keep, in their own order. Raises DataError where ids and table do not match."""
+        aligned_examples(table, examples)
+        kept = {table.ids[i] for i in self.keep}
+        return [example for example in examples if example.id in kept]
+
+
+def select(
+    table: ScoreTable,
+    strategy: str,
+    *,
+    fraction: float | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    groups: Sequence[str] | None = None,
+    clusters: Sequence[int] | np.ndarray | None = None,
+    keep_similar: int = 1,
+    exclude: Mapping[str, str] | None = None,
+) -> Selection:
+    """Drops `fraction` of the examples (rounded to the nearest whole one), or exactly `count` of them.
+
+    Args:
+        table: scores of N examples.
+        strategy: a name in `STRATEGIES`.
+        fraction: share to drop, 0 to 1.
+        count: number to drop, instead of a fraction.
+        seed: breaks ties, and makes the choice of `random`.
+        groups: a name for each example (its task, say): the fraction is dropped inside each group, of which at least
+            one example stays.
+        clusters: a cluster number for each example (see `diversity.near_duplicates`): of each cluster only the
+            `keep_similar` examples that the strategy would drop last stay.
+        exclude: id -> reason of examples that must go (see `decontamination`).
+
+    Examples that must go (excluded ones and near-duplicates) are dropped first and count towards the size, so
+    strategies are compared at one size; where there are more of them than that, all of them go.
+
+    Raises ConfigError for an unknown strategy or an impossible size, DataError where the table lacks the scores
+    that the strategy reads or nothing would be left.
+    """
+    chosen = find(strategy)
+    total = len(table.ids)
+    count = _count(total, fraction, count, grouped=groups is not None)
+    check_columns(table, strategy)
+    rng = np.random.default_rng(seed)
+    if strategy == "full" and count:
+        raise ConfigError("the strategy 'full' drops nothing: name another one, or a fraction of 0")
+    priority = np.asarray(chosen.drop_first(table, rng), dtype=np.float64)
+    unknown = np.flatnonzero(np.isnan(priority))
+    if len(unknown):
+        raise DataError(
+            f"strategy {strategy!r} has no number for {listing(table.ids[i] for i in unknown)} "
+            f"(NaN in {', '.join(chosen.needs)}): score the data again"
+        )
+    # lexsort's last key is the first to count: by priority, then by the shuffle
+    order = np.lexsort((rng.permutation(total), -priority))
+    forced = {i: exclude[name] for i, name in enumerate(table.ids) if name in exclude} if exclude else {}
+    if clusters is not None:
+        forced |= _near_duplicates(table, order, _of_each(clusters, total, "clusters"), keep_similar, forced)
+    why = ["kept"] * total
+    members = {"": order}
+    if groups is not None:
+        names = _of_each(groups, total, "groups")
+        members = {str(name): order[names[order] == name] for name in dict.fromkeys(names.tolist())}
+    dropped: list[int] = []
+    for group, ordered in members.items():
+        first = [i for i in ordered.tolist() if i in forced]
+        wanted = count if groups is None else min(_rounded(fraction or 0.0, len(ordered)), len(ordered) - 1)
+        gone = (first + [i for i in ordered.tolist() if i not in forced])[: max(wanted, len(first))]
+        place = {i: rank for rank, i in enumerate(ordered.tolist(), 1)}
+        inside = f" in {group!r}" if groups is not None else ""
+        for i in gone:
+            why[i] = f"dropped: {forced.get(i) or f'{strategy} rank {place[i]} of {len(ordered)}{inside}'}"
+        dropped += gone
+    if len(dropped) == total:
+        raise DataError("nothing would be left: every example is excluded or in a group that is")
+    drop = np.array(sorted(dropped), dtype=np.int64)
+    return Selection(strategy, np.setdiff1d(np.arange(total), drop), drop, priority, tuple(why))
+
+
+def selection_table(table: ScoreTable, selection: Selection) -> ScoreTable:
+    """`table` with what became of each example: `kept` (1 or 0), the strategy's `drop_priority`, and `why`."""
+    kept = np.zeros(len(table.ids))
+    kept[selection.keep] = 1
+    return table.with_columns({"kept": kept, "drop_priority": selection.priority}, texts={"why": list(selection.why)})
+
+
+def save_selection(table: ScoreTable, selection: Selection, output: str | Path) -> None:
+    """Writes the `selection_table` beside the pruned data `output`, as `<output>.table.parquet` and `.table.csv`."""
+    result = selection_table(table, selection)
+    for suffix in (".parquet", ".csv"):
+        result.save(f"{output}.table{suffix}")
+
+
+def aligned_examples(table: ScoreTable, examples: Sequence[Example]) -> list[Example]:
+    """The example of each row of `table`. Raises DataError naming the ids that `examples` do not have."""
+    known = {example.id: example for example in examples}
+    missing = [name for name in table.ids if name not in known]
+    if missing:
+        raise DataError(
+            f"the score table has ids that the data does not: {listing(missing)}; give the data that was scored, "
+            "read with the same options"
+        )
+    return [known[name] for name in table.ids]
+
+
+def _count(total: int, fraction: float | None, count: int | None, *, grouped: bool) -> int:
+    if (fraction is None) == (count is None):
+        raise ConfigError("give either a fraction or a count of examples to drop")
+    if fraction is not None:
+        if not 0 <= fraction <= 1:
+            raise ConfigError(f"fraction {fraction} is not between 0 and 1")
+        count = _rounded(fraction, total)
+    elif grouped:
+        raise ConfigError("a count cannot be shared out over groups: give a fraction")
+    assert count is not None
+    if not 0 <= count < total:
+        size = "count" if fraction is None else "fraction"
+        raise ConfigError(f"dropping {count} of {total} examples would leave none: choose a smaller {size}")
+    return count
+
+
+def _rounded(fraction: float, total: int) -> int:
+    return math.floor(fraction * total + 0.5)
+
+
+def _of_each(values: Sequence[object] | np.ndarray, total: int, what: str) -> np.ndarray:
+    array = np.asarray(values)
+    if array.shape != (total,):
+        raise DataError(f"{what} has {len(array)} entries for {total} examples; give one for each row of the table")
+    return array
+
+
+def _near_duplicates(
+    table: ScoreTable, order: np.ndarray, clusters: np.ndarray, keep: int, excluded: Mapping[int, str]
+) -> dict[int, str]:
+    """Row -> reason of all but the best `keep` of each cluster; `order` begins with what is dropped first."""
+    if keep < 1:
+        raise ConfigError(f"keep_similar is {keep}; at least one of a cluster of near-duplicates stays")
+    stay: dict[int, list[int]] = {}
+    gone = {}
+    for i in order[::-1].tolist():
+        if i in excluded:
+            continue
+        best = stay.setdefault(int(clusters[i]), [])
+        if len(best) < keep:
+            best.append(i)
+        else:
+            gone[i] = f"near-duplicate of {table.ids[best[0]]}"
+    return gone

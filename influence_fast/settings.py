@@ -1,0 +1,140 @@
+"""Settings classes from YAML and back: keys and kinds of values are checked, and errors name the key."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from influence_fast.errors import ConfigError, did_you_mean
+
+
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """The YAML file's mapping of keys; `what` names the thing that the file is ("a configuration").
+
+    Raises ConfigError: not UTF-8, not YAML, a key that comes twice, no mapping; FileNotFoundError.
+    """
+    import yaml
+
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _unique_keys())
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text; save it as that") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: {what} is a mapping of keys, not {type(raw).__name__}")
+    return raw
+
+
+def _unique_keys() -> Any:
+    """A YAML loader that refuses a key that comes twice, of which the last would win in silence."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key, _ in node.value:
+                if key.tag == "tag:yaml.org,2002:merge":  # <<: *base
+                    continue
+                name = self.construct_object(key, deep=True)
+                if not isinstance(name, str | int | float | None):
+                    raise yaml.constructor.ConstructorError(None, None, f"{name!r} is no key", key.start_mark)
+                if name in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} comes twice", key.start_mark)
+                seen.add(name)
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def from_dict(kind: type[Any], raw: dict[str, Any], where: str = "") -> Any:
+    """A settings class (a dataclass) from plain YAML values. A bare string stands for a class that has `from_text`.
+
+    Raises ConfigError: unknown or missing key, a value of the wrong kind.
+    """
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key in raw:
+        if key not in fields:
+            raise ConfigError(f"unknown key {where + str(key)!r}; {did_you_mean(str(key), fields)}")
+    values = {key: _convert(hints[key], value, f"{where}{key}") for key, value in raw.items()}
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in raw and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"missing key {where + missing[0]!r}")
+    return kind(**values)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values, as YAML and JSON can hold them."""
+    return _plain(dataclasses.asdict(config))
+
+
+def difference(one: dict[str, Any], other: dict[str, Any], where: str = "") -> str | None:
+    """The first key in which two plain configurations differ, with both sides; None if they agree."""
+    for key in sorted(one.keys() | other.keys()):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found = difference(a, b, f"{where}{key}.")
+            if found:
+                return found
+        elif a != b:
+            return f"{where}{key}: {a!r} against {b!r}"
+    return None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        errors = []
+        for option in options:
+            if option is type(None):
+                continue
+            try:
+                return _convert(option, value, where)
+            except ConfigError as error:
+                errors.append(error)
+        raise errors[0]
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, str) and hasattr(hint, "from_text"):
+            return hint.from_text(value)
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected a mapping of keys, not {value!r}")
+        return from_dict(typing.cast(type, hint), value, f"{where}.")
+    if origin in (tuple, list):
+        if not isinstance(value, list | tuple):
+            value = [value]
+        item = typing.get_args(hint)[0]
+        return origin(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: expected a mapping, not {value!r}")
+        _, item = typing.get_args(hint)
+        return {str(key): _convert(item, entry, f"{where}.{key}") for key, entry in value.items()}
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            value = float(value)  # YAML reads 1e-4 as a string
+    if hint is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a finite number, not {value}")
+    if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
+        return value
+    raise ConfigError(f"{where}: expected {getattr(hint, '__name__', hint)}, not {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -1,0 +1,392 @@
+"""Gradients that people already have, as stores: LESS folders, TRAK memory maps, bergson indices, .npy, .safetensors.
+
+What a foreign file does not record (model, tokenizer, projection) is "not recorded" in the store; say it with
+`identity` where you know it. Rows are imported as they are: query gradients must be made by the same tool, with the
+same projection. Formats as written by LESS (its only release), traker 0.1 to 0.3, bergson up to 2.5.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import influence_fast
+from influence_fast.errors import ConfigError, StoreError, did_you_mean, listing
+from influence_fast.store.building import warn_of_set_aside
+from influence_fast.store.manifest import Manifest, ModuleEntry, Part, StoreIdentity, digest
+from influence_fast.store.reader import Store, check_dtype
+from influence_fast.store.writer import StoreWriter, check_unique
+
+__all__ = ["FORMATS", "import_gradients"]
+
+_SHARD_BYTES = 1 << 28
+_MAX_SHARD_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows somewhere else. `read(start, stop)` gives [stop - start, width] of any float dtype.
+
+    `absent`: why some rows hold nothing, by place. `note` tells where the rows come from, in the manifest.
+    """
+
+    rows: int
+    width: int
+    note: str
+    read: Callable[[int, int], torch.Tensor]
+    modules: tuple[ModuleEntry, ...] = ()
+    absent: dict[int, str] = field(default_factory=dict)
+
+
+def import_gradients(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: str = "auto",
+    ids: Sequence[str] | None = None,
+    dtype: str = "fp32",
+    identity: StoreIdentity | None = None,
+    resume: bool = True,
+    **options: Any,
+) -> Store:
+    """Copies gradients of another tool into a new store in `out`.
+
+    Args:
+        source: the file or folder, see `FORMATS`.
+        format: a key of `FORMATS`; "auto" looks at what is there.
+        ids: one for each row, in order; by default the row's number.
+        dtype: of the store; "fp32" keeps fp32, fp16 and bf16 gradients exactly.
+        identity: what you know of model, tokenizer and projection; later checks use it.
+        resume: go on with an interrupted import into `out`.
+        options: of the format. less: `file`; trak: `model_id`, `kind`; safetensors: `key`.
+
+    Returns:
+        The store; rows that are NaN, infinite or were never computed are in `store.set_aside`, and a warning sums them
+        up.
+
+    Raises:
+        StoreError: not that format, truncated or inconsistent, ids that do not fit or come twice.
+        DataError: not one row is finite.
+        ConfigError: an unknown format or option.
+    """
+    path = Path(source)
+    check_dtype(dtype)
+    if not path.exists():
+        raise StoreError(f"{path} does not exist; give the gradients' file or folder")
+    name = _detect(path) if format == "auto" else format
+    if name not in FORMATS:
+        raise ConfigError(f"unknown gradient format {name!r}; {did_you_mean(name, FORMATS)}")
+    known = set(inspect.signature(FORMATS[name]).parameters) - {"path"}
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"format {name!r} has no option {option!r}; {did_you_mean(option, known)}")
+    rows = FORMATS[name](path, **options)
+    if ids is None:
+        names = [str(i) for i in range(rows.rows)]
+    elif len(ids) != rows.rows or not all(isinstance(i, str) for i in ids):
+        raise StoreError(f"{path} has {rows.rows} rows; give as many ids, all strings (there are {len(ids)})")
+    else:
+        names = list(ids)
+    check_unique(names, "the ids given")
+    return _copy(rows, names, out, dtype, identity or StoreIdentity(projection_kind="unknown"), resume)
+
+
+def _copy(rows: Source, names: list[str], out: str | Path, dtype: str, identity: StoreIdentity, resume: bool) -> Store:
+    if identity.projection_kind is None:
+        identity = replace(identity, projection_kind="unknown")
+    shard_rows = max(1, min(_MAX_SHARD_ROWS, _SHARD_BYTES // (4 * rows.width)))
+    content = _content_hash(rows, names, shard_rows)
+    if identity.dataset_fingerprint is None:
+        identity = replace(identity, dataset_fingerprint=content)
+    part = Part(content, rows.rows, shard_rows, -(-rows.rows // shard_rows))
+    manifest = Manifest(
+        identity=identity,
+        modules=rows.modules,
+        dtype=dtype,
+        width=rows.width,
+        parts=(part,),
+        source=f"import of {rows.note}",
+        code_version=influence_fast.__version__,
+    )
+    writer = StoreWriter(out, manifest, resume=resume)
+    for index in writer.pending():
+        first, last = index * shard_rows, min((index + 1) * shard_rows, rows.rows)
+        values = rows.read(first, last).to(torch.float32)
+        finite = torch.isfinite(values).all(dim=1).tolist()
+        reasons = {i: "the gradient is NaN or infinite" for i in range(last - first) if not finite[i]}
+        reasons |= {i - first: reason for i, reason in rows.absent.items() if first <= i < last}
+        kept = [i for i in range(last - first) if i not in reasons]
+        writer.write_shard(
+            index,
+            [names[first + i] for i in kept],
+            values[kept],
+            first=first,
+            last=last,
+            set_aside=[(names[first + i], reasons[i]) for i in sorted(reasons)],
+        )
+    store = writer.finalize()
+    warn_of_set_aside(store, rows.rows)
+    return store
+
+
+def _content_hash(rows: Source, names: list[str], step: int) -> str:
+    """One pass over the source: a file of the same name and shape with other numbers is another dataset."""
+    found = hashlib.sha256(digest([names, sorted(rows.absent.items())]).encode())
+    for start in range(0, rows.rows, step):
+        found.update(rows.read(start, min(start + step, rows.rows)).to(torch.float32).contiguous().numpy().data)
+    return found.hexdigest()
+
+
+# ---- LESS: <output>/dim8192/{grads-160.pt, grads-320.pt, ..., all_orig.pt, all_unormalized.pt} ---------------------
+
+
+def less(path: Path, *, file: str | None = None) -> Source:
+    """A LESS gradient folder, or one of its .pt files: fp16 or fp32 tensors [rows, dim] of projected gradients.
+
+    Unless `file` names one: `all_unormalized.pt` (the gradients), else the pieces `grads-N.pt` (N: rows up to its
+    end), else `all_orig.pt` (each row scaled to unit norm, so only its direction is left).
+    """
+    folder = path.parent if path.is_file() else path
+    wanted = path.name if path.is_file() else file
+    pieces = sorted(folder.glob("grads-*.pt"), key=_piece_end)
+    if wanted is not None:
+        files = [folder / wanted]
+    elif (folder / "all_unormalized.pt").exists():
+        files = [folder / "all_unormalized.pt"]
+    elif pieces:
+        files = pieces
+    else:
+        files = [folder / "all_orig.pt"]
+    if not files[0].exists():
+        dims = sorted(p.name for p in folder.glob("dim*"))
+        hint = f"give one of its folders: {listing(dims)}" if dims else "give a folder with all_orig.pt or grads-*.pt"
+        raise StoreError(f"{files[0]} does not exist; {hint}")
+    tensors = [_load_tensor(name) for name in files]
+    if files == pieces and wanted is None:
+        end = 0
+        for name, tensor in zip(files, tensors, strict=True):
+            end += tensor.shape[0]
+            if end != _piece_end(name):
+                raise StoreError(f"{name} should end at row {_piece_end(name)}, it ends at {end}: a piece is missing")
+    what = f"{files[0].name} to {files[-1].name}" if len(files) > 1 else files[0].name
+    unit = ", rows of unit norm" if files[0].name == "all_orig.pt" else ""
+    return _concatenated(tensors, folder, f"LESS {what}{unit}")
+
+
+def _piece_end(path: Path) -> int:
+    match = re.fullmatch(r"grads-(\d+)\.pt", path.name)
+    if match is None:
+        raise StoreError(f"{path} is not named as LESS names pieces (grads-160.pt); rename or remove it")
+    return int(match.group(1))
+
+
+def _load_tensor(path: Path) -> torch.Tensor:
+    try:
+        try:
+            tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files of before the zip format cannot be mapped
+            tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds, for damage and for unsafe pickles
+        raise StoreError(f"{path} cannot be read as a tensor ({_line(error)}); save it again") from None
+    if not isinstance(tensor, torch.Tensor):
+        raise StoreError(f"{path} holds a {type(tensor).__name__}, not one tensor [rows, width]; convert it first")
+    return tensor
+
+
+def _concatenated(tensors: list[torch.Tensor], where: Path, note: str) -> Source:
+    for tensor in tensors:
+        _check_matrix(tuple(tensor.shape), tensor.dtype.is_floating_point, str(tensor.dtype), where)
+        if tensor.shape[1] != tensors[0].shape[1]:
+            raise StoreError(
+                f"{where}: pieces of width {tensors[0].shape[1]} and {tensor.shape[1]} do not fit together"
+            )
+    starts = np.cumsum([0] + [tensor.shape[0] for tensor in tensors])
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        inside = [
+            tensor[max(0, start - first) : stop - first].to(torch.float32)
+            for tensor, first in zip(tensors, starts.tolist(), strict=False)
+            if first < stop and first + tensor.shape[0] > start
+        ]
+        return torch.cat(inside)
+
+    return Source(int(starts[-1]), tensors[0].shape[1], note, read)
+
+
+# ---- TRAK: <save_dir>/metadata.json, <save_dir>/<model id>/{grads,features,_is_featurized}.mmap (npy files) --------
+
+
+def trak(path: Path, *, model_id: int | None = None, kind: str = "grads") -> Source:
+    """A TRAK save_dir: for one checkpoint the projected gradients ("grads") or features ("features",
+    `grads (grads^T grads)^-1`); TRAK's default deletes neither, but `del_grads=True` does the first."""
+    if kind not in ("grads", "features"):
+        raise ConfigError(f"unknown kind {kind!r} of TRAK rows; {did_you_mean(kind, ('grads', 'features'))}")
+    metadata = _json(path / "metadata.json") if (path / "metadata.json").exists() else {}
+    found = sorted(int(p.name) for p in path.iterdir() if p.is_dir() and p.name.isdigit())
+    if model_id is None and len(found) != 1:
+        raise StoreError(f"{path} has checkpoints {listing(map(str, found)) or 'none'}; choose one with model_id=")
+    folder = path / str(found[0] if model_id is None else model_id)
+    array = _load_npy(folder / f"{kind}.mmap")
+    for axis, field_name in enumerate(("train set size", "JL dimension")):
+        if field_name in metadata and (array.ndim != 2 or array.shape[axis] != int(metadata[field_name])):
+            raise StoreError(
+                f"{folder / kind}.mmap is {list(array.shape)}, and metadata.json has {field_name} "
+                f"{metadata[field_name]}; they do not belong together"
+            )
+    source = _from_array(array, folder, f"TRAK {kind}, checkpoint {folder.name}")
+    flags = folder / "_is_featurized.mmap"
+    if not flags.exists():  # before traker 0.3
+        return source
+    done = np.asarray(_load_npy(flags)).reshape(-1)
+    if done.shape[0] != source.rows:
+        raise StoreError(f"{flags} has {done.shape[0]} flags for {source.rows} rows; they do not belong together")
+    absent = {int(i): "TRAK did not featurize it" for i in np.flatnonzero(done == 0)}
+    return replace(source, absent=absent)
+
+
+# ---- bergson: {info.json, gradients.bin}, or one folder with these for each shard ----------------------------------
+
+
+def bergson(path: Path) -> Source:
+    """A bergson index: a flat [rows, sum of module sizes] of one dtype, modules in the order of `grad_sizes`."""
+    folders = [path] if (path / "info.json").exists() else sorted(p.parent for p in path.glob("*/info.json"))
+    if not folders:
+        raise StoreError(f"{path} is no bergson index: neither it nor a folder in it has an info.json")
+    tensors, layouts = [], []
+    for folder in folders:
+        tensor, sizes = _bergson_piece(folder)
+        tensors.append(tensor)
+        layouts.append(sizes)
+        if sizes != layouts[0]:
+            raise StoreError(f"{folder} has other modules than {folders[0]}; import them one by one")
+    modules, offset = [], 0
+    for module, size in layouts[0].items():
+        modules.append(ModuleEntry(module, "gradient", (1, size), offset))
+        offset += size
+    return replace(_concatenated(tensors, path, "bergson index"), modules=tuple(modules))
+
+
+def _bergson_piece(folder: Path) -> tuple[torch.Tensor, dict[str, int]]:
+    info = _json(folder / "info.json")
+    if info.get("attribute_tokens"):
+        raise StoreError(f"{folder} has a row a token, not a row an example; build it without attribute_tokens")
+    try:
+        sizes = {str(name): int(size) for name, size in info["grad_sizes"].items()}
+        rows = int(info["num_grads"])
+        # before base_dtype there was only a structured dtype, with formats such as "(256,)<f2"
+        stated = str(info["base_dtype"] if "base_dtype" in info else info["dtype"]["formats"][0]).split(")")[-1]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise StoreError(f"{folder / 'info.json'} is not bergson's ({error!r}); give a bergson index") from None
+    is_bf16 = stated == "bfloat16" or stated[1:] == "V2"  # as numpy calls bf16 with and without ml_dtypes
+    try:
+        dtype = np.dtype("<u2") if is_bf16 else np.dtype(stated)
+    except TypeError:
+        raise StoreError(f"{folder / 'info.json'}: unknown dtype {stated!r}; build the index in float32") from None
+    width = sum(sizes.values())
+    path = folder / "gradients.bin"
+    size = path.stat().st_size if path.exists() else 0
+    if size != rows * width * dtype.itemsize or width == 0:
+        raise StoreError(f"{path} has {size} bytes, info.json says {rows} rows of {width} {stated}; build it again")
+    if rows == 0:
+        return torch.zeros(0, width), sizes
+    # "c": torch wants memory it may write to; nothing is written, and nothing could reach the file
+    array = np.memmap(path, dtype=dtype, mode="c", shape=(rows, width))
+    if is_bf16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16), sizes
+    return torch.from_numpy(array), sizes
+
+
+# ---- plain files ---------------------------------------------------------------------------------------------------
+
+
+def npy(path: Path) -> Source:
+    """A numpy file of one float array [rows, width]."""
+    return _from_array(_load_npy(path), path, f"{path.name}")
+
+
+def safetensors(path: Path, *, key: str | None = None) -> Source:
+    """A safetensors file; `key` names the tensor [rows, width] where there are several."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        handle = safe_open(path, framework="pt")
+        keys = sorted(handle.keys())
+    except (SafetensorError, OSError) as error:
+        raise StoreError(f"{path} cannot be read as safetensors ({_line(error)}); save it again") from None
+    if key is None and len(keys) != 1:
+        raise StoreError(f"{path} holds {len(keys)} tensors ({listing(keys)}); choose one with key=")
+    name = keys[0] if key is None else key
+    if name not in keys:
+        raise StoreError(f"{path} has no tensor {name!r}; {did_you_mean(name, keys)}")
+    part = handle.get_slice(name)
+    shape = tuple(part.get_shape())
+    _check_matrix(shape, part.get_dtype() in ("F64", "F32", "F16", "BF16"), part.get_dtype(), path)
+    return Source(shape[0], shape[1], f"{path.name}: {name}", lambda start, stop: part[start:stop])
+
+
+FORMATS: dict[str, Callable[..., Source]] = {
+    "less": less,
+    "trak": trak,
+    "bergson": bergson,
+    "npy": npy,
+    "safetensors": safetensors,
+}
+
+
+def _detect(path: Path) -> str:
+    if path.is_file():
+        kinds = {".npy": "npy", ".safetensors": "safetensors", ".pt": "less"}
+        if path.suffix in kinds:
+            return kinds[path.suffix]
+    elif (path / "metadata.json").exists() and "JL dimension" in _json(path / "metadata.json"):
+        return "trak"
+    elif (path / "info.json").exists() or any(path.glob("*/info.json")):
+        return "bergson"
+    elif any(path.glob("*.pt")) or any(path.glob("dim*")):
+        return "less"
+    raise StoreError(f"{path}: no known gradients found; say which format it is: {', '.join(FORMATS)}")
+
+
+def _from_array(array: np.ndarray, where: Path, note: str) -> Source:
+    shape = tuple(array.shape)
+    _check_matrix(shape, np.issubdtype(array.dtype, np.floating), str(array.dtype), where)
+    return Source(
+        shape[0], shape[1], note, lambda start, stop: torch.from_numpy(np.array(array[start:stop], dtype=np.float32))
+    )
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise StoreError(f"{path} cannot be read as a numpy file ({_line(error)}); give one that can") from None
+
+
+def _check_matrix(shape: tuple[int, ...], is_float: bool, dtype: str, where: Path) -> None:
+    if len(shape) != 2 or shape[1] == 0 or not is_float:
+        raise StoreError(
+            f"{where}: gradients are floats [rows, width], this is {dtype} {list(shape)}; convert it first"
+        )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read ({_line(error)}); give a whole folder") from None
+    if not isinstance(body, dict):
+        raise StoreError(f"{path} does not hold a JSON object; give a whole folder")
+    return body
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

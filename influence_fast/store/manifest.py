@@ -1,0 +1,416 @@
+"""What a gradient store says about itself: its manifest, and one record for each finished shard.
+
+    manifest.json        what the rows are (identity), how they are laid out, and, once finished, the shards
+    rows-00000.bin       [rows, width] of fp32, bf16 (as uint16) or int8, C-contiguous from byte 0
+    scales-00000.bin     [rows] fp32, int8 stores only: row = int8 * scale
+    losses-00000.bin     [rows] fp32, where the source of the rows gave them: the examples' losses
+    ids-00000.jsonl      one JSON string a line, in row order
+    shard-00000.json     the shard's record: written last, so a shard without one does not exist
+    sketch-*.safetensors where rows were made by a fitted sketch (`eigen_sketch`): that, written before all else
+
+Everything here is deterministic (no dates, no host names): the same work gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from influence_fast.errors import StoreError, did_you_mean
+from influence_fast.gradients.fp8 import AUTO
+from influence_fast.gradients.projection import FLAT_KINDS, Projection
+
+FORMAT_VERSION = 1
+DTYPES: dict[str, np.dtype] = {
+    "fp32": np.dtype("<f4"),
+    "bf16": np.dtype("<u2"),
+    "int8": np.dtype("i1"),
+}
+SCALE_DTYPE = LOSS_DTYPE = np.dtype("<f4")
+MANIFEST_NAME = "manifest.json"
+
+
+class ForeignShardError(StoreError):
+    """A shard that belongs to another store, or to another place in this one."""
+
+
+_LABELS = {
+    "model_id": "model",
+    "model_hash": "model",
+    "adapter_hash": "adapter",
+    "tokenizer_hash": "tokenizer",
+    "dataset_fingerprint": "dataset",
+    "tokenization": "tokenization",
+    "loss_reduction": "loss reduction",
+    "precision": "precision",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class StoreIdentity:
+    """What the rows of a store belong to. None: not known (in a store), or not checked (in an expectation).
+
+    The hashes are SHA-256 in hex (see `influence_fast.data.fingerprints`). `model_id` is a label: where both sides
+    know `model_hash`, that decides. `tokenization` says how text became tokens ("max_length=4096
+    truncate=False", or "as given"). `projection_kind` is "none" for exact gradients and "unknown" for imported
+    ones; `projection_dim` is None for the kinds that do not use it. `precision` is that of the products with the base
+    weights: "fp8" or "auto", the model's own dtype, which is what None means in a store.
+    """
+
+    model_id: str | None = None
+    model_hash: str | None = None
+    adapter_hash: str | None = None
+    tokenizer_hash: str | None = None
+    dataset_fingerprint: str | None = None
+    tokenization: str | None = None
+    projection_kind: str | None = None
+    projection_dim: int | None = None
+    projection_width: int | None = None
+    projection_seed: int | None = None
+    projection_layers: float | None = None  # None: all of them
+    projection_sketch: str | None = None  # fingerprint of a fitted sketch; None: a random one, or none
+    loss_reduction: str | None = None
+    precision: str | None = None
+
+    @classmethod
+    def of(cls, expect: StoreIdentity | Mapping[str, Any]) -> StoreIdentity:
+        """From a mapping of the fields above; the key "projection" takes a `Projection` (None: exact gradients).
+
+        Raises StoreError for a name that is no field.
+        """
+        if isinstance(expect, StoreIdentity):
+            return expect
+        values = dict(expect)
+        known = [f.name for f in fields(cls)]
+        if "projection" in values:
+            values |= projection_fields(values.pop("projection"))
+        for name in values:
+            if name not in known:
+                raise StoreError(
+                    f"unknown field {name!r} to check a store against; "
+                    f"{did_you_mean(str(name), [*known, 'projection'])}"
+                )
+        return cls(**values)
+
+    def check(self, expect: StoreIdentity, where: Path) -> None:
+        """Raises StoreError at the first field that `expect` knows and that differs, with both sides."""
+        same_weights = self.model_hash is not None and self.model_hash == expect.model_hash
+        for name in (f.name for f in fields(self)):
+            mine, theirs = getattr(self, name), getattr(expect, name)
+            mine = AUTO if name == "precision" and mine is None else mine
+            checked = theirs is not None or (name.startswith("projection_") and expect.projection_kind is not None)
+            if not checked or mine == theirs or (name == "model_id" and same_weights):
+                continue
+            label = _LABELS.get(name, "projection")
+            if name == "projection_sketch":
+                raise StoreError(
+                    f"{where}: its rows were made by {_sketch(mine)}, and here they would be by {_sketch(theirs)}: "
+                    "take `store.projection` (--sketch and gradients.sketch: eigen, random, or a store's folder), or "
+                    "build a new store"
+                )
+            how = {
+                "model_hash": " (its dtype counts: bfloat16 weights are another model)",
+                "dataset_fingerprint": " (max_length, truncate and limit too)",
+            }.get(name, "")
+            raise StoreError(
+                f"{where}: made with another {label}: {name} is {_short(mine)} in the store "
+                f"and {_short(theirs)} here; use the {label} that it was built with{how}, or build a new store"
+            )
+
+    def body(self) -> dict[str, Any]:
+        """The fields as the files hold them. Precision "auto" and no fitted sketch are left out: stores that were made
+        before there were others keep their hashes."""
+        fields = asdict(self)
+        if self.precision in (None, AUTO):
+            del fields["precision"]
+        if self.projection_sketch is None:
+            del fields["projection_sketch"]
+        return fields
+
+    @property
+    def projection(self) -> Projection | None:
+        """The projection of the rows, without a sketch that was fitted (`Store.projection` has it); None for exact
+        gradients.
+
+        Raises StoreError when it is not known (imported gradients).
+        """
+        if self.projection_kind == "none":
+            return None
+        if self.projection_kind is None or self.projection_kind == "unknown":
+            raise StoreError("the store does not record its projection; give query gradients made like its rows")
+        values = {name: getattr(self, f"projection_{name}") for name in ("dim", "seed", "width", "layers")}
+        return Projection(self.projection_kind, **{k: v for k, v in values.items() if v is not None})
+
+
+def projection_fields(projection: Projection | None) -> dict[str, Any]:
+    """The `projection_*` fields of a StoreIdentity."""
+    if projection is None:
+        return {"projection_kind": "none"}
+    return {
+        "projection_kind": projection.kind,
+        "projection_dim": None if projection.kind in FLAT_KINDS else projection.dim,
+        "projection_width": projection.width,
+        "projection_seed": projection.seed,
+        "projection_layers": None if projection.layers == 1 else projection.layers,
+        "projection_sketch": None if projection.sketch is None else projection.sketch.fingerprint,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleEntry:
+    """One factor's place in a row before any sketch: `shape` numbers in C order, from `offset`."""
+
+    module: str
+    factor: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One dataset in a store: shard i of it covers examples i * shard_rows to (i + 1) * shard_rows.
+
+    A built store has one part; merging and appending make more. The shards of an imported or merged part need
+    not be of equal length, hence `shards`.
+    """
+
+    dataset_fingerprint: str | None
+    examples: int
+    shard_rows: int
+    shards: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The whole of manifest.json. `row_count` and `shards` (each record's checksum) are None until finished."""
+
+    identity: StoreIdentity
+    modules: tuple[ModuleEntry, ...]
+    dtype: str
+    width: int
+    parts: tuple[Part, ...]
+    source: str
+    code_version: str
+    row_count: int | None = None
+    shards: tuple[str, ...] | None = None
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def complete(self) -> bool:
+        return self.row_count is not None
+
+    @property
+    def shard_count(self) -> int:
+        return sum(part.shards for part in self.parts)
+
+    def fingerprints(self) -> list[str]:
+        """For each shard, the hash that its record must carry: what the rows are, but not the dataset's rest."""
+        identity = self.identity.body() | {"model_id": None, "dataset_fingerprint": None}
+        common = {
+            "identity": identity,
+            "modules": [asdict(entry) for entry in self.modules],
+            "dtype": self.dtype,
+            "width": self.width,
+        }
+        per_part = [
+            digest({**common, "data": [part.dataset_fingerprint, part.examples, part.shard_rows]})
+            for part in self.parts
+        ]
+        return [value for value, part in zip(per_part, self.parts, strict=True) for _ in range(part.shards)]
+
+    def to_json(self) -> bytes:
+        body = asdict(self) | {"identity": self.identity.body()}
+        return _signed({"format": "influence-fast gradient store", **body})
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Raises StoreError: not a store, a damaged manifest, or one of a newer format."""
+        path = folder / MANIFEST_NAME
+        body = _signed_body(path, "restore it or build the store again")
+        if body is None:
+            raise StoreError(f"{folder} is not a gradient store: it has no {MANIFEST_NAME}")
+        try:
+            if body["format_version"] != FORMAT_VERSION:
+                raise StoreError(
+                    f"{path}: format version {body['format_version']!r}, and this code reads {FORMAT_VERSION}; "
+                    "install the version of influence-fast that wrote it"
+                )
+            manifest = cls(
+                identity=StoreIdentity(**body["identity"]),
+                modules=tuple(
+                    ModuleEntry(e["module"], e["factor"], tuple(e["shape"]), e["offset"]) for e in body["modules"]
+                ),
+                parts=tuple(Part(**part) for part in body["parts"]),
+                shards=None if body["shards"] is None else tuple(body["shards"]),
+                **{k: body[k] for k in ("dtype", "width", "source", "code_version", "row_count")},
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{path} is damaged ({error!r}); restore it or build the store again") from None
+        manifest._validate(path)
+        return manifest
+
+    def _validate(self, path: Path) -> None:
+        if self.dtype not in DTYPES:
+            raise StoreError(f"{path}: unknown dtype {self.dtype!r}; {did_you_mean(str(self.dtype), DTYPES)}")
+        counts = [self.width, *(n for part in self.parts for n in (part.examples, part.shard_rows, part.shards))]
+        counts += [] if self.row_count is None else [self.row_count]
+        if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in counts) or self.width < 1:
+            raise StoreError(f"{path} is damaged (a count is not a whole number); restore it or build again")
+        if self.complete and (self.shards is None or len(self.shards) != self.shard_count):
+            raise StoreError(f"{path} is damaged (it does not list its shards); restore it or build again")
+
+    def check_same_work(self, wanted: Manifest, where: Path) -> None:
+        """Raises StoreError naming what differs, when `wanted` would give other rows or other shards."""
+        self.identity.check(wanted.identity, where)
+        mine = {"dtype": self.dtype, "width": self.width, "modules": self.modules, "parts": self.parts}
+        for name, value in mine.items():
+            other = getattr(wanted, name)
+            if value == other:
+                continue
+            if name == "parts" and len(self.parts) == len(wanted.parts) == 1:
+                a, b = self.parts[0], wanted.parts[0]
+                name = next(f.name for f in fields(Part) if getattr(a, f.name) != getattr(b, f.name))
+                value, other = getattr(a, name), getattr(b, name)
+            raise StoreError(
+                f"{where}: {name} is {_short(value)} in the store and {_short(other)} here; "
+                "give the same value, or build a new store elsewhere"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """What shard-NNNNN.json holds: the shard's place, its files with checksums, and what was left out of it.
+
+    `first` and `last` are the range of examples covered, in the order of its part's dataset; of these, `rows` are
+    stored and the rest is in `set_aside` as (id, reason).
+    """
+
+    index: int
+    fingerprint: str
+    first: int
+    last: int
+    rows: int
+    files: dict[str, FileRecord]
+    set_aside: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def checksum(self) -> str:
+        return digest(self._body())
+
+    def _body(self) -> dict[str, Any]:
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    def to_json(self) -> bytes:
+        return _signed(self._body())
+
+    def moved(self, index: int) -> ShardRecord:
+        """The same shard at another place in another store."""
+        files = {k: replace(f, name=file_name(k, index)) for k, f in self.files.items()}
+        return replace(self, index=index, files=files)
+
+    @classmethod
+    def load(cls, folder: Path, index: int, manifest: Manifest, fingerprint: str) -> ShardRecord:
+        """Raises StoreError naming the record: missing, damaged, of another store, or pointing elsewhere."""
+        name = file_name("shard", index)
+        path = folder / name
+        body = _signed_body(path, REBUILD)
+        if body is None:
+            raise StoreError(f"{path} is missing; {REBUILD}")
+        try:
+            record = cls(
+                files={kind: FileRecord(**entry) for kind, entry in body["files"].items()},
+                set_aside=tuple((str(i), str(reason)) for i, reason in body["set_aside"]),
+                **{k: body[k] for k in ("index", "fingerprint", "first", "last", "rows")},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StoreError(f"{path} is damaged ({error!r}); {REBUILD}") from None
+        for kind, entry in record.files.items():
+            if entry.name != file_name(kind, index):
+                raise ForeignShardError(
+                    f"{path}: it points to {entry.name!r}, which is not this shard's own file in the folder; {REBUILD}"
+                )
+        if record.index != index or record.fingerprint != fingerprint:
+            raise ForeignShardError(f"{path} is foreign: it was written for another store or another place; {REBUILD}")
+        expected = {"rows": record.rows * manifest.width * DTYPES[manifest.dtype].itemsize}
+        if manifest.dtype == "int8":
+            expected["scales"] = record.rows * SCALE_DTYPE.itemsize
+        if "losses" in record.files:
+            expected["losses"] = record.rows * LOSS_DTYPE.itemsize
+        sizes = {kind: entry.bytes for kind, entry in record.files.items() if kind != "ids"}
+        if sizes != expected or "ids" not in record.files:
+            raise StoreError(f"{path} is damaged (its sizes do not fit {record.rows} rows); {REBUILD}")
+        return record
+
+
+REBUILD = "delete it and build the store again, which keeps what is whole"
+
+
+def file_name(kind: str, index: int) -> str:
+    """The only name that a shard's file may have: nothing in a record can lead out of the folder."""
+    suffix = {"ids": "jsonl", "shard": "json"}.get(kind, "bin")
+    return f"{kind}-{index:05d}.{suffix}"
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, followed through links. Raises StoreError when that is outside the folder."""
+    path = folder / name
+    if path.resolve().parent != folder.resolve():
+        raise StoreError(f"{path} leads out of the store's folder; put the file itself there")
+    return path
+
+
+def _signed(body: dict[str, Any]) -> bytes:
+    """A JSON file that carries its own checksum."""
+    return (json.dumps({**body, "checksum": digest(body)}, indent=1) + "\n").encode()
+
+
+def _signed_body(path: Path, remedy: str) -> dict[str, Any] | None:
+    """What `_signed` wrote; None where there is no file. Raises StoreError when it was changed."""
+    try:
+        body = json.loads(path.read_bytes())
+        stated = body.pop("checksum")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path} cannot be read ({error!r}); {remedy}") from None
+    if digest(body) != stated:
+        raise StoreError(f"{path} is damaged (its checksum does not fit); {remedy}")
+    return body
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the value's canonical JSON, in hex."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def joined_fingerprint(parts: Sequence[Part]) -> str | None:
+    """The dataset fingerprint of a whole store: its only part's, or a hash over the parts in order."""
+    values = [part.dataset_fingerprint for part in parts]
+    if len(values) == 1:
+        return values[0]
+    return None if None in values else digest(values)
+
+
+def _sketch(fingerprint: str | None) -> str:
+    return "a random sketch or none" if fingerprint is None else f"the fitted sketch {fingerprint[:12]}"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, str) and len(value) == 64:
+        return value[:12]
+    text = repr(value)
+    return "not recorded" if value is None else text if len(text) <= 80 else text[:77] + "..."

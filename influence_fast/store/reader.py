@@ -1,0 +1,327 @@
+"""Reads a gradient store: rows memory-mapped from disk, in blocks or by index, and checked against their records.
+
+The format is in `store_manifest`, the writing in `store_writer`; `build_store` and the importers make stores.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from influence_fast.errors import ConfigError, StoreError, did_you_mean, listing
+from influence_fast.gradients.eigen_sketch import MEND, EigenSketch, file_of
+from influence_fast.gradients.projection import Projection
+from influence_fast.store.manifest import (
+    DTYPES,
+    LOSS_DTYPE,
+    REBUILD,
+    SCALE_DTYPE,
+    Manifest,
+    ShardRecord,
+    StoreIdentity,
+    file_name,
+    inside,
+)
+
+__all__ = ["Store", "StoreIdentity", "open_store", "verify_store"]
+
+_HASH_CHUNK = 1 << 24
+_MAPPED_SHARDS = 64  # each mapping holds a file descriptor; a process has about 1000
+
+
+class Store:
+    """A finished gradient store, opened for reading. Row i is the gradient of the example `ids[i]`.
+
+    path: its folder. manifest: what it says about itself. ids: the rows' example ids, in order.
+    set_aside: (id, reason) of every example that was reported and not stored.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, records: Sequence[ShardRecord]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._records = list(records)
+        self._starts = list(accumulate((record.rows for record in records), initial=0))
+        self.ids: list[str] = [i for record in records for i in read_ids(path, record)]
+        self.set_aside: list[tuple[str, str]] = [item for record in records for item in record.set_aside]
+        self._mapped = functools.lru_cache(maxsize=_MAPPED_SHARDS)(self._map)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}, rows={len(self)}, width={self.width}, dtype={self.dtype!r})"
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return self.manifest.width
+
+    @property
+    def dtype(self) -> str:
+        """How numbers are stored: "fp32", "bf16" or "int8"."""
+        return self.manifest.dtype
+
+    @property
+    def identity(self) -> StoreIdentity:
+        return self.manifest.identity
+
+    @functools.cached_property
+    def projection(self) -> Projection | None:
+        """What query gradients must be projected with, a fitted sketch included.
+
+        Raises StoreError: it is not known, or the sketch's file is missing, damaged or another's.
+        """
+        plain = self.identity.projection
+        return None if plain is None else replace(plain, sketch=fitted_sketch(self.path, self.manifest))
+
+    def rows(self, index: slice | int | Sequence[int] | np.ndarray | torch.Tensor = slice(None)) -> torch.Tensor:
+        """Rows as (n, width) fp32 on the CPU, bf16 and int8 turned back into numbers.
+
+        `index` is a slice, a place (n = 1), places in any order, or a mask of `len(store)` booleans; negative
+        places count from the end. Raises StoreError for a place outside the store.
+        """
+        places = self._places(index)
+        out = torch.empty(len(places), self.width)
+        shard_of = np.searchsorted(self._starts, places, side="right") - 1
+        for shard in np.unique(shard_of):
+            at = np.flatnonzero(shard_of == shard)
+            raw, scales = self._mapped(int(shard))
+            local = places[at] - self._starts[shard]
+            out[torch.from_numpy(at)] = dequantize(raw[local], None if scales is None else scales[local])
+        return out
+
+    @functools.cached_property
+    def losses(self) -> np.ndarray | None:
+        """The rows' losses, [N] float32, reduced as `identity.loss_reduction` says; None where a shard has none."""
+        if any("losses" not in record.files for record in self._records):
+            return None
+        parts = [_map_file(self.path, record, "losses", LOSS_DTYPE, (record.rows,)) for record in self._records]
+        return np.concatenate([np.zeros(0, LOSS_DTYPE), *parts])
+
+    def blocks(self, max_rows: int = 4096) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
+        """The rows as they lie on disk, in order: (place of the first row, raw rows, scales).
+
+        raw: (n, width) with 1 <= n <= max_rows, memory-mapped and read-only: float32, uint16 (bf16 bits) or
+        int8. scales: (n,) float32 for int8, else None. A block never spans two shards.
+        """
+        if max_rows < 1:
+            raise StoreError(f"max_rows must be at least 1, not {max_rows}")
+        for shard, record in enumerate(self._records):
+            if record.rows == 0:
+                continue
+            raw, scales = self._map(shard)
+            for start in range(0, record.rows, max_rows):
+                stop = min(start + max_rows, record.rows)
+                yield self._starts[shard] + start, raw[start:stop], None if scales is None else scales[start:stop]
+
+    def positions(self, ids: Sequence[str]) -> list[int]:
+        """The place of each id. Raises StoreError naming those that the store does not hold, and why if known."""
+        missing = [i for i in ids if i not in self._place_of]
+        if missing:
+            reasons = dict(self.set_aside)
+            names = [f"{i} (set aside: {reasons[i]})" if i in reasons else str(i) for i in missing]
+            raise StoreError(f"{self.path} has no row for {listing(names)}; build it over a dataset with them")
+        return [self._place_of[i] for i in ids]
+
+    def verify(self) -> None:
+        """Reads every byte and raises StoreError naming each missing, truncated, changed or foreign file."""
+        problems = verify_store(self.path)
+        if problems:
+            raise StoreError("; ".join(problems))
+
+    @functools.cached_property
+    def _place_of(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.ids)}
+
+    def _places(self, index: slice | int | Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
+        n = len(self)
+        if isinstance(index, slice):
+            return np.arange(*index.indices(n), dtype=np.int64)
+        places = np.atleast_1d(np.asarray(index))
+        if places.dtype == bool:
+            if places.shape != (n,):
+                raise StoreError(f"a mask over {self.path} needs {n} booleans, not shape {places.shape}")
+            return np.flatnonzero(places)
+        if places.size == 0:
+            return np.zeros(0, dtype=np.int64)
+        if places.ndim != 1 or not np.issubdtype(places.dtype, np.integer):
+            raise StoreError(f"rows of a store are chosen by whole numbers in one dimension, not {places.dtype}")
+        places = places.astype(np.int64)
+        outside = places[(places < -n) | (places >= n)]
+        if outside.size:
+            raise StoreError(f"{self.path} has {n} rows; there is no row {listing(map(str, outside.tolist()))}")
+        return np.where(places < 0, places + n, places)
+
+    def _map(self, shard: int) -> tuple[np.ndarray, np.ndarray | None]:
+        record = self._records[shard]
+        raw = _map_file(self.path, record, "rows", DTYPES[self.dtype], (record.rows, self.width))
+        if self.dtype != "int8":
+            return raw, None
+        return raw, _map_file(self.path, record, "scales", SCALE_DTYPE, (record.rows,))
+
+
+def open_store(path: str | Path, expect: StoreIdentity | Mapping[str, Any] | None = None) -> Store:
+    """Opens a finished store: reads its manifest, records and ids; rows stay on disk.
+
+    Args:
+        path: the store's folder.
+        expect: what it must have been made with (fields of `StoreIdentity`, or "projection": Projection); fields
+            that are None or left out are not checked.
+
+    Raises:
+        StoreError: not a store, unfinished, made with something else (the message names the field and both sides),
+            or a file of it is missing, truncated or foreign. Bytes changed within `rows` are found by `verify()`.
+    """
+    folder = Path(path)
+    manifest = Manifest.load(folder)
+    if expect is not None:
+        manifest.identity.check(StoreIdentity.of(expect), folder)
+    if not manifest.complete:
+        done = sum((folder / file_name("shard", i)).exists() for i in range(manifest.shard_count))
+        raise StoreError(
+            f"{folder} is not finished: {done} of {manifest.shard_count} shards are done; "
+            "run the same build again to finish it"
+        )
+    records = []
+    for index, fingerprint in enumerate(manifest.fingerprints()):
+        record = ShardRecord.load(folder, index, manifest, fingerprint)
+        problems = [*_listed(folder, manifest, record), *_sizes(folder, record)]
+        if problems:
+            raise StoreError(problems[0])
+        records.append(record)
+    store = Store(folder, manifest, records)
+    if len(store) != manifest.row_count:
+        raise StoreError(f"{folder}: the manifest says {manifest.row_count} rows, the shards hold {len(store)}")
+    return store
+
+
+def verify_store(path: str | Path) -> list[str]:
+    """Reads every byte of a finished store; returns what is wrong, a line a file (an empty list: all is well).
+
+    Raises StoreError when there is no readable manifest to check against.
+    """
+    folder = Path(path)
+    manifest = Manifest.load(folder)
+    if not manifest.complete:
+        return [f"{folder} is not finished; run the same build again to finish it"]
+    problems = []
+    try:
+        fitted_sketch(folder, manifest)
+    except StoreError as error:
+        problems.append(str(error))
+    rows = 0
+    for index, fingerprint in enumerate(manifest.fingerprints()):
+        try:
+            record = ShardRecord.load(folder, index, manifest, fingerprint)
+            wrong = [*_listed(folder, manifest, record), *_sizes(folder, record)]
+            if not wrong:
+                wrong = [*_hashes(folder, record)]
+            if not wrong:
+                read_ids(folder, record)
+            problems += wrong
+            rows += record.rows
+        except StoreError as error:
+            problems.append(str(error))
+    if not problems and rows != manifest.row_count:
+        problems.append(f"{folder}: the manifest says {manifest.row_count} rows, the shards hold {rows}")
+    known = {file_name("shard", index) for index in range(manifest.shard_count)}
+    problems += [
+        f"{extra} is not in the manifest (an append that did not finish?); append again, or delete it"
+        for extra in sorted(folder.glob("shard-*.json"))
+        if extra.name not in known
+    ]
+    return problems
+
+
+def fitted_sketch(folder: Path, manifest: Manifest) -> EigenSketch | None:
+    """The fitted sketch that the manifest of the store in `folder` names, if any.
+
+    Raises StoreError: its file is missing, damaged or another's.
+    """
+    fingerprint = manifest.identity.projection_sketch
+    if fingerprint is None:
+        return None
+    path = inside(folder, file_of(fingerprint))
+    sketch = EigenSketch.load(path)
+    if sketch.fingerprint != fingerprint:
+        raise StoreError(f"{path} is not the one that the rows were made by; {MEND}")
+    return sketch
+
+
+def read_ids(folder: Path, record: ShardRecord) -> list[str]:
+    """The ids of one shard's rows, checked against its record."""
+    entry = record.files["ids"]
+    path = inside(folder, entry.name)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read ({error.strerror}); {REBUILD}") from None
+    if hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise StoreError(f"{path} is not what was written (its checksum differs); {REBUILD}")
+    ids = [json.loads(line) for line in data.splitlines()]
+    if len(ids) != record.rows:
+        raise StoreError(f"{path} has {len(ids)} ids for {record.rows} rows; {REBUILD}")
+    return ids
+
+
+def dequantize(raw: np.ndarray, scales: np.ndarray | None) -> torch.Tensor:
+    """[n, width] float32, bf16 bits (uint16) or int8 with scales [n] -> [n, width] fp32 tensor, a copy."""
+    if raw.dtype == np.uint16:
+        return torch.from_numpy(np.array(raw).view(np.int16)).view(torch.bfloat16).float()
+    values = torch.from_numpy(np.array(raw)).float()
+    return values if scales is None else values * torch.from_numpy(np.array(scales))[:, None]
+
+
+def _map_file(folder: Path, record: ShardRecord, kind: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    if record.rows == 0:
+        return np.zeros(shape, dtype=dtype)  # an empty file cannot be mapped
+    path = inside(folder, record.files[kind].name)
+    try:
+        return np.memmap(path, dtype=dtype, mode="r", shape=shape)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be mapped ({error}); {REBUILD}") from None
+
+
+def _listed(folder: Path, manifest: Manifest, record: ShardRecord) -> Iterator[str]:
+    name = file_name("shard", record.index)
+    if manifest.shards is not None and manifest.shards[record.index] != record.checksum:
+        yield f"{folder / name} is foreign: it is not the record that the manifest lists; {REBUILD}"
+
+
+def _sizes(folder: Path, record: ShardRecord) -> Iterator[str]:
+    for entry in record.files.values():
+        path = inside(folder, entry.name)
+        try:
+            size = path.stat().st_size
+        except OSError:
+            yield f"{path} is missing; {REBUILD}"
+            continue
+        if size != entry.bytes:
+            how = "truncated" if size < entry.bytes else "too long"
+            yield f"{path} is {how}: {size} bytes instead of {entry.bytes}; {REBUILD}"
+
+
+def _hashes(folder: Path, record: ShardRecord) -> Iterator[str]:
+    for entry in record.files.values():
+        path = inside(folder, entry.name)
+        found = hashlib.sha256()
+        with path.open("rb") as handle:
+            while chunk := handle.read(_HASH_CHUNK):
+                found.update(chunk)
+        if found.hexdigest() != entry.sha256:
+            yield f"{path} is not what was written (its checksum differs); {REBUILD}"
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ConfigError for a dtype that stores do not have."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown store dtype {dtype!r}; {did_you_mean(str(dtype), DTYPES)}")

@@ -1,0 +1,146 @@
+"""The rows of one shard: its examples tokenized, their gradients computed pack by pack, and who has none."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from influence_fast.data.packing import teaches
+from influence_fast.errors import DataError, ModelError, listing
+
+#: As `gradients.per_example.iter_gradient_rows`: (model, examples, *, projection, loss_reduction, max_tokens) ->
+#: batches of (places in `examples`, rows [n, width]). Ours also take `skip`, places that need no row, and any may take
+#: `losses`, which it fills in.
+GradientSource = Callable[..., Iterator[tuple[list[int], torch.Tensor]]]
+#: Told of the examples that are now done: the tokens of each, 0 for one that was set aside.
+Advance = Callable[[Sequence[int]], None]
+
+
+@dataclass
+class ShardWork:
+    """A shard in the making: its examples that have a gradient, their rows [E, width] and losses [E], both fp32, and
+    which are done. The losses stay NaN where the source gives none."""
+
+    examples: list[dict[str, Any]]
+    rows: torch.Tensor
+    losses: torch.Tensor
+    done: set[int] = field(default_factory=set)
+
+    @classmethod
+    def start(
+        cls,
+        examples: list[dict[str, Any]],
+        width: int,
+        found: tuple[torch.Tensor, torch.Tensor, list[int]] | None = None,
+    ) -> ShardWork:
+        """Nothing done yet, or what `found` (rows [n, width], losses [n], their places) has of it."""
+        count = len(examples)
+        work = cls(examples, torch.full((count, width), torch.nan), torch.full((count,), torch.nan))
+        if found is not None:
+            rows, losses, places = found
+            work.rows[places], work.losses[places] = rows, losses
+            work.done.update(places)
+        return work
+
+    def compute(
+        self,
+        gradients: GradientSource,
+        model: nn.Module,
+        options: dict[str, Any],
+        max_tokens: int | None,
+        advance: Advance,
+    ) -> None:
+        """Fills in what is not done. After an interruption, `rows` holds every pack that `done` names.
+
+        Raises ModelError: the source leaves an example out, or gives rows of another width.
+        """
+        if not self.examples:
+            return
+        more: dict[str, Any] = {"skip": frozenset(self.done)} if self.done else {}
+        if _takes_losses(gradients):
+            more["losses"] = self.losses
+        if self.done:
+            advance([0] * len(self.done))  # their tokens were counted when they were computed
+        width = self.rows.shape[1]
+        for places, batch in gradients(model, self.examples, **options, max_tokens=max_tokens, **more):
+            if batch.shape != (len(places), width):
+                raise ModelError(
+                    f"the gradient source gave rows {tuple(batch.shape)} for {len(places)} examples of width {width}; "
+                    "its layout must be gradient_layout(model, projection)"
+                )
+            self.rows[places] = batch.to("cpu", torch.float32)
+            new = [i for i in places if i not in self.done]
+            self.done.update(places)
+            advance(self._lengths(new))
+        missing = [i for i in range(len(self.examples)) if i not in self.done]
+        if missing:
+            names = listing(self.examples[i]["id"] for i in missing)
+            raise ModelError(f"the gradient source gave no row for {names}; it must give one for each example")
+
+    def finite(
+        self, gradients: GradientSource, model: nn.Module, options: dict[str, Any]
+    ) -> tuple[list[int], list[int]]:
+        """Places of finite and of other rows. A NaN may come from a neighbour in the pack (0 * NaN in masked
+        attention), so each suspect is computed once more, in a pack of its own, and `rows` is mended in place."""
+        suspects = (~torch.isfinite(self.rows).all(dim=1)).nonzero().flatten().tolist()
+        if suspects:
+            alone = ShardWork.start([self.examples[i] for i in suspects], self.rows.shape[1])
+            alone.compute(gradients, model, options, 1, lambda _: None)
+            self.rows[suspects], self.losses[suspects] = alone.rows, alone.losses
+        finite = torch.isfinite(self.rows).all(dim=1)
+        return finite.nonzero().flatten().tolist(), (~finite).nonzero().flatten().tolist()
+
+    def _lengths(self, places: Collection[int]) -> list[int]:
+        return [len(self.examples[i]["input_ids"]) for i in places]
+
+
+def _takes_losses(gradients: GradientSource) -> bool:
+    """Whether a source can be called with `losses`; one that takes it and leaves it alone gives none."""
+    parameters = inspect.signature(gradients).parameters.values()
+    return any(p.name == "losses" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+
+
+def id_of(example: Any) -> Any:
+    """The id of a tokenized example or a text; None where it has none."""
+    return example["id"] if isinstance(example, Mapping) else getattr(example, "id", None)
+
+
+def tokenized(
+    shard: list[Any], tokenizer: Any, max_length: int | None, truncate: bool
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """The shard's examples that have a gradient, tokenized, and (id, reason) of the others."""
+    set_aside: dict[str, str] = {}
+    if shard and not isinstance(shard[0], Mapping):
+        from influence_fast.data.examples import tokenize
+
+        if tokenizer is None:
+            raise DataError("a dataset of texts needs the model's tokenizer; give it, or tokenized examples")
+        empty = {example.id: "empty completion" for example in shard if not example.completion.strip()}
+        live = [example for example in shard if example.id not in empty]
+        done = tokenize(live, tokenizer, max_length=max_length, truncate=truncate)
+        too_long = {i: f"too long: {n} tokens, the limit is {max_length}" for i, n in done.too_long}
+        set_aside = {**empty, **too_long}
+        examples = [dict(example) for example in done.examples]
+    else:
+        examples = []
+        for example in shard:
+            tokens = len(example["input_ids"])
+            if max_length is not None and tokens > max_length and not truncate:
+                set_aside[example["id"]] = f"too long: {tokens} tokens, the limit is {max_length}"
+                continue
+            cut = {name: torch.as_tensor(example[name])[:max_length] for name in ("input_ids", "labels")}
+            examples.append({**example, **cut})
+    for example in examples:
+        if not teaches(example["labels"]):
+            set_aside[example["id"]] = "no completion token to learn from"
+    kept = [example for example in examples if example["id"] not in set_aside]
+    found = {example["id"] for example in kept}
+    for name in map(id_of, shard):
+        if name not in found:
+            set_aside.setdefault(name, "not tokenized")
+    return kept, list(set_aside.items())

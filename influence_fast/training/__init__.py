@@ -1,0 +1,1 @@
+"""Models from disk or the hub, and their fine-tuning."""

@@ -1,0 +1,343 @@
+"""Fine-tuning through trl (see sft.py for the steps): a peft LoRA adapter, or every weight.
+
+A finished result is renamed into place as a whole, with a record of what made it (`training.json`): asking again
+for the same thing returns it at once, and an interrupted run goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
+from influence_fast.data.packing import context_of, example_name, say_if_beyond, teaches
+from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, listing
+from influence_fast.training import sft
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RECORD = "training.json"
+PRECISIONS = ("auto", "fp32", "bf16")
+SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """How to fine-tune. Batches hold examples of like length; the loss is the mean over completion tokens.
+
+    `max_steps` > 0 overrides `epochs`. `save_checkpoints`: True keeps one checkpoint an epoch, a number N one
+    every N optimizer steps, each with its optimizer state. `precision`: "auto" is bf16 where a GPU has it.
+    `packing`: examples share rows of so many tokens (best fit decreasing), each seeing itself alone, and `batch_size`
+    counts rows; None pads.
+    """
+
+    epochs: float = 3.0
+    learning_rate: float = 2e-4
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    max_steps: int = -1
+    save_checkpoints: bool | int = False
+    precision: str = "auto"
+    gradient_checkpointing: bool = False
+    packing: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("precision", self.precision, PRECISIONS),
+            ("schedule", self.schedule, SCHEDULES),
+        ):
+            if value not in known:
+                raise ConfigError(f"training.{name} {value!r} is unknown; {did_you_mean(str(value), known)}")
+        for name in ("learning_rate", "batch_size", "gradient_accumulation_steps"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be above 0")
+        if self.epochs <= 0 and self.max_steps <= 0:
+            raise ConfigError("training.epochs and training.max_steps are both not above 0; set one of them")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ConfigError(f"training.warmup_ratio is {self.warmup_ratio}; it must be at least 0 and below 1")
+        if self.packing is not None and self.packing < 2:
+            raise ConfigError(f"training.packing is {self.packing}; it is the tokens of a row, or left out")
+        if self.save_checkpoints < 0:
+            raise ConfigError(f"training.save_checkpoints is {self.save_checkpoints}; use true, false or a step count")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """The peft adapter: `y = W x + (alpha / r) B A x` on `target_modules` (Hu et al., arXiv 2106.09685)."""
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ConfigError(f"lora.r is {self.r}; it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What fine-tuning left behind.
+
+    `path` holds the adapter in peft's format, or the whole model after full fine-tuning. `loss_history` is
+    [(optimizer step, mean training loss since the last entry)]. `checkpoints` are in the order of training.
+    `reused` says that a finished result was found; its `seconds` are those of the run that made it.
+    """
+
+    path: Path
+    loss_history: list[tuple[int, float]]
+    seconds: float
+    tokens_seen: int
+    is_adapter: bool = True
+    checkpoints: list[Path] = field(default_factory=list)
+    reused: bool = False
+
+
+def finetune(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Mapping[str, Any]],
+    output_dir: str | Path,
+    *,
+    config: TrainConfig,
+    lora: LoraSettings | None,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> TrainResult:
+    """Fine-tunes `model` on tokenized examples {"id", "input_ids" (n,), "labels" (n,)}, -100 labels ignored.
+
+    With `lora` a fresh adapter is trained and saved, and `model` comes back as it was given: attach the adapter
+    by `load_finetuned`. Without it every weight of `model` is trained in place, or, where `model` is a PeftModel,
+    the adapter that it carries. `output_dir` is written under a temporary name and renamed when it is whole.
+
+    Raises DataError (no examples, malformed or fully masked ones), ConfigError (`output_dir` holds another result
+    and `overwrite` is False), ModelError (unknown target modules) and NumericError (the loss became NaN).
+    """
+    from peft import PeftModel
+
+    final = Path(output_dir)
+    _check(examples)
+    say_if_beyond(context_of(model), examples)
+    if lora is not None and isinstance(model, PeftModel):
+        raise ModelError("the model already carries a LoRA adapter: pass lora=None to train that one further")
+    record = {
+        "train": asdict(config),
+        "lora": None if lora is None else asdict(lora),
+        "examples": dataset_fingerprint(examples),
+        "model": weight_hashes(model),
+    }
+    record = json.loads(json.dumps(record))  # tuples as lists, as it will be read back
+    found = _finished(final, record)
+    if found is not None:
+        return found
+    if final.exists() and any(final.iterdir()) and not overwrite:
+        raise ConfigError(
+            f"{final} holds a result of other data or settings: choose another output folder, or delete it"
+        )
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
+    partial = final.parent / f".{final.name}.partial-{digest}"
+    partial.mkdir(parents=True, exist_ok=True)
+
+    is_adapter = lora is not None or isinstance(model, PeftModel)
+    was_training = model.training
+    was_trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with quiet_libraries():
+        trained = model if lora is None else attach_lora(model, lora, config.seed)
+        try:
+            history, seconds, tokens = sft.train(trained, tokenizer, examples, partial, config, progress)
+            try:
+                trained.save_pretrained(partial)  # type: ignore[operator]
+            except SafetensorError as error:  # of a full disk too
+                raise OSError(0, f"the result cannot be written ({error})", str(partial)) from error
+            if not is_adapter:
+                tokenizer.save_pretrained(partial)
+        except NumericError:
+            shutil.rmtree(partial)  # going on from its checkpoints would end the same way
+            raise
+        finally:
+            if lora is not None:
+                trained.unload()  # type: ignore[operator]
+                for parameter, flag in was_trainable:
+                    parameter.requires_grad_(flag)
+            model.train(was_training)
+    record["result"] = {
+        "loss_history": history,
+        "seconds": seconds,
+        "tokens_seen": tokens,
+        "is_adapter": is_adapter,
+        "versions": _versions(),
+    }
+    (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    return TrainResult(final, history, seconds, tokens, is_adapter, list_checkpoints(final))
+
+
+def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool = False) -> torch.nn.Module:
+    """`model` (the base) with the adapter of `path`, or the fully fine-tuned model that the folder `path` holds.
+
+    `path`: a folder, or the hub id of an adapter. An adapter is attached to `model` in place; `.unload()` takes it off
+    again. A whole model comes in the dtype and on the device of `model`. Raises ModelError when `path` holds neither,
+    or when the adapter does not fit the model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from influence_fast.training.models import attach_adapter
+
+    folder = Path(path)
+    with quiet_libraries():
+        if (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
+            like = next(model.parameters())
+            whole: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
+            return whole.to(like.device)
+        name = getattr(getattr(model, "config", None), "name_or_path", "") or "this model"
+        return attach_adapter(model, str(path), name, trainable=trainable)
+
+
+@contextmanager
+def finetuned(base: torch.nn.Module, path: str | Path) -> Iterator[Any]:
+    """`load_finetuned`, and the adapter taken off `base` again at the end."""
+    model: Any = load_finetuned(base, path)
+    try:
+        yield model
+    finally:
+        if hasattr(model, "unload"):
+            model.unload()
+
+
+def list_checkpoints(path: str | Path) -> list[Path]:
+    """The checkpoints kept in a result's folder, in the order of training."""
+    return sorted(Path(path).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def load_adam_moments(checkpoint: str | Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Adam's state of a checkpoint by parameter name: {name: {"exp_avg", "exp_avg_sq", "step"}}.
+
+    `exp_avg` and `exp_avg_sq` have their parameter's shape. Raises ModelError when the folder has no such state.
+    """
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder; name a checkpoint-* folder that a fine-tuning has saved")
+    try:
+        names = json.loads((folder / sft.NAMES).read_text(encoding="utf-8"))
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)["state"]
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{folder} has no {Path(error.filename).name}: train again with save_checkpoints set"
+        ) from error
+    return {names[index]: values for index, values in state.items()}
+
+
+def _check(examples: Sequence[Mapping[str, Any]]) -> None:
+    if len(examples) == 0:
+        raise DataError("no training examples: check the data source, its limit, and what pruning kept")
+    masked = []
+    for i, example in enumerate(examples):
+        name = example_name(example, i)
+        for key in sft.FIELDS:
+            if key not in example:
+                raise DataError(f"{name}: no {key!r}; an example is {{'id', 'input_ids', 'labels'}}")
+        labels = torch.as_tensor(example["labels"])
+        if len(labels) != len(example["input_ids"]):
+            raise DataError(f"{name}: {len(example['input_ids'])} input_ids but {len(labels)} labels")
+        if not teaches(labels):
+            masked.append(name)
+    if masked:
+        raise DataError(
+            f"no completion token to learn from (every label is -100) in {listing(masked)}: drop these examples"
+        )
+
+
+def _finished(path: Path, record: Mapping[str, Any]) -> TrainResult | None:
+    """The finished result in `path` when exactly this configuration made it."""
+    try:
+        old = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        result = old.pop("result")
+    except (FileNotFoundError, NotADirectoryError, KeyError, json.JSONDecodeError):
+        return None
+    if old != record:
+        return None
+    history = [(int(step), float(loss)) for step, loss in result["loss_history"]]
+    return TrainResult(
+        path,
+        history,
+        result["seconds"],
+        result["tokens_seen"],
+        result["is_adapter"],
+        list_checkpoints(path),
+        reused=True,
+    )
+
+
+def attach_lora(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.nn.Module:
+    """`model` with a fresh adapter, its A factors drawn from `seed`. Raises ModelError where LoRA does not fit."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    settings = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(model, settings)  # type: ignore[arg-type]
+    except ValueError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"LoRA does not fit this model: {reason} Mend lora.target_modules.") from error
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keeps the libraries' notes and bars off the screen; errors still raise."""
+    from transformers.utils import logging as transformers_logging
+
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate", "peft", "trl", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _versions() -> dict[str, str]:
+    import peft
+    import transformers
+    import trl
+
+    modules = (torch, transformers, peft, trl)
+    return {module.__name__: str(module.__version__) for module in modules}
