@@ -26,17 +26,9 @@ import torch
 
 from benches.environment import describe
 from benches.models import qwen2_model, train_tokenizer
-from influence_fast.config import (
-    WHOLE,
-    DataConfig,
-    InfluenceConfig,
-    ModelConfig,
-    PruningConfig,
-    RunConfig,
-    Source,
-    ValidateConfig,
-)
+from influence_fast.config import DataConfig, ModelConfig, PruningConfig, RunConfig, Source, ValidateConfig
 from influence_fast.data.examples import Example, load_examples, save_examples, tokenize
+from influence_fast.influence.settings import WHOLE, InfluenceConfig
 from influence_fast.proof.page import text_tables, write_page
 from influence_fast.proof.validate import validate
 from influence_fast.run import planner

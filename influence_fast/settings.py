@@ -91,6 +91,12 @@ def difference(one: dict[str, Any], other: dict[str, Any], where: str = "") -> s
     return None
 
 
+def one_of(key: str, value: str, known: typing.Iterable[str]) -> None:
+    """ConfigError, naming the nearest, where `value` of the setting `key` is not known."""
+    if value not in known:
+        raise ConfigError(f"{key}: unknown value {value!r}; {did_you_mean(value, known)}")
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):

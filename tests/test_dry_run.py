@@ -12,18 +12,10 @@ from typing import Any
 import pytest
 
 from influence_fast.cli import main
-from influence_fast.config import (
-    DataConfig,
-    GradientConfig,
-    InfluenceConfig,
-    ModelConfig,
-    PruningConfig,
-    RunConfig,
-    Source,
-    load_config,
-)
+from influence_fast.config import DataConfig, ModelConfig, PruningConfig, RunConfig, Source, load_config
 from influence_fast.data.examples import load_examples, tokenize
 from influence_fast.errors import ConfigError, ModelError
+from influence_fast.influence.settings import GradientConfig, InfluenceConfig
 from influence_fast.run.dry_run import describe, model_shape, plan, row_bytes
 from influence_fast.run.workdir import RunFolder
 from influence_fast.store.building import build_store

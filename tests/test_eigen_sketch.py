@@ -14,7 +14,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from influence_fast.config import GradientConfig, InfluenceConfig, check_influence
 from influence_fast.data.examples import Example, tokenize
 from influence_fast.errors import ConfigError, DataError, StoreError
 from influence_fast.gradients.eigen_sketch import EigenRows, EigenSketch, file_of
@@ -24,6 +23,7 @@ from influence_fast.gradients.projection import Projection
 from influence_fast.influence import sketch_fitting
 from influence_fast.influence.ekfac import fit_ekfac
 from influence_fast.influence.scoring import influence_matrix, influence_scores, spearman
+from influence_fast.influence.settings import GradientConfig, InfluenceConfig, check_influence
 from influence_fast.influence.sketch_fitting import fit_projection, leading, resolved, width_of
 from influence_fast.store.building import build_shards, build_store, identity_of
 from influence_fast.store.merge import append_store, merge_stores

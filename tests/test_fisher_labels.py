@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import influence_fast as inf
-from influence_fast.config import GradientConfig, InfluenceConfig, check_influence
 from influence_fast.errors import ConfigError, DataError, StoreError
 from influence_fast.gradients import fisher_labels, loss
 from influence_fast.gradients.loss import drawn_tokens
 from influence_fast.influence.pool_gradients import fisher_folders, pool_gradients
 from influence_fast.influence.preconditioners import fit
 from influence_fast.influence.scoring import blocks_of, factors_of, influence_matrix
+from influence_fast.influence.settings import GradientConfig, InfluenceConfig, check_influence
 
 
 def make_examples(count: int = 9, seed: int = 0) -> list[dict[str, Any]]:

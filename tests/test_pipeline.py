@@ -619,7 +619,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
 def test_settings_are_named_as_options_and_paths_are_left_alone() -> None:
     from argparse import Namespace
 
-    from influence_fast.cli import _by_flags
+    from influence_fast.cli.messages import by_flags
 
     args = Namespace(columns=None, limit=1, learning_rate=None, rank=4, model="m", store="s")
     for text, said in (
@@ -634,8 +634,8 @@ def test_settings_are_named_as_options_and_paths_are_left_alone() -> None:
         ("train.model/config.json", "train.model/config.json"),
         ('with columns={"id": None}', "with --columns id="),
     ):
-        assert _by_flags(text, args) == said
-    assert _by_flags("data.limit is 0", Namespace(config="c.yaml", limit=1)) == "data.limit is 0"
+        assert by_flags(text, args) == said
+    assert by_flags("data.limit is 0", Namespace(config="c.yaml", limit=1)) == "data.limit is 0"
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import influence_fast as inf
-from influence_fast.config import GradientConfig, InfluenceConfig
 from influence_fast.errors import StoreError
 from influence_fast.influence.pool_gradients import pool_gradients
 from influence_fast.influence.scoring import influence_matrix
+from influence_fast.influence.settings import GradientConfig, InfluenceConfig
 
 
 def make_examples(count: int, seed: int) -> list[dict[str, Any]]:

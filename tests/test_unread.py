@@ -13,8 +13,6 @@ from influence_fast.cli import main
 from influence_fast.config import (
     DataConfig,
     EvalConfig,
-    GradientConfig,
-    InfluenceConfig,
     ModelConfig,
     PruningConfig,
     RunConfig,
@@ -22,6 +20,7 @@ from influence_fast.config import (
     TrainConfig,
     load_config,
 )
+from influence_fast.influence.settings import GradientConfig, InfluenceConfig
 from influence_fast.run.unread import unread_settings
 
 RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))

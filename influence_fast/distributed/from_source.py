@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from influence_fast.atomic import beside
-from influence_fast.config import GradientConfig, InfluenceConfig, ModelConfig
+from influence_fast.config import ModelConfig
 from influence_fast.data import spooling
 from influence_fast.distributed import builds as distributed
 from influence_fast.distributed import metrics, processes
@@ -17,6 +17,7 @@ from influence_fast.distributed.processes import World
 from influence_fast.gradients import sharded
 from influence_fast.gradients.projection import Projection
 from influence_fast.influence.pool_gradients import sketch_options
+from influence_fast.influence.settings import GradientConfig, InfluenceConfig
 from influence_fast.influence.sketch_fitting import resolved
 from influence_fast.store.reader import Store
 from influence_fast.training.models import load_model, load_tokenizer

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_fast.config import WHOLE, GradientConfig, InfluenceConfig, check_influence
 from influence_fast.data.packing import IGNORED
 from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
 from influence_fast.gradients.eigen_sketch import DEFAULT_EXAMPLES
@@ -26,6 +25,7 @@ from influence_fast.influence.damping import AUTO, Damping
 from influence_fast.influence.pool_gradients import fisher_folders, pool_gradients
 from influence_fast.influence.preconditioners import FISHER_EXAMPLES, FROM_DATA, FROM_MODEL
 from influence_fast.influence.scoring import influence_matrix
+from influence_fast.influence.settings import WHOLE, GradientConfig, InfluenceConfig, check_influence
 from influence_fast.timing import timed
 from influence_fast.training.fine_tuning import finetuned
 
@@ -34,9 +34,9 @@ from influence_fast.training.fine_tuning import finetuned
 class Method:
     """One way of scoring.
 
-    fisher, fisher_examples: what the preconditioner is fitted on (see `config.InfluenceConfig`).
+    fisher, fisher_examples: what the preconditioner is fitted on (see `InfluenceConfig`).
     projection: kind, or "none" for exact gradients; dim, width, layers: see `Projection`. sketch, sketch_examples: how
-    rows get to that width (see `config.GradientConfig`). store_dtype: fp32, bf16 or int8. tokens: share of each trace's
+    rows get to that width (see `GradientConfig`). store_dtype: fp32, bf16 or int8. tokens: share of each trace's
     completion tokens that is kept, from its start. checkpoints: sum over the reference's saved checkpoints, weighted by
     learning rate (TracIn), in place of its final adapter alone. moments: second moments of the reference's optimizer,
     for "adam" and "less". proxy: folder or hub id of a smaller model that is fine-tuned on the same pool, as the

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from influence_fast.atomic import beside
-from influence_fast.config import GradientConfig, InfluenceConfig
 from influence_fast.data.fingerprints import dataset_fingerprint
 from influence_fast.data.packing import teaches
 from influence_fast.errors import StoreError
@@ -24,6 +23,7 @@ from influence_fast.gradients.projection import Projection
 from influence_fast.influence.adam import adam_moments
 from influence_fast.influence.preconditioners import FROM_MODEL
 from influence_fast.influence.scoring import reads_fisher
+from influence_fast.influence.settings import GradientConfig, InfluenceConfig
 from influence_fast.influence.sketch_fitting import drawn_unseen, fit_projection, resolved
 from influence_fast.store.building import build_store, identity_of
 from influence_fast.store.reader import Store

@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from influence_fast.config import ModelConfig, RunConfig, Source, fitted_examples
+from influence_fast.config import ModelConfig, RunConfig, Source
 from influence_fast.errors import ConfigError, DataError, ModelError
 from influence_fast.gradients.fp8 import FP8
 from influence_fast.gradients.memory import GradientMemory, gradient_memory
+from influence_fast.influence.settings import fitted_examples
 from influence_fast.run.workdir import occupied
 from influence_fast.store.manifest import DTYPES, SCALE_DTYPE
 

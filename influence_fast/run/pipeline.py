@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from influence_fast.atomic import write_text
-from influence_fast.config import InfluenceConfig, ModelConfig, RunConfig
+from influence_fast.config import ModelConfig, RunConfig
 from influence_fast.data.diversity import near_duplicates
 from influence_fast.data.examples import load_rows, save_examples
 from influence_fast.data.grouping import row_groups
@@ -34,6 +34,7 @@ from influence_fast.influence.checkpoints import (
 )
 from influence_fast.influence.queries import Queries, make_queries, own_answers, with_tasks
 from influence_fast.influence.scores import ScoreTable
+from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.report.explain import EXPLAINED, explanations, save_explanations
 from influence_fast.report.page import save_results, write_report
 from influence_fast.run.results import cell_name, collect, known_harmful

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from influence_fast.config import fitted_examples
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.influence.methods import Method, method_of
 from influence_fast.influence.preconditioners import FROM_MODEL
+from influence_fast.influence.settings import fitted_examples
 from influence_fast.influence.sketch_fitting import width_of
 from influence_fast.run.dry_run import row_bytes
 

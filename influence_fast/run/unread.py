@@ -6,16 +6,16 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from influence_fast.config import (
+from influence_fast.config import RunConfig
+from influence_fast.influence.damping import AUTO
+from influence_fast.influence.preconditioners import FROM_MODEL, SKETCHES
+from influence_fast.influence.settings import (
     WHOLE,
     GradientConfig,
     InfluenceConfig,
-    RunConfig,
     fitted_examples,
     unsketched_preconditioner,
 )
-from influence_fast.influence.damping import AUTO
-from influence_fast.influence.preconditioners import FROM_MODEL, SKETCHES
 from influence_fast.selection.strategies import PASS_RATE, needed_columns
 
 Unread = tuple[str, Any, Any, str]  # key, value, default, why

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from influence_fast.config import GradientConfig, InfluenceConfig
 from influence_fast.data.examples import Example, tokenize
 from influence_fast.data.packing import IGNORED
 from influence_fast.evaluation.evaluate import EvalConfig
@@ -19,6 +18,7 @@ from influence_fast.influence.pool_gradients import pool_gradients
 from influence_fast.influence.queries import Queries
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.scoring import TopInfluences
+from influence_fast.influence.settings import GradientConfig, InfluenceConfig
 from influence_fast.selection.difficulty import pass_rates
 from influence_fast.selection.embeddings import embedding_ranks
 from influence_fast.selection.strategies import EMBEDDING_RANK, PASS_RATE

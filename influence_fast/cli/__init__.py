@@ -1,0 +1,70 @@
+"""The command line. Only here are arguments parsed; each verb calls one stage and prints what came out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from influence_fast import __version__
+from influence_fast.cli import models, runs, scoring, stores
+from influence_fast.cli.messages import by_flags, say_warning
+from influence_fast.errors import InfluenceFastError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, 2 for an error the user can mend, 130 after Ctrl-C."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if not hasattr(args, "work"):
+        parser.print_help()
+        return 0
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = say_warning
+            args.work(args)
+    except InfluenceFastError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"error: {by_flags(str(error), args)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        # a full disk, a folder that cannot be written: the system's own words name the thing
+        if args.debug:
+            traceback.print_exc()
+        what = f"{error.filename}: " if error.filename else ""
+        wrong = isinstance(error, NotADirectoryError | IsADirectoryError | FileNotFoundError)
+        kept = "give another path" if wrong else "finished work is kept"
+        print(f"error: {what}{error.strerror or error}; {kept}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        said = str(stop) or "what was finished is kept; run the same command again to go on"
+        print(f"stopped: {said}", file=sys.stderr)
+        return getattr(stop, "exit_code", 130)  # SIGTERM has its own
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All verbs and their options."""
+    parser = argparse.ArgumentParser(
+        prog="influence-fast",
+        description="Find which chain-of-thought training examples help or harm a fine-tuned language model.",
+    )
+    parser.add_argument("--version", action="version", version=f"influence-fast {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+
+    def verb(name: str, work: Callable[[Any], None], help: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help, description=help)
+        # SUPPRESS: given before the verb or after it, the flag counts; absent here, it does not overwrite
+        sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")
+        sub.add_argument("--quiet", action="store_true", help="no progress on the screen")
+        sub.set_defaults(work=work)
+        return sub
+
+    for part in (runs, models, scoring, stores):
+        part.add(verb)
+    return parser

@@ -1,0 +1,134 @@
+"""Verbs that fine-tune a model and that question it: train, eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from influence_fast.cli.options import (
+    NewVerb,
+    bars,
+    data_options,
+    evaluation_of,
+    given,
+    model_options,
+    not_an_input,
+    open_model,
+    read_examples,
+    tokenized,
+)
+from influence_fast.errors import ConfigError
+
+
+def add(verb: NewVerb) -> None:
+    """Adds these verbs and their options."""
+    sub = verb("train", _train, "fine-tune a LoRA adapter")
+    model_options(sub, adapter=False)
+    data_options(sub, "--data", "training examples")
+    sub.add_argument("--output", required=True, help="folder for the adapter")
+    for option, kind, help in (
+        ("--epochs", float, "passes over the data"),
+        ("--learning-rate", float, "peak learning rate"),
+        ("--batch-size", int, "examples a step"),
+        ("--max-steps", int, "optimizer steps, in place of epochs"),
+        ("--packing", int, "tokens of a row that examples are packed into"),
+        ("--rank", int, "LoRA rank r"),
+        ("--seed", int, "seed of initialisation and data order"),
+    ):
+        sub.add_argument(option, type=kind, help=help)
+    sub.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers that get LoRA (default: all linears)")
+    sub.add_argument(
+        "--save-checkpoints",
+        nargs="?",
+        const=True,
+        type=int,
+        metavar="STEPS",
+        help="keep a checkpoint each epoch, or every STEPS steps, with the optimizer's state (for adam and less)",
+    )
+
+    sub = verb("eval", _eval, "answer questions and grade the answers")
+    model_options(sub, adapter=True, adapter_needed=False, needed=False)
+    sub.add_argument("--task", help="gsm8k, math500, ... or a task's .yaml file; --data then overrides its source")
+    data_options(sub, "--data", "questions with final answers", needed=False, lengths=False)
+    sub.set_defaults(split=None)  # a task has its own
+    sub.add_argument("--output", help="transcripts, .jsonl; the same command again goes on from them")
+    sub.add_argument("--max-new-tokens", type=int, help="limit of a generated answer")
+    sub.add_argument("--samples", type=int, help="answers to each question")
+    sub.add_argument("--temperature", type=float, help="0 is greedy")
+    sub.add_argument("--top-p", type=float)
+    sub.add_argument("--seed", type=int, help="seed of the sampling")
+    sub.add_argument("--pass-at", type=int, nargs="+", metavar="K", help="estimate pass@K from the samples")
+    sub.add_argument("--answer-kind", help="math (default), last_number or choice")
+    sub.add_argument("--engine", help="transformers, vllm, or auto (default): vllm where installed and there is a GPU")
+    sub.add_argument("--export-lm-eval", metavar="FOLDER", help="write the questions as an lm-eval task, and stop")
+
+
+def _train(args: Any) -> None:
+    from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune
+
+    model, tokenizer = open_model(args)
+    examples = tokenized(args, read_examples(args), tokenizer)
+    names = ("epochs", "learning_rate", "batch_size", "max_steps", "packing", "save_checkpoints", "seed")
+    config = TrainConfig(**given(args, *names))
+    shape: dict[str, Any] = {} if args.rank is None else {"r": args.rank, "alpha": 2.0 * args.rank}
+    if args.target_modules is not None:
+        shape["target_modules"] = tuple(args.target_modules)
+    lora = LoraSettings(**shape)
+    result = finetune(model, tokenizer, examples, args.output, config=config, lora=lora, progress=bars(args))
+    last = f", last loss {result.loss_history[-1][1]:.4f}" if result.loss_history else ""
+    print(f"adapter: {result.path} ({len(examples)} examples, {result.seconds:.1f} s{last})")
+
+
+def _eval(args: Any) -> None:
+    from influence_fast.evaluation.evaluate import evaluate
+    from influence_fast.evaluation.generation import ModelFiles, choose_engine
+
+    if args.output is not None:
+        not_an_input(args.output, args.data)
+    examples, config = _questions(args)
+    if args.export_lm_eval:
+        from influence_fast.evaluation.lm_eval_export import export_lm_eval
+
+        name = Path(args.task or args.data).stem
+        command = export_lm_eval(name, examples, config, args.export_lm_eval)
+        print(f"{len(examples)} questions: {args.export_lm_eval}\nrun, where lm-eval and influence-fast are: {command}")
+        return
+    if args.model is None or args.output is None:
+        raise ConfigError("eval needs --model and --output; only --export-lm-eval does without")
+    model: Any
+    if choose_engine(config.engine) == "vllm":
+        from influence_fast.training.models import load_tokenizer
+
+        model, tokenizer = ModelFiles(args.model, args.adapter, args.dtype), load_tokenizer(args.model)
+    else:
+        model, tokenizer = open_model(args)
+    how: dict[str, Any] = {"config": config, "overwrite": False, "progress": bars(args)}
+    result = evaluate(model, tokenizer, examples, transcripts=Path(args.output), **how)
+    total = len(result.items)
+    low, high = result.interval
+    asked = f"n={len(examples)}" + (f", {config.samples} samples each" if config.samples > 1 else "")
+    print(f"accuracy {result.accuracy:.4f} (95 % interval {low:.4f} to {high:.4f}, {asked}, {result.engine})")
+    for found in result.pass_at:
+        low, high = found.interval
+        print(f"pass@{found.k} {found.value:.4f} (95 % interval {low:.4f} to {high:.4f}; unbiased estimator)")
+    if result.majority is not None:
+        print(f"maj@{config.samples} {result.majority:.4f}")
+    share = 100 * result.truncated / total
+    print(f"cut at {config.max_new_tokens} new tokens: {result.truncated} of {total} answers ({share:.1f} %)")
+    if result.reused:
+        print(f"{result.reused} of {total} answers are an earlier run's; delete {args.output} to ask anew")
+
+
+def _questions(args: Any) -> tuple[list[Any], Any]:
+    """What `eval` asks, and its settings: a task's, or those of any data with answers."""
+    from influence_fast.evaluation.tasks import known_tasks, load_task, task_examples
+
+    if args.task is None:
+        if args.data is None:
+            raise ConfigError(f"eval needs questions: --task ({', '.join(known_tasks())}) or --data")
+        args.split = args.split or "train"
+        return read_examples(args), evaluation_of(args)
+    if args.format != "auto" or args.trace != "first_correct":
+        raise ConfigError("--format and --trace are of no use with --task, which names its own columns: leave them out")
+    task = load_task(args.task)
+    return task_examples(task, args.limit, args.data, args.split), evaluation_of(args, task.evaluation)

@@ -1,0 +1,167 @@
+"""Options that several verbs share, and what is read from them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from influence_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from influence_fast.influence.settings import GradientConfig
+
+#: verb(name, work, help): the parser of a new verb, which calls `work` with its arguments.
+NewVerb = Callable[[str, Callable[[Any], None], str], argparse.ArgumentParser]
+
+
+def model_options(
+    sub: argparse.ArgumentParser, *, adapter: bool, adapter_needed: bool = True, needed: bool = True
+) -> None:
+    sub.add_argument("--model", required=needed, help="base model: hub id or folder")
+    if adapter:
+        sub.add_argument("--adapter", required=adapter_needed, help="peft adapter: hub id or folder")
+    sub.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
+    sub.add_argument("--device", default="auto")
+
+
+def gradient_options(sub: argparse.ArgumentParser) -> None:
+    """What `gradients_of` reads."""
+    sub.add_argument("--dim", type=int, help="projection dim p (default 64)")
+    sub.add_argument("--width", type=int, help="sketch each row to this many numbers")
+    sub.add_argument(
+        "--sketch",
+        help="how rows get to the width: random, eigen (fitted on a sample), or a store's folder (its sketch again); "
+        "auto: eigen where that serves the scores",
+    )
+    sub.add_argument("--store-dtype", help="fp32, bf16 (default) or int8")
+    sub.add_argument("--precision", help="fp8: products with the base weights in 8 bits (default: auto)")
+
+
+def data_options(
+    sub: argparse.ArgumentParser, option: str, help: str, *, needed: bool = True, lengths: bool = True
+) -> None:
+    sub.add_argument(option, required=needed, help=f"{help}: hub id, .jsonl/.json/.parquet/.csv file or saved folder")
+    sub.add_argument("--split", default="train")
+    sub.add_argument("--format", default="auto", help="schema of the rows (default: found from the columns)")
+    sub.add_argument("--trace", default="first_correct", help="which of an OpenR1 row's traces")
+    sub.add_argument("--limit", type=int)
+    sub.add_argument(
+        "--columns",
+        type=columns,
+        metavar="NAME=COLUMN,...",
+        help="the data's own names: prompt=question,completion=trace (id= numbers the rows)",
+    )
+    if lengths:
+        sub.add_argument("--max-length", type=int, help="longer examples are left out and listed")
+        sub.add_argument("--truncate", action="store_true", help="cut longer examples instead")
+
+
+def columns(text: str) -> dict[str, str | None]:
+    """`prompt=question,id=` -> {"prompt": "question", "id": None}."""
+    pairs = [part.partition("=") for part in text.split(",")]
+    if any(not sign or not name for name, sign, _ in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=COLUMN,NAME=COLUMN")
+    return {name.strip(): column.strip() or None for name, _, column in pairs}
+
+
+def damping(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text  # "auto", or a word that the preconditioners refuse by name
+
+
+def given(args: Any, *names: str) -> dict[str, Any]:
+    """The options that were given; what was not has its default in the settings classes."""
+    return {name: value for name in names if (value := getattr(args, name, None)) is not None}
+
+
+def gradients_of(args: Any) -> GradientConfig:
+    from influence_fast.influence.settings import GradientConfig
+
+    return GradientConfig(**given(args, "dim", "width", "sketch", "store_dtype", "precision", "max_tokens"))
+
+
+def evaluation_of(args: Any, settings: Any = None) -> Any:
+    """`settings` (default: EvalConfig's own) with what the command line says otherwise."""
+    from influence_fast.evaluation.evaluate import EvalConfig
+
+    changed = given(args, "max_new_tokens", "samples", "temperature", "top_p", "seed", "answer_kind", "engine")
+    if getattr(args, "pass_at", None) is not None:
+        changed["pass_at"] = tuple(args.pass_at)
+    return dataclasses.replace(settings or EvalConfig(), **changed)
+
+
+def trace_of(args: Any) -> str | int:
+    return int(args.trace) if args.trace.lstrip("-").isdigit() else args.trace
+
+
+def quiet_libraries() -> None:
+    """On the command line the bars and the notes to developers are ours alone; a library's importer keeps them."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if "datasets" in sys.modules:  # to import it takes a second
+        sys.modules["datasets"].disable_progress_bars()
+    else:
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def bars(args: Any) -> bool:
+    """Progress bars are for terminals; in a log they would be blank lines."""
+    return not args.quiet and sys.stderr.isatty()
+
+
+def open_model(args: Any) -> tuple[Any, Any]:
+    quiet_libraries()
+    from influence_fast.training.models import load_model, load_tokenizer
+
+    model = load_model(args.model, adapter=getattr(args, "adapter", None), dtype=args.dtype, device=args.device)
+    return model, load_tokenizer(args.model, model=model)
+
+
+def read_examples(args: Any) -> list[Any]:
+    from influence_fast.data.examples import load_examples
+
+    return load_examples(
+        args.data, split=args.split, format=args.format, trace=trace_of(args), limit=args.limit, columns=args.columns
+    )
+
+
+def check_cut(args: Any) -> None:
+    if args.truncate and args.max_length is None:
+        raise ConfigError("--truncate cuts what is longer than --max-length: give that too")
+
+
+def tokenized(args: Any, examples: list[Any], tokenizer: Any) -> list[dict[str, Any]]:
+    from influence_fast.data.examples import tokenize
+    from influence_fast.errors import DataError
+
+    check_cut(args)
+    result = tokenize(examples, tokenizer, max_length=args.max_length, truncate=args.truncate)
+    say_left_out(args, result.too_long)
+    if not result.examples:
+        raise DataError("no example is left: raise --max-length, or cut the examples with --truncate")
+    return result.examples
+
+
+def say_left_out(args: Any, too_long: Sequence[tuple[str, int]]) -> None:
+    from influence_fast.errors import listing
+
+    if too_long:
+        names = listing(f"{name} ({n} tokens)" for name, n in too_long)
+        print(f"left out, longer than {args.max_length} tokens: {len(too_long)} examples: {names}")
+
+
+def not_an_input(output: str, *inputs: str | None) -> None:
+    """ConfigError where writing `output` would replace one of the files that are read."""
+    for path in inputs:
+        if path is not None and Path(path).exists() and Path(path).resolve() == Path(output).resolve():
+            raise ConfigError(f"--output {output} is also read from, and would be lost: give another file")

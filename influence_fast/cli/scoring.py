@@ -1,0 +1,270 @@
+"""Verbs from data to scores and from scores to data: score, plan, prune."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from influence_fast.cli.messages import by_flags
+from influence_fast.cli.options import (
+    NewVerb,
+    bars,
+    columns,
+    damping,
+    data_options,
+    evaluation_of,
+    given,
+    gradient_options,
+    gradients_of,
+    model_options,
+    not_an_input,
+    open_model,
+    read_examples,
+    tokenized,
+)
+from influence_fast.errors import ConfigError
+
+
+def add(verb: NewVerb) -> None:
+    """Adds these verbs and their options."""
+    sub = verb("score", _score, "score training examples by their influence on validation answers")
+    model_options(sub, adapter=True)
+    data_options(sub, "--data", "training examples")
+    sub.add_argument("--validation", required=True, help="validation questions: hub id, file or folder")
+    sub.add_argument("--validation-split", default="train")
+    sub.add_argument("--validation-format", default="auto", help="as --format, of the validation rows")
+    sub.add_argument("--validation-limit", type=int)
+    sub.add_argument(
+        "--validation-columns", type=columns, metavar="NAME=COLUMN,...", help="as --columns, of these rows"
+    )
+    sub.add_argument(
+        "--output",
+        required=True,
+        help="score table, .parquet or .csv; own answers go to OUTPUT.answers.jsonl, those for pass rates to "
+        "OUTPUT.pool.jsonl",
+    )
+    sub.add_argument(
+        "--store",
+        help="folder of the gradient store (default: OUTPUT with .store); what is fitted on lies beside it",
+    )
+    sub.add_argument("--queries", help="own_answers (default) or reference")
+    sub.add_argument("--fallback", help="reference: let the solutions stand in where no own answer is correct")
+    sub.add_argument(
+        "--preconditioner",
+        help="ekfac_cosine (the default; cosine where rows are sketched at random), cosine, fisher, less, none, ...",
+    )
+    sub.add_argument("--damping", type=damping, help="share of the mean eigenvalue (0.1), or auto")
+    sub.add_argument(
+        "--fisher",
+        help="model (the default): fit the preconditioner on labels that the model draws; data: on the data's own",
+    )
+    sub.add_argument("--fisher-examples", type=int, help="examples that labels are drawn for (1024)")
+    sub.add_argument(
+        "--optimizer", help="checkpoint whose Adam state 'adam' and 'less' read (default: moments of the rows)"
+    )
+    gradient_options(sub)
+    sub.add_argument("--max-new-tokens", type=int, help="limit of a generated answer")
+    sub.add_argument("--tasks", metavar="COLUMN", help="validation column that names tasks, a score each (for less)")
+    sub.add_argument(
+        "--strategies", nargs="+", default=[], metavar="NAME", help="add the scores that only some strategies read"
+    )
+    sub.add_argument(
+        "--explain",
+        type=int,
+        default=0,
+        metavar="K",
+        help="for each answer, the K examples that made it likelier and the K that made it less likely: "
+        "OUTPUT.explained.html and .jsonl",
+    )
+
+    sub = verb("plan", _plan, "settings for a time or disk budget, and the fidelity measured for them")
+    model_options(sub, adapter=True)
+    data_options(sub, "--data", "the examples that are to be scored")
+    sub.add_argument("--seconds", type=float, help="time for the pass over the data, on this machine")
+    sub.add_argument("--gigabytes", type=float, help="disk for the gradient store")
+
+    sub = verb("prune", _prune, "write the data that a strategy keeps, in the input's own format")
+    data_options(sub, "--data", "the data that was scored", lengths=False)
+    sub.add_argument("--scores", required=True, help="score table written by 'score'")
+    sub.add_argument("--strategy", required=True, help="for example combined; an unknown name lists them all")
+    size = sub.add_mutually_exclusive_group(required=True)
+    size.add_argument("--fraction", type=float, help="share to drop, 0 to 1")
+    size.add_argument("--count", type=int, help="number of examples to drop")
+    sub.add_argument("--groups", metavar="COLUMN", help="column that names groups: drop the fraction inside each")
+    sub.add_argument("--max-similar", type=float, metavar="J", help="let one stay of traces with Jaccard similarity J")
+    sub.add_argument(
+        "--decontaminate", nargs="+", default=[], metavar="FILE", help="drop what shares 8 words with these questions"
+    )
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--output", required=True, help="file for the kept rows; the table goes to OUTPUT.table.csv and .table.parquet"
+    )
+
+
+def _score(args: Any) -> None:
+    from influence_fast.config import PruningConfig, check_strategies
+    from influence_fast.data.examples import load_rows
+    from influence_fast.data.grouping import row_groups
+    from influence_fast.influence.queries import make_queries, own_answers, with_tasks
+    from influence_fast.influence.scores import check_format
+    from influence_fast.influence.settings import InfluenceConfig, check_influence, fitted_examples
+    from influence_fast.report.explain import EXPLAINED, explanations, save_explanations
+    from influence_fast.run.unread import unread_influence
+    from influence_fast.selection.difficulty import check_answers
+    from influence_fast.selection.pool_scores import baseline_columns, score_pool
+    from influence_fast.selection.strategies import PASS_RATE, needed_columns
+
+    not_an_input(args.output, args.data, args.validation)
+    check_format(args.output)
+    if args.explain < 0:
+        raise ConfigError(f"--explain is {args.explain}; give a number of examples, or leave it out")
+    gradients = gradients_of(args)
+    names = ("preconditioner", "damping", "fisher", "fisher_examples", "optimizer", "queries", "fallback")
+    influence = InfluenceConfig(**given(args, *names))
+    check_influence(influence, gradients)
+    check_strategies(args.strategies, influence)
+    reads = fitted_examples(dataclasses.replace(influence, fisher="model"), gradients) > 0
+    if args.fisher is not None and not reads:
+        raise ConfigError("--fisher is read by ekfac, fisher, datainf and where a sketch is fitted: leave it out here")
+    if args.fisher_examples is not None and (not reads or influence.fisher != "model"):
+        raise ConfigError(
+            "--fisher-examples is read by ekfac, fisher and datainf with --fisher model: leave it out here"
+        )
+    if unread := unread_influence(gradients, influence):
+        raise ConfigError(f"{unread[0]}; leave it out")
+    needs = needed_columns(args.strategies)
+    if influence.queries == "reference" and args.max_new_tokens is not None and PASS_RATE not in needs:
+        raise ConfigError("--max-new-tokens is of the model's own answers, which --queries reference does not ask for")
+    examples = read_examples(args)
+    if PASS_RATE in needs:
+        check_answers(examples)
+    model, tokenizer = open_model(args)
+    pool = tokenized(args, examples, tokenizer)
+    validation = _load_validation(args)
+    if _same_rows(args):
+        print("warning: the validation questions are the training data, which scores itself: see --validation-split")
+    answers = None
+    if influence.queries == "own_answers":
+        kept = Path(f"{args.output}.answers.jsonl")
+        answers = own_answers(model, tokenizer, validation, evaluation_of(args), kept, progress=bars(args))
+    queries = make_queries(validation, answers, args.fallback, needed=("correct",))
+    if args.tasks is not None:
+        queries = with_tasks(queries, row_groups(load_rows(args.validation, split=args.validation_split), args.tasks))
+    scored = score_pool(
+        model,
+        tokenizer,
+        pool,
+        queries,
+        Path(args.store or f"{args.output}.store"),
+        gradients,
+        influence,
+        top=args.explain,
+        progress=bars(args),
+    )
+    table, seconds = scored.table, scored.seconds
+    tokens = {example["id"]: example for example in pool}
+    by_id = {example.id: example for example in examples}
+    for old in (Path(f"{args.output}.{EXPLAINED}{suffix}") for suffix in (".html", ".jsonl")):
+        old.unlink(missing_ok=True)  # of other scores
+    if scored.top is not None:
+        for path in save_explanations(
+            explanations(scored.top, table.ids, queries), by_id, f"{args.output}.{EXPLAINED}"
+        ):
+            print(f"answer by answer: {path}")
+    table, more = baseline_columns(
+        table,
+        needs,
+        model,
+        tokenizer,
+        [(by_id[name], tokens[name]) for name in table.ids],
+        queries,
+        PruningConfig().pass_rate_config(evaluation_of(args)),
+        transcripts=Path(f"{args.output}.pool.jsonl"),
+        progress=bars(args),
+    )
+    seconds |= more
+    table.save(args.output)
+    for warning in queries.warnings:
+        print(f"warning: {warning}")
+    sizes = ", ".join(f"{len(members)} {name}" for name, members in queries.groups.items())
+    spent = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    print(f"scores: {args.output} ({len(table.ids)} examples against {sizes} answers; {spent})")
+
+
+def _load_validation(args: Any) -> list[Any]:
+    from influence_fast.data.examples import load_examples
+    from influence_fast.errors import DataError
+
+    options = {name: getattr(args, f"validation_{name}") for name in ("split", "format", "limit", "columns")}
+    try:
+        return load_examples(args.validation, **options)
+    except DataError as error:
+        raise DataError(by_flags(str(error), args, of="validation-")) from error
+
+
+def _same_rows(args: Any) -> bool:
+    """Whether --data and --validation are the same split of the same source; a single file has one split."""
+    data, validation = (os.path.realpath(os.path.expanduser(path)) for path in (args.data, args.validation))
+    return data == validation and (args.split == args.validation_split or os.path.isfile(data))
+
+
+def _plan(args: Any) -> None:
+    from influence_fast.run.planner import describe, plan
+
+    model, tokenizer = open_model(args)
+    examples = tokenized(args, read_examples(args), tokenizer)
+    size = None if args.gigabytes is None else int(args.gigabytes * 1e9)
+    print(describe(plan(model, examples, seconds=args.seconds, bytes=size)))
+    print(
+        "LDS: measured on small models (influence_fast/run/fidelity.json); expect the order, not the numbers, to hold"
+    )
+
+
+def _prune(args: Any) -> None:
+    from influence_fast.data.decontamination import contaminated
+    from influence_fast.data.diversity import near_duplicates
+    from influence_fast.data.examples import load_examples, load_rows, save_examples
+    from influence_fast.data.grouping import row_groups
+    from influence_fast.errors import listing
+    from influence_fast.influence.scores import ScoreTable
+    from influence_fast.selection.pruning import aligned_examples, save_selection, select
+
+    not_an_input(args.output, args.data, args.scores, *args.decontaminate)
+    table = ScoreTable.load(args.scores)
+    examples = read_examples(args)
+    scored = aligned_examples(table, examples)
+    rows = load_rows(args.data, split=args.split)
+    groups = clusters = None
+    if args.groups is not None:
+        of_row = row_groups(rows, args.groups)
+        groups = [of_row[example.row] for example in scored]
+    if args.max_similar is not None:
+        clusters = near_duplicates([example.completion for example in scored], args.max_similar)
+    tests: dict[str, list[Any]] = {}
+    for file in args.decontaminate:
+        tests.setdefault(Path(file).stem, []).extend(load_examples(file))
+    overlaps = contaminated(scored, tests)
+    for found in overlaps[:20]:
+        print(f"{found.id} {found.why}: {found.ngram}")
+    if len(overlaps) > 20:
+        print(f"and {len(overlaps) - 20} more; the table has all of them")
+    selection = select(
+        table,
+        args.strategy,
+        fraction=args.fraction,
+        count=args.count,
+        seed=args.seed,
+        groups=groups,
+        clusters=clusters,
+        exclude={found.id: found.why for found in overlaps},
+    )
+    kept = selection.kept_examples(table, examples)
+    save_examples(kept, args.output, rows, args.columns)
+    save_selection(table, selection, args.output)
+    print(f"kept {len(selection.keep)} and dropped {len(selection.drop)} of {len(table.ids)} examples: {args.output}")
+    known = set(table.ids)
+    without = [example.id for example in examples if example.id not in known]
+    if without:
+        print(f"warning: {len(without)} examples have no score and are not in the output: {listing(without)}")

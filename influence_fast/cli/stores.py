@@ -1,0 +1,157 @@
+"""Verbs of gradient stores: build, inspect, verify, merge, import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from influence_fast.cli.options import (
+    NewVerb,
+    check_cut,
+    damping,
+    data_options,
+    given,
+    gradient_options,
+    gradients_of,
+    model_options,
+    quiet_libraries,
+    say_left_out,
+    trace_of,
+)
+from influence_fast.errors import ConfigError
+
+
+def add(verb: NewVerb) -> None:
+    """Adds these verbs and their options."""
+    sub = verb("build", _build, "build a gradient store; under torchrun and the like, on all processes together")
+    model_options(sub, adapter=True)
+    data_options(sub, "--data", "training examples")
+    sub.add_argument("--output", required=True, help="folder of the store, which all processes see")
+    gradient_options(sub)
+    sub.add_argument("--damping", type=damping, help="of a fitted sketch: as for 'score'")
+    sub.add_argument("--fisher", help="labels that a sketch is fitted on: as for 'score'")
+    sub.add_argument("--shard-rows", type=int, help="examples in a shard, which is what a process takes at a time")
+    sub.add_argument("--max-tokens", type=int, help="tokens in one packed batch")
+    sub.add_argument("--fsdp", type=int, default=1, metavar="N", help="spread each copy of the model over N processes")
+    sub.add_argument("--time-limit", type=float, default=600.0, help="seconds without a batch after which one hangs")
+    sub.add_argument("--peak-tflops", type=float, help="of one card, for the utilisation (default: known cards)")
+    sub.add_argument("--profile", action="store_true", help="write a Chrome trace of the first batches")
+
+    sub = verb("inspect", _inspect, "say what a gradient store holds")
+    sub.add_argument("store")
+
+    sub = verb("verify", _verify, "check every byte of a gradient store against its checksums")
+    sub.add_argument("store")
+
+    sub = verb("merge", _merge, "join stores of the same work into one")
+    sub.add_argument("stores", nargs="+")
+    sub.add_argument("--output", required=True, help="folder of the joined store")
+
+    sub = verb("import", _import, "make a store of gradients that another tool wrote")
+    sub.add_argument("source", help="LESS .pt folder, TRAK memory map, bergson index, .npy or .safetensors")
+    sub.add_argument("--output", required=True, help="folder of the store")
+    sub.add_argument("--format", default="auto")
+    sub.add_argument("--dtype", default="fp32", help="fp32 (default), bf16 or int8")
+
+
+def _build(args: Any) -> None:
+    from influence_fast.config import ModelConfig
+    from influence_fast.data import spooling
+    from influence_fast.distributed import metrics, processes
+    from influence_fast.distributed.from_source import build_from_source
+    from influence_fast.gradients.fp8 import check_precision
+    from influence_fast.influence.settings import InfluenceConfig, check_influence, fitted_examples
+
+    quiet_libraries()
+    gradients, influence = gradients_of(args), InfluenceConfig(**given(args, "damping", "fisher"))
+    check_influence(influence, gradients)
+    check_precision(gradients.precision, "--precision", sharded=args.fsdp != 1)
+    for flag in ("damping", "fisher"):
+        if getattr(args, flag) is not None and not fitted_examples(influence, gradients):
+            raise ConfigError(
+                f"--{flag} is that of a fitted sketch, and none is fitted here: give a --width, or leave it out"
+            )
+
+    check_cut(args)
+
+    def told(tokens: spooling.Tokens) -> None:
+        say_left_out(args, tokens.too_long)
+        if tokens.without:
+            print(f"left out, without a trace for --trace {args.trace}: {len(tokens.without)} rows")
+
+    world = processes.World.from_environment()
+    store = build_from_source(
+        args.output,
+        ModelConfig(args.model, adapter=args.adapter, dtype=args.dtype, device=args.device),
+        spooling.TokenSource(
+            args.data,
+            args.split,
+            args.format,
+            trace_of(args),
+            args.limit,
+            args.columns or {},
+            args.max_length,
+            args.truncate,
+        ),
+        gradients,
+        influence,
+        world=world,
+        fsdp=args.fsdp,
+        time_limit=args.time_limit,
+        told=told,
+        peak_flops=args.peak_tflops * 1e12 if args.peak_tflops else None,
+        progress=False if args.quiet else None,
+        profile=args.profile,
+        shard_rows=args.shard_rows,
+    )
+    if world.rank == 0:
+        totals = metrics.summary(metrics.folder_of(Path(args.output)))
+        print(f"store: {args.output} ({len(store)} rows; {100 * totals.idle_share:.1f} % of the ranks' time idle)")
+
+
+def _inspect(args: Any) -> None:
+    from influence_fast.store.reader import open_store
+
+    store = open_store(args.store)
+    size = sum(path.stat().st_size for path in Path(args.store).iterdir())
+    print(f"{store!r}\n{size / 2**20:.1f} MiB on disk, {len(store.set_aside)} examples set aside")
+    for name in store.identity.__dataclass_fields__:
+        value = getattr(store.identity, name)
+        if value is not None:
+            print(f"  {name:<20} {value}")
+    if store.identity.projection_sketch is not None:
+        _inspect_sketch(store)
+    for name, reason in store.set_aside[:20]:
+        print(f"  set aside: {name}: {reason}")
+
+
+def _inspect_sketch(store: Any) -> None:
+    from influence_fast.gradients.lora import layout_width
+
+    sketch = store.projection.sketch
+    numbers = layout_width(sketch.layout)
+    share, made = f"{100 * sketch.share:.0f} % of the whitened rows", sketch.purpose
+    print(f"  fitted sketch        {store.width:,} of {numbers:,} coordinates, {share}")
+    print(f"  fitted on            {made.get('sample')}; damping {made.get('damping')}")
+
+
+def _verify(args: Any) -> None:
+    from influence_fast.errors import StoreError
+    from influence_fast.store.reader import open_store, verify_store
+
+    problems = verify_store(args.store)
+    if problems:
+        raise StoreError("; ".join(problems))
+    print(f"{args.store}: {len(open_store(args.store))} rows, every checksum holds")
+
+
+def _merge(args: Any) -> None:
+    from influence_fast.store.merge import merge_stores
+
+    print(repr(merge_stores(args.stores, args.output)))
+
+
+def _import(args: Any) -> None:
+    from influence_fast.store.importers import import_gradients
+
+    print(repr(import_gradients(args.source, args.output, format=args.format, dtype=args.dtype)))
