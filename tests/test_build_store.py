@@ -515,9 +515,9 @@ import gc, os, signal, sys, time
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
-from influence_fast.building import build_store
-from influence_fast.gradients import iter_gradient_rows
-from influence_fast.projection import Projection
+from influence_fast.store.building import build_store
+from influence_fast.gradients.per_example import iter_gradient_rows
+from influence_fast.gradients.projection import Projection
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -30,12 +30,13 @@ import json, os, signal, sys, time
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
-from influence_fast.building import build_store
-from influence_fast.distributed import build_distributed
-from influence_fast.processes import Preempted, World
-from influence_fast import gradients, store_writer
-from influence_fast.gradients import iter_gradient_rows
-from influence_fast.projection import Projection
+from influence_fast.store.building import build_store
+from influence_fast.distributed.builds import build_distributed
+from influence_fast.distributed.processes import Preempted, World
+from influence_fast.gradients import per_example as gradients
+from influence_fast.store import writer as store_writer
+from influence_fast.gradients.per_example import iter_gradient_rows
+from influence_fast.gradients.projection import Projection
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

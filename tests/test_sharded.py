@@ -26,11 +26,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, {kind}Config
 from influence_fast.cli import main
-from influence_fast.processes import World, close_group, init_group
-from influence_fast.fingerprints import weight_hashes
-from influence_fast.gradients import per_example_gradients, per_example_losses
-from influence_fast.projection import Projection
-from influence_fast.sharded import LockstepRows, shard_model
+from influence_fast.distributed.processes import World, close_group, init_group
+from influence_fast.data.fingerprints import weight_hashes
+from influence_fast.gradients.per_example import per_example_gradients, per_example_losses
+from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.sharded import LockstepRows, shard_model
 
 def make():
     torch.manual_seed(0)

@@ -107,9 +107,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
-from influence_fast.building import build_store
-from influence_fast.projection import Projection
-from influence_fast.spooling import Tokens, TokenSource, spool
+from influence_fast.store.building import build_store
+from influence_fast.gradients.projection import Projection
+from influence_fast.data.spooling import Tokens, TokenSource, spool
 
 torch.set_num_threads(1)
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
