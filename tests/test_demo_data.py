@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from influence_fast.data.examples import Example, render_prompt, tokenize
+from influence_fast.errors import ConfigError
 from influence_fast.evaluation.grading import grade
 from influence_fast.run import demo_data
 from influence_fast.run.demo import WorldConfig, make_tokenizer, make_world, pretrain
@@ -126,6 +127,24 @@ def test_world_is_made_whole_once_and_loads_as_any_model(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["world"]
     other = make_world(tmp_path / "world", seed=2, config=SMALL)  # another seed is another world
     assert other.pool != world.pool
+
+
+@pytest.mark.parametrize("record", [None, "{}", "[1]", "no json"])
+def test_a_folder_of_other_things_is_left_alone(tmp_path: Path, record: str | None) -> None:
+    folder = tmp_path / "run-world"
+    folder.mkdir()
+    (folder / "precious.txt").write_text("years of work")
+    if record is not None:
+        (folder / "world.json").write_text(record)
+    with pytest.raises(ConfigError, match=r"run-world holds something else than the demo's world: choose another"):
+        make_world(folder, config=SMALL)
+    assert (folder / "precious.txt").read_text() == "years of work"
+    assert [p.name for p in tmp_path.iterdir()] == ["run-world"]
+
+
+def test_a_world_takes_the_place_of_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "world").mkdir()
+    assert len(make_world(tmp_path / "world", config=SMALL).pool) == 20
 
 
 def test_demo_config_points_at_a_world_that_the_pipeline_can_load(tmp_path: Path) -> None:

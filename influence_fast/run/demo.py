@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from influence_fast.data.examples import Example, load_examples, render_prompt, save_examples
+from influence_fast.errors import ConfigError
 from influence_fast.progress import track
 from influence_fast.run import demo_data
 from influence_fast.run.demo_data import draw_examples, draw_pool, drill
@@ -76,11 +77,15 @@ class DemoWorld:
 def make_world(
     output_dir: str | Path, *, seed: int = 0, config: WorldConfig | None = None, progress: bool = False
 ) -> DemoWorld:
-    """Makes the world in `output_dir`, or loads it when it is there, made with the same seed and sizes."""
+    """Makes the world in `output_dir`, or loads it when it is there, made with the same seed and sizes.
+
+    A world of another seed or other sizes is replaced. Raises ConfigError: what is there is no world of the demo.
+    """
     config = config or WorldConfig()
     final = Path(output_dir)
     record = {"seed": seed, "code": _code_hash(), **asdict(config)}
-    if not _is_made(final, record):
+    if _record_in(final) != record:
+        _check_replaceable(final)
         partial = final.parent / f".{final.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -254,8 +259,17 @@ def _code_hash() -> str:
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, demo_data.__file__))).hexdigest()
 
 
-def _is_made(path: Path, record: dict[str, Any]) -> bool:
+def _record_in(path: Path) -> dict[str, Any] | None:
+    """What the world in a folder was made of; None where there is no record, or one of somebody else."""
     try:
-        return bool(json.loads((path / RECORD).read_text(encoding="utf-8")) == record)
-    except (OSError, json.JSONDecodeError):
-        return False
+        found = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"seed", "code"} <= found.keys() else None
+
+
+def _check_replaceable(path: Path) -> None:
+    """A world replaces an older one and an empty folder; whatever else is there is not the demo's to remove."""
+    empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    if not empty and _record_in(path) is None:
+        raise ConfigError(f"{path} holds something else than the demo's world: choose another output, or move it away")
