@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from influence_fast.data import spooling
 from influence_fast.data.examples import load_examples, tokenize, write_rows
 from influence_fast.data.fingerprints import dataset_fingerprint
 from influence_fast.data.spooling import Tokens, TokenSource, is_spooled, spool
@@ -81,6 +82,40 @@ def test_a_corrupted_row_is_named_and_leaves_no_half_made_tokens(
     with pytest.raises(DataError, match="holds no tokens"):
         Tokens(tmp_path / "t")
     assert not list((tmp_path / "t").glob("*.arrow"))
+
+
+def test_settings_that_leave_no_example_leave_the_tokens_as_they_were(
+    tmp_path: Path, tiny_tokenizer: Callable[..., Any]
+) -> None:
+    tokenizer, path, folder = tiny_tokenizer(), tmp_path / "rows.jsonl", tmp_path / "t"
+    write_rows(make_rows(), path)
+    spool(folder, TokenSource(path), tokenizer)
+    ids = Tokens(folder)[0]["input_ids"]
+    with pytest.raises(DataError, match="no example is left"):
+        spool(folder, TokenSource(path, max_length=2), tokenizer)
+    assert is_spooled(folder, TokenSource(path), tokenizer)
+    assert torch.equal(Tokens(folder)[0]["input_ids"], ids)
+
+
+def test_a_kill_between_the_two_files_leaves_no_tokens(
+    tmp_path: Path, tiny_tokenizer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, path, folder = tiny_tokenizer(), tmp_path / "rows.jsonl", tmp_path / "t"
+    write_rows(make_rows(), path)
+    spool(folder, TokenSource(path), tokenizer)
+    real = spooling.replacing
+
+    def killed(target: Path) -> Any:
+        if target.name == "tokens.json":
+            raise KeyboardInterrupt
+        return real(target)
+
+    monkeypatch.setattr(spooling, "replacing", killed)
+    with pytest.raises(KeyboardInterrupt):
+        spool(folder, TokenSource(path, max_length=18), tokenizer)
+    assert not is_spooled(folder, TokenSource(path), tokenizer)
+    with pytest.raises(DataError, match="holds no tokens"):
+        Tokens(folder)
 
 
 def test_rows_without_a_trace_are_counted(tmp_path: Path, tiny_tokenizer: Callable[..., Any]) -> None:

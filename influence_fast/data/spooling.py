@@ -92,7 +92,8 @@ def is_spooled(folder: Path, source: TokenSource, tokenizer: Any) -> bool:
 def spool(folder: Path, source: TokenSource, tokenizer: Any, beat: Callable[[], None] = lambda: None) -> None:
     """Tokenizes `source` into `folder`; `beat` is called as it gets on.
 
-    Raises DataError as `load_examples` and `tokenize` do, naming the row.
+    Raises DataError as `load_examples` and `tokenize` do, naming the row, and where no example is left; `folder` is
+    then as it was.
     """
     pa = need_pyarrow(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -120,8 +121,10 @@ def spool(folder: Path, source: TokenSource, tokenizer: Any, beat: Callable[[], 
         if held:
             writer.write_batch(_batch(pa, held, schema))
             count += len(held)
-    if count == 0:
-        raise DataError(f"{source.source}: no example is left; raise max_length, or cut the examples (truncate)")
+        if count == 0:
+            raise DataError(f"{source.source}: no example is left; raise max_length, or cut the examples (truncate)")
+        # the two files are renamed one after the other: without the old record new tokens never pass for the old ones
+        (folder / "tokens.json").unlink(missing_ok=True)
     with replacing(folder / "tokens.json") as temporary:
         about = {"made_of": made_of, "count": count, "too_long": too_long, "without": without}
         temporary.write_text(json.dumps(about) + "\n")
