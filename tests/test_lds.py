@@ -72,6 +72,16 @@ def test_seed_agreement_falls_with_noise_and_bounds_the_score() -> None:
     assert np.isnan(seed_agreement(calm[:, :1]))
 
 
+@pytest.mark.parametrize(
+    "losses", [[[[1], [3]], [[2], [2]], [[3], [1]]], [[[1], [2]], [[2], [1]], [[3], [1]]]], ids=["opposite", "weaker"]
+)
+def test_seeds_that_disagree_leave_nothing_to_predict(losses: list[list[list[int]]]) -> None:
+    found = np.array(losses, dtype=np.float64)
+    assert seed_agreement(found) < 0
+    assert ceiling(found) == 0.0
+    assert np.isnan(ceiling(found[:, :1]))
+
+
 def test_subsets_are_uniform_of_their_size_and_stable_in_their_number() -> None:
     masks = draw_subsets(50, 20, 500, 7)
     assert (masks.sum(axis=1) == 20).all()

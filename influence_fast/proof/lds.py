@@ -110,10 +110,14 @@ def seed_agreement(losses: np.ndarray) -> float:
 
 
 def ceiling(losses: np.ndarray) -> float:
-    """sqrt of the reliability of the seeds' mean, R a / (1 + (R - 1) a) for the seeds' agreement a: see above."""
+    """sqrt of the reliability of the seeds' mean, R a / (1 + (R - 1) a) for the seeds' agreement a: see above.
+
+    0 where seeds do not agree (a <= 0; the formula has a pole at -1 / (R - 1)), NaN for one seed.
+    """
     seeds, agreement = losses.shape[1], seed_agreement(losses)
-    reliability = seeds * agreement / (1 + (seeds - 1) * agreement)
-    return float(np.sqrt(max(reliability, 0.0))) if np.isfinite(reliability) else float("nan")
+    if agreement <= 0:
+        return 0.0
+    return float(np.sqrt(seeds * agreement / (1 + (seeds - 1) * agreement)))
 
 
 def _multisets(seeds: int) -> list[list[int]]:
