@@ -603,6 +603,27 @@ def test_two_messages_beside_two_traces_are_no_traces() -> None:
     assert row["messages"] == OPENR1[1]["messages"]
 
 
+def test_a_column_that_the_first_row_lacks_is_filtered_too(tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    first = {name: value for name, value in OPENR1[1].items() if name != "correctness_math_verify"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (first, OPENR1[2] | {"scores": [0.5, 0.6]})))
+    source = load_rows(path)
+    [row] = kept_rows(source, [e for e in load_examples(source, trace="all") if e.id == "u2#1"])
+    assert row["generations"] == OPENR1[2]["generations"][1:]
+    assert row["correctness_math_verify"] == OPENR1[2]["correctness_math_verify"][1:]
+    assert row["scores"] == [0.6]
+
+
+@pytest.mark.parametrize("verdicts", [[True], [True, False, True]])
+def test_verdicts_of_another_number_than_the_traces_are_named(verdicts: list[bool]) -> None:
+    row = {"uuid": "u", "problem": "p", "answer": "1", "generations": ["a", "b"], "correctness_llama": verdicts}
+    source = load_rows([row])
+    kept = load_examples(source, trace="all")[1:]
+    match = rf"the list given, row 0: column 'correctness_llama' has {len(verdicts)} entries for 2 traces; mend the row"
+    with pytest.raises(DataError, match=match):
+        list(kept_rows(source, kept))
+
+
 def test_pruning_messages_of_openr1_keeps_whole_rows() -> None:
     source = load_rows(OPENR1)
     examples = load_examples(source, format="messages")

@@ -7,6 +7,7 @@ from typing import Any
 
 from influence_fast.data.rows import Row, Rows
 from influence_fast.data.schemas import Example
+from influence_fast.errors import DataError
 
 _TRACE_COLUMNS = (
     "correctness_math_verify",
@@ -25,6 +26,8 @@ def kept_rows(
     filtered alike (the known verdict columns, and any list column as long as `generations` in every row).
     `correctness_count` is counted again, and where `messages` shows a trace that was dropped it shows the
     first kept one instead, so that a trainer that reads `messages` does not train on a pruned trace.
+
+    Raises DataError, naming the row: a verdict column that is not as long as `generations`.
     """
     kept: dict[int, set[int] | None] = {}
     for example in examples:
@@ -41,16 +44,17 @@ def kept_rows(
     for index, row in enumerate(rows):
         if index in kept:
             traces = kept[index]
+            if traces is not None:
+                _check_lengths(row, rows.place(index), generations, parallel)
             yield row if traces is None else _keep_traces(row, sorted(traces), generations, parallel)
 
 
 def _parallel_columns(rows: Rows, generations: str) -> list[str]:
-    parallel = dict.fromkeys(rows.columns, True)
+    parallel: dict[str, bool] = {}  # of every row's columns: those of JSON lines need not be in the first
     for row in rows:
         count = len(row.get(generations) or [])
         for column, value in row.items():
-            if parallel.get(column, False) and not (value is None or _is_per_trace(value, count)):
-                parallel[column] = False
+            parallel[column] = parallel.get(column, True) and (value is None or _is_per_trace(value, count))
     return [column for column, same in parallel.items() if same or column in _TRACE_COLUMNS]
 
 
@@ -59,6 +63,14 @@ def _is_per_trace(value: Any, count: int) -> bool:
     if not isinstance(value, list) or len(value) != count:
         return False
     return not any(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
+
+
+def _check_lengths(row: Row, place: str, generations: str, parallel: list[str]) -> None:
+    count = len(row[generations])
+    for column in parallel:
+        value = row.get(column)
+        if isinstance(value, list) and len(value) != count:
+            raise DataError(f"{place}: column {column!r} has {len(value)} entries for {count} traces; mend the row")
 
 
 def _keep_traces(row: Row, kept: list[int], generations: str, parallel: list[str]) -> Row:
