@@ -187,6 +187,13 @@ def test_adam_moments_are_found_by_parameter_name(model: Any, tokenizer: Any, ex
         load_adam_moments(result.path)
 
 
+def test_checkpoints_are_the_folders_that_have_a_step(tmp_path: Path) -> None:
+    for name in ("checkpoint-10", "checkpoint-5", "checkpoint-best", "checkpoint-", "checkpoint-3-old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-7").write_text("a file")
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-10"]
+
+
 def test_full_training_moves_every_weight(model: Any, tokenizer: Any, examples: Any, tmp_path: Path) -> None:
     before = [p.detach().clone() for p in model.parameters()]
     loss = loss_of(model, examples)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -229,8 +230,9 @@ def finetuned(base: torch.nn.Module, path: str | Path) -> Iterator[Any]:
 
 
 def list_checkpoints(path: str | Path) -> list[Path]:
-    """The checkpoints kept in a result's folder, in the order of training."""
-    return sorted(Path(path).glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    """The checkpoints kept in a result's folder, `checkpoint-<step>`, in the order of training."""
+    saved = [p for p in Path(path).glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", p.name) and p.is_dir()]
+    return sorted(saved, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def load_adam_moments(checkpoint: str | Path) -> dict[str, dict[str, torch.Tensor]]:
