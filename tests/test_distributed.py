@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from influence_fast.distributed.claims import Claims, Owner
-from influence_fast.distributed.metrics import Follower, folder_of, rates_text, summary
+from influence_fast.distributed.metrics import Follower, folder_of, peak_flops, rates_text, summary
 from influence_fast.distributed.processes import World, retried
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.store.reader import open_store, verify_store
@@ -473,3 +474,21 @@ def test_totals_follow_the_lines_as_they_are_written(tmp_path: Path) -> None:
     assert (totals.examples, totals.tokens, totals.ranks) == (9, 300, {0, 2})
     assert totals.idle_share == pytest.approx(7 / 16)
     assert rates_text(totals, 10.0, 6e11) == "30 tokens/s, 0.90 examples/s, 2 ranks, MFU 100 %"
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A1000", None),
+    ],
+)
+def test_peaks_are_those_of_whole_names(monkeypatch: pytest.MonkeyPatch, name: str, tflops: int | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == (None if tflops is None else tflops * 1e12)

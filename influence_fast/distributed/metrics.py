@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,10 +28,11 @@ import torch
 from influence_fast.atomic import beside
 
 EVERY = 1.0  # seconds between two lines of a rank, and between two looks at those of the others
-# Dense bf16 FLOP/s from the makers' data sheets, by a part of the card's name; the first that fits counts.
+# Dense bf16 FLOP/s from the makers' data sheets, by words of the card's name; the first that fits counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
+    "GH200": 989e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
@@ -49,7 +51,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((value for part, value in PEAK_FLOPS.items() if part in name), None)
+    return next((value for part, value in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def example_flops(model: Any) -> Callable[[int], float]:
