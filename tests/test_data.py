@@ -139,6 +139,13 @@ def test_limit_and_split(tmp_path: Path) -> None:
         load_examples(source, split="trian")
 
 
+def test_rows_beyond_the_limit_are_not_converted() -> None:
+    rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": None}]
+    assert [e.completion for e in load_examples(rows, limit=1)] == ["c"]
+    with pytest.raises(DataError, match="row 1"):
+        load_examples(rows, limit=2)
+
+
 def test_a_hub_id_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError) as error:
         load_examples("someone/no-such-set:main")

@@ -75,12 +75,12 @@ def load_examples(
     without: list[int] = []
     seen = 0
     for index, found in enumerate(read_examples(rows, format, trace, columns or {})):
-        if limit is not None and len(examples) >= limit:
-            break
         seen += 1
         examples += found
         if not found:
             without.append(index)
+        if limit is not None and len(examples) >= limit:  # before the next row is converted, which may be broken
+            break
     if limit is not None:
         del examples[limit:]
     places = listing(rows.place(i).removeprefix(f"{rows.name}, ") for i in without)
