@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 import threading
 import time
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from influence_fast.errors import ConfigError
+from influence_fast.evaluation import grading
 from influence_fast.evaluation.grading import (
     Grade,
     choice_letter,
@@ -224,3 +227,9 @@ def test_reference_solutions_agree_with_their_own_answers() -> None:
     # and each is told apart from its neighbour's, save for equal answers
     rolled = [(row["solution"], other["answer"]) for row, other in zip(rows, rows[1:] + rows[:1], strict=True)]
     assert sum(grade(text, gold).correct for text, gold in rolled) / len(rows) < 0.05
+
+
+def test_a_worker_that_does_not_start_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(ConfigError, match=r"the grading worker did not start: run `.*false -m influence_fast"):
+        grading._Worker().verify("x", "y", 5.0)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from influence_fast.errors import ConfigError
+
 ANSWER_KINDS = ("math", "last_number", "choice")
 MAX_ANSWER = 2000  # characters; a longer "answer" is no answer, and only costs time to parse
 WORKER_MEMORY = 4 << 30  # bytes of address space: 9^9^9^9 must fail in the worker, not take the machine
@@ -38,7 +40,8 @@ def grade(text: str, gold: str, *, timeout: float = 5.0, kind: str = "math") -> 
     """Whether `text` comes to the answer `gold`. Never raises on hostile text, never takes much over `timeout`.
 
     `kind`: `math`; `last_number`, which takes the last number of a text that states no answer in a known form; or
-    `choice`, where `gold` is the letter of an option. Raises ValueError for another kind. Thread-safe.
+    `choice`, where `gold` is the letter of an option. Raises ValueError for another kind, ConfigError where the worker
+    process does not start. Thread-safe.
     """
     if kind not in ANSWER_KINDS:
         raise ValueError(f"unknown kind of answer {kind!r}; known: {', '.join(ANSWER_KINDS)}")
@@ -260,7 +263,7 @@ class _Worker:
             ready = None
         if ready is None:
             self.stop()
-            raise RuntimeError(f"the grading worker did not start: run `{sys.executable} -m {__name__}` to see why")
+            raise ConfigError(f"the grading worker did not start: run `{sys.executable} -m {__name__}` to see why")
         return self._process
 
     def stop(self) -> None:
