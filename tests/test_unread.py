@@ -13,6 +13,7 @@ from influence_fast.cli import main
 from influence_fast.config import (
     DataConfig,
     EvalConfig,
+    LoraSettings,
     ModelConfig,
     PruningConfig,
     RunConfig,
@@ -20,15 +21,18 @@ from influence_fast.config import (
     TrainConfig,
     load_config,
 )
+from influence_fast.data.examples import write_rows
 from influence_fast.influence.settings import GradientConfig, InfluenceConfig
 from influence_fast.run.unread import unread_settings
+from influence_fast.selection.strategies import STRATEGIES
 
 RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
 
 
 def config_of(**changes: Any) -> RunConfig:
     source = Source("some/where")
-    return RunConfig("run", ModelConfig("a/model"), DataConfig(source, validation=source, test=source), **changes)
+    parts = {"model": ModelConfig("a/model"), "data": DataConfig(source, validation=source, test=source)}
+    return RunConfig("run", **(parts | changes))
 
 
 @pytest.mark.parametrize(
@@ -66,6 +70,10 @@ def config_of(**changes: Any) -> RunConfig:
         ({"training": TrainConfig(max_steps=3, epochs=2)}, ["training.epochs"]),
         ({"pruning": PruningConfig(("random",), pass_rate_samples=9)}, ["pruning.pass_rate_samples"]),
         ({"pruning": PruningConfig(("easy",), pass_rate_samples=9)}, []),
+        ({"training": TrainConfig(seed=3)}, ["training.seed"]),
+        ({"influence": InfluenceConfig(tasks="subject")}, ["influence.tasks"]),
+        ({"influence": InfluenceConfig(tasks="subject"), "pruning": PruningConfig(("random", "less"))}, []),
+        ({"lora": LoraSettings(r=4), "model": ModelConfig("a/model", adapter="an/adapter")}, []),  # the grid reads it
     ],
     ids=str,
 )
@@ -74,6 +82,37 @@ def test_what_nothing_reads_is_named(changes: dict[str, Any], keys: list[str]) -
         changes = changes | {"pruning": PruningConfig(("low_benefit",))}
     found = unread_settings(config_of(**changes))
     assert [line.split(" is ")[0] for line in found] == keys
+
+
+def test_a_strategy_of_ones_own_reads_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Algebra:
+        needs = ("s_algebra",)
+
+    monkeypatch.setitem(STRATEGIES, "algebra", Algebra())
+    changes = {"influence": InfluenceConfig(tasks="subject"), "pruning": PruningConfig(("algebra",))}
+    assert unread_settings(config_of(**changes)) == []
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_splits_and_traces_that_a_local_file_does_not_have(tmp_path: Path, kind: str) -> None:
+    pairs, traces = tmp_path / f"pairs.{kind}", tmp_path / f"traces.{kind}"
+    write_rows([{"prompt": "p", "completion": "c"}], pairs)
+    write_rows([{"problem": "p", "generations": ["c", "d"], "answer": "1"}], traces)
+    data = DataConfig(
+        Source(str(pairs), split="validation", trace="all"),
+        validation=Source(str(traces), trace="all"),
+        test=Source("some/where", split="validation", trace="all"),
+    )
+    assert unread_settings(config_of(data=data)) == [
+        "data.pool.split is 'validation', which nothing reads here: a single file has no splits",
+        "data.pool.trace is 'all', which nothing reads here: the file's rows have no traces to choose from",
+    ]
+    renamed = Source(str(traces), trace="all", columns={"prompt": "problem", "completion": "answer"})
+    found = unread_settings(config_of(data=dataclasses.replace(data, pool=renamed)))
+    assert [line.split(" is ")[0] for line in found] == ["data.pool.trace"]
+    pairs.write_text("")  # what is wrong with it is for the run to say
+    found = unread_settings(config_of(data=data))
+    assert [line.split(" is ")[0] for line in found] == ["data.pool.split"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

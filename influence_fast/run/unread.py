@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
-from influence_fast.config import RunConfig
+from influence_fast.config import RunConfig, Source
+from influence_fast.data.rows import Rows
+from influence_fast.data.schemas import choose_schema
+from influence_fast.errors import InfluenceFastError
 from influence_fast.influence.damping import AUTO
 from influence_fast.influence.preconditioners import FROM_MODEL, SKETCHES
 from influence_fast.influence.settings import (
@@ -16,7 +21,7 @@ from influence_fast.influence.settings import (
     fitted_examples,
     unsketched_preconditioner,
 )
-from influence_fast.selection.strategies import PASS_RATE, needed_columns
+from influence_fast.selection.strategies import PASS_RATE, needed_columns, reads_tasks
 
 Unread = tuple[str, Any, Any, str]  # key, value, default, why
 
@@ -83,9 +88,47 @@ def _beside(config: RunConfig) -> Iterator[Unread]:
     if not asks_the_pool:
         for name in ("pass_rate_samples", "pass_rate_temperature"):
             yield _of(config.pruning, "pruning", name, "no strategy reads pass rates (difficulty, easy, hard)")
+    for name in ("pool", "validation", "test"):
+        source = getattr(config.data, name)
+        if source is not None:
+            yield from _of_source(source, f"data.{name}")
+    if not any(map(reads_tasks, config.pruning.strategies)):
+        why = "no strategy reads the scores of tasks (less), which are only shown"
+        yield _of(config.influence, "influence", "tasks", why)
+    yield _of(config.training, "training", "seed", "every fine-tuning has one of pruning.seeds")
     if config.data.max_length is None:
         yield _of(config.data, "data", "truncate", "there is no data.max_length to cut at")
     if config.evaluation.temperature == 0 and not asks_the_pool:
         yield _of(config.evaluation, "evaluation", "top_p", "evaluation.temperature 0 takes the likeliest token")
     if config.training.max_steps > 0:
         yield _of(config.training, "training", "epochs", "training.max_steps decides")
+
+
+def _of_source(source: Source, part: str) -> Iterator[Unread]:
+    path = Path(source.path).expanduser()
+    if not path.is_file():
+        return
+    yield _of(source, part, "split", "a single file has no splits")
+    trace = _of(source, part, "trace", "the file's rows have no traces to choose from")
+    if trace[1] != trace[2] and _format(source, path) not in ("openr1", None):
+        yield trace
+
+
+def _format(source: Source, path: Path) -> str | None:
+    """The schema that a local file's rows have, by what costs no reading of the whole; None where that tells nothing,
+    or the run itself will say what is wrong with it."""
+    try:
+        if path.suffix.lower() == ".parquet":
+            import pyarrow.parquet as pq
+
+            row: Any = dict.fromkeys(pq.read_schema(path).names)
+        elif path.suffix.lower() == ".jsonl":
+            with path.open(encoding="utf-8-sig") as lines:
+                row = json.loads(next(filter(str.strip, lines)))
+            if not isinstance(row, dict):
+                return None
+        else:
+            return source.format if source.format != "auto" else None
+        return choose_schema(Rows([row], str(path), path.suffix), source.format, source.columns or {}).name
+    except (OSError, ValueError, ImportError, StopIteration, InfluenceFastError):
+        return None

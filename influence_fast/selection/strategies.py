@@ -7,6 +7,7 @@ the data's order.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -17,12 +18,13 @@ from influence_fast.influence.scores import ScoreTable
 
 EMBEDDING_RANK = "embedding_rank"
 PASS_RATE = "pass_rate"
+_INFLUENCE = re.compile(r"(?:s|rank|mean_rank)_(.+)")  # columns of influence scores, by the group that they are of
 
 
 class Strategy(Protocol):
     """What `register` takes."""
 
-    needs: tuple[str, ...]  # columns of the table it reads
+    needs: tuple[str, ...]  # columns of the table it reads; `tasks = True` beside it: every task's score too
 
     def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
         """[N] float64, higher = dropped sooner."""
@@ -52,6 +54,17 @@ def find(name: str) -> Strategy:
 def needed_columns(names: Iterable[str]) -> set[str]:
     """All columns that the strategies called `names` read. Raises ConfigError for an unknown name."""
     return {column for name in names for column in find(name).needs}
+
+
+def reads_influence(name: str) -> bool:
+    """Whether the strategy called `name` reads influence scores. Raises ConfigError for an unknown name."""
+    return any(_INFLUENCE.fullmatch(column) for column in find(name).needs)
+
+
+def reads_tasks(name: str) -> bool:
+    """Whether it reads the scores of single tasks. Raises ConfigError for an unknown name."""
+    groups = {found[1] for column in find(name).needs if (found := _INFLUENCE.fullmatch(column))}
+    return bool(groups - {"correct", "incorrect"}) or getattr(find(name), "tasks", False)
 
 
 def check_columns(table: ScoreTable, name: str) -> None:
@@ -196,6 +209,7 @@ class Less:
     """
 
     needs: tuple[str, ...] = ("s_correct",)
+    tasks = True  # and every task's column, whatever their names are
 
     def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
         tasks = [c for name, c in table.columns.items() if name.startswith("s_") and name != "s_incorrect"]
