@@ -19,6 +19,7 @@ from influence_fast.errors import DataError
 from influence_fast.report import page as report
 from influence_fast.report import summary
 from influence_fast.report.statistics import grid_statistics
+from influence_fast.selection.strategies import STRATEGIES
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 HOSTILE = (
@@ -291,6 +292,23 @@ def test_grid_statistics_are_what_the_page_shows() -> None:
     assert "One seed" not in text
     one = {"title": "t", "cells": cells[:3], **grid_statistics(cells[:3], correct[:3])}
     assert "One seed: intervals and p are over the questions only" in Page(report.render(one)).text()
+
+
+def test_a_strategy_is_drawn_by_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Algebra:
+        needs = ("loss", "mean_rank_algebra")
+
+    monkeypatch.setitem(STRATEGIES, "algebra", Algebra())
+    kinds = {
+        "influence": ("low_benefit", "high_harm", "combined", "combined_mean_rank", "less", "algebra"),
+        "baseline": ("perplexity_mid", "short", "embedding", "difficulty", "registered elsewhere"),
+        "random": ("random",),
+        "full": ("full",),
+    }
+    for kind, names in kinds.items():
+        for name in names:
+            (setting,) = summary.aggregate([{"strategy": name, "fraction": 0.1, "accuracy": 0.5}])
+            assert setting.kind == kind, name
 
 
 def test_headline_without_cells_claims_detection_or_nothing() -> None:

@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 
 from influence_fast.errors import DataError
+from influence_fast.selection.strategies import STRATEGIES, reads_influence
 
 Row = Mapping[str, Any]
-
-# Strategies that use influence scores; every other name is drawn as a baseline.
-INFLUENCE_STRATEGIES = ("low_benefit", "high_harm", "combined", "less")
 
 # Two-sided 97.5 % quantiles of Student's t for 1..9 degrees of freedom, where the expansion below is too coarse.
 _T975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
@@ -87,7 +85,8 @@ class Setting:
         """`influence`, `random`, `full` or `baseline`: decides the colour."""
         if self.strategy in ("random", "full"):
             return self.strategy
-        return "influence" if self.strategy.startswith(INFLUENCE_STRATEGIES) else "baseline"
+        known = self.strategy in STRATEGIES  # results may be of a strategy that was registered elsewhere
+        return "influence" if known and reads_influence(self.strategy) else "baseline"
 
 
 def _mean(values: Iterable[Any]) -> float:
