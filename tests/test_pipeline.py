@@ -621,7 +621,7 @@ def test_settings_are_named_as_options_and_paths_are_left_alone() -> None:
 
     from influence_fast.cli.messages import by_flags
 
-    args = Namespace(columns=None, limit=1, learning_rate=None, rank=4, model="m", store="s")
+    args = Namespace(columns=None, limit=1, learning_rate=None, rank=4, model="m", store="s", packing=None)
     for text, said in (
         ("data.limit is 0", "--limit is 0"),
         ("lower training.learning_rate.", "lower --learning-rate."),
@@ -631,7 +631,8 @@ def test_settings_are_named_as_options_and_paths_are_left_alone() -> None:
         ("data.limit.csv: absent", "data.limit.csv: absent"),
         ("data.model is no store", "data.model is no store"),
         ("gradients.store is not a gradient store", "gradients.store is not a gradient store"),
-        ("train.model/config.json", "train.model/config.json"),
+        ("training.model/config.json", "training.model/config.json"),
+        ("train.packing: as trl has it", "train.packing: as trl has it"),  # no key of ours
         ('with columns={"id": None}', "with --columns id="),
     ):
         assert by_flags(text, args) == said

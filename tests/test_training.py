@@ -304,7 +304,7 @@ def test_packs_whose_examples_see_each_other_are_refused(
     apart = sft.attention.packed_attention
     without = lambda *args, cu_seq_lens_q=None, **kwargs: apart(*args, **kwargs)  # noqa: E731
     monkeypatch.setattr(sft.attention, "packed_attention", without)
-    with pytest.raises(ConfigError, match="see each other"):
+    with pytest.raises(ConfigError, match=r"^training.packing: in a pack .* see each other"):
         run(model, tokenizer, examples, tmp_path / "out", config)
     assert model.config._attn_implementation == "sdpa"
 

@@ -41,7 +41,6 @@ def _settings_of(part: str) -> set[str]:
         "gradients": config.GradientConfig,
         "influence": config.InfluenceConfig,
         "training": config.TrainConfig,
-        "train": config.TrainConfig,
         "lora": config.LoraSettings,
         "evaluation": config.EvalConfig,
         "pruning": config.PruningConfig,

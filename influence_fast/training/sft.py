@@ -232,7 +232,7 @@ def _packs_apart(model: Any, config: TrainConfig) -> Iterator[None]:
     with attention.packed(base, base.config):
         if not _second_is_blind_to_the_first(base):
             raise ConfigError(
-                f"train.packing: in a pack the examples of this model ({base.config.model_type}, attention "
+                f"training.packing: in a pack the examples of this model ({base.config.model_type}, attention "
                 f"{base.config._attn_implementation}) see each other, which would train on mixed-up contexts: "
                 "leave packing out, or load the model with flash-attention"
             )
