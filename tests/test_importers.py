@@ -13,6 +13,7 @@ import torch
 from numpy.lib.format import open_memmap
 from safetensors.torch import save_file
 
+from influence_fast.cli import main
 from influence_fast.errors import ConfigError, StoreError
 from influence_fast.gradients.projection import Projection
 from influence_fast.store.importers import import_gradients
@@ -338,6 +339,51 @@ def test_pickled_numpy_arrays_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.array([Unsafe()], dtype=object), allow_pickle=True)
     with pytest.raises(StoreError, match="cannot be read"):
         import_gradients(tmp_path / "x.npy", tmp_path / "out")
+
+
+def test_the_command_passes_ids_and_options_of_the_format(tmp_path: Path) -> None:
+    source, ids = tmp_path / "g.safetensors", tmp_path / "ids.txt"
+    save_file({"a": make_rows(), "b": make_rows(seed=1)}, source)
+    ids.write_text("".join(f"example {i}\n" for i in range(ROWS)))
+    command = ["import", str(source), "--output", str(tmp_path / "s"), "--option", "key=b", "--ids", str(ids)]
+    assert main(command) == 0
+    store = open_store(tmp_path / "s")
+    assert torch.equal(store.rows(), make_rows(seed=1))
+    assert store.ids[-1] == f"example {ROWS - 1}"
+    write_trak(tmp_path / "t", make_rows(), model_ids=(0, 3))
+    command = ["import", str(tmp_path / "t"), "--output", str(tmp_path / "u"), "--option", "model_id=3"]
+    assert main([*command, "--option", "kind=features"]) == 0
+    assert torch.equal(open_store(tmp_path / "u").rows(), 2 * make_rows() + 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "holds 2 tensors (a, b); choose one with --option key=..."),
+        (["--option", "keys=a"], "--option keys: no format has it; did you mean 'key'?"),
+        (["--option", "resume=no"], "--option resume: no format has it"),
+        (["--option", "key=a", "--option", "key=b"], "--option key is given twice"),
+        (["--option", "kind=grads"], "format 'safetensors' has no option 'kind'; known: key"),
+        (["--format", "bergson", "--option", "key=a"], "format 'bergson' has no option 'key'; it has none"),
+        (["--format", "trak"], "g.safetensors is a file, and TRAK's save_dir is a folder"),
+        (["--option", "key=a", "--ids", "ids.txt"], "37 rows; give as many ids"),
+        (["--option", "key=a", "--ids", "g.safetensors"], "--ids g.safetensors: not UTF-8 text"),
+    ],
+)
+def test_the_command_names_its_own_options(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"a": make_rows(), "b": make_rows(seed=1)}, "g.safetensors")
+    Path("ids.txt").write_text("one\n")
+    assert main(["import", "g.safetensors", "--output", "s", *options]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
 
 
 def test_bad_requests_are_named(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ def by_flags(text: str, args: Any, of: str = "") -> str:
             text,
         )
         text = re.sub(r'format="(\w+)"(?: with)?', rf"--{of}format \1", text)
+    if hasattr(args, "option"):  # of the format of an import
+        text = re.sub(r"\bwith (\w+)=$", r"with --option \1=...", text)
     return text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from influence_fast.cli.options import (
     say_left_out,
     trace_of,
 )
-from influence_fast.errors import ConfigError
+from influence_fast.errors import ConfigError, did_you_mean
 
 
 def add(verb: NewVerb) -> None:
@@ -50,8 +51,17 @@ def add(verb: NewVerb) -> None:
     sub = verb("import", _import, "make a store of gradients that another tool wrote")
     sub.add_argument("source", help="LESS .pt folder, TRAK memory map, bergson index, .npy or .safetensors")
     sub.add_argument("--output", required=True, help="folder of the store")
-    sub.add_argument("--format", default="auto")
+    sub.add_argument("--format", default="auto", help="less, trak, bergson, npy or safetensors (default: as it looks)")
     sub.add_argument("--dtype", default="fp32", help="fp32 (default), bf16 or int8")
+    sub.add_argument("--ids", metavar="FILE", help="text file of the rows' ids, one a line (default: row numbers)")
+    sub.add_argument(
+        "--option",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the format, may be repeated: file= (less), model_id= and kind= (trak), key= (safetensors)",
+    )
 
 
 def _build(args: Any) -> None:
@@ -151,7 +161,30 @@ def _merge(args: Any) -> None:
     print(repr(merge_stores(args.stores, args.output)))
 
 
-def _import(args: Any) -> None:
-    from influence_fast.store.importers import import_gradients
+def _option(text: str) -> tuple[str, str]:
+    name, sign, value = text.partition("=")
+    if not sign or not name.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name.strip(), value
 
-    print(repr(import_gradients(args.source, args.output, format=args.format, dtype=args.dtype)))
+
+def _import(args: Any) -> None:
+    from influence_fast.store.importers import FORMATS, import_gradients, options_of
+
+    known = {option for name in FORMATS for option in options_of(name)}
+    options: dict[str, Any] = {}
+    for name, value in args.option:
+        if name not in known:
+            raise ConfigError(f"--option {name}: no format has it; {did_you_mean(name, known)}")
+        if name in options:
+            raise ConfigError(f"--option {name} is given twice; leave one out")
+        options[name] = value
+    ids = None if args.ids is None else _lines_of(args.ids)
+    print(repr(import_gradients(args.source, args.output, format=args.format, ids=ids, dtype=args.dtype, **options)))
+
+
+def _lines_of(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError:
+        raise ConfigError(f"--ids {path}: not UTF-8 text; give a text file with one id a line") from None

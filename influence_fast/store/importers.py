@@ -85,10 +85,11 @@ def import_gradients(
     name = _detect(path) if format == "auto" else format
     if name not in FORMATS:
         raise ConfigError(f"unknown gradient format {name!r}; {did_you_mean(name, FORMATS)}")
-    known = set(inspect.signature(FORMATS[name]).parameters) - {"path"}
+    known = options_of(name)
     for option in options:
         if option not in known:
-            raise ConfigError(f"format {name!r} has no option {option!r}; {did_you_mean(option, known)}")
+            hint = did_you_mean(option, known) if known else "it has none, leave it out"
+            raise ConfigError(f"format {name!r} has no option {option!r}; {hint}")
     rows = FORMATS[name](path, **options)
     if ids is None:
         names = [str(i) for i in range(rows.rows)]
@@ -98,6 +99,11 @@ def import_gradients(
         names = list(ids)
     check_unique(names, "the ids given")
     return _copy(rows, names, out, dtype, identity or StoreIdentity(projection_kind="unknown"), resume)
+
+
+def options_of(format: str) -> list[str]:
+    """The names of the options that a key of `FORMATS` takes."""
+    return [name for name in inspect.signature(FORMATS[format]).parameters if name != "path"]
 
 
 def _copy(rows: Source, names: list[str], out: str | Path, dtype: str, identity: StoreIdentity, resume: bool) -> Store:
@@ -225,11 +231,13 @@ def _concatenated(tensors: list[torch.Tensor], where: Path, note: str) -> Source
 # ---- TRAK: <save_dir>/metadata.json, <save_dir>/<model id>/{grads,features,_is_featurized}.mmap (npy files) --------
 
 
-def trak(path: Path, *, model_id: int | None = None, kind: str = "grads") -> Source:
+def trak(path: Path, *, model_id: int | str | None = None, kind: str = "grads") -> Source:
     """A TRAK save_dir: for one checkpoint the projected gradients ("grads") or features ("features",
     `grads (grads^T grads)^-1`); TRAK's default deletes neither, but `del_grads=True` does the first."""
     if kind not in ("grads", "features"):
         raise ConfigError(f"unknown kind {kind!r} of TRAK rows; {did_you_mean(kind, ('grads', 'features'))}")
+    if not path.is_dir():
+        raise StoreError(f"{path} is a file, and TRAK's save_dir is a folder; give that, or another format")
     metadata = _json(path / "metadata.json") if (path / "metadata.json").exists() else {}
     found = sorted(int(p.name) for p in path.iterdir() if p.is_dir() and p.name.isdigit())
     if model_id is None and len(found) != 1:
