@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from influence_fast.data.boxed import last_boxed
 from influence_fast.data.examples import (
     Example,
     kept_rows,
@@ -27,8 +28,8 @@ from influence_fast.data.examples import (
     tokenize,
     write_rows,
 )
-from influence_fast.data.schemas import last_boxed
 from influence_fast.errors import ConfigError, DataError, ModelError
+from influence_fast.evaluation.grading import extract_answer
 
 Factory = Callable[..., Any]
 
@@ -190,6 +191,22 @@ def test_math_takes_the_boxed_answer_when_there_is_no_other() -> None:
     assert only([row | {"answer": "0.5"}]).answer == "0.5"
     assert last_boxed("no box") is None
     assert last_boxed(r"\boxed{cut") is None
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        (r"so \fbox{5}", "5"),
+        (r"so \boxed {5}", "5"),
+        (r"so \boxed 5.", "5"),
+        (r"so \boxed{5} and \boxed{cut", "5"),
+        (r"so \boxed{\{ 5 \}}", r"\{ 5 \}"),
+        (r"so \boxed{ }", None),
+    ],
+)
+def test_reference_answers_are_read_as_the_grader_reads(solution: str, answer: str | None) -> None:
+    assert only([{"problem": "p", "solution": solution}]).answer == answer
+    assert extract_answer(solution) == answer
 
 
 def test_messages_keep_every_turn() -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from influence_fast.data.boxed import last_boxed
 from influence_fast.data.rows import Row, Rows
 from influence_fast.errors import ConfigError, DataError, did_you_mean
 
@@ -184,20 +185,7 @@ def _limo(cells: Cells, trace: Trace) -> list[Draft]:
 
 def _math(cells: Cells, trace: Trace) -> list[Draft]:
     solution = cells.text("solution")
-    return [Draft(cells.text("problem"), solution, cells.optional("answer") or last_boxed(solution))]
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` of `text`, braces balanced; None where there is none."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for i in range(start + len("\\boxed"), len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[start + len("\\boxed{") : i]
-    return None
+    return [Draft(cells.text("problem"), solution, cells.optional("answer") or last_boxed(solution) or None)]
 
 
 def _openr1(cells: Cells, trace: Trace) -> list[Draft]:

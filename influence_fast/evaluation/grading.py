@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from influence_fast.data.boxed import last_boxed
 from influence_fast.errors import ConfigError
 
 ANSWER_KINDS = ("math", "last_number", "choice")
@@ -68,7 +69,6 @@ def equal_answers(answer: str, gold: str, *, timeout: float = 5.0) -> tuple[bool
 
 # --- extraction -------------------------------------------------------------------------------------------------
 
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?=[{\s\w])")
 _STATED = re.compile(
     r"\b(?:final\s+answer|answer)\s*(?:is|are|equals|=|:)\s*(?:equal\s+to\s*|:\s*)?([^\n]{1,400})", re.IGNORECASE
 )
@@ -80,7 +80,7 @@ def extract_answer(text: str, *, last_number: bool = False) -> str | None:
 
     With `last_number`, a text with none of these yields its last number.
     """
-    for find in (_last_boxed, _last_hashes, _last_stated):
+    for find in (last_boxed, _last_hashes, _last_stated):
         found = find(text)
         if found:
             return found
@@ -110,7 +110,7 @@ def extract_choice(text: str) -> str | None:
     The last `\boxed{C}` (also `\boxed{\text{(C)}}`), else the last "the answer is C", "Answer: (C)" or "option C",
     else the last line that is a letter and nothing more, else the last "(C)".
     """
-    boxed = _last_boxed(text)
+    boxed = last_boxed(text)
     if boxed:
         found = _LEADING_LETTER.match(_TEXT.sub(r"\1", boxed[:MAX_ANSWER]).strip(" $*"))
         if found:
@@ -127,21 +127,6 @@ def choice_letter(gold: str) -> str | None:
     """The letter of a reference such as `C`, `(c)` or `C.`; None where it is no option's letter."""
     found = re.fullmatch(r"\(?([A-Ja-j])[).]?", gold.strip())
     return found.group(1).upper() if found else None
-
-
-def _last_boxed(text: str) -> str | None:
-    """The content of the last box that is closed; nested and escaped braces count."""
-    starts = [match.end() for match in _BOXED.finditer(text)]
-    for start in reversed(starts[-20:]):  # a text of nothing but unclosed boxes must not cost its square
-        if text[start] != "{":
-            content = re.match(r"\S{1,50}", text[start : start + 50])  # \boxed 5
-            return content.group().rstrip(".$") if content else None
-        depth = 0
-        for match in re.finditer(r"\\.|[{}]", text[start : start + 20 * MAX_ANSWER], re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(match.group(), 0)
-            if depth == 0 and match.group() == "}":
-                return text[start + 1 : start + match.start()].strip()
-    return None
 
 
 def _last_hashes(text: str) -> str | None:
