@@ -16,7 +16,7 @@ from influence_fast.config import DataConfig, ModelConfig, PruningConfig, RunCon
 from influence_fast.data.examples import load_examples, tokenize
 from influence_fast.errors import ConfigError, ModelError
 from influence_fast.influence.settings import GradientConfig, InfluenceConfig
-from influence_fast.run.dry_run import describe, model_shape, plan, row_bytes
+from influence_fast.run.dry_run import describe, model_shape, plan
 from influence_fast.run.workdir import RunFolder
 from influence_fast.store.building import build_store
 from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune
@@ -212,7 +212,6 @@ def test_bad_input_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match=str(tmp_path)):
         model_shape(ModelConfig(str(tmp_path)), config_of(folder))
-    assert row_bytes(10, "bf16") == 20
 
 
 def test_memory_of_the_gradients_is_that_of_their_largest_batch(folder: Path) -> None:

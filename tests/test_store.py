@@ -17,7 +17,7 @@ import torch
 from influence_fast.errors import ConfigError, NumericError, StoreError
 from influence_fast.gradients.projection import Projection
 from influence_fast.store import writer as store_writer
-from influence_fast.store.manifest import Manifest, ModuleEntry, Part, digest, projection_fields
+from influence_fast.store.manifest import Manifest, ModuleEntry, Part, digest, projection_fields, row_bytes
 from influence_fast.store.merge import append_store, merge_stores
 from influence_fast.store.reader import Store, StoreIdentity, open_store, verify_store
 from influence_fast.store.writer import StoreWriter
@@ -101,6 +101,8 @@ def test_rows_come_back_within_the_rounding_of_the_dtype(tmp_path: Path, dtype: 
         assert (np.abs(back).max(axis=1) >= 0.99 * np.abs(rows).max(axis=1)).all()
     assert store.ids == [f"example {i}" for i in range(n)]
     assert verify_store(tmp_path / "s") == []
+    parts = [p.stat().st_size for kind in ("rows", "scales") for p in (tmp_path / "s").glob(f"*{kind}*")]
+    assert sum(parts) == n * row_bytes(WIDTH, dtype)
 
 
 def test_int8_keeps_rows_of_zeros_and_of_subnormal_numbers_finite(tmp_path: Path) -> None:

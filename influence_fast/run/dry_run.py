@@ -22,7 +22,7 @@ from influence_fast.gradients.fp8 import FP8
 from influence_fast.gradients.memory import GradientMemory, gradient_memory
 from influence_fast.influence.settings import fitted_examples
 from influence_fast.run.workdir import occupied
-from influence_fast.store.manifest import DTYPES, SCALE_DTYPE
+from influence_fast.store.manifest import row_bytes
 
 THOUSAND = 1000
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -184,11 +184,6 @@ def _stores(config: RunConfig, examples: int) -> int:
     steps = training.max_steps if training.max_steps > 0 else math.ceil(examples / batch) * training.epochs
     every = training.save_checkpoints
     return max(1, math.ceil(steps / every if every is not True else steps / math.ceil(examples / batch)))
-
-
-def row_bytes(row: int, dtype: str) -> int:
-    """Bytes of one stored row of `row` numbers."""
-    return row * DTYPES[dtype].itemsize + (SCALE_DTYPE.itemsize if dtype == "int8" else 0)
 
 
 def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:

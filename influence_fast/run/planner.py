@@ -25,7 +25,7 @@ from influence_fast.influence.methods import Method, method_of
 from influence_fast.influence.preconditioners import FROM_MODEL
 from influence_fast.influence.settings import fitted_examples
 from influence_fast.influence.sketch_fitting import width_of
-from influence_fast.run.dry_run import row_bytes
+from influence_fast.store.manifest import row_bytes
 
 TABLE = Path(__file__).with_name("fidelity.json")
 SAMPLE_TOKENS = 8192  # timed, after as many again to warm up

@@ -36,6 +36,11 @@ SCALE_DTYPE = LOSS_DTYPE = np.dtype("<f4")
 MANIFEST_NAME = "manifest.json"
 
 
+def row_bytes(row: int, dtype: str) -> int:
+    """Bytes of one stored row of `row` numbers: `dtype` is a key of DTYPES; int8 has a scale a row."""
+    return row * DTYPES[dtype].itemsize + (SCALE_DTYPE.itemsize if dtype == "int8" else 0)
+
+
 class ForeignShardError(StoreError):
     """A shard that belongs to another store, or to another place in this one."""
 
