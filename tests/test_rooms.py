@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "influence_fast"
@@ -40,3 +43,22 @@ def test_no_room_imports_a_later_one() -> None:
         ]
     assert len(files) > 100
     assert upwards == []
+
+
+NAMES = {"math_verify": "math-verify", "yaml": "pyyaml"}  # of modules that are not called what installs them
+OPTIONAL = {"triton", "vllm"}  # asked for where they are used, and done without
+WITHIN = {"tokenizers", "huggingface_hub", "markupsafe"}  # what transformers and jinja2 are made of
+
+
+def test_what_is_imported_is_declared() -> None:
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=!~;\[ ]", line, maxsplit=1)[0] for line in project["dependencies"]}
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found.add(str(node.module).split(".")[0])
+    others = found - sys.stdlib_module_names - OPTIONAL - WITHIN - {"influence_fast"}
+    assert {NAMES.get(name, name) for name in others} - declared == set()
