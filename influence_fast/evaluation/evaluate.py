@@ -37,7 +37,7 @@ class EvalConfig:
     pass@k is estimated, each at most `samples`. `answer_kind`: `math`; `last_number`, which grades the last number of
     an answer that names none in a known form; or `choice`, the letter of an option. `engine`: `transformers`, `vllm`,
     or `auto`, by which a model in memory answers itself and one named by its files is vLLM's where that is installed
-    and there is a GPU.
+    and there is a GPU. `grade_timeout`: seconds that comparing one answer may take.
     """
 
     max_new_tokens: int = 512

@@ -66,6 +66,7 @@ def influence_scores(
         DataError: the queries do not fit the store, or every group is empty.
         ConfigError: unknown preconditioner, or one that does not fit this width.
         StoreError: `fisher`, where it is read, is of another model, adapter or projection than `store`.
+        NumericError: a NaN or infinite value in the queries, or in rows of a store.
     """
     used = _used(groups)
     return _grouped(store, used, *_prepared(store, queries, preconditioner, damping, moments, fisher))

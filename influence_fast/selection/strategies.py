@@ -204,8 +204,8 @@ class Less:
 
     Xia et al., "LESS: Selecting Influential Data for Targeted Instruction Tuning" (ICML 2024), section 4.2. Tasks
     are the table's groups other than `incorrect`: a column `s_<task>` each, beside `s_correct`, which is the mean
-    over all tasks and so never above the highest of them. Without tasks it is `low_benefit`. LESS's influence is a
-    cosine: score with the preconditioner `cosine`.
+    over all tasks and so never above the highest of them. Without tasks it is `low_benefit`. LESS's influence is
+    the cosine with what Adam makes of a training gradient: score with the preconditioner `less`.
     """
 
     needs: tuple[str, ...] = ("s_correct",)

@@ -17,8 +17,8 @@ __all__ = ["append_store", "merge_stores"]
 def merge_stores(paths: Sequence[str | Path], out: str | Path) -> Store:
     """One store out of several: the shards of each, in order, copied and checked.
 
-    Stores that are pieces of one build (the same work, each with its own shards: `build_store(..., part=)` into
-    separate folders) become that build, in the dataset's order. Otherwise each must be finished, and the rows of the
+    Stores that are pieces of one build (the same work, each with its own shards: `build_shards` into separate
+    folders) become that build, in the dataset's order. Otherwise each must be finished, and the rows of the
     first come first. Going on with an interrupted merge is running it again.
 
     Raises:
