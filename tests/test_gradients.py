@@ -23,6 +23,7 @@ from influence_fast.data.packing import pack_examples
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, say_once
 from influence_fast.gradients import loss
 from influence_fast.gradients.engine import GradientEngine, InputGroup
+from influence_fast.gradients.lora import LayoutEntry, in_top_layers
 from influence_fast.gradients.per_example import KeptEngine, iter_gradient_rows
 from influence_fast.gradients.projection import random_matrix
 
@@ -448,6 +449,15 @@ def test_top_layers_are_a_part_of_the_whole_row() -> None:
         if entry.module in names
     ]
     torch.testing.assert_close(upper, rows[:, torch.cat(columns)], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "kept"),
+    [(0.28, 25, 7), (0.07, 100, 7), (0.55, 100, 55), (0.5, 25, 13), (0.01, 25, 1), (0.3, 10, 3)],
+)
+def test_a_share_of_layers_is_rounded_up_from_what_was_meant(share: float, count: int, kept: int) -> None:
+    entries = [LayoutEntry(f"model.layers.{n}.self_attn.q_proj", "lora_A", (1, 1), n) for n in range(count)]
+    assert in_top_layers(entries, inf.Projection(dim=4, layers=share)) == entries[count - kept :]
 
 
 def test_the_backward_ends_at_the_lowest_layer_in_the_row() -> None:

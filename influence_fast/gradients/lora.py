@@ -190,7 +190,7 @@ def in_top_layers(modules: Sequence[Module], projection: Projection | None) -> l
             f"the LoRA modules' names have no layer number ({_module_name(modules[0])}): leave projection layers at 1"
         )
     count = max(known) + 1
-    lowest = count - math.ceil(projection.layers * count)
+    lowest = count - math.ceil(projection.layers * count - 1e-9)
     return [module for module, n in zip(modules, numbers, strict=True) if n is None or n >= lowest]
 
 
