@@ -22,6 +22,7 @@ from influence_fast.errors import ConfigError, ModelError
 from influence_fast.influence.queries import Queries, make_queries, with_tasks
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.run import pipeline
+from influence_fast.run.results import _detection, known_harmful
 from influence_fast.run.workdir import RunFolder
 
 WORDS = ["<pad>", "<eos>", "<unk>", "what", "is", "plus", "The", "answer", "#", *map(str, range(20))]
@@ -614,6 +615,27 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_labels_that_are_all_alike_tell_nothing_apart() -> None:
+    labels = {"a": "clean", "b": "wrong_step", "c": None, "d": "off_topic"}
+    pool = [Example(name, "p", "c", label=label) for name, label in labels.items()]
+    harmful = known_harmful(pool, ["d", "a", "b"])
+    assert harmful is not None
+    assert harmful.tolist() == [True, False, True]
+    assert known_harmful(pool, ["a", "c"]) is None
+    assert known_harmful(pool, ["b", "d"]) is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_pool_of_harmful_examples_alone_has_no_detection(world: Path, results: dict[str, Any]) -> None:
+    table = ScoreTable.load(world / "run" / "scores.parquet")
+    pool = [Example(name, "p", "c", label="wrong_answer") for name in table.ids]
+    assert _detection(pool, table, (0.25,), 0) is None
+    pool[0] = dataclasses.replace(pool[0], label="clean")
+    found = _detection(pool, table, (0.25,), 0)
+    assert found
+    assert all(np.isfinite(row["auc"]) for row in found)
 
 
 def test_settings_are_named_as_options_and_paths_are_left_alone() -> None:

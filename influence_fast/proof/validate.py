@@ -38,7 +38,7 @@ from influence_fast.proof.lds import Estimate, ceiling, draw_subsets, linear_dat
 from influence_fast.proof.retraining import Outcome, Retraining, losses_of, retrain, subset_work
 from influence_fast.report.statistics import two_level_means
 from influence_fast.run.pipeline import Pipeline
-from influence_fast.run.results import HARMLESS
+from influence_fast.run.results import known_harmful
 from influence_fast.settings import to_dict
 from influence_fast.training.fine_tuning import finetune, list_checkpoints
 from influence_fast.training.models import load_model, load_tokenizer
@@ -321,8 +321,9 @@ def drop_priority(matrix: np.ndarray, groups: Mapping[str, Sequence[int]]) -> np
 def _detection(
     pipeline: Pipeline, scores: Mapping[str, np.ndarray], queries: Queries, draws: int
 ) -> list[dict[str, Any]] | None:
-    harmful = np.array([example.label not in HARMLESS for example in pipeline.splits.pool])
-    if not harmful.any() or harmful.all():
+    pool = pipeline.splits.pool
+    harmful = known_harmful(pool, [example.id for example in pool])
+    if harmful is None:
         return None
     rows = []
     for name, matrix in scores.items():

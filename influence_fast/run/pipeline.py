@@ -327,7 +327,7 @@ class Pipeline:
 
     def _harmful(self, table: ScoreTable, dropped: np.ndarray) -> dict[str, Any]:
         """How many of the examples known to be harmful were dropped, and how many chance would drop."""
-        harmful = known_harmful(self.splits.pool, table)
+        harmful = known_harmful(self.splits.pool, table.ids)
         if harmful is None:
             return {}
         total = int(harmful.sum())

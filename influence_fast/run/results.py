@@ -78,11 +78,14 @@ def correct_answers(folder: RunFolder, cell: dict[str, Any]) -> dict[str, float]
     return {question: sum(right) / len(right) for question, right in answers.items()}
 
 
-def known_harmful(pool: Sequence[Example], table: ScoreTable) -> np.ndarray | None:
-    """[N] bool: the table's examples whose label marks them as harmful; None where none has such a label."""
+def known_harmful(pool: Sequence[Example], ids: Sequence[str]) -> np.ndarray | None:
+    """[N] bool: which of the examples called `ids` have a label that marks them as harmful.
+
+    None where none has, or all have: there is nothing to be told apart.
+    """
     labels = {example.id: example.label for example in pool}
-    harmful = np.array([labels[i] not in HARMLESS for i in table.ids])
-    return harmful if harmful.any() else None
+    harmful = np.array([labels[i] not in HARMLESS for i in ids])
+    return harmful if harmful.any() and not harmful.all() else None
 
 
 def _left_out(splits: Splits, table: ScoreTable) -> list[dict[str, str]]:
@@ -133,7 +136,7 @@ def _trace_scores(run: Pipeline, table: ScoreTable) -> list[dict[str, Any]] | No
 def _detection(
     pool: Sequence[Example], table: ScoreTable, fractions: Sequence[float], seed: int
 ) -> list[dict[str, Any]] | None:
-    harmful = known_harmful(pool, table)
+    harmful = known_harmful(pool, table.ids)
     if harmful is None:
         return None
     rng = np.random.default_rng(seed)
