@@ -15,7 +15,7 @@ from influence_fast.cli import main
 from influence_fast.config import load_config
 from influence_fast.data.examples import load_examples
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.influence.methods import METHODS, method_of, shorten
+from influence_fast.influence.methods import shorten
 from influence_fast.proof import retraining
 from influence_fast.proof.lds import linear_datamodeling_scores
 from influence_fast.proof.retraining import Retraining, retrain
@@ -245,10 +245,6 @@ def test_shortened_traces_keep_their_prompt_and_a_token() -> None:
     assert shorten(example, 0.5)["labels"].tolist() == [-100] * 4 + [4, 5, 6]
     assert len(shorten(example, 0.01)["input_ids"]) == 5
     assert shorten(example, 1.0) == example
-
-
-def test_named_methods_are_named_after_themselves() -> None:
-    assert all(method_of(name).name == name for name in METHODS)
 
 
 def test_priority_is_the_difference_of_ranks() -> None:
