@@ -140,6 +140,16 @@ def test_limit_and_split(tmp_path: Path) -> None:
         load_examples(source, split="trian")
 
 
+def test_a_folder_without_a_dataset_is_no_matter_of_the_network(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"empty: the folder is empty; give a file"):
+        load_examples(tmp_path / "empty")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.xyz").write_text("nothing of the kind")
+    with pytest.raises(DataError, match=r"other: the folder cannot be read as a dataset .*; give one of its files"):
+        load_examples(tmp_path / "other")
+
+
 def test_rows_beyond_the_limit_are_not_converted() -> None:
     rows = [{"prompt": "p", "completion": "c"}, {"prompt": "p", "completion": None}]
     assert [e.completion for e in load_examples(rows, limit=1)] == ["c"]

@@ -239,6 +239,8 @@ _READERS: dict[str, Callable[[Path], Rows]] = {
 def _load_folder(path: Path, split: str) -> Rows:
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     if not saved:
+        if not any(path.iterdir()):
+            raise DataError(f"{path}: the folder is empty; give a file, or a folder with a dataset in it")
         return _load_hub(str(path), split)  # a cloned dataset repository: load_dataset reads those too
     datasets = need_datasets(str(path))
     try:
@@ -253,6 +255,11 @@ def _load_hub(source: str, split: str) -> Rows:
     try:
         loaded = datasets.load_dataset(name, config, split=split)
     except Exception as error:
+        if os.path.isdir(source):
+            raise DataError(
+                f"{source}: the folder cannot be read as a dataset ({type(error).__name__}: {one_line(error)}); "
+                f"give one of its files ({', '.join(_READERS)})"
+            ) from error
         raise DataError(
             f"{source}: is no local file, and could not be loaded from the hub "
             f"({type(error).__name__}: {one_line(error)}); check the id (owner/name:configuration) and the "
