@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -76,6 +78,18 @@ def matmul_peak(device: torch.device, size: int, rounds: int) -> float:
     return 2 * size**3 / min(timed(device, lambda: a @ b, rounds))
 
 
+@contextlib.contextmanager
+def failing(what: str, errors: dict[str, str], key: str) -> Iterator[None]:
+    """Keeps an error of the block as `errors[key]`, says it, and goes on: what else there is to measure is not lost."""
+    try:
+        yield
+    except Exception as error:
+        errors[key] = f"{type(error).__name__}: {error}"[:500]
+        print(f"{what} failed:\n{traceback.format_exc()[-2000:]}", flush=True)
+    if errors.get(key) and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the failed one held
+
+
 class Table:
     """Rows of measured kernels."""
 
@@ -84,12 +98,21 @@ class Table:
         self.rows: list[dict[str, Any]] = []
 
     def add(self, name: str, shape: str, cost: Any, variants: Variants) -> None:
-        seconds = {variant: summary(timed(self.device, run, self.rounds, AHEAD)) for variant, run in variants.items()}
-        best = seconds.get("triton", seconds["pytorch"])["p50"]
+        """Times each variant; one that fails has its error in the row, and the others are timed all the same."""
+        seconds: dict[str, dict[str, float]] = {}
+        errors: dict[str, str] = {}
+        for variant, run in variants.items():
+            with failing(f"{name} {shape}, {variant}", errors, variant):
+                seconds[variant] = summary(timed(self.device, run, self.rounds, AHEAD))
         row = {"kernel": name, "shape": shape, "seconds": seconds, "bytes": cost.bytes, "flops": cost.flops}
-        row["share_of_copy_bandwidth"] = cost.bytes / best / self.bandwidth
+        if errors:
+            row["errors"] = errors
         self.rows.append(row)
-        print(f"{name:<19} {shape:<44} {best * 1e6:9.1f} us  {row['share_of_copy_bandwidth']:.0%} of copy", flush=True)
+        ours = seconds.get("pytorch" if self.device.type == "cpu" else "triton")
+        if ours is None:
+            return
+        row["share_of_copy_bandwidth"] = share = cost.bytes / ours["p50"] / self.bandwidth
+        print(f"{name:<19} {shape:<44} {ours['p50'] * 1e6:9.1f} us  {share:.0%} of copy", flush=True)
 
 
 def kernels(device: torch.device, tokens: int, widths: tuple[int, ...], modules: int, rounds: int) -> dict[str, Any]:
@@ -116,18 +139,21 @@ def _projections(table: Table, tokens: int, d: int) -> None:
             compiled = torch.compile(lambda x, w: x @ w)
             variants["torch.compile"] = lambda: compiled(x, w)  # noqa: B023
             variants["triton"] = lambda: skinny.skinny_project(x, w)  # noqa: B023
+            for split in (False, True):
+                variants[f"triton, split {split}"] = lambda split=split: skinny.skinny_project(x, w, split=split)  # noqa: B023
         table.add("skinny_project", f"T={tokens} d={d} N={columns}", skinny.cost(tokens, d, columns), variants)
 
 
 def _exact_sums(table: Table, tokens: int, d: int) -> None:
     """A factor's exact gradients of 16 examples, straight into rows: dA of a module that reads d numbers a token."""
     segments = Segments.from_lengths([tokens // 16] * 16, device=table.device)
+    on_host = Segments.from_lengths([tokens // 16] * 16)  # PyTorch's way slices by these, with no wait for the card
     u = torch.randn(tokens, 1, RANK, device=table.device).bfloat16()
     x = torch.randn(tokens, 1, d, device=table.device).bfloat16()
     rows, start = (
         torch.zeros(n, dtype=t, device=table.device) for n, t in ((16 * RANK * d, torch.float32), (1, torch.int64))
     )
-    variants: Variants = {"pytorch": lambda: outer.reference(u, x, segments)}
+    variants: Variants = {"pytorch": lambda: outer.reference(u, x, on_host)}
     if table.device.type == "cuda":
         by = lambda whole: outer.segment_outer(u, x, segments, rows.view(16, -1), start, whole=whole)  # noqa: E731
         variants |= {"triton": lambda: by(None), "triton, by chunks": lambda: by(False)}
@@ -148,6 +174,7 @@ def both_sides(device: torch.device, tokens: int, modules: int) -> list[tuple[to
 
 def _projected_sums(table: Table, tokens: int, modules: int) -> None:
     segments = Segments.from_lengths([tokens // 16] * 16, device=table.device)
+    on_host = Segments.from_lengths([tokens // 16] * 16)
     sides = both_sides(table.device, tokens, modules)
     for stored in (torch.float32, torch.bfloat16):
         out = torch.empty(16, 2 * modules * DIM * RANK, dtype=stored, device=table.device)
@@ -156,7 +183,7 @@ def _projected_sums(table: Table, tokens: int, modules: int) -> None:
             for a, b, at in sides:
                 outer.segment_outer(a, b, segments, out, at, whole=whole)
 
-        variants: Variants = {"pytorch": lambda: [outer.reference(a, b, segments) for a, b, _ in sides]}
+        variants: Variants = {"pytorch": lambda: [outer.reference(a, b, on_host) for a, b, _ in sides]}
         if table.device.type == "cuda":
             variants |= {"triton": partial(both, None), "triton, by chunks": partial(both, False)}
         one = outer.cost(tokens, 16, modules, DIM, RANK, row_itemsize=out.element_size())
@@ -254,14 +281,13 @@ def _both_ways(
     table.add(f"{name} backward", shape, cost(backward=True), backward)
 
 
-def products(device: torch.device, rows: int, width: int, rounds: int) -> list[dict[str, Any]]:
+def products(device: torch.device, rows: int, width: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Seconds of inner products of `rows` stored rows with queries, all on the device, by ours and by PyTorch."""
     made = torch.randn(rows, width, device=device)
     int8, scales = (quantize.quantize_rows if device.type == "cuda" else quantize_rows)(made)
     bf16 = made.bfloat16()
     del made
     ours = None if device.type == "cuda" else "torch"
-    found = []
     for count in (2, 64, 512):
         queries = torch.randn(count, width, device=device)
         variants: Variants = {
@@ -272,8 +298,10 @@ def products(device: torch.device, rows: int, width: int, rounds: int) -> list[d
         if device.type == "cuda" and count >= 32:
             rounded = queries.clamp(-1, 1).mul(127).to(torch.int8).T
             variants["torch._int_mm"] = lambda: torch._int_mm(int8, rounded).float().mul_(scales[:, None])  # noqa: B023
-        seconds = {name: summary(timed(device, run, rounds)) for name, run in variants.items()}
-        found.append({"rows": rows, "width": width, "queries": count, "seconds": seconds})
-        times = ", ".join(f"{name} {s['p50'] * 1e3:.2f} ms" for name, s in seconds.items())
+        row: dict[str, Any] = {"rows": rows, "width": width, "queries": count, "seconds": {}, "errors": {}}
+        for name, run in variants.items():
+            with failing(f"{count} queries, {name}", row["errors"], name):
+                row["seconds"][name] = summary(timed(device, run, rounds))
+        times = ", ".join(f"{name} {s['p50'] * 1e3:.2f} ms" for name, s in row["seconds"].items())
         print(f"{count:>4} queries of {rows} rows: {times}", flush=True)
-    return found
+        yield row

@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 import influence_fast as inf
-from benches.card_kernels import DIM, RANK, matmul_peak, summary, timed
+from benches.card_kernels import DIM, RANK, failing, matmul_peak, summary, timed
 from influence_fast.data.packing import pack_examples
 from influence_fast.gradients import attention, fp8
 from influence_fast.gradients import streaming as stream
@@ -58,12 +58,12 @@ def model_of(shape: tuple[int, ...], device: torch.device) -> Any:
     return get_peft_model(model, lora, autocast_adapter_dtype=False).to(device)
 
 
-def matmul_flops(shape: tuple[int, ...], tokens: int) -> float:
-    """Forward and activation backward through the frozen linears and the head: 4 N T."""
+def matmul_flops(shape: tuple[int, ...], tokens: int, counted: int) -> float:
+    """Forward and activation backward: 4 N T through the frozen linears, and the head for the `counted` tokens."""
     hidden, intermediate, heads, kv_heads, vocabulary, layers = shape
     head_dim = hidden // heads
     attention = hidden * hidden * 2 + 2 * hidden * kv_heads * head_dim
-    return 4.0 * tokens * (layers * (attention + 3 * hidden * intermediate) + vocabulary * hidden)
+    return 4.0 * (tokens * layers * (attention + 3 * hidden * intermediate) + counted * vocabulary * hidden)
 
 
 def ways_of(device: torch.device) -> dict[str, dict[str, Any]]:
@@ -102,21 +102,19 @@ def launching_share(run: Callable[[], Any]) -> float:
 
 def steps(
     device: torch.device, shapes: dict[str, Any], tokens: int, rounds: int, deadline: float
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Per-example projected gradients of one packed batch beside a plain LoRA forward+backward of it, interleaved."""
-    rows = []
     peak = matmul_peak(device, 8192 if device.type == "cuda" else 256, rounds)
     for name, shape in shapes.items():
         if time.monotonic() > deadline:
             print(f"{name}: left out, the session's time is used up", flush=True)
             continue
-        try:
-            rows.append(_step(device, name, shape, tokens, rounds, peak))
-        except torch.OutOfMemoryError as error:
-            print(f"{name}: does not fit: {error}", flush=True)
+        row: dict[str, Any] = {"model": name, "layers": shape[5], "tokens": tokens, "errors": {}}
+        with failing(name, row["errors"], "model"):
+            _step(row, device, shape, rounds, peak)
+        yield row
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return rows
 
 
 @dataclass(frozen=True)
@@ -142,49 +140,51 @@ class Batch:
         model.zero_grad(set_to_none=True)
 
 
-def _step(
-    device: torch.device, name: str, shape: tuple[int, ...], tokens: int, rounds: int, peak: float
-) -> dict[str, Any]:
+def _step(row: dict[str, Any], device: torch.device, shape: tuple[int, ...], rounds: int, peak: float) -> None:
+    """Fills in `row`; a way that fails has its error there, and the others their times."""
+    name, tokens, errors = row["model"], row["tokens"], row["errors"]
     model = model_of(shape, device)
     batch, projection = Batch.of(tokens, shape[4], device), inf.Projection(dim=DIM)
     pack = batch.pack
     seconds: dict[str, list[float]] = {}
     launching: dict[str, list[float]] = {}
     for _ in range(rounds):
-        seconds.setdefault("plain LoRA step", []).extend(timed(device, partial(batch.plain_step, model), 1))
+        with failing(f"{name}, plain LoRA step", errors, "plain LoRA step"):
+            seconds.setdefault("plain LoRA step", []).extend(timed(device, partial(batch.plain_step, model), 1))
+        model.zero_grad(set_to_none=True)
         for way, options in ways_of(device).items():
-            with without(way), GradientEngine(model, projection, **options) as engine:
+            if way in errors:
+                continue
+            with (
+                failing(f"{name}, {way}", errors, way),
+                without(way),
+                GradientEngine(model, projection, **options) as engine,
+            ):
                 run = partial(engine.run, pack)
                 if engine.cuda_graphs:
                     run()  # a shape is recorded when it is seen again, which the warm-up then is
                 found = timed(device, run, 1)
                 if engine.cuda_graphs and not (engine._graphs and engine._graphs.most_tokens):
-                    print(f"{name}: no step was recorded, so there is no time for graphs", flush=True)
-                    continue
+                    raise RuntimeError("no step was recorded, so there is no time for graphs")
                 if device.type == "cuda":
                     launching.setdefault(way, []).append(launching_share(run))
-            seconds.setdefault(f"ours, {way}", []).extend(found)
-    best = statistics.median(seconds.get("ours, triton", seconds["ours, torch"]))
-    measured, summed = batch_memory(device, model, projection, pack)
-    row = {
-        "model": name,
-        "layers": shape[5],
-        "tokens": tokens,
-        "seconds": {variant: summary(found) for variant, found in seconds.items()},
-        "ratio_to_plain": best / statistics.median(seconds["plain LoRA step"]),
-        "tokens_per_second": tokens / best,
-        "matmul_flops_per_second": peak,
-        "model_flop_utilisation": matmul_flops(shape, tokens) / best / peak,
-        "launching_share": {way: statistics.median(shares) for way, shares in launching.items()},
-        "batch_memory_gib": measured,
-        "batch_memory_sum_gib": summed,
-    }
-    print(
-        f"{name:<14} {row['ratio_to_plain']:.3f} x plain, {row['tokens_per_second']:.0f} tokens/s, "
-        f"{row['model_flop_utilisation']:.0%} of the measured matmul peak",
-        flush=True,
-    )
-    return row
+                seconds.setdefault(f"ours, {way}", []).extend(found)
+    row["seconds"] = {variant: summary(found) for variant, found in seconds.items()}
+    row["matmul_flops_per_second"] = peak
+    row["launching_share"] = {way: statistics.median(shares) for way, shares in launching.items()}
+    with failing(f"{name}, memory of a batch", errors, "memory"):
+        row["batch_memory_gib"], row["batch_memory_sum_gib"] = batch_memory(device, model, projection, pack)
+    ours = seconds.get("ours, torch" if device.type == "cpu" else "ours, triton")
+    if ours and seconds.get("plain LoRA step"):
+        best, counted = statistics.median(ours), int((pack.targets >= 0).sum())
+        row["ratio_to_plain"] = best / statistics.median(seconds["plain LoRA step"])
+        row["tokens_per_second"] = tokens / best
+        row["model_flop_utilisation"] = matmul_flops(shape, tokens, counted) / best / peak
+        print(
+            f"{name:<14} {row['ratio_to_plain']:.3f} x plain, {row['tokens_per_second']:.0f} tokens/s, "
+            f"{row['model_flop_utilisation']:.0%} of the measured matmul peak",
+            flush=True,
+        )
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
@@ -220,17 +220,15 @@ def batch_memory(device: torch.device, model: Any, projection: inf.Projection, p
     return measured, summed.batch / 2**30
 
 
-def profile(device: torch.device, shapes: dict[str, Any], tokens: int, shown: int = 25) -> list[dict[str, Any]]:
+def profile(device: torch.device, shapes: dict[str, Any], tokens: int, shown: int = 25) -> Iterator[dict[str, Any]]:
     """Where a step's time goes: its kernels by their time on the card (on a CPU: its operations), ours and plain."""
-    found = []
     for name, shape in shapes.items():
         model = model_of(shape, device)
         batch = Batch.of(tokens, shape[4], device)
         with GradientEngine(model, inf.Projection(dim=DIM)) as engine:
-            found.append({"model": name, "step": "ours", **_profiled(partial(engine.run, batch.pack), device, shown)})
-        found.append({"model": name, "step": "plain", **_profiled(partial(batch.plain_step, model), device, shown)})
+            yield {"model": name, "step": "ours", **_profiled(partial(engine.run, batch.pack), device, shown)}
+        yield {"model": name, "step": "plain", **_profiled(partial(batch.plain_step, model), device, shown)}
         del model, batch
-    return found
 
 
 def _profiled(run: Callable[[], Any], device: torch.device, shown: int) -> dict[str, Any]:
@@ -288,14 +286,13 @@ def crossing(device: torch.device, shape: tuple[int, ...], tokens: int, rounds: 
     return [{"rows": way, "packs": 8, "tokens": tokens, "seconds": summary(s)} for way, s in found.items()]
 
 
-def streaming(device: torch.device, shape: tuple[int, ...], tokens: int, rounds: int) -> list[dict[str, Any]]:
+def streaming(device: torch.device, shape: tuple[int, ...], tokens: int, rounds: int) -> Iterator[dict[str, Any]]:
     """Seconds of one pack's scores by the number of queries: the kernel for all of them, and never."""
     model = model_of(shape, device)
     length = tokens // 16
     ids = [torch.randint(0, shape[4], (length,)) for _ in range(16)]
     (pack,) = pack_examples([{"input_ids": i, "labels": i} for i in ids], tokens)
     width = layout_width(inf.gradient_layout(model))
-    found = []
     for count in (1, 4, 16, 64):
         queries = torch.randn(count, width, device=device)
         seconds = {}
@@ -304,12 +301,11 @@ def streaming(device: torch.device, shape: tuple[int, ...], tokens: int, rounds:
                 reducer = partial(stream.StreamReducer, queries=queries)  # by the linears and their layout
                 with GradientEngine(model, None, reducer=reducer) as engine:
                     seconds[way] = summary(timed(device, lambda engine=engine: engine.run(pack), rounds))
-        found.append({"queries": count, "tokens": tokens, "seconds": seconds})
         print(
             f"{count:>3} streamed queries: " + ", ".join(f"{w} {s['p50']:.4f} s" for w, s in seconds.items()),
             flush=True,
         )
-    return found
+        yield {"queries": count, "tokens": tokens, "seconds": seconds}
 
 
 def long_trace(device: torch.device, name: str, shape: tuple[int, ...], tokens: int, rounds: int) -> dict[str, Any]:

@@ -26,8 +26,11 @@ def _commit() -> str:
     """As git says, or INFLUENCE_FAST_COMMIT where a copy of the files has no history."""
     root = Path(__file__).parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or os.environ.get("INFLUENCE_FAST_COMMIT", "unknown")
+    try:
+        said = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        said = ""
+    return said or os.environ.get("INFLUENCE_FAST_COMMIT", "unknown")
 
 
 def _cpu() -> str:

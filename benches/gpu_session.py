@@ -16,8 +16,9 @@ streaming  Scores by the number of queries, by the kernel and by forming a facto
 products   Inner products of stored rows with queries, both on the card, by our kernels and by PyTorch.
 long       One trace of 32k tokens through a whole model of Qwen2.5-7B's shape: does it fit, how long does it take.
 
-Writes one JSON and one markdown table, named after the card and the date, with commit and versions, after every part:
-what is measured is kept whatever comes after.
+Writes one JSON and one markdown table, named after the card and the date, with commit and versions, after every row:
+what is measured is kept whatever comes after, and what fails is kept as its error. What failing tests print goes into a
+file beside them.
 
 From a checkout on a machine without a network: python -m pip install --no-build-isolation --no-deps -e .
 """
@@ -33,7 +34,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,13 +46,17 @@ from benches import card_kernels, card_steps
 from benches.environment import describe
 
 BUDGET = 8 * 60
-TEST_LIMIT = 240  # seconds
+TEST_LIMIT = 240  # seconds for all tests of a process
+ONE_TEST = 100  # seconds, after which pytest names it
 
 
-def correctness() -> dict[str, Any]:
-    """Runs tests/gpu in as many processes as there are cores, which compile kernels at the same time."""
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "--tb=short", "--maxfail=8"]
-    command += ["--import-mode=importlib", "-p", "no:cacheprovider"]
+def correctness(log: Path | None) -> dict[str, Any]:
+    """Runs tests/gpu in as many processes as there are cores, which compile kernels at the same time.
+
+    log: file for what the processes with failures print.
+    """
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "--tb=short", "--maxfail=8", "-rfE"]
+    command += ["--import-mode=importlib", "-p", "no:cacheprovider", f"--timeout={ONE_TEST}"]
     shares = max(1, min(16, os.cpu_count() or 1))
     start = time.perf_counter()
     running = [
@@ -60,7 +65,8 @@ def correctness() -> dict[str, Any]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"INFLUENCE_FAST_TEST_SHARE": f"{share}/{shares}", "OMP_NUM_THREADS": "1"},
+            env=os.environ
+            | {"INFLUENCE_FAST_TEST_SHARE": f"{share}/{shares}", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         )
         for share in range(shares)
     ]
@@ -77,9 +83,12 @@ def correctness() -> dict[str, Any]:
     ]
     seconds = time.perf_counter() - start
     print(f"tests/gpu: {dict(counts)}, {seconds:.0f} s", flush=True)
-    for output in failed:
-        print(output[-8000:], flush=True)
-    return {**counts, "processes_failed": len(failed), "seconds": seconds}
+    names = sorted({line[:300] for output in failed for line in re.findall(r"^(?:FAILED|ERROR) .*", output, re.M)})
+    print("\n".join(names), flush=True)
+    if log is not None and failed:
+        log.write_text("\n\n".join(failed))
+        print(f"what they print: {log}", flush=True)
+    return {**counts, "processes_failed": len(failed), "failed_tests": names, "seconds": seconds}
 
 
 def _output(process: subprocess.Popen[str]) -> str:
@@ -104,7 +113,10 @@ class Session:
             self.stem = output / f"gpu-{card}-{datetime.now(UTC):%Y%m%d-%H%M}"
 
     def part(self, name: str, run: Callable[[], Any]) -> Any:
-        """Runs a part, unless it is not asked for or the time is used up; one that fails does not stop the others."""
+        """Runs a part, unless it is not asked for or the time is used up; one that fails does not stop the others.
+
+        One that yields rows has each kept as it comes.
+        """
         if self.only and name not in self.only:
             return None
         if time.monotonic() > self.deadline:
@@ -113,20 +125,32 @@ class Session:
             return None
         start = time.perf_counter()
         try:
-            self.result[name] = run()
+            found = run()
+            if isinstance(found, Iterator):
+                self.result[name] = []
+                for row in found:
+                    self.result[name].append(row)
+                    self._keep()
+            else:
+                self.result[name] = found
         except Exception:
             self.result.setdefault("failed", {})[name] = traceback.format_exc()
             print(f"{name} failed:\n{traceback.format_exc()}", flush=True)
         print(f"-- {name}: {time.perf_counter() - start:.0f} s", flush=True)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        if self.stem is not None:
-            self.stem.with_suffix(".json").write_text(json.dumps(self.result, indent=1) + "\n")
-            try:
-                self.stem.with_suffix(".md").write_text(markdown(self.result))
-            except Exception:  # the numbers are kept, and a table can be made of them later
-                print(f"no tables:\n{traceback.format_exc()}", flush=True)
+        self._keep()
         return self.result.get(name)
+
+    def _keep(self) -> None:
+        """Writes what there is so far."""
+        if self.stem is None:
+            return
+        self.stem.with_suffix(".json").write_text(json.dumps(self.result, indent=1) + "\n")
+        try:
+            self.stem.with_suffix(".md").write_text(markdown(self.result))
+        except Exception:  # the numbers are kept, and a table can be made of them later
+            print(f"no tables:\n{traceback.format_exc()}", flush=True)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -137,7 +161,22 @@ def markdown(result: dict[str, Any]) -> str:
     for name, table in TABLES.items():
         if result.get(name):
             lines += ["", *table(result[name])]
+    if failed := list(_errors(result)):
+        lines += ["", "Not measured:", "", *failed]
     return "\n".join(lines) + "\n"
+
+
+def _errors(result: Any, where: str = "") -> Iterator[str]:
+    """A line for each error that a row has."""
+    if isinstance(result, dict):
+        for key, error in result.get("errors", {}).items():
+            of = " ".join(str(result[k]) for k in ("kernel", "model", "shape", "queries") if k in result)
+            yield f"- {where}: {of}, {key}: {' '.join(error.split())}"
+        for key, value in result.items():
+            yield from _errors(value, where or key)
+    elif isinstance(result, list):
+        for row in result:
+            yield from _errors(row, where)
 
 
 def _kernels_table(part: dict[str, Any]) -> list[str]:
@@ -148,12 +187,16 @@ def _kernels_table(part: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for row in part["rows"]:
+        if "share_of_copy_bandwidth" not in row:
+            continue
         seconds = {variant: found["p50"] for variant, found in row["seconds"].items()}
-        ours = seconds.get("triton", seconds["pytorch"])
-        compiled = f"{seconds['torch.compile'] / ours:.2f}" if "torch.compile" in seconds else ""
+        ours = seconds.get("triton", seconds.get("pytorch", float("nan")))
+        plain, compiled = (
+            f"{seconds[way] / ours:.2f}" if way in seconds else "" for way in ("pytorch", "torch.compile")
+        )
         lines.append(
             f"| {row['kernel']} | {row['shape']} | {ours * 1e6:.1f} | {row['share_of_copy_bandwidth']:.0%} | "
-            f"{seconds['pytorch'] / ours:.2f} | {compiled} |"
+            f"{plain} | {compiled} |"
         )
     return lines
 
@@ -166,7 +209,9 @@ def _steps_table(rows: list[dict[str, Any]]) -> list[str]:
         f"{'|---' * 15}|",
     ]
     for row in rows:
-        memory = "" if row["batch_memory_gib"] is None else f"{row['batch_memory_gib']:.2f}"
+        if "ratio_to_plain" not in row:
+            continue
+        memory = "" if row.get("batch_memory_gib") is None else f"{row['batch_memory_gib']:.2f}"
         plain, shares = row["seconds"]["plain LoRA step"]["p50"], row["launching_share"]
         ways = ("triton graphs", "triton fp8", card_steps.OWN_LAYERS, card_steps.ANY_ORDER, "torch")
         others = [row["seconds"].get(f"ours, {way}") for way in ways]
@@ -175,7 +220,7 @@ def _steps_table(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"| {row['model']} | {row['layers']} | {row['tokens']} | {row['ratio_to_plain']:.3f} | "
             f"{row['tokens_per_second']:.0f} | {row['model_flop_utilisation']:.0%} | {' | '.join(cells)} | "
-            f"{memory} | {row['batch_memory_sum_gib']:.2f} |"
+            f"{memory} | {row.get('batch_memory_sum_gib', float('nan')):.2f} |"
         )
     return lines
 
@@ -260,7 +305,8 @@ def main() -> None:
         session = Session(args.output, deadline, args.only)
         tokens, widths, modules, rounds, stored = 16_384, (3584, 18_944), card_kernels.MODULES, 20, (200_000, 8192)
         shapes, short, few, long = card_steps.SHAPES, 4096, 3, (*card_steps.LONG, 32_768)
-        tests = session.part("tests", correctness)
+        log = None if session.stem is None else session.stem.with_suffix(".tests.txt")
+        tests = session.part("tests", lambda: correctness(log))
         asked = not args.only or "tests" in args.only
         if asked and not (tests and tests["processes_failed"] == 0 and tests.get("passed")) and not args.keep_going:
             sys.exit("tests/gpu failed, so nothing was timed (--keep-going times all the same)")

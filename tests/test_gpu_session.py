@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,23 @@ def test_a_part_that_fails_stops_no_other_and_keeps_what_was_measured(tmp_path: 
     session = gpu_session.Session(tmp_path, deadline=float("inf"), only=[])
     session.part("crossing", lambda: [{"rows": "x", "packs": 1, "tokens": 2, "seconds": {"p50": 0.5}}])
     session.part("streaming", lambda: 1 / 0)
+
+    def products() -> Iterator[dict[str, Any]]:
+        yield {
+            "rows": 3,
+            "width": 4,
+            "queries": 2,
+            "seconds": {},
+            "errors": {"PyTorch, bf16": "RuntimeError: no\nroom"},
+        }
+        raise RuntimeError("later")
+
+    session.part("products", products)
     (written,) = tmp_path.glob("*.json")
     result = json.loads(written.read_text())
+    assert [row["width"] for row in result["products"]] == [4]
+    assert "later" in result["failed"]["products"]
+    assert "- products: 2, PyTorch, bf16: RuntimeError: no room" in written.with_suffix(".md").read_text()
     assert result["crossing"][0]["seconds"] == {"p50": 0.5}
     assert "ZeroDivisionError" in result["failed"]["streaming"]
     assert "| x | 1 | 2 | 0.5000 |" in written.with_suffix(".md").read_text()
