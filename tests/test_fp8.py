@@ -22,6 +22,7 @@ import influence_fast as inf  # noqa: E402
 from benches.fp8_effect import RoundedLinear  # noqa: E402
 from benches.fp8_effect import fp8 as rounding  # noqa: E402
 from influence_fast import cli  # noqa: E402
+from influence_fast.config import RunConfig  # noqa: E402
 from influence_fast.distributed import builds as distributed  # noqa: E402
 from influence_fast.errors import ConfigError, StoreError, say_once  # noqa: E402
 from influence_fast.gradients import fp8  # noqa: E402
@@ -320,7 +321,7 @@ def test_an_unknown_precision_is_named_wherever_it_is_given(tiny_lora: Callable[
     assert not (tmp_path / "s").exists()
     config = {"output": "o", "model": {"path": "m"}, "data": {"pool": "p", "validation": "v", "test": "t"}}
     with pytest.raises(ConfigError, match=f"gradients.precision: {wrong}"):
-        from_dict(inf.config.RunConfig, config | {"gradients": {"precision": "fp9"}})
+        from_dict(RunConfig, config | {"gradients": {"precision": "fp9"}})
 
 
 def test_the_command_line_refuses_it_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:

@@ -299,11 +299,13 @@ def test_gradient_checkpointing_gives_the_same_rows() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     layer = model.get_base_model().model.layers[0]
     calls = []
-    handle = layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
-    rows = inf.per_example_gradients(model, examples, projection=inf.Projection(dim=8))
-    handle.remove()
-    assert relative(rows, expected) < 1e-12
-    assert len(calls) == 3  # the probe, the forward, and the recomputation
+    with GradientEngine(model, inf.Projection(dim=8)) as engine:
+        handle = layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+        (pack,) = pack_examples(examples, 10_000)
+        rows = engine.run(pack)[0]
+        handle.remove()
+    assert relative(rows, expected[pack.indices]) < 1e-12
+    assert len(calls) == 2  # the forward, and the recomputation
 
 
 def test_model_is_left_as_it_was() -> None:
@@ -464,10 +466,12 @@ def test_the_backward_ends_at_the_lowest_layer_in_the_row() -> None:
     model = make_model()
     layers = model.get_base_model().model.layers
     seen = []
-    handles = [layer.register_full_backward_hook(lambda *_, n=n: seen.append(n)) for n, layer in enumerate(layers)]
-    inf.per_example_gradients(model, make_examples(), projection=inf.Projection(dim=4, layers=0.5))
-    for handle in handles:
-        handle.remove()
+    with GradientEngine(model, inf.Projection(dim=4, layers=0.5)) as engine:
+        handles = [layer.register_full_backward_hook(lambda *_, n=n: seen.append(n)) for n, layer in enumerate(layers)]
+        for pack in pack_examples(make_examples(), 10_000):
+            engine.run(pack)
+        for handle in handles:
+            handle.remove()
     assert seen
     assert set(seen) == {1}
 

@@ -31,7 +31,7 @@ from influence_fast.errors import ModelError
 from influence_fast.gradients.transfer import all_to_device
 
 PACKED = "influence_fast_packed"
-_REPLACED = ("eager", "sdpa", None)  # these see a pack as one text
+REPLACED = ("eager", "sdpa", None)  # these see a pack as one text, or mask all of it
 _deterministic: Any = torch.utils.deterministic
 _FUSED = ("FlashAttention", "EfficientAttention", "varlen_attn")  # in the names of the backward functions of these
 _LARGEST_HEAD = 256  # of flash attention, whose heads are multiples of 8
@@ -42,7 +42,7 @@ def packed(base: Any, config: Any) -> Iterator[None]:
     """While the block runs, the attention of the model `base` keeps the examples of a pack apart; `config` says which
     attention it has."""
     before = config._attn_implementation
-    if before not in _REPLACED:
+    if before not in REPLACED:
         yield
         return
     register()
@@ -115,20 +115,22 @@ class PackedTokens:
         return self.with_tensors(all_to_device(self.tensors, device))
 
 
-def call(module: Any, implementation: str | None, tokens: PackedTokens, **kwargs: Any) -> Any:
+def call(
+    module: Any, implementation: str | None, tokens: PackedTokens, *, with_bounds: bool = True, **kwargs: Any
+) -> Any:
     """A pack through a decoder or a whole model whose attention is `implementation`: what that returns."""
     known = implementation == PACKED and tokens.cu_seqlens is not None
     if implementation is not None and implementation.startswith("flash_attention"):
         kwargs["deterministic"] = True
+    # ours needs them on the host too, and reading them back would wait for the card
+    on_host = tokens.cu_seqlens if known else tokens.bounds
+    lengths = {"max_length_q": tokens.longest, "max_length_k": tokens.longest}
+    bounds = {"cu_seq_lens_q": on_host, "cu_seq_lens_k": tokens.bounds, **lengths} if with_bounds else {}
     return module(
         input_ids=tokens.input_ids,
         position_ids=tokens.position_ids,
         use_cache=False,
-        # ours needs them on the host too, and reading them back would wait for the card
-        cu_seq_lens_q=tokens.cu_seqlens if known else tokens.bounds,
-        cu_seq_lens_k=tokens.bounds,
-        max_length_q=tokens.longest,
-        max_length_k=tokens.longest,
+        **bounds,
         **kwargs,
     )
 

@@ -31,6 +31,7 @@ from influence_fast.gradients.loss import CompletionLoss, drawn_tokens
 from influence_fast.gradients.memory import layer_bytes
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.reduction import FullReducer, ProjectedReducer, Reducer, segment_sums
+from influence_fast.gradients.separation import separation
 from influence_fast.gradients.step_inputs import StepInputs, StepShape
 from influence_fast.gradients.transfer import to_device
 
@@ -269,7 +270,7 @@ class GradientEngine:
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder = self.base.get_decoder()
         self.head = self.base.get_output_embeddings()
-        self.packs_are_separate = True
+        self.packs_are_separate = self._takes_bounds = True
         self._graphs_asked_for = cuda_graphs is not None
         self.cuda_graphs = graphs.wanted(cuda_graphs)
         if self.cuda_graphs and (why := self._not_recordable()):
@@ -398,31 +399,36 @@ class GradientEngine:
         return hidden, self.head.weight.detach(), None if self.head.bias is None else self.head.bias.detach()
 
     def _call(self, module: nn.Module, tokens: attention.PackedTokens, **kwargs: Any) -> Any:
-        return attention.call(module, self.decoder.config._attn_implementation, tokens, **kwargs)
+        implementation = self.decoder.config._attn_implementation
+        return attention.call(module, implementation, tokens, with_bounds=self._takes_bounds, **kwargs)
 
     def _probe(self) -> dict[int, torch.Tensor]:
-        """Runs two tokens to learn which LoRA linears share an input and whether attention sees the packing."""
+        """Runs a few tokens to learn which LoRA linears share an input and whether the examples of a pack are apart."""
         inputs: dict[int, torch.Tensor] = {}
         handles = [
             member.layer.register_forward_pre_hook(lambda _, args, n=n: inputs.__setitem__(n, args[0]))
             for n, member in enumerate(self.linears)
         ]
+        implementation = self.decoder.config._attn_implementation
+        module = self.base if self._whole_model_logits else self.decoder
+        found = separation(module, implementation, self.device)
+        self.packs_are_separate, self._takes_bounds = found.apart, found.takes_bounds
         two = torch.zeros(2, dtype=torch.int64)
         tokens = attention.PackedTokens.of(Pack([0], two, torch.arange(2), two, [0, 2])).to(self.device)
         seen: list[bool] = []
         try:
             with torch.no_grad():
-                self._call(self.base if self._whole_model_logits else self.decoder, tokens, packed_probe=seen)
+                self._call(module, tokens, packed_probe=seen)
         finally:
             for handle in handles:
                 handle.remove()
-        if self.decoder.config._attn_implementation == attention.PACKED:
-            self.packs_are_separate = bool(seen)
-            if self.cuda_graphs and not all(seen):
-                self._leave_graphs(
-                    "this model's attention runs an example at a time (it takes a 16-bit model, with heads of up to "
-                    "256 numbers in multiples of 8)"
-                )
+        if self.cuda_graphs and not self.packs_are_separate:
+            self._leave_graphs("the examples of a pack would see each other in this model")
+        if self.cuda_graphs and implementation == attention.PACKED and not all(seen):
+            self._leave_graphs(
+                "this model's attention runs an example at a time (it takes a 16-bit model, with heads of up to "
+                "256 numbers in multiples of 8)"
+            )
         unused = [m.name for n, m in enumerate(self.linears) if n not in inputs]
         if unused:
             raise ModelError(f"{unused[0]}: the model's forward never calls this LoRA layer")

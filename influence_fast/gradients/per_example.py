@@ -205,7 +205,7 @@ def packs_for(engine: GradientEngine, examples: Sequence[Mapping[str, Any]], max
             )
     say_if_beyond(context_of(engine.base), examples)
     if not engine.packs_are_separate:
-        max_tokens = 1  # one example a pack: this model's attention does not see the packing
+        max_tokens = 1  # one example a pack: in this model they would see each other
     elif max_tokens is None:
         max_tokens = DEFAULT_MAX_TOKENS.get(engine.device.type, 4096)
     return pack_examples(examples, max_tokens)

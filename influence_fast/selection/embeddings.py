@@ -19,6 +19,7 @@ from influence_fast.data.packing import Pack, example_name, pack_examples
 from influence_fast.errors import DataError, NumericError, listing
 from influence_fast.gradients import attention
 from influence_fast.gradients.per_example import DEFAULT_MAX_TOKENS
+from influence_fast.gradients.separation import separation
 
 _AHEAD = 1024  # wishes looked at in one step
 
@@ -50,10 +51,11 @@ def example_embeddings(
     model.eval()
     try:
         with attention.packed(base, decoder.config):
-            if not _packs_are_separate(decoder, parameter.device):
-                max_tokens = 1  # one example a pack: this model's attention does not see the packing
+            found = separation(decoder, decoder.config._attn_implementation, parameter.device)
+            if not found.apart:
+                max_tokens = 1  # one example a pack: in this model they would see each other
             for pack in pack_examples(examples, max_tokens or DEFAULT_MAX_TOKENS.get(parameter.device.type, 4096)):
-                hidden = _hidden_states(decoder, pack, parameter.device).to(wide)  # [T, d]
+                hidden = _hidden_states(decoder, pack, parameter.device, found.takes_bounds).to(wide)  # [T, d]
                 weights = (pack.position_ids + 1).to(hidden)
                 parts = zip(pack.indices, hidden.split(pack.lengths), weights.split(pack.lengths), strict=True)
                 for index, states, weight in parts:
@@ -123,16 +125,8 @@ def pretrained(model: Any) -> contextlib.AbstractContextManager[Any]:
     return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
 
 
-def _packs_are_separate(decoder: Any, device: torch.device) -> bool:
-    """Whether the boundaries of a pack reach the attention, seen on two tokens."""
-    seen: list[bool] = []
-    two = torch.zeros(2, dtype=torch.int64)
-    _hidden_states(decoder, Pack([0], two, torch.arange(2), two, [0, 2]), device, packed_probe=seen)
-    return bool(seen) or decoder.config._attn_implementation != attention.PACKED
-
-
-def _hidden_states(decoder: Any, pack: Pack, device: torch.device, **kwargs: Any) -> torch.Tensor:
+def _hidden_states(decoder: Any, pack: Pack, device: torch.device, with_bounds: bool) -> torch.Tensor:
     """[T, d]: the decoder's last hidden states, after its final norm."""
     tokens = attention.PackedTokens.of(pack).to(device)
-    found = attention.call(decoder, decoder.config._attn_implementation, tokens, **kwargs)
+    found = attention.call(decoder, decoder.config._attn_implementation, tokens, with_bounds=with_bounds)
     return found.last_hidden_state[0]

@@ -21,6 +21,7 @@ from influence_fast.atomic import replacing
 from influence_fast.data.packing import IGNORED, example_name
 from influence_fast.errors import ConfigError, NumericError, listing
 from influence_fast.gradients import attention
+from influence_fast.gradients.separation import separation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -230,7 +231,7 @@ def _packs_apart(model: Any, config: TrainConfig) -> Iterator[None]:
         return
     base = _base(model)
     with attention.packed(base, base.config):
-        if not _second_is_blind_to_the_first(base):
+        if not _keeps_packs_apart(base):
             raise ConfigError(
                 f"training.packing: in a pack the examples of this model ({base.config.model_type}, attention "
                 f"{base.config._attn_implementation}) see each other, which would train on mixed-up contexts: "
@@ -239,29 +240,14 @@ def _packs_apart(model: Any, config: TrainConfig) -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
-def _second_is_blind_to_the_first(base: Any) -> bool:
-    """Whether other tokens in the first example of a pack leave the logits of the second as they are."""
-    device = next(base.parameters()).device
-    half = 4
-    bounds = torch.tensor([0, half, 2 * half], dtype=torch.int32, device=device)
+def _keeps_packs_apart(base: Any) -> bool:
     was_training = base.training
     base.eval()
-    logits = []
-    for first in (0, 1):
-        ids = torch.tensor([[first] * half + [0, 1] * (half // 2)], device=device)
-        out = base(
-            input_ids=ids,
-            position_ids=torch.arange(half, device=device).repeat(2)[None],
-            cu_seq_lens_q=bounds,
-            cu_seq_lens_k=bounds,
-            max_length_q=half,
-            max_length_k=half,
-            use_cache=False,
-        ).logits[0, half:]
-        logits.append(out.float())
-    base.train(was_training)
-    return bool((logits[0] - logits[1]).abs().max() <= 1e-5 * logits[0].abs().max())
+    try:
+        device = next(base.parameters()).device
+        return separation(base, base.config._attn_implementation, device).apart
+    finally:
+        base.train(was_training)
 
 
 def _base(model: Any) -> Any:
