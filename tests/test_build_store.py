@@ -431,6 +431,29 @@ def test_the_batches_of_an_interrupted_shard_are_not_computed_again(
     assert not list((tmp_path / "s").glob(".*"))
 
 
+@pytest.mark.parametrize("name", ["rows-00001.bin", "losses-00000.bin"])
+def test_a_damaged_shard_is_computed_again(tmp_path: Path, model: Any, name: str) -> None:
+    """Of the right size: nothing but its checksum tells."""
+    build(tmp_path / "s", model, make_examples())
+    whole = stored_bytes(tmp_path / "s")
+    with (tmp_path / "s" / name).open("r+b") as file:
+        file.seek(5)
+        file.write(b"\x55\xaa")
+    computed = []
+
+    def counted(model: Any, examples: Any, **options: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
+        computed.extend(example["id"] for example in examples)
+        yield from iter_gradient_rows(model, examples, **options)
+
+    with pytest.warns(UserWarning, match=rf"computed again: .*{name} is not what was written"):
+        build(tmp_path / "s", model, make_examples(), gradients=counted)
+    first = 4 * int(name[-5])
+    assert computed == [f"e{i}" for i in range(first, first + 4)]
+    assert verify_store(tmp_path / "s") == []
+    if name.startswith("rows"):  # another source's rows have no losses
+        assert stored_bytes(tmp_path / "s") == whole
+
+
 @pytest.mark.parametrize("damage", ["garbage", "another seed", "another place", "without losses"])
 def test_a_partial_shard_that_does_not_fit_is_left_aside(tmp_path: Path, model: Any, damage: str) -> None:
     from safetensors.torch import save_file

@@ -97,7 +97,8 @@ def build_store(
     """Computes the gradient of every example of `dataset` and stores it in the folder `path`.
 
     Run again after any interruption (kill, full disk, Ctrl-C), it computes only the shards that are not yet
-    recorded, and the store comes out bit for bit as if nothing had happened.
+    recorded, and the store comes out bit for bit as if nothing had happened. Shards that were damaged since are
+    computed again too, with a warning: every byte that is there is checked first.
 
     Args:
         path: a new or empty folder, or an unfinished store of the same work.
@@ -206,6 +207,8 @@ def build_shards(
         model, tokenizer, survey, projection, dtype, loss_reduction, precision, shard_rows, max_length, truncate
     )
     writer = StoreWriter(path, manifest, resume=resume, sketch=None if projection is None else projection.sketch)
+    if turns is None and world == 1 and (damaged := writer.drop_damaged()):  # alone on the folder
+        warnings.warn(f"computed again: {'; '.join(damaged)}", stacklevel=3)
     shard_rows = manifest.parts[0].shard_rows
     options: dict[str, Any] = {"projection": projection, "loss_reduction": loss_reduction}
     engine = KeptEngine()

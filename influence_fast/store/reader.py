@@ -224,7 +224,7 @@ def verify_store(path: str | Path) -> list[str]:
             record = ShardRecord.load(folder, index, manifest, fingerprint)
             wrong = [*_listed(folder, manifest, record), *_sizes(folder, record)]
             if not wrong:
-                wrong = [*_hashes(folder, record)]
+                wrong = [*damage(folder, record)]
             if not wrong:
                 read_ids(folder, record)
             problems += wrong
@@ -310,7 +310,8 @@ def _sizes(folder: Path, record: ShardRecord) -> Iterator[str]:
             yield f"{path} is {how}: {size} bytes instead of {entry.bytes}; {REBUILD}"
 
 
-def _hashes(folder: Path, record: ShardRecord) -> Iterator[str]:
+def damage(folder: Path, record: ShardRecord) -> Iterator[str]:
+    """A line for each file of a shard whose bytes are not those that were written; reads them all."""
     for entry in record.files.values():
         path = inside(folder, entry.name)
         found = hashlib.sha256()

@@ -40,7 +40,7 @@ from influence_fast.store.manifest import (
     file_name,
     inside,
 )
-from influence_fast.store.reader import Store, check_dtype, open_store, read_ids
+from influence_fast.store.reader import Store, check_dtype, damage, open_store, read_ids
 
 _COPY_CHUNK = 1 << 24
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -87,6 +87,23 @@ class StoreWriter:
             raise
         except (StoreError, OSError):
             return False
+
+    def drop_damaged(self) -> list[str]:
+        """Lets go of finished shards whose bytes are not those that were written, which are pending then.
+
+        Reads every byte of what is finished. Returns what was wrong, a line a file. No other process may be at work on
+        the folder.
+        """
+        problems = []
+        for index in range(self.manifest.shard_count):
+            if not self.is_done(index):
+                continue
+            record = ShardRecord.load(self.path, index, self.manifest, self._fingerprints[index])
+            found = list(damage(self.path, record))
+            if found:
+                (self.path / file_name("shard", index)).unlink()
+            problems += found
+        return problems
 
     def pending(self) -> list[int]:
         """The shards that are still to be written."""
