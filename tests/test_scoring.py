@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -172,3 +173,17 @@ def test_the_bootstrap_interval_covers_its_truth() -> None:
         low, high = bootstrap_auc(rng.standard_normal(200) + positive, positive, rng, samples=200)
         covered += low < stats.norm.cdf(1 / 2**0.5) < high
     assert covered >= 33
+
+
+def test_int8_rows_that_lose_factors_are_said_where_h_raises_them(tmp_path: Path, tiny_lora: Any, exact: Any) -> None:
+    """`exact` goes from 0.01 to 100 along a row: 8 bits of the largest number leave nothing of the first factors."""
+    coarse = store_of(tmp_path / "int8", tiny_lora(), exact, "int8")
+    even = store_of(tmp_path / "even", tiny_lora(), exact / exact.std(dim=0), "int8")
+    wide = store_of(tmp_path / "bf16", tiny_lora(), exact, "bf16")
+    with pytest.warns(UserWarning, match=r"too few for \d+ of \d+ LoRA factors \(.*lora_A.*'ekfac_cosine' weighs all"):
+        influence_scores(coarse, exact[N:], GROUPS, preconditioner="ekfac_cosine")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        influence_scores(coarse, exact[N:], GROUPS, preconditioner="cosine")
+        influence_scores(even, exact[N:], GROUPS, preconditioner="ekfac_cosine")
+        influence_scores(wide, exact[N:], GROUPS, preconditioner="ekfac_cosine")

@@ -12,6 +12,7 @@ import torch
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.lora import LayoutEntry, layout_width
 from influence_fast.influence import preconditioners
+from influence_fast.influence.rounding import warn_if_coarse
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.whitened import UnitNorm
 from influence_fast.products.inner_products import inner_products
@@ -187,6 +188,8 @@ def _prepared(
         factors=factors_of(store),
         moments=moments,
     )
+    if not isinstance(fitted, preconditioners.Identity):
+        warn_if_coarse(store, factors_of(store), preconditioner)
     rows = _Divided(store, fitted) if isinstance(fitted, UnitNorm) else store
     # H^-1 q spreads over decades where the rows are small: 8 bits of it would be too few
     precision = "fast" if isinstance(fitted, preconditioners.Identity) else "high"

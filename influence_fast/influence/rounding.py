@@ -1,0 +1,42 @@
+"""Whether a store's 8 bits are enough for what a preconditioner makes of its rows."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from influence_fast.errors import listing
+from influence_fast.gradients.lora import LayoutEntry
+from influence_fast.store.reader import Store
+
+_ROWS = 1024  # looked at
+_SHARE = 0.1  # of a factor's squares, above which rounding shows in the scores
+
+
+def warn_if_coarse(store: Store, factors: Sequence[LayoutEntry] | None, preconditioner: str) -> None:
+    """A warning where int8 rows lose whole LoRA factors that `preconditioner` weighs like the others.
+
+    A row has one scale, by its largest number. Rounding to it adds scale^2 / 12 to the square of every number: little
+    to a plain inner product, which the large factors decide, but much to one in which H^-1 has raised the small ones.
+    """
+    if store.manifest.dtype != "int8" or factors is None or len(store) == 0:
+        return
+    _, rows, scales = next(iter(store.blocks()))
+    assert scales is not None  # int8 rows have them
+    scale = np.asarray(scales[:_ROWS], np.float64)[:, None]
+    squares = ((np.asarray(rows[:_ROWS], np.float64) * scale) ** 2).mean(axis=0)
+    noise = float((scale**2).mean()) / 12
+    lost = [
+        f"{entry.module}.{entry.factor}"
+        for entry in factors
+        if noise > _SHARE * squares[entry.offset : entry.offset + entry.shape[0] * entry.shape[1]].mean()
+    ]
+    if lost:
+        warnings.warn(
+            f"{store.path}: 8 bits with one scale a row are too few for {len(lost)} of {len(factors)} LoRA factors "
+            f"({listing(lost)}), where rounding is more than a tenth of the gradients, and {preconditioner!r} weighs "
+            "all alike: build the store in bf16, or with a fitted sketch (a width)",
+            stacklevel=4,
+        )
