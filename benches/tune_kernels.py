@@ -159,7 +159,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("no CUDA device: nothing to tune")
     if not args.compile:
-        compile_in_processes(max(1, min(12, os.cpu_count() or 1)))
+        compile_in_processes(max(1, min(8, os.cpu_count() or 1)))  # each holds the tensors of all candidates, some 6 GB
     candidates = [*projections(), *sums()]
     if args.compile:
         share, _, shares = args.compile.partition("/")

@@ -108,3 +108,19 @@ def test_a_model_with_a_memory_is_refused() -> None:
     base.model.layers[1].mlp.register_forward_hook(remember)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM: .*keeps a state between calls"):
         separation(base, attention.PACKED, torch.device("cpu"))
+
+
+def test_a_head_that_is_more_than_a_product_is_found_by_trying() -> None:
+    model, generator = make("llama"), torch.Generator().manual_seed(1)
+    base = model.get_base_model()
+    forward = base.forward
+    base.forward = lambda **kwargs: _halved(forward(**kwargs))
+    ids = [torch.randint(3, 300, (n,), generator=generator) for n in (9, 23, 2)]
+    examples = [{"input_ids": i, "labels": i} for i in ids]
+    want = by_autograd(model, examples)
+    assert (inf.per_example_gradients(model, examples) - want).norm() < 1e-7 * want.norm()
+
+
+def _halved(output: Any) -> Any:
+    output.logits = output.logits / 2
+    return output

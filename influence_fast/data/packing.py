@@ -51,11 +51,14 @@ def example_name(example: Mapping[str, Any], index: int) -> str:
     return str(example["id"]) if "id" in example else f"examples[{index}]"
 
 
-def context_of(model: Any) -> int | None:
+def text_config(config: Any) -> Any:
+    """The part of a transformers configuration that is the language model's: its own, or inside one of many inputs."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def context_of(config: Any) -> int | None:
     """The tokens that a model can tell the places of, by its configuration; None where that does not say."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(text_config(config), "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None
 
 

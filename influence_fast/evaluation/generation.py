@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from influence_fast.data.packing import context_of
 from influence_fast.errors import ConfigError, DataError, ModelError
 from influence_fast.progress import track
 
@@ -192,7 +193,7 @@ def check_room(model_config: Any, encoded: Sequence[Sequence[int]], config: Eval
     longest = max(len(tokens) for tokens in encoded)
     if min(len(tokens) for tokens in encoded) == 0:
         raise DataError("a prompt has no tokens: drop the empty prompts or set a chat template")
-    limit = getattr(model_config, "max_position_embeddings", None)
+    limit = context_of(model_config)
     if limit is not None and longest + config.max_new_tokens > limit:
         raise ModelError(
             f"the longest prompt ({longest} tokens) and evaluation.max_new_tokens ({config.max_new_tokens}) exceed "

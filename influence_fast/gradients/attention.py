@@ -165,6 +165,10 @@ def packed_attention(
         bounds = cu_seq_lens_q.tolist() if isinstance(cu_seq_lens_q, torch.Tensor) else cu_seq_lens_q
         lengths = [end - start for start, end in pairwise(bounds)]
     grouped = query.shape[1] != key.shape[1]
+    if grouped and query.device.type == "cuda" and query.dtype == torch.float32:
+        # the one fused attention of cards that takes fp32 takes no groups, and without it T x T numbers are kept
+        key, value = (_repeated(heads, query.shape[1] // key.shape[1]) for heads in (key, value))
+        grouped = False
     # split, not slicing: its backward is one concatenation, where each slice's would be a zero-filled copy
     parts = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
     outputs = []
@@ -179,6 +183,11 @@ def packed_attention(
         )
         outputs.append(_in_order(out).transpose(1, 2))
     return torch.cat(outputs, dim=1), None
+
+
+def _repeated(heads: torch.Tensor, times: int) -> torch.Tensor:
+    """[1, kv_heads, T, d] -> [1, kv_heads * times, T, d], each head followed by its copies."""
+    return heads[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
 
 
 def _varlen(

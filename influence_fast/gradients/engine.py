@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear as dense
 
-from influence_fast.data.packing import Pack
+from influence_fast.data.packing import Pack, text_config
 from influence_fast.errors import ConfigError, ModelError, say_once
 from influence_fast.gradients import attention, backends, fp8, graphs
 from influence_fast.gradients.fused_layers import Fused, fused, overridden
@@ -31,13 +31,14 @@ from influence_fast.gradients.loss import CompletionLoss, drawn_tokens
 from influence_fast.gradients.memory import layer_bytes
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.reduction import FullReducer, ProjectedReducer, Reducer, segment_sums
-from influence_fast.gradients.separation import separation
+from influence_fast.gradients.separation import agree, separation
 from influence_fast.gradients.step_inputs import StepInputs, StepShape
 from influence_fast.gradients.transfer import to_device
 
 # Share of a card's free memory that kept activations may fill: gradients inside a layer, and fragments, need the rest.
 _ROOM = 0.8
-# Heads that do more than a matrix product; their logits are taken from the model itself.
+# Heads that do more than a matrix product; their logits are taken from the model itself. Named, since two tokens of an
+# untrained model need not show it (softcapping); what has no name here is found by trying.
 _HEAD_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
@@ -56,6 +57,9 @@ class InputGroup:
     backward_weights: list[torch.Tensor] = field(init=False)  # fused: [d_out, d_in + c], else [d_out, c]
     columns: list[int] = field(init=False)  # c: r, or r + p with a projection
     factors_a: torch.Tensor = field(init=False)  # not fused: every member's A, [sum r, d_in]
+    # Asks for a gradient, and never gets one: it has the backward reach the lowest of the groups. One for each step: a
+    # leaf that lives on would hold the stream of the step that made it, which no recording may meet.
+    anchor: torch.Tensor | None = None
     pending: dict[int, torch.Tensor] = field(default_factory=dict)
     pending_input: torch.Tensor | None = None
 
@@ -157,10 +161,10 @@ class InputGroup:
                 beta = 1
         return dx
 
-    def call(self, place: int, x: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+    def call(self, place: int, x: torch.Tensor) -> torch.Tensor:
         """Member `place`'s output; the first member called with a tensor computes them all."""
         if self.pending_input is not x or place not in self.pending:
-            outputs = _GroupedLora.apply(x, anchor, self)
+            outputs = _GroupedLora.apply(x, self.anchor, self)
             self.pending = dict(enumerate(outputs))
             self.pending_input = x
         output = self.pending.pop(place)
@@ -169,12 +173,13 @@ class InputGroup:
         return output
 
     def forget(self) -> None:
+        """Lets go of what a forward left for calls that did not come."""
         self.pending, self.pending_input = {}, None
 
 
 class _GroupedLora(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, group: InputGroup) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor | None, group: InputGroup) -> tuple[torch.Tensor, ...]:
         tokens = x.reshape(-1, x.shape[-1])  # [T, d_in]
         outputs = []
         if group.fused:
@@ -282,7 +287,7 @@ class GradientEngine:
         self._layers: list[Any] = []  # those that can be computed again in the backward, and are not already
         self.room = _free_bytes(self.device)
         self._whole_model_logits = type(self.head) is not nn.Linear or any(
-            getattr(self.base.config, name, None) not in (None, 1, 1.0) for name in _HEAD_TRANSFORMS
+            getattr(text_config(self.base.config), name, None) not in (None, 1, 1.0) for name in _HEAD_TRANSFORMS
         )
 
     @property
@@ -301,10 +306,9 @@ class GradientEngine:
             stack.enter_context(attention.packed(self.base, self.decoder.config))
             inputs = self._probe()
             self._groups = self._group(inputs, weights)
-            self._anchor = torch.zeros((), device=self.device, requires_grad=True)
             for group in self._groups:
                 for place, member in enumerate(group.members):
-                    stack.enter_context(_replaced_forward(member.layer, group, place, self._anchor))
+                    stack.enter_context(_replaced_forward(member.layer, group, place))
             if self.backend == "triton":
                 self._fused_layers = stack.enter_context(fused(self.base, self.linears[0].weight.dtype))
             if self.cuda_graphs:
@@ -340,10 +344,15 @@ class GradientEngine:
     def _step(self, inputs: StepInputs, recompute: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and losses of inputs on the device; a function of their numbers that reads none on the host."""
         self.reducer.begin(inputs.tokens.cu_seqlens, inputs.segments)
+        anchor = torch.empty((), device=self.device, requires_grad=True)
+        for group in self._groups:
+            group.anchor = anchor
         with torch.enable_grad(), _recomputing(self._layers if recompute else []):
             loss, losses = self._loss(inputs)
             with attention.unchanged_order():
                 loss.backward()
+        for group in self._groups:
+            group.anchor = None
         return self.reducer.finish(), losses
 
     def overflows(self, tokens: int) -> bool:
@@ -354,7 +363,7 @@ class GradientEngine:
         inputs, w = self.reducer.needs_input, self.linears[0].weight.element_size()
         try:
             layer = layer_bytes(
-                self.base.config,
+                text_config(self.base.config),
                 weight_bytes=w,
                 columns=columns,
                 inputs=inputs,
@@ -384,17 +393,16 @@ class GradientEngine:
         loss, token_losses = CompletionLoss.apply(hidden, weight, bias, inputs.targets, inputs.weights, triton)
         return loss, segment_sums(token_losses * inputs.weights, inputs.edges)
 
-    def _hidden(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """What the loss needs: the last hidden states of the completion tokens, the head's weight and bias."""
+    def _hidden(self, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """What the loss needs: the last hidden states of the completion tokens, the head's weight and bias; or their
+        logits and no weight, where the model's head is more than that."""
         try:
             found = self._call(self.base if self._whole_model_logits else self.decoder, inputs.tokens)
         finally:
             for group in self._groups:
                 group.forget()
         if self._whole_model_logits:
-            logits = found.logits[0, inputs.positions]
-            # the identity as head: softmax over logits that the model has already made
-            return logits, torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device), None
+            return found.logits[0, inputs.positions], None, None
         hidden = found.last_hidden_state[0, inputs.positions]
         return hidden, self.head.weight.detach(), None if self.head.bias is None else self.head.bias.detach()
 
@@ -413,6 +421,8 @@ class GradientEngine:
         module = self.base if self._whole_model_logits else self.decoder
         found = separation(module, implementation, self.device)
         self.packs_are_separate, self._takes_bounds = found.apart, found.takes_bounds
+        if not self._whole_model_logits and self.device.type != "meta":
+            self._whole_model_logits = not self._head_is_a_product()
         two = torch.zeros(2, dtype=torch.int64)
         tokens = attention.PackedTokens.of(Pack([0], two, torch.arange(2), two, [0, 2])).to(self.device)
         seen: list[bool] = []
@@ -439,6 +449,14 @@ class GradientEngine:
                     "leave it out of target_modules"
                 )
         return inputs
+
+    @torch.no_grad()
+    def _head_is_a_product(self) -> bool:
+        """Whether the logits are the head's product with the decoder's last hidden states, seen on two tokens."""
+        two = torch.arange(2)
+        tokens = attention.PackedTokens.of(Pack([0], two, two, two, [0, 2])).to(self.device)
+        hidden, logits = self._call(self.decoder, tokens).last_hidden_state, self._call(self.base, tokens).logits
+        return agree(nn.functional.linear(hidden, self.head.weight, self.head.bias), logits)
 
     def _leave_graphs(self, why: str) -> None:
         """No CUDA graphs: ConfigError if this call asked for them, a warning if the environment did."""
@@ -540,9 +558,9 @@ def _recomputing(layers: list[Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced_forward(layer: nn.Module, group: InputGroup, place: int, anchor: torch.Tensor) -> Iterator[None]:
+def _replaced_forward(layer: nn.Module, group: InputGroup, place: int) -> Iterator[None]:
     def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return group.call(place, x, anchor)
+        return group.call(place, x)
 
     with overridden(layer, "forward", forward):
         yield

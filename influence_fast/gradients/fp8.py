@@ -10,9 +10,10 @@ every product. The gradient is e4m3 too: with a scale a row it needs no wider ra
 of mantissa brought the rows closer to fp32's than e5m2's range did (`python -m benches.fp8_effect`).
 
 The products are `torch._scaled_mm`'s. With a scale a row it runs on cards of compute capability 8.9 and above (CUTLASS,
-or cuBLAS on 9.0), wants both dimensions of W in multiples of 16 (the number of tokens is free), and gives bf16 (fp32 on
-9.0 alone). Linears of other shapes keep their own dtype's product, on the CPU too, so that rows do not depend on where
-they were made. A CPU multiplies in fp32 after the rounding: the same numbers but for the order of the sums, no faster.
+or cuBLAS on 9.0), wants both dimensions of W in multiples of 16, and gives bf16 (fp32 on 9.0 alone). cuBLAS is known to
+refuse long sums for up to 256 tokens, and odd numbers of them: a card gets rows of zeros beside those (`padded`).
+Linears of other shapes keep their own dtype's product, on the CPU too, so that rows do not depend on where they were
+made. A CPU multiplies in fp32 after the rounding: the same numbers but for the order of the sums, no faster.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ AUTO, FP8 = "auto", "fp8"
 PRECISIONS = (AUTO, FP8)
 FORMAT = torch.float8_e4m3fn
 MULTIPLE = 16
+FEWEST_ROWS = 272  # in multiples of 16 too
 LOWEST_CAPABILITY = (8, 9)
 _LARGEST = torch.finfo(FORMAT).max
 _TINY = torch.finfo(torch.float32).tiny
@@ -63,6 +65,17 @@ def to_fp8(matrix: Tensor) -> Rows:
     largest = torch.linalg.vector_norm(matrix, torch.inf, dim=1, keepdim=True, dtype=wide)
     scales = (largest.float() / _LARGEST).clamp_min(_TINY)  # a row of zeros must not be divided by zero
     return Rows((matrix / scales).to(FORMAT).contiguous(), scales)
+
+
+def padded(rows: Rows) -> Rows:
+    """With rows of zeros, for as many as a card multiplies: a multiple of MULTIPLE, FEWEST_ROWS at least."""
+    n = rows.values.shape[0]
+    more = max(FEWEST_ROWS, -(-n // MULTIPLE) * MULTIPLE) - n
+    if more == 0:
+        return rows
+    # as bytes, which everything can be done with; zero is zero in e4m3 too
+    values = torch.nn.functional.pad(rows.values.view(torch.uint8), (0, 0, 0, more)).view(FORMAT)
+    return Rows(values, torch.nn.functional.pad(rows.scales, (0, 0, 0, more), value=1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +119,11 @@ class Product:
     def __call__(self, left: Rows, right: Rows) -> Tensor:
         """left [n, k] times the transpose of right [m, k]: [n, m]."""
         if self.scaled_mm:
+            n = left.values.shape[0]
+            rows = padded(left) if left.values.is_cuda else left
             return torch._scaled_mm(
-                left.values, right.values.T, scale_a=left.scales, scale_b=right.scales.T, out_dtype=self.dtype
-            )
+                rows.values, right.values.T, scale_a=rows.scales, scale_b=right.scales.T, out_dtype=self.dtype
+            )[:n]
         return (left.values.float() @ right.values.float().T * left.scales * right.scales.T).to(self.dtype)
 
 

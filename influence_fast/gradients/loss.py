@@ -32,7 +32,7 @@ class CompletionLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: torch.Tensor,  # [n, d], completion tokens only
-        weight: torch.Tensor,  # [vocab, d]
+        weight: torch.Tensor | None,  # [vocab, d]; None: `hidden` are the logits already, d = vocab
         bias: torch.Tensor | None,  # [vocab]
         targets: torch.Tensor,  # [n] int64
         token_weights: torch.Tensor,  # [n] fp32 (fp64 for an fp64 model)
@@ -40,7 +40,7 @@ class CompletionLoss(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (the weighted sum of the losses, the unweighted loss of each token [n])."""
         n = hidden.shape[0]
-        step = tokens_at_once(weight.shape[0], hidden.device)
+        step = tokens_at_once(len(weight) if weight is not None else hidden.shape[1], hidden.device)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         losses = torch.empty(n, dtype=wide, device=hidden.device)
         wants_grad = ctx.needs_input_grad[0]
@@ -50,12 +50,14 @@ class CompletionLoss(torch.autograd.Function):
             rows = slice(start, min(start + step, n))
             # no name for the logits here: PyTorch's way lets them go once it has them in fp32
             numbers = compute(
-                torch.nn.functional.linear(hidden[rows], weight, bias),
+                hidden[rows].clone() if weight is None else torch.nn.functional.linear(hidden[rows], weight, bias),
                 targets[rows],
                 losses[rows],
                 token_weights[rows] if wants_grad else None,
             )
-            if numbers is not None:
+            if numbers is not None and weight is None:
+                grad[rows] = numbers
+            elif numbers is not None and weight is not None:
                 torch.mm(numbers.to(weight.dtype), weight, out=grad[rows])
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(losses)
@@ -69,15 +71,15 @@ class CompletionLoss(torch.autograd.Function):
 
 def drawn_tokens(
     hidden: torch.Tensor,  # [n, d]
-    weight: torch.Tensor,  # [vocab, d]
+    weight: torch.Tensor | None,  # [vocab, d]; None: `hidden` are the logits already
     bias: torch.Tensor | None,  # [vocab]
     uniform: torch.Tensor,  # [n] fp64 in (0, 1)
 ) -> torch.Tensor:
     """Tokens [n] int64 from softmax(W h + b): the first whose cumulated probability is above the uniform number."""
     drawn = []
-    step = tokens_at_once(weight.shape[0], hidden.device)
+    step = tokens_at_once(len(weight) if weight is not None else hidden.shape[1], hidden.device)
     for rows, numbers in zip(hidden.split(step), uniform.split(step), strict=True):
-        logits = torch.nn.functional.linear(rows, weight, bias)
+        logits = rows if weight is None else torch.nn.functional.linear(rows, weight, bias)
         total = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1).cumsum(dim=1)
         # below 1, which some round to, and times the last sum, which rounding leaves a little beside 1
         below = numbers.to(total.dtype).clamp_(max=1 - torch.finfo(total.dtype).eps)

@@ -203,7 +203,7 @@ def packs_for(engine: GradientEngine, examples: Sequence[Mapping[str, Any]], max
                 f"{example_name(example, index)}: label {int(labels[strange][0])} is neither {IGNORED} (ignored) nor a "
                 f"token of the model's vocabulary of {vocab}"
             )
-    say_if_beyond(context_of(engine.base), examples)
+    say_if_beyond(context_of(engine.base.config), examples)
     if not engine.packs_are_separate:
         max_tokens = 1  # one example a pack: in this model they would see each other
     elif max_tokens is None:

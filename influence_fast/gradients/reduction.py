@@ -61,7 +61,11 @@ def pack_segments(cu_seqlens: list[int], device: torch.device) -> Segments:
 class Reducer:
     """Collects a pack's modules during the backward; `finish` gives the rows [E, width]."""
 
-    needs_input = False  # whether x itself must be kept for the backward
+    @property
+    def needs_input(self) -> bool:
+        """Whether x itself must be kept for the backward."""
+        return False
+
     triton = False  # whether the Triton kernels do the sums
     bf16_rows = False  # whether rows that are final once summed may be bf16
 
@@ -235,7 +239,9 @@ class FullReducer(Reducer):
     Rows are fp32 (fp64 for an fp64 model), `bf16_rows` or not: they are added to while the backward runs.
     """
 
-    needs_input = True
+    @property
+    def needs_input(self) -> bool:
+        return True
 
     def __init__(self, linears: list[LoraLinear], layout: list[LayoutEntry], projection: Projection | None) -> None:
         super().__init__(linears, layout, projection)

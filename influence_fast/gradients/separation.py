@@ -61,8 +61,7 @@ def separation(module: Any, implementation: str | None, device: torch.device) ->
         except ValueError:
             alone, takes_bounds = outputs(1, with_bounds=False), False
         again = outputs(1, with_bounds=takes_bounds)
-    near = _ROUNDING.get(alone.dtype, _ROUNDING_16)
-    if not _near(alone, again, near):
+    if not agree(alone, again):
         raise ModelError(
             f"{type(module).__name__}: the same tokens have other outputs when they are asked for again; the model "
             "keeps a state between calls, and its gradients would depend on what came before"
@@ -71,7 +70,7 @@ def separation(module: Any, implementation: str | None, device: torch.device) ->
     if not takes_bounds or implementation in REPLACED:
         return Separation(False, takes_bounds)
     together, reached = _reached(module, lambda: outputs(0, 1))
-    return Separation(not reached and _near(together, alone, near))
+    return Separation(not reached and agree(together, alone))
 
 
 def _reached(module: Any, outputs: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, bool]:
@@ -94,6 +93,7 @@ def _reached(module: Any, outputs: Callable[[], torch.Tensor]) -> tuple[torch.Te
     return second.detach(), bool(gradient[0, :_HALF].ne(0).any())  # NaN is not 0 either
 
 
-def _near(one: torch.Tensor, other: torch.Tensor, most: float) -> bool:
-    """Whether the outputs differ by rounding alone; NaN differs from everything."""
+def agree(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether outputs differ by their dtype's rounding alone; NaN differs from everything."""
+    most = _ROUNDING.get(one.dtype, _ROUNDING_16)
     return bool((one - other).double().norm() <= most * other.double().norm())

@@ -154,6 +154,10 @@ class StreamReducer(Reducer):
         return "ride" if self._wide and self.width <= _RIDING else "form"
 
     @property
+    def needs_input(self) -> bool:
+        return self.way != "ride"
+
+    @property
     def recordable(self) -> bool:
         return self.way == "kernel"
 
@@ -165,7 +169,6 @@ class StreamReducer(Reducer):
 
     def begin(self, cu_seqlens: list[int] | None, segments: Segments | None = None) -> None:
         super().begin(cu_seqlens, segments)
-        self.needs_input = self.way != "ride"
         self._some_segments = {}
         if self.needs_input:
             self._scores = torch.zeros(self.examples, self.width, dtype=self.dtype, device=self.device)

@@ -140,7 +140,7 @@ def finetune(
 
     final = Path(output_dir)
     _check(examples)
-    say_if_beyond(context_of(model), examples)
+    say_if_beyond(context_of(getattr(model, "config", None)), examples)
     if lora is not None and isinstance(model, PeftModel):
         raise ModelError("the model already carries a LoRA adapter: pass lora=None to train that one further")
     record = {

@@ -112,6 +112,10 @@ def test_scores(path: str, kind: str, shape: tuple[int, ...], normalize: bool, p
     bound = 2e-6
     if kind == "bf16" and path == "cuda":  # tensor cores cut sums off: by simulation 2.5e-6 over 2048 columns
         bound *= max(1, shape[2] / 512)
+    elif (
+        kind != "int8" and path == "torch"
+    ):  # cuBLAS may add one after the other: by simulation 1.7e-6 over 9000 columns
+        bound *= max(1, shape[2] / 4096)
     # high keeps 16 significant bits of a query (int8: of its largest number).
     assert relative(got, want) < (1e-4 if precision == "high" and kind != "fp32" else bound)
 
