@@ -167,7 +167,7 @@ def test_a_second_run_computes_nothing_again(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("computed again")
 
-    for name in ("evaluate", "own_answers", "score_pool"):
+    for name in ("evaluate", "own_answers", "explained_scores"):
         monkeypatch.setattr(pipeline, name, refuse)
     again = pipeline.run(load_config(world / "config.yaml"), progress=False)
     assert again["cells"] == results["cells"]
@@ -430,7 +430,7 @@ def test_a_finished_run_takes_more_strategies_seeds_and_fractions(
 
     finetune = pipeline.finetune
     monkeypatch.setattr(pipeline, "finetune", counted)
-    for name in ("own_answers", "score_pool"):
+    for name in ("own_answers", "explained_scores"):
         monkeypatch.setattr(pipeline, name, refuse)
     again = pipeline.run(dataclasses.replace(config, pruning=more), progress=False)
     assert [(c["strategy"], c["fraction"], c["seed"]) for c in again["cells"]] == [
@@ -828,7 +828,7 @@ def test_score_asks_no_question_twice_when_it_is_stopped_after_the_answers(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: Path
 ) -> None:
     from influence_fast.evaluation import generation
-    from influence_fast.selection import pool_scores
+    from influence_fast.run import scoring
 
     arguments = ["score", "--model", world / "model", "--adapter", chosen / "adapters" / "full-seed0", "--dim", 4]
     arguments += ["--data", world / "pool.jsonl", "--validation", world / "validation.jsonl", "--max-new-tokens", 6]
@@ -838,7 +838,7 @@ def test_score_asks_no_question_twice_when_it_is_stopped_after_the_answers(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(pool_scores, "score_pool", stopped)
+        patched.setattr(scoring, "score_pool", stopped)
         assert main([str(a) for a in arguments]) == 130
     answers = (tmp_path / "s.csv.answers.jsonl").read_text()
     assert answers.count("\n") == len((world / "validation.jsonl").read_text().splitlines())

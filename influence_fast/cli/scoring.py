@@ -110,10 +110,11 @@ def _score(args: Any) -> None:
     from influence_fast.influence.queries import make_queries, own_answers, with_tasks
     from influence_fast.influence.scores import check_format
     from influence_fast.influence.settings import InfluenceConfig, check_influence, fitted_examples
-    from influence_fast.report.explain import EXPLAINED, explanations, save_explanations
+    from influence_fast.report.explain import EXPLAINED
+    from influence_fast.run.scoring import explained_scores
     from influence_fast.run.unread import unread_influence
     from influence_fast.selection.difficulty import check_answers
-    from influence_fast.selection.pool_scores import baseline_columns, score_pool
+    from influence_fast.selection.pool_scores import baseline_columns
     from influence_fast.selection.strategies import PASS_RATE, needed_columns
 
     not_an_input(args.output, args.data, args.validation)
@@ -152,33 +153,29 @@ def _score(args: Any) -> None:
     queries = make_queries(validation, answers, args.fallback, needed=("correct",))
     if args.tasks is not None:
         queries = with_tasks(queries, row_groups(load_rows(args.validation, split=args.validation_split), args.tasks))
-    scored = score_pool(
+    scored, explained = explained_scores(
         model,
         tokenizer,
+        examples,
         pool,
         queries,
         Path(args.store or f"{args.output}.store"),
         gradients,
         influence,
+        f"{args.output}.{EXPLAINED}",
         top=args.explain,
         progress=bars(args),
     )
-    table, seconds = scored.table, scored.seconds
-    tokens = {example["id"]: example for example in pool}
-    by_id = {example.id: example for example in examples}
-    for old in (Path(f"{args.output}.{EXPLAINED}{suffix}") for suffix in (".html", ".jsonl")):
-        old.unlink(missing_ok=True)  # of other scores
-    if scored.top is not None:
-        for path in save_explanations(
-            explanations(scored.top, table.ids, queries), by_id, f"{args.output}.{EXPLAINED}"
-        ):
-            print(f"answer by answer: {path}")
+    for path in explained:
+        print(f"answer by answer: {path}")
+    seconds = scored.seconds
     table, more = baseline_columns(
-        table,
+        scored.table,
         needs,
         model,
         tokenizer,
-        [(by_id[name], tokens[name]) for name in table.ids],
+        examples,
+        pool,
         queries,
         PruningConfig().pass_rate_config(evaluation_of(args)),
         transcripts=Path(f"{args.output}.pool.jsonl"),

@@ -35,13 +35,14 @@ from influence_fast.influence.checkpoints import (
 from influence_fast.influence.queries import Queries, make_queries, own_answers, with_tasks
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import InfluenceConfig
-from influence_fast.report.explain import EXPLAINED, explanations, save_explanations
+from influence_fast.report.explain import EXPLAINED
 from influence_fast.report.page import save_results, write_report
 from influence_fast.run.results import cell_name, collect, known_harmful
+from influence_fast.run.scoring import explained_scores
 from influence_fast.run.splits import load_splits
 from influence_fast.run.workdir import RunFolder
 from influence_fast.selection import pruning
-from influence_fast.selection.pool_scores import PoolScores, baseline_columns, score_pool
+from influence_fast.selection.pool_scores import PoolScores, baseline_columns
 from influence_fast.selection.strategies import EMBEDDING_RANK, PASS_RATE, needed_columns
 from influence_fast.training.fine_tuning import TrainResult, finetune, finetuned, list_checkpoints
 from influence_fast.training.models import check_tokenizer, load_model, load_tokenizer
@@ -196,10 +197,6 @@ class Pipeline:
             else:
                 scored = self._score_under(adapter, queries, "store", self.config.influence)
                 table, seconds = scored.table, scored.seconds
-                if scored.top is not None:
-                    by_id = {example.id: example for example in self.splits.pool}
-                    found = explanations(scored.top, table.ids, queries)
-                    save_explanations(found, by_id, self.folder / EXPLAINED, title=self.config.title)
             self._save(table)
             return seconds
 
@@ -213,18 +210,22 @@ class Pipeline:
         table.save(self.folder / SCORES)
 
     def _score_under(self, adapter: str | Path, queries: Queries, store: str, influence: InfluenceConfig) -> PoolScores:
-        with self._finetuned(adapter) as model:
-            return score_pool(
+        with finetuned(self.base, adapter) as model:
+            scored, _ = explained_scores(
                 model,
                 self.tokenizer,
+                self.splits.pool,
                 self.splits.tokenized.examples,
                 queries,
                 self.folder / store,
                 self.config.gradients,
                 influence,
+                self.folder / EXPLAINED,
                 top=0 if influence.checkpoints else influence.explain,
+                title=self.config.title,
                 progress=self.progress,
             )
+        return scored
 
     def _over_checkpoints(self, reference: Path, queries: Queries) -> tuple[ScoreTable, dict[str, float]]:
         """Scores summed over the reference's checkpoints, and how the ranking moved, as a table and a plot."""
@@ -252,13 +253,13 @@ class Pipeline:
     def _add_baseline(self, column: str, queries: Queries) -> dict[str, float]:
         """Puts a column that only some baselines read into the score table; returns the seconds it took."""
         table = ScoreTable.load(self.folder / SCORES)
-        by_id = {example.id: (example, self.splits.tokenized.examples[i]) for i, example in enumerate(self.splits.pool)}
         table, seconds = baseline_columns(
             table,
             [column],
             self.base,
             self.tokenizer,
-            [by_id[name] for name in table.ids],
+            self.splits.pool,
+            self.splits.tokenized.examples,
             queries,
             self.config.pruning.pass_rate_config(self.config.evaluation),
             transcripts=self.folder / "transcripts" / "pool.jsonl",
@@ -266,9 +267,6 @@ class Pipeline:
         )
         self._save(table)
         return seconds
-
-    def _finetuned(self, adapter: str | Path) -> contextlib.AbstractContextManager[Any]:
-        return finetuned(self.base, adapter)
 
     # ---- the grid ------------------------------------------------------------------------------------------
 

@@ -30,7 +30,8 @@ def baseline_columns(
     needs: Collection[str],
     model: Any,
     tokenizer: Any,
-    pool: Sequence[tuple[Example, dict[str, Any]]],
+    pool: Sequence[Example],
+    tokenized: Sequence[dict[str, Any]],
     queries: Queries,
     config: EvalConfig,
     *,
@@ -39,18 +40,20 @@ def baseline_columns(
 ) -> tuple[ScoreTable, dict[str, float]]:
     """`table` with those columns of `needs` that only some baselines read, and the seconds of each.
 
-    `embedding_rank` by the correct queries and `pass_rate` under `config`, both of the pretrained model. `pool` has the
-    example and its tokens for each row of the table.
+    `embedding_rank` by the correct queries and `pass_rate` under `config`, both of the pretrained model. `pool` and
+    `tokenized` have, in any order, an example for each row of the table.
     """
     columns: dict[str, np.ndarray] = {}
     seconds: dict[str, float] = {}
+    by_id = {example.id: example for example in pool}
+    tokens = {example["id"]: example for example in tokenized}
     if EMBEDDING_RANK in needs:
         with timed(seconds, "embeddings"):
             asked = tokenize([queries.examples[i] for i in queries.groups["correct"]], tokenizer).examples
-            columns[EMBEDDING_RANK] = embedding_ranks(model, [tokens for _, tokens in pool], asked)
+            columns[EMBEDDING_RANK] = embedding_ranks(model, [tokens[name] for name in table.ids], asked)
     if PASS_RATE in needs:
         with timed(seconds, "pass rates"):
-            examples = [example for example, _ in pool]
+            examples = [by_id[name] for name in table.ids]
             columns[PASS_RATE] = pass_rates(
                 model, tokenizer, examples, config=config, transcripts=transcripts, progress=progress
             )
