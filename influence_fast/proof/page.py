@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from influence_fast.atomic import replacing
 from influence_fast.report.page import templates
-from influence_fast.report.plots import INK, Chart, Key, key_svg, plain, render_chart
+from influence_fast.report.svg import INK, Chart, Key, key_svg, plain, render_chart
 
 Row = Mapping[str, Any]
 

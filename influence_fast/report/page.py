@@ -52,7 +52,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from influence_fast.atomic import replacing
 from influence_fast.errors import DataError
-from influence_fast.report import plots, summary
+from influence_fast.report import plots, summary, svg
 from influence_fast.report.summary import between, count, fraction_name, number, percent
 
 REPORT_NAME = "report.html"
@@ -137,7 +137,7 @@ def render(results: Mapping[str, Any]) -> str:
     environment = templates()
     environment.filters.update(
         percent=percent, fraction=fraction_name, count=count, signed=signed, duration=duration, p_value=p_value,
-        decimal=decimal, key=plots.key_svg,
+        decimal=decimal, key=svg.key_svg,
     )  # fmt: skip
     environment.globals.update(between=between)
     return environment.get_template("report.html.j2").render(_view(results))
@@ -275,7 +275,7 @@ def _label_categories(results: Mapping[str, Any]) -> dict[str, int]:
     seen = {str(s["label"]) for s in results.get("scores") or [] if s.get("label") is not None}
     seen |= {str(k) for k in (results.get("data") or {}).get("labels") or {}}
     marked = sorted(label for label in seen if label != "clean")
-    return {"clean": 0, **{label: min(i + 1, plots.CATEGORIES - 1) for i, label in enumerate(marked)}}
+    return {"clean": 0, **{label: min(i + 1, svg.CATEGORIES - 1) for i, label in enumerate(marked)}}
 
 
 def _data(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -332,7 +332,7 @@ def _scatter(
         category.append(labels.get(str(s.get("label")), 0) if s.get("label") is not None else 0)
         dropped.append(by)
         titles.append(
-            f"{plots.plain(s['id'], 60)} · s_correct {signed(s['s_correct'])} · s_incorrect {signed(s['s_incorrect'])}"
+            f"{svg.plain(s['id'], 60)} · s_correct {signed(s['s_correct'])} · s_incorrect {signed(s['s_incorrect'])}"
         )
         point = {"id": str(s["id"]), "c": signed(s["s_correct"]), "i": signed(s["s_incorrect"]), "d": by}
         if s.get("label") is not None:
@@ -357,9 +357,9 @@ def _scatter(
     for label, kind in labels.items():
         names.setdefault(kind, []).append(label)
     labelled = any(s.get("label") is not None for s in scores)
-    keys = [plots.Key("shape", f"c{k}", ", ".join(names[k]), k) for k in sorted(used)] if labelled else []
+    keys = [svg.Key("shape", f"c{k}", ", ".join(names[k]), k) for k in sorted(used)] if labelled else []
     if strategies:
-        keys.append(plots.Key("ring", "ink", "dropped by the strategy chosen"))
+        keys.append(svg.Key("ring", "ink", "dropped by the strategy chosen"))
     return {
         "svg": chart.svg,
         "legend": keys,
@@ -405,7 +405,7 @@ def clipped(text: str, most: int = MAX_TEXT) -> tuple[str, str, int]:
     return text[:cut], text[cut:most], max(0, len(text) - most)
 
 
-def _distribution(scores: Sequence[Mapping[str, Any]], labels: Mapping[str, int]) -> plots.Chart | None:
+def _distribution(scores: Sequence[Mapping[str, Any]], labels: Mapping[str, int]) -> svg.Chart | None:
     s_correct, s_incorrect = summary.score_arrays(scores)
     own = [None if s.get("label") is None else str(s["label"]) for s in scores]
     groups = []
