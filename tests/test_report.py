@@ -17,9 +17,10 @@ import pytest
 
 from influence_fast.errors import DataError
 from influence_fast.report import page as report
-from influence_fast.report import summary
+from influence_fast.report import summary, view
 from influence_fast.report.statistics import grid_statistics
 from influence_fast.selection.strategies import STRATEGIES
+from influence_fast.report.words import headline, p_value
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 HOSTILE = (
@@ -235,7 +236,7 @@ def _cell(strategy: str, accuracy: float, half: float | None = 0.02, fraction: f
 
 def _found(*cells: dict[str, Any], **more: Any) -> str:
     results = {"title": "t", "cells": list(cells), **more}
-    return summary.headline(results, summary.aggregate(results["cells"])).found.replace("\u00a0", " ")
+    return headline(results, summary.aggregate(results["cells"])).found.replace("\u00a0", " ")
 
 
 def test_headline_names_a_difference_only_where_intervals_are_apart() -> None:
@@ -283,7 +284,7 @@ def test_grid_statistics_are_what_the_page_shows() -> None:
         assert row[3] == f"{100 * s['low']:.1f} to {100 * s['high']:.1f} %"
     c = found["comparisons"][0]
     h = [f"{c['effect']:.2f}", f"{c['effect_low']:.2f} to {c['effect_high']:.2f}"]
-    p = [report.p_value(c["p"]), report.p_value(c["p_adjusted"])]
+    p = [p_value(c["p"]), p_value(c["p_adjusted"])]
     interval = f"{100 * c['low']:.1f} to {100 * c['high']:.1f} %"
     assert ["combined", "10 %", "random", f"{100 * c['difference']:.1f} %", interval, *h, *p] in rows
     text = Page(html).text()
@@ -313,9 +314,9 @@ def test_a_strategy_is_drawn_by_what_it_reads(monkeypatch: pytest.MonkeyPatch) -
 
 def test_headline_without_cells_claims_detection_or_nothing() -> None:
     row = {"method": "s_incorrect", "auc": 0.61, "low": 0.45, "high": 0.77}
-    assert "within noise of chance" in summary.headline({"title": "t", "detection": [row]}, []).found
-    assert "within noise" not in summary.headline({"title": "t", "detection": [{**row, "low": 0.55}]}, []).found
-    assert "nothing to claim" in summary.headline({"title": "t"}, []).found
+    assert "within noise of chance" in headline({"title": "t", "detection": [row]}, []).found
+    assert "within noise" not in headline({"title": "t", "detection": [{**row, "low": 0.55}]}, []).found
+    assert "nothing to claim" in headline({"title": "t"}, []).found
 
 
 # --- the page ----------------------------------------------------------------------------------------------
@@ -418,7 +419,7 @@ def test_scatter_puts_every_trace_where_its_scores_are(results: dict[str, Any], 
 
 
 def test_extreme_traces_stand_side_by_side_with_their_text(results: dict[str, Any], html: str) -> None:
-    helpful, harmful = summary.extremes(results["scores"], report.EXTREME_TRACES)
+    helpful, harmful = summary.extremes(results["scores"], view.EXTREME_TRACES)
     left, right = html.split('<div class="help">')[1].split('<div class="harm">')
     right = right.split("</section>")[0]
     for side, indices in ((left, helpful), (right, harmful)):
@@ -532,15 +533,15 @@ def test_scores_all_alike_still_draw(same: float) -> None:
 
 
 def test_many_traces_are_limited_and_keep_the_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "MAX_POINTS", 300)
-    monkeypatch.setattr(report, "SAMPLED_POINTS", 100)
+    monkeypatch.setattr(view, "MAX_POINTS", 300)
+    monkeypatch.setattr(view, "SAMPLED_POINTS", 100)
     results = make_results(seeds=1, traces=3000)
     for s in results["scores"]:
         s["completion"] = "long " * 2000
     html = report.render(results)
     drawn = {p["id"] for p in _points(html)}
     assert 100 <= len(drawn) <= 350
-    helpful, harmful = summary.extremes(results["scores"], report.EXTREME_TRACES)
+    helpful, harmful = summary.extremes(results["scores"], view.EXTREME_TRACES)
     s_correct, s_incorrect = summary.score_arrays(results["scores"])
     must = [*helpful, *harmful, *np.argsort(s_correct)[[0, -1]], *np.argsort(s_incorrect)[[0, -1]]]
     assert {results["scores"][i]["id"] for i in must} <= drawn
@@ -551,11 +552,11 @@ def test_many_traces_are_limited_and_keep_the_extremes(monkeypatch: pytest.Monke
 
 def test_long_text_is_folded_and_then_cut() -> None:
     words = " ".join(f"w{i}" for i in range(9000))
-    shown, folded, left_out = report.clipped(words)
+    shown, folded, left_out = view.clipped(words)
     assert words.startswith(shown + folded)
-    assert len(shown) <= report.SHOWN_TEXT
+    assert len(shown) <= view.SHOWN_TEXT
     assert len(shown) + len(folded) + left_out == len(words)
-    assert report.clipped("short") == ("short", "", 0)
+    assert view.clipped("short") == ("short", "", 0)
     scores = [{"id": str(i), "s_correct": i, "s_incorrect": -i, "completion": words} for i in range(2)]
     html = report.render({"title": "t", "scores": scores})
     assert html.count("more characters</summary>") == 2

@@ -12,8 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from influence_fast.report.summary import Setting, fraction_name, number
+from influence_fast.report.summary import Setting, number
 from influence_fast.report.svg import INK, SHAPES, Chart, Key, plain, render_chart
+from influence_fast.report.words import fraction_name
 
 # --- one row a strategy, one panel a fraction ----------------------------------------------------------------
 
