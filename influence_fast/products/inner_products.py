@@ -14,23 +14,32 @@ fp32 rows to PyTorch.
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 
-from influence_fast.errors import ConfigError, DataError, NumericError, listing
+from influence_fast.errors import DataError
 from influence_fast.gradients.projection import key
 from influence_fast.products import cuda as inner_products_cuda
 from influence_fast.products import native
+from influence_fast.products.inputs import (
+    Array,
+    Source,
+    check_finite,
+    check_groups,
+    check_out,
+    check_topk,
+    positive,
+    query_values,
+    scoring_device,
+    shape_of,
+    source_of,
+)
 
 __all__ = ["InnerProducts", "inner_products", "quantize_rows", "to_bf16"]
-
-Array = Any  # numpy array or torch tensor
-Block = tuple[int, Array, Array | None]
 
 _COLUMN_BYTES = 224 << 20  # fp32 columns held for ranks
 _SORT_BYTES = 128 << 20  # 16 bytes a row for each thread that sorts
@@ -133,25 +142,25 @@ def inner_products(
         NumericError: a NaN or infinite value in the queries, or in rows, which are named.
         ConfigError: unknown `isa`, or a `device` that is not there.
     """
-    source = _source(rows, row_scales)
+    source = source_of(rows, row_scales)
     if source.kind == "int8" and row_scales is None and source.array is not None:
         raise DataError("int8 rows need row_scales, one a row; pass numpy.ones(N, numpy.float32) for plain integers")
-    q_count, width = _shape(queries, "queries")
+    q_count, width = shape_of(queries, "queries")
     if source.count and width != source.width:
         raise DataError(
             f"queries have {width} numbers and rows {source.width}: project both in the same way, or transpose"
         )
     if precision not in ("fast", "high"):
         raise DataError(f"unknown precision {precision!r}; use 'fast' or 'high'")
-    members = _check_groups(groups, q_count, ranks)
-    keep = _check_topk(topk, source.count)
+    members = check_groups(groups, q_count, ranks)
+    keep = check_topk(topk, source.count)
     fused = groups is not None or topk is not None or ranks
-    threads = native.default_threads() if threads is None else _positive("threads", threads)
+    threads = native.default_threads() if threads is None else positive("threads", threads)
 
-    target = _device(source, device)
+    target = scoring_device(source, device)
     engine, path = native.engine(isa) if target is None else native.device_engine(target, source.kind, isa)
     new = _allocator(target)
-    scores = _check_out(out, source.count, q_count) if out is not None else None
+    scores = check_out(out, source.count, q_count) if out is not None else None
     if scores is None and not fused:
         scores = _allocator(target if source.on_device else None)((source.count, q_count), np.float32)
     sums = new((source.count, len(members)), np.float64, zero=True) if groups is not None else None
@@ -165,7 +174,7 @@ def inner_products(
         last = min(q_count, first + chunk)
         begin, query = _members_in(members, first, last)
         packed = engine.Queries(
-            _query_values(queries, first, last, target),
+            query_values(queries, first, last, target),
             rows=source.kind,
             high=precision == "high",
             isa="" if target is not None or path == native.TORCH else path,
@@ -192,7 +201,7 @@ def inner_products(
             )
         if path == native.CUDA:
             bad += inner_products_cuda.finish(packed)
-        _check_finite(bad, source)
+        check_finite(bad, source)
         if best is not None:
             top.append(best.result())
         if columns is not None:
@@ -238,7 +247,7 @@ def quantize_rows(
 
     Raises NumericError naming rows with a NaN or infinite value, DataError for anything but fp32 rows.
     """
-    source = _source(rows, None)
+    source = source_of(rows, None)
     if source.kind != "float32" or source.array is None:
         raise DataError(f"quantize_rows takes fp32 rows, not {source.kind}; convert them first")
     engine, _ = native.engine()
@@ -246,7 +255,7 @@ def quantize_rows(
     quantized, scales, bad = engine.quantize(
         source.array, stochastic, key0, key1, first_row, threads or native.default_threads()
     )
-    _check_finite(bad, source)
+    check_finite(bad, source)
     return (torch.from_numpy(quantized), torch.from_numpy(scales)) if source.is_torch else (quantized, scales)
 
 
@@ -254,227 +263,14 @@ def to_bf16(rows: Array, *, threads: int | None = None) -> Array:
     """fp32 [N, k] to bf16, to nearest even: a bfloat16 tensor for tensors, bits as uint16 for numpy arrays."""
     if isinstance(rows, torch.Tensor):
         return rows.to(torch.bfloat16)
-    source = _source(rows, None)
+    source = source_of(rows, None)
     if source.kind != "float32":
         raise DataError(f"to_bf16 takes fp32 rows, not {source.kind}; convert them first")
     engine, _ = native.engine()
     return engine.to_bf16(source.array, threads or native.default_threads())
 
 
-# ---- what the caller handed over -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Rows in blocks, checked. kind: "float32", "bfloat16" or "int8"."""
-
-    count: int
-    width: int
-    kind: str
-    blocks: Callable[[], Iterator[Block]]
-    array: Array | None = None
-    is_torch: bool = False
-    device: torch.device | None = None
-    ids: Sequence[str] | None = None
-
-    @property
-    def on_device(self) -> bool:
-        return self.device is not None and self.device.type != "cpu"
-
-
-def _device(source: _Source, device: str | torch.device | None) -> torch.device | None:
-    """The device to score on; None for the CPU's own paths."""
-    if device is None:
-        return source.device if source.on_device else None
-    try:
-        asked = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"unknown device {device!r}; use 'cpu', 'cuda' or 'cuda:0'") from None
-    if source.on_device:
-        assert source.device is not None
-        if asked.type != source.device.type or asked.index not in (None, source.device.index):
-            raise DataError(f"rows lie on {source.device} and device is {asked}; move the rows, or leave device out")
-        return source.device
-    if asked.type == "cpu":
-        return None
-    if asked.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {str(device)!r} is not available to this PyTorch; leave device out to use the CPU")
-    if asked.type == "cuda" and asked.index is None:
-        asked = torch.device("cuda", torch.cuda.current_device())
-    return asked
-
-
-def _source(rows: Any, row_scales: Array | None) -> _Source:
-    if hasattr(rows, "blocks"):
-        if row_scales is not None:
-            raise DataError("row_scales belong to arrays; a store yields its scales with its blocks")
-        return _store_source(rows)
-    count, width = _shape(rows, "rows")
-    array, kind = _row_array(rows)
-    scales = None if row_scales is None else _scale_array(row_scales, count)
-    is_torch = isinstance(rows, torch.Tensor)
-
-    def blocks() -> Iterator[Block]:
-        yield 0, array, scales
-
-    return _Source(count, width, kind, blocks, array, is_torch, rows.device if is_torch else None)
-
-
-def _store_source(store: Any) -> _Source:
-    first = next(iter(store.blocks()), None)
-    ids = getattr(store, "ids", None)
-    if first is None:
-        return _Source(0, 0, "float32", lambda: iter(()), ids=ids)
-    kind = _row_array(first[1])[1]
-    width = first[1].shape[1]
-    count = len(store) if hasattr(store, "__len__") else sum(len(rows) for _, rows, _ in store.blocks())
-
-    def blocks() -> Iterator[Block]:
-        expected = 0
-        for start, rows, scales in store.blocks():
-            array, this = _row_array(rows)
-            if start != expected or this != kind or array.shape[1] != width or start + len(array) > count:
-                raise DataError(
-                    f"block at row {start} does not follow the one before (expected row {expected}, {kind} rows of "
-                    f"{width} numbers, {count} in all): blocks() must yield the rows in order"
-                )
-            if kind == "int8" and scales is None:
-                raise DataError(f"block at row {start} has int8 rows and no scales; yield (start, rows, scales)")
-            expected = start + len(array)
-            yield start, array, None if scales is None else _scale_array(scales, len(array))
-        if expected != count:
-            raise DataError(f"blocks() yielded {expected} of {count} rows; it must yield them all")
-
-    return _Source(count, width, kind, blocks, ids=ids)
-
-
-def _shape(array: Any, name: str) -> tuple[int, int]:
-    if not isinstance(array, np.ndarray | torch.Tensor):
-        raise DataError(f"{name} are a {type(array).__name__}; pass a numpy array or a torch tensor")
-    if array.ndim != 2:
-        raise DataError(f"{name} have shape {tuple(array.shape)}; pass two dimensions, one row each")
-    return int(array.shape[0]), int(array.shape[1])
-
-
-_TORCH_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
-_NUMPY_KINDS = {"float32": "float32", "uint16": "bfloat16", "bfloat16": "bfloat16", "int8": "int8"}
-
-
-def _row_array(rows: Array) -> tuple[Array, str]:
-    """The rows as the engines take them: numpy on the CPU (bf16 as uint16 bits, no copy), else the tensor itself."""
-    if isinstance(rows, torch.Tensor):
-        kind = _TORCH_KINDS.get(rows.dtype)
-        if kind is not None and rows.device.type == "cpu":
-            rows = rows.detach()
-            rows = rows.view(torch.int16).numpy().view(np.uint16) if kind == "bfloat16" else rows.numpy()
-    else:
-        kind = _NUMPY_KINDS.get(rows.dtype.name)
-        if rows.dtype.name == "bfloat16":  # of ml_dtypes
-            rows = rows.view(np.uint16)
-        if not rows.dtype.isnative:
-            kind = None
-    if kind is None:
-        raise DataError(f"rows have dtype {rows.dtype}; convert them to float32, bfloat16, or int8 with quantize_rows")
-    if isinstance(rows, np.ndarray):
-        if rows.size and rows.shape[1] > 1 and rows.strides[1] != rows.itemsize:
-            raise DataError("rows are not contiguous along k; pass numpy.ascontiguousarray(rows) or rows.contiguous()")
-        if not rows.flags.aligned:
-            raise DataError("rows are not aligned to their elements; pass rows.copy()")
-    return rows, kind
-
-
-def _scale_array(scales: Array, count: int) -> Array:
-    if isinstance(scales, torch.Tensor):
-        scales = scales.detach().float().reshape(-1).contiguous()
-        if scales.device.type == "cpu":
-            scales = scales.numpy()
-    else:
-        scales = np.ascontiguousarray(scales, dtype=np.float32).reshape(-1)
-    if scales.shape[0] != count:
-        raise DataError(f"row_scales have {scales.shape[0]} values for {count} rows; pass one a row")
-    return scales
-
-
-def _query_values(queries: Array, first: int, last: int, device: torch.device | None) -> Array:
-    """fp32 queries [last - first, k] where the engine wants them; NumericError for a value that is not finite."""
-    part = queries[first:last]
-    if isinstance(part, torch.Tensor):
-        part = part.detach().to(device=device or "cpu", dtype=torch.float32)
-        part = part if device is not None else part.contiguous().numpy()
-    else:
-        if part.dtype.kind not in "fiu":
-            raise DataError(f"queries have dtype {part.dtype}; convert them to float32")
-        with np.errstate(over="ignore"):
-            part = np.ascontiguousarray(part, dtype=np.float32)
-        part = part if device is None else torch.from_numpy(part).to(device)
-    finite = torch.isfinite(part).all(1) if isinstance(part, torch.Tensor) else np.isfinite(part).all(1)
-    if not bool(finite.all()):
-        bad = [str(first + i) for i, good in enumerate(finite.tolist()) if not good]
-        raise NumericError(f"queries {listing(bad)} have NaN or infinite values; recompute or drop them")
-    return part
-
-
-def _check_groups(groups: Sequence[Sequence[int]] | None, count: int, ranks: bool) -> list[list[int]]:
-    if groups is None:
-        if ranks and count == 0:
-            raise DataError("there is no query to rank rows for; pass at least one")
-        return [list(range(count))] if ranks else []
-    if len(groups) == 0:
-        raise DataError("groups is an empty list; pass at least one group of query numbers, or None")
-    checked = []
-    for g, group in enumerate(groups):
-        members = [int(q) if isinstance(q, numbers.Integral) else q for q in list(group)]
-        members = [int(q) if isinstance(q, torch.Tensor) and q.dtype == torch.int64 else q for q in members]
-        if not members:
-            raise DataError(f"group {g} is empty; give it a query or leave it out")
-        for q in members:
-            if not isinstance(q, int) or not 0 <= q < count:
-                raise DataError(f"group {g} names query {q!r}; there are queries 0 to {count - 1}")
-        if len(set(members)) != len(members):
-            double = next(q for i, q in enumerate(members) if q in members[:i])
-            raise DataError(f"group {g} names query {double} twice; name it once")
-        checked.append(members)
-    return checked
-
-
-def _check_topk(topk: int | None, count: int) -> int:
-    return 0 if topk is None else min(_positive("topk", topk), count)
-
-
-def _positive(name: str, value: Any) -> int:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise DataError(f"{name} is {value!r}; pass a whole number of at least 1")
-    return int(value)
-
-
-def _check_out(out: Array, count: int, q_count: int) -> Array:
-    if _shape(out, "out") != (count, q_count):
-        raise DataError(f"out has shape {tuple(out.shape)}; the scores are ({count}, {q_count})")
-    if out.dtype not in (np.float32, torch.float32):
-        raise DataError(f"out has dtype {out.dtype}; the scores are float32")
-    array = out.numpy() if isinstance(out, torch.Tensor) and out.device.type == "cpu" else out
-    if isinstance(array, np.ndarray):
-        if not array.flags.writeable:
-            raise DataError("out is read-only; pass an array that may be written")
-        if array.size and q_count > 1 and array.strides[1] != array.itemsize:
-            raise DataError("out is not contiguous along its rows; pass numpy.empty((N, Q), numpy.float32)")
-        if array.size and array.strides[0] < 0:
-            raise DataError("out has its rows in reverse; pass numpy.empty((N, Q), numpy.float32)")
-    return array
-
-
-def _check_finite(bad: list[int], source: _Source) -> None:
-    if bad:
-        names = [str(i) if source.ids is None else str(source.ids[i]) for i in bad]
-        raise NumericError(
-            f"rows {listing(names)} have NaN or infinite values, or scores beyond fp32; recompute or drop them"
-        )
-
-
-# ---- the plan --------------------------------------------------------------------------------------------
-
-
-def _columns_at_once(q_count: int, source: _Source, path: str, precision: str, ranks: bool) -> int:
+def _columns_at_once(q_count: int, source: Source, path: str, precision: str, ranks: bool) -> int:
     """Queries in one pass over the rows, within the memory stated at the top of this file."""
     itemsize = {"float32": 4, "bfloat16": 4, "int8": 2}[source.kind]  # of the widest panel of any path
     terms = 2 if precision == "high" else 1
