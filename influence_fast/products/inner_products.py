@@ -167,7 +167,7 @@ def inner_products(
     rank_sums = new((source.count, len(members)), np.float64, zero=True) if ranks else None
     top: list[tuple[Array, Array]] = []
 
-    chunk = _columns_at_once(q_count, source, path, precision, ranks)
+    chunk = _columns_at_once(q_count, source, precision, ranks)
     sort_threads = max(1, min(threads, _SORT_BYTES // (16 * max(1, source.count))))
     held = new((chunk, source.count), np.float32) if ranks else None
     for first in range(0, q_count, chunk):
@@ -270,7 +270,7 @@ def to_bf16(rows: Array, *, threads: int | None = None) -> Array:
     return engine.to_bf16(source.array, threads or native.default_threads())
 
 
-def _columns_at_once(q_count: int, source: Source, path: str, precision: str, ranks: bool) -> int:
+def _columns_at_once(q_count: int, source: Source, precision: str, ranks: bool) -> int:
     """Queries in one pass over the rows, within the memory stated at the top of this file."""
     itemsize = {"float32": 4, "bfloat16": 4, "int8": 2}[source.kind]  # of the widest panel of any path
     terms = 2 if precision == "high" else 1
