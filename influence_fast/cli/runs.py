@@ -60,7 +60,8 @@ def _run(args: Any) -> None:
         print(f"warning: {line}", file=sys.stderr)
     assumed = {name: getattr(args, name) for name in ("rows", "tokens_per_example", "tokens_per_second")}
     if args.dry_run:
-        from influence_fast.run.dry_run import describe, plan
+        from influence_fast.run.dry_run import plan
+        from influence_fast.run.dry_run_text import describe
 
         quiet_libraries()
         print(describe(config, plan(config, **assumed)))
