@@ -43,7 +43,8 @@ from influence_fast.gradients.per_example import per_example_gradients
 from influence_fast.gradients.projection import Projection
 from influence_fast.products import native
 from influence_fast.products.inner_products import inner_products
-from influence_fast.store.manifest import Manifest, Part, StoreIdentity
+from influence_fast.store.identity import StoreIdentity
+from influence_fast.store.manifest import Manifest, Part
 from influence_fast.store.reader import Store, open_store
 from influence_fast.store.writer import StoreWriter
 

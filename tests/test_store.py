@@ -17,7 +17,8 @@ import torch
 from influence_fast.errors import ConfigError, NumericError, StoreError
 from influence_fast.gradients.projection import Projection
 from influence_fast.store import writer as store_writer
-from influence_fast.store.manifest import Manifest, ModuleEntry, Part, digest, projection_fields, row_bytes
+from influence_fast.store.identity import projection_fields
+from influence_fast.store.manifest import Manifest, ModuleEntry, Part, digest, row_bytes
 from influence_fast.store.merge import append_store, merge_stores
 from influence_fast.store.reader import Store, StoreIdentity, open_store, verify_store
 from influence_fast.store.writer import StoreWriter

@@ -15,7 +15,8 @@ from benches.bench_inner_products import heavy_tailed
 from benches.interleave import Variants
 from benches.suites.case import Case, Scale
 from influence_fast.products.inner_products import quantize_rows
-from influence_fast.store.manifest import Manifest, Part, StoreIdentity
+from influence_fast.store.identity import StoreIdentity
+from influence_fast.store.manifest import Manifest, Part
 from influence_fast.store.reader import Store, open_store, verify_store
 from influence_fast.store.writer import StoreWriter
 

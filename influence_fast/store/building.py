@@ -19,7 +19,8 @@ from influence_fast.data.fingerprints import dataset_fingerprint, tokenizer_hash
 from influence_fast.errors import ConfigError, DataError, NumericError, did_you_mean, listing
 from influence_fast.gradients.fp8 import AUTO, check_precision
 from influence_fast.gradients.projection import Projection
-from influence_fast.store.manifest import MANIFEST_NAME, Manifest, ModuleEntry, Part, StoreIdentity, projection_fields
+from influence_fast.store.identity import StoreIdentity, projection_fields
+from influence_fast.store.manifest import MANIFEST_NAME, Manifest, ModuleEntry, Part
 from influence_fast.store.reader import Store, check_dtype
 from influence_fast.store.shard_rows import GradientSource, ShardWork, id_of, tokenized
 from influence_fast.store.writer import StoreWriter, UniqueIds

@@ -22,7 +22,8 @@ import torch
 import influence_fast
 from influence_fast.errors import ConfigError, StoreError, did_you_mean, listing
 from influence_fast.store.building import warn_of_set_aside
-from influence_fast.store.manifest import Manifest, ModuleEntry, Part, StoreIdentity, digest
+from influence_fast.store.identity import StoreIdentity
+from influence_fast.store.manifest import Manifest, ModuleEntry, Part, digest
 from influence_fast.store.reader import Store, check_dtype
 from influence_fast.store.writer import StoreWriter, check_unique
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from influence_fast.errors import StoreError, listing
-from influence_fast.store.manifest import Manifest, ShardRecord, StoreIdentity, file_name, joined_fingerprint
+from influence_fast.store.identity import StoreIdentity
+from influence_fast.store.manifest import Manifest, ShardRecord, file_name, joined_fingerprint
 from influence_fast.store.reader import Store, fitted_sketch, open_store, read_ids
 from influence_fast.store.writer import StoreWriter, check_unique, load_records
 

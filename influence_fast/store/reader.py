@@ -20,6 +20,7 @@ import torch
 from influence_fast.errors import ConfigError, StoreError, did_you_mean, listing
 from influence_fast.gradients.eigen_sketch import MEND, EigenSketch, file_of
 from influence_fast.gradients.projection import Projection
+from influence_fast.store.identity import StoreIdentity
 from influence_fast.store.manifest import (
     DTYPES,
     LOSS_DTYPE,
@@ -27,7 +28,6 @@ from influence_fast.store.manifest import (
     SCALE_DTYPE,
     Manifest,
     ShardRecord,
-    StoreIdentity,
     file_name,
     inside,
 )
