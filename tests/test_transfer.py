@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 import influence_fast as inf
 from influence_fast.gradients import per_example as gradients
-from influence_fast.gradients import reduction, transfer
+from influence_fast.gradients import reduction, row_sketch, transfer
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.reduction import BucketSums
+from influence_fast.gradients.row_sketch import BucketSums
 from influence_fast.gradients.transfer import CudaCopier, WriteBehind, decoded, encoded
 from influence_fast.products.inner_products import quantize_rows, to_bf16
 
@@ -226,7 +226,7 @@ def no_waiting_copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostCopies]:
     def without_waiting(tensor: torch.Tensor, device: torch.device, dtype: Any = None) -> torch.Tensor:
         return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
 
-    for module in (transfer, reduction, gradients):
+    for module in (transfer, reduction, row_sketch, gradients):
         monkeypatch.setattr(module, "to_device", without_waiting)
     with HostCopies() as copies:
         yield copies

@@ -30,7 +30,8 @@ from influence_fast.gradients.lora import LayoutEntry, LoraLinear, find_lora_lin
 from influence_fast.gradients.loss import CompletionLoss, drawn_tokens
 from influence_fast.gradients.memory import layer_bytes
 from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.reduction import FullReducer, ProjectedReducer, Reducer, segment_sums
+from influence_fast.gradients.reduction import FullReducer, ProjectedReducer, Reducer
+from influence_fast.gradients.row_sketch import segment_sums
 from influence_fast.gradients.separation import agree, separation
 from influence_fast.gradients.step_inputs import StepInputs, StepShape
 from influence_fast.gradients.transfer import to_device
