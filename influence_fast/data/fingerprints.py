@@ -15,27 +15,27 @@ import numpy as np
 import torch
 from torch import nn
 
+from influence_fast.data.adapter_names import ADAPTER_MARK, is_adapter_parameter, plain_name
 from influence_fast.errors import ModelError
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
 _CHUNK_BYTES = 1 << 26
-_ADAPTER_MARK = "lora_"
 
 
 def weight_hashes(model: nn.Module) -> tuple[str, str | None]:
     """(base, adapter): SHA-256 over name, dtype, shape and bytes of every parameter, in order of name.
 
-    Parameters whose names hold "lora_" are the adapter's (see `adapter_hash`). Names are taken without peft's
+    Parameters by `is_adapter_parameter` are the adapter's (see `adapter_hash`). Names are taken without peft's
     wrapping, so that the base hash is that of the same model before the adapter was added.
 
     Raises ModelError for a parameter without data (on the meta device).
     """
     base = hashlib.sha256()
-    for name, parameter in _by_plain_name(model):
-        if _ADAPTER_MARK not in name:
-            _update(base, _plain_name(name), parameter)
+    for name, parameter in _by_base_name(model):
+        if not is_adapter_parameter(name):
+            _update(base, _base_name(name), parameter)
     return base.hexdigest(), adapter_hash(model)
 
 
@@ -47,8 +47,8 @@ def adapter_hash(model: nn.Module) -> str | None:
     active = active_adapters(model)
     found = hashlib.sha256()
     has_adapter = False
-    for name, parameter in _by_plain_name(model):
-        if _ADAPTER_MARK not in name:
+    for name, parameter in _by_base_name(model):
+        if not is_adapter_parameter(name):
             continue
         plain, owner = _adapter_name(name)
         if active is not None and owner is not None and owner not in active:
@@ -61,7 +61,7 @@ def adapter_hash(model: nn.Module) -> str | None:
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, Mapping):
             values = [float(v) for k, v in scaling.items() if active is None or k in active]
-            found.update(json.dumps([_plain_name(name), "scaling", values]).encode())
+            found.update(json.dumps([_base_name(name), "scaling", values]).encode())
     return found.hexdigest()
 
 
@@ -111,21 +111,21 @@ def _update(found: _Hash, name: str, tensor: torch.Tensor) -> None:
         found.update(chunk.view(torch.uint8).numpy().data)
 
 
-def _by_plain_name(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return sorted(model.named_parameters(), key=lambda item: _plain_name(item[0]))
+def _by_base_name(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return sorted(model.named_parameters(), key=lambda item: _base_name(item[0]))
 
 
-def _plain_name(name: str) -> str:
+def _base_name(name: str) -> str:
     """Without what peft puts around the base model's own names."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return plain_name(name).replace(".base_layer.", ".")
 
 
 def _adapter_name(name: str) -> tuple[str, str | None]:
     """(name without the adapter's own name, that name): "q.lora_A.default.weight" -> ("q.lora_A.weight", "default")."""
-    match = re.search(rf"({_ADAPTER_MARK}\w+)\.([^.]+)(?=\.weight$|\.bias$|$)", name)
+    match = re.search(rf"({ADAPTER_MARK}\w+)\.([^.]+)(?=\.weight$|\.bias$|$)", name)
     if match is None:
-        return _plain_name(name), None
-    return _plain_name(name[: match.end(1)] + name[match.end(2) :]), match.group(2)
+        return _base_name(name), None
+    return _base_name(name[: match.end(1)] + name[match.end(2) :]), match.group(2)
 
 
 def active_adapters(model: nn.Module) -> set[str] | None:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from influence_fast.atomic import beside
+from influence_fast.data.adapter_names import is_adapter_parameter
 
 EVERY = 1.0  # seconds between two lines of a rank, and between two looks at those of the others
 # Dense bf16 FLOP/s from the makers' data sheets, by words of the card's name; the first that fits counts.
@@ -66,7 +67,7 @@ def example_flops(model: Any) -> Callable[[int], float]:
     weights = sum(
         parameter.numel()
         for name, parameter in base.get_decoder().named_parameters()
-        if parameter.ndim == 2 and "embed" not in name and "lora_" not in name
+        if parameter.ndim == 2 and "embed" not in name and not is_adapter_parameter(name)
     )
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads

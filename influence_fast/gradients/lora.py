@@ -12,13 +12,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from influence_fast.data.adapter_names import plain_name
 from influence_fast.data.fingerprints import active_adapters
 from influence_fast.errors import ModelError, listing, say_once
 from influence_fast.gradients.projection import Projection
 
 logger = logging.getLogger(__name__)
 
-_PEFT_PREFIX = "base_model.model."
 _LAYER_NUMBER = re.compile(r"\.(?:layers|h|blocks|block|layer)\.(\d+)\.")
 
 
@@ -55,7 +55,7 @@ class LoraLinear:
     @property
     def key(self) -> str:
         """The name that seeds the projection: the same with and without the peft wrapper."""
-        return self.name.removeprefix(_PEFT_PREFIX)
+        return plain_name(self.name)
 
     @property
     def d_in(self) -> int:

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from influence_fast.data.adapter_names import is_adapter_parameter
 from influence_fast.errors import ModelError
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.per_example import packs_for
 from influence_fast.gradients.projection import Projection
-
-_ADAPTER_MARK = "lora_"
 
 
 def shard_model(model: Any, mesh: Any = None) -> Any:
@@ -40,7 +39,7 @@ def shard_model(model: Any, mesh: Any = None) -> Any:
             f"{type(decoder).__name__} has no list of decoder layers (`layers`) to shard one by one; "
             "run it whole, one process a card"
         )
-    whole = {parameter for name, parameter in model.named_parameters() if _ADAPTER_MARK in name}
+    whole = {parameter for name, parameter in model.named_parameters() if is_adapter_parameter(name)}
     whole |= set(base.get_input_embeddings().parameters())
     for layer in layers:
         fully_shard(layer, mesh=mesh, ignored_params=whole)

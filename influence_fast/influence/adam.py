@@ -21,12 +21,11 @@ from pathlib import Path
 
 import torch
 
+from influence_fast.data.adapter_names import plain_name
 from influence_fast.errors import ConfigError, ModelError
 from influence_fast.gradients.lora import LayoutEntry, in_top_layers
 from influence_fast.gradients.projection import Projection, sjlt_map
 from influence_fast.influence.damping import GRID, Damping, RowBlocks, check_damping, ridge, split_rows
-
-_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,11 @@ def adam_moments(
     from influence_fast.training.fine_tuning import load_adam_moments
 
     state = load_adam_moments(checkpoint)
-    by_factor = {name.removeprefix(_PEFT_PREFIX).rsplit(".", 2)[0]: values for name, values in state.items()}
+    by_factor = {plain_name(name).rsplit(".", 2)[0]: values for name, values in state.items()}
     layout = in_top_layers(layout, projection)
     pieces = []
     for entry in layout:
-        name = f"{entry.module.removeprefix(_PEFT_PREFIX)}.{entry.factor}"
+        name = f"{plain_name(entry.module)}.{entry.factor}"
         values = by_factor.get(name)
         if values is None or tuple(values["exp_avg_sq"].shape) != tuple(entry.shape):
             found = "none" if values is None else f"one of shape {tuple(values['exp_avg_sq'].shape)}"
@@ -132,7 +131,7 @@ def _sketched(
         return torch.stack([piece.sum() for piece in pieces]).sum().div(width).expand(width)
     out = torch.zeros(width, dtype=torch.float64)
     for piece, entry in zip(pieces, layout, strict=True):
-        name = f"{entry.module.removeprefix(_PEFT_PREFIX)}/row/{entry.factor}"
+        name = f"{plain_name(entry.module)}/row/{entry.factor}"
         bucket, _ = sjlt_map(projection.seed, name, piece.numel(), width)
         out.index_add_(0, bucket, piece.flatten())
     return out

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
 from influence_fast.errors import ConfigError, ModelError, did_you_mean, listing
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 
 
 # ---- models ----------------------------------------------------------------------------------------------
@@ -205,7 +205,9 @@ def attach_adapter(model: nn.Module, adapter: str, source: str, *, trainable: bo
             "load it over the model it was trained on"
         ) from error
     _check_complete(wrapped, shapes, adapter, source)
-    bad = [name for name, p in wrapped.named_parameters() if "lora_" in name and not bool(p.isfinite().all())]
+    bad = [
+        name for name, p in wrapped.named_parameters() if is_adapter_parameter(name) and not bool(p.isfinite().all())
+    ]
     if bad:
         raise ModelError(f"the adapter {adapter} holds NaN or infinite numbers in {listing(bad)}; train it again")
     return wrapped
@@ -271,7 +273,7 @@ def _split_key(key: str) -> tuple[str, str | None]:
     for factor in ("lora_A", "lora_B"):
         name, found, _ = key.partition(f".{factor}.")
         if found:
-            return name.removeprefix(_PREFIX), factor
+            return plain_name(name), factor
     return key, None
 
 
