@@ -6,7 +6,8 @@ The same bits therefore come out on a CPU, on any GPU and inside a kernel, and a
 rows or more columns leave the ones already there unchanged.
 
     key        first 8 bytes of SHA-256("<seed>:<name>") as two little-endian uint32;
-               name = "<module>/in", "<module>/out" (sides of a layer) or "<module>/row" (sketch of a row)
+               name = "<module>/in", "<module>/out", "<module>/rank" (sides of a layer) or that of
+               `row_name` (sketch of a row)
     signs      words = philox(counter = (row mod 2^32, row >> 32, column // 128, 0), key)
                entry = +1 where bit column % 128 of the 128 bits in `words` is 0, else -1
     SJLT       words = philox(counter = (i mod 2^32, i >> 32, 0, 1), key); bucket = words[0] * width >> 32;
@@ -24,13 +25,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from influence_fast.data.adapter_names import plain_name
 from influence_fast.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from influence_fast.gradients.eigen_sketch import EigenSketch
 
 KINDS = ("one_sided", "kron", "sjlt", "rademacher")
-FLAT_KINDS = ("sjlt", "rademacher")
+FLAT_KINDS = ("sjlt", "rademacher")  # of whole factors
+SIDED_KINDS = ("one_sided", "kron")  # of the sides of each factor
 
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -88,6 +91,11 @@ class Projection:
     def flat(self) -> bool:
         """Whether whole factors are flattened before they are projected."""
         return self.kind in FLAT_KINDS
+
+
+def row_name(module: str, factor: str) -> str:
+    """The name that seeds the sketch of one factor's block of a row; `module` with or without the peft wrapper."""
+    return f"{plain_name(module)}/row/{factor}"
 
 
 def key(seed: int, name: str) -> tuple[int, int]:

@@ -149,7 +149,7 @@ class ProjectedReducer(Reducer):
             projection.sketch.check_layout(layout)
             self._sketch = EigenRows(projection.sketch, self.device, self.dtype)
         elif projection.width is not None:
-            self._sketch = RowSketch(linears, layout, projection, self.device)
+            self._sketch = RowSketch(layout, projection, self.device)
         self._tables: dict[tuple[int, ...], tuple[torch.Tensor, list[torch.Tensor]]] = {}
 
     @property
@@ -244,7 +244,7 @@ class FullReducer(Reducer):
     def __init__(self, linears: list[LoraLinear], layout: list[LayoutEntry], projection: Projection | None) -> None:
         super().__init__(linears, layout, projection)
         self._rows = torch.empty(0)
-        self._sketch = None if projection is None else RowSketch(linears, layout, projection, self.device)
+        self._sketch = None if projection is None else RowSketch(layout, projection, self.device)
         self._flat: dict[int, FlatSketch] = {}
         self._written: set[int] = set()  # blocks of this pack's exact rows that a kernel has written
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from influence_fast.gradients.lora import LayoutEntry, LoraLinear
-from influence_fast.gradients.projection import Projection, sign_matrix, sjlt_map
+from influence_fast.gradients.lora import LayoutEntry
+from influence_fast.gradients.projection import Projection, row_name, sign_matrix, sjlt_map
 from influence_fast.gradients.transfer import to_device
 
 if TYPE_CHECKING:
@@ -51,13 +51,12 @@ def segment_sums(values: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
 class RowSketch:
     """Sketches a laid-out row to `width` numbers: SJLT with one nonzero an input, or dense Rademacher.
 
-    Each factor's block has maps of its own, seeded by `<module>/row/<factor>` and the index inside the block, so
+    Each factor's block has maps of its own, seeded by `row_name` and the index inside the block, so
     the sketch of a module does not depend on which other modules a model has.
     """
 
     def __init__(
         self,
-        linears: list[LoraLinear],
         layout: list[LayoutEntry],
         projection: Projection,
         device: torch.device,
@@ -67,8 +66,7 @@ class RowSketch:
         self.seed = projection.seed
         self.device = device
         self.kind = projection.kind
-        keys = {linear.name: linear.key for linear in linears}
-        self.names = [f"{keys[entry.module]}/row/{entry.factor}" for entry in layout]
+        self.names = [row_name(entry.module, entry.factor) for entry in layout]
         self.shapes = [entry.shape for entry in layout]
         self.sizes = [rows * columns for rows, columns in self.shapes]
         self._maps: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

@@ -24,7 +24,7 @@ import torch
 from influence_fast.data.adapter_names import plain_name
 from influence_fast.errors import ConfigError, ModelError
 from influence_fast.gradients.lora import LayoutEntry, in_top_layers
-from influence_fast.gradients.projection import Projection, sjlt_map
+from influence_fast.gradients.projection import Projection, row_name, sjlt_map
 from influence_fast.influence.damping import GRID, Damping, RowBlocks, check_damping, ridge, split_rows
 
 
@@ -131,7 +131,7 @@ def _sketched(
         return torch.stack([piece.sum() for piece in pieces]).sum().div(width).expand(width)
     out = torch.zeros(width, dtype=torch.float64)
     for piece, entry in zip(pieces, layout, strict=True):
-        name = f"{plain_name(entry.module)}/row/{entry.factor}"
+        name = row_name(entry.module, entry.factor)
         bucket, _ = sjlt_map(projection.seed, name, piece.numel(), width)
         out.index_add_(0, bucket, piece.flatten())
     return out
