@@ -164,7 +164,7 @@ def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -
     entries: list[LayoutEntry] = []
     offset = 0
     for linear in in_top_layers(linears, projection):
-        if projection is None or projection.kind in ("sjlt", "rademacher"):
+        if projection is None or projection.flat:
             shape_a, shape_b = (linear.r, linear.d_in), (linear.d_out, linear.r)
         elif projection.kind == "one_sided":
             shape_a, shape_b = (linear.r, projection.dim), (projection.dim, linear.r)

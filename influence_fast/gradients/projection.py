@@ -31,9 +31,9 @@ from influence_fast.errors import ConfigError, did_you_mean
 if TYPE_CHECKING:
     from influence_fast.gradients.eigen_sketch import EigenSketch
 
-KINDS = ("one_sided", "kron", "sjlt", "rademacher")
-FLAT_KINDS = ("sjlt", "rademacher")  # of whole factors
 SIDED_KINDS = ("one_sided", "kron")  # of the sides of each factor
+FLAT_KINDS = ("sjlt", "rademacher")  # of whole factors
+KINDS = (*SIDED_KINDS, *FLAT_KINDS)
 
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

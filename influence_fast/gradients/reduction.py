@@ -29,7 +29,7 @@ _KEPT_NUMBERS = 1 << 15
 
 def random_columns(projection: Projection | None, linear: LoraLinear) -> tuple[torch.Tensor, torch.Tensor]:
     """R_in [d_in, p] and R_out [d_out, p] of one module; p = 0 where the kind needs none."""
-    if projection is None or projection.kind not in ("one_sided", "kron"):
+    if projection is None or projection.flat:
         return linear.a.new_zeros(linear.d_in, 0), linear.b.new_zeros(linear.d_out, 0)
     return (
         _matrix(projection, f"{linear.key}/in", linear.d_in),
@@ -39,7 +39,6 @@ def random_columns(projection: Projection | None, linear: LoraLinear) -> tuple[t
 
 def _matrix(projection: Projection, name: str, rows: int) -> torch.Tensor:
     """`random_matrix`; small ones are kept: drawing them is half of what opening an engine of a small model takes."""
-    assert projection.dim is not None
     made = _kept_matrix if rows * projection.dim <= _KEPT_NUMBERS else random_matrix
     return made(projection.plain, name, rows)
 

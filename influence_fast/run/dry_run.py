@@ -20,6 +20,7 @@ from influence_fast.config import ModelConfig, RunConfig, Source
 from influence_fast.errors import ConfigError, DataError, ModelError
 from influence_fast.gradients.fp8 import FP8
 from influence_fast.gradients.memory import GradientMemory, gradient_memory
+from influence_fast.gradients.projection import SIDED_KINDS
 from influence_fast.influence.settings import fitted_examples
 from influence_fast.run.workdir import occupied
 from influence_fast.store.manifest import row_bytes
@@ -262,7 +263,7 @@ def _gradient_memory(config: RunConfig, shape: ModelShape | None, tokens: int) -
     """The sum for such a batch, of one example, with all activations kept and with layers computed again; none for
     models, modules or rows that it does not describe."""
     gradients = config.gradients
-    described = gradients.kind in ("one_sided", "kron") and gradients.layers == 1.0
+    described = gradients.kind in SIDED_KINDS and gradients.layers == 1.0
     if shape is None or not described or config.lora.target_modules != "all-linear":
         return {}
     sizes: dict[str, Any] = {
