@@ -33,8 +33,8 @@ class Adam:
     """Divides queries by sqrt(v) + eps, coordinate by coordinate."""
 
     scale: torch.Tensor  # [k] fp64, sqrt(v) + eps
+    damping: float  # as it was used: with "auto", the share that was picked
     normalize: bool = False
-    damping: float = 0.1  # as it was used: with "auto", the share that was picked
 
     def apply(self, queries: torch.Tensor) -> torch.Tensor:
         return (queries / self.scale.to(queries.device)).to(queries.dtype)

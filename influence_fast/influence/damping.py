@@ -22,6 +22,7 @@ Damping = float | str  # a share of the mean eigenvalue, or AUTO
 RowBlocks = Callable[[], Iterable[torch.Tensor]]  # each call is one pass over the training rows, in pieces [n, k]
 
 AUTO = "auto"
+DEFAULT_DAMPING = 0.1
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 FEWEST_ROWS = 10  # below this, two rows or fewer would be held out
 

@@ -22,8 +22,8 @@ class DataInf:
     row_blocks: RowBlocks
     blocks: list[tuple[int, int]]  # [start, end) of each block in a row
     ridges: list[float]  # lambda of each block
+    damping: float  # as it was used: with "auto", the share that was picked
     normalize: bool = False
-    damping: float = 0.1  # as it was used: with "auto", the share that was picked
 
     def apply(self, queries: torch.Tensor) -> torch.Tensor:
         wide = queries.to(torch.float64)

@@ -37,8 +37,8 @@ class Ekfac:
     bases: list[tuple[torch.Tensor, torch.Tensor]]  # U_A [m, m], U_B [n, n]
     eigenvalues: list[torch.Tensor]  # S + lambda, [m, n]
     ridges: list[float]  # lambda
+    damping: float  # as it was used: with "auto", the share that was picked
     normalize: bool = False
-    damping: float = 0.1  # as it was used: with "auto", the share that was picked
 
     def apply(self, queries: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(queries)

@@ -29,8 +29,8 @@ class Fisher:
 
     blocks: list[tuple[int, int]]  # [start, end) of each block in a row
     factors: list[torch.Tensor]  # lower Cholesky factor of each damped block, fp64
+    damping: float  # as it was used: with "auto", the share that was picked
     normalize: bool = False
-    damping: float = 0.1  # as it was used: with "auto", the share that was picked
 
     def apply(self, queries: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(queries)

@@ -25,7 +25,7 @@ from influence_fast.errors import ConfigError, DataError, did_you_mean
 from influence_fast.gradients.lora import LayoutEntry
 from influence_fast.gradients.projection import Projection
 from influence_fast.influence.adam import Adam, adam_moments, fit_adam
-from influence_fast.influence.damping import AUTO, MAX_DENSE, Damping, RowBlocks, check_damping
+from influence_fast.influence.damping import AUTO, DEFAULT_DAMPING, MAX_DENSE, Damping, RowBlocks, check_damping
 from influence_fast.influence.datainf import DataInf, fit_datainf
 from influence_fast.influence.ekfac import Ekfac, fit_ekfac
 from influence_fast.influence.fisher import Fisher, fit_fisher
@@ -34,6 +34,7 @@ from influence_fast.influence.whitened import UnitNorm
 __all__ = [
     "AUTO",
     "DEFAULT",
+    "DEFAULT_DAMPING",
     "FISHER_EXAMPLES",
     "FISHER_LABELS",
     "FROM_DATA",
@@ -121,7 +122,7 @@ def fit(
     row_blocks: Callable[[], Iterable[torch.Tensor]],
     blocks: list[tuple[int, int]],
     *,
-    damping: Damping = 0.1,
+    damping: Damping = DEFAULT_DAMPING,
     factors: list[LayoutEntry] | None = None,
     moments: torch.Tensor | None = None,
 ) -> Preconditioner:

@@ -38,7 +38,7 @@ def influence_scores(
     groups: Mapping[str, Sequence[int]],
     *,
     preconditioner: str = preconditioners.DEFAULT,
-    damping: preconditioners.Damping = 0.1,
+    damping: preconditioners.Damping = preconditioners.DEFAULT_DAMPING,
     moments: torch.Tensor | None = None,
     fisher: Store | None = None,
 ) -> ScoreTable:
@@ -79,7 +79,7 @@ def top_influences(
     k: int = 10,
     *,
     preconditioner: str = preconditioners.DEFAULT,
-    damping: preconditioners.Damping = 0.1,
+    damping: preconditioners.Damping = preconditioners.DEFAULT_DAMPING,
     moments: torch.Tensor | None = None,
     fisher: Store | None = None,
 ) -> TopInfluences:
@@ -97,7 +97,7 @@ def scores_and_top(
     k: int,
     *,
     preconditioner: str = preconditioners.DEFAULT,
-    damping: preconditioners.Damping = 0.1,
+    damping: preconditioners.Damping = preconditioners.DEFAULT_DAMPING,
     moments: torch.Tensor | None = None,
     fisher: Store | None = None,
 ) -> tuple[ScoreTable, TopInfluences | None]:
@@ -142,7 +142,7 @@ def influence_matrix(
     queries: torch.Tensor | np.ndarray,
     *,
     preconditioner: str = preconditioners.DEFAULT,
-    damping: preconditioners.Damping = 0.1,
+    damping: preconditioners.Damping = preconditioners.DEFAULT_DAMPING,
     moments: torch.Tensor | None = None,
     fisher: Store | None = None,
 ) -> np.ndarray:

@@ -10,7 +10,7 @@ from influence_fast.gradients.eigen_sketch import DEFAULT_EXAMPLES, check_projec
 from influence_fast.gradients.fp8 import AUTO as OWN_PRECISION
 from influence_fast.gradients.fp8 import PRECISIONS
 from influence_fast.gradients.projection import Projection
-from influence_fast.influence.damping import FEWEST_ROWS, check_width
+from influence_fast.influence.damping import DEFAULT_DAMPING, FEWEST_ROWS, check_width
 from influence_fast.influence.preconditioners import (
     AUTO,
     DEFAULT,
@@ -92,7 +92,7 @@ class InfluenceConfig:
     """
 
     preconditioner: str = DEFAULT
-    damping: Damping = 0.1
+    damping: Damping = DEFAULT_DAMPING
     fisher: str = FROM_MODEL
     fisher_examples: int = FISHER_EXAMPLES
     optimizer: str | None = None

@@ -17,7 +17,7 @@ from influence_fast.gradients.fisher_labels import sample_labels
 from influence_fast.gradients.lora import gradient_layout, layout_width
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.projection import Projection
-from influence_fast.influence.damping import AUTO, Damping, check_damping
+from influence_fast.influence.damping import AUTO, DEFAULT_DAMPING, Damping, check_damping
 from influence_fast.influence.ekfac import Ekfac, fit_ekfac
 from influence_fast.influence.preconditioners import FISHER_LABELS, FROM_DATA, FROM_MODEL, SKETCHES, fits_sketch
 from influence_fast.store.manifest import MANIFEST_NAME, Manifest
@@ -40,7 +40,7 @@ def fit_projection(
     *,
     projection: Projection,
     examples: int = DEFAULT_EXAMPLES,
-    damping: Damping = 0.1,
+    damping: Damping = DEFAULT_DAMPING,
     labels: str = FROM_MODEL,
     loss_reduction: str = "mean",
     precision: str = "auto",
