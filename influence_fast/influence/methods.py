@@ -19,11 +19,10 @@ import torch
 
 from influence_fast.data.packing import IGNORED
 from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
-from influence_fast.gradients.eigen_sketch import DEFAULT_EXAMPLES
 from influence_fast.gradients.per_example import per_example_losses
-from influence_fast.influence.damping import AUTO, Damping
+from influence_fast.influence.damping import Damping
 from influence_fast.influence.pool_gradients import fisher_folders, pool_gradients
-from influence_fast.influence.preconditioners import FISHER_EXAMPLES, FROM_DATA, FROM_MODEL
+from influence_fast.influence.preconditioners import FROM_DATA
 from influence_fast.influence.scoring import influence_matrix
 from influence_fast.influence.settings import WHOLE, GradientConfig, InfluenceConfig, check_influence
 from influence_fast.timing import timed
@@ -32,7 +31,7 @@ from influence_fast.training.fine_tuning import finetuned
 
 @dataclass(frozen=True)
 class Method:
-    """One way of scoring.
+    """One way of scoring. What it does not say is as in `GradientConfig` and `InfluenceConfig`.
 
     fisher, fisher_examples: what the preconditioner is fitted on (see `InfluenceConfig`).
     projection: kind, or "none" for exact gradients; dim, width, layers: see `Projection`. sketch, sketch_examples: how
@@ -46,16 +45,16 @@ class Method:
 
     name: str
     preconditioner: str = "ekfac_cosine"
-    damping: Damping = 0.1
-    fisher: str = FROM_MODEL
-    fisher_examples: int = FISHER_EXAMPLES
-    projection: str = "one_sided"
-    dim: int = 64
-    width: int | None = None
-    layers: float = 1.0
-    sketch: str = AUTO
-    sketch_examples: int = DEFAULT_EXAMPLES
-    store_dtype: str = "bf16"
+    damping: Damping = InfluenceConfig.damping
+    fisher: str = InfluenceConfig.fisher
+    fisher_examples: int = InfluenceConfig.fisher_examples
+    projection: str = GradientConfig.kind
+    dim: int = GradientConfig.dim
+    width: int | None = GradientConfig.width
+    layers: float = GradientConfig.layers
+    sketch: str = GradientConfig.sketch
+    sketch_examples: int = GradientConfig.sketch_examples
+    store_dtype: str = GradientConfig.store_dtype
     tokens: float = 1.0
     checkpoints: bool = False
     moments: bool = False
