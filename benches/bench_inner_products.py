@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from benches.environment import describe
-from influence_fast.influence.scoring import spearman
+from influence_fast.influence.ranking import spearman
 from influence_fast.products import native
 from influence_fast.products.inner_products import inner_products, quantize_rows
 

@@ -23,8 +23,8 @@ from influence_fast.influence.checkpoints import (
     plot_ranking_over_training,
     ranking_over_training,
 )
+from influence_fast.influence.ranking import average_ranks
 from influence_fast.influence.scores import ScoreTable
-from influence_fast.influence.scoring import average_ranks
 from influence_fast.training.fine_tuning import (
     LoraSettings,
     TrainConfig,

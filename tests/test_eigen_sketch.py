@@ -22,7 +22,8 @@ from influence_fast.gradients.per_example import iter_gradient_rows, per_example
 from influence_fast.gradients.projection import Projection
 from influence_fast.influence import sketch_fitting
 from influence_fast.influence.ekfac import fit_ekfac
-from influence_fast.influence.scoring import influence_matrix, influence_scores, spearman
+from influence_fast.influence.ranking import spearman
+from influence_fast.influence.scoring import influence_matrix, influence_scores
 from influence_fast.influence.settings import GradientConfig, InfluenceConfig, check_influence
 from influence_fast.influence.sketch_fitting import fit_projection, leading, resolved, width_of
 from influence_fast.store.building import build_shards, build_store, identity_of

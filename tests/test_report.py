@@ -19,8 +19,8 @@ from influence_fast.errors import DataError
 from influence_fast.report import page as report
 from influence_fast.report import summary, view
 from influence_fast.report.statistics import grid_statistics
-from influence_fast.selection.strategies import STRATEGIES
 from influence_fast.report.words import headline, p_value
+from influence_fast.selection.strategies import STRATEGIES
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 HOSTILE = (

@@ -30,7 +30,7 @@ from benches.environment import describe
 from benches.peers.compare import spread
 from benches.peers.install import default_venvs, is_installed, python_of
 from benches.peers.stored import CHECKED
-from influence_fast.influence.scoring import spearman
+from influence_fast.influence.ranking import spearman
 from influence_fast.products import native
 
 SCRIPT = Path(__file__).with_name("stored.py")

@@ -18,8 +18,8 @@ import numpy as np
 
 from influence_fast.atomic import replacing
 from influence_fast.errors import ConfigError, DataError, ModelError, listing
+from influence_fast.influence.ranking import average_ranks, spearman
 from influence_fast.influence.scores import ScoreTable
-from influence_fast.influence.scoring import average_ranks, spearman
 
 STATE = "trainer_state.json"
 FORMATS = (".svg", ".png", ".pdf")

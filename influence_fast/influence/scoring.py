@@ -12,6 +12,7 @@ import torch
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.lora import LayoutEntry, layout_width
 from influence_fast.influence import preconditioners
+from influence_fast.influence.ranking import average_ranks
 from influence_fast.influence.rounding import warn_if_coarse
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.whitened import UnitNorm
@@ -237,44 +238,6 @@ def module_blocks(layout: list[LayoutEntry]) -> list[tuple[int, int]]:
     starts = [entry.offset for i, entry in enumerate(layout) if i == 0 or entry.module != layout[i - 1].module]
     ends = [*starts[1:], layout_width(layout)]
     return list(zip(starts, ends, strict=True))
-
-
-def average_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1 (lowest); equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return ((last - counts + 1 + last) / 2)[inverse]
-
-
-def auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Probability that a random positive example scores above a random negative one (ties count half)."""
-    n_positive = int(positive.sum())
-    n_negative = len(positive) - n_positive
-    if n_positive == 0 or n_negative == 0:
-        return float("nan")
-    return float(
-        (average_ranks(scores)[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
-    )
-
-
-def bootstrap_auc(
-    scores: np.ndarray, positive: np.ndarray, rng: np.random.Generator, samples: int = 500
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of `auc` over examples."""
-    values = []
-    for _ in range(samples):
-        drawn = rng.integers(0, len(scores), len(scores))
-        values.append(auc(scores[drawn], positive[drawn]))
-    low, high = np.nanpercentile(values, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def spearman(one: np.ndarray, other: np.ndarray) -> float:
-    """Rank correlation; NaN where one side is constant."""
-    a, b = average_ranks(one), average_ranks(other)
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return float("nan")
-    return float(np.corrcoef(a, b)[0, 1])
 
 
 def _row_blocks(store: Store, size: int = 1024) -> Iterable[torch.Tensor]:

@@ -29,11 +29,10 @@ from influence_fast.atomic import replacing
 from influence_fast.config import RunConfig
 from influence_fast.data.examples import tokenize
 from influence_fast.errors import ConfigError, DataError, listing
-from influence_fast.influence import scoring
 from influence_fast.influence.checkpoints import learning_rates
 from influence_fast.influence.methods import Method, Scored, method_of, score_by
 from influence_fast.influence.queries import Queries
-from influence_fast.influence.scoring import average_ranks, spearman
+from influence_fast.influence.ranking import auc, average_ranks, bootstrap_auc, spearman
 from influence_fast.proof.plan import Plan
 from influence_fast.proof.retraining import retrain
 from influence_fast.run.pipeline import Pipeline
@@ -217,14 +216,14 @@ def _detection(
         constant = bool((matrix == matrix[:, :1]).all())
         priority = -matrix[:, 0].astype(np.float64) if constant else drop_priority(matrix, queries.groups)
         rng = np.random.default_rng(pipeline.config.seed)  # the same draws for every method
-        low, high = scoring.bootstrap_auc(priority, harmful, rng, draws)
+        low, high = bootstrap_auc(priority, harmful, rng, draws)
         order = np.argsort(-priority, kind="stable")
         precision = {}
         for share in (0.1, 0.25, 0.5):
             top = harmful[order[: max(1, round(share * len(order)))]]
             precision[f"{round(100 * share)}%"] = float(top.mean())
         rows.append(
-            {"method": name, "auc": scoring.auc(priority, harmful), "low": low, "high": high, "precision_at": precision}
+            {"method": name, "auc": auc(priority, harmful), "low": low, "high": high, "precision_at": precision}
         )
     return sorted(rows, key=lambda row: -row["auc"])
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from influence_fast.errors import DataError
+from influence_fast.influence.ranking import average_ranks
 from influence_fast.selection.strategies import STRATEGIES, reads_influence
 
 Row = Mapping[str, Any]
@@ -210,9 +211,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
         return np.zeros(len(values))
     ranks = np.full(len(values), np.nan)
     finite = np.isfinite(values)
-    _, inverse, sizes = np.unique(values[finite], return_inverse=True, return_counts=True)
-    ends = np.cumsum(sizes)
-    ranks[finite] = ((ends - sizes + ends) / 2 / ends[-1])[inverse]
+    ranks[finite] = (average_ranks(values[finite]) - 0.5) / finite.sum()
     return ranks
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from influence_fast import doctor
 from influence_fast.data.examples import Example
-from influence_fast.influence import scoring
+from influence_fast.influence import ranking
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.report.explain import EXPLAINED
 from influence_fast.report.statistics import grid_statistics
@@ -145,13 +145,13 @@ def _detection(
         if name == "full" or any(column not in table.columns for column in strategy.needs):
             continue
         priority = np.asarray(strategy.drop_first(table, rng), dtype=np.float64)
-        low, high = scoring.bootstrap_auc(priority, harmful, rng)
+        low, high = ranking.bootstrap_auc(priority, harmful, rng)
         order = np.argsort(-priority, kind="stable")
         top = {f"{round(100 * f)}%": max(1, round(f * len(order))) for f in fractions}
         found.append(
             {
                 "method": name,
-                "auc": scoring.auc(priority, harmful),
+                "auc": ranking.auc(priority, harmful),
                 "low": low,
                 "high": high,
                 "precision_at": {at: float(harmful[order[:k]].mean()) for at, k in top.items()},
@@ -197,5 +197,5 @@ def _costs(folder: RunFolder, splits: Splits, cells: list[dict[str, Any]]) -> li
 
 def _rank_agreement(table: ScoreTable) -> dict[str, Any]:
     names = [name for name in ("s_correct", "s_incorrect", "loss", "tokens") if name in table.columns]
-    matrix = [[scoring.spearman(table.columns[a], table.columns[b]) for b in names] for a in names]
+    matrix = [[ranking.spearman(table.columns[a], table.columns[b]) for b in names] for a in names]
     return {"methods": names, "spearman": matrix}
