@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -18,12 +16,11 @@ from influence_fast.errors import ConfigError, DataError, ModelError
 from influence_fast.evaluation import evaluate as evaluation
 from influence_fast.evaluation.evaluate import (
     EvalConfig,
-    bootstrap_interval,
     evaluate,
     majority_correct,
     pass_at_k,
-    wilson_interval,
 )
+from influence_fast.evaluation.intervals import wilson_interval
 from influence_fast.evaluation.transcripts import EvalItem, Journal, record_of
 
 
@@ -222,31 +219,6 @@ def test_answers_of_another_run_are_not_reused(
             weight[0, 0] -= 1e-9
     path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[:-1]), encoding="utf-8")
     assert reused() == 0  # a line is gone: the record does not fit
-
-
-def test_wilson_interval_solves_its_equation() -> None:
-    for correct, n in [(0, 10), (10, 10), (3, 10), (150, 300)]:
-        low, high = wilson_interval(correct, n)
-        assert 0 <= low <= correct / n <= high <= 1
-        for bound in (low, high):  # |share - bound| = z sqrt(bound (1 - bound) / n)
-            if 0 < bound < 1:
-                distance = 1.959963984540054 * math.sqrt(bound * (1 - bound) / n)
-                assert abs(abs(correct / n - bound) - distance) < 1e-9
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_an_interval_of_equal_answers_is_no_point(value: float) -> None:
-    low, high = bootstrap_interval([value] * 12)
-    assert (low, high) == wilson_interval(round(12 * value), 12)
-    assert high - low > 0.2
-
-
-def test_bootstrap_interval_agrees_with_the_normal_one_on_many_values() -> None:
-    values = np.random.default_rng(0).random(2000)
-    low, high = bootstrap_interval(list(values), draws=2000)
-    half = 1.96 * values.std() / math.sqrt(len(values))
-    assert abs(low - (values.mean() - half)) < 0.1 * half
-    assert abs(high - (values.mean() + half)) < 0.1 * half
 
 
 def item(extracted: str | None, correct: bool) -> EvalItem:

@@ -21,12 +21,11 @@ from influence_fast.data.fingerprints import tokenizer_hash, weight_hashes
 from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
 from influence_fast.evaluation.generation import CUT, ENGINES, Answer, ModelFiles, answer_batches
 from influence_fast.evaluation.grading import ANSWER_KINDS, choice_letter, grade, normalise
+from influence_fast.evaluation.intervals import bootstrap_interval, wilson_interval
 from influence_fast.evaluation.transcripts import EvalItem, Journal, record_of, write_transcripts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Z95 = 1.959963984540054  # 97.5 % point of the normal distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,29 +252,3 @@ def majority_correct(samples: Sequence[EvalItem]) -> bool:
     if not votes:
         return False
     return max(votes.values(), key=len)[0].correct
-
-
-def wilson_interval(correct: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson, JASA 1927): sane at 0 and 1 and for small n."""
-    share = correct / n
-    centre = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    # rounding must not leave the share itself outside, as it can at 0 and 1
-    return max(0.0, min(share, (centre - spread) / scale)), min(1.0, max(share, (centre + spread) / scale))
-
-
-def bootstrap_interval(values: Sequence[float], *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean, resampling `values` (one a question, 0 to 1) `draws` times.
-
-    Where all are 0, or all 1, resampling shows no spread: then Wilson's interval, of one answer a question.
-    """
-    import numpy as np
-
-    if all(value == values[0] for value in values) and values[0] in (0.0, 1.0):
-        return wilson_interval(round(sum(values)), len(values))
-    rng = np.random.default_rng(seed)
-    data = np.asarray(values, dtype=np.float64)
-    means = np.array([data[rng.integers(0, len(data), len(data))].mean() for _ in range(draws)])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from influence_fast.errors import DataError, listing
-from influence_fast.evaluation.evaluate import wilson_interval
+from influence_fast.evaluation.intervals import wilson_interval
 
 DRAWS = 10_000
 BASELINES = ("random", "full")

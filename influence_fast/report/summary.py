@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from influence_fast.errors import DataError
+from influence_fast.evaluation.intervals import Z95
 from influence_fast.influence.ranking import average_ranks
 from influence_fast.selection.strategies import STRATEGIES, reads_influence
 
@@ -21,7 +22,6 @@ Row = Mapping[str, Any]
 
 # Two-sided 97.5 % quantiles of Student's t for 1..9 degrees of freedom, where the expansion below is too coarse.
 _T975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
-_Z975 = 1.959964
 
 
 def number(value: Any) -> float:
@@ -55,7 +55,7 @@ def t_quantile(degrees: int) -> float:
         return math.nan
     if degrees <= len(_T975):
         return _T975[degrees - 1]
-    z, n = _Z975, float(degrees)
+    z, n = Z95, float(degrees)
     first = (z**3 + z) / 4
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384

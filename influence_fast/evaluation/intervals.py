@@ -1,0 +1,34 @@
+"""95 % intervals of shares and of means over questions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Z95 = 1.959963984540054  # 97.5 % point of the normal distribution
+
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share (Wilson, JASA 1927): sane at 0 and 1 and for small n."""
+    z, share = Z95, correct / n
+    centre = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # rounding must not leave the share itself outside, as it can at 0 and 1
+    return max(0.0, min(share, (centre - spread) / scale)), min(1.0, max(share, (centre + spread) / scale))
+
+
+def bootstrap_interval(values: Sequence[float], *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean, resampling `values` (one a question, 0 to 1) `draws` times.
+
+    Where all are 0, or all 1, resampling shows no spread: then Wilson's interval, of one answer a question.
+    """
+    if all(value == values[0] for value in values) and values[0] in (0.0, 1.0):
+        return wilson_interval(round(sum(values)), len(values))
+    rng = np.random.default_rng(seed)
+    data = np.asarray(values, dtype=np.float64)
+    means = np.array([data[rng.integers(0, len(data), len(data))].mean() for _ in range(draws)])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
