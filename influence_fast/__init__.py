@@ -48,7 +48,7 @@ _EXPORTS: dict[str, str] = {
     "per_example_gradients": "gradients.per_example",
     "per_example_losses": "gradients.per_example",
     "plan": "run.planner",
-    "plot_ranking_over_training": "influence.checkpoints",
+    "plot_ranking_over_training": "report.ranking_plot",
     "quantize_rows": "products.inner_products",
     "query_gradients": "influence.pool_gradients",
     "ranking_over_training": "influence.checkpoints",

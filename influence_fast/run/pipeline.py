@@ -29,7 +29,6 @@ from influence_fast.evaluation.generation import ModelFiles, choose_engine
 from influence_fast.influence.checkpoints import (
     checkpoint_scores,
     learning_rates,
-    plot_ranking_over_training,
     ranking_over_training,
 )
 from influence_fast.influence.queries import Queries, make_queries, own_answers, with_tasks
@@ -37,6 +36,7 @@ from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.report.explain import EXPLAINED
 from influence_fast.report.page import save_results, write_report
+from influence_fast.report.ranking_plot import plot_ranking_over_training
 from influence_fast.run.results import cell_name, collect, known_harmful
 from influence_fast.run.scoring import explained_scores
 from influence_fast.run.splits import load_splits
