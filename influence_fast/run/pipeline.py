@@ -43,7 +43,7 @@ from influence_fast.run.splits import load_splits
 from influence_fast.run.workdir import RunFolder
 from influence_fast.selection import pruning
 from influence_fast.selection.pool_scores import PoolScores, baseline_columns
-from influence_fast.selection.strategies import EMBEDDING_RANK, PASS_RATE, needed_columns
+from influence_fast.selection.strategies import BASELINE_COLUMNS, needed_columns
 from influence_fast.training.fine_tuning import TrainResult, finetune, finetuned, list_checkpoints
 from influence_fast.training.models import check_tokenizer, load_model, load_tokenizer
 
@@ -201,7 +201,7 @@ class Pipeline:
             return seconds
 
         self._once("scoring_seconds", work)
-        for column in sorted({EMBEDDING_RANK, PASS_RATE} & self.needs):
+        for column in sorted(self.needs.intersection(BASELINE_COLUMNS)):
             self._once(f"baselines/{column}", functools.partial(self._add_baseline, column, queries))
         return ScoreTable.load(self.folder / SCORES)
 

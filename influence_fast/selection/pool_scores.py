@@ -38,7 +38,7 @@ def baseline_columns(
     transcripts: Path | None = None,
     progress: bool = True,
 ) -> tuple[ScoreTable, dict[str, float]]:
-    """`table` with those columns of `needs` that only some baselines read, and the seconds of each.
+    """`table` with those of `BASELINE_COLUMNS` that are in `needs`, and the seconds of each.
 
     `embedding_rank` by the correct queries and `pass_rate` under `config`, both of the pretrained model. `pool` and
     `tokenized` have, in any order, an example for each row of the table.

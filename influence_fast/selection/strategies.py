@@ -19,6 +19,7 @@ from influence_fast.influence.scores import ScoreTable
 EMBEDDING_RANK = "embedding_rank"
 PASS_RATE = "pass_rate"
 _INFLUENCE = re.compile(r"(?:s|rank|mean_rank)_(.+)")  # columns of influence scores, by the group that they are of
+BASELINE_COLUMNS = (EMBEDDING_RANK, PASS_RATE)  # computed only where a strategy reads them
 
 
 class Strategy(Protocol):
@@ -78,7 +79,7 @@ def check_columns(table: ScoreTable, name: str) -> None:
 
 
 def _remedy(name: str, column: str) -> str:
-    if column in (EMBEDDING_RANK, PASS_RATE):
+    if column in BASELINE_COLUMNS:
         return f"'influence-fast score --strategies {name}' computes it, as does a run with {name!r} in its strategies"
     if column.endswith("_incorrect"):
         return "it is made of the model's own wrong answers, so score with queries: own_answers"
