@@ -68,33 +68,6 @@ def test_a_saved_adapter_comes_back(tmp_path: Path, tiny_model: Factory, tiny_lo
     assert trainable == {name for name, _ in loaded.named_parameters() if ".lora_" in name}
 
 
-@pytest.mark.parametrize("as_config", [True, False], ids=["LoraConfig", "dict"])
-def test_a_fresh_adapter(model_folder: Path, as_config: bool) -> None:
-    settings = {"r": 3, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj"]}
-    torch.manual_seed(0)
-    loaded = load_model(model_folder, lora=LoraConfig(**settings) if as_config else settings, device="cpu")
-    names = {n for n, m in loaded.named_modules() if hasattr(m, "lora_A") and n.endswith("_proj")}
-    assert names == {
-        f"base_model.model.model.layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.q_proj", "mlp.down_proj")
-    }
-    module = loaded.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
-    assert module.scaling["default"] == 4.0
-    assert module.lora_A["default"].weight.shape == (3, 32)
-    base = load_model(model_folder, device="cpu")
-    torch.testing.assert_close(loaded(IDS).logits, base(IDS).logits)  # B is zero: nothing changes yet
-
-
-def test_a_fresh_adapter_is_the_same_for_the_same_seed(model_folder: Path) -> None:
-    factors = []
-    for _ in range(2):
-        torch.manual_seed(11)
-        loaded = load_model(model_folder, lora={}, device="cpu")
-        factors.append({n: p.clone() for n, p in loaded.named_parameters() if "lora_A" in n})
-    assert len(factors[0]) == 2 * 7
-    for name, value in factors[0].items():
-        assert torch.equal(value, factors[1][name]), name
-
-
 @pytest.mark.parametrize(
     ("source", "parts"),
     [
@@ -214,20 +187,13 @@ def test_dtypes_are_named_or_given(model_folder: Path) -> None:
         assert next(load_model(model_folder, dtype=dtype).parameters()).dtype == torch.bfloat16
 
 
-def test_settings_that_do_not_exist(model_folder: Path, adapter_folder: Path) -> None:
+def test_settings_that_do_not_exist(model_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"'float16'.*'bfloat16'"):
         load_model(model_folder, dtype="float16")
-    with pytest.raises(ConfigError, match=r"'lora_alfa'.*did you mean 'lora_alpha'"):
-        load_model(model_folder, lora={"lora_alfa": 3})
-    with pytest.raises(ConfigError, match="r"):
-        load_model(model_folder, lora=LoraConfig(), adapter=adapter_folder)
     with pytest.raises(ConfigError, match="'gpu'"):
         load_model(model_folder, device="gpu")
     with pytest.raises(ConfigError, match="'cuda:99' is not there"):
         load_model(model_folder, device="cuda:99")
-    with pytest.raises(ModelError, match="target_modules") as error:
-        load_model(model_folder, lora={"target_modules": ["no_such_proj"]})
-    message(error)
 
 
 def test_a_saved_tokenizer_comes_back(tmp_path: Path, tiny_tokenizer: Factory, chatml: str) -> None:

@@ -17,6 +17,7 @@ from influence_fast.training import sft
 from influence_fast.training.fine_tuning import (
     LoraSettings,
     TrainConfig,
+    attach_lora,
     finetune,
     list_checkpoints,
     load_adam_moments,
@@ -375,3 +376,28 @@ def test_bad_input_is_named(model: Any, tokenizer: Any, examples: Any, tmp_path:
             TrainConfig(**bad)  # type: ignore[arg-type]
     with pytest.raises(ConfigError):
         LoraSettings(r=0)
+
+
+def test_a_fresh_adapter(model: Any) -> None:
+    ids = torch.tensor([[5, 9, 100, 42, 7, 30]])
+    before = model(ids).logits
+    loaded: Any = attach_lora(model, LoraSettings(r=3, alpha=12, target_modules=("q_proj", "down_proj")), 0)
+    names = {n for n, m in loaded.named_modules() if hasattr(m, "lora_A") and n.endswith("_proj")}
+    assert names == {
+        f"base_model.model.model.layers.{i}.{n}" for i in (0, 1) for n in ("self_attn.q_proj", "mlp.down_proj")
+    }
+    module = loaded.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert module.scaling["default"] == 4.0
+    assert module.lora_A["default"].weight.shape == (3, 32)
+    torch.testing.assert_close(loaded(ids).logits, before)  # B is zero: nothing changes yet
+
+
+def test_a_fresh_adapter_is_the_same_for_the_same_seed(model: Any) -> None:
+    factors = []
+    for seed in (11, 11, 12):
+        loaded = attach_lora(copy.deepcopy(model), LORA, seed)
+        factors.append({n: p.clone() for n, p in loaded.named_parameters() if "lora_A" in n})
+    assert len(factors[0]) == 2 * 7
+    for name, value in factors[0].items():
+        assert torch.equal(value, factors[1][name]), name
+        assert not torch.equal(value, factors[2][name]), name

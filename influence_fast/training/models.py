@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +18,11 @@ from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
 from influence_fast.errors import ConfigError, ModelError, did_you_mean, listing
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What a fresh adapter gets where the configuration does not say.
-LORA_DEFAULTS: dict[str, Any] = {
-    "r": 16,
-    "lora_alpha": 32,
-    "target_modules": "all-linear",
-    "task_type": "CAUSAL_LM",
-}
-
 GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -46,7 +36,6 @@ def load_model(
     model_id_or_path: str | os.PathLike[str],
     *,
     adapter: str | os.PathLike[str] | None = None,
-    lora: LoraConfig | Mapping[str, Any] | None = None,
     dtype: str | torch.dtype = "float32",
     device: str = "auto",
     attn_implementation: str | None = None,
@@ -54,29 +43,23 @@ def load_model(
 ) -> Any:
     """A causal LM in evaluation mode, with a LoRA adapter where one is asked for.
 
-    `adapter`: folder or hub id of a peft LoRA adapter, loaded trainable. `lora`: a fresh adapter instead, a
-    `peft.LoraConfig` or its arguments (over LORA_DEFAULTS); its A factors come from torch's generator, so seed
-    that first. With neither, the plain model. `dtype`: `"float32"` or `"bfloat16"` for the base weights; peft
+    `adapter`: folder or hub id of a peft LoRA adapter, loaded trainable; without one, the plain model (a
+    fresh adapter comes by `fine_tuning.attach_lora`). `dtype`: `"float32"` or `"bfloat16"` for the base weights; peft
     keeps adapter factors in float32. `device`: `"auto"` is the first CUDA device, else the CPU.
 
     Returns a `PreTrainedModel`, or a `PeftModel` around it.
 
     Raises ModelError: model or adapter not found or not loadable, weights missing in the checkpoint, an adapter
-    that does not fit (first mismatching module, both shapes). ConfigError: unknown dtype, device or LoRA key.
+    that does not fit (first mismatching module, both shapes). ConfigError: unknown dtype or device.
     """
-    if adapter is not None and lora is not None:
-        raise ConfigError("both an adapter to load and a fresh one (lora) are given; leave one of them out")
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not known; {did_you_mean(str(dtype), DTYPES)}")
-    config = None if lora is None else _lora_config(lora)
     target = _device(device)
     source = os.fspath(model_id_or_path)
     model = _load_base(source, DTYPES[dtype], attn_implementation, trust_remote_code)
     if adapter is not None:
         model = attach_adapter(model, os.fspath(adapter), source)
-    elif config is not None:
-        model = _fresh_adapter(model, config, source)
     return model.to(target).eval()
 
 
@@ -151,34 +134,6 @@ def _cannot_load(source: str, what: str, error: BaseException) -> str:
 
 
 # ---- adapters --------------------------------------------------------------------------------------------
-
-
-def _lora_config(lora: LoraConfig | Mapping[str, Any]) -> LoraConfig:
-    from peft import LoraConfig
-
-    if isinstance(lora, LoraConfig):
-        return lora
-    known = [field.name for field in fields(LoraConfig)]
-    for name in lora:
-        if name not in known:
-            near = did_you_mean(name, known).partition("known:")[0].strip()
-            raise ConfigError(f"lora: {name!r} is not a LoraConfig argument; {near or 'see peft.LoraConfig'}")
-    try:
-        return LoraConfig(**{**LORA_DEFAULTS, **lora})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"lora: {' '.join(str(error).split())}; mend the lora section") from error
-
-
-def _fresh_adapter(model: nn.Module, config: LoraConfig, source: str) -> nn.Module:
-    from peft import get_peft_model
-
-    try:
-        return get_peft_model(model, config)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise ModelError(
-            f"the LoRA configuration does not fit {source} ({' '.join(str(error).split())[:300]}); "
-            "check target_modules and r"
-        ) from error
 
 
 def attach_adapter(model: nn.Module, adapter: str, source: str, *, trainable: bool = True) -> nn.Module:
