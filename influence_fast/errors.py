@@ -49,6 +49,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"{hint}known: {', '.join(names)}"
 
 
+def one_line(error: BaseException, limit: int | None = 300) -> str:
+    """Another library's message as a part of one of ours: on one line, its first `limit` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
 def listing(items: Iterable[str], limit: int = 5) -> str:
     """`a, b, c and 7 more`: names the first few of many ids in one line."""
     names = list(items)

@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from influence_fast.errors import ConfigError, did_you_mean
+from influence_fast.errors import ConfigError, did_you_mean, one_line
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8 text; save it as that") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: not valid YAML: {one_line(error, limit=None)}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: {what} is a mapping of keys, not {type(raw).__name__}")
     return raw

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from influence_fast.atomic import replacing
-from influence_fast.data.rows import BATCH, Row, Rows, need_datasets, need_pyarrow, one_line
-from influence_fast.errors import DataError, listing
+from influence_fast.data.rows import BATCH, Row, Rows, need_datasets, need_pyarrow
+from influence_fast.errors import DataError, listing, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from influence_fast.errors import DataError, did_you_mean
+from influence_fast.errors import DataError, did_you_mean, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -303,7 +303,3 @@ def need_pyarrow(path: Path) -> Any:
             f"{path}: this format needs the pyarrow package; install it (pip install pyarrow) or use .jsonl"
         ) from error
     return pyarrow
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from influence_fast.atomic import replacing
-from influence_fast.errors import DataError
+from influence_fast.errors import DataError, one_line
 
 
 def check_format(path: str | Path) -> None:
@@ -76,7 +76,7 @@ class ScoreTable:
                 else pyarrow.parquet.read_table(path)
             )
         except pa.ArrowInvalid as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error, limit=200)
             raise DataError(f"{path} is no score table in .csv or .parquet ({reason})") from None
         if "id" not in table.column_names:
             raise DataError(f"{path}: no 'id' column, so this is not a score table")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from influence_fast.config import ModelConfig, RunConfig, Source
-from influence_fast.errors import ConfigError, DataError, ModelError
+from influence_fast.errors import ConfigError, DataError, ModelError, one_line
 from influence_fast.gradients.fp8 import FP8
 from influence_fast.gradients.memory import GradientMemory, gradient_memory
 from influence_fast.gradients.projection import SIDED_KINDS
@@ -204,7 +204,7 @@ def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
         )
     except (OSError, ValueError) as error:
         if Path(model.path).is_dir():
-            raise ModelError(f"{model.path}: {' '.join(str(error).split())[:300]}") from error
+            raise ModelError(f"{model.path}: {one_line(error)}") from error
         return None
     with quiet_libraries(), torch.device("meta"):
         base = AutoModelForCausalLM.from_config(settings, trust_remote_code=model.trust_remote_code)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
-from influence_fast.errors import ConfigError, ModelError, did_you_mean, listing
+from influence_fast.errors import ConfigError, ModelError, did_you_mean, listing, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +119,7 @@ def _check_folder(source: str, needed: str, what: str) -> None:
 
 
 def _cannot_load(source: str, what: str, error: BaseException) -> str:
-    reason = " ".join(str(error).split())[:300]
+    reason = one_line(error)
     if os.path.isdir(source):
         if "safetensors" in reason:
             return (
@@ -156,8 +156,7 @@ def attach_adapter(model: nn.Module, adapter: str, source: str, *, trainable: bo
         wrapped = PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)  # type: ignore[arg-type]
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(
-            f"the adapter {adapter} does not fit {source} ({' '.join(str(error).split())[:300]}); "
-            "load it over the model it was trained on"
+            f"the adapter {adapter} does not fit {source} ({one_line(error)}); load it over the model it was trained on"
         ) from error
     _check_complete(wrapped, shapes, adapter, source)
     bad = [
