@@ -37,8 +37,7 @@ class Proposal:
 
     seconds: one pass over the data on this machine, and what a sketch or a preconditioner is fitted on (the inner
     products come on top and are small). bytes: of the store, and of the rows beside it. lds: world -> (value, low,
-    high) as measured there; agreement: world -> Spearman of the group scores with exact ones, None where it was not
-    measured.
+    high) as measured there.
     """
 
     method: Method
