@@ -92,8 +92,8 @@ def test_the_grid_is_counted(folder: Path) -> None:
     assert found.fitted == found.examples == 23
     assert found.fitted_bytes == 2 * (found.store_bytes or 0)  # fp32 beside bf16
     assert "of labels that the model draws" in describe(config_of(folder), found)
-    data = plan(config_of(folder, influence=InfluenceConfig(fisher="data")))
-    assert (data.fitted, data.fitted_bytes, data.gradient_tokens) == (0, 0, found.tokens)
+    data = plan(config_of(folder, influence=InfluenceConfig(fisher="data")), tokens_per_second=1)
+    assert (data.fitted, data.fitted_bytes, data.seconds["gradients"]) == (0, 0, found.tokens)
     other = plan(config_of(folder, target_model=ModelConfig(str(folder / "model"))))
     assert other.fine_tunings == 7  # and the model that scores
     assert other.training_tokens == found.training_tokens + 2 * found.tokens
@@ -240,16 +240,16 @@ def test_memory_of_the_gradients_is_that_of_their_largest_batch(folder: Path) ->
     ],
 )
 def test_scores_over_checkpoints_take_a_store_each(folder: Path, training: dict[str, Any], stores: int | None) -> None:
-    one = plan(config_of(folder))
+    one = plan(config_of(folder), tokens_per_second=1)
     config = config_of(folder, training=TrainConfig(**training), influence=InfluenceConfig(checkpoints=True))
-    found = plan(config)
+    found = plan(config, tokens_per_second=1)
     assert found.examples == one.examples
     if stores is None:
         stores = math.ceil(2 * math.ceil(one.examples / 2) / 5)
-    assert (found.stores, found.store_bytes, found.gradient_tokens) == (
+    assert (found.stores, found.store_bytes, found.seconds["gradients"]) == (
         stores,
         stores * one.store_bytes,
-        stores * one.gradient_tokens,
+        stores * one.seconds["gradients"],
     )
     assert one.store_bytes is not None
     assert f"{stores} checkpoints x {one.examples} rows" in describe(config, found)

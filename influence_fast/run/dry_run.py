@@ -67,7 +67,6 @@ class Plan:
     cells: int
     fine_tunings: int
     training_tokens: int | None
-    gradient_tokens: int | None
     stores: int  # one for each checkpoint that is scored
     row: int | None
     store_bytes: int | None
@@ -160,7 +159,6 @@ def plan(
         cells=cells,
         fine_tunings=cells + own,
         training_tokens=training,
-        gradient_tokens=gradients,
         stores=stores,
         row=row,
         store_bytes=None if row is None else stores * examples * row_bytes(row, config.gradients.store_dtype),
