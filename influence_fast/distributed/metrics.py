@@ -29,6 +29,7 @@ from influence_fast.atomic import beside
 from influence_fast.data.adapter_names import is_adapter_parameter
 
 EVERY = 1.0  # seconds between two lines of a rank, and between two looks at those of the others
+TRACED = 8  # batches in a profile
 # Dense bf16 FLOP/s from the makers' data sheets, by words of the card's name; the first that fits counts.
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -262,8 +263,8 @@ def board(
 
 
 @contextlib.contextmanager
-def chrome_trace(path: Path | None, batches: int = 8) -> Iterator[Callable[[], None]]:
-    """Traces batches 3 to 2 + `batches` to `path`, for chrome://tracing; what it gives is called after each batch."""
+def chrome_trace(path: Path | None) -> Iterator[Callable[[], None]]:
+    """Traces `TRACED` batches from the third on to `path`, for chrome://tracing; what it gives is called after each."""
     if path is None:
         yield lambda: None
         return
@@ -274,6 +275,6 @@ def chrome_trace(path: Path | None, batches: int = 8) -> Iterator[Callable[[], N
         profiler.export_chrome_trace(str(path))
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    steps = schedule(wait=1, warmup=1, active=batches, repeat=1)
+    steps = schedule(wait=1, warmup=1, active=TRACED, repeat=1)
     with profile(activities=activities, schedule=steps, on_trace_ready=keep) as profiler:
         yield profiler.step
