@@ -27,6 +27,7 @@ import torch
 
 from influence_fast.atomic import beside
 from influence_fast.data.adapter_names import is_adapter_parameter
+from influence_fast.progress import bar
 
 EVERY = 1.0  # seconds between two lines of a rank, and between two looks at those of the others
 TRACED = 8  # batches in a profile
@@ -209,20 +210,12 @@ class Board:
     """One bar for all ranks: examples, tokens/s, examples/s, time left, and the model-FLOP utilisation if known."""
 
     def __init__(self, folder: Path, done: int, total: int, peak: float | None) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import TextColumn
 
         self._follower = Follower(folder, from_now=True)
         self._done, self._total, self._peak = done, total, peak
         self._start = self._looked = time.perf_counter()
-        columns = (
-            TextColumn("gradients"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rates]}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._bar = bar("gradients", TextColumn("{task.fields[rates]}"))
         self._task = self._bar.add_task("gradients", total=total, completed=done, rates="")
         self._bar.start()
 

@@ -28,6 +28,7 @@ from influence_fast.atomic import replacing
 from influence_fast.config import RunConfig
 from influence_fast.data.examples import Example, tokenize
 from influence_fast.errors import DataError
+from influence_fast.progress import bar
 from influence_fast.run.workdir import portable
 from influence_fast.settings import to_dict
 
@@ -186,13 +187,9 @@ def _read(folder: Path, job: Retraining, stamp: str) -> Outcome | None:
 def _progress(todo: int, total: int, talks: bool) -> Iterator[Callable[[], None]]:
     """A bar on a terminal, a line every tenth of the work elsewhere."""
     if talks and sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("retraining"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("retraining", total=total, completed=total - todo)
-            yield lambda: bar.advance(task)
+        with bar("retraining") as shown:
+            task = shown.add_task("retraining", total=total, completed=total - todo)
+            yield lambda: shown.advance(task)
         return
     count = total - todo
 
