@@ -296,6 +296,53 @@ def test_packed_training_learns_and_goes_on_like_padded_training(
     assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
 
 
+@pytest.mark.parametrize("packing", [None, 48], ids=["padded", "packed"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_killed_in_any_epoch_goes_on_to_the_very_adapter(
+    model: Any,
+    tokenizer: Any,
+    examples: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    packing: int | None,
+    accumulation: int,
+) -> None:
+    from safetensors.torch import load_file
+    from trl import SFTTrainer
+
+    config = TrainConfig(
+        max_steps=20,
+        learning_rate=3e-2,
+        batch_size=2 // accumulation if packing is None else 1,
+        gradient_accumulation_steps=accumulation,
+        precision="fp32",
+        packing=packing,
+        save_checkpoints=1,
+    )
+    lora = LoraSettings(r=4, alpha=8, dropout=0.3)
+    step, last = SFTTrainer.training_step, [-1]
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == last[0]:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", failing)
+    whole, again = (run(model, tokenizer, examples, tmp_path / name, config, lora=lora) for name in ("one", "two"))
+    wanted = load_file(whole.path / "adapter_model.safetensors")
+    epochs = [json.loads((c / "trainer_state.json").read_text())["epoch"] for c in whole.checkpoints]
+    stops = [max(i + 1 for i, epoch in enumerate(epochs[:-1]) if n < epoch < n + 1) for n in (0, 1, 2)]
+    for found in (again, *stops):
+        if isinstance(found, int):
+            last[0] = found
+            with pytest.raises(KeyboardInterrupt):
+                run(model, tokenizer, examples, tmp_path / f"to{found}", config, lora=lora)
+            last[0] = -1
+            found = run(model, tokenizer, examples, tmp_path / f"to{found}", config, lora=lora)
+        adapter = load_file(found.path / "adapter_model.safetensors")
+        assert [name for name, value in wanted.items() if not torch.equal(value, adapter[name])] == []
+
+
 def test_packs_whose_examples_see_each_other_are_refused(
     model: Any, tokenizer: Any, examples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

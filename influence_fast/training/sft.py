@@ -8,10 +8,11 @@ the mean over the completion tokens of the batch. It patches the model that it t
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,14 @@ def make_trainer(
     from trl import SFTConfig, SFTTrainer
 
     class Trainer(SFTTrainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+            """An order that a run which goes on in the middle of an epoch finds again."""
+            args: Any = self.args
+            rows: Any = self.train_dataset if train_dataset is None else train_dataset
+            lengths = None if packing else [len(row["input_ids"]) for row in rows]
+            group = args.train_batch_size * args.gradient_accumulation_steps
+            return EpochOrder(len(rows), lambda: int(self.state.epoch or 0), args.seed, lengths, group)
+
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """None: the result's record (training.json) says what made it."""
 
@@ -158,6 +167,37 @@ def _dataset(examples: Sequence[Mapping[str, Any]]) -> Any:
 
     columns = {key: [torch.as_tensor(e[key]).to(torch.int32).numpy() for e in examples] for key in FIELDS}
     return Dataset.from_dict(columns).with_format("numpy")
+
+
+class EpochOrder(torch.utils.data.Sampler[int]):
+    """Rows in an order that follows from seed and epoch alone; with `lengths`, `group` neighbours are of like length.
+
+    Those of transformers and accelerate draw from the global random state, which at an epoch's start is known only to
+    a run that was there, or count epochs, and are not told the number where a run goes on inside one.
+    `epoch()` is asked whenever an order begins.
+    """
+
+    def __init__(
+        self, rows: int, epoch: Callable[[], int], seed: int, lengths: list[int] | None = None, group: int = 1
+    ) -> None:
+        self.rows = rows
+        self.epoch = epoch
+        self.seed = seed
+        self.lengths = lengths
+        self.group = group
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        # a hash of both: seed + epoch would give the next seed's run this one's orders, an epoch late
+        key = hashlib.sha256(f"{self.seed} {self.epoch()}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        if self.lengths is None:
+            return iter(torch.randperm(self.rows, generator=generator).tolist())
+        return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
 
 
 class Collator:
