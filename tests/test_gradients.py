@@ -435,6 +435,37 @@ def test_models_that_cannot_be_differentiated_are_refused_by_name() -> None:
     merged.merge_adapter()
     with pytest.raises(ModelError, match="merged"):
         inf.per_example_gradients(merged, make_examples())
+    model = make_model()
+    for ask in (inf.per_example_gradients, inf.per_example_losses):
+        with model.disable_adapter(), pytest.raises(ModelError, match=r"the adapter is disabled; leave"):
+            ask(model, make_examples())
+    with pytest.raises(ModelError, match=r"embed_tokens: LoRA over Embedding is not supported .* leave that module"):
+        inf.per_example_gradients(make_model(target_modules=["embed_tokens", "q_proj"]), make_examples())
+
+
+def test_layers_of_another_adapter_are_no_part_of_a_row() -> None:
+    targets = {"default": ["q_proj", "v_proj"], "b": ["k_proj", "v_proj"]}
+    model = make_model(target_modules=targets["default"])
+    model.add_adapter("b", LoraConfig(r=3, target_modules=targets["b"], init_lora_weights=False))
+    model = model.double()
+    for name, other in (("b", "default"), ("default", "b")):
+        model.set_adapter(name)
+        found = {entry.module.rpartition(".")[2] for entry in inf.gradient_layout(model)}
+        assert found == set(targets[name])
+        alone = copy.deepcopy(model)
+        alone.delete_adapter(other)
+        alone.set_adapter(name)
+        reference = by_autograd(alone, make_examples())
+        assert relative(inf.per_example_gradients(model, make_examples()), reference) < 1e-10
+
+
+def test_an_active_adapter_that_no_layer_has_is_named() -> None:
+    model = make_model()
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module._active_adapter = ["other"]
+    with pytest.raises(ModelError, match=r"no layer has the active adapter other; they have default: call set_adapter"):
+        inf.gradient_layout(model)
 
 
 def test_top_layers_are_a_part_of_the_whole_row() -> None:

@@ -95,18 +95,27 @@ Module = TypeVar("Module", LoraLinear, LayoutEntry)
 
 
 def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
-    """Every LoRA linear of `model` with its active adapter, in `named_modules` order.
+    """Every LoRA linear of `model` that its active adapter changes, in `named_modules` order.
 
-    Raises ModelError when there is none, or one is of a kind whose gradient this package does not compute.
+    Raises ModelError when there is none, one is of a kind whose gradient this package does not compute, or the adapter
+    is merged or disabled.
     """
     from peft.tuners.lora import LoraLayer
 
-    found = [_as_plain(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    if not found:
+    layers: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
+    if not layers:
         raise ModelError(
             "the model has no LoRA adapter: load one (peft.PeftModel.from_pretrained) or add a fresh one "
             "(peft.get_peft_model) before asking for per-example gradients"
         )
+    active = [(name, layer, adapters) for name, layer in layers if (adapters := _active_in(layer))]
+    if not active:
+        held = sorted({adapter for _, layer in layers for adapter in (*layer.lora_A, *layer.lora_embedding_A)})
+        raise ModelError(
+            f"no layer has the active adapter {listing(layers[0][1].active_adapters)}; they have "
+            f"{listing(held)}: call set_adapter with one of these"
+        )
+    found = [_as_plain(name, layer, adapters) for name, layer, adapters in active]
     if others := _trained_beside(model):
         say_once(
             logger,
@@ -126,12 +135,18 @@ def _trained_beside(model: nn.Module) -> list[str]:
     return saved + [f"bias={kind!r}" for kind in sorted(kinds - {"none"})]
 
 
-def _as_plain(name: str, layer: Any) -> LoraLinear:
+def _active_in(layer: Any) -> list[str]:
+    """The active adapters that have factors in `layer`; none where it belongs to another adapter."""
+    return [a for a in layer.active_adapters if a in layer.lora_A or a in layer.lora_embedding_A]
+
+
+def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
     base = layer.get_base_layer()
-    active = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
     if len(active) != 1:
-        raise ModelError(f"{name}: exactly one active LoRA adapter is needed, found {active or 'none'}")
+        raise ModelError(f"{name}: exactly one active LoRA adapter is needed, found {listing(active)}")
     adapter = active[0]
+    if layer.disable_adapters:
+        raise ModelError(f"{name}: the adapter is disabled; leave disable_adapter() first, or enable its layers")
     if adapter in layer.lora_variant:
         variant = type(layer.lora_variant[adapter]).__name__
         raise ModelError(f"{name}: {variant} is not plain LoRA; train the adapter without it")
