@@ -176,6 +176,70 @@ def test_adams_moments_come_from_the_same_checkpoint(base: Any, trained: TrainRe
         torch.testing.assert_close(moments[entry.offset : entry.offset + v.numel()], v, rtol=1e-12, atol=0)
 
 
+def train_plainly(model: Any, folder: Path, **options: Any) -> Any:
+    """A transformers.Trainer over POOL after 4 steps, with a checkpoint of each second one in `folder`."""
+    import transformers
+
+    settings = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 1, "learning_rate": 1e-2}
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, weight_decay=0.1, **(settings | options)
+    )
+    rows = [{"input_ids": e["input_ids"], "labels": e["labels"]} for e in POOL]
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
+    trainer.train()
+    return trainer
+
+
+def test_adams_moments_of_a_plain_trainer_are_those_of_its_optimizer(tiny_model: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    targets = ["q_proj", "k_proj", "v_proj", "down_proj"]
+    model: Any = get_peft_model(tiny_model("qwen2"), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    trainer = train_plainly(model, tmp_path)
+    live = {name: trainer.optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters() if p.requires_grad}
+    layout = inf.gradient_layout(model)
+    moments = adam_moments(tmp_path / "checkpoint-4", layout)
+    assert len(layout) == len(live) == 16
+    for entry in layout:
+        v = live[f"{entry.module}.{entry.factor}.default.weight"].double().flatten() / (1 - 0.999**4)
+        torch.testing.assert_close(moments[entry.columns], v, rtol=1e-12, atol=0)
+        assert float(v.max()) > 0
+    top = inf.Projection(dim=3, layers=0.5)
+    assert len(adam_moments(tmp_path / "checkpoint-4", layout, projection=top)) == 4 * 2 * 2 * 3
+
+
+def test_moments_that_may_be_of_other_factors_are_refused(tiny_model: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+
+    def adapter(**options: Any) -> Any:
+        settings = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options
+        return get_peft_model(tiny_model("qwen2"), LoraConfig(**settings))
+
+    plain = adapter()
+    layout = inf.gradient_layout(plain)
+    train_plainly(plain, tmp_path / "sgd", optim="sgd")
+    train_plainly(plain, tmp_path / "good")
+    good = tmp_path / "good" / "checkpoint-4"
+    with pytest.raises(ModelError, match=r"checkpoint-4: which Adam state .*not Adam's .*: give a checkpoint"):
+        adam_moments(tmp_path / "sgd" / "checkpoint-4", layout)
+    train_plainly(adapter(bias="all"), tmp_path / "bias")
+    with pytest.raises(ModelError, match=r"holds \d+ \+ \d+ parameters in groups, and the adapter is 4 factors in one"):
+        adam_moments(tmp_path / "bias" / "checkpoint-4", layout)
+    # o_proj has q_proj's shapes here, and only its name tells
+    with pytest.raises(ModelError, match="holds another adapter's factors than the model"):
+        adam_moments(good, inf.gradient_layout(adapter(target_modules=["o_proj"])))
+    optimizer = create_loraplus_optimizer(plain, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=4.0)
+    sum(p.sum() for p in plain.parameters() if p.requires_grad).backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), good / "optimizer.pt")
+    with pytest.raises(ModelError, match="holds 2 \\+ 2 parameters in groups"):
+        adam_moments(good, layout)
+    (good / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot be read"):
+        adam_moments(good, layout)
+
+
 def table(ids: str = "abc", **columns: list[float]) -> ScoreTable:
     return ScoreTable(list(ids), {name: np.array(values) for name, values in columns.items()})
 

@@ -15,17 +15,21 @@ LESS's cosines see `whitened`.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from influence_fast.data.adapter_names import plain_name
-from influence_fast.errors import ConfigError, ModelError
+from influence_fast.errors import ConfigError, ModelError, one_line
 from influence_fast.gradients.lora import LayoutEntry, in_top_layers
 from influence_fast.gradients.projection import Projection, row_name, sjlt_map
 from influence_fast.influence.damping import GRID, Damping, RowBlocks, check_damping, ridge, split_rows
+
+ADAPTER = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -84,15 +88,21 @@ def adam_moments(
 ) -> torch.Tensor:
     """(k,) fp64: second moments v / (1 - beta2^step) of a checkpoint's Adam state, in the order of a gradient row.
 
+    checkpoint: a folder of `inf.finetune`, or of a transformers' Trainer that trained the LoRA factors alone.
     layout: `gradient_layout(model)`, exact. projection: as the rows were projected (see the top of this file).
     beta2: the optimizer's, by default that of transformers' Trainer.
 
     Raises ModelError when the checkpoint holds no optimizer state, or none for a factor of the layout.
     """
     from influence_fast.training.fine_tuning import load_adam_moments
+    from influence_fast.training.sft import NAMES
 
-    state = load_adam_moments(checkpoint)
-    by_factor = {plain_name(name).rsplit(".", 2)[0]: values for name, values in state.items()}
+    folder = Path(checkpoint)
+    if (folder / "optimizer.pt").exists() and not (folder / NAMES).exists():
+        by_factor = _in_the_models_order(folder, layout)
+    else:
+        state = load_adam_moments(folder)
+        by_factor = {plain_name(name).rsplit(".", 2)[0]: values for name, values in state.items()}
     layout = in_top_layers(layout, projection)
     pieces = []
     for entry in layout:
@@ -109,6 +119,46 @@ def adam_moments(
     if projection is None or projection.width is None:
         return torch.cat([piece.flatten() for piece in pieces])
     return _sketched(pieces, layout, projection, projection.width)
+
+
+def _in_the_models_order(folder: Path, layout: Sequence[LayoutEntry]) -> dict[str, dict[str, torch.Tensor]]:
+    """Adam's states that a plain Trainer numbered, by factor.
+
+    transformers puts parameters into the optimizer in the model's order, those with weight decay first; where all are
+    LoRA factors of one group the numbers follow the layout. Raises ModelError where they need not: the adapter saved
+    beside them has other factors, more is trained, or two groups share them.
+    """
+    try:
+        with safe_open(folder / ADAPTER, framework="pt") as file:
+            saved = {
+                plain_name(key).removesuffix(".weight"): tuple(file.get_slice(key).get_shape())
+                for key in file.keys()  # noqa: SIM118 (not a dict)
+                if ".lora_" in key
+            }
+        loaded = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        state, groups = loaded["state"], [group["params"] for group in loaded["param_groups"] if group["params"]]
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
+        reason = f"{ADAPTER} or optimizer.pt cannot be read ({one_line(error, 200)})"
+    else:
+        names = [f"{plain_name(entry.module)}.{entry.factor}" for entry in layout]
+        if saved != {name: tuple(entry.shape) for name, entry in zip(names, layout, strict=True)}:
+            reason = f"{ADAPTER} holds another adapter's factors than the model"
+        elif len(groups) != 1 or len(groups[0]) != len(layout):
+            sizes = " + ".join(str(len(group)) for group in groups) or "none"
+            reason = (
+                f"the optimizer holds {sizes} parameters in groups, and the adapter is {len(layout)} factors in one"
+            )
+        else:
+            states = [state.get(index, {}) for index in groups[0]]
+            found = [tuple(values["exp_avg_sq"].shape) if "exp_avg_sq" in values else None for values in states]
+            if found == [tuple(entry.shape) for entry in layout]:
+                return dict(zip(names, states, strict=True))
+            reason = "its states are not Adam's of these factors in the model's order"
+    raise ModelError(
+        f"{folder}: which Adam state is which factor's cannot be told, as {reason}: give a checkpoint in which "
+        "transformers' Trainer trained this adapter's LoRA factors alone, or train by influence_fast.finetune with "
+        "save_checkpoints set"
+    )
 
 
 def _projected(moment: torch.Tensor, entry: LayoutEntry, projection: Projection) -> torch.Tensor:
