@@ -103,6 +103,8 @@ def test_rates_are_those_of_the_schedule(trained: TrainResult) -> None:
     np.testing.assert_allclose(learning_rates(trained.checkpoints), [schedule[step - 1] for step in at], rtol=1e-12)
     mean = [np.mean(schedule[step - 4 : step]) for step in at]
     np.testing.assert_allclose(learning_rates(trained.checkpoints, average=True), mean, rtol=1e-12)
+    assert learning_rates(str(trained.path)) == learning_rates(trained.path) == learning_rates(trained.checkpoints)
+    assert learning_rates(trained.checkpoints[1]) == learning_rates(trained.checkpoints[1:2])
     # a checkpoint left out belongs to the next one's share
     np.testing.assert_allclose(learning_rates(trained.checkpoints[1:], average=True)[0], np.mean(schedule[:8]))
 
@@ -264,6 +266,9 @@ def test_mistakes_are_named(scores: CheckpointScores, trained: TrainResult, tmp_
         plot_ranking_over_training(scores, tmp_path / "plot.gif")
     with pytest.raises(ModelError, match=r"has no trainer_state\.json"):
         learning_rates([tmp_path])
+    (tmp_path / "checkpoint-best").mkdir()
+    with pytest.raises(ModelError, match="has no checkpoint-N folders: name the training's folder"):
+        learning_rates(str(tmp_path))
     with pytest.raises(ConfigError, match="checkpoint-4 is of step 4, after step 12: list checkpoints in training"):
         learning_rates(list_checkpoints(trained.path)[::-2])
     (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 3, "log_history": [{"step": 5}]}))

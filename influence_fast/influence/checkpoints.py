@@ -39,16 +39,24 @@ class CheckpointScores:
         return [int(n) for n in found] if all(n.isdigit() for n in found) else list(range(1, len(found) + 1))
 
 
-def learning_rates(checkpoints: Sequence[str | Path], *, average: bool = False) -> list[float]:
+def learning_rates(checkpoints: str | Path | Sequence[str | Path], *, average: bool = False) -> list[float]:
     """The learning rate at each checkpoint, as transformers' Trainer logged it in `trainer_state.json`.
 
-    checkpoints: folders of one run, in the order of training (see `training.list_checkpoints`).
+    checkpoints: folders of one run, in the order of training, or the folder whose `checkpoint-N` they are.
     average: the mean of the rates logged since the checkpoint before, as LESS weighs its epochs, in place of the
         rate of the last step that was logged by then. The latter is nearly nothing at the end of a schedule that
         decays to zero.
 
-    Raises ModelError where a checkpoint has no such file or no rate in it, ConfigError for steps out of order.
+    Raises ModelError where a checkpoint has no such file or no rate in it, or the folder no checkpoint, ConfigError for
+    steps out of order.
     """
+    from influence_fast.training.fine_tuning import list_checkpoints
+
+    if isinstance(checkpoints, (str, Path)):
+        folder = Path(checkpoints)
+        checkpoints = [folder] if (folder / STATE).exists() else list_checkpoints(folder)
+        if not checkpoints:
+            raise ModelError(f"{folder} has no checkpoint-N folders: name the training's folder, or list checkpoints")
     rates, previous = [], 0
     for folder in map(Path, checkpoints):
         try:
