@@ -232,6 +232,23 @@ def test_messages_keep_every_turn() -> None:
     assert only([{"messages": turns, "uuid": "u"}]) == Example("u", "and 2+2?", "4", context=context)
 
 
+def test_turns_that_nobody_answers_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    thanks = {"role": "user", "content": "thanks"}
+    rows = [{"messages": [*turns, thanks]}, {"messages": turns}, {"messages": [*turns, thanks]}]
+    with caplog.at_level(logging.WARNING):
+        assert len(load_examples(rows)) == 3
+    (record,) = caplog.records
+    assert "2 conversations do not end with an assistant turn" in record.getMessage()
+    assert record.getMessage().endswith(": row 0, row 2")
+    caplog.clear()
+    load_examples(rows, limit=1)
+    assert [r.getMessage().rpartition(": ")[2] for r in caplog.records] == ["row 0"]
+    caplog.clear()
+    load_examples(rows[1:2])
+    assert not caplog.records
+
+
 def test_conversational_prompt_and_completion() -> None:
     row = {
         "prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}],

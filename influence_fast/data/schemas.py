@@ -14,13 +14,16 @@ Every schema may also have an id column (`id`, `uuid` or `unique_id`), `answer` 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from influence_fast.data.boxed import last_boxed
 from influence_fast.data.rows import Row, Rows
-from influence_fast.errors import ConfigError, DataError, did_you_mean
+from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
+
+logger = logging.getLogger(__name__)
 
 Turn = tuple[str, str]  # (role, content)
 
@@ -133,6 +136,7 @@ class Draft:
     answer: str | None
     trace: int | None = None
     context: tuple[Turn, ...] = ()
+    cut: bool = False  # turns after the completion were left out
 
 
 Trace = str | int
@@ -161,11 +165,12 @@ def _prompt_completion(cells: Cells, trace: Trace) -> list[Draft]:
 
 def _messages(cells: Cells, trace: Trace) -> list[Draft]:
     turns = cells.turns("messages")
+    count = len(turns)
     while turns and turns[-1][0] != "assistant":
         turns.pop()
     if not turns:
         raise cells.error("no 'assistant' message to train on; add one or remove the row")
-    return [_conversation(cells, turns[:-1], turns[-1][1])]
+    return [replace(_conversation(cells, turns[:-1], turns[-1][1]), cut=len(turns) < count)]
 
 
 def _gsm8k(cells: Cells, trace: Trace) -> list[Draft]:
@@ -320,28 +325,43 @@ def id_column(rows: Rows, columns: Mapping[str, str | None]) -> str | None:
 
 
 def read_examples(rows: Rows, format: str, trace: Trace, columns: Mapping[str, str | None]) -> Iterator[list[Example]]:
-    """The examples of each row in turn: one, or none or several where the row holds traces to choose from."""
+    """The examples of each row in turn: one, or none or several where the row holds traces to choose from.
+
+    A warning at the end names the conversations that went on after their last assistant turn.
+    """
     schema = choose_schema(rows, format, columns)
     names = {name: column for name, column in columns.items() if column is not None}
     ids = id_column(rows, columns)
     wanted = {names.get(name, name) for name in (*schema.required, *schema.optional, "label")}
-    for index, row in enumerate(rows.read(wanted | ({ids} if ids else set()))):
-        cells = Cells(row, index, rows, names)
-        name = _row_id(cells, ids)
-        label = cells.optional("label")
-        yield [
-            Example(
-                id=name if draft.trace is None else f"{name}#{draft.trace}",
-                prompt=draft.prompt,
-                completion=draft.completion,
-                answer=draft.answer,
-                row=index,
-                label=label,
-                trace=draft.trace,
-                context=draft.context,
-            )
-            for draft in schema.convert(cells, trace)
-        ]
+    cut: list[int] = []
+    try:
+        for index, row in enumerate(rows.read(wanted | ({ids} if ids else set()))):
+            cells = Cells(row, index, rows, names)
+            name = _row_id(cells, ids)
+            label = cells.optional("label")
+            drafts = schema.convert(cells, trace)
+            if any(draft.cut for draft in drafts):
+                cut.append(index)
+            yield [
+                Example(
+                    id=name if draft.trace is None else f"{name}#{draft.trace}",
+                    prompt=draft.prompt,
+                    completion=draft.completion,
+                    answer=draft.answer,
+                    row=index,
+                    label=label,
+                    trace=draft.trace,
+                    context=draft.context,
+                )
+                for draft in drafts
+            ]
+    finally:  # a reader that has enough stops in the middle
+        if cut:
+            places = listing(rows.place(i).removeprefix(f"{rows.name}, ") for i in cut)
+            logger.warning(
+                "%s: %d conversations do not end with an assistant turn; what comes after their last one is left out, "
+                "as no answer to it is there to learn: %s", rows.name, len(cut), places,
+            )  # fmt: skip
 
 
 def _row_id(cells: Cells, column: str | None) -> str:
