@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from influence_fast.data.examples import Example
-from influence_fast.influence.queries import Queries
+from influence_fast.influence.queries import Queries, make_queries, with_tasks
 from influence_fast.influence.scoring import TopInfluences
 from influence_fast.report.explain import explanations, save_explanations
 
@@ -58,7 +58,7 @@ def test_files_hold_what_was_found(tmp_path: Path, queries: Queries, pool: dict[
     lines, page = save_explanations(found, pool, tmp_path / "x", title="A title")
     assert [json.loads(line) for line in lines.read_text().splitlines()] == found
     html = page.read_text()
-    assert html.index("Incorrect answers") < html.index("Correct answers") < html.index("<h2>GSM8K answers")
+    assert html.index("<h2>Incorrect answers") < html.index("<h2>Correct answers") < html.index("<h2>GSM8K answers")
     for text in (
         "A title: answer by answer",
         "It is 5.",
@@ -68,7 +68,7 @@ def test_files_hold_what_was_found(tmp_path: Path, queries: Queries, pool: dict[
         "<b>\u22124</b>",
     ):
         assert text in html, text
-    wrong = html[html.index("Incorrect answers") : html.index("Correct answers")]
+    wrong = html[html.index("<h2>Incorrect answers") : html.index("<h2>Correct answers")]
     rows = [line for line in wrong.splitlines() if line.startswith('<tr><th scope="row"><span class="chip">')]
     assert [re.findall(r">([^<>\u00a0]+)[<\u00a0]", row) for row in rows] == [
         ["wrong_step", "100.0", "0.0", "50.0"],
@@ -103,7 +103,31 @@ def test_examples_that_are_named_often_are_counted(tmp_path: Path, queries: Quer
     assert rows[1].count('<td class="n">2</td>') == rows[1].count('<td class="n">0</td>') == 1
 
 
+def test_reference_solutions_are_not_shown_as_the_models_answers(
+    tmp_path: Path, queries: Queries, pool: dict[str, Example]
+) -> None:
+    validation = [Example(f"v{i}", "2 + 2?", "4", row=i) for i in range(2)]
+    asked = with_tasks(make_queries(validation, None, None), ["GSM8K", "GSM8K"])
+    found = explanations(top_of(MATRIX, 2), IDS, asked)
+    assert [one["reference"] for one in found] == [True, True]
+    html = save_explanations(found, pool, tmp_path / "x")[1].read_text()
+    for heading in ("Answer by answer", "Reference solutions", "GSM8K reference solutions"):
+        assert re.search(rf"<h[12]>{heading}</h[12]>", html), heading
+    assert "answer by answer" not in html.lower().replace("answer by answer", "", 2)  # <title> and <h1>
+    assert "The answers are the reference solutions, which the model did not write." in html
+    assert "orrect answers" not in html
+    assert '<p class="what">answer</p>' not in html
+    # where the model got nothing right, the solutions stand in for one group alone
+    wrong = [{"id": "v0", "generation": "5", "correct": False}]
+    mixed = make_queries(validation[:1], wrong, "reference", needed=("correct",))
+    assert mixed.of_references == ["correct"]
+    html = save_explanations(explanations(top_of(MATRIX, 2), IDS, mixed), pool, tmp_path / "y")[1].read_text()
+    assert "<h2>Incorrect answers</h2>" in html
+    assert "<h2>Reference solutions</h2>" in html
+    assert "Some answers are reference solutions, which" in html
+
+
 def test_no_answers_make_an_empty_page(tmp_path: Path, pool: dict[str, Any]) -> None:
     lines, page = save_explanations([], pool, tmp_path / "x")
     assert lines.read_text() == ""
-    assert "answer by answer" in page.read_text()
+    assert "Answer by answer" in page.read_text()

@@ -540,7 +540,7 @@ def test_the_verbs_one_by_one(world: Path, tmp_path: Path, capsys: pytest.Captur
         "score", "--model", model, "--adapter", adapter, "--data", pool, "--validation", validation,
         "--queries", "reference", "--output", scores, "--dim", 4, "--quiet",
     )  # fmt: skip
-    assert "40 examples against 24 correct answers" in out
+    assert "40 examples against 24 correct reference solutions" in out
     assert "rows=40" in run("inspect", f"{scores}.store")
     assert "every checksum holds" in run("verify", f"{scores}.store")
     out = run("prune", "--data", pool, "--scores", scores, "--strategy", "low_benefit", "--count", 7, "--output", kept)
@@ -816,7 +816,7 @@ def test_validation_rows_are_read_as_they_are_said_to_be(
     names = ["--validation-columns", "prompt=q,completion=a,answer=gold,id=uid", "--validation-limit", 4]
     assert main([str(a) for a in [*arguments, "--validation-split", "test", *names]]) == 0
     said = capsys.readouterr().out
-    assert "against 4 correct answers" in said
+    assert "against 4 correct reference solutions" in said
     assert "the training data" not in said
     assert main([str(a) for a in [*arguments, "--validation-split", "test"]]) == 2
     assert "name yours with --validation-columns" in capsys.readouterr().err

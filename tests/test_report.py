@@ -577,6 +577,20 @@ def test_unknown_parts_are_named_and_not_lost_silently() -> None:
     assert "does not show: cels" in Page(report.render({"title": "t", "cels": []})).text()
 
 
+def test_the_terms_are_those_of_what_was_asked(results: dict[str, Any]) -> None:
+    own = Page(report.render(results)).text()
+    assert "that the model got right" in own
+    assert "high_harm, combined" in own
+    asked = {"queries": {"correct": 8, "GSM8K": 8}, "references": ["correct", "GSM8K"], "scores": None}
+    text = Page(report.render({**results, **asked})).text()
+    assert "Mean influence of a trace on the reference solutions of the validation questions" in text
+    terms = text[text.index("Mean influence of a trace") :]
+    for absent in ("that the model got right", "s_incorrect", "high_harm", "n/a"):
+        assert absent not in terms, absent
+    scored = text[text.index("validation answers scored against") :][:80]
+    assert scored.split("\n")[0].endswith("against8reference solutions"), scored
+
+
 # --- files -------------------------------------------------------------------------------------------------
 
 

@@ -16,11 +16,20 @@ from influence_fast.evaluation.generation import CUT
 
 @dataclass(frozen=True)
 class Queries:
-    """What the training examples are scored against: texts, and their places by group."""
+    """What the training examples are scored against: texts, and their places by group.
+
+    `references`: the places of reference solutions; the others are answers of the model.
+    """
 
     examples: list[Example]
     groups: dict[str, list[int]]
     warnings: list[str]
+    references: frozenset[int] = frozenset()
+
+    @property
+    def of_references(self) -> list[str]:
+        """The groups that are reference solutions alone."""
+        return [name for name, members in self.groups.items() if members and self.references.issuperset(members)]
 
 
 def own_answers(
@@ -58,12 +67,14 @@ def make_queries(
     empty is left out, with a warning.
     """
     if answers is None:
-        return Queries(list(validation), {"correct": list(range(len(validation)))}, [])
+        every = range(len(validation))
+        return Queries(list(validation), {"correct": list(every)}, [], frozenset(every))
     by_id = {example.id: example for example in validation}
     asked: list[Example] = []
     groups: dict[str, list[int]] = {"correct": [], "incorrect": []}
     warnings = []
     silent = 0
+    references: frozenset[int] = frozenset()
     for answer in answers:
         if not answer["generation"].strip():
             silent += 1
@@ -85,12 +96,13 @@ def make_queries(
             "group, as influence.fallback asks"
         )
         groups["correct"] = list(range(len(asked), len(asked) + len(validation)))
+        references = frozenset(groups["correct"])
         asked += [dataclasses.replace(example, id=f"{example.id}/reference") for example in validation]
     _check_groups({name: groups[name] for name in needed}, silent=silent == len(answers))
     for name in [name for name, members in groups.items() if not members]:
         warnings.append(f"no own answer is {name}, so there are no scores of that group")
         del groups[name]
-    return Queries(asked, groups, warnings)
+    return Queries(asked, groups, warnings, references)
 
 
 def with_tasks(queries: Queries, tasks: Sequence[str]) -> Queries:
@@ -107,7 +119,7 @@ def with_tasks(queries: Queries, tasks: Sequence[str]) -> Queries:
     asked = {tasks[example.row] for example in queries.examples}
     silent = sorted(asked - groups.keys())
     warnings = [f"no correct answer to ask for the tasks {listing(silent)}"] if silent else []
-    return Queries(queries.examples, groups, queries.warnings + warnings)
+    return dataclasses.replace(queries, groups=groups, warnings=queries.warnings + warnings)
 
 
 def _check_groups(groups: Mapping[str, Sequence[int]], *, silent: bool = False) -> None:

@@ -30,8 +30,9 @@ _DIRECTIONS = ("raising", "lowering")
 
 
 def explanations(top: TopInfluences, ids: Sequence[str], queries: Queries) -> list[dict[str, Any]]:
-    """For each query: its `id`, the `groups` it belongs to, `prompt`, `answer`, and `raising` and `lowering`: lists of
-    an example's `id` and `influence`, the strongest first.
+    """For each query: its `id`, the `groups` it belongs to, `prompt`, `answer`, `reference` (whether that is the
+    reference solution, not an answer of the model), and `raising` and `lowering`: lists of an example's `id` and
+    `influence`, the strongest first.
 
     ids: of the rows that `top` counts. Examples whose influence has the other sign, or is 0, are no part of a list.
     """
@@ -45,6 +46,7 @@ def explanations(top: TopInfluences, ids: Sequence[str], queries: Queries) -> li
             "groups": groups[q],
             "prompt": example.prompt,
             "answer": example.completion,
+            "reference": q in queries.references,
             "raising": _named(top.raising[0][q], top.raising[1][q], ids, 1),
             "lowering": _named(top.lowering[0][q], top.lowering[1][q], ids, -1),
         }
@@ -64,12 +66,12 @@ def save_explanations(
     pool: Mapping[str, Example],
     path: str | Path,
     *,
-    title: str = "Answer by answer",
+    title: str | None = None,
 ) -> list[Path]:
     """Writes `path`.jsonl, a line for each answer, and `path`.html, with the texts of answers and examples; returns
     both. Each file appears whole or not at all.
 
-    pool: the training examples by id.
+    pool: the training examples by id. title: heads the page, before "answer by answer".
     """
     lines, page = Path(f"{path}.jsonl"), Path(f"{path}.html")
     with replacing(lines) as temporary:
@@ -79,7 +81,7 @@ def save_explanations(
     return [lines, page]
 
 
-def _page(found: Sequence[Mapping[str, Any]], pool: Mapping[str, Example], title: str) -> str:
+def _page(found: Sequence[Mapping[str, Any]], pool: Mapping[str, Example], title: str | None) -> str:
     environment = templates()
     environment.filters.update(signed=signed, percent=percent)
     places: dict[str, int] = {}  # of the examples that are named, in the order of their naming
@@ -95,20 +97,34 @@ def _page(found: Sequence[Mapping[str, Any]], pool: Mapping[str, Example], title
         shown = [
             {
                 "id": one["id"],
-                "texts": _texts(prompt=one["prompt"], answer=one["answer"]),
+                "texts": _texts(
+                    ("prompt", one["prompt"]), ("reference solution" if one["reference"] else "answer", one["answer"])
+                ),
                 **{d: [named(each["id"]) | each for each in one[d]] for d in _DIRECTIONS},
             }
             for one in members[:SHOWN_ANSWERS]
         ]
         often = [named(each["id"]) | each for each in _often(members)]
         found_in = {"labels": _labels(members, pool), "often": often}
-        groups.append({"name": name, "count": len(members), "answers": shown, **found_in})
+        references = all(one["reference"] for one in members)
+        heading = _heading(name, references)
+        groups.append(
+            {"heading": heading, "references": references, "count": len(members), "answers": shown, **found_in}
+        )
     examples = [
-        named(name) | {"texts": _texts(prompt=pool[name].prompt, completion=pool[name].completion)}
+        named(name) | {"texts": _texts(("prompt", pool[name].prompt), ("completion", pool[name].completion))}
         for name in list(places)
     ]
     page = environment.get_template("answers.html.j2")
-    return page.render(title=title, groups=groups, examples=examples)
+    heading = f"{title}: answer by answer" if title else "Answer by answer"
+    return page.render(title=heading, groups=groups, examples=examples)
+
+
+def _heading(group: str, references: bool) -> str:
+    """`Incorrect answers`, or whose reference solutions: all, or those of a task."""
+    if not references:
+        return f"{group[:1].upper()}{group[1:]} answers"
+    return "Reference solutions" if group == "correct" else f"{group} reference solutions"
 
 
 def _by_interest(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -143,9 +159,9 @@ def _labels(members: Sequence[Mapping[str, Any]], pool: Mapping[str, Example]) -
     ]
 
 
-def _texts(**texts: str) -> list[tuple[str, str, str, int]]:
+def _texts(*texts: tuple[str, str]) -> list[tuple[str, str, str, int]]:
     """As the template `folding` shows them."""
-    return [(name, *clipped(text, _MOST_TEXT)) for name, text in texts.items()]
+    return [(name, *clipped(text, _MOST_TEXT)) for name, text in texts]
 
 
 def _start(text: str) -> str:

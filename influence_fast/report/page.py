@@ -28,6 +28,7 @@ number that is None, NaN or infinite is shown as `n/a`. Accuracies, fractions an
     curves           {run name: [[step, loss], ...]}
     cost             [{"stage", "seconds", "detail"}]
     queries          {"correct": n, "incorrect": n}   validation answers the scores are means over
+    references       [group]: those of `queries` that are reference solutions and not the model's answers
     explained        str: where the page of single answers is (`explain`), beside the report
     warnings         [str]
 

@@ -24,7 +24,8 @@ MAX_TEXT = 20_000  # ... and with it
 
 _KNOWN = {
     "title", "summary", "created", "config", "versions", "environment", "data", "accuracy_before", "cells",
-    "settings", "comparisons", "detection", "scores", "rank_agreement", "curves", "cost", "queries", "explained",
+    "settings", "comparisons", "detection", "scores", "rank_agreement", "curves", "cost", "queries", "references",
+    "explained",
     "warnings",
 }  # fmt: skip
 
@@ -60,6 +61,8 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
         "comparisons": [dict(c) for c in results.get("comparisons") or []],
         "data": _data(results.get("data") or {}),
         "queries": results.get("queries") or {},
+        "references": results.get("references") or [],
+        "wrong": "incorrect" in (results.get("queries") or {"incorrect": 0}),  # own answers that were
         "scatter": _scatter(scores, labels, settings),
         "traces": _traces(scores),
         "explained": str(results.get("explained") or ""),

@@ -82,8 +82,7 @@ class Pipeline:
         table = self.scores(reference, queries)
         before = self._evaluate("base", None)
         cells = self.cells(table)
-        sizes = {name: len(members) for name, members in queries.groups.items()}
-        results = collect(self, table, before, cells, sizes)
+        results = collect(self, table, before, cells, queries)
         save_results(results, self.folder / "results.json")
         write_report(results, self.folder / "report.html")
         return results

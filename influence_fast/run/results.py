@@ -12,6 +12,7 @@ import numpy as np
 from influence_fast import doctor
 from influence_fast.data.examples import Example
 from influence_fast.influence import ranking
+from influence_fast.influence.queries import Queries
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.report.explain import EXPLAINED
 from influence_fast.report.statistics import grid_statistics
@@ -27,9 +28,9 @@ HARMLESS = (None, "clean")  # labels that do not mark an example as known to be 
 
 
 def collect(
-    run: Pipeline, table: ScoreTable, before: dict[str, Any], cells: list[dict[str, Any]], queries: dict[str, int]
+    run: Pipeline, table: ScoreTable, before: dict[str, Any], cells: list[dict[str, Any]], queries: Queries
 ) -> dict[str, Any]:
-    """The results of a finished `run`: `before` is the base model's accuracy, `queries` the sizes of the groups."""
+    """The results of a finished `run`: `before` is the base model's accuracy."""
     config, splits, folder = run.config, run.splits, run.folder
     labels: dict[str, int] = {}
     for example in splits.pool:
@@ -57,7 +58,8 @@ def collect(
         "rank_agreement": _rank_agreement(table),
         "curves": _curves(folder),
         "cost": _costs(folder, splits, cells),
-        "queries": queries,
+        "queries": {name: len(members) for name, members in queries.groups.items()},
+        "references": queries.of_references,
         "explained": f"{EXPLAINED}.html" if (folder / f"{EXPLAINED}.html").exists() else None,
         "warnings": run.warnings,
     }
