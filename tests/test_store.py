@@ -465,6 +465,18 @@ def test_a_manifest_that_is_no_json_is_an_error(tmp_path: Path) -> None:
         open_store(tmp_path)
 
 
+def test_what_is_said_of_a_broken_manifest_mends_it(tmp_path: Path) -> None:
+    whole = make(tmp_path / "s")
+    (tmp_path / "s" / "manifest.json").write_text("{")
+    with pytest.raises(
+        StoreError, match=r"manifest\.json .*; restore it, or delete the folder .*/s and build"
+    ) as error:
+        make(tmp_path / "s")
+    assert "\n" not in str(error.value)
+    shutil.rmtree(tmp_path / "s")
+    assert make(tmp_path / "s").ids == whole.ids
+
+
 # ---- interruption ------------------------------------------------------------------------------------------------
 
 

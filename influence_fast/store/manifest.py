@@ -114,7 +114,7 @@ class Manifest:
     def load(cls, folder: Path) -> Manifest:
         """Raises StoreError: not a store, a damaged manifest, or one of a newer format."""
         path = folder / MANIFEST_NAME
-        body = _signed_body(path, "restore it or build the store again")
+        body = _signed_body(path, _anew(path))
         if body is None:
             raise StoreError(f"{folder} is not a gradient store: it has no {MANIFEST_NAME}")
         try:
@@ -133,7 +133,7 @@ class Manifest:
                 **{k: body[k] for k in ("dtype", "width", "source", "code_version", "row_count")},
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{path} is damaged ({error!r}); restore it or build the store again") from None
+            raise StoreError(f"{path} is damaged ({error!r}); {_anew(path)}") from None
         manifest._validate(path)
         return manifest
 
@@ -143,9 +143,9 @@ class Manifest:
         counts = [self.width, *(n for part in self.parts for n in (part.examples, part.shard_rows, part.shards))]
         counts += [] if self.row_count is None else [self.row_count]
         if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in counts) or self.width < 1:
-            raise StoreError(f"{path} is damaged (a count is not a whole number); restore it or build again")
+            raise StoreError(f"{path} is damaged (a count is not a whole number); {_anew(path)}")
         if self.complete and (self.shards is None or len(self.shards) != self.shard_count):
-            raise StoreError(f"{path} is damaged (it does not list its shards); restore it or build again")
+            raise StoreError(f"{path} is damaged (it does not list its shards); {_anew(path)}")
 
     def check_same_work(self, wanted: Manifest, where: Path) -> None:
         """Raises StoreError naming what differs, when `wanted` would give other rows or other shards."""
@@ -238,6 +238,11 @@ class ShardRecord:
 
 
 REBUILD = "delete it and build the store again, which keeps what is whole"
+
+
+def _anew(path: Path) -> str:
+    """The remedy for a manifest that says nothing: no shard counts without it, and none is taken for a stranger's."""
+    return f"restore it, or delete the folder {path.parent} and build the store again"
 
 
 def file_name(kind: str, index: int) -> str:
