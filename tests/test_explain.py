@@ -108,6 +108,7 @@ def test_reference_solutions_are_not_shown_as_the_models_answers(
 ) -> None:
     validation = [Example(f"v{i}", "2 + 2?", "4", row=i) for i in range(2)]
     asked = with_tasks(make_queries(validation, None, None), ["GSM8K", "GSM8K"])
+    assert asked.sizes == "2 reference solutions, 2 reference solutions of GSM8K"
     found = explanations(top_of(MATRIX, 2), IDS, asked)
     assert [one["reference"] for one in found] == [True, True]
     html = save_explanations(found, pool, tmp_path / "x")[1].read_text()
@@ -120,7 +121,7 @@ def test_reference_solutions_are_not_shown_as_the_models_answers(
     # where the model got nothing right, the solutions stand in for one group alone
     wrong = [{"id": "v0", "generation": "5", "correct": False}]
     mixed = make_queries(validation[:1], wrong, "reference", needed=("correct",))
-    assert mixed.of_references == ["correct"]
+    assert mixed.sizes == "1 reference solutions, 1 incorrect answers"
     html = save_explanations(explanations(top_of(MATRIX, 2), IDS, mixed), pool, tmp_path / "y")[1].read_text()
     assert "<h2>Incorrect answers</h2>" in html
     assert "<h2>Reference solutions</h2>" in html

@@ -18,6 +18,7 @@ from influence_fast.errors import ConfigError, DataError
 from influence_fast.influence.methods import shorten
 from influence_fast.proof import retraining
 from influence_fast.proof.lds import linear_datamodeling_scores
+from influence_fast.proof.page import text_tables
 from influence_fast.proof.retraining import Retraining, retrain
 from influence_fast.proof.validate import drop_priority, validate
 
@@ -96,6 +97,12 @@ def test_every_part_is_there(proof: tuple[Path, dict[str, Any]]) -> None:
     assert 0.1 < costs["proxy"]["spearman_to_exact"]["queries"] < 0.999
     page = (folder / "run" / "validation.html").read_text()
     assert "Linear datamodeling score" in page
+    assert "6 reference solutions as queries" in page
+    assert "mean loss of reference solutions" in page
+    assert "right answers" not in page
+    assert "Each method was timed once" in page
+    assert "4 training sets are too few to tell methods apart" in page
+    assert "too few" not in text_tables(results | {"lds": results["lds"] | {"subsets": 64}, "leave_out": None})
     assert "<svg" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
 

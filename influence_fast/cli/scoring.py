@@ -185,12 +185,8 @@ def _score(args: Any) -> None:
     table.save(args.output)
     for warning in queries.warnings:
         print(f"warning: {warning}")
-    sizes = ", ".join(
-        f"{len(members)} {name} {'reference solutions' if name in queries.of_references else 'answers'}"
-        for name, members in queries.groups.items()
-    )
     spent = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    print(f"scores: {args.output} ({len(table.ids)} examples against {sizes}; {spent})")
+    print(f"scores: {args.output} ({len(table.ids)} examples against {queries.sizes}; {spent})")
 
 
 def _load_validation(args: Any) -> list[Any]:

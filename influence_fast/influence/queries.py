@@ -31,6 +31,12 @@ class Queries:
         """The groups that are reference solutions alone."""
         return [name for name, members in self.groups.items() if members and self.references.issuperset(members)]
 
+    @property
+    def sizes(self) -> str:
+        """`3 correct answers, 1 incorrect answers`, or `4 reference solutions`."""
+        solutions = {name: "reference solutions" + f" of {name}" * (name != "correct") for name in self.of_references}
+        return ", ".join(f"{len(m)} {solutions.get(name, f'{name} answers')}" for name, m in self.groups.items())
+
 
 def own_answers(
     model: Any,

@@ -16,6 +16,8 @@ from influence_fast.report.svg import INK, Chart, Key, key_svg, plain, render_ch
 
 Row = Mapping[str, Any]
 
+FEW_SUBSETS = 16  # of fewer, a bootstrap's resamples are too alike
+
 
 def write_page(results: Row, path: str | os.PathLike[str]) -> Path:
     """Writes the page of `validate`'s results to `path`, whole or not at all, and returns where it is."""
@@ -48,9 +50,11 @@ def sections(results: Row) -> list[dict[str, Any]]:
             noise = part["noise"][f"{group}/{kind}"]
             found.append(
                 {
-                    "title": f"{name}: {_group_name(group, kind)}",
+                    "title": f"{name}: {_group_name(group, kind, results.get('references', ()))}",
                     "note": f"{part['subsets']} training sets of {part['size']} of {results['pool']} examples, "
-                    f"{part['seeds']} seed{'s' * (part['seeds'] > 1)} each." + _noise(part["seeds"], noise),
+                    f"{part['seeds']} seed{'s' * (part['seeds'] > 1)} each."
+                    + _few(part["subsets"])
+                    + _noise(part["seeds"], noise),
                     "rows": rows,
                     "ahead": True,
                     "chart": _chart(f"{key}-{group}-{kind}", rows, results["default"], "rank correlation", 0.0),
@@ -141,6 +145,16 @@ def _tradeoff_chart(results: Row) -> Chart | None:
     return Chart(render_chart("tradeoff", draw, ((700.0, 420.0), (350.0, 330.0)), alt), keys)
 
 
+def _few(subsets: int) -> str:
+    """A warning where the bootstrap has too few training sets to draw from."""
+    if subsets >= FEW_SUBSETS:
+        return ""
+    return (
+        f" {subsets} training sets are too few to tell methods apart, and intervals drawn from them are too narrow: "
+        "take more (validate.subsets, validate.leave_out_sets)."
+    )
+
+
 def _noise(seeds: int, noise: Row) -> str:
     if seeds < 2:
         return " One seed does not tell how much of the outcomes is noise."
@@ -154,8 +168,10 @@ def _groups(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((row["group"], row["of"]) for row in rows))
 
 
-def _group_name(group: str, kind: str) -> str:
+def _group_name(group: str, kind: str, references: Sequence[str]) -> str:
     whose = {"all": "all queries", "correct": "right answers", "incorrect": "wrong answers"}.get(group, group)
+    if group in references:
+        whose = "reference solutions" if group == "correct" else f"reference solutions of {group}"
     return f"{whose}, one by one" if kind == "queries" else f"mean loss of {whose}"
 
 

@@ -71,6 +71,7 @@ def validate(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
         "environment": doctor.environment(),
         "pool": shape[0],
         "queries": {name: len(members) for name, members in queries.groups.items()},
+        "references": queries.of_references,
         "default": settings.default,
         "lds": plan.lds(outcomes, "half"),
         "leave_out": plan.lds(outcomes, "out"),
