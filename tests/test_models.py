@@ -12,7 +12,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from influence_fast.errors import ConfigError, InfluenceFastError, ModelError
-from influence_fast.training.models import check_tokenizer, load_model, load_tokenizer
+from influence_fast.training.models import adapter_warnings, check_tokenizer, load_model, load_tokenizer
 
 Factory = Callable[..., Any]
 IDS = torch.tensor([[5, 9, 100, 42, 7, 300]])
@@ -90,6 +90,28 @@ def test_an_adapter_that_is_not_there(model_folder: Path, tmp_path: Path) -> Non
         load_model(model_folder, adapter="someone/none")
     with pytest.raises(ModelError, match="no adapter folder"):
         load_model(model_folder, adapter=model_folder)
+
+
+def test_a_folder_of_several_adapters_names_them(model_folder: Path, tmp_path: Path) -> None:
+    model: Any = load_model(model_folder, lora={"r": 2, "target_modules": ["q_proj"]})
+    for name in ("math", "code"):
+        model.add_adapter(name, model.peft_config["default"])
+    model.save_pretrained(tmp_path, selected_adapters=["math", "code"])
+    with pytest.raises(ModelError, match=rf"several adapters: give one of {tmp_path}/code, {tmp_path}/math"):
+        load_model(model_folder, adapter=tmp_path)
+    load_model(model_folder, adapter=tmp_path / "math")
+
+
+@pytest.mark.parametrize("more", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}, {}], ids=str)
+def test_what_an_adapter_trains_beside_its_factors_is_told_from_its_folder(
+    model_folder: Path, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    model: Any = load_model(model_folder, lora={"r": 2, "target_modules": ["q_proj"], **more})
+    model.save_pretrained(tmp_path)
+    said = adapter_warnings(str(tmp_path))
+    named = {"modules_to_save": "(lm_head)", "bias": "(bias='all')"}
+    assert [named[key] in said[0] for key in more] == [True] * len(said)
+    assert adapter_warnings(str(model_folder)) == []  # of every weight
 
 
 def test_an_adapter_folder_is_no_model(adapter_folder: Path) -> None:

@@ -540,7 +540,7 @@ def test_the_verbs_one_by_one(world: Path, tmp_path: Path, capsys: pytest.Captur
         "score", "--model", model, "--adapter", adapter, "--data", pool, "--validation", validation,
         "--queries", "reference", "--output", scores, "--dim", 4, "--quiet",
     )  # fmt: skip
-    assert "40 examples against 24 correct reference solutions" in out
+    assert "40 examples against 24 reference solutions" in out
     assert "rows=40" in run("inspect", f"{scores}.store")
     assert "every checksum holds" in run("verify", f"{scores}.store")
     out = run("prune", "--data", pool, "--scores", scores, "--strategy", "low_benefit", "--count", 7, "--output", kept)
@@ -816,7 +816,7 @@ def test_validation_rows_are_read_as_they_are_said_to_be(
     names = ["--validation-columns", "prompt=q,completion=a,answer=gold,id=uid", "--validation-limit", 4]
     assert main([str(a) for a in [*arguments, "--validation-split", "test", *names]]) == 0
     said = capsys.readouterr().out
-    assert "against 4 correct reference solutions" in said
+    assert "against 4 reference solutions" in said
     assert "the training data" not in said
     assert main([str(a) for a in [*arguments, "--validation-split", "test"]]) == 2
     assert "name yours with --validation-columns" in capsys.readouterr().err
@@ -846,6 +846,29 @@ def test_score_asks_no_question_twice_when_it_is_stopped_after_the_answers(
     assert main([str(a) for a in arguments]) == 0
     assert (tmp_path / "s.csv.answers.jsonl").read_text() == answers
     assert len(ScoreTable.load(tmp_path / "s.csv").ids) == 40
+
+
+def test_a_run_says_what_of_its_adapter_is_not_scored_and_whose_answers_it_asked(world: Path, tmp_path: Path) -> None:
+    from influence_fast.training.models import load_model
+
+    model: Any = load_model(world / "model", lora={"r": 2, "target_modules": ["q_proj"], "bias": "all"})
+    model.save_pretrained(tmp_path / "adapter")
+    raw = yaml.safe_load((world / "config.yaml").read_text())
+    raw |= {
+        "output": str(tmp_path / "run"),
+        "model": {"path": str(world / "model"), "adapter": str(tmp_path / "adapter")},
+        "training": {"max_steps": 1},
+        "influence": {"queries": "reference", "preconditioner": "cosine"},
+        "pruning": {"strategies": ["low_benefit"], "fractions": [0.25]},
+    }
+    (world / "beside.yaml").write_text(yaml.safe_dump(raw))
+    results = pipeline.run(load_config(world / "beside.yaml"), progress=False)
+    (said,) = [warning for warning in results["warnings"] if "more than LoRA factors" in warning]
+    assert "(bias='all')" in said
+    assert results["references"] == ["correct"]
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "more than LoRA factors" in page
+    assert "the reference solutions of the validation questions" in page
 
 
 def test_tasks_may_not_be_called_as_groups_are() -> None:

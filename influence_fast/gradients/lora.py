@@ -116,23 +116,37 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
             f"{listing(held)}: call set_adapter with one of these"
         )
     found = [_as_plain(name, layer, adapters) for name, layer, adapters in active]
-    if others := _trained_beside(model):
-        say_once(
-            logger,
-            f"the adapter trains more than LoRA factors ({listing(others)}); gradients and scores here are of the "
-            "factors alone: train without modules_to_save and bias to have all of it scored",
-        )
+    if others := _beside_in(model):
+        say_once(logger, beside_warning(others))
     return found
 
 
-def _trained_beside(model: nn.Module) -> list[str]:
+def beside_warning(others: Sequence[str]) -> str:
+    """What is said of an adapter that trains `others` (see `trained_beside`)."""
+    return (
+        f"the adapter trains more than LoRA factors ({listing(others)}); gradients and scores here are of the "
+        "factors alone: train without modules_to_save and bias to have all of it scored"
+    )
+
+
+def _beside_in(model: nn.Module) -> list[str]:
     """What else an adapter has than LoRA factors: whole modules saved with it, and biases."""
     from peft.utils.other import ModulesToSaveWrapper
 
     saved = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     configs = getattr(model, "peft_config", {})
-    kinds = {getattr(configs.get(name), "bias", "none") for name in active_adapters(model) or ()}
-    return saved + [f"bias={kind!r}" for kind in sorted(kinds - {"none"})]
+    kinds = {kind for name in active_adapters(model) or () for kind in _biases(configs.get(name))}
+    return saved + sorted(kinds)
+
+
+def trained_beside(config: Any) -> list[str]:
+    """The same by a peft configuration: names of whole modules as it has them, and biases."""
+    return [*(getattr(config, "modules_to_save", None) or ()), *_biases(config)]
+
+
+def _biases(config: Any) -> list[str]:
+    kind = getattr(config, "bias", "none")
+    return [] if kind == "none" else [f"bias={kind!r}"]
 
 
 def _active_in(layer: Any) -> list[str]:

@@ -45,7 +45,7 @@ from influence_fast.selection import pruning
 from influence_fast.selection.pool_scores import PoolScores, baseline_columns
 from influence_fast.selection.strategies import BASELINE_COLUMNS, needed_columns
 from influence_fast.training.fine_tuning import TrainResult, finetune, finetuned, list_checkpoints
-from influence_fast.training.models import check_tokenizer, load_model, load_tokenizer
+from influence_fast.training.models import adapter_warnings, check_tokenizer, load_model, load_tokenizer
 
 SCORES = "scores.parquet"
 
@@ -77,6 +77,7 @@ class Pipeline:
         """Everything, to `report.html` and `results.json`; returns what the report shows."""
         # scores first: with two models the one that scored makes room for the one that is fine-tuned
         reference = self.reference_adapter()
+        self.warnings += adapter_warnings(str(reference))
         queries = self.queries(reference)
         self.warnings += queries.warnings
         table = self.scores(reference, queries)

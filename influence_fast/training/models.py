@@ -111,6 +111,9 @@ def _check_folder(source: str, needed: str, what: str) -> None:
             remedy = f"give a folder made by save_pretrained that holds {needed}"
             if what == "model" and (path / _ADAPTER_CONFIG).is_file():
                 remedy = f"it holds a peft adapter: give its base model, and adapter={source!r}"
+            if what == "adapter" and (named := sorted(path.glob(f"*/{_ADAPTER_CONFIG}"))):
+                # what save_pretrained makes of adapters that are not called "default"; a training's checkpoints too
+                remedy = f"it holds several adapters: give one of {listing(str(file.parent) for file in named)}"
             raise ModelError(f"{source} is no {what} folder (no {needed}); {remedy}")
     elif path.exists():
         raise ModelError(f"{source} is a file; give the {what}'s folder or a hub id")
@@ -165,6 +168,25 @@ def attach_adapter(model: nn.Module, adapter: str, source: str, *, trainable: bo
     if bad:
         raise ModelError(f"the adapter {adapter} holds NaN or infinite numbers in {listing(bad)}; train it again")
     return wrapped
+
+
+def adapter_warnings(adapter: str) -> list[str]:
+    """What to know of the adapter in a folder or of a hub id: what it trains that scores do not cover.
+
+    None for the folder of a whole fine-tuned model. Raises ModelError where there is no adapter.
+    """
+    from peft import PeftConfig
+
+    from influence_fast.gradients.lora import beside_warning, trained_beside
+
+    folder = Path(adapter).expanduser()
+    if (folder / "config.json").exists() and not (folder / _ADAPTER_CONFIG).exists():
+        return []
+    try:
+        others = trained_beside(PeftConfig.from_pretrained(_adapter_folder(adapter)))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(_cannot_load(adapter, "adapter", error)) from error
+    return [beside_warning(others)] if others else []
 
 
 def _adapter_folder(adapter: str) -> str:
