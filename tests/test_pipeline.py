@@ -764,6 +764,20 @@ def test_prune_groups_near_duplicates_and_test_questions(
     assert 2 < len(shared) < 40
     assert {name for name, why in zip(leaked.ids, leaked.texts["why"], strict=True) if why != "kept"} == shared
     assert "shares 5 words with validation2/v" in out
+    # the same questions under other names, in a split of their own
+    from datasets import Dataset, DatasetDict
+
+    asked = [json.loads(line) for line in (world / "validation2.jsonl").read_text().splitlines()]
+    renamed = [{"q": r["prompt"], "a": r["completion"]} for r in asked]
+    DatasetDict(test=Dataset.from_list(renamed)).save_to_disk(str(tmp_path / "both"))
+    at = ["--strategy", "random", "--count", 2, "--decontaminate", tmp_path / "both", "--decontaminate-split", "test"]
+    again = prune(*at, "--decontaminate-columns", "prompt=q,completion=a")
+    assert {name for name, why in zip(again.ids, again.texts["why"], strict=True) if why != "kept"} == shared
+    files = ["--data", world / "pool2.jsonl", "--scores", chosen / "scores.parquet", "--output", tmp_path / "y.jsonl"]
+    assert main([str(a) for a in ["prune", *files, *at]]) == 2
+    assert "name yours with --decontaminate-columns prompt=...,completion=..." in capsys.readouterr().err
+    assert main([str(a) for a in ["prune", *files, *at[:-2]]]) == 2
+    assert "has no split 'train'; known: test; name one by --decontaminate-split" in capsys.readouterr().err
     code = main(["prune", "--data", str(world / "pool2.jsonl"), "--scores", str(chosen / "scores.csv"), "--strategy",
                  "perplexity_hi", "--count", "1", "--output", str(tmp_path / "x.jsonl")])  # fmt: skip
     assert code == 2

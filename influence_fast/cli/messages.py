@@ -29,6 +29,7 @@ def by_flags(text: str, args: Any, of: str = "") -> str:
             lambda m: f"--{of}columns " + re.sub(r'"(\w+)": (?:"?(\.\.\.)"?|None)(?:, )?', r"\1=\2,", m[1]).rstrip(","),
             text,
         )
+        text = text.replace('by split="..."', f"by --{of}split")
         text = re.sub(r'format="(\w+)"(?: with)?', rf"--{of}format \1", text)
     if hasattr(args, "option"):  # of the format of an import
         text = re.sub(r"\bwith (\w+)=$", r"with --option \1=...", text)

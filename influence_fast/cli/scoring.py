@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 from pathlib import Path
@@ -33,12 +34,8 @@ def add(verb: NewVerb) -> None:
     model_options(sub, adapter=True)
     data_options(sub, "--data", "training examples")
     sub.add_argument("--validation", required=True, help="validation questions: hub id, file or folder")
-    sub.add_argument("--validation-split", default="train")
-    sub.add_argument("--validation-format", default="auto", help="as --format, of the validation rows")
+    _row_options(sub, "validation", "the validation rows")
     sub.add_argument("--validation-limit", type=int)
-    sub.add_argument(
-        "--validation-columns", type=columns, metavar="NAME=COLUMN,...", help="as --columns, of these rows"
-    )
     sub.add_argument(
         "--output",
         required=True,
@@ -47,7 +44,8 @@ def add(verb: NewVerb) -> None:
     )
     sub.add_argument(
         "--store",
-        help="folder of the gradient store (default: OUTPUT with .store); what is fitted on lies beside it",
+        help="folder of the gradient store (default: OUTPUT.store, s.csv.store for s.csv); what is fitted on lies "
+        "beside it",
     )
     sub.add_argument("--queries", help="own_answers (default) or reference")
     sub.add_argument("--fallback", help="reference: let the solutions stand in where no own answer is correct")
@@ -95,12 +93,24 @@ def add(verb: NewVerb) -> None:
     sub.add_argument("--groups", metavar="COLUMN", help="column that names groups: drop the fraction inside each")
     sub.add_argument("--max-similar", type=float, metavar="J", help="let one stay of traces with Jaccard similarity J")
     sub.add_argument(
-        "--decontaminate", nargs="+", default=[], metavar="FILE", help="drop what shares 8 words with these questions"
+        "--decontaminate",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="drop what shares 8 words with these questions (hub id, file or folder)",
     )
+    _row_options(sub, "decontaminate", "these questions")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument(
         "--output", required=True, help="file for the kept rows; the table goes to OUTPUT.table.csv and .table.parquet"
     )
+
+
+def _row_options(sub: argparse.ArgumentParser, of: str, whose: str) -> None:
+    """What `_load_beside` reads."""
+    sub.add_argument(f"--{of}-split", default="train")
+    sub.add_argument(f"--{of}-format", default="auto", help=f"as --format, of {whose}")
+    sub.add_argument(f"--{of}-columns", type=columns, metavar="NAME=COLUMN,...", help="as --columns, of these rows")
 
 
 def _score(args: Any) -> None:
@@ -143,7 +153,7 @@ def _score(args: Any) -> None:
         check_answers(examples)
     model, tokenizer = open_model(args)
     pool = tokenized(args, examples, tokenizer)
-    validation = _load_validation(args)
+    validation = _load_beside(args, "validation", args.validation, limit=args.validation_limit)
     if _same_rows(args):
         print("warning: the validation questions are the training data, which scores itself: see --validation-split")
     answers = None
@@ -189,15 +199,16 @@ def _score(args: Any) -> None:
     print(f"scores: {args.output} ({len(table.ids)} examples against {queries.sizes}; {spent})")
 
 
-def _load_validation(args: Any) -> list[Any]:
+def _load_beside(args: Any, of: str, source: str, **more: Any) -> list[Any]:
+    """The examples of `source`, read by options of their own (`--validation-split`): errors name these."""
     from influence_fast.data.examples import load_examples
     from influence_fast.errors import DataError
 
-    options = {name: getattr(args, f"validation_{name}") for name in ("split", "format", "limit", "columns")}
+    options = {name: getattr(args, f"{of}_{name}") for name in ("split", "format", "columns")}
     try:
-        return load_examples(args.validation, **options)
+        return load_examples(source, **options, **more)
     except DataError as error:
-        raise DataError(by_flags(str(error), args, of="validation-")) from error
+        raise DataError(by_flags(str(error), args, of=f"{of}-")) from error
 
 
 def _same_rows(args: Any) -> bool:
@@ -221,7 +232,7 @@ def _plan(args: Any) -> None:
 def _prune(args: Any) -> None:
     from influence_fast.data.decontamination import contaminated
     from influence_fast.data.diversity import near_duplicates
-    from influence_fast.data.examples import load_examples, load_rows, save_examples
+    from influence_fast.data.examples import load_rows, save_examples
     from influence_fast.data.grouping import row_groups
     from influence_fast.errors import listing
     from influence_fast.influence.scores import ScoreTable
@@ -240,7 +251,7 @@ def _prune(args: Any) -> None:
         clusters = near_duplicates([example.completion for example in scored], args.max_similar)
     tests: dict[str, list[Any]] = {}
     for file in args.decontaminate:
-        tests.setdefault(Path(file).stem, []).extend(load_examples(file))
+        tests.setdefault(Path(file).stem, []).extend(_load_beside(args, "decontaminate", file))
     overlaps = contaminated(scored, tests)
     for found in overlaps[:20]:
         print(f"{found.id} {found.why}: {found.ngram}")

@@ -277,7 +277,7 @@ def _from_datasets(loaded: Any, split: str, name: str, suffix: str) -> Rows:
     """Rows over the Arrow table of a `datasets.Dataset`, or of one split of a `DatasetDict`."""
     if isinstance(loaded, dict):
         if split not in loaded:
-            raise DataError(f"{name}: has no split {split!r}; {did_you_mean(split, loaded)}")
+            raise DataError(f'{name}: has no split {split!r}; {did_you_mean(split, loaded)}; name one by split="..."')
         loaded = loaded[split]
     if not hasattr(loaded, "column_names") or not hasattr(loaded, "__len__"):
         raise DataError(f"{name}: is a streamed dataset; load it without streaming=True")
