@@ -296,6 +296,25 @@ def test_packed_training_learns_and_goes_on_like_padded_training(
     assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
 
 
+def test_orders_follow_from_seed_and_epoch_alone() -> None:
+    lengths = [5 + 7 * i % 11 for i in range(40)]
+
+    def order(seed: int, epoch: int, grouped: bool = False) -> list[int]:
+        return list(sft.EpochOrder(40, lambda: epoch, seed, lengths if grouped else None, group=4))
+
+    made = [tuple(order(seed, epoch, grouped)) for seed in (0, 1) for epoch in (0, 1, 2) for grouped in (False, True)]
+    assert len(set(made)) == len(made)
+    assert all(sorted(one) == list(range(40)) for one in made)
+    torch.manual_seed(5)
+    assert tuple(order(0, 0)) == made[0]
+
+    def spread(one: list[int]) -> int:
+        parts = [[lengths[i] for i in one[at : at + 4]] for at in range(0, 40, 4)]
+        return sum(max(part) - min(part) for part in parts)
+
+    assert spread(order(0, 1, grouped=True)) < spread(order(0, 1)) / 1.5
+
+
 @pytest.mark.parametrize("packing", [None, 48], ids=["padded", "packed"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_run_killed_in_any_epoch_goes_on_to_the_very_adapter(
