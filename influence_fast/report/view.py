@@ -25,8 +25,7 @@ MAX_TEXT = 20_000  # ... and with it
 _KNOWN = {
     "title", "summary", "created", "config", "versions", "environment", "data", "accuracy_before", "cells",
     "settings", "comparisons", "detection", "scores", "rank_agreement", "curves", "cost", "queries", "references",
-    "explained",
-    "warnings",
+    "explained", "warnings",
 }  # fmt: skip
 
 
