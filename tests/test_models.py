@@ -92,8 +92,14 @@ def test_an_adapter_that_is_not_there(model_folder: Path, tmp_path: Path) -> Non
         load_model(model_folder, adapter=model_folder)
 
 
+def adapted(model_folder: Path, **more: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(load_model(model_folder), LoraConfig(r=2, target_modules=["q_proj"], **more))
+
+
 def test_a_folder_of_several_adapters_names_them(model_folder: Path, tmp_path: Path) -> None:
-    model: Any = load_model(model_folder, lora={"r": 2, "target_modules": ["q_proj"]})
+    model: Any = adapted(model_folder)
     for name in ("math", "code"):
         model.add_adapter(name, model.peft_config["default"])
     model.save_pretrained(tmp_path, selected_adapters=["math", "code"])
@@ -106,7 +112,7 @@ def test_a_folder_of_several_adapters_names_them(model_folder: Path, tmp_path: P
 def test_what_an_adapter_trains_beside_its_factors_is_told_from_its_folder(
     model_folder: Path, tmp_path: Path, more: dict[str, Any]
 ) -> None:
-    model: Any = load_model(model_folder, lora={"r": 2, "target_modules": ["q_proj"], **more})
+    model: Any = adapted(model_folder, **more)
     model.save_pretrained(tmp_path)
     said = adapter_warnings(str(tmp_path))
     named = {"modules_to_save": "(lm_head)", "bias": "(bias='all')"}

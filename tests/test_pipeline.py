@@ -863,9 +863,12 @@ def test_score_asks_no_question_twice_when_it_is_stopped_after_the_answers(
 
 
 def test_a_run_says_what_of_its_adapter_is_not_scored_and_whose_answers_it_asked(world: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
     from influence_fast.training.models import load_model
 
-    model: Any = load_model(world / "model", lora={"r": 2, "target_modules": ["q_proj"], "bias": "all"})
+    settings = LoraConfig(r=2, target_modules=["q_proj"], bias="all")
+    model: Any = get_peft_model(load_model(world / "model"), settings)
     model.save_pretrained(tmp_path / "adapter")
     raw = yaml.safe_load((world / "config.yaml").read_text())
     raw |= {
