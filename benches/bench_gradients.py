@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 
 import influence_fast as inf
 from benches.environment import describe
+from benches.interleave import timed
 from benches.models import qwen2_model, train_tokenizer, with_lora
 from influence_fast.data.examples import load_examples, tokenize
 from influence_fast.gradients.per_example import iter_gradient_rows
@@ -51,12 +51,6 @@ def one_by_one(model: Any, examples: list[dict[str, Any]]) -> None:
 def ours(model: Any, examples: list[dict[str, Any]], projection: inf.Projection) -> None:
     for _ in iter_gradient_rows(model, examples, projection=projection):
         pass
-
-
-def timed(run: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def main() -> None:

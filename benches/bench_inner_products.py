@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +26,8 @@ import numpy as np
 import torch
 
 from benches.environment import describe
+from benches.interleave import interleaved
+from benches.models import heavy_tailed
 from influence_fast.influence.ranking import spearman
 from influence_fast.products import native
 from influence_fast.products.inner_products import inner_products, quantize_rows
@@ -78,7 +79,7 @@ def main() -> None:
         "few": few(rows, quantized, scales, queries[:FEW], args.threads),
     }
     for name, variants in cases.items():
-        seconds = rounds(variants, args.rounds)
+        seconds = interleaved(variants, args.rounds)
         result[name] = report(name, seconds, args)
     result["spearman of int8 to fp32 scores"] = agreement(rows, quantized, scales, queries)
     print(f"Spearman of int8 to fp32 scores, lowest of {MANY} queries: {result['spearman of int8 to fp32 scores']:.5f}")
@@ -136,19 +137,6 @@ def few(rows: torch.Tensor, quantized: torch.Tensor, scales: Any, queries: torch
     }
 
 
-def rounds(variants: Variants, count: int) -> dict[str, list[float]]:
-    names = list(variants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(-1, count):  # one round to warm up
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
-            variants[name]()
-            if index >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def report(case: str, seconds: dict[str, list[float]], args: argparse.Namespace) -> dict[str, Any]:
     q = FEW if case == "few" else MANY
     rows: dict[str, Any] = {}
@@ -176,17 +164,6 @@ def agreement(rows: torch.Tensor, quantized: torch.Tensor, scales: torch.Tensor,
     exact = inner_products(rows[:5000], queries)
     ours = inner_products(quantized[:5000], queries, row_scales=scales[:5000])
     return min(spearman(exact[:, q].numpy(), ours[:, q].numpy()) for q in range(len(queries)))
-
-
-def heavy_tailed(n: int, k: int, seed: int) -> torch.Tensor:
-    """Normal rows with a few shared directions and per-column scales over a decade, as gradients have."""
-    g = torch.Generator().manual_seed(seed)
-    shared = torch.Generator().manual_seed(99)
-    directions = torch.randn(8, k, generator=shared)
-    scale = torch.exp(torch.randn(k, generator=shared) * 0.7)
-    x = torch.randn(n, k, generator=g)
-    x += torch.randn(n, 8, generator=g) @ directions * 0.3
-    return x.mul_(scale)
 
 
 def peak_memory(quantized: torch.Tensor, scales: torch.Tensor, args: argparse.Namespace) -> float:

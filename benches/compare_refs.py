@@ -24,9 +24,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from benches.bench_gradients import timed
 from benches.environment import describe
-from benches.interleave import ratios, spread
+from benches.interleave import ratios, spread, timed
 from benches.suites.case import STAGES, Scale, cases_of
 from influence_fast.products import native
 

@@ -6,21 +6,32 @@ two medians would not.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-
-from benches.bench_inner_products import rounds
-
-__all__ = ["Spread", "Variants", "interleaved", "ratios", "spread", "summary"]
 
 Variants = Mapping[str, Callable[[], Any]]
 
 
 def interleaved(variants: Variants, count: int) -> dict[str, list[float]]:
     """Seconds of each of `count` rounds of every variant, in a rotating order, after one round to warm up."""
-    return rounds(dict(variants), count)
+    names = list(variants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(-1, count):  # one round to warm up
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            spent = timed(variants[name])
+            if index >= 0:
+                seconds[name].append(spent)
+    return seconds
+
+
+def timed(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 class Spread(NamedTuple):

@@ -1,4 +1,4 @@
-"""Small models and tokenizers made on the spot, so that a bench needs no download."""
+"""Small models, tokenizers and rows made on the spot, so that a bench needs no download."""
 
 from __future__ import annotations
 
@@ -53,3 +53,14 @@ def with_lora(model: Any, rank: int) -> Any:
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     return model
+
+
+def heavy_tailed(n: int, k: int, seed: int) -> torch.Tensor:
+    """Normal rows with a few shared directions and per-column scales over a decade, as gradients have."""
+    g = torch.Generator().manual_seed(seed)
+    shared = torch.Generator().manual_seed(99)
+    directions = torch.randn(8, k, generator=shared)
+    scale = torch.exp(torch.randn(k, generator=shared) * 0.7)
+    x = torch.randn(n, k, generator=g)
+    x += torch.randn(n, 8, generator=g) @ directions * 0.3
+    return x.mul_(scale)

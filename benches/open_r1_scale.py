@@ -35,9 +35,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benches.bench_inner_products import heavy_tailed, with_peak
+from benches.bench_inner_products import with_peak
 from benches.environment import describe
-from benches.models import qwen2_model, with_lora
+from benches.models import heavy_tailed, qwen2_model, with_lora
 from influence_fast.distributed.metrics import PEAK_FLOPS, example_flops
 from influence_fast.gradients.per_example import per_example_gradients
 from influence_fast.gradients.projection import Projection

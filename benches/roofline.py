@@ -22,10 +22,9 @@ from typing import Any
 
 import torch
 
-from benches.bench_inner_products import heavy_tailed
 from benches.environment import describe
 from benches.interleave import interleaved, spread
-from benches.models import qwen2_model, with_lora
+from benches.models import heavy_tailed, qwen2_model, with_lora
 from benches.suites import plots
 from benches.suites.case import VOCABULARY, Scale, ragged_examples
 from benches.suites.test_kernels import DIM, RANK, factors

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from benches.bench_inner_products import heavy_tailed
 from benches.environment import describe
+from benches.models import heavy_tailed
 from benches.peers.compare import spread
 from benches.peers.install import default_venvs, is_installed, python_of
 from benches.peers.stored import CHECKED

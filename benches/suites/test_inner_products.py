@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from benches.bench_inner_products import heavy_tailed
 from benches.interleave import Variants
+from benches.models import heavy_tailed
 from benches.suites.case import Case, Scale
 from influence_fast.products.inner_products import inner_products, quantize_rows
 

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import torch
 
 from benches.bench_gradients import one_by_one, ours
-from benches.bench_inner_products import heavy_tailed
 from benches.interleave import Variants
-from benches.models import qwen2_model, with_lora
+from benches.models import heavy_tailed, qwen2_model, with_lora
 from benches.suites.case import VOCABULARY, Case, Scale, example
 from influence_fast.gradients.projection import Projection
 from influence_fast.products.inner_products import inner_products, quantize_rows

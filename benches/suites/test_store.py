@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benches.bench_inner_products import heavy_tailed
 from benches.interleave import Variants
+from benches.models import heavy_tailed
 from benches.suites.case import Case, Scale
 from influence_fast.products.inner_products import quantize_rows
 from influence_fast.store.identity import StoreIdentity
