@@ -22,7 +22,8 @@ import influence_fast as inf
 from influence_fast.data.packing import pack_examples
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, say_once
 from influence_fast.gradients import loss
-from influence_fast.gradients.engine import GradientEngine, InputGroup
+from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.input_groups import InputGroup
 from influence_fast.gradients.lora import LayoutEntry, in_top_layers
 from influence_fast.gradients.per_example import KeptEngine, iter_gradient_rows
 from influence_fast.gradients.projection import random_matrix

@@ -1,0 +1,216 @@
+"""LoRA linears that read one tensor, computed in one pass over it: their outputs, and what gradients are summed from.
+
+forward    [h | z] = x [A^T | R_in]      and y = W x + s B h of every member
+backward   [u | y] = g [B | R_out]       and dx = sum of g W + s u A
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear as dense
+
+from influence_fast.gradients import fp8
+from influence_fast.gradients.fused_layers import overridden
+from influence_fast.gradients.lora import LoraLinear
+from influence_fast.gradients.reduction import Reducer
+
+
+@dataclass(eq=False)
+class InputGroup:
+    """LoRA linears that read one tensor (q/k/v, gate/up), computed in one pass over it."""
+
+    members: list[LoraLinear]
+    numbers: list[int]  # each member's place among all LoRA linears
+    reducer: Reducer
+    fused: bool
+    triton: bool
+    fp8_weights: list[fp8.Fp8Weight | None]  # each member's, None where its own dtype multiplies
+    forward_weight: torch.Tensor = field(init=False)  # fused: [sum d_out + sum c, d_in], else [sum c, d_in]
+    forward_bias: torch.Tensor | None = field(init=False)
+    backward_weights: list[torch.Tensor] = field(init=False)  # fused: [d_out, d_in + c], else [d_out, c]
+    columns: list[int] = field(init=False)  # c: r, or r + p with a projection
+    factors_a: torch.Tensor = field(init=False)  # not fused: every member's A, [sum r, d_in]
+    # Asks for a gradient, and never gets one: it has the backward reach the lowest of the groups. One for each step: a
+    # leaf that lives on would hold the stream of the step that made it, which no recording may meet.
+    anchor: torch.Tensor | None = None
+    pending: dict[int, torch.Tensor] = field(default_factory=dict)
+    pending_input: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        dtype, device = self.members[0].weight.dtype, self.members[0].weight.device
+        skinny, self.backward_weights, self.columns, merged = [], [], [], []
+        for number, member in zip(self.numbers, self.members, strict=True):
+            r_in, r_out = self.reducer.columns(number)
+            into = torch.cat([member.a.to(dtype), r_in.T.to(device, dtype)])
+            out_of = torch.cat([member.b.to(dtype), r_out.to(device, dtype)], dim=1)
+            skinny.append(into)
+            self.columns.append(into.shape[0])
+            if self.fused:
+                folded = torch.addmm(member.weight, member.b.to(dtype), member.a.to(dtype), alpha=member.scaling)
+                merged.append(folded)
+                out_of = torch.cat([folded, out_of], dim=1)
+            self.backward_weights.append(out_of)
+        self.forward_weight = torch.cat(merged + skinny)
+        self.factors_a = self.forward_weight.new_empty(0)
+        if not self.fused:
+            self.factors_a = self.factor_a(0)
+            if len(self.members) > 1:
+                self.factors_a = torch.cat([self.factor_a(place) for place in range(len(self.members))])
+        self.forward_bias = None
+        if self.fused and any(member.bias is not None for member in self.members):
+            biases = [
+                member.weight.new_zeros(member.d_out) if member.bias is None else member.bias for member in self.members
+            ]
+            self.forward_bias = torch.cat([*biases, self.members[0].weight.new_zeros(sum(self.columns))])
+
+    def factor_a(self, place: int) -> torch.Tensor:
+        """Member `place`'s A [r, d_in] in the weights' dtype; not for fused groups."""
+        start = sum(self.columns[:place])
+        return self.forward_weight[start : start + self.members[place].r]
+
+    def factor_b(self, place: int) -> torch.Tensor:
+        """Member `place`'s B [d_out, r], likewise."""
+        return self.backward_weights[place][:, : self.members[place].r]
+
+    def skinny(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [T, d] @ weight [d, c] for a small c: one pass over x."""
+        if not self.triton:
+            return x @ weight
+        from influence_fast.kernels.skinny_project import MAX_COLUMNS, skinny_project
+
+        x = x.contiguous()
+        parts = [skinny_project(x, part) for part in weight.split(MAX_COLUMNS, dim=1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def outputs(self, x: torch.Tensor, h: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Each member's W x + bias + s B h, [T, d_out]; x [T, d_in], h [T, r] of each.
+
+        The adapter's part is written first and the base product, which is bound by arithmetic, adds to it: added
+        afterwards, it would read and write all outputs once more. 8-bit products cannot add; they share one rounding
+        of x.
+        """
+        rounded = None
+        for place, (member, weight) in enumerate(zip(self.members, self.fp8_weights, strict=True)):
+            b, s = self.factor_b(place).T, member.scaling
+            if weight is not None:
+                rounded = fp8.to_fp8(x) if rounded is None else rounded
+                yield weight.forward(rounded, member.bias).addmm_(h[place], b, alpha=s)
+                continue
+            bias = member.live_bias
+            if bias is None:
+                y = x.new_empty(x.shape[0], member.d_out).addmm_(h[place], b, beta=0, alpha=s)
+            else:
+                y = torch.addmm(bias, h[place], b, alpha=s)
+            yield y.addmm_(x, member.live_weight.T)
+
+    def input_gradient(
+        self, grads: Sequence[torch.Tensor | None], u: Sequence[torch.Tensor | None]
+    ) -> torch.Tensor | None:
+        """dx [T, d_in] = sum over members of g W + s u A, in the same order; g [T, d_out], u [T, r]."""
+        dx = self._adapters_part(u)
+        for member, weight, g in zip(self.members, self.fp8_weights, grads, strict=True):
+            if g is None or dx is None:
+                continue
+            if weight is not None:
+                dx.add_(weight.backward(fp8.to_fp8(g)))
+            else:
+                dx.addmm_(g, member.live_weight)
+        return dx
+
+    def _adapters_part(self, u: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        """sum of s u A: one product where all members have a gradient and one scaling."""
+        scalings = {member.scaling for member in self.members}
+        given = [part for part in u if part is not None]
+        if not given:
+            return None
+        dx = given[0].new_empty(given[0].shape[0], self.members[0].d_in)
+        if len(given) == len(u) and len(scalings) == 1:
+            together = given[0] if len(given) == 1 else torch.cat(given, dim=1)
+            return dx.addmm_(together, self.factors_a, beta=0, alpha=scalings.pop())
+        beta = 0
+        for place, part in enumerate(u):
+            if part is not None:
+                dx.addmm_(part, self.factor_a(place), beta=beta, alpha=self.members[place].scaling)
+                beta = 1
+        return dx
+
+    def call(self, place: int, x: torch.Tensor) -> torch.Tensor:
+        """Member `place`'s output; the first member called with a tensor computes them all."""
+        if self.pending_input is not x or place not in self.pending:
+            outputs = _GroupedLora.apply(x, self.anchor, self)
+            self.pending = dict(enumerate(outputs))
+            self.pending_input = x
+        output = self.pending.pop(place)
+        if not self.pending:
+            self.pending_input = None
+        return output
+
+    def forget(self) -> None:
+        """Lets go of what a forward left for calls that did not come."""
+        self.pending, self.pending_input = {}, None
+
+
+class _GroupedLora(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor | None, group: InputGroup) -> tuple[torch.Tensor, ...]:
+        tokens = x.reshape(-1, x.shape[-1])  # [T, d_in]
+        outputs = []
+        if group.fused:
+            wide = dense(tokens, group.forward_weight, group.forward_bias)  # [T, sum d_out + sum c]
+            splits = wide.split([m.d_out for m in group.members] + [sum(group.columns)], dim=1)
+            outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in splits[:-1]]
+            kept = splits[-1].contiguous()  # a copy, so that `wide` itself need not stay
+        else:
+            kept = group.skinny(tokens, group.forward_weight.T)  # [T, sum c]
+            parts = kept.split(group.columns, dim=1)
+            h = [part[:, : member.r] for member, part in zip(group.members, parts, strict=True)]
+            outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in group.outputs(tokens, h)]
+        ctx.save_for_backward(kept, *([tokens] if group.reducer.needs_input else []))
+        ctx.group = group
+        ctx.x_shape = x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        group: InputGroup = ctx.group
+        kept, *rest = ctx.saved_tensors
+        tokens = rest[0] if rest else None
+        wants_dx = ctx.needs_input_grad[0]
+        dx: torch.Tensor | None = None
+        parts = kept.split(group.columns, dim=1)
+        flat: list[torch.Tensor | None] = [None] * len(group.members)
+        u: list[torch.Tensor | None] = [None] * len(group.members)
+        for i, (member, grad) in enumerate(zip(group.members, grads, strict=True)):
+            if grad is None:
+                continue
+            g = grad.reshape(-1, member.d_out)  # [T, d_out]
+            weight = group.backward_weights[i]
+            if group.fused:
+                both = g @ (weight if wants_dx else weight[:, member.d_in :])
+                out_of = both[:, -group.columns[i] :]
+                if wants_dx:
+                    term = both[:, : member.d_in]
+                    dx = term if dx is None else dx + term
+            else:
+                out_of = group.skinny(g, weight)
+                flat[i], u[i] = g, out_of[:, : member.r]
+            group.reducer.add(group.numbers[i], parts[i], out_of, g, tokens)
+        if wants_dx and not group.fused:
+            dx = group.input_gradient(flat, u)
+        return None if dx is None else dx.view(ctx.x_shape), None, None
+
+
+@contextlib.contextmanager
+def replaced_forward(layer: nn.Module, group: InputGroup, place: int) -> Iterator[None]:
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return group.call(place, x)
+
+    with overridden(layer, "forward", forward):
+        yield
