@@ -54,13 +54,13 @@ def _unwritten_memory_shows() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def interpreted() -> Callable[[str], Any]:
-    """`interpreted("NAME.py")`: what that script of this folder prints as JSON, with Triton's kernels in its
+    """`interpreted("NAME.py")`: what that script of tests/gradients prints as JSON, with Triton's kernels in its
     interpreter; only a process of its own can have it."""
 
     def run(name: str) -> Any:
         pytest.importorskip("triton", reason="triton is not installed")
         environment = os.environ | {"TRITON_INTERPRET": "1"}
-        command = [sys.executable, Path(__file__).with_name(name)]
+        command = [sys.executable, Path(__file__).parent / "gradients" / name]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import kernel_checks as checks
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
-
-import kernel_checks as checks
 from kernel_cases import Case, cases, normal
 from tolerances import TOLERANCES, relative_norm
 

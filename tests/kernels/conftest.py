@@ -7,14 +7,9 @@ they collected.
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # kernel_cases and tolerances, shared with tests/gpu
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from interpreted_rounding import round_as_cards_do
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from worlds import write_model, write_rows
 
 from influence_fast.cli import main
 from influence_fast.config import load_config
@@ -21,8 +22,6 @@ from influence_fast.proof.lds import linear_datamodeling_scores
 from influence_fast.proof.page import text_tables
 from influence_fast.proof.retraining import Retraining, retrain
 from influence_fast.proof.validate import drop_priority, validate
-
-from .test_pipeline import write_model, write_rows
 
 NARROW = {"name": "narrow", "preconditioner": "cosine", "dim": 4}
 FITTED = {"name": "fitted", "dim": 8, "width": 40, "sketch_examples": 16}

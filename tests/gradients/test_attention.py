@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from varlen import varlen_attn
 
 from influence_fast.gradients import attention
-
-sys.path.insert(0, str(Path(__file__).parent))
-from varlen import varlen_attn
 
 LENGTHS = (5, 1, 9, 3)
 BOUNDS = [0, 5, 6, 15, 18]

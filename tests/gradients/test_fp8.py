@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,24 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # benches is not installed
-
-import influence_fast as inf  # noqa: E402
-from benches.fp8_effect import RoundedLinear  # noqa: E402
-from benches.fp8_effect import fp8 as rounding  # noqa: E402
-from influence_fast import cli  # noqa: E402
-from influence_fast.config import RunConfig  # noqa: E402
-from influence_fast.distributed import builds as distributed  # noqa: E402
-from influence_fast.errors import ConfigError, StoreError, say_once  # noqa: E402
-from influence_fast.gradients import fp8  # noqa: E402
-from influence_fast.gradients.lora import find_lora_linears  # noqa: E402
-from influence_fast.gradients.per_example import iter_gradient_rows  # noqa: E402
-from influence_fast.settings import from_dict  # noqa: E402
-from influence_fast.store.building import build_store, identity_of  # noqa: E402
-from influence_fast.store.merge import merge_stores  # noqa: E402
-from influence_fast.store.reader import open_store  # noqa: E402
+import influence_fast as inf
+from benches.fp8_effect import RoundedLinear
+from benches.fp8_effect import fp8 as rounding
+from influence_fast import cli
+from influence_fast.config import RunConfig
+from influence_fast.distributed import builds as distributed
+from influence_fast.errors import ConfigError, StoreError, say_once
+from influence_fast.gradients import fp8
+from influence_fast.gradients.lora import find_lora_linears
+from influence_fast.gradients.per_example import iter_gradient_rows
+from influence_fast.settings import from_dict
+from influence_fast.store.building import build_store, identity_of
+from influence_fast.store.merge import merge_stores
+from influence_fast.store.reader import open_store
 
 CPU = torch.device("cpu")
 E4M3 = rounding(torch.float8_e4m3fn)

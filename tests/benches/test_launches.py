@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import influence_fast as inf
-
-ROOT = Path(__file__).parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # benches is not installed
-
-from benches import launches  # noqa: E402
+from benches import launches
 
 
 def test_the_kernels_take_fewer_operations_than_a_plain_lora_step() -> None:

@@ -25,7 +25,7 @@ from influence_fast.evaluation.grading import (
     normalise,
 )
 
-MATH500 = Path(__file__).parents[2] / "shared" / "data" / "math500.jsonl"
+MATH500 = Path(__file__).parents[3] / "shared" / "data" / "math500.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_hostile_text_is_graded_wrong_and_in_time(text: str) -> None:
 
 def _hostile_grading() -> Any:
     """benches/hostile_grading.py, which grades all 5,000 in some minutes: too long for a test."""
-    path = Path(__file__).parents[1] / "benches" / "hostile_grading.py"
+    path = Path(__file__).parents[2] / "benches" / "hostile_grading.py"
     spec = importlib.util.spec_from_file_location("hostile_grading", path)
     assert spec is not None
     assert spec.loader is not None

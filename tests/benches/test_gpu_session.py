@@ -19,7 +19,7 @@ from influence_fast.gradients.projection import Projection
 from influence_fast.kernels.runtime import recording
 from influence_fast.kernels.segments import Segments
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow

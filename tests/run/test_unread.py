@@ -26,7 +26,7 @@ from influence_fast.influence.settings import GradientConfig, InfluenceConfig
 from influence_fast.run.unread import unread_settings
 from influence_fast.selection.strategies import STRATEGIES
 
-RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
+RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
 
 
 def config_of(**changes: Any) -> RunConfig:

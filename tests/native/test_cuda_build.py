@@ -17,7 +17,7 @@ from influence_fast.errors import ConfigError, DataError
 from influence_fast.products import native
 from influence_fast.products.inner_products import inner_products
 
-SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 GRANULE, TILE_ROWS = 16, 128  # bytes, rows: csrc/cuda/plan.h
 
 

@@ -13,13 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # benches is not installed
+from benches.peers import compare, install, scoring
+from benches.peers.work import write_work
+from influence_fast.errors import DataError
 
-from benches.peers import compare, install, scoring  # noqa: E402
-from benches.peers.work import write_work  # noqa: E402
-from influence_fast.errors import DataError  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 def script(name: str) -> Any:

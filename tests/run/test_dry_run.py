@@ -23,7 +23,7 @@ from influence_fast.store.building import build_store
 from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune
 from influence_fast.training.models import load_tokenizer
 
-RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
+RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
 LORA = LoraSettings(r=4)
 
 

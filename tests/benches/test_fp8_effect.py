@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # benches is not installed
-
-from benches.fp8_effect import (  # noqa: E402
+from benches.fp8_effect import (
     ITS_EMULATION,
     OURS,
     VOCABULARY,
@@ -22,7 +15,7 @@ from benches.fp8_effect import (  # noqa: E402
     fp8,
     markov,
 )
-from benches.models import qwen2_model, with_lora  # noqa: E402
+from benches.models import qwen2_model, with_lora
 
 
 @pytest.mark.parametrize(("dtype", "step"), [(torch.float8_e4m3fn, 2.0**-4), (torch.float8_e5m2, 2.0**-3)])

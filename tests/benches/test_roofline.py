@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # benches is not installed
-
-from benches import compare_refs, roofline  # noqa: E402
-from benches.interleave import ratios, spread, summary  # noqa: E402
-from benches.suites import plots  # noqa: E402
-from benches.suites.case import STAGES, Case, Scale, cases_of  # noqa: E402
-from influence_fast.kernels.runtime import Cost  # noqa: E402
+from benches import compare_refs, roofline
+from benches.interleave import ratios, spread, summary
+from benches.suites import plots
+from benches.suites.case import STAGES, Case, Scale, cases_of
+from influence_fast.kernels.runtime import Cost
 
 MACHINE: dict[str, Any] = {
     "command": "make bench",

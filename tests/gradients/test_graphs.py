@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from tape import TapeRecorder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,9 +23,6 @@ from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.step_inputs import StepInputs, StepShape
 from influence_fast.kernels.runtime import recording
 from influence_fast.kernels.segments import CHUNK, Segments
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tape import TapeRecorder
 
 CPU = torch.device("cpu")
 
