@@ -119,15 +119,21 @@ def kernels(device: torch.device, tokens: int, widths: tuple[int, ...], modules:
     """Kernels against their byte floor, plain PyTorch and torch.compile; on a CPU the PyTorch side alone."""
     table = Table(device, copy_bandwidth(device, tokens * max(widths), rounds), rounds)
     print(f"a copy moves {table.bandwidth / 1e12:.3f} TB/s", flush=True)
-    for d in widths:
-        _projections(table, tokens, d)
-    for d in widths:
-        _exact_sums(table, tokens, d)
-    _projected_sums(table, tokens, modules)
-    _quantization(table, modules)
-    _losses(table)
-    _layer(table, tokens, min(widths), max(widths))
-    return {"copy_bytes_per_second": table.bandwidth, "rows": table.rows}
+    groups: dict[str, Callable[[], None]] = {
+        f"skinny_project d={d}": partial(_projections, table, tokens, d) for d in widths
+    }
+    groups |= {f"segment_outer d={d}": partial(_exact_sums, table, tokens, d) for d in widths}
+    groups |= {
+        "segment_outer": partial(_projected_sums, table, tokens, modules),
+        "quantize_rows": partial(_quantization, table, modules),
+        "token_loss": partial(_losses, table),
+        "layers": partial(_layer, table, tokens, min(widths), max(widths)),
+    }
+    errors: dict[str, str] = {}
+    for name, run in groups.items():
+        with failing(name, errors, name):
+            run()
+    return {"copy_bytes_per_second": table.bandwidth, "rows": table.rows, "errors": errors}
 
 
 def _projections(table: Table, tokens: int, d: int) -> None:

@@ -169,7 +169,8 @@ def markdown(result: dict[str, Any]) -> str:
 def _errors(result: Any, where: str = "") -> Iterator[str]:
     """A line for each error that a row has."""
     if isinstance(result, dict):
-        for key, error in result.get("errors", {}).items():
+        errors = result.get("errors")  # of the tests it is a number
+        for key, error in errors.items() if isinstance(errors, dict) else ():
             of = " ".join(str(result[k]) for k in ("kernel", "model", "shape", "queries") if k in result)
             yield f"- {where}: {of}, {key}: {' '.join(error.split())}"
         for key, value in result.items():

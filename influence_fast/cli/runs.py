@@ -18,7 +18,7 @@ def add(verb: NewVerb) -> None:
     sub.add_argument("--seed", type=int, default=0)
 
     sub = verb("run", _run, "run the whole pipeline from a configuration file")
-    sub.add_argument("config", help="YAML file; see recipes/ and influence_fast/config.py")
+    sub.add_argument("config", help="YAML file; see recipes/, and influence_fast/config.py for the keys")
     sub.add_argument("--output", help="overrides the configuration's output folder")
     sub.add_argument("--dry-run", action="store_true", help="print sizes, memory and time, and do nothing")
     sub.add_argument("--rows", type=int, help="dry run: examples of a pool that is not on this machine")

@@ -231,12 +231,14 @@ class GradientEngine:
             member.layer.register_forward_pre_hook(lambda _, args, n=n: inputs.__setitem__(n, args[0]))
             for n, member in enumerate(self.linears)
         ]
+        if not self._whole_model_logits and self.device.type != "meta":
+            self._whole_model_logits = not self._head_is_a_product()
         implementation = self.decoder.config._attn_implementation
         module = self.base if self._whole_model_logits else self.decoder
         found = separation(module, implementation, self.device)
-        self.packs_are_separate, self._takes_bounds = found.apart, found.takes_bounds
-        if not self._whole_model_logits and self.device.type != "meta":
-            self._whole_model_logits = not self._head_is_a_product()
+        self._takes_bounds = found.takes_bounds
+        # an attention that could not be replaced masks the whole pack: an example alone is cheaper, and in context
+        self.packs_are_separate = found.apart and implementation not in attention.REPLACED
         two = torch.zeros(2, dtype=torch.int64)
         tokens = attention.PackedTokens.of(Pack([0], two, torch.arange(2), two, [0, 2])).to(self.device)
         seen: list[bool] = []
@@ -268,9 +270,16 @@ class GradientEngine:
     def _head_is_a_product(self) -> bool:
         """Whether the logits are the head's product with the decoder's last hidden states, seen on two tokens."""
         two = torch.arange(2)
-        tokens = attention.PackedTokens.of(Pack([0], two, two, two, [0, 2])).to(self.device)
-        hidden, logits = self._call(self.decoder, tokens).last_hidden_state, self._call(self.base, tokens).logits
-        return agree(nn.functional.linear(hidden, self.head.weight, self.head.bias), logits)
+        tokens = attention.PackedTokens.of(Pack([0], two % len(self.head.weight), two, two, [0, 2])).to(self.device)
+        # no bounds: a model that refuses packs may refuse even these
+        implementation = self.decoder.config._attn_implementation
+        found, whole = (
+            attention.call(module, implementation, tokens, with_bounds=False) for module in (self.decoder, self.base)
+        )
+        hidden = getattr(found, "last_hidden_state", None)  # some give out the whole model as its decoder
+        if hidden is None:
+            return False
+        return agree(nn.functional.linear(hidden, self.head.weight, self.head.bias), whole.logits)
 
     def _leave_graphs(self, why: str) -> None:
         """No CUDA graphs: ConfigError if this call asked for them, a warning if the environment did."""

@@ -137,7 +137,7 @@ def _in_the_models_order(folder: Path, layout: Sequence[LayoutEntry]) -> dict[st
             }
         loaded = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         state, groups = loaded["state"], [group["params"] for group in loaded["param_groups"] if group["params"]]
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
         reason = f"{ADAPTER} or optimizer.pt cannot be read ({one_line(error, 200)})"
     else:
         names = [f"{plain_name(entry.module)}.{entry.factor}" for entry in layout]
@@ -150,7 +150,10 @@ def _in_the_models_order(folder: Path, layout: Sequence[LayoutEntry]) -> dict[st
             )
         else:
             states = [state.get(index, {}) for index in groups[0]]
-            found = [tuple(values["exp_avg_sq"].shape) if "exp_avg_sq" in values else None for values in states]
+            found = [
+                tuple(values["exp_avg_sq"].shape) if {"exp_avg_sq", "step"} <= values.keys() else None
+                for values in states
+            ]
             if found == [tuple(entry.shape) for entry in layout]:
                 return dict(zip(names, states, strict=True))
             reason = "its states are not Adam's of these factors in the model's order"

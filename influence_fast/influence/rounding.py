@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from influence_fast.errors import listing
 from influence_fast.gradients.lora import LayoutEntry
@@ -15,11 +16,14 @@ _ROWS = 1024  # looked at
 _SHARE = 0.1  # of a factor's squares, above which rounding shows in the scores
 
 
-def warn_if_coarse(store: Store, factors: Sequence[LayoutEntry] | None, preconditioner: str) -> None:
+def warn_if_coarse(
+    store: Store, queries: torch.Tensor, factors: Sequence[LayoutEntry] | None, preconditioner: str
+) -> None:
     """A warning where int8 rows lose whole LoRA factors that `preconditioner` weighs like the others.
 
     A row has one scale, by its largest number. Rounding to it adds scale^2 / 12 to the square of every number: little
     to a plain inner product, which the large factors decide, but much to one in which H^-1 has raised the small ones.
+    A factor that is zero in the queries [Q, k] too has lost nothing: that of a fresh adapter's A.
     """
     if store.manifest.dtype != "int8" or factors is None or len(store) == 0:
         return
@@ -28,10 +32,12 @@ def warn_if_coarse(store: Store, factors: Sequence[LayoutEntry] | None, precondi
     scale = np.asarray(scales[:_ROWS], np.float64)[:, None]
     squares = ((np.asarray(rows[:_ROWS], np.float64) * scale) ** 2).mean(axis=0)
     noise = float((scale**2).mean()) / 12
+    asked = queries.abs().amax(dim=0).cpu().numpy()
+    parts = {entry: slice(entry.offset, entry.offset + entry.shape[0] * entry.shape[1]) for entry in factors}
     lost = [
         f"{entry.module}.{entry.factor}"
-        for entry in factors
-        if noise > _SHARE * squares[entry.offset : entry.offset + entry.shape[0] * entry.shape[1]].mean()
+        for entry, part in parts.items()
+        if asked[part].any() and noise > _SHARE * squares[part].mean()
     ]
     if lost:
         warnings.warn(

@@ -190,7 +190,7 @@ def _prepared(
         moments=moments,
     )
     if not isinstance(fitted, preconditioners.Identity):
-        warn_if_coarse(store, factors_of(store), preconditioner)
+        warn_if_coarse(store, queries, factors_of(store), preconditioner)
     rows = _Divided(store, fitted) if isinstance(fitted, UnitNorm) else store
     # H^-1 q spreads over decades where the rows are small: 8 bits of it would be too few
     precision = "fast" if isinstance(fitted, preconditioners.Identity) else "high"

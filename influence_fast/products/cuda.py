@@ -1,10 +1,10 @@
 """The operations of `influence_fast._native` on a CUDA device, for int8 and bf16 rows (csrc/cuda/): the same names and
-arguments as `inner_products_torch`, whose Queries and TopK it shares.
+arguments as `pytorch`, whose Queries and TopK it shares.
 
 Rows may lie on the device, or be numpy arrays (memory-mapped shards), which are streamed through two pinned buffers.
 Products, cosines, group sums and the search for NaN are one kernel; the sort of whole columns for ranks and that of a
 chunk's scores for the top k are PyTorch's, which are hard to beat. fp32 rows have no tensor-core product that keeps
-their precision: they go through `inner_products_torch` on the device.
+their precision: they go through `pytorch` on the device.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from influence_fast.products import native
-from influence_fast.products import pytorch as inner_products_torch
+from influence_fast.products import native, pytorch
 from influence_fast.products.pytorch import TopK, rank
 
 __all__ = ["KINDS", "Queries", "TopK", "finish", "rank", "score"]
@@ -34,7 +33,7 @@ class Queries:
     """
 
     def __init__(self, values: Tensor, rows: str, high: bool = False, isa: str = "", threads: int = 1) -> None:
-        rounded = inner_products_torch.Queries(values, rows, high)
+        rounded = pytorch.Queries(values, rows, high)
         self.rows, self.count, self.width = rows, rounded.count, values.shape[1]
         self.device = values.device
         first, second, step = _terms(rounded.values, rows)
@@ -116,7 +115,7 @@ def score(
         return []
     row_factor = torch.empty(n if normalize else 0, dtype=torch.float32, device=queries.device)
     packed = queries.packed(normalize)
-    out = inner_products_torch.tensor(scores) if scores is not None else None
+    out = pytorch.tensor(scores) if scores is not None else None
     direct = out is not None and out.device == queries.device and (out.stride(1) == 1 or queries.count == 1)
     held = topk is not None or (out is not None and not direct)
     slab = max(1, _SCRATCH_BYTES // (4 * queries.count)) if held else n
@@ -161,7 +160,7 @@ def finish(queries: Queries) -> list[int]:
 def _queue(queries: Queries, packed: Any, rows: Any, scales: Any, out: Any, block: int, threads: int) -> None:
     stream = torch.cuda.current_stream(queries.device).cuda_stream
     if isinstance(rows, Tensor):
-        by_row = None if scales is None else inner_products_torch.tensor(scales).to(queries.device)
+        by_row = None if scales is None else pytorch.tensor(scales).to(queries.device)
         size, stride = rows.element_size(), rows.stride(0) * rows.element_size()
         where = 0 if by_row is None else by_row.data_ptr()
         if rows.shape[1] > 1 and rows.stride(1) != 1:
@@ -173,7 +172,7 @@ def _queue(queries: Queries, packed: Any, rows: Any, scales: Any, out: Any, bloc
 
 
 def _terms(values: Tensor, rows: str) -> tuple[Tensor, Tensor, float]:
-    """Rounded queries (of `inner_products_torch.Queries`) as first + step * second, both of the rows' dtype."""
+    """Rounded queries (of `pytorch.Queries`) as first + step * second, both of the rows' dtype."""
     if rows == "int8":
         first = values.round()
         return first.to(torch.int8), ((values - first) * 254.0).round().to(torch.int8), 1.0 / 254.0

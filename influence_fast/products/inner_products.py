@@ -7,8 +7,8 @@ while a block's scores are in cache. Ranks need whole columns, so as many column
 and the rows are read once for each such set of columns. Memory above rows and results stays below 512 MiB, whatever
 N and Q (up to 20 million rows; beyond, one column and its sort are 20 bytes a row).
 
-The work is done by `influence_fast._native` (csrc/), or by `inner_products_torch` where that is missing. On a CUDA
-device int8 and bf16 rows go to our kernels (`inner_products_cuda`), streamed from the host where they lie there, and
+The work is done by `influence_fast._native` (csrc/), or by `products.pytorch` where that is missing. On a CUDA
+device int8 and bf16 rows go to our kernels (`products.cuda`), streamed from the host where they lie there, and
 fp32 rows to PyTorch.
 """
 

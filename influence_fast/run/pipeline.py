@@ -77,7 +77,7 @@ class Pipeline:
         """Everything, to `report.html` and `results.json`; returns what the report shows."""
         # scores first: with two models the one that scored makes room for the one that is fine-tuned
         reference = self.reference_adapter()
-        self.warnings += adapter_warnings(str(reference))
+        self.warnings += self._once("adapter", lambda: adapter_warnings(str(reference)))
         queries = self.queries(reference)
         self.warnings += queries.warnings
         table = self.scores(reference, queries)

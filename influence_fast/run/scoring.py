@@ -25,7 +25,7 @@ def explained_scores(
     explained: str | Path,
     *,
     top: int = 0,
-    title: str = "Answer by answer",
+    title: str | None = None,
     progress: bool = True,
 ) -> tuple[PoolScores, list[Path]]:
     """`score_pool`, then, unless top is 0, the `top` examples for each query and direction in `explained`.jsonl and

@@ -243,6 +243,8 @@ def trak(path: Path, *, model_id: int | str | None = None, kind: str = "grads") 
     found = sorted(int(p.name) for p in path.iterdir() if p.is_dir() and p.name.isdigit())
     if model_id is None and len(found) != 1:
         raise StoreError(f"{path} has checkpoints {listing(map(str, found)) or 'none'}; choose one with model_id=")
+    if model_id is not None and str(model_id) not in map(str, found):
+        raise StoreError(f"{path} has no checkpoint {model_id!r}, but {listing(map(str, found)) or 'none'}")
     folder = path / str(found[0] if model_id is None else model_id)
     array = _load_npy(folder / f"{kind}.mmap")
     for axis, field_name in enumerate(("train set size", "JL dimension")):

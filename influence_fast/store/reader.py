@@ -1,6 +1,6 @@
 """Reads a gradient store: rows memory-mapped from disk, in blocks or by index, and checked against their records.
 
-The format is in `store_manifest`, the writing in `store_writer`; `build_store` and the importers make stores.
+The format is in `manifest`, the writing in `writer`; `build_store` and the importers make stores.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def verify_store(path: str | Path) -> list[str]:
             record = ShardRecord.load(folder, index, manifest, fingerprint)
             wrong = [*_listed(folder, manifest, record), *_sizes(folder, record)]
             if not wrong:
-                wrong = [*damage(folder, record)]
+                wrong = [f"{problem}; {REBUILD}" for problem in damage(folder, record)]
             if not wrong:
                 read_ids(folder, record)
             problems += wrong
@@ -319,7 +319,7 @@ def damage(folder: Path, record: ShardRecord) -> Iterator[str]:
             while chunk := handle.read(_HASH_CHUNK):
                 found.update(chunk)
         if found.hexdigest() != entry.sha256:
-            yield f"{path} is not what was written (its checksum differs); {REBUILD}"
+            yield f"{path} is not what was written (its checksum differs)"
 
 
 def check_dtype(dtype: str) -> None:

@@ -92,7 +92,7 @@ class StoreWriter:
         """Lets go of finished shards whose bytes are not those that were written, which are pending then.
 
         Reads every byte of what is finished. Returns what was wrong, a line a file. No other process may be at work on
-        the folder.
+        the folder. Raises StoreError where the record of such a shard cannot be removed.
         """
         problems = []
         for index in range(self.manifest.shard_count):
@@ -101,7 +101,11 @@ class StoreWriter:
             record = ShardRecord.load(self.path, index, self.manifest, self._fingerprints[index])
             found = list(damage(self.path, record))
             if found:
-                (self.path / file_name("shard", index)).unlink()
+                path = self.path / file_name("shard", index)
+                try:
+                    path.unlink()
+                except OSError as error:
+                    raise StoreError(f"{found[0]}, and {path} cannot be removed ({error.strerror})") from error
             problems += found
         return problems
 

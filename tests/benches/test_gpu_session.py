@@ -49,6 +49,7 @@ def test_a_part_that_fails_stops_no_other_and_keeps_what_was_measured(tmp_path: 
     session = gpu_session.Session(tmp_path, deadline=float("inf"), only=[])
     session.part("crossing", lambda: [{"rows": "x", "packs": 1, "tokens": 2, "seconds": {"p50": 0.5}}])
     session.part("streaming", lambda: 1 / 0)
+    session.part("tests", lambda: {"passed": 3, "errors": 2})
 
     def products() -> Iterator[dict[str, Any]]:
         yield {

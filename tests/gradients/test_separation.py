@@ -110,15 +110,73 @@ def test_a_model_with_a_memory_is_refused() -> None:
         separation(base, attention.PACKED, torch.device("cpu"))
 
 
-def test_a_head_that_is_more_than_a_product_is_found_by_trying() -> None:
+@pytest.mark.parametrize("hands_on", [True, False], ids=["bounds", "no bounds"])
+def test_a_head_that_is_more_than_a_product_is_found_by_trying(hands_on: bool) -> None:
+    """Packs are then tried on the whole model, which may not hand their bounds on."""
     model, generator = make("llama"), torch.Generator().manual_seed(1)
     base = model.get_base_model()
     forward = base.forward
-    base.forward = lambda **kwargs: _halved(forward(**kwargs))
+
+    def halved(**kwargs: Any) -> Any:
+        if not hands_on:
+            kwargs = {name: value for name, value in kwargs.items() if "seq_lens" not in name and "max_len" not in name}
+        return _halved(forward(**kwargs))
+
+    base.forward = halved
     ids = [torch.randint(3, 300, (n,), generator=generator) for n in (9, 23, 2)]
     examples = [{"input_ids": i, "labels": i} for i in ids]
     want = by_autograd(model, examples)
     assert (inf.per_example_gradients(model, examples) - want).norm() < 1e-7 * want.norm()
+    with GradientEngine(model, None) as engine:
+        assert engine.packs_are_separate == hands_on
+
+
+def test_logits_of_another_width_than_the_head_are_the_models_own() -> None:
+    model, generator = make("llama"), torch.Generator().manual_seed(1)
+    base = model.get_base_model()
+    forward = base.forward
+
+    def cut(**kwargs: Any) -> Any:
+        output = forward(**kwargs)
+        output.logits = output.logits[..., :290]
+        return output
+
+    base.forward = cut
+    ids = [torch.randint(3, 290, (n,), generator=generator) for n in (9, 4)]
+    examples = [{"input_ids": i, "labels": i} for i in ids]
+    want = by_autograd(model, examples)
+    assert (inf.per_example_gradients(model, examples) - want).norm() < 1e-7 * want.norm()
+
+
+def test_padding_whose_embedding_is_zero_is_no_neighbour() -> None:
+    """The derivative of a norm's root at zero is no number."""
+    base = make("llama").get_base_model().eval()
+    decoder = base.get_decoder()
+    root = lambda _, __, x: x / x.square().mean(dim=-1, keepdim=True).sqrt()  # noqa: E731
+    decoder.embed_tokens.register_forward_hook(root)
+    with torch.no_grad():
+        decoder.embed_tokens.weight[:3] = 0
+    with attention.packed(base, decoder.config):
+        assert separation(decoder, attention.PACKED, torch.device("cpu")) == Separation(True)
+
+
+def test_embeddings_that_are_not_called_are_taken_for_packs_that_are_not_apart() -> None:
+    base = make("llama").get_base_model().eval()
+    decoder = base.get_decoder()
+    decoder.embed_tokens = _Looked(decoder.embed_tokens.weight)
+    with attention.packed(base, decoder.config):
+        assert separation(decoder, attention.PACKED, torch.device("cpu")) == Separation(False)
+
+
+class _Looked(torch.nn.Module):
+    """Embeddings whose hooks are not run."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.embedding(ids, self.weight)
 
 
 def _halved(output: Any) -> Any:

@@ -16,6 +16,7 @@ from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.projection import Projection
 from influence_fast.influence.scoring import (
     blocks_of,
+    factors_of,
     influence_matrix,
     influence_scores,
     scores_and_top,
@@ -153,7 +154,12 @@ def test_int8_rows_that_lose_factors_are_said_where_h_raises_them(tmp_path: Path
     with pytest.warns(UserWarning, match=r"too few for \d+ of \d+ LoRA factors \(.*lora_A.*'ekfac_cosine' weighs all"):
         influence_scores(coarse, exact[N:], GROUPS, preconditioner="ekfac_cosine")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         influence_scores(coarse, exact[N:], GROUPS, preconditioner="cosine")
         influence_scores(even, exact[N:], GROUPS, preconditioner="ekfac_cosine")
         influence_scores(wide, exact[N:], GROUPS, preconditioner="ekfac_cosine")
+        # the A of a new adapter, whose B is zero: nothing that 8 bits could lose
+        fresh = exact / exact.std(dim=0)
+        (first, *_) = factors_of(wide) or ()
+        fresh[:, : first.shape[0] * first.shape[1]] = 0
+        influence_scores(store_of(tmp_path / "fresh", tiny_lora(), fresh, "int8"), fresh[N:], GROUPS)
