@@ -157,7 +157,8 @@ def say_left_out(args: Any, too_long: Sequence[tuple[str, int]]) -> None:
 
     if too_long:
         names = listing(f"{name} ({n} tokens)" for name, n in too_long)
-        print(f"left out, longer than {args.max_length} tokens: {len(too_long)} examples: {names}")
+        cut = ", of which a cut leaves no completion" if args.truncate else ""
+        print(f"left out, longer than {args.max_length} tokens{cut}: {len(too_long)} examples: {names}")
 
 
 def not_an_input(output: str, *inputs: str | None) -> None:

@@ -73,6 +73,7 @@ def _run(args: Any) -> None:
 
 
 def _run_config(config: Any, args: Any) -> None:
+    from influence_fast.report.words import p_value
     from influence_fast.run.pipeline import run
 
     quiet_libraries()
@@ -93,7 +94,8 @@ def _run_config(config: Any, args: Any) -> None:
     for c in results["comparisons"]:
         print(
             f"{c['strategy']} at {100 * c['fraction']:.0f} % less {c['against']}: {100 * c['difference']:+.1f} points "
-            f"(95 % {100 * c['low']:+.1f} to {100 * c['high']:+.1f}), p {c['p']:.3f}, corrected {c['p_adjusted']:.3f}"
+            f"(95 % {100 * c['low']:+.1f} to {100 * c['high']:+.1f}), p {p_value(c['p'])}, "
+            f"corrected {p_value(c['p_adjusted'])}"
         )
     if results["comparisons"] and len(config.pruning.seeds) == 1:
         print("one seed: intervals and p are over the test questions only, not over training runs")

@@ -7,6 +7,8 @@ on, the answers are in `answers.jsonl.partial`, whose first line says the same.
 from __future__ import annotations
 
 import json
+import shutil
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,9 +128,17 @@ class Journal:
             return {}
         record = json.loads(self._record.read_text(encoding="utf-8"))
         rows = _read_lines(self.path)
-        if record["run"] != self.run or len(rows) != record["answers"]:
+        if record["run"] != self.run:
             return {}
         samples = int(self.run["config"]["samples"])
+        if len(rows) != record["answers"]:  # which line is whose cannot be told by its place
+            warnings.warn(
+                f"{self.path} is damaged: {len(rows)} of its {record['answers']} lines can be read; it is kept as "
+                f"{self.path.name}.damaged, and the questions are asked again",
+                stacklevel=4,
+            )
+            shutil.copyfile(self.path, self.path.with_name(f"{self.path.name}.damaged"))
+            return {}
         items = [EvalItem(**row) for row in rows]
         return {i: items[i * samples : (i + 1) * samples] for i in range(len(items) // samples)}
 

@@ -239,12 +239,15 @@ def _tokens(sample: list[Any], tokenizer: Any, max_length: int | None, truncate:
 
 
 def _finite(batches: Iterable[tuple[list[int], torch.Tensor]], beat: Callable[[], None]) -> torch.Tensor:
-    """The finite ones of the gradient rows [n, K] in `batches`."""
-    parts = []
-    for _, batch in batches:
-        parts.append(batch[batch.isfinite().all(dim=1)].to("cpu", torch.float32))
+    """The finite ones of the gradient rows [n, K] in `batches`, in the order of their examples: which of them are held
+    out for damping "auto" follows from it, and batches come by length."""
+    parts, places = [], []
+    for indices, batch in batches:
+        finite = batch.isfinite().all(dim=1)
+        parts.append(batch[finite].to("cpu", torch.float32))
+        places += [index for index, kept in zip(indices, finite.tolist(), strict=True) if kept]
         beat()
-    rows = torch.cat(parts)
+    rows = torch.cat(parts)[torch.tensor(places, dtype=torch.int64).argsort()]
     if not len(rows):
         raise DataError(
             "no example that a sketch is to be fitted on has a finite gradient: look at the adapter's weights, or run "

@@ -88,11 +88,11 @@ def text_tables(results: Row) -> str:
         lines.append(f"  {row['name']:<42} query loss over random {_span(row)}   accuracy {row['accuracy']}")
     cost = results["cost"]
     epoch = "" if cost["epoch_seconds"] is None else f" (one fine-tuning epoch: {cost['epoch_seconds']:.1f} s)"
-    lines += ["", f"Cost{epoch}, and Spearman to the same scores from exact gradients"]
+    exact = any(row["spearman_to_exact"] for row in cost["rows"])
+    lines += ["", f"Cost{epoch}{', and Spearman to the same scores from exact gradients' if exact else ''}"]
     for row in cost["rows"]:
         epochs = "" if row["epochs"] is None else f"{row['epochs']:.2f} epochs"
-        exact = row["spearman_to_exact"] or {}
-        agrees = "".join(f"   {name} {value:.4f}" for name, value in exact.items())
+        agrees = "".join(f"   {name} {value:.4f}" for name, value in (row["spearman_to_exact"] or {}).items())
         lines.append(f"  {row['method']:<22} {epochs:<14} {row['bytes_per_example']:>9} bytes an example{agrees}")
     return "\n".join(lines)
 

@@ -49,12 +49,19 @@ EXACT_OF = {"exact-dot": "none", "exact-cosine": "cosine", "exact-ekfac-cosine":
 def validate(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     """Puts the methods of `config.validate` to the proof; writes and returns `validation.json`'s content.
 
-    Raises ConfigError for methods that the run's settings cannot serve, DataError for external scores of other shapes.
+    Raises ConfigError for methods that the run's settings cannot serve, or where another process is at work in the
+    run's folder; DataError for external scores of other shapes.
     """
-    settings = config.validate
-    methods = [method_of(given) for given in settings.methods]
+    methods = [method_of(given) for given in config.validate.methods]
     _check(config, methods)
     pipeline = Pipeline(config, progress=progress)
+    with pipeline.folder.alone():
+        return _proved(pipeline, methods, progress)
+
+
+def _proved(pipeline: Pipeline, methods: list[Method], progress: bool) -> dict[str, Any]:
+    """All of `validate`, in a folder that no other process works on."""
+    config, settings = pipeline.config, pipeline.config.validate
     reference = Path(pipeline.reference_adapter())
     queries = pipeline.queries(reference)
     scored = {m.name: _scored(pipeline, m, reference, queries, progress) for m in methods}

@@ -338,7 +338,9 @@ class Pipeline:
 
 def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     """Runs `config` from data to report; see `Pipeline`. Returns the results that the report shows."""
-    return Pipeline(config, progress=progress).run()
+    pipeline = Pipeline(config, progress=progress)
+    with pipeline.folder.alone():
+        return pipeline.run()
 
 
 def _tokenizer(model: ModelConfig) -> Any:

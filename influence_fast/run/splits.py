@@ -46,11 +46,11 @@ def load_splits(config: RunConfig, tokenizer: Any, target_tokenizer: Any) -> Spl
     if PASS_RATE in needed_columns(config.pruning.strategies):
         check_answers(pool)
     tokenized = tokenize(pool, tokenizer, max_length=data.max_length, truncate=data.truncate)
-    warnings += _about(tokenized, len(pool), data.max_length)
+    warnings += _about(tokenized, len(pool), data)
     for_target = tokenized
     if config.target_model is not None:
         for_target = tokenize(pool, target_tokenizer, max_length=data.max_length, truncate=data.truncate)
-        warnings += _about(for_target, len(pool), data.max_length, " in the target model's tokens")
+        warnings += _about(for_target, len(pool), data, " in the target model's tokens")
         # the pool is what both models can read
         both = {e["id"] for e in tokenized.examples} & {e["id"] for e in for_target.examples}
         for tokens in (tokenized, for_target):
@@ -117,17 +117,18 @@ def _asked_again(pool: list[Example], name: str, part: Sequence[Example]) -> lis
     return [f"{len(same)} of {len(pool)} pool examples ask a question of the {name} set, {why}: {listing(same)}"]
 
 
-def _about(tokens: TokenizedSet, count: int, max_length: int | None, whose: str = "") -> list[str]:
+def _about(tokens: TokenizedSet, count: int, data: DataConfig, whose: str = "") -> list[str]:
     """Warnings of the `count` examples that were left out or cut."""
     warnings = []
     if tokens.too_long:
         names = listing(f"{name} ({n} tokens)" for name, n in tokens.too_long)
+        why = ", where cut nothing of their completion is left," if data.truncate else ""
         warnings.append(
-            f"{len(tokens.too_long)} of {count} pool examples are longer than max_length {max_length}{whose} and were "
-            f"left out: {names}"
+            f"{len(tokens.too_long)} of {count} pool examples are longer than max_length {data.max_length}{whose}{why} "
+            f"and were left out: {names}"
         )
     if tokens.truncated:
-        warnings.append(f"{len(tokens.truncated)} pool examples were cut to {max_length} tokens{whose}")
+        warnings.append(f"{len(tokens.truncated)} pool examples were cut to {data.max_length} tokens{whose}")
     return warnings
 
 

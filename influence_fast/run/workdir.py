@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,28 @@ class RunFolder:
         if why := occupied(config):
             raise ConfigError(why)
         write_text(self.path / CONFIG, yaml.safe_dump(_settings(config), sort_keys=False))
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """While the block runs, no other process works on the run. Raises ConfigError where one does.
+
+        The lock goes with the process, however that ends; where the file system has none, nothing is kept out.
+        """
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            yield
+            return
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{self.path}: another process is at work on this run; wait for it, or give another output folder"
+                ) from None
+            except OSError:
+                pass
+            yield
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

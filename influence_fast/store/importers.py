@@ -163,6 +163,8 @@ def less(path: Path, *, file: str | None = None) -> Source:
     end), else `all_orig.pt` (each row scaled to unit norm, so only its direction is left).
     """
     folder = path.parent if path.is_file() else path
+    if path.is_file() and file is not None and file != path.name:
+        raise ConfigError(f"file={file!r} beside the file {path}: give the folder, or leave one of the two out")
     wanted = path.name if path.is_file() else file
     pieces = sorted(folder.glob("grads-*.pt"), key=_piece_end)
     if wanted is not None:

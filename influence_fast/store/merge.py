@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,12 @@ def _check_alike(first: Manifest, other: Manifest, where: Path) -> None:
     a, b = comparable(first), comparable(other)
     b.check_same_work(a, where)
     a.identity.check(b.identity, where)  # the other way round, for what only one side knows
+    if a.identity.projection_kind == "unknown" and a.source != b.source:
+        warnings.warn(
+            f"{where}: its rows are of {b.source!r}, those before of {a.source!r}, and neither says by which model and "
+            "projection: scores over both mean something only if these are the same",
+            stacklevel=3,
+        )
 
 
 def _pieces(folders: list[Path], manifests: list[Manifest]) -> list[tuple[Path, ShardRecord]]:

@@ -275,7 +275,7 @@ def _packs_apart(model: Any, config: TrainConfig) -> Iterator[None]:
             raise ConfigError(
                 f"training.packing: in a pack the examples of this model ({base.config.model_type}, attention "
                 f"{base.config._attn_implementation}) see each other, which would train on mixed-up contexts: "
-                "leave packing out, or load the model with flash-attention"
+                "leave packing out, or load the model with flash-attention where its attention is to blame and has it"
             )
         yield
 

@@ -253,6 +253,18 @@ def test_bad_input_is_named(model: Any, tokenizer: Any, examples: list[Example])
         EvalConfig(engine="vlm")
 
 
+def test_damaged_transcripts_are_kept_aside_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "file.jsonl"
+    run: dict[str, Any] = {"config": {"samples": 1}, "weights": "a" * 64}
+    items = [EvalItem(f"q{i}", "p", "g", "a", None, False, "stop") for i in range(3)]
+    Journal(path, run).finish(items)
+    path.write_text(path.read_text()[:-30])
+    damaged = path.read_bytes()
+    with pytest.warns(UserWarning, match=r"file.jsonl is damaged: 2 of its 3 lines can be read; it is kept as file"):
+        assert Journal(path, run).found == {}
+    assert (tmp_path / "file.jsonl.damaged").read_bytes() == damaged
+
+
 def test_answers_of_another_evaluation_are_kept_unless_they_may_go(tmp_path: Path) -> None:
     path = tmp_path / "file.jsonl"
     run: dict[str, Any] = {"config": {"samples": 1, "max_new_tokens": 5}, "weights": "a" * 64}

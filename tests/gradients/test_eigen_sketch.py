@@ -171,6 +171,29 @@ def test_the_sample_is_drawn_from_the_data_and_no_larger(model: Any, examples: l
     assert seen == again
 
 
+@pytest.mark.parametrize("damping", ["auto", 0.1])
+def test_rows_are_fitted_on_in_the_order_of_their_examples(
+    model: Any, examples: list[dict[str, Any]], damping: Any
+) -> None:
+    """Which rows are held out follows from their order, and batches come by length."""
+
+    def shuffled(model: Any, given: Any, **options: Any) -> Any:
+        rows = {
+            place: row
+            for places, batch in iter_gradient_rows(model, given, **options)
+            for place, row in zip(places, batch, strict=True)
+        }
+        for place, row in sorted(rows.items(), reverse=True):
+            yield [place], row[None]
+
+    options: dict[str, Any] = {"projection": NARROW, "damping": damping, "labels": "data"}
+    usual = fit_projection(model, examples, **options)
+    assert fit_projection(model, examples, gradients=shuffled, **options) == usual
+    whole = per_example_gradients(model, examples, projection=WHOLE)
+    by_hand = leading(fit_ekfac(lambda: [whole], gradient_layout(model, WHOLE), damping), NARROW)
+    torch.testing.assert_close(usual.sketch.scale, by_hand.scale, rtol=1e-4, atol=0)
+
+
 def test_texts_tokens_and_tokens_without_ids_give_one_sketch(
     tiny_lora: Callable[..., Any], tiny_tokenizer: Callable[..., Any]
 ) -> None:

@@ -894,3 +894,14 @@ def test_checkpoints_that_will_not_be_there_are_said_at_once(world: Path) -> Non
     influence = dataclasses.replace(config.influence, checkpoints=True)
     with pytest.raises(ConfigError, match=r"set training\.save_checkpoints"):
         dataclasses.replace(config, influence=influence)
+
+
+def test_two_processes_do_not_work_on_one_run(world: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(load_config(world / "config.yaml"), output=str(tmp_path / "run"))
+    with (
+        RunFolder(config).alone(),
+        pytest.raises(ConfigError, match=r"run: another process is at work on this run; wait for it"),
+    ):
+        pipeline.run(config, progress=False)
+    with RunFolder(config).alone():
+        pass

@@ -19,6 +19,7 @@ from influence_fast.gradients.projection import Projection
 from influence_fast.store.identity import projection_fields
 from influence_fast.store.importers import import_gradients
 from influence_fast.store.manifest import ModuleEntry
+from influence_fast.store.merge import merge_stores
 from influence_fast.store.reader import StoreIdentity, open_store, verify_store
 
 ROWS, WIDTH = 37, 24
@@ -192,6 +193,8 @@ def test_less_files_are_chosen_in_the_order_of_what_they_keep(tmp_path: Path) ->
     assert torch.equal(chosen.rows(), unit)
     assert "unit norm" in chosen.manifest.source
     assert torch.equal(import_gradients(tmp_path / "dim24" / "all_orig.pt", tmp_path / "c").rows(), unit)
+    with pytest.raises(ConfigError, match=r"file='grads-16.pt' beside the file .*all_orig.pt"):
+        import_gradients(tmp_path / "dim24" / "all_orig.pt", tmp_path / "d", file="grads-16.pt")
     for path in [*(tmp_path / "dim24").glob("grads-*"), tmp_path / "dim24" / "all_unormalized.pt"]:
         path.unlink()
     assert torch.equal(import_gradients(tmp_path / "dim24", tmp_path / "d").rows(), unit)
@@ -404,3 +407,12 @@ def test_bad_requests_are_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no known gradients found"):
         import_gradients(tmp_path / "folder", out)
     assert not out.exists()
+
+
+def test_rows_of_unknown_makes_are_joined_with_a_warning(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", make_rows().numpy())
+    write_trak(tmp_path / "t", make_rows())
+    import_gradients(tmp_path / "a.npy", tmp_path / "a", ids=[f"a{i}" for i in range(len(make_rows()))])
+    import_gradients(tmp_path / "t", tmp_path / "b", ids=[f"b{i}" for i in range(len(make_rows()))])
+    with pytest.warns(UserWarning, match="neither says by which model and projection"):
+        merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "both")
