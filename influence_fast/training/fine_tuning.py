@@ -14,7 +14,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,6 +176,10 @@ def finetune(
                 tokenizer.save_pretrained(partial)
         except NumericError:
             shutil.rmtree(partial)  # going on from its checkpoints would end the same way
+            raise
+        except ConfigError:  # before the first step
+            with suppress(OSError):  # not empty: an earlier run's checkpoints
+                partial.rmdir()
             raise
         finally:
             if lora is not None:

@@ -374,6 +374,7 @@ def test_packs_whose_examples_see_each_other_are_refused(
     with pytest.raises(ConfigError, match=r"^training.packing: in a pack .* see each other"):
         run(model, tokenizer, examples, tmp_path / "out", config)
     assert model.config._attn_implementation == "sdpa"
+    assert list(tmp_path.glob(".out*")) == []
 
 
 def test_the_model_comes_back_without_trls_patches(model: Any, tokenizer: Any, examples: Any, tmp_path: Path) -> None:
