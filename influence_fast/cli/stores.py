@@ -137,12 +137,14 @@ def _inspect(args: Any) -> None:
 
 def _inspect_sketch(store: Any) -> None:
     from influence_fast.gradients.lora import layout_width
+    from influence_fast.influence.sketch_fitting import PICKED
 
     sketch = store.projection.sketch
     numbers = layout_width(sketch.layout)
     share, made = f"{100 * sketch.share:.0f} % of the whitened rows", sketch.purpose
     print(f"  fitted sketch        {store.width:,} of {numbers:,} coordinates, {share}")
-    print(f"  fitted on            {made.get('sample')}; damping {made.get('damping')}")
+    picked = f" ({made[PICKED]:g})" if PICKED in made else ""
+    print(f"  fitted on            {made.get('sample')}; damping {made.get('damping')}{picked}")
 
 
 def _verify(args: Any) -> None:

@@ -26,6 +26,7 @@ from influence_fast.store.shard_rows import GradientSource, tokenized
 from influence_fast.store.writer import make_folder
 
 _SAID = {"labels": "labels (--fisher, influence.fisher)", "damping": "damping (--damping, influence.damping)"}
+PICKED = "damping_picked"  # in a sketch's purpose: what "auto" came to
 _PIECE = 1 << 24  # numbers of rows that are turned into fp64 at a time
 
 Find = Callable[[], EigenSketch | None]  # what is kept already
@@ -109,7 +110,9 @@ def fit_projection(
             )
         rows = _finite(source(model, asked, **options), beat)
         piece = max(1, _PIECE // rows.shape[1])
-        return leading(fit_ekfac(lambda: rows.split(piece), layout, damping), projection, purpose)
+        fitted = fit_ekfac(lambda: rows.split(piece), layout, damping)
+        picked = {PICKED: fitted.damping} if isinstance(damping, str) else {}
+        return leading(fitted, projection, purpose | picked)
 
     if folder is None:
         return replace(projection, sketch=fit(lambda: None))
@@ -217,8 +220,8 @@ def kept_sketch(folder: Path, purpose: Mapping[str, Any]) -> EigenSketch | None:
 
 
 def _labelled(purpose: Mapping[str, Any]) -> dict[str, Any]:
-    """A sketch's purpose; one that does not say so was fitted on the data's own labels, as all then were."""
-    return {"labels": FROM_DATA, **purpose}
+    """What a sketch was asked for; one that does not say so was fitted on the data's own labels, as all then were."""
+    return {"labels": FROM_DATA, **{name: value for name, value in purpose.items() if name != PICKED}}
 
 
 def drawn_unseen(dataset: Sequence[Any], examples: int) -> list[Any]:

@@ -192,6 +192,8 @@ def test_rows_are_fitted_on_in_the_order_of_their_examples(
     whole = per_example_gradients(model, examples, projection=WHOLE)
     by_hand = leading(fit_ekfac(lambda: [whole], gradient_layout(model, WHOLE), damping), NARROW)
     torch.testing.assert_close(usual.sketch.scale, by_hand.scale, rtol=1e-4, atol=0)
+    picked = fit_ekfac(lambda: [whole], gradient_layout(model, WHOLE), damping).damping
+    assert usual.sketch.purpose.get(sketch_fitting.PICKED) == (picked if damping == "auto" else None)
 
 
 def test_texts_tokens_and_tokens_without_ids_give_one_sketch(
