@@ -28,7 +28,7 @@ from influence_fast.gradients.input_groups import InputGroup, replaced_forward
 from influence_fast.gradients.lora import LayoutEntry, LoraLinear, find_lora_linears, in_top_layers, layout_of
 from influence_fast.gradients.loss import CompletionLoss, drawn_tokens
 from influence_fast.gradients.memory import layer_bytes
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.projection import SIDED_KINDS, Projection
 from influence_fast.gradients.reduction import FullReducer, ProjectedReducer, Reducer
 from influence_fast.gradients.row_sketch import segment_sums
 from influence_fast.gradients.separation import agree, separation
@@ -82,7 +82,7 @@ class GradientEngine:
             self.reducer = reducer(self.linears, layout)
         else:
             kind = None if projection is None else projection.kind
-            reducer_class = ProjectedReducer if kind in ("one_sided", "kron") else FullReducer
+            reducer_class = ProjectedReducer if kind in SIDED_KINDS else FullReducer
             self.reducer = reducer_class(self.linears, layout, projection)
         self.reducer.triton = self.backend == "triton"
         self.reducer.bf16_rows = bf16_rows
@@ -226,19 +226,17 @@ class GradientEngine:
 
     def _probe(self) -> dict[int, torch.Tensor]:
         """Runs a few tokens to learn which LoRA linears share an input and whether the examples of a pack are apart."""
-        inputs: dict[int, torch.Tensor] = {}
-        handles = [
-            member.layer.register_forward_pre_hook(lambda _, args, n=n: inputs.__setitem__(n, args[0]))
-            for n, member in enumerate(self.linears)
-        ]
         if not self._whole_model_logits and self.device.type != "meta":
             self._whole_model_logits = not self._head_is_a_product()
         implementation = self.decoder.config._attn_implementation
         module = self.base if self._whole_model_logits else self.decoder
         found = separation(module, implementation, self.device)
-        self._takes_bounds = found.takes_bounds
-        # an attention that could not be replaced masks the whole pack: an example alone is cheaper, and in context
-        self.packs_are_separate = found.apart and implementation not in attention.REPLACED
+        self.packs_are_separate, self._takes_bounds = found.packs_pay, found.takes_bounds
+        inputs: dict[int, torch.Tensor] = {}
+        handles = [
+            member.layer.register_forward_pre_hook(lambda _, args, n=n: inputs.__setitem__(n, args[0]))
+            for n, member in enumerate(self.linears)
+        ]
         two = torch.zeros(2, dtype=torch.int64)
         tokens = attention.PackedTokens.of(Pack([0], two, torch.arange(2), two, [0, 2])).to(self.device)
         seen: list[bool] = []

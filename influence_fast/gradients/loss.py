@@ -55,9 +55,11 @@ class CompletionLoss(torch.autograd.Function):
                 losses[rows],
                 token_weights[rows] if wants_grad else None,
             )
-            if numbers is not None and weight is None:
+            if numbers is None:
+                continue
+            if weight is None:
                 grad[rows] = numbers
-            elif numbers is not None and weight is not None:
+            else:
                 torch.mm(numbers.to(weight.dtype), weight, out=grad[rows])
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(losses)

@@ -9,7 +9,7 @@ the second's outputs are compared with those that it has alone, which positions 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,10 +26,17 @@ _ROUNDING_16 = 0.1
 @dataclass(frozen=True, slots=True)
 class Separation:
     """apart: whether the examples of a pack do not see each other. takes_bounds: whether the model takes the bounds of
-    one example; those that cannot keep examples apart may refuse even that."""
+    one example; those that cannot keep examples apart may refuse even that. masked: apart by a mask over the whole
+    pack, as for an attention that could not be replaced."""
 
     apart: bool
     takes_bounds: bool = True
+    masked: bool = field(default=False, compare=False)  # of what packs cost, not of what they are
+
+    @property
+    def packs_pay(self) -> bool:
+        """Whether to pack; else an example alone is right, or cheaper than a mask of the pack, and in its context."""
+        return self.apart and not self.masked
 
 
 def separation(module: Any, implementation: str | None, device: torch.device) -> Separation:
@@ -74,7 +81,7 @@ def separation(module: Any, implementation: str | None, device: torch.device) ->
     if reached is None:
         with torch.no_grad():
             reached = not agree(outputs(2, 1)[_HALF:], together)
-    return Separation(not reached and agree(together, alone))
+    return Separation(not reached and agree(together, alone), masked=implementation in REPLACED)
 
 
 def _embeddings(module: Any) -> Any:

@@ -52,7 +52,7 @@ def example_embeddings(
     try:
         with attention.packed(base, decoder.config):
             found = separation(decoder, decoder.config._attn_implementation, parameter.device)
-            if not found.apart or decoder.config._attn_implementation in attention.REPLACED:
+            if not found.packs_pay:
                 max_tokens = 1  # one example a pack: in this model they would see each other
             for pack in pack_examples(examples, max_tokens or DEFAULT_MAX_TOKENS.get(parameter.device.type, 4096)):
                 hidden = _hidden_states(decoder, pack, parameter.device, found.takes_bounds).to(wide)  # [T, d]
