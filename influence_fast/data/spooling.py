@@ -20,7 +20,7 @@ from influence_fast.data.examples import IGNORED, load_rows, tokenize
 from influence_fast.data.fingerprints import tokenizer_hash
 from influence_fast.data.rows import BATCH, Rows, need_datasets, need_pyarrow
 from influence_fast.data.schemas import Example, check_trace, read_examples
-from influence_fast.errors import DataError
+from influence_fast.errors import DataError, one_line
 
 _ROWS = 64  # examples in one record batch, which is what reading one of them maps
 _BIG_FILE = 1 << 28  # bytes; smaller text files are read as they are, with line numbers in messages
@@ -163,7 +163,7 @@ def mapped_rows(source: Any, split: str, folder: Path) -> Rows:
         try:
             loaded = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=str(folder / "rows"))
         except Exception as error:
-            raise DataError(f"{path}: cannot be read as {kind} ({' '.join(str(error).split())[:300]})") from error
+            raise DataError(f"{path}: cannot be read as {kind} ({one_line(error)})") from error
         return load_rows(loaded)
     return load_rows(path, split=split)
 

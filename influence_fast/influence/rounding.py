@@ -10,7 +10,7 @@ import torch
 
 from influence_fast.errors import listing
 from influence_fast.gradients.lora import LayoutEntry
-from influence_fast.store.reader import Store
+from influence_fast.store.reader import Store, dequantize
 
 _ROWS = 1024  # looked at
 _SHARE = 0.1  # of a factor's squares, above which rounding shows in the scores
@@ -29,15 +29,13 @@ def warn_if_coarse(
         return
     _, rows, scales = next(iter(store.blocks()))
     assert scales is not None  # int8 rows have them
-    scale = np.asarray(scales[:_ROWS], np.float64)[:, None]
-    squares = ((np.asarray(rows[:_ROWS], np.float64) * scale) ** 2).mean(axis=0)
-    noise = float((scale**2).mean()) / 12
-    asked = queries.abs().amax(dim=0).cpu().numpy()
-    parts = {entry: slice(entry.offset, entry.offset + entry.shape[0] * entry.shape[1]) for entry in factors}
+    squares = dequantize(rows[:_ROWS], scales[:_ROWS]).double().square().mean(dim=0)
+    noise = float(np.square(scales[:_ROWS], dtype=np.float64).mean()) / 12
+    asked = queries.any(dim=0)
     lost = [
         f"{entry.module}.{entry.factor}"
-        for entry, part in parts.items()
-        if asked[part].any() and noise > _SHARE * squares[part].mean()
+        for entry in factors
+        if bool(asked[entry.columns].any()) and noise > _SHARE * float(squares[entry.columns].mean())
     ]
     if lost:
         warnings.warn(

@@ -19,6 +19,7 @@ from influence_fast.data.fingerprints import dataset_fingerprint, tokenizer_hash
 from influence_fast.errors import ConfigError, DataError, NumericError, did_you_mean, listing
 from influence_fast.gradients.fp8 import AUTO, check_precision
 from influence_fast.gradients.projection import Projection
+from influence_fast.progress import bar
 from influence_fast.store.identity import StoreIdentity, projection_fields
 from influence_fast.store.manifest import MANIFEST_NAME, Manifest, ModuleEntry, Part
 from influence_fast.store.reader import Store, check_dtype
@@ -405,15 +406,13 @@ def _progress_bar(wanted: bool | None, todo: int, examples: int) -> Iterator[Cal
     if not (sys.stderr.isatty() if wanted is None else wanted) or todo == 0:
         yield lambda count: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import ProgressColumn
     from rich.text import Text
 
     class Rate(ProgressColumn):
         def render(self, task: Any) -> Text:
             return Text("" if task.speed is None else f"{task.speed:.1f} examples/s")
 
-    columns = (TextColumn("gradients"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("gradients", total=examples, completed=examples - todo)
-        yield lambda count: bar.advance(task, count)
+    with bar("gradients", Rate()) as shown:
+        task = shown.add_task("gradients", total=examples, completed=examples - todo)
+        yield lambda count: shown.advance(task, count)

@@ -20,7 +20,7 @@ import torch
 
 from influence_fast.atomic import replacing
 from influence_fast.data.packing import IGNORED, example_name
-from influence_fast.errors import ConfigError, NumericError, listing
+from influence_fast.errors import ConfigError, NumericError, listing, one_line
 from influence_fast.gradients import attention
 from influence_fast.gradients.separation import separation
 
@@ -145,7 +145,7 @@ def make_trainer(
             processing_class=tokenizer,
         )
     except ValueError as error:
-        raise ConfigError(f"trl does not train this: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"trl does not train this: {one_line(error)}") from error
     if not packing:
         # trl wants a Dataset, and then does nothing to rows that are tokenized; plain rows are not copied into Arrow
         # and read 0.2 ms each faster, at every step and for every length that batches are grouped by
