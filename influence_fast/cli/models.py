@@ -5,26 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from influence_fast.cli.options import (
-    NewVerb,
-    bars,
-    data_options,
-    evaluation_of,
-    given,
-    model_options,
-    not_an_input,
-    open_model,
-    read_examples,
-    tokenized,
-)
+from influence_fast.cli import options
+from influence_fast.cli.options import NewVerb
 from influence_fast.errors import ConfigError
 
 
 def add(verb: NewVerb) -> None:
     """Adds these verbs and their options."""
     sub = verb("train", _train, "fine-tune a LoRA adapter")
-    model_options(sub, adapter=False)
-    data_options(sub, "--data", "training examples")
+    options.add_model(sub, adapter=False)
+    options.add_data(sub, "--data", "training examples")
     sub.add_argument("--output", required=True, help="folder for the adapter")
     for option, kind, help in (
         ("--epochs", float, "passes over the data"),
@@ -47,9 +37,9 @@ def add(verb: NewVerb) -> None:
     )
 
     sub = verb("eval", _eval, "answer questions and grade the answers")
-    model_options(sub, adapter=True, adapter_needed=False, needed=False)
+    options.add_model(sub, adapter=True, adapter_needed=False, needed=False)
     sub.add_argument("--task", help="gsm8k, math500, ... or a task's .yaml file; --data then overrides its source")
-    data_options(sub, "--data", "questions with final answers", needed=False, lengths=False)
+    options.add_data(sub, "--data", "questions with final answers", needed=False, lengths=False)
     sub.set_defaults(split=None)  # a task has its own
     sub.add_argument("--output", help="transcripts, .jsonl; the same command again goes on from them")
     sub.add_argument("--max-new-tokens", type=int, help="limit of a generated answer")
@@ -66,15 +56,15 @@ def add(verb: NewVerb) -> None:
 def _train(args: Any) -> None:
     from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune
 
-    model, tokenizer = open_model(args)
-    examples = tokenized(args, read_examples(args), tokenizer)
+    model, tokenizer = options.open_model(args)
+    examples = options.tokenized(args, options.read_examples(args), tokenizer)
     names = ("epochs", "learning_rate", "batch_size", "max_steps", "packing", "save_checkpoints", "seed")
-    config = TrainConfig(**given(args, *names))
+    config = TrainConfig(**options.given(args, *names))
     shape: dict[str, Any] = {} if args.rank is None else {"r": args.rank, "alpha": 2.0 * args.rank}
     if args.target_modules is not None:
         shape["target_modules"] = tuple(args.target_modules)
     lora = LoraSettings(**shape)
-    result = finetune(model, tokenizer, examples, args.output, config=config, lora=lora, progress=bars(args))
+    result = finetune(model, tokenizer, examples, args.output, config=config, lora=lora, progress=options.bars(args))
     last = f", last loss {result.loss_history[-1][1]:.4f}" if result.loss_history else ""
     print(f"adapter: {result.path} ({len(examples)} examples, {result.seconds:.1f} s{last})")
 
@@ -84,7 +74,7 @@ def _eval(args: Any) -> None:
     from influence_fast.evaluation.generation import ModelFiles, choose_engine
 
     if args.output is not None:
-        not_an_input(args.output, args.data)
+        options.not_an_input(args.output, args.data)
     examples, config = _questions(args)
     if args.export_lm_eval:
         from influence_fast.evaluation.lm_eval_export import export_lm_eval
@@ -101,8 +91,8 @@ def _eval(args: Any) -> None:
 
         model, tokenizer = ModelFiles(args.model, args.adapter, args.dtype), load_tokenizer(args.model)
     else:
-        model, tokenizer = open_model(args)
-    how: dict[str, Any] = {"config": config, "overwrite": False, "progress": bars(args)}
+        model, tokenizer = options.open_model(args)
+    how: dict[str, Any] = {"config": config, "overwrite": False, "progress": options.bars(args)}
     result = evaluate(model, tokenizer, examples, transcripts=Path(args.output), **how)
     total = len(result.items)
     low, high = result.interval
@@ -127,8 +117,8 @@ def _questions(args: Any) -> tuple[list[Any], Any]:
         if args.data is None:
             raise ConfigError(f"eval needs questions: --task ({', '.join(known_tasks())}) or --data")
         args.split = args.split or "train"
-        return read_examples(args), evaluation_of(args)
+        return options.read_examples(args), options.evaluation_of(args)
     if args.format != "auto" or args.trace != "first_correct":
         raise ConfigError("--format and --trace are of no use with --task, which names its own columns: leave them out")
     task = load_task(args.task)
-    return task_examples(task, args.limit, args.data, args.split), evaluation_of(args, task.evaluation)
+    return task_examples(task, args.limit, args.data, args.split), options.evaluation_of(args, task.evaluation)

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 NewVerb = Callable[[str, Callable[[Any], None], str], argparse.ArgumentParser]
 
 
-def model_options(
-    sub: argparse.ArgumentParser, *, adapter: bool, adapter_needed: bool = True, needed: bool = True
-) -> None:
+def add_model(sub: argparse.ArgumentParser, *, adapter: bool, adapter_needed: bool = True, needed: bool = True) -> None:
     sub.add_argument("--model", required=needed, help="base model: hub id or folder")
     if adapter:
         sub.add_argument("--adapter", required=adapter_needed, help="peft adapter: hub id or folder")
@@ -30,7 +28,7 @@ def model_options(
     sub.add_argument("--device", default="auto")
 
 
-def gradient_options(sub: argparse.ArgumentParser) -> None:
+def add_gradients(sub: argparse.ArgumentParser) -> None:
     """What `gradients_of` reads."""
     sub.add_argument("--dim", type=int, help="projection dim p (default 64)")
     sub.add_argument("--width", type=int, help="sketch each row to this many numbers")
@@ -43,7 +41,7 @@ def gradient_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--precision", help="fp8: products with the base weights in 8 bits (default: auto)")
 
 
-def data_options(
+def add_data(
     sub: argparse.ArgumentParser, option: str, help: str, *, needed: bool = True, lengths: bool = True
 ) -> None:
     sub.add_argument(option, required=needed, help=f"{help}: hub id, .jsonl/.json/.parquet/.csv file or saved folder")

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from influence_fast.cli.options import NewVerb, bars, quiet_libraries
+from influence_fast.cli import options
+from influence_fast.cli.options import NewVerb
 from influence_fast.errors import ConfigError
 
 
@@ -41,12 +42,12 @@ def _demo(args: Any) -> None:
 
     from influence_fast.run.demo import demo_config
 
-    quiet_libraries()
+    options.quiet_libraries()
     # a second thread buys nothing on a model this small, and on a busy machine its waiting costs several times over
     torch.set_num_threads(1)
     if not args.quiet:
         print("making the world: a tokenizer, a small pre-trained model, the data (about a minute)", file=sys.stderr)
-    _run_config(demo_config(args.output, seed=args.seed, progress=bars(args)), args)
+    _run_config(demo_config(args.output, seed=args.seed, progress=options.bars(args)), args)
 
 
 def _run(args: Any) -> None:
@@ -63,7 +64,7 @@ def _run(args: Any) -> None:
         from influence_fast.run.dry_run import plan
         from influence_fast.run.dry_run_text import describe
 
-        quiet_libraries()
+        options.quiet_libraries()
         print(describe(config, plan(config, **assumed)))
         return
     for name, value in assumed.items():
@@ -76,7 +77,7 @@ def _run_config(config: Any, args: Any) -> None:
     from influence_fast.report.words import p_value
     from influence_fast.run.pipeline import run
 
-    quiet_libraries()
+    options.quiet_libraries()
     results = run(config, progress=not args.quiet)
     before = results["accuracy_before"]
     print(f"{'strategy':<20} {'dropped':>8} {'seed':>5} {'accuracy':>9}  95 % interval   harmful dropped (by chance)")
@@ -114,7 +115,7 @@ def _validate(args: Any) -> None:
         config = dataclasses.replace(config, output=args.output)
     if args.processes:
         config = dataclasses.replace(config, validate=dataclasses.replace(config.validate, processes=args.processes))
-    quiet_libraries()
+    options.quiet_libraries()
     results = validate(config, progress=not args.quiet)
     print(text_tables(results))
     print(f"page: {write_page(results, Path(config.output) / 'validation.html')}")

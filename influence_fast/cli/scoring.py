@@ -8,31 +8,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+from influence_fast.cli import options
 from influence_fast.cli.messages import by_flags
-from influence_fast.cli.options import (
-    NewVerb,
-    bars,
-    columns,
-    damping,
-    data_options,
-    evaluation_of,
-    given,
-    gradient_options,
-    gradients_of,
-    model_options,
-    not_an_input,
-    open_model,
-    read_examples,
-    tokenized,
-)
+from influence_fast.cli.options import NewVerb
 from influence_fast.errors import ConfigError
 
 
 def add(verb: NewVerb) -> None:
     """Adds these verbs and their options."""
     sub = verb("score", _score, "score training examples by their influence on validation answers")
-    model_options(sub, adapter=True)
-    data_options(sub, "--data", "training examples")
+    options.add_model(sub, adapter=True)
+    options.add_data(sub, "--data", "training examples")
     sub.add_argument("--validation", required=True, help="validation questions: hub id, file or folder")
     _row_options(sub, "validation", "the validation rows")
     sub.add_argument("--validation-limit", type=int)
@@ -53,7 +39,7 @@ def add(verb: NewVerb) -> None:
         "--preconditioner",
         help="ekfac_cosine (the default; cosine where rows are sketched at random), cosine, fisher, less, none, ...",
     )
-    sub.add_argument("--damping", type=damping, help="share of the mean eigenvalue (0.1), or auto")
+    sub.add_argument("--damping", type=options.damping, help="share of the mean eigenvalue (0.1), or auto")
     sub.add_argument(
         "--fisher",
         help="model (the default): fit the preconditioner on labels that the model draws; data: on the data's own",
@@ -62,7 +48,7 @@ def add(verb: NewVerb) -> None:
     sub.add_argument(
         "--optimizer", help="checkpoint whose Adam state 'adam' and 'less' read (default: moments of the rows)"
     )
-    gradient_options(sub)
+    options.add_gradients(sub)
     sub.add_argument("--max-new-tokens", type=int, help="limit of a generated answer")
     sub.add_argument("--tasks", metavar="COLUMN", help="validation column that names tasks, a score each (for less)")
     sub.add_argument(
@@ -78,13 +64,13 @@ def add(verb: NewVerb) -> None:
     )
 
     sub = verb("plan", _plan, "settings for a time or disk budget, and the fidelity measured for them")
-    model_options(sub, adapter=True)
-    data_options(sub, "--data", "the examples that are to be scored")
+    options.add_model(sub, adapter=True)
+    options.add_data(sub, "--data", "the examples that are to be scored")
     sub.add_argument("--seconds", type=float, help="time for the pass over the data, on this machine")
     sub.add_argument("--gigabytes", type=float, help="disk for the gradient store")
 
     sub = verb("prune", _prune, "write the data that a strategy keeps, in the input's own format")
-    data_options(sub, "--data", "the data that was scored", lengths=False)
+    options.add_data(sub, "--data", "the data that was scored", lengths=False)
     sub.add_argument("--scores", required=True, help="score table written by 'score'")
     sub.add_argument("--strategy", required=True, help="for example combined; an unknown name lists them all")
     size = sub.add_mutually_exclusive_group(required=True)
@@ -110,7 +96,9 @@ def _row_options(sub: argparse.ArgumentParser, of: str, whose: str) -> None:
     """What `_load_beside` reads."""
     sub.add_argument(f"--{of}-split", default="train")
     sub.add_argument(f"--{of}-format", default="auto", help=f"as --format, of {whose}")
-    sub.add_argument(f"--{of}-columns", type=columns, metavar="NAME=COLUMN,...", help="as --columns, of these rows")
+    sub.add_argument(
+        f"--{of}-columns", type=options.columns, metavar="NAME=COLUMN,...", help="as --columns, of these rows"
+    )
 
 
 def _score(args: Any) -> None:
@@ -127,13 +115,13 @@ def _score(args: Any) -> None:
     from influence_fast.selection.pool_scores import baseline_columns
     from influence_fast.selection.strategies import PASS_RATE, needed_columns
 
-    not_an_input(args.output, args.data, args.validation)
+    options.not_an_input(args.output, args.data, args.validation)
     check_format(args.output)
     if args.explain < 0:
         raise ConfigError(f"--explain is {args.explain}; give a number of examples, or leave it out")
-    gradients = gradients_of(args)
+    gradients = options.gradients_of(args)
     names = ("preconditioner", "damping", "fisher", "fisher_examples", "optimizer", "queries", "fallback")
-    influence = InfluenceConfig(**given(args, *names))
+    influence = InfluenceConfig(**options.given(args, *names))
     check_influence(influence, gradients)
     check_strategies(args.strategies, influence)
     reads = fitted_examples(dataclasses.replace(influence, fisher="model"), gradients) > 0
@@ -148,18 +136,20 @@ def _score(args: Any) -> None:
     needs = needed_columns(args.strategies)
     if influence.queries == "reference" and args.max_new_tokens is not None and PASS_RATE not in needs:
         raise ConfigError("--max-new-tokens is of the model's own answers, which --queries reference does not ask for")
-    examples = read_examples(args)
+    examples = options.read_examples(args)
     if PASS_RATE in needs:
         check_answers(examples)
-    model, tokenizer = open_model(args)
-    pool = tokenized(args, examples, tokenizer)
+    model, tokenizer = options.open_model(args)
+    pool = options.tokenized(args, examples, tokenizer)
     validation = _load_beside(args, "validation", args.validation, limit=args.validation_limit)
     if _same_rows(args):
         print("warning: the validation questions are the training data, which scores itself: see --validation-split")
     answers = None
     if influence.queries == "own_answers":
         kept = Path(f"{args.output}.answers.jsonl")
-        answers = own_answers(model, tokenizer, validation, evaluation_of(args), kept, progress=bars(args))
+        answers = own_answers(
+            model, tokenizer, validation, options.evaluation_of(args), kept, progress=options.bars(args)
+        )
     queries = make_queries(validation, answers, args.fallback, needed=("correct",))
     if args.tasks is not None:
         queries = with_tasks(queries, row_groups(load_rows(args.validation, split=args.validation_split), args.tasks))
@@ -174,7 +164,7 @@ def _score(args: Any) -> None:
         influence,
         f"{args.output}.{EXPLAINED}",
         top=args.explain,
-        progress=bars(args),
+        progress=options.bars(args),
     )
     for path in explained:
         print(f"answer by answer: {path}")
@@ -187,9 +177,9 @@ def _score(args: Any) -> None:
         examples,
         pool,
         queries,
-        PruningConfig().pass_rate_config(evaluation_of(args)),
+        PruningConfig().pass_rate_config(options.evaluation_of(args)),
         transcripts=Path(f"{args.output}.pool.jsonl"),
-        progress=bars(args),
+        progress=options.bars(args),
     )
     seconds |= more
     table.save(args.output)
@@ -204,9 +194,9 @@ def _load_beside(args: Any, of: str, source: str, **more: Any) -> list[Any]:
     from influence_fast.data.examples import load_examples
     from influence_fast.errors import DataError
 
-    options = {name: getattr(args, f"{of}_{name}") for name in ("split", "format", "columns")}
+    how = {name: getattr(args, f"{of}_{name}") for name in ("split", "format", "columns")}
     try:
-        return load_examples(source, **options, **more)
+        return load_examples(source, **how, **more)
     except DataError as error:
         raise DataError(by_flags(str(error), args, of=f"{of}-")) from error
 
@@ -220,8 +210,8 @@ def _same_rows(args: Any) -> bool:
 def _plan(args: Any) -> None:
     from influence_fast.run.planner import describe, plan
 
-    model, tokenizer = open_model(args)
-    examples = tokenized(args, read_examples(args), tokenizer)
+    model, tokenizer = options.open_model(args)
+    examples = options.tokenized(args, options.read_examples(args), tokenizer)
     size = None if args.gigabytes is None else int(args.gigabytes * 1e9)
     print(describe(plan(model, examples, seconds=args.seconds, bytes=size)))
     print(
@@ -238,9 +228,9 @@ def _prune(args: Any) -> None:
     from influence_fast.influence.scores import ScoreTable
     from influence_fast.selection.pruning import aligned_examples, save_selection, select
 
-    not_an_input(args.output, args.data, args.scores, *args.decontaminate)
+    options.not_an_input(args.output, args.data, args.scores, *args.decontaminate)
     table = ScoreTable.load(args.scores)
-    examples = read_examples(args)
+    examples = options.read_examples(args)
     scored = aligned_examples(table, examples)
     rows = load_rows(args.data, split=args.split)
     groups = clusters = None

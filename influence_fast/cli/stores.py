@@ -6,30 +6,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from influence_fast.cli.options import (
-    NewVerb,
-    check_cut,
-    damping,
-    data_options,
-    given,
-    gradient_options,
-    gradients_of,
-    model_options,
-    quiet_libraries,
-    say_left_out,
-    trace_of,
-)
+from influence_fast.cli import options
+from influence_fast.cli.options import NewVerb
 from influence_fast.errors import ConfigError, did_you_mean
 
 
 def add(verb: NewVerb) -> None:
     """Adds these verbs and their options."""
     sub = verb("build", _build, "build a gradient store; under torchrun and the like, on all processes together")
-    model_options(sub, adapter=True)
-    data_options(sub, "--data", "training examples")
+    options.add_model(sub, adapter=True)
+    options.add_data(sub, "--data", "training examples")
     sub.add_argument("--output", required=True, help="folder of the store, which all processes see")
-    gradient_options(sub)
-    sub.add_argument("--damping", type=damping, help="of a fitted sketch: as for 'score'")
+    options.add_gradients(sub)
+    sub.add_argument("--damping", type=options.damping, help="of a fitted sketch: as for 'score'")
     sub.add_argument("--fisher", help="labels that a sketch is fitted on: as for 'score'")
     sub.add_argument("--shard-rows", type=int, help="examples in a shard, which is what a process takes at a time")
     sub.add_argument("--max-tokens", type=int, help="tokens in one packed batch")
@@ -72,8 +61,8 @@ def _build(args: Any) -> None:
     from influence_fast.gradients.fp8 import check_precision
     from influence_fast.influence.settings import InfluenceConfig, check_influence, fitted_examples
 
-    quiet_libraries()
-    gradients, influence = gradients_of(args), InfluenceConfig(**given(args, "damping", "fisher"))
+    options.quiet_libraries()
+    gradients, influence = options.gradients_of(args), InfluenceConfig(**options.given(args, "damping", "fisher"))
     check_influence(influence, gradients)
     check_precision(gradients.precision, "--precision", sharded=args.fsdp != 1)
     for flag in ("damping", "fisher"):
@@ -82,10 +71,10 @@ def _build(args: Any) -> None:
                 f"--{flag} is that of a fitted sketch, and none is fitted here: give a --width, or leave it out"
             )
 
-    check_cut(args)
+    options.check_cut(args)
 
     def told(tokens: spooling.Tokens) -> None:
-        say_left_out(args, tokens.too_long)
+        options.say_left_out(args, tokens.too_long)
         if tokens.without:
             print(f"left out, without a trace for --trace {args.trace}: {len(tokens.without)} rows")
 
@@ -97,7 +86,7 @@ def _build(args: Any) -> None:
             args.data,
             args.split,
             args.format,
-            trace_of(args),
+            options.trace_of(args),
             args.limit,
             args.columns or {},
             args.max_length,
@@ -174,15 +163,15 @@ def _import(args: Any) -> None:
     from influence_fast.store.importers import FORMATS, import_gradients, options_of
 
     known = {option for name in FORMATS for option in options_of(name)}
-    options: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for name, value in args.option:
         if name not in known:
             raise ConfigError(f"--option {name}: no format has it; {did_you_mean(name, known)}")
-        if name in options:
+        if name in given:
             raise ConfigError(f"--option {name} is given twice; leave one out")
-        options[name] = value
+        given[name] = value
     ids = None if args.ids is None else _lines_of(args.ids)
-    print(repr(import_gradients(args.source, args.output, format=args.format, ids=ids, dtype=args.dtype, **options)))
+    print(repr(import_gradients(args.source, args.output, format=args.format, ids=ids, dtype=args.dtype, **given)))
 
 
 def _lines_of(path: str) -> list[str]:
