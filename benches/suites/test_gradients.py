@@ -15,6 +15,7 @@ from influence_fast.gradients.lora import layout_width
 from influence_fast.gradients.per_example import gradient_layout, iter_gradient_rows, per_example_gradients
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.streaming import stream_influence
+from influence_fast.influence.sketch_fitting import fit_projection
 
 BASELINES = ("padded batches of 4", "one by one")
 
@@ -48,10 +49,6 @@ def projected(projection: Projection) -> Callable[[Scale], Variants]:
 
 def fitted(scale: Scale) -> Variants:
     """Rows of a sketch that is fitted beforehand."""
-    from influence_fast.influence.sketch_fitting import (
-        fit_projection,  # the other cases also run over commits without it
-    )
-
     model, examples = world(scale)
     projection = fit_projection(model, examples, projection=Projection(dim=16, width=scale(4096, 512)))
     return {"ours": lambda: ours(model, examples, projection), **baselines(model, examples)}

@@ -137,7 +137,9 @@ def test_a_second_run_computes_nothing_again(
     assert again["queries"] == results["queries"]
 
 
-def test_an_interrupted_run_goes_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on(
+    world: Path, results: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped at its second cell, then run again: the finished pieces stay and the outcome is that of one run."""
     import dataclasses
 
