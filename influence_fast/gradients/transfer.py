@@ -135,7 +135,7 @@ def encoded(rows: Tensor, dtype: str, triton: bool) -> list[Tensor]:
     if dtype == "int8":
         from influence_fast.kernels import quantize_rows
 
-        rows = rows.to(torch.float32)
+        rows = rows.to(torch.float32).contiguous()  # a sketch's product may come by columns
         return list(quantize_rows.quantize_rows(rows) if triton else quantize_rows.reference(rows))
     return [rows]
 

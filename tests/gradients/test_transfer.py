@@ -19,6 +19,7 @@ from influence_fast.gradients import reduction, row_sketch, transfer
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.row_sketch import BucketSums
 from influence_fast.gradients.transfer import CudaCopier, WriteBehind, decoded, encoded
+from influence_fast.kernels.runtime import recording
 from influence_fast.products.inner_products import quantize_rows, to_bf16
 
 CPU = torch.device("cpu")
@@ -142,6 +143,17 @@ def test_decoded_rows_are_encoded_to_the_same_bits() -> None:
     assert torch.equal(again[1], scales)
     assert torch.equal(to_bf16(decoded(encoded(rows, "bf16", triton=False))), to_bf16(rows))
     assert decoded(encoded(rows, "fp32", triton=False)) is rows
+
+
+def test_rows_that_come_by_columns_are_encoded_too() -> None:
+    """As the sketch by bucket sums gives them; the kernel wants each row's numbers side by side."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    by_columns = torch.randn(7, 5).T
+    with recording() as launches:
+        encoded(by_columns, "int8", triton=True)
+    (launch,) = launches
+    assert torch.equal(launch.arguments["rows"], by_columns)
+    assert launch.arguments["rows"].stride() == (7, 1)
 
 
 def test_every_scale_survives_a_second_encoding() -> None:
