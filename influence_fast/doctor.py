@@ -72,10 +72,10 @@ def _gradients() -> list[tuple[str, bool, str]]:
         active = name == chosen
         reason = why if name == "triton" or active else "the other backend was chosen"
         rows.append((f"gradients: {name}", active, f"{note} ({reason})"))
-    recorded = graphs.wanted(None)
-    how = f"{graphs.VARIABLE}={int(recorded)}" if recorded else f"off; {graphs.VARIABLE}=1 turns them on"
-    note = how if chosen == "triton" else f"they need the triton backend ({how})"
-    rows.append(("gradients: CUDA graphs", recorded and chosen == "triton", note))
+    asked = graphs.wanted()
+    how = f"{graphs.VARIABLE}={int(asked)}" if asked is not None else f"{graphs.VARIABLE}=0 turns them off"
+    note = f"steps seen twice are replayed ({how})" if chosen == "triton" else f"they need the triton backend ({how})"
+    rows.append(("gradients: CUDA graphs", asked is not False and chosen == "triton", note))
     return [*rows, (f"gradients: {backends.NATIVE}", False, backends.NOT_NATIVE)]
 
 

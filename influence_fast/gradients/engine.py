@@ -52,8 +52,8 @@ class GradientEngine:
     tokens than gradient rows (see `streaming`). With `bf16_rows` the kernels may write rows in bf16.
     `precision`: "auto", products with the base weights in the model's own dtype, or "fp8", those of the LoRA linears in
     8 bits (see `fp8`; ConfigError on entry where that cannot be).
-    `cuda_graphs`: replay recorded steps in place of launching each operation (see `graphs`); ConfigError where these
-    gradients cannot be recorded. By default as the environment says, which asks for it only where it can be.
+    `cuda_graphs`: replay recorded steps in place of launching each operation (see `graphs`). By default wherever they
+    can be and the environment does not forbid it; with True, ConfigError where they cannot.
     """
 
     def __init__(
@@ -90,8 +90,10 @@ class GradientEngine:
         self.decoder = self.base.get_decoder()
         self.head = self.base.get_output_embeddings()
         self.packs_are_separate = self._takes_bounds = True
-        self._graphs_asked_for = cuda_graphs is not None
-        self.cuda_graphs = graphs.wanted(cuda_graphs)
+        self._graphs_asked_for = cuda_graphs is True
+        wanted = graphs.wanted() if cuda_graphs is None else cuda_graphs
+        self._graphs_missed = wanted is True
+        self.cuda_graphs = wanted is not False
         if self.cuda_graphs and (why := self._not_recordable()):
             self._leave_graphs(why)
         self._graphs: graphs.StepGraphs | None = None
@@ -144,8 +146,7 @@ class GradientEngine:
         recorded = 0
         if self._graphs is not None:
             recorded, shape = self._graphs.most_tokens, StepShape.of(pack)
-            # the memory of recorded steps is theirs alone
-            if self._graphs.takes(shape) and not self.overflows(2 * max(shape.tokens, recorded)):
+            if not self.overflows(2 * shape.tokens):  # the memory of recorded steps is theirs alone
                 return self._graphs.run(shape, self._inputs(pack, shape), len(pack.indices))
         return self._step(self._inputs(pack).to(self.device), self.overflows(len(pack.input_ids) + recorded))
 
@@ -283,7 +284,8 @@ class GradientEngine:
         """No CUDA graphs: ConfigError if this call asked for them, a warning if the environment did."""
         if self._graphs_asked_for:
             raise ConfigError(f"cuda_graphs: CUDA graphs cannot be used: {why}; leave them off")
-        say_once(graphs.logger, f"{graphs.VARIABLE}: CUDA graphs are not used here: {why}")
+        if self._graphs_missed:
+            say_once(graphs.logger, f"{graphs.VARIABLE}: CUDA graphs are not used here: {why}")
         self.cuda_graphs = False
 
     def _not_recordable(self) -> str:
