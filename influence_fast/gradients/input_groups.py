@@ -82,8 +82,10 @@ class InputGroup:
         """x [T, d] @ weight [d, c] for a small c: one pass over x."""
         if not self.triton:
             return x @ weight
-        from influence_fast.kernels.skinny_project import MAX_COLUMNS, skinny_project
+        from influence_fast.kernels.skinny_project import MAX_COLUMNS, MOST_COLUMNS_16_BIT, skinny_project
 
+        if x.element_size() == 2 and weight.shape[1] > MOST_COLUMNS_16_BIT:
+            return x @ weight
         x = x.contiguous()
         parts = [skinny_project(x, part) for part in weight.split(MAX_COLUMNS, dim=1)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
