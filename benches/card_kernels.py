@@ -21,6 +21,7 @@ from influence_fast.kernels import rotary as rotate
 from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels import skinny_project as skinny
 from influence_fast.kernels import token_loss
+from influence_fast.kernels.counter import SignColumns
 from influence_fast.kernels.segments import Segments
 from influence_fast.products.inner_products import inner_products, quantize_rows
 
@@ -64,11 +65,11 @@ def summary(seconds: list[float]) -> dict[str, float]:
     return {"p20": at(0.2), "p50": statistics.median(ordered), "p80": at(0.8)}
 
 
-def copy_bandwidth(device: torch.device, numbers: int, rounds: int) -> float:
-    """Bytes read and written a second by a plain copy."""
-    source = torch.empty(numbers, dtype=torch.bfloat16, device=device)
+def copy_bandwidth(device: torch.device, moved: int, rounds: int) -> float:
+    """Bytes a second of a plain copy that moves so many, reads and writes together."""
+    source = torch.empty(moved // 4, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / min(timed(device, lambda: target.copy_(source), rounds, AHEAD))
+    return 2 * source.nbytes / statistics.median(timed(device, lambda: target.copy_(source), rounds, AHEAD))
 
 
 def matmul_peak(device: torch.device, size: int, rounds: int) -> float:
@@ -76,6 +77,34 @@ def matmul_peak(device: torch.device, size: int, rounds: int) -> float:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / min(timed(device, lambda: a @ b, rounds))
+
+
+def profiled(run: Callable[[], Any], device: torch.device, shown: int) -> dict[str, Any]:
+    """Seconds and calls of what `run` has a card do, by kernel (on a CPU: by operation), the longest first."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
+    run()
+    run()
+    with torch.profiler.profile(activities=activities) as watched:
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    on = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
+    calls: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    for event in watched.events():
+        if event.device_type == on:
+            own = event.device_time if device.type == "cuda" else event.self_cpu_time_total
+            calls[event.name] = calls.get(event.name, 0) + 1
+            seconds[event.name] = seconds.get(event.name, 0.0) + own / 1e6
+    longest = sorted(seconds, key=lambda kernel: -seconds[kernel])[:shown]
+    return {
+        "seconds": sum(seconds.values()),
+        "kernels": sum(calls.values()),
+        "longest": [{"kernel": k[:160], "calls": calls[k], "seconds": seconds[k]} for k in longest],
+    }
 
 
 @contextlib.contextmanager
@@ -112,12 +141,18 @@ class Table:
         if ours is None:
             return
         row["share_of_copy_bandwidth"] = share = cost.bytes / ours["p50"] / self.bandwidth
-        print(f"{name:<19} {shape:<44} {ours['p50'] * 1e6:9.1f} us  {share:.0%} of copy", flush=True)
+        # the launch, and the last programs' end, are a larger part of a short kernel's time, and of a copy's
+        as_large = copy_bandwidth(self.device, cost.bytes, self.rounds)
+        row["share_of_as_large_a_copy"] = beside = cost.bytes / ours["p50"] / as_large
+        print(
+            f"{name:<19} {shape:<44} {ours['p50'] * 1e6:9.1f} us  {share:.0%} of copy, {beside:.0%} of one as large",
+            flush=True,
+        )
 
 
 def kernels(device: torch.device, tokens: int, widths: tuple[int, ...], modules: int, rounds: int) -> dict[str, Any]:
     """Kernels against their byte floor, plain PyTorch and torch.compile; on a CPU the PyTorch side alone."""
-    table = Table(device, copy_bandwidth(device, tokens * max(widths), rounds), rounds)
+    table = Table(device, copy_bandwidth(device, 4 * tokens * max(widths), rounds), rounds)
     print(f"a copy moves {table.bandwidth / 1e12:.3f} TB/s", flush=True)
     groups: dict[str, Callable[[], None]] = {
         f"skinny_project d={d}": partial(_projections, table, tokens, d) for d in widths
@@ -147,6 +182,9 @@ def _projections(table: Table, tokens: int, d: int) -> None:
             variants["triton"] = lambda: skinny.skinny_project(x, w)  # noqa: B023
             for split in (False, True):
                 variants[f"triton, split {split}"] = lambda split=split: skinny.skinny_project(x, w, split=split)  # noqa: B023
+            if columns == RANK + DIM:
+                signs = SignColumns.of(0, ["q_proj"], DIM, device=table.device)
+                variants["triton, generated"] = lambda: skinny.skinny_project(x, w[:, :RANK], signs=signs)  # noqa: B023
         table.add("skinny_project", f"T={tokens} d={d} N={columns}", skinny.cost(tokens, d, columns), variants)
 
 
@@ -288,7 +326,10 @@ def _both_ways(
 
 
 def products(device: torch.device, rows: int, width: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """Seconds of inner products of `rows` stored rows with queries, all on the device, by ours and by PyTorch."""
+    """Seconds of inner products of `rows` stored rows with queries, all on the device, by ours and by PyTorch.
+
+    And those in which the card is busy, without the host's part, which a scoring has once and not once a block of rows.
+    """
     made = torch.randn(rows, width, device=device)
     int8, scales = (quantize.quantize_rows if device.type == "cuda" else quantize_rows)(made)
     bf16 = made.bfloat16()
@@ -304,10 +345,15 @@ def products(device: torch.device, rows: int, width: int, rounds: int) -> Iterat
         if device.type == "cuda" and count >= 32:
             rounded = queries.clamp(-1, 1).mul(127).to(torch.int8).T
             variants["torch._int_mm"] = lambda: torch._int_mm(int8, rounded).float().mul_(scales[:, None])  # noqa: B023
-        row: dict[str, Any] = {"rows": rows, "width": width, "queries": count, "seconds": {}, "errors": {}}
+        row: dict[str, Any] = {"rows": rows, "width": width, "queries": count}
+        row |= {"seconds": {}, "card_seconds": {}, "errors": {}}
         for name, run in variants.items():
             with failing(f"{count} queries, {name}", row["errors"], name):
                 row["seconds"][name] = summary(timed(device, run, rounds))
-        times = ", ".join(f"{name} {s['p50'] * 1e3:.2f} ms" for name, s in row["seconds"].items())
+                row["card_seconds"][name] = profiled(run, device, 1)["seconds"]
+        times = ", ".join(
+            f"{name} {s['p50'] * 1e3:.2f} ms ({row['card_seconds'][name] * 1e3:.2f} on the card)"
+            for name, s in row["seconds"].items()
+        )
         print(f"{count:>4} queries of {rows} rows: {times}", flush=True)
         yield row

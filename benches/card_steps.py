@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 import influence_fast as inf
-from benches.card_kernels import DIM, RANK, failing, matmul_peak, summary, timed
+from benches.card_kernels import DIM, RANK, failing, matmul_peak, profiled, summary, timed
 from influence_fast.data.packing import pack_examples
 from influence_fast.gradients import attention, fp8
 from influence_fast.gradients import streaming as stream
@@ -34,6 +34,7 @@ LONG = ("Qwen2.5-7B", (3584, 18_944, 28, 4, 152_064, 28))
 SMOKE_SHAPES = {"tiny": (64, 128, 2, 1, 300, 2)}
 ANY_ORDER = "triton, attention in any order"
 OWN_LAYERS = "triton, the model's own norms and MLPs"
+NO_GRAPHS = "triton, operation by operation"
 
 
 def model_of(shape: tuple[int, ...], device: torch.device) -> Any:
@@ -71,8 +72,8 @@ def ways_of(device: torch.device) -> dict[str, dict[str, Any]]:
     ways: dict[str, dict[str, Any]] = {"torch": {"backend": "torch"}}
     if device.type != "cuda":
         return ways
-    ways |= {"triton": {"backend": "triton"}, "triton graphs": {"backend": "triton", "cuda_graphs": True}}
-    ways |= {way: {"backend": "triton"} for way in (OWN_LAYERS, ANY_ORDER)}
+    ways |= {way: {"backend": "triton"} for way in ("triton", OWN_LAYERS, ANY_ORDER)}
+    ways[NO_GRAPHS] = {"backend": "triton", "cuda_graphs": False}
     if torch.cuda.get_device_capability(device) >= fp8.LOWEST_CAPABILITY:
         ways["triton fp8"] = {"backend": "triton", "precision": fp8.FP8}
     return ways
@@ -226,43 +227,18 @@ def profile(device: torch.device, shapes: dict[str, Any], tokens: int, shown: in
         model = model_of(shape, device)
         batch = Batch.of(tokens, shape[4], device)
         with GradientEngine(model, inf.Projection(dim=DIM)) as engine:
-            yield {"model": name, "step": "ours", **_profiled(partial(engine.run, batch.pack), device, shown)}
-        yield {"model": name, "step": "plain", **_profiled(partial(batch.plain_step, model), device, shown)}
+            yield {"model": name, "step": "ours", **profiled(partial(engine.run, batch.pack), device, shown)}
+        yield {"model": name, "step": "plain", **profiled(partial(batch.plain_step, model), device, shown)}
         del model, batch
 
 
-def _profiled(run: Callable[[], Any], device: torch.device, shown: int) -> dict[str, Any]:
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity
-
-    activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
-    run()
-    run()
-    with torch.profiler.profile(activities=activities) as watched:
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    on = DeviceType.CUDA if device.type == "cuda" else DeviceType.CPU
-    calls: dict[str, int] = {}
-    seconds: dict[str, float] = {}
-    for event in watched.events():
-        if event.device_type == on:
-            own = event.device_time if device.type == "cuda" else event.self_cpu_time_total
-            calls[event.name] = calls.get(event.name, 0) + 1
-            seconds[event.name] = seconds.get(event.name, 0.0) + own / 1e6
-    longest = sorted(seconds, key=lambda kernel: -seconds[kernel])[:shown]
-    return {
-        "seconds": sum(seconds.values()),
-        "kernels": sum(calls.values()),
-        "longest": [{"kernel": k[:160], "calls": calls[k], "seconds": seconds[k]} for k in longest],
-    }
-
-
-def crossing(device: torch.device, shape: tuple[int, ...], tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Seconds of eight packs with their rows on the host, by how the rows get there."""
+def crossing(
+    device: torch.device, shape: tuple[int, ...], tokens: int, packs: int, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """Seconds of some packs with their rows on the host, by how the rows get there; the engine's opening included."""
     model = model_of(shape, device)
     length = tokens // 16
-    ids = [torch.randint(0, shape[4], (length,)) for _ in range(8 * 16)]
+    ids = [torch.randint(0, shape[4], (length,)) for _ in range(packs * 16)]
     examples = [{"input_ids": i, "labels": i} for i in ids]
     projection = inf.Projection(dim=DIM)
 
@@ -277,13 +253,10 @@ def crossing(device: torch.device, shape: tuple[int, ...], tokens: int, rounds: 
 
     ways: dict[str, Callable[[], Any]] = {"waited for": waiting}
     ways |= {f"behind, {dtype}": lambda dtype=dtype: behind(dtype) for dtype in ("fp32", "bf16", "int8")}
-    found: dict[str, list[float]] = {}
-    for _ in range(rounds):
-        for way, run in ways.items():
-            found.setdefault(way, []).extend(timed(device, run, 1))
-    for way, seconds in found.items():
-        print(f"rows {way:<14} {statistics.median(seconds):.4f} s for 8 packs", flush=True)
-    return [{"rows": way, "packs": 8, "tokens": tokens, "seconds": summary(s)} for way, s in found.items()]
+    for way, run in ways.items():
+        seconds = summary(timed(device, run, rounds))
+        print(f"rows {way:<14} {seconds['p50']:.4f} s for {packs} packs", flush=True)
+        yield {"rows": way, "packs": packs, "tokens": tokens, "seconds": seconds}
 
 
 def streaming(device: torch.device, shape: tuple[int, ...], tokens: int, rounds: int) -> Iterator[dict[str, Any]]:
@@ -300,6 +273,7 @@ def streaming(device: torch.device, shape: tuple[int, ...], tokens: int, rounds:
             with mock.patch.object(stream, "_KERNEL_COLUMNS", columns):
                 reducer = partial(stream.StreamReducer, queries=queries)  # by the linears and their layout
                 with GradientEngine(model, None, reducer=reducer) as engine:
+                    engine.run(pack)  # a shape is recorded when it is seen again, which the warm-up then is
                     seconds[way] = summary(timed(device, lambda engine=engine: engine.run(pack), rounds))
         print(
             f"{count:>3} streamed queries: " + ", ".join(f"{w} {s['p50']:.4f} s" for w, s in seconds.items()),
@@ -313,7 +287,7 @@ def long_trace(device: torch.device, name: str, shape: tuple[int, ...], tokens: 
     model = model_of(shape, device)
     ids = torch.randint(0, shape[4], (tokens,))
     (pack,) = pack_examples([{"input_ids": ids, "labels": ids}], tokens)
-    with GradientEngine(model, inf.Projection(dim=DIM)) as engine:
+    with GradientEngine(model, inf.Projection(dim=DIM), cuda_graphs=False) as engine:
         if engine.room is not None:  # as on a card of 80 GB that holds nothing else
             engine.room = min(engine.room, 80 * 10**9 - torch.cuda.memory_allocated())
         recomputed = engine.overflows(tokens)

@@ -8,10 +8,10 @@ kernels    At Qwen2.5-7B's widths against the card's measured copy bandwidth, pl
 steps      Whole per-example-gradient steps at the shapes of Qwen2.5-0.5B, 1.5B and 7B (random weights, a few layers)
            beside a plain LoRA forward+backward of the same packed batch: seconds, tokens a second, model-FLOP
            utilisation, the share of the time in which the host is still launching, and the batch's peak memory beside
-           the sum of docs/memory.md. As CUDA graphs too, with 8-bit base products where the card has them, and with
-           attention that adds up in any order.
+           the sum of docs/memory.md. Operation by operation too, without CUDA graphs; with 8-bit base products where
+           the card has them; with attention that adds up in any order.
 profile    Where a step's time on the card goes, kernel by kernel, ours and plain (7B and 0.5B).
-crossing   Rows to the host over eight packs: waited for after each, or written behind as fp32, bf16 and int8.
+crossing   Rows to the host over some packs: waited for after each, or written behind as fp32, bf16 and int8.
 streaming  Scores by the number of queries, by the kernel and by forming a factor's gradients.
 products   Inner products of stored rows with queries, both on the card, by our kernels and by PyTorch.
 long       One trace of 32k tokens through a whole model of Qwen2.5-7B's shape: does it fit, how long does it take.
@@ -184,8 +184,9 @@ def _kernels_table(part: dict[str, Any]) -> list[str]:
     lines = [
         f"A plain copy moves {part['copy_bytes_per_second'] / 1e12:.2f} TB/s, reads and writes together.",
         "",
-        "| kernel | shape | p50 us | share of copy bandwidth | PyTorch / ours | torch.compile / ours |",
-        "|---|---|---|---|---|---|",
+        "| kernel | shape | p50 us | share of copy bandwidth | of a copy of as many bytes | PyTorch / ours "
+        "| torch.compile / ours |",
+        f"{'|---' * 7}|",
     ]
     for row in part["rows"]:
         if "share_of_copy_bandwidth" not in row:
@@ -197,16 +198,16 @@ def _kernels_table(part: dict[str, Any]) -> list[str]:
         )
         lines.append(
             f"| {row['kernel']} | {row['shape']} | {ours * 1e6:.1f} | {row['share_of_copy_bandwidth']:.0%} | "
-            f"{plain} | {compiled} |"
+            f"{row['share_of_as_large_a_copy']:.0%} | {plain} | {compiled} |"
         )
     return lines
 
 
 def _steps_table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| model | layers | tokens | / plain LoRA step | tokens/s | MFU | as graphs, / plain | with fp8, / plain "
-        "| the model's own norms and MLPs, / plain | attention in any order, / plain | PyTorch alone, / plain "
-        "| launching | as graphs | batch GiB | by the sum |",
+        "| model | layers | tokens | / plain LoRA step | tokens/s | MFU | operation by operation, / plain "
+        "| with fp8, / plain | the model's own norms and MLPs, / plain | attention in any order, / plain "
+        "| PyTorch alone, / plain | launching | operation by operation | batch GiB | by the sum |",
         f"{'|---' * 15}|",
     ]
     for row in rows:
@@ -214,10 +215,10 @@ def _steps_table(rows: list[dict[str, Any]]) -> list[str]:
             continue
         memory = "" if row.get("batch_memory_gib") is None else f"{row['batch_memory_gib']:.2f}"
         plain, shares = row["seconds"]["plain LoRA step"]["p50"], row["launching_share"]
-        ways = ("triton graphs", "triton fp8", card_steps.OWN_LAYERS, card_steps.ANY_ORDER, "torch")
+        ways = (card_steps.NO_GRAPHS, "triton fp8", card_steps.OWN_LAYERS, card_steps.ANY_ORDER, "torch")
         others = [row["seconds"].get(f"ours, {way}") for way in ways]
         cells = ["" if other is None else f"{other['p50'] / plain:.3f}" for other in others]
-        cells += [f"{shares[way]:.0%}" if way in shares else "" for way in ("triton", "triton graphs")]
+        cells += [f"{shares[way]:.0%}" if way in shares else "" for way in ("triton", card_steps.NO_GRAPHS)]
         lines.append(
             f"| {row['model']} | {row['layers']} | {row['tokens']} | {row['ratio_to_plain']:.3f} | "
             f"{row['tokens_per_second']:.0f} | {row['model_flop_utilisation']:.0%} | {' | '.join(cells)} | "
@@ -258,9 +259,15 @@ def _streaming_table(rows: list[dict[str, Any]]) -> list[str]:
 
 def _products_table(rows: list[dict[str, Any]]) -> list[str]:
     ways = ("ours, int8", "torch._int_mm", "ours, bf16", "PyTorch, bf16")
-    lines = [f"| rows | numbers a row | queries | {', ms | '.join(ways)}, ms |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "Milliseconds, and those in which the card is busy:",
+        "",
+        f"| rows | numbers a row | queries | {' | '.join(ways)} |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
-        cells = [f"{row['seconds'][way]['p50'] * 1e3:.2f}" if way in row["seconds"] else "" for way in ways]
+        found, busy = row["seconds"], row["card_seconds"]
+        cells = [f"{found[w]['p50'] * 1e3:.2f} ({busy[w] * 1e3:.2f})" if w in busy else "" for w in ways]
         lines.append(f"| {row['rows']} | {row['width']} | {row['queries']} | {' | '.join(cells)} |")
     return lines
 
@@ -315,7 +322,7 @@ def main() -> None:
     session.part("steps", lambda: card_steps.steps(device, shapes, tokens, few, deadline))
     profiled = {name: shape for name, shape in shapes.items() if not name.endswith("1.5B")}
     session.part("profile", lambda: card_steps.profile(device, profiled, tokens))
-    session.part("crossing", lambda: card_steps.crossing(device, tiny, short, few))
+    session.part("crossing", lambda: card_steps.crossing(device, tiny, short, 8 * few, 2))
     session.part("streaming", lambda: card_steps.streaming(device, tiny, short, few))
     session.part("products", lambda: card_kernels.products(device, *stored, few))
     session.part("long", lambda: card_steps.long_trace(device, *long, 1))

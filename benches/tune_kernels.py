@@ -82,7 +82,7 @@ def projections() -> Iterator[Candidate]:
             (128, 128, 8, 4),
         )
     ]
-    for d, (columns, by_column) in product((3584, 18_944), ((32, False), (32, True), (96, False))):
+    for d, (columns, by_column) in product((3584, 18_944), ((32, False), (32, True), (64, False))):
         x = torch.randn(TOKENS, d, device=CUDA).bfloat16()
         w = torch.randn(d, columns, device=CUDA).bfloat16()
         w = w.T.contiguous().T if by_column else w  # as forward weights lie, and as backward weights do
@@ -165,7 +165,7 @@ def main() -> None:
         share, _, shares = args.compile.partition("/")
         compile_all(candidates, int(share), int(shares))
         return
-    bandwidth = copy_bandwidth(CUDA, TOKENS * 18_944, 20)
+    bandwidth = copy_bandwidth(CUDA, 4 * TOKENS * 18_944, 20)
     found: dict[str, list[tuple[float, str]]] = {}
     for candidate in candidates:
         try:

@@ -57,6 +57,7 @@ def test_a_part_that_fails_stops_no_other_and_keeps_what_was_measured(tmp_path: 
             "width": 4,
             "queries": 2,
             "seconds": {},
+            "card_seconds": {},
             "errors": {"PyTorch, bf16": "RuntimeError: no\nroom"},
         }
         raise RuntimeError("later")
