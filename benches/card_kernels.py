@@ -27,6 +27,7 @@ from influence_fast.products.inner_products import inner_products, quantize_rows
 
 RANK = DIM = 16
 MODULES = 196  # LoRA linears of Qwen2.5-7B
+HOST_ROWS, STREAMED = "int8 rows of the host, by its cores", "int8 rows of the host, streamed"
 AHEAD = 1_000_000  # cycles, half a millisecond
 
 Variants = dict[str, Callable[[], Any]]
@@ -334,6 +335,7 @@ def products(device: torch.device, rows: int, width: int, rounds: int) -> Iterat
     int8, scales = (quantize.quantize_rows if device.type == "cuda" else quantize_rows)(made)
     bf16 = made.bfloat16()
     del made
+    on_host, its_scales = int8.cpu().numpy(), scales.cpu().numpy()
     ours = None if device.type == "cuda" else "torch"
     for count in (2, 64, 512):
         queries = torch.randn(count, width, device=device)
@@ -342,6 +344,10 @@ def products(device: torch.device, rows: int, width: int, rounds: int) -> Iterat
             "ours, bf16": lambda: inner_products(bf16, queries, isa=ours),  # noqa: B023
             "PyTorch, bf16": lambda: bf16 @ queries.bfloat16().T,  # noqa: B023
         }
+        host = partial(inner_products, on_host, queries.cpu().numpy(), row_scales=its_scales)
+        variants[HOST_ROWS] = host
+        if device.type == "cuda":
+            variants[STREAMED] = partial(host, device=device)
         if device.type == "cuda" and count >= 32:
             rounded = queries.clamp(-1, 1).mul(127).to(torch.int8).T
             variants["torch._int_mm"] = lambda: torch._int_mm(int8, rounded).float().mul_(scales[:, None])  # noqa: B023

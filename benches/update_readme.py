@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benches.gpu_session import TABLES
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benches" / "results"
 PROOF_METHODS = {
@@ -204,12 +206,51 @@ def launches(result: dict[str, Any]) -> list[str]:
     return [*lines, "", f"`python -m benches.launches`: {measured(result)}", ""]
 
 
+CARD_PARTS = {
+    "steps": "Whole steps: per-example projected gradients of a packed batch over a plain LoRA forward and backward "
+    "of the same tokens, random weights, a few layers of the larger models, bf16",
+    "long": "One long trace through a whole model",
+    "kernels": "Kernels against a plain copy",
+    "profile": "Where a step's time goes",
+    "crossing": "Rows to the host, a model of 0.5B's shape",
+    "streaming": "Scores without rows, one pack",
+    "products": "Inner products of rows on the card",
+}
+
+
+def card(sessions: list[dict[str, Any]]) -> list[str]:
+    """Each part of `gpu_session` from the last session that measured it."""
+    lines = []
+    for part, about in CARD_PARTS.items():
+        last = [session for session in sessions if session.get(part)][-1:]
+        for session in last:
+            lines += [f"{about}:", "", *TABLES[part](session[part]), "", measured(session), ""]
+    return [*lines, "All by `python -m benches.gpu_session`.", ""]
+
+
+def card_steps(sessions: list[dict[str, Any]]) -> str:
+    """The headline of the whole steps; empty where none was measured."""
+    for session in reversed(sessions):
+        rows = [row for row in session.get("steps", []) if "ratio_to_plain" in row]
+        if rows:
+            ratios = ", ".join(
+                f"{row['model'].removeprefix('Qwen2.5-')} **{row['ratio_to_plain']:.2f}** "
+                f"({row['model_flop_utilisation']:.0%} of the matmul peak)"
+                for row in rows
+            )
+            card = session["machine"]["gpu"].removeprefix("NVIDIA ")
+            return f"| the same on an {card}, bf16, by size of the model | {ratios} |"
+    return ""
+
+
 def _external(result: dict[str, Any]) -> list[str]:
     ours = {row["method"] for row in result["cost"]["rows"]}
     return [row["method"] for row in result["lds"]["rows"] if row["method"] not in ours]
 
 
-def headlines(found: dict[str, dict[str, Any]], proofs: dict[str, dict[str, Any]]) -> list[str]:
+def headlines(
+    found: dict[str, dict[str, Any]], proofs: dict[str, dict[str, Any]], sessions: list[dict[str, Any]]
+) -> list[str]:
     """The README's few figures, each with what it is compared with."""
     lines = ["| what | figure |", "|---|---|"]
     if (mini := found.get("paper-mini-cpu")) is not None:
@@ -245,6 +286,8 @@ def headlines(found: dict[str, dict[str, Any]], proofs: dict[str, dict[str, Any]
             lines.append(f"| the same with rows sketched to 4,096 numbers, 8 kB | {'<br>'.join(cells)} |")
     if (gradients := found.get("gradients-cpu")) is not None:
         lines.append(f"| time of per-example gradients over a plain LoRA step | {_span(gradients['ratio'][FASTER])} |")
+    if line := card_steps(sessions):
+        lines.append(line)
     if (peers := found.get("peers-cpu")) is not None:
         times = peers["worlds"]["math500"]["targets"]["end_to_end"].items()
         lines.append(
@@ -274,7 +317,9 @@ def _queries_lds(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["method"]: row for row in result["lds"]["rows"] if (row["group"], row["of"]) == ("all", "queries")}
 
 
-def whole_tables(found: dict[str, dict[str, Any]], proofs: dict[str, dict[str, Any]]) -> list[str]:
+def whole_tables(
+    found: dict[str, dict[str, Any]], proofs: dict[str, dict[str, Any]], sessions: list[dict[str, Any]]
+) -> list[str]:
     """docs/results.md: every table, with the command and machine that made it."""
     lines = [
         "# Results",
@@ -295,6 +340,8 @@ def whole_tables(found: dict[str, dict[str, Any]], proofs: dict[str, dict[str, A
             sections.append((title, render(found[name])))
     if proofs:
         sections.insert(1, ("Scores against retraining", proof(proofs)))
+    if sessions:
+        sections.insert(3, ("On a card", card(sessions)))
     for title, table in sections:
         lines += [f"## {title}", "", *table]
     lines += ["## Suites", ""]
@@ -311,11 +358,14 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     proofs = {name.removeprefix("proof-"): result for name, result in found.items() if name.startswith("proof-")}
+    sessions = sorted(
+        (result for name, result in found.items() if name.startswith("gpu-")), key=lambda r: r["measured"]
+    )
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     _, after = rest.split(END)
-    readme.write_text(before + BEGIN + "\n" + "\n".join(headlines(found, proofs)) + END + after)
-    (ROOT / "docs" / "results.md").write_text("\n".join(whole_tables(found, proofs)))
+    readme.write_text(before + BEGIN + "\n" + "\n".join(headlines(found, proofs, sessions)) + END + after)
+    (ROOT / "docs" / "results.md").write_text("\n".join(whole_tables(found, proofs, sessions)))
 
 
 if __name__ == "__main__":
