@@ -25,6 +25,7 @@ import torch
 
 from influence_fast.kernels import project_flat, rms_norm, segment_bilinear, segment_outer, skinny_project
 from influence_fast.kernels.counter import SignColumns, fill_signs, fill_sjlt
+from influence_fast.kernels.fp8_rows import fp8_rows
 from influence_fast.kernels.gated_silu import gated_silu, gated_silu_backward
 from influence_fast.kernels.quantize_rows import quantize_rows
 from influence_fast.kernels.rotary import rotary
@@ -35,12 +36,15 @@ from influence_fast.kernels.token_loss import token_loss
 # Shared memory a block may ask for, bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 ARCHITECTURES = tuple(SHARED_LIMIT)
+# Kernels that are for newer cards alone: e4m3 is there from compute capability 8.9 on, as 8-bit products are.
+NEWER = {"_fp8_rows_kernel": 89}
 
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -209,8 +213,15 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         )
         yield f"gated_silu {case}", lambda x=one: [gated_silu(x, x), gated_silu_backward(x, x, x)]
         yield f"quantize_rows {case}", lambda x=one: quantize_rows(x.float())
+        yield f"fp8_rows {case}", lambda x=one: fp8_rows(x)
     for width in (16, 8192, 8191):
         yield f"quantize_rows K={width}", lambda k=width: quantize_rows(tensor(16, k, dtype=torch.float32))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for width in (48, 512, 896, 3584, 4864, 18_944, 18_943):
+            yield (
+                f"fp8_rows {_TYPES[dtype]} k={width}",
+                lambda d=dtype, k=width: fp8_rows(tensor(1000, k, dtype=d), 1008),
+            )
     for dtype in (torch.bfloat16, torch.float32):
         for vocabulary in (152_064, 61):
             yield (
@@ -230,7 +241,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def measure(architectures: tuple[int, ...] = ARCHITECTURES, only: str = "") -> list[Resources]:
-    """Compiles every distinct launch of every case whose name contains `only`, for each architecture."""
+    """Compiles every distinct launch of every case whose name contains `only`, for each architecture it is for."""
     if WHY_NO_TRITON:
         raise RuntimeError(WHY_NO_TRITON)
     if INTERPRETED:
@@ -246,7 +257,8 @@ def measure(architectures: tuple[int, ...] = ARCHITECTURES, only: str = "") -> l
             identity = _identity(item)
             if identity not in seen:
                 seen.add(identity)
-                work += [(case, item, arch) for arch in architectures]
+                lowest = NEWER.get(item.kernel.__name__, 0)
+                work += [(case, item, arch) for arch in architectures if arch >= lowest]
     results = [(case, item, arch, _compile(item, arch)) for case, item, arch in work]
     with ThreadPoolExecutor(max_workers=2) as pool:
         return list(pool.map(lambda found: _read(*found), results))

@@ -103,8 +103,11 @@ def launch(
         kernel[grid](**arguments, **constants, num_warps=num_warps, num_stages=num_stages)
 
 
-def unavailable(device: torch.device | str) -> str:
-    """Why a Triton kernel cannot run on tensors of this device; empty if it can, or is only recorded."""
+def unavailable(device: torch.device | str, lowest: tuple[int, int] = (8, 0)) -> str:
+    """Why a Triton kernel cannot run on tensors of this device; empty if it can, or is only recorded.
+
+    lowest: compute capability that it needs.
+    """
     if _recorded is not None:
         return ""
     if WHY_NO_TRITON:
@@ -114,7 +117,7 @@ def unavailable(device: torch.device | str) -> str:
         return "no CUDA device is visible"
     if kind == "cuda" and not INTERPRETED:
         capability = torch.cuda.get_device_capability(device)
-        return "" if capability >= (8, 0) else f"compute capability {capability} is below 8.0"
+        return "" if capability >= lowest else f"compute capability {capability} is below {lowest[0]}.{lowest[1]}"
     if INTERPRETED and kind in ("cpu", "cuda"):
         return ""
     return f"Triton kernels need CUDA tensors, not {kind!r} (or TRITON_INTERPRET=1 set before Python starts)"
@@ -127,7 +130,7 @@ def processors(device: torch.device) -> int:
     return 132
 
 
-def check_device(name: str, **tensors: Tensor | None) -> torch.device:
+def check_device(name: str, lowest: tuple[int, int] = (8, 0), **tensors: Tensor | None) -> torch.device:
     """The one device that all given tensors share; ConfigError if they do not, or if no kernel can run there."""
     present = {key: tensor for key, tensor in tensors.items() if tensor is not None}
     devices = {tensor.device for tensor in present.values()}
@@ -135,7 +138,7 @@ def check_device(name: str, **tensors: Tensor | None) -> torch.device:
         where = ", ".join(f"{key} on {tensor.device}" for key, tensor in present.items())
         raise ConfigError(f"{name}: tensors must share one device, got {where}; move them with .to(device)")
     device = devices.pop()
-    if why := unavailable(device):
+    if why := unavailable(device, lowest):
         raise ConfigError(f"{name}: {why}; the PyTorch `reference` beside the kernel runs anywhere")
     return device
 

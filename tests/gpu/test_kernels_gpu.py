@@ -13,6 +13,8 @@ from influence_fast.kernels import segment_bilinear as bilinear
 from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels import skinny_project as skinny
 from influence_fast.kernels.counter import SignColumns
+from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY, fp8_rows
+from influence_fast.kernels.fp8_rows import reference as fp8_reference
 from influence_fast.kernels.runtime import INTERPRETED, unavailable
 from influence_fast.kernels.segments import Segments
 
@@ -37,6 +39,8 @@ def test_kernel_agrees_with_float64(case: Case) -> None:
 
 @pytest.mark.parametrize("check", checks.CHECKS, ids=lambda check: check.__name__)
 def test_property(check: checks.Check) -> None:
+    if "e4m3" in check.__name__ and (why := unavailable(CUDA, LOWEST_CAPABILITY)):
+        pytest.skip(why)
     check(CUDA)
 
 
@@ -66,6 +70,18 @@ def test_generated_columns_at_the_width_of_a_model(names: tuple[str, ...], dim: 
     signs = SignColumns.of(0, names, dim, device=CUDA)
     made = skinny.skinny_project(x, w, signs=signs, out_dtype=torch.float32)
     assert relative_norm(made, skinny.reference(x.double(), w.double(), signs=signs)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("features", [512, 896, 3584, 18_944])
+def test_e4m3_rows_at_the_widths_of_models(features: int, dtype: torch.dtype) -> None:
+    if why := unavailable(CUDA, LOWEST_CAPABILITY):
+        pytest.skip(why)
+    matrix = normal(1_031, features, dtype=dtype, device=CUDA)
+    values, scales = fp8_rows(matrix, 1_040)
+    expected = fp8_reference(matrix.cpu(), 1_040)
+    assert torch.equal(scales.cpu(), expected[1])
+    assert torch.equal(values.cpu().view(torch.uint8), expected[0].view(torch.uint8))
 
 
 def test_segment_outer_over_a_long_trace() -> None:

@@ -1,6 +1,7 @@
-"""Makes Triton's interpreter round float32 to bfloat16 as cards and PyTorch do; of itself it cuts the digits off.
+"""Makes Triton's interpreter convert numbers as cards and PyTorch do, and round a multiply-add once.
 
-Cutting off errs by twice as much, and always towards zero, which adds up where a model rounds after every operation.
+Of itself it cuts the digits of bfloat16 off, which errs by twice as much, and always towards zero, which adds up where
+a model rounds after every operation; e4m3 it does not round to even; subnormal bfloat16 numbers it reads wrongly.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 
 def nearest_even(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -19,7 +21,7 @@ def nearest_even(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def round_as_cards_do() -> None:
     """From here on in this process; Triton's interpreter must be on."""
-    from triton.language import bfloat16, float32
+    from triton.language import bfloat16, float8e4nv, float32
     from triton.runtime import interpreter
 
     own = interpreter._convert_float
@@ -27,6 +29,16 @@ def round_as_cards_do() -> None:
     def convert(numbers: Any, source: Any, target: Any, rounding_mode: Any) -> Any:
         if source == float32 and target == bfloat16:
             return nearest_even(numbers)
+        if source == bfloat16 and target == float32:
+            return (np.ascontiguousarray(numbers).astype(np.uint32) << 16).view(np.float32)
+        if source == float32 and target == float8e4nv:
+            return torch.from_numpy(np.ascontiguousarray(numbers)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         return own(numbers, source, target, rounding_mode)
 
+    def fused(builder: Any, x: Any, y: Any, z: Any) -> Any:
+        """x y + z of float32: the product is exact in float64, and so is a remainder."""
+        total = x.data.astype(np.float64) * y.data + z.data
+        return interpreter.TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
+
     interpreter._convert_float = convert
+    interpreter.InterpreterBuilder.create_fma = fused

@@ -17,6 +17,8 @@ from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.projection import Projection, sign_matrix, sjlt_map
 from influence_fast.kernels.counter import SignColumns, fill_signs, fill_sjlt
+from influence_fast.kernels.fp8_rows import fp8_rows
+from influence_fast.kernels.fp8_rows import reference as fp8_reference
 from influence_fast.kernels.gated_silu import gated_silu, gated_silu_backward
 from influence_fast.kernels.project_flat import FlatSketch, project_flat
 from influence_fast.kernels.quantize_rows import quantize_rows, reference
@@ -199,6 +201,70 @@ def quantized_rows_that_are_not_finite_have_no_scale(device: torch.device) -> No
         assert torch.equal(by_hand[1].isnan(), scales.isnan())
 
 
+def _rows_for_fp8(n: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Rows of every size that the dtype has, some of zeros, in a wider buffer; halves between two e4m3 numbers."""
+    least, most = (-7, 4) if dtype == torch.float16 else (-44, 37)
+    wide = normal(n, width + 3, dtype=torch.float64, device=torch.device("cpu"), seed=width)
+    wide *= 10.0 ** torch.linspace(least, most, n, dtype=torch.float64)[:, None]
+    wide[n // 2] = 0
+    if width > 7 and n > 1:  # a scale of 1; the last two of them lie on either side of zero's half
+        wide[0, 2:10] = torch.tensor([448.0, 17.0, -19.0, -0.0, 2.0**-10, 3 * 2.0**-10, 1.01 * 2.0**-10, -(2.0**-10)])
+        wide[0, 10:] = wide[0, 10:].clamp(-400, 400)
+    if width > 7 and n > 4 and dtype == torch.float32:  # quotients next to a half, whose remainders have no fp32 number
+        for row, pair in ((1, ("0x1.2106f8p-115", "0x1.b18a76p-125")), (2, ("0x1.257fc8p-112", "0x1.e22d58p-127"))):
+            wide[row] = 0
+            wide[row, 3:5] = torch.tensor([float.fromhex(number) for number in pair], dtype=torch.float64)
+    return wide.to(dtype).to(device)[:, 2 : 2 + width]
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return values.view(torch.uint8).cpu()
+
+
+def rows_in_e4m3_have_the_bits_of_pytorch_on_a_cpu(device: torch.device) -> None:
+    for dtype in (torch.float32, BF16, torch.float16):
+        for n, width in ((1, 1), (2, 17), (300, 5), (7, 131), (33, 512), (5, 4095), (5, 4096), (9, 4097), (2, 8193)):
+            matrix = _rows_for_fp8(n, width, dtype, device)
+            values, scales = fp8_rows(matrix)
+            assert (values.dtype, values.shape, scales.shape) == (torch.float8_e4m3fn, (n, width), (n, 1))
+            for where in (torch.device("cpu"), device):
+                expected = fp8_reference(matrix.to(where))
+                assert torch.equal(scales.cpu(), expected[1].cpu())
+                assert torch.equal(_bytes(values), _bytes(expected[0]))
+            alone = fp8_rows(matrix[n - 1 :])
+            assert torch.equal(_bytes(alone[0]), _bytes(values[n - 1 :]))
+            assert torch.equal(alone[1], scales[n - 1 :])
+    assert fp8_rows(torch.empty(0, 5, device=device))[0].shape == (0, 5)
+
+
+def rows_beside_a_matrix_are_zeros_in_e4m3(device: torch.device) -> None:
+    for n, width, rows in ((1, 1, 2), (3, 40, 272), (257, 70, 272), (2, 4097, 16)):
+        matrix = _rows_for_fp8(n, width, BF16, device)
+        values, scales = fp8_rows(matrix, rows)
+        expected = fp8_rows(matrix)
+        assert torch.equal(_bytes(values[:n]), _bytes(expected[0]))
+        assert torch.equal(scales[:n], expected[1])
+        assert not _bytes(values[n:]).any()
+        assert (scales[n:] == 1).all()
+        by_hand = fp8_reference(matrix, rows)
+        assert torch.equal(_bytes(by_hand[0]), _bytes(values))
+        assert torch.equal(by_hand[1], scales)
+
+
+def rows_in_e4m3_that_are_not_finite_stay_so(device: torch.device) -> None:
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        for width in (70, 4100):
+            matrix = normal(3, width, dtype=torch.float32, device=device)
+            good = fp8_rows(matrix)
+            matrix[1, width - 1] = bad
+            values, scales = fp8_rows(matrix)
+            expected = fp8_reference(matrix.cpu())
+            torch.testing.assert_close(values.float().cpu(), expected[0].float(), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(scales.cpu(), expected[1], rtol=0, atol=0, equal_nan=True)
+            assert scales.isfinite().flatten().tolist() == [True, False, True]
+            assert torch.equal(_bytes(values)[[0, 2]], _bytes(good[0])[[0, 2]])
+
+
 def rows_for_a_bf16_store_are_written_by_the_kernel(device: torch.device) -> None:
     """The whole path, where the sums are final: bf16 rows from `segment_outer`; with a sketch behind it, fp32."""
     torch.manual_seed(0)
@@ -281,6 +347,9 @@ CHECKS: list[Check] = [
     cu_seqlens_serve_as_segments,
     quantized_rows_are_those_of_the_store,
     quantized_rows_that_are_not_finite_have_no_scale,
+    rows_in_e4m3_have_the_bits_of_pytorch_on_a_cpu,
+    rows_beside_a_matrix_are_zeros_in_e4m3,
+    rows_in_e4m3_that_are_not_finite_stay_so,
     rows_for_a_bf16_store_are_written_by_the_kernel,
     a_token_has_one_loss_whatever_its_neighbours,
     logits_that_are_not_finite_give_such_losses,
@@ -397,6 +466,30 @@ REFUSALS = [
         ConfigError,
         "quantize_rows: rows have no numbers",
         lambda device: quantize_rows(torch.zeros(2, 0, device=device)),
+    ),
+    Refusal(
+        "rows for 8 bits in float64",
+        ConfigError,
+        "float32, bfloat16, float16; got matrix float64",
+        lambda device: fp8_rows(torch.zeros(2, 3, dtype=torch.float64, device=device)),
+    ),
+    Refusal(
+        "rows for 8 bits that are columns",
+        ConfigError,
+        "fp8_rows: the last dimension of matrix must be contiguous",
+        lambda device: fp8_rows(torch.zeros(2, 3, device=device).T),
+    ),
+    Refusal(
+        "fewer rows in 8 bits than there are",
+        ConfigError,
+        r"fp8_rows: cannot make 1 rows of \(2, 3\)",
+        lambda device: fp8_rows(torch.zeros(2, 3, device=device), 1),
+    ),
+    Refusal(
+        "rows for 8 bits of no numbers",
+        ConfigError,
+        r"fp8_rows: cannot make 2 rows of \(2, 0\)",
+        lambda device: fp8_rows(torch.zeros(2, 0, device=device)),
     ),
     Refusal(
         "losses that are not float32",

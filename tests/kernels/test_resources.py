@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benches.kernel_resources import NEWER
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -51,10 +53,11 @@ def test_shared_memory_fits_the_card(resources: list[dict]) -> None:
 
 
 @pytest.mark.slow
-def test_every_kernel_is_compiled_for_both_architectures(resources: list[dict]) -> None:
+def test_every_kernel_is_compiled_for_every_architecture_it_is_for(resources: list[dict]) -> None:
     written = set()
     for file in (ROOT / "kernels").glob("*.py"):
         written |= set(re.findall(r"^def (_\w+_kernel)\(", file.read_text(), re.MULTILINE))
     assert len(written) >= 10
     for arch in (80, 90):
-        assert {row["kernel"] for row in resources if row["arch"] == arch} == written
+        left_out = {kernel for kernel, lowest in NEWER.items() if arch < lowest}
+        assert {row["kernel"] for row in resources if row["arch"] == arch} == written - left_out

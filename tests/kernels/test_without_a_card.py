@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from influence_fast.errors import ConfigError
 from influence_fast.kernels import (
+    fp8_rows,
     gated_silu,
     project_flat,
     quantize_rows,
@@ -22,7 +23,7 @@ from influence_fast.kernels import (
     skinny_project,
     token_loss,
 )
-from influence_fast.kernels.runtime import INTERPRETED
+from influence_fast.kernels.runtime import INTERPRETED, WHY_NO_TRITON, unavailable
 from influence_fast.kernels.segments import Segments
 from influence_fast.products import inner_products as products
 
@@ -65,6 +66,15 @@ def test_a_bfloat16_sum_is_outside_the_bfloat16_tolerance() -> None:
 def test_cpu_tensors_are_refused_with_the_remedy() -> None:
     with pytest.raises(ConfigError, match=r"need CUDA tensors, not 'cpu'.*TRITON_INTERPRET=1.*`reference`"):
         skinny_project.skinny_project(torch.zeros(2, 3), torch.zeros(3, 4))
+
+
+@pytest.mark.skipif(INTERPRETED or bool(WHY_NO_TRITON), reason="no card would be asked")
+def test_cards_too_old_for_a_kernel_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, refused in (((7, 5), True), ((8, 6), True), ((8, 9), False), ((9, 0), False), ((12, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert ("is below 8.9" in unavailable("cuda", fp8_rows.LOWEST_CAPABILITY)) == refused
+        assert ("is below 8.0" in unavailable("cuda")) == (capability < (8, 0))
 
 
 def test_all_but_a_launch_works_without_triton() -> None:
@@ -160,6 +170,22 @@ def test_quantized_reference_has_the_bits_of_the_store() -> None:
     assert torch.equal(scales, expected[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_e4m3_reference_takes_the_nearest_number(dtype: torch.dtype) -> None:
+    """Of all there are, by float64; up to the last place of the fp32 quotient, and halves to even."""
+    rows = (_normal(30, 77) * torch.logspace(-36, 36, 30, dtype=torch.float64)[:, None]).to(dtype)
+    rows[7] = 0
+    values, scales = fp8_rows.reference(rows)
+    torch.testing.assert_close(scales.double(), rows.abs().amax(1, keepdim=True).double().clamp_min(1e-37) / 448)
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    numbers = numbers[numbers.isfinite()]
+    exact = rows.double() / scales.double()
+    least = (exact[:, :, None] - numbers).abs().amin(2)
+    assert bool(((values.double() - exact).abs() <= least + 2.0**-22 * exact.abs()).all())
+    whole = torch.tensor([[448.0, 17.0, 19.0, -21.0, 2.0**-10, 3 * 2.0**-10]], dtype=dtype)
+    assert fp8_rows.reference(whole)[0].double().tolist() == [[448.0, 16.0, 20.0, -20.0, 0.0, 2.0**-8]]
+
+
 def test_scatter_rounds_never_meet() -> None:
     """Within one tile and one round every bucket is named at most once, and the rounds are as few as can be."""
     d, r, width = 200, 20, 50
@@ -220,6 +246,7 @@ def test_costs_count_each_operand_once() -> None:
     assert segment_outer.cost(10, 3, 2, 5, 4, row_itemsize=4).bytes == 10 * 2 * 9 * 2 + 3 * 2 * 20 * 4
     assert segment_bilinear.cost(10, 7, 4, 3, 2) == (2 * (10 + 6) * 28, 10 * 11 * 2 + 3 * 28 * 4)
     assert quantize_rows.cost(10, 7) == (70, 10 * 7 * 5 + 10 * 4)
+    assert fp8_rows.cost(10, 7) == (70, 10 * 7 * 3 + 10 * 4)
     assert token_loss.cost(10, 7) == (4 * 70, 10 * 7 * 2 * 2 + 10 * 16)
     assert rms_norm.cost(10, 7).bytes == (2 * 70 + 7) * 2
     assert rms_norm.cost(10, 7, backward=True).bytes == (3 * 70 + 7) * 2
