@@ -116,7 +116,7 @@ class GradientEngine:
             stack.enter_context(_frozen(self.model))
             weights: list[fp8.Fp8Weight | None] = [None] * len(self.linears)
             if self.precision == fp8.FP8:
-                weights = fp8.weights_of(self.linears)
+                weights = fp8.weights_of(self.linears, self.backend == "triton")
                 self.room = _free_bytes(self.device)  # less the copies
             self._layers = stack.enter_context(_recomputable(self.base)) if self.room is not None else []
             stack.enter_context(attention.packed(self.base, self.decoder.config))

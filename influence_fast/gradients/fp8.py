@@ -6,14 +6,15 @@
     scale = max|row| / 448, in fp32        row ~ scale * e4m3, to nearest
 
 W and W^T are rounded once, when the engine opens (2 bytes a weight for both, and 4 for each row's scale); x and g in
-every product. The gradient is e4m3 too: with a scale a row it needs no wider range, and on a small model its third bit
-of mantissa brought the rows closer to fp32's than e5m2's range did (`python -m benches.fp8_effect`).
+every product, by the kernel `fp8_rows` where the Triton kernels run. The gradient is e4m3 too: with a scale a row it
+needs no wider range, and on a small model its third bit of mantissa brought the rows closer to fp32's than e5m2's range
+did (`python -m benches.fp8_effect`).
 
 The products are `torch._scaled_mm`'s. With a scale a row it runs on cards of compute capability 8.9 and above (CUTLASS,
 or cuBLAS on 9.0), wants both dimensions of W in multiples of 16, and gives bf16 (fp32 on 9.0 alone). cuBLAS is known to
-refuse long sums for up to 256 tokens, and odd numbers of them: a card gets rows of zeros beside those (`padded`).
-Linears of other shapes keep their own dtype's product, on the CPU too, so that rows do not depend on where they were
-made. A CPU multiplies in fp32 after the rounding: the same numbers but for the order of the sums, no faster.
+refuse long sums for up to 256 tokens, and odd numbers of them: on a card rows of zeros follow those (`padded`). Linears
+of other shapes keep their own dtype's product, on the CPU too, so that rows do not depend on where they were made. A
+CPU multiplies in fp32 after the rounding: the same numbers but for the order of the sums, no faster.
 """
 
 from __future__ import annotations
@@ -32,12 +33,9 @@ logger = logging.getLogger(__name__)
 
 AUTO, FP8 = "auto", "fp8"
 PRECISIONS = (AUTO, FP8)
-FORMAT = torch.float8_e4m3fn
 MULTIPLE = 16
 FEWEST_ROWS = 272  # in multiples of 16 too
 LOWEST_CAPABILITY = (8, 9)
-_LARGEST = torch.finfo(FORMAT).max
-_TINY = torch.finfo(torch.float32).tiny
 
 
 def check_precision(name: str, source: str = "precision", *, sharded: bool = False) -> None:
@@ -53,29 +51,34 @@ def check_precision(name: str, source: str = "precision", *, sharded: bool = Fal
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A matrix whose row i is `scales[i] * values[i]`."""
+    """A matrix of `count` rows, of which row i is `scales[i] * values[i]`; rows beyond are zeros."""
 
-    values: Tensor  # [n, k] e4m3, contiguous
-    scales: Tensor  # [n, 1] fp32
-
-
-def to_fp8(matrix: Tensor) -> Rows:
-    """Rounds the rows of a matrix [n, k] of any float dtype; a row with a NaN or infinite number has such a scale."""
-    wide = torch.promote_types(matrix.dtype, torch.float32)
-    largest = torch.linalg.vector_norm(matrix, torch.inf, dim=1, keepdim=True, dtype=wide)
-    scales = (largest.float() / _LARGEST).clamp_min(_TINY)  # a row of zeros must not be divided by zero
-    return Rows((matrix / scales).to(FORMAT).contiguous(), scales)
+    values: Tensor  # [count or more, k] e4m3, contiguous
+    scales: Tensor  # [as many, 1] fp32
+    count: int
 
 
-def padded(rows: Rows) -> Rows:
-    """With rows of zeros, for as many as a card multiplies: a multiple of MULTIPLE, FEWEST_ROWS at least."""
-    n = rows.values.shape[0]
-    more = max(FEWEST_ROWS, -(-n // MULTIPLE) * MULTIPLE) - n
-    if more == 0:
-        return rows
-    # as bytes, which everything can be done with; zero is zero in e4m3 too
-    values = torch.nn.functional.pad(rows.values.view(torch.uint8), (0, 0, 0, more)).view(FORMAT)
-    return Rows(values, torch.nn.functional.pad(rows.scales, (0, 0, 0, more), value=1.0))
+def to_fp8(matrix: Tensor, triton: bool = False) -> Rows:
+    """Rounds the rows of a matrix [n, k] of any float dtype; a row with a NaN or infinite number has such a scale. On a
+    card as many rows as it multiplies.
+
+    triton: whether our kernel can run where the matrix is, and is of its dtypes. The bits are the same.
+    """
+    from influence_fast.kernels import fp8_rows
+
+    count = len(matrix)
+    rows = padded(count) if matrix.is_cuda else count
+    if not triton:
+        values, scales = fp8_rows.reference(matrix, rows)
+    else:
+        whole = matrix if matrix.stride(-1) == 1 else matrix.contiguous()  # W^T, once
+        values, scales = fp8_rows.fp8_rows(whole, rows)
+    return Rows(values, scales, count)
+
+
+def padded(n: int) -> int:
+    """How many rows a card multiplies in place of n: a multiple of MULTIPLE, FEWEST_ROWS at least."""
+    return max(FEWEST_ROWS, -(-n // MULTIPLE) * MULTIPLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +121,12 @@ class Product:
 
     def __call__(self, left: Rows, right: Rows) -> Tensor:
         """left [n, k] times the transpose of right [m, k]: [n, m]."""
+        values, scales = right.values[: right.count].T, right.scales[: right.count].T
         if self.scaled_mm:
-            n = left.values.shape[0]
-            rows = padded(left) if left.values.is_cuda else left
-            return torch._scaled_mm(
-                rows.values, right.values.T, scale_a=rows.scales, scale_b=right.scales.T, out_dtype=self.dtype
-            )[:n]
-        return (left.values.float() @ right.values.float().T * left.scales * right.scales.T).to(self.dtype)
+            made = torch._scaled_mm(left.values, values, scale_a=left.scales, scale_b=scales, out_dtype=self.dtype)
+        else:
+            made = (left.values.float() @ values.float() * left.scales * scales).to(self.dtype)
+        return made[: left.count]
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -134,11 +136,11 @@ def _dotted(capability: tuple[int, int]) -> str:
 class Fp8Weight:
     """A frozen weight [d_out, d_in] in 8 bits, for products with its rows and with its columns."""
 
-    def __init__(self, weight: Tensor, product: Product) -> None:
+    def __init__(self, weight: Tensor, product: Product, triton: bool = False) -> None:
         self.dtype = weight.dtype
         self.product = product
-        self.rows = to_fp8(weight)  # [d_out, d_in]
-        self.columns = to_fp8(weight.T)  # [d_in, d_out]
+        self.rows = to_fp8(weight, triton)  # [d_out, d_in]
+        self.columns = to_fp8(weight.T, triton)  # [d_in, d_out]
 
     def forward(self, x: Rows, bias: Tensor | None) -> Tensor:
         """x [T, d_in] W^T + bias: [T, d_out] in the weight's dtype."""
@@ -150,10 +152,10 @@ class Fp8Weight:
         return self.product(g, self.columns).to(self.dtype)
 
 
-def weights_of(linears: Sequence[LoraLinear]) -> list[Fp8Weight | None]:
+def weights_of(linears: Sequence[LoraLinear], triton: bool = False) -> list[Fp8Weight | None]:
     """The base weight of each linear in 8 bits; None for those whose shape does not fit, which are logged once.
 
-    Raises ConfigError: a weight is sharded, the device has no such product, or no weight fits.
+    triton: as in `to_fp8`. Raises ConfigError: a weight is sharded, the device has no such product, or no weight fits.
     """
     check_precision(FP8, sharded=any(linear.sharded for linear in linears))
     first = linears[0].weight
@@ -167,7 +169,7 @@ def weights_of(linears: Sequence[LoraLinear]) -> list[Fp8Weight | None]:
                 "use 'auto'"
             )
         say_once(logger, f"precision fp8: sides are no multiples of {MULTIPLE}, multiplied in {first.dtype}: {names}")
-    return [Fp8Weight(linear.weight, product) if _fits(linear) else None for linear in linears]
+    return [Fp8Weight(linear.weight, product, triton) if _fits(linear) else None for linear in linears]
 
 
 def _fits(linear: LoraLinear) -> bool:

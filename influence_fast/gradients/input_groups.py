@@ -101,7 +101,7 @@ class InputGroup:
         for place, (member, weight) in enumerate(zip(self.members, self.fp8_weights, strict=True)):
             b, s = self.factor_b(place).T, member.scaling
             if weight is not None:
-                rounded = fp8.to_fp8(x) if rounded is None else rounded
+                rounded = fp8.to_fp8(x, self.triton) if rounded is None else rounded
                 yield weight.forward(rounded, member.bias).addmm_(h[place], b, alpha=s)
                 continue
             bias = member.live_bias
@@ -120,7 +120,7 @@ class InputGroup:
             if g is None or dx is None:
                 continue
             if weight is not None:
-                dx.add_(weight.backward(fp8.to_fp8(g)))
+                dx.add_(weight.backward(fp8.to_fp8(g, self.triton)))
             else:
                 dx.addmm_(g, member.live_weight)
         return dx

@@ -118,10 +118,10 @@ def gradient_memory(
     inputs = tokens * s.hidden * w  # one layer's input, or a gradient of that shape
     angles = 2 * tokens * s.head_dim * w
     work = tokens * (3 * s.mlp * w + columns * w) + inputs  # gradients inside the MLP
-    if fp8:  # the last of them in e4m3, and in fp32 while it is rounded
+    if fp8 and not triton:  # the last of them in e4m3, and in fp32 while it is rounded
         work = tokens * (w * s.mlp + 5 * s.mlp + w * (2 * s.hidden + columns) + 8)
-        if not triton:  # PyTorch's norms hold on to theirs, but for the input of a layer that is computed again
-            work += inputs if checkpointing else 2 * inputs
+        # PyTorch's norms hold on to theirs, but for the input of a layer that is computed again
+        work += inputs if checkpointing else 2 * inputs
     chunk = min(counted, CARD_TOKENS)
     numbers = row if row is not None else 2 * rank * dim * MODULES * s.layers
 

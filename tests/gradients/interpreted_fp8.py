@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+from interpreted_rounding import round_as_cards_do
 from interpreted_world import tiny_world
 
 import influence_fast as inf
 
 
 def main() -> None:
+    round_as_cards_do()
     model, examples = tiny_world()
     rows = {
         (backend, precision): inf.per_example_gradients(

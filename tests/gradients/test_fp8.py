@@ -23,6 +23,7 @@ from influence_fast.errors import ConfigError, StoreError, say_once
 from influence_fast.gradients import fp8
 from influence_fast.gradients.lora import find_lora_linears
 from influence_fast.gradients.per_example import iter_gradient_rows
+from influence_fast.kernels import fp8_rows
 from influence_fast.settings import from_dict
 from influence_fast.store.building import build_store, identity_of
 from influence_fast.store.merge import merge_stores
@@ -203,13 +204,16 @@ def test_weights_that_are_spread_over_processes_are_refused(tiny_lora: Callable[
         distributed.build_distributed(tmp_path / "s", None, None, [], group=object(), precision="fp8", projection=None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("tokens", [1, 33, 271, 272, 273, 1000])
-def test_a_card_multiplies_rows_of_zeros_beside_too_few(tokens: int) -> None:
-    x = fp8.to_fp8(random(tokens, 48))
-    more = fp8.padded(x)
-    assert len(more.values) == len(more.scales) == max(272, -(-tokens // 16) * 16)
-    assert torch.equal(wide(more)[:tokens], wide(x))
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 272), (33, 272), (271, 272), (272, 272), (273, 288), (1000, 1008)])
+@pytest.mark.parametrize("emulates", [False, True])
+def test_rows_of_zeros_beside_too_few_change_no_product(tokens: int, rows: int, emulates: bool) -> None:
+    assert fp8.padded(tokens) == rows
+    x, weight = random(tokens, 48), random(32, 48, seed=1)
+    product = fp8.Product(torch.float32, scaled_mm=False) if emulates else fp8.Product.on(CPU, torch.float32)
+    more, wider = (fp8.Rows(*fp8_rows.reference(each, rows), len(each)) for each in (x, weight))
+    assert len(more.values) == len(more.scales) == rows
     assert not wide(more)[tokens:].any()
+    torch.testing.assert_close(product(more, wider), product(fp8.to_fp8(x), fp8.to_fp8(weight)))
 
 
 # ---- gradient rows ---------------------------------------------------------------------------------------------
@@ -226,13 +230,12 @@ def test_rows_are_8_bit_ones(tiny_lora: Callable[..., Any], kind: str, projectio
     assert torch.equal(inf.per_example_gradients(model, examples, projection=projection, precision="auto"), exact)
 
 
-def test_rows_are_those_of_rounded_operands(tiny_lora: Callable[..., Any]) -> None:
-    model, examples = tiny_lora("qwen2", **FITS), make_examples()
-    assert relative(
-        inf.per_example_gradients(model, examples, precision="fp8"), emulated(model, examples, lambda linear: True)
-    ) < 0.2 * relative(
-        inf.per_example_gradients(model, examples, precision="fp8"), inf.per_example_gradients(model, examples)
-    )
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}], ids=["all fit", "q_proj fits beside k and v"])
+def test_rows_are_those_of_rounded_operands(tiny_lora: Callable[..., Any], changes: dict[str, int]) -> None:
+    model, examples = tiny_lora("qwen2", **FITS, **changes), make_examples()
+    rows = inf.per_example_gradients(model, examples, precision="fp8")
+    expected = emulated(model, examples, lambda linear: linear.d_out % 16 == 0)
+    assert relative(rows, expected) < 0.2 * relative(rows, inf.per_example_gradients(model, examples))
 
 
 def test_shapes_that_do_not_fit_keep_their_own_product_and_are_reported_once(
