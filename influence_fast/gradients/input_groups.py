@@ -114,28 +114,34 @@ class InputGroup:
     def input_gradient(
         self, grads: Sequence[torch.Tensor | None], u: Sequence[torch.Tensor | None]
     ) -> torch.Tensor | None:
-        """dx [T, d_in] = sum over members of g W + s u A, in the same order; g [T, d_out], u [T, r]."""
-        dx = self._adapters_part(u)
+        """dx [T, d_in] = sum over members of g W + s u A, in the same order; g [T, d_out], u [T, r].
+
+        8-bit products cannot add, so they come first, and all else is added to them.
+        """
+        dx: torch.Tensor | None = None
+        for weight, g in zip(self.fp8_weights, grads, strict=True):
+            if weight is not None and g is not None:
+                part = weight.backward(fp8.to_fp8(g, self.triton))
+                dx = part if dx is None else dx.add_(part)
+        dx = self._with_adapters_part(dx, u)
         for member, weight, g in zip(self.members, self.fp8_weights, grads, strict=True):
-            if g is None or dx is None:
-                continue
-            if weight is not None:
-                dx.add_(weight.backward(fp8.to_fp8(g, self.triton)))
-            else:
+            if weight is None and g is not None and dx is not None:
                 dx.addmm_(g, member.live_weight)
         return dx
 
-    def _adapters_part(self, u: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-        """sum of s u A: one product where all members have a gradient and one scaling."""
+    def _with_adapters_part(self, dx: torch.Tensor | None, u: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        """dx + sum of s u A, in place of dx if there is one: one product where all members have a gradient and one
+        scaling."""
         scalings = {member.scaling for member in self.members}
         given = [part for part in u if part is not None]
         if not given:
-            return None
-        dx = given[0].new_empty(given[0].shape[0], self.members[0].d_in)
+            return dx
+        beta = 1
+        if dx is None:
+            dx, beta = given[0].new_empty(given[0].shape[0], self.members[0].d_in), 0
         if len(given) == len(u) and len(scalings) == 1:
             together = given[0] if len(given) == 1 else torch.cat(given, dim=1)
-            return dx.addmm_(together, self.factors_a, beta=0, alpha=scalings.pop())
-        beta = 0
+            return dx.addmm_(together, self.factors_a, beta=beta, alpha=scalings.pop())
         for place, part in enumerate(u):
             if part is not None:
                 dx.addmm_(part, self.factor_a(place), beta=beta, alpha=self.members[place].scaling)
