@@ -14,6 +14,7 @@ import torch
 from torch._functorch import config as functorch
 
 from influence_fast.gradients.loss import CARD_TOKENS, by_pytorch
+from influence_fast.kernels import fp8_rows as eight
 from influence_fast.kernels import gated_silu as gated
 from influence_fast.kernels import quantize_rows as quantize
 from influence_fast.kernels import rms_norm as norm
@@ -162,6 +163,7 @@ def kernels(device: torch.device, tokens: int, widths: tuple[int, ...], modules:
     groups |= {
         "segment_outer": partial(_projected_sums, table, tokens, modules),
         "quantize_rows": partial(_quantization, table, modules),
+        "fp8_rows": partial(_rounding, table, tokens, widths),
         "token_loss": partial(_losses, table),
         "layers": partial(_layer, table, tokens, min(widths), max(widths)),
     }
@@ -244,6 +246,21 @@ def _quantization(table: Table, modules: int) -> None:
         if table.device.type == "cuda":
             variants["triton"] = lambda: quantize.quantize_rows(made)  # noqa: B023
         table.add("quantize_rows", f"E=16 K={width}", quantize.cost(16, width), variants)
+
+
+def _rounding(table: Table, tokens: int, widths: tuple[int, ...]) -> None:
+    """Rows for 8-bit products, where a card has those."""
+    on_card = table.device.type == "cuda"
+    if on_card and torch.cuda.get_device_capability(table.device) < eight.LOWEST_CAPABILITY:
+        return
+    for k in (512, *widths):  # gradients of k and v, inputs and gradients of the others
+        matrix = torch.randn(tokens, k, device=table.device).bfloat16()
+        variants: Variants = {"pytorch": lambda: eight.reference(matrix)}  # noqa: B023
+        if on_card:
+            fused = torch.compile(eight.reference)
+            variants["torch.compile"] = lambda: fused(matrix)  # noqa: B023
+            variants["triton"] = lambda: eight.fp8_rows(matrix)  # noqa: B023
+        table.add("fp8_rows", f"n={tokens} k={k}", eight.cost(tokens, k), variants)
 
 
 def _losses(table: Table) -> None:
