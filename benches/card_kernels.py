@@ -22,7 +22,6 @@ from influence_fast.kernels import rotary as rotate
 from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels import skinny_project as skinny
 from influence_fast.kernels import token_loss
-from influence_fast.kernels.counter import SignColumns
 from influence_fast.kernels.segments import Segments
 from influence_fast.products.inner_products import inner_products, quantize_rows
 
@@ -185,9 +184,6 @@ def _projections(table: Table, tokens: int, d: int) -> None:
             variants["triton"] = lambda: skinny.skinny_project(x, w)  # noqa: B023
             for split in (False, True):
                 variants[f"triton, split {split}"] = lambda split=split: skinny.skinny_project(x, w, split=split)  # noqa: B023
-            if columns == RANK + DIM:
-                signs = SignColumns.of(0, ["q_proj"], DIM, device=table.device)
-                variants["triton, generated"] = lambda: skinny.skinny_project(x, w[:, :RANK], signs=signs)  # noqa: B023
         table.add("skinny_project", f"T={tokens} d={d} N={columns}", skinny.cost(tokens, d, columns), variants)
 
 

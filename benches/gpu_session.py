@@ -322,10 +322,10 @@ def main() -> None:
     session.part("steps", lambda: card_steps.steps(device, shapes, tokens, few, deadline))
     profiled = {name: shape for name, shape in shapes.items() if not name.endswith("1.5B")}
     session.part("profile", lambda: card_steps.profile(device, profiled, tokens))
+    session.part("long", lambda: card_steps.long_trace(device, *long, 1))
+    session.part("products", lambda: card_kernels.products(device, *stored, few))
     session.part("crossing", lambda: card_steps.crossing(device, tiny, short, 8 * few, 2))
     session.part("streaming", lambda: card_steps.streaming(device, tiny, short, few))
-    session.part("products", lambda: card_kernels.products(device, *stored, few))
-    session.part("long", lambda: card_steps.long_trace(device, *long, 1))
     print(markdown(session.result))
     if "failed" in session.result:
         sys.exit(f"failed: {', '.join(session.result['failed'])}")

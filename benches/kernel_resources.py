@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from influence_fast.kernels import project_flat, rms_norm, segment_bilinear, segment_outer, skinny_project
-from influence_fast.kernels.counter import SignColumns, fill_signs, fill_sjlt
+from influence_fast.kernels.counter import fill_signs, fill_sjlt
 from influence_fast.kernels.fp8_rows import fp8_rows
 from influence_fast.kernels.gated_silu import gated_silu, gated_silu_backward
 from influence_fast.kernels.quantize_rows import quantize_rows
@@ -95,27 +95,6 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                     return skinny_project.skinny_project(x, a.T, factors=f, split=s)
 
                 yield f"skinny_project {short} N={columns}{' split' if split else ''}", project
-        for cached, names, dim in (
-            (16, ("m/in",), 16),
-            (48, ("q/in", "k/in", "v/in"), 16),
-            (16, ("m/in",), 64),
-            (0, ("m/in",), 16),
-        ):
-            signs = SignColumns.of(0, names, dim, device=meta)
-            for split in (False, True):
-                x = tensor(tokens, 3584, dtype=dtype)
-                b = tensor(3584, cached, dtype=dtype) if cached else None
-
-                def generate(
-                    x: torch.Tensor = x,
-                    b: torch.Tensor | None = b,
-                    signs: SignColumns = signs,
-                    s: bool = split,
-                ) -> object:
-                    return skinny_project.skinny_project(x, b, signs=signs, split=s)
-
-                columns = f"N={cached}+{signs.columns} generated{' split' if split else ''}"
-                yield f"skinny_project {short} {columns}", generate
         for a_size, b_size in ((16, 16), (16, 8), (64, 16), (64, 64), (3584, 16), (16, 3584)):
             left = tensor(tokens, 2, a_size, dtype=dtype)
             right = tensor(tokens, 2, b_size, dtype=dtype)

@@ -2,21 +2,16 @@
 """The counter-based random matrices of `gradients.projection`, inside kernels: the same bits, entry by entry.
 
 One Philox4x32-10 call gives 128 sign bits of one row in about 110 integer instructions. Beside a tile of columns every
-thread makes them again for its own, so what is used more than once is written out first (`project_flat`).
-`fill_signs` and `fill_sjlt` write whole matrices and maps on the device, where the PyTorch form would make a dozen
-passes over 64-bit integers; they also show that the bits are the same.
+thread makes them again for its own, so what is used more than once is written out first. `fill_signs` and `fill_sjlt`
+write whole matrices and maps on the device, where the PyTorch form would make a dozen passes over 64-bit integers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from influence_fast.errors import ConfigError
-from influence_fast.gradients.projection import key, sign_matrix
+from influence_fast.gradients.projection import key
 from influence_fast.kernels.runtime import ceil_div, check_device, jit, launch, tl
 
 
@@ -31,18 +26,13 @@ def sign_words(row, block, k0, k1):
 
 
 @jit
-def select_word(lane, w0, w1, w2, w3):
-    """Word `lane` // 32 of the four, broadcast: lane [1, N] in [0, 128), words [K, 1] -> [K, N]."""
-    word = lane // 32
-    return tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
-
-
-@jit
 def sign_tile(row, lane, block, k0, k1):
     """±1 as float32 [K, N]: row int64 [K], lane int32 [N] in [0, 128), columns block * 128 + lane."""
     w0, w1, w2, w3 = sign_words(row, block, k0, k1)
     lanes = lane[None, :]
-    word = select_word(lanes, w0[:, None], w1[:, None], w2[:, None], w3[:, None])
+    which = lanes // 32
+    low = tl.where(which == 0, w0[:, None], w1[:, None])
+    word = tl.where(which < 2, low, tl.where(which == 2, w2[:, None], w3[:, None]))
     bit = (word >> (lanes % 32).to(tl.uint32)) & 1
     return 1.0 - 2.0 * bit.to(tl.float32)
 
@@ -76,36 +66,6 @@ def _fill_sjlt_kernel(bucket, sign, keys, n, width, start, BLOCK: tl.constexpr):
     slot, value = sjlt_entry(index + start, tl.load(keys + 2), tl.load(keys), tl.load(keys + 1))
     tl.store(bucket + index, slot, mask=index < n)
     tl.store(sign + index, value, mask=index < n)
-
-
-@dataclass(frozen=True, slots=True)
-class SignColumns:
-    """Columns that a kernel makes for itself: `dim` unscaled ±1 columns of each named matrix, side by side.
-
-    keys: (modules, 2) int64 on the device of the kernel.
-    """
-
-    seed: int
-    names: tuple[str, ...]
-    dim: int
-    keys: Tensor
-
-    @classmethod
-    def of(cls, seed: int, names: Sequence[str], dim: int, *, device: torch.device | str = "cpu") -> SignColumns:
-        """Raises ConfigError where `dim` is not between 1 and 128 (one counter a row)."""
-        if not 1 <= dim <= 128:
-            raise ConfigError(f"a kernel generates 1 to 128 columns a matrix, not {dim}; pass a cached matrix instead")
-        keys = torch.tensor([key(seed, name) for name in names], dtype=torch.int64)
-        return cls(seed, tuple(names), dim, keys.to(device))
-
-    @property
-    def columns(self) -> int:
-        return self.dim * len(self.names)
-
-    def matrix(self, rows: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Reference: the (rows, columns) matrix that the kernel never stores."""
-        parts = [sign_matrix(self.seed, name, rows, self.dim, dtype=dtype, device=device) for name in self.names]
-        return torch.cat(parts, dim=1)
 
 
 def fill_signs(

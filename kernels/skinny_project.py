@@ -1,13 +1,15 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Tall inputs times a few columns, in one pass: out = (x [W | R]) * c.
+"""Tall inputs times a few columns, in one pass: out = (x W) * c.
 
-    x (T, d) activations or output gradients of packed tokens, W (d, n_w) small and cached (LoRA's A^T or B of every
-    module that shares the input, random columns too if they are cached), R (d, n_r) of ±1 from the counter function,
-    never stored, c (N,) one factor a column (LoRA's s, 1/sqrt(p)). N = n_w + n_r from 1 to 256.
+    x (T, d) activations or output gradients of packed tokens, W (d, N) small and cached (LoRA's A^T or B and the random
+    columns, of every module that shares the input), c (N,) one factor a column. N from 1 to 256.
 
     forward   [h | z] = x [A^T | R_in]       backward   [u | y] = g [B | R_out]
 
-Bytes: x once, W and R from the L2 cache, out once; at N = 32 in bfloat16 that is 32 FLOPs a byte, far below any
+Random columns made in the kernel from their counter, so that R need not be stored, took 2.1 and 2.7 times as long as
+reading them (16 of N = 32 columns, d = 3584 and 18944, T = 16384, on an H200), and are gone.
+
+Bytes: x once, W from the L2 cache, out once; at N = 32 in bfloat16 that is 32 FLOPs a byte, far below any
 card's ridge, so the floor is one read of x.
 
 A program owns BLOCK_T rows and all N columns. The sum over d runs in chunks of CHUNK_K, each summed from zero and the
@@ -23,7 +25,6 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import ConfigError
-from influence_fast.kernels.counter import SignColumns, select_word, sign_words
 from influence_fast.kernels.runtime import (
     DTYPES,
     Cost,
@@ -44,37 +45,19 @@ from influence_fast.kernels.runtime import (
 MAX_COLUMNS = 256
 CHUNK_K = 1024
 # Of more 16-bit columns PyTorch's product is faster: 155 us against 247 at N = 96, d = 18944 and T = 16384 on an H200,
-# where at N = 32 it is 158 against 150.
+# where at N = 32 it is 158 against 152.
 MOST_COLUMNS_16_BIT = 64
-
-
-@jit
-def _sign_columns(row, column, keys, MODULES: tl.constexpr, DIM: tl.constexpr):
-    """±1 as float32 [K, N] of MODULES matrices of DIM columns side by side; one counter a row and matrix."""
-    module = (column // DIM)[None, :]
-    lane = (column % DIM)[None, :]
-    word = tl.zeros([row.shape[0], column.shape[0]], dtype=tl.uint32)
-    for m in tl.static_range(MODULES):
-        k0 = tl.load(keys + 2 * m)
-        k1 = tl.load(keys + 2 * m + 1)
-        w0, w1, w2, w3 = sign_words(row, tl.full((), 0, tl.int32), k0, k1)
-        w0, w1, w2, w3 = w0[:, None], w1[:, None], w2[:, None], w3[:, None]
-        own = w0 if DIM <= 32 else select_word(lane, w0, w1, w2, w3)
-        word = tl.where(module == m, own, word)
-    bit = (word >> (lane % 32).to(tl.uint32)) & 1
-    return 1.0 - 2.0 * bit.to(tl.float32)
 
 
 @jit(do_not_specialize=["tokens"])
 def _skinny_kernel(
     x,  # [T, d]
-    w,  # [d, n_w]
-    keys,  # [MODULES, 2] int64, or unused
+    w,  # [d, N]
     factors,  # [N] float32, or unused
     out,  # [T, N], or [chunks, T, N] float32 where SPLIT
     tokens,
     features,
-    cached_columns,
+    columns,
     stride_xt,
     stride_wd,
     stride_wn,
@@ -82,10 +65,7 @@ def _skinny_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
-    PAD_W: tl.constexpr,  # 0: no cached columns
-    PAD_R: tl.constexpr,  # 0: no generated columns
-    MODULES: tl.constexpr,
-    DIM: tl.constexpr,
+    PAD: tl.constexpr,  # N, padded
     HAS_FACTORS: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -101,48 +81,28 @@ def _skinny_kernel(
         last = tl.minimum(first + CHUNK, features)
         out += tl.program_id(1).to(tl.int64) * tokens * stride_ot
 
-    if PAD_W > 0:
-        column_w = tl.arange(0, PAD_W)
-        mask_w = (column_w < cached_columns)[None, :]
-        w_column = w + column_w.to(tl.int64)[None, :] * stride_wn
-        chunk_w = tl.zeros([BLOCK_T, PAD_W], dtype=tl.float32)
-        total_w = tl.zeros([BLOCK_T, PAD_W], dtype=tl.float32)
-    if PAD_R > 0:
-        column_r = tl.arange(0, PAD_R)
-        chunk_r = tl.zeros([BLOCK_T, PAD_R], dtype=tl.float32)
-        total_r = tl.zeros([BLOCK_T, PAD_R], dtype=tl.float32)
+    column = tl.arange(0, PAD)
+    mask_w = (column < columns)[None, :]
+    w_column = w + column.to(tl.int64)[None, :] * stride_wn
+    chunk = tl.zeros([BLOCK_T, PAD], dtype=tl.float32)
+    total = tl.zeros([BLOCK_T, PAD], dtype=tl.float32)
 
     for start in range(first, last, BLOCK_K):
         k = (start + lane_k).to(tl.int64)
         k_mask = k < features
         tile = tl.load(x_row + k[None, :], mask=t_mask & k_mask[None, :], other=0.0)
-        # A chunk ends where a multiple of CHUNK is reached; the last, shorter one is added after the loop.
-        ends = (start + BLOCK_K) % CHUNK == 0
-        if PAD_W > 0:
-            weights = tl.load(w_column + k[:, None] * stride_wd, mask=k_mask[:, None] & mask_w, other=0.0)
-            chunk_w = dot(tile, weights, chunk_w, PRECISION)
-            if not SPLIT:
-                total_w = tl.where(ends, total_w + chunk_w, total_w)
-                chunk_w = tl.where(ends, 0.0, chunk_w)
-        if PAD_R > 0:
-            signs = _sign_columns(k, column_r, keys, MODULES, DIM).to(tile.dtype)
-            chunk_r = dot(tile, signs, chunk_r, PRECISION)
-            if not SPLIT:
-                total_r = tl.where(ends, total_r + chunk_r, total_r)
-                chunk_r = tl.where(ends, 0.0, chunk_r)
+        weights = tl.load(w_column + k[:, None] * stride_wd, mask=k_mask[:, None] & mask_w, other=0.0)
+        chunk = dot(tile, weights, chunk, PRECISION)
+        if not SPLIT:
+            # A chunk ends where a multiple of CHUNK is reached; the last, shorter one is added after the loop.
+            ends = (start + BLOCK_K) % CHUNK == 0
+            total = tl.where(ends, total + chunk, total)
+            chunk = tl.where(ends, 0.0, chunk)
 
-    out_row = out + t[:, None] * stride_ot
-    if PAD_W > 0:
-        total_w += chunk_w
-        if HAS_FACTORS and not SPLIT:
-            total_w *= tl.load(factors + column_w, mask=column_w < cached_columns, other=0.0)[None, :]
-        tl.store(out_row + column_w[None, :], total_w, mask=t_mask & mask_w)
-    if PAD_R > 0:
-        total_r += chunk_r
-        mask_r = column_r < MODULES * DIM
-        if HAS_FACTORS and not SPLIT:
-            total_r *= tl.load(factors + cached_columns + column_r, mask=mask_r, other=0.0)[None, :]
-        tl.store(out_row + cached_columns + column_r[None, :], total_r, mask=t_mask & mask_r[None, :])
+    total += chunk
+    if HAS_FACTORS and not SPLIT:
+        total *= tl.load(factors + column, mask=column < columns, other=0.0)[None, :]
+    tl.store(out + t[:, None] * stride_ot + column[None, :], total, mask=t_mask & mask_w)
 
 
 @jit(do_not_specialize=["size"])
@@ -171,48 +131,46 @@ def _add_chunks_kernel(
     tl.store(out + t * stride_ot + n, total, mask=mask)
 
 
-def configuration(columns: int, itemsize: int, precision: str = "ieee", generated: int = 0) -> dict[str, int]:
+def configuration(columns: int, itemsize: int, precision: str = "ieee") -> dict[str, int]:
     """Tile sizes by the number of columns and bytes an element; never by T, so that bits do not depend on T."""
     wide = columns > 64
     num_warps = 8 if wide else 4
     if itemsize == 4 and precision == "ieee":
         # No tensor cores: small tiles and more warps, or the operands of the FMA loop spill.
         num_warps = 8 if columns > 32 else 4
-        block_k = 16 if columns > 128 or generated > 32 else 32
+        block_k = 16 if columns > 128 else 32
         num_stages = 2 if block_k == 16 else 3
         return {"BLOCK_T": 32, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": num_stages}
-    # The generated bits of a tile live in registers as 32-bit words: half the tile where there are many.
-    block_k = 32 if generated > 32 or (wide and itemsize == 4) else 64
+    if itemsize == 2 and not wide:
+        # On an H200 99 % of a copy's bandwidth at N = 32 and 96 % at N = 64 (d = 18944): as fast as twice the rows, and
+        # more programs for short packs. 96 KB of shared memory, which cards of 100 KB have too.
+        return {"BLOCK_T": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4 if columns <= 32 else 3}
+    if itemsize == 2 and columns <= 128:
+        # Every program reads all of w from the L2 cache, d N numbers for each d BLOCK_T of x: with 64 rows that cache
+        # would have to give more than memory, which it cannot.
+        return {"BLOCK_T": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    block_k = 32 if wide and itemsize == 4 else 64
     # tf32x3 holds three products' operands at once: 64 rows of more than 128 columns spill 1 KB a thread.
     block_t = 32 if precision == "tf32x3" and itemsize == 4 and columns > 128 else 64
-    if itemsize == 2 and columns <= 32 and not generated:
-        # as fast as twice the rows (99 % of a copy's bandwidth at d = 18944), and more programs for short packs
-        return {"BLOCK_T": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
-    if itemsize == 2 and columns <= 128 and not generated:
-        # Every program reads all of w from the L2 cache, d N numbers for each d BLOCK_T of x: with 64 rows that cache
-        # would have to give as much again as memory at N = 64, which it cannot.
-        return {"BLOCK_T": 128, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3 if wide else 4}
     return {"BLOCK_T": block_t, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 3 if wide else 4}
 
 
 def skinny_project(
     x: Tensor,
-    w: Tensor | None,
+    w: Tensor,
     *,
-    signs: SignColumns | None = None,
     factors: Tensor | None = None,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     precision: str = "ieee",
     split: bool | None = None,
 ) -> Tensor:
-    """[x W | x R] * factors, one pass over x.
+    """(x w) * factors, one pass over x.
 
     x: (T, d), rows contiguous; float32, bfloat16 or float16
-    w: (d, n_w) of the dtype of x, any strides (A.T of a LoRA factor as it is), or None
-    signs: the generated ±1 columns R, unscaled, or None
-    factors: (n_w + n_r,) float32, one a column, applied to the float32 sum; None for ones
-    out: (T, n_w + n_r), rows contiguous; made with `out_dtype` (that of x by default) if None
+    w: (d, N) of the dtype of x, any strides (A.T of a LoRA factor as it is)
+    factors: (N,) float32, one a column, applied to the float32 sum; None for ones
+    out: (T, N), rows contiguous; made with `out_dtype` (that of x by default) if None
     precision: of float32 products: "ieee", "tf32" or "tf32x3"
     split: one program a chunk of d (None: where T alone leaves half of the card idle); the bits are the same
 
@@ -223,18 +181,14 @@ def skinny_project(
     check_last_stride(name, x=x)
     check_precision(name, precision)
     tokens, features = x.shape
-    cached = 0
-    if w is not None:
-        check_shape(name, "w", w, (features, "n"))
-        cached = w.shape[1]
-    generated = signs.columns if signs is not None else 0
-    columns = cached + generated
+    check_shape(name, "w", w, (features, "N"))
+    columns = w.shape[1]
     if not 1 <= columns <= MAX_COLUMNS:
         raise ConfigError(
             f"{name}: {columns} columns asked for, needs 1 to {MAX_COLUMNS}; share fewer modules in one call"
         )
     dtype = check_dtype(name, x=x, w=w)
-    device = check_device(name, x=x, w=w, keys=None if signs is None else signs.keys, factors=factors, out=out)
+    device = check_device(name, x=x, w=w, factors=factors, out=out)
     if factors is not None:
         check_shape(name, "factors", factors, (columns,))
         if factors.dtype != torch.float32 or not factors.is_contiguous():
@@ -248,7 +202,7 @@ def skinny_project(
     if tokens == 0:
         return out
 
-    tiles = configuration(columns, x.element_size(), precision, generated)
+    tiles = configuration(columns, x.element_size(), precision)
     num_warps, num_stages = tiles.pop("num_warps"), tiles.pop("num_stages")
     chunks = ceil_div(features, CHUNK_K)
     rows = ceil_div(tokens, tiles["BLOCK_T"])
@@ -258,25 +212,21 @@ def skinny_project(
     target = torch.empty(chunks, tokens, columns, dtype=torch.float32, device=device) if split else out
     arguments: dict[str, Any] = {
         "x": x,
-        "w": w if w is not None else x,
-        "keys": signs.keys if signs is not None else x,
+        "w": w,
         "factors": factors if factors is not None else x,
         "out": target,
         "tokens": tokens,
         "features": features,
-        "cached_columns": cached,
+        "columns": columns,
         "stride_xt": x.stride(0),
-        "stride_wd": w.stride(0) if w is not None else 0,
-        "stride_wn": w.stride(1) if w is not None else 0,
+        "stride_wd": w.stride(0),
+        "stride_wn": w.stride(1),
         "stride_ot": columns if split else out.stride(0),
     }
     constants = {
         **tiles,
         "CHUNK": CHUNK_K,
-        "PAD_W": padded(cached) if cached else 0,
-        "PAD_R": padded(generated) if generated else 0,
-        "MODULES": len(signs.names) if signs is not None else 0,
-        "DIM": signs.dim if signs is not None else 1,
+        "PAD": padded(columns),
         "HAS_FACTORS": factors is not None,
         "SPLIT": split,
         "PRECISION": precision,
@@ -312,27 +262,13 @@ def skinny_project(
     return out
 
 
-def reference(
-    x: Tensor, w: Tensor | None, *, signs: SignColumns | None = None, factors: Tensor | None = None
-) -> Tensor:
-    """The same in PyTorch, in the dtype of x: (T, d) -> (T, n_w + n_r)."""
-    parts = [] if w is None else [x @ w]
-    if signs is not None:
-        parts.append(x @ signs.matrix(x.shape[1], dtype=x.dtype, device=x.device))
-    out = torch.cat(parts, dim=1)
+def reference(x: Tensor, w: Tensor, *, factors: Tensor | None = None) -> Tensor:
+    """The same in PyTorch, in the dtype of x: (T, d) -> (T, N)."""
+    out = x @ w
     return out if factors is None else out * factors.to(out.dtype)
 
 
-def cost(
-    tokens: int,
-    features: int,
-    columns: int,
-    *,
-    itemsize: int = 2,
-    out_itemsize: int = 2,
-    generated: int = 0,
-) -> Cost:
-    """Floor of one call: 2 T d N FLOPs; x, the cached columns and out moved once."""
-    cached = features * (columns - generated)
-    moved = (tokens * features + cached) * itemsize + tokens * columns * out_itemsize
+def cost(tokens: int, features: int, columns: int, *, itemsize: int = 2, out_itemsize: int = 2) -> Cost:
+    """Floor of one call: 2 T d N FLOPs; x, w and out moved once."""
+    moved = (tokens + columns) * features * itemsize + tokens * columns * out_itemsize
     return Cost(2 * tokens * features * columns, moved)

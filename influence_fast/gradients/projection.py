@@ -158,7 +158,12 @@ def random_matrix(
 ) -> Tensor:
     """R (rows, dim) = signs / sqrt(dim), so that E[R R^T] = I and inner products are kept in the mean."""
     signs = sign_matrix(projection.seed, name, rows, projection.dim, dtype=dtype, device=device)
-    return signs.div_(math.sqrt(projection.dim))
+    return signs.mul_(entry_size(projection.dim, dtype))
+
+
+def entry_size(dim: int, dtype: torch.dtype = torch.float32) -> float:
+    """1 / sqrt(dim) as a number of `dtype`, taken on the CPU: a card divides by plain numbers in its own way."""
+    return float(torch.ones((), dtype=dtype).div_(math.sqrt(dim)))
 
 
 def sjlt_map(

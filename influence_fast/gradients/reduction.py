@@ -15,7 +15,7 @@ import torch
 from influence_fast.errors import ConfigError
 from influence_fast.gradients.eigen_sketch import EigenRows
 from influence_fast.gradients.lora import LayoutEntry, LoraLinear, layout_width
-from influence_fast.gradients.projection import Projection, random_matrix
+from influence_fast.gradients.projection import Projection, entry_size, random_matrix
 from influence_fast.gradients.row_sketch import RowSketch
 from influence_fast.gradients.transfer import to_device
 
@@ -27,20 +27,33 @@ if TYPE_CHECKING:
 _KEPT_NUMBERS = 1 << 15
 
 
-def random_columns(projection: Projection | None, linear: LoraLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """R_in [d_in, p] and R_out [d_out, p] of one module; p = 0 where the kind needs none."""
+def random_columns(
+    projection: Projection | None, linear: LoraLinear, triton: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """R_in [d_in, p] and R_out [d_out, p] of one module, fp32, on the CPU or on its card; p = 0 where the kind needs
+    none."""
     if projection is None or projection.flat:
         return linear.a.new_zeros(linear.d_in, 0), linear.b.new_zeros(linear.d_out, 0)
+    device = linear.a.device
     return (
-        _matrix(projection, f"{linear.key}/in", linear.d_in),
-        _matrix(projection, f"{linear.key}/out", linear.d_out),
+        _matrix(projection, f"{linear.key}/in", linear.d_in, device, triton),
+        _matrix(projection, f"{linear.key}/out", linear.d_out, device, triton),
     )
 
 
-def _matrix(projection: Projection, name: str, rows: int) -> torch.Tensor:
-    """`random_matrix`; small ones are kept: drawing them is half of what opening an engine of a small model takes."""
-    made = _kept_matrix if rows * projection.dim <= _KEPT_NUMBERS else random_matrix
-    return made(projection.plain, name, rows)
+def _matrix(projection: Projection, name: str, rows: int, device: torch.device, triton: bool) -> torch.Tensor:
+    """`random_matrix`, made where it is used: on the CPU, the columns of 24 layers took most of a second.
+
+    For the CPU small ones are kept: drawing them is half of what opening an engine of a small model takes.
+    """
+    plain = projection.plain
+    if device.type == "cuda" and triton:
+        from influence_fast.kernels.counter import fill_signs
+
+        return fill_signs(plain.seed, name, rows, plain.dim, device=device).mul_(entry_size(plain.dim))
+    if device.type == "cuda":
+        return random_matrix(plain, name, rows, device=device)
+    return (_kept_matrix if rows * plain.dim <= _KEPT_NUMBERS else random_matrix)(plain, name, rows)
 
 
 @functools.lru_cache(maxsize=512)  # 64 MiB at most
@@ -85,7 +98,7 @@ class Reducer:
 
     def columns(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What one module's input [d_in, p] and output gradient [d_out, p] are multiplied by beside A^T and B."""
-        return random_columns(self.projection, self.linears[number])
+        return random_columns(self.projection, self.linears[number], self.triton)
 
     @property
     def cu_seqlens(self) -> list[int]:

@@ -70,6 +70,7 @@ def test_rows_are_8_bit_ones(tiny_lora: Callable[..., Any], triton: bool) -> Non
     on_cpu = inf.per_example_gradients(model, examples, precision="fp8").double()
     backend = "triton" if triton else "torch"
     found = inf.per_example_gradients(model.cuda(), examples, precision="fp8", backend=backend).double().cpu()
-    assert 1e-4 < relative(found, exact) < 0.1
+    error = relative(on_cpu, exact)  # 0.11
+    assert 0.5 * error < relative(found, exact) < 1.5 * error
     # products may be rounded to bf16 there, which moves some numbers to another e4m3 one
-    assert relative(found, on_cpu) < 0.5 * relative(on_cpu, exact)
+    assert relative(found, on_cpu) < 0.5 * error

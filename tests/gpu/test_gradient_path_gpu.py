@@ -13,7 +13,9 @@ import torch
 import influence_fast as inf
 from influence_fast.gradients import transfer
 from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.lora import find_lora_linears
 from influence_fast.gradients.per_example import iter_gradient_rows, packs_for
+from influence_fast.gradients.reduction import random_columns
 from influence_fast.kernels.runtime import INTERPRETED, unavailable
 
 WHY_NOT = "TRITON_INTERPRET=1 is set, so nothing would be launched" if INTERPRETED else unavailable("cuda")
@@ -112,6 +114,19 @@ def test_recorded_steps_give_the_rows_of_steps_run_by_operations(
     # products over padded tokens may be other kernels, whose sums round differently; another pack's rows differ by 1
     assert float((rows[True] - rows[False]).norm() / rows[False].norm()) < 3e-2
     assert float((losses[True] - losses[False]).norm() / losses[False].norm()) < 1e-2
+
+
+@pytest.mark.parametrize("dim", [12, 16])
+def test_random_columns_made_on_the_card_are_those_of_the_cpu(
+    tiny_lora: Callable[..., Any], backend: str, dim: int
+) -> None:
+    projection, model = inf.Projection(dim=dim), tiny_lora()
+    here = [random_columns(projection, linear, triton=False) for linear in find_lora_linears(model)]
+    there = [random_columns(projection, linear, backend == "triton") for linear in find_lora_linears(model.to(CUDA))]
+    for pair in zip(here, there, strict=True):
+        for cpu, card in zip(*pair, strict=True):
+            assert card.is_cuda
+            assert torch.equal(card.cpu(), cpu)
 
 
 @pytest.mark.parametrize("recorded", [False, True])

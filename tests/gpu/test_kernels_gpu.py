@@ -12,7 +12,6 @@ from influence_fast.kernels import project_flat as flat
 from influence_fast.kernels import segment_bilinear as bilinear
 from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels import skinny_project as skinny
-from influence_fast.kernels.counter import SignColumns
 from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY, fp8_rows
 from influence_fast.kernels.fp8_rows import reference as fp8_reference
 from influence_fast.kernels.runtime import INTERPRETED, unavailable
@@ -61,15 +60,6 @@ def test_skinny_project_at_the_widths_of_models(features: int, columns: int) -> 
     assert torch.equal(whole, skinny.skinny_project(x, w, out_dtype=torch.float32, split=True))
     assert torch.equal(whole[7:8], skinny.skinny_project(x[7:8], w, out_dtype=torch.float32))
     assert relative_norm(skinny.skinny_project(x, w), expected) < TOLERANCES[BF16]
-
-
-@pytest.mark.parametrize(("names", "dim"), [(("m/in",), 16), (("q/in", "k/in", "v/in"), 16), (("m/in",), 64)])
-def test_generated_columns_at_the_width_of_a_model(names: tuple[str, ...], dim: int) -> None:
-    x = normal(517, 3584, dtype=BF16, device=CUDA)
-    w = normal(16 * len(names), 3584, dtype=BF16, device=CUDA, seed=1).T
-    signs = SignColumns.of(0, names, dim, device=CUDA)
-    made = skinny.skinny_project(x, w, signs=signs, out_dtype=torch.float32)
-    assert relative_norm(made, skinny.reference(x.double(), w.double(), signs=signs)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)

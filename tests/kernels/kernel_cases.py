@@ -19,7 +19,6 @@ from influence_fast.kernels import segment_bilinear as bilinear
 from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels import skinny_project as skinny
 from influence_fast.kernels import token_loss as loss
-from influence_fast.kernels.counter import SignColumns
 from influence_fast.kernels.segments import Segments
 
 Pair = tuple[Tensor, Tensor]
@@ -61,9 +60,7 @@ def short(dtype: torch.dtype) -> str:
 class Skinny:
     tokens: int
     features: int
-    cached: int
-    names: tuple[str, ...] = ()
-    dim: int = 16
+    columns: int
     column_major: bool = False
     factors: bool = False
     split: bool | None = None
@@ -72,33 +69,28 @@ class Skinny:
     def run(self, dtype: torch.dtype, device: torch.device) -> Pair:
         # A slice of wider rows, so that the row stride is not the row length.
         x = normal(self.tokens, self.features + 3, dtype=dtype, device=device)[:, : self.features]
-        w = None
-        if self.cached:
-            if self.column_major:
-                w = normal(self.cached, self.features, dtype=dtype, device=device, seed=1).T
-            else:
-                w = normal(self.features, self.cached, dtype=dtype, device=device, seed=1)
-        signs = SignColumns.of(7, self.names, self.dim, device=device) if self.names else None
-        columns = self.cached + (signs.columns if signs else 0)
+        columns = self.columns
+        if self.column_major:
+            w = normal(columns, self.features, dtype=dtype, device=device, seed=1).T
+        else:
+            w = normal(self.features, columns, dtype=dtype, device=device, seed=1)
         factors = normal(columns, dtype=torch.float32, device=device, seed=2) if self.factors else None
         wide = unwritten(self.tokens, columns + 5, dtype=self.out_dtype or dtype, device=device)
-        out = skinny.skinny_project(x, w, signs=signs, factors=factors, split=self.split, out=wide[:, 2 : 2 + columns])
+        out = skinny.skinny_project(x, w, factors=factors, split=self.split, out=wide[:, 2 : 2 + columns])
         assert wide[:, :2].isnan().all()
         assert wide[:, 2 + columns :].isnan().all()
-        expected = skinny.reference(x.double(), None if w is None else w.double(), signs=signs, factors=factors)
+        expected = skinny.reference(x.double(), w.double(), factors=factors)
         return out, expected
 
 
 SKINNY = {
     "one token, one column": Skinny(1, 7, 1),
-    "A^T and cached signs": Skinny(65, 131, 32, column_major=True, factors=True),
+    "A^T and signs": Skinny(65, 131, 32, column_major=True, factors=True),
     "B, odd sizes": Skinny(63, 67, 5),
     "q k v share a pass": Skinny(33, 96, 96, column_major=True),
     "256 columns": Skinny(5, 70, 256),
-    "generated": Skinny(65, 70, 16, ("m/in",), 16, factors=True),
-    "generated alone": Skinny(3, 130, 0, ("m/in",), 8),
-    "generated for three modules": Skinny(17, 40, 6, ("q/in", "k/in", "v/in"), 5),
-    "generated, 40 columns": Skinny(9, 33, 3, ("m/in",), 40),
+    "64 columns, d of two tiles and one": Skinny(65, 257, 64),
+    "33 columns": Skinny(17, 40, 33, column_major=True),
     "two chunks of d": Skinny(3, 1031, 20, column_major=True, factors=True, split=False),
     "two chunks of d, split": Skinny(3, 1031, 20, column_major=True, factors=True, split=True),
     "float32 out": Skinny(31, 129, 32, out_dtype=torch.float32),

@@ -242,7 +242,6 @@ def test_costs_count_the_flops_of_the_references() -> None:
 
 def test_costs_count_each_operand_once() -> None:
     assert skinny_project.cost(10, 7, 4, itemsize=2, out_itemsize=4).bytes == 10 * 7 * 2 + 7 * 4 * 2 + 10 * 4 * 4
-    assert skinny_project.cost(10, 7, 4, generated=3).bytes == 10 * 7 * 2 + 7 * 2 + 10 * 4 * 2
     assert segment_outer.cost(10, 3, 2, 5, 4, row_itemsize=4).bytes == 10 * 2 * 9 * 2 + 3 * 2 * 20 * 4
     assert segment_bilinear.cost(10, 7, 4, 3, 2) == (2 * (10 + 6) * 28, 10 * 11 * 2 + 3 * 28 * 4)
     assert quantize_rows.cost(10, 7) == (70, 10 * 7 * 5 + 10 * 4)
