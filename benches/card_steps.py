@@ -151,7 +151,7 @@ def _step(row: dict[str, Any], device: torch.device, shape: tuple[int, ...], rou
     launching: dict[str, list[float]] = {}
     for _ in range(rounds):
         with failing(f"{name}, plain LoRA step", errors, "plain LoRA step"):
-            seconds.setdefault("plain LoRA step", []).extend(timed(device, partial(batch.plain_step, model), 1))
+            seconds.setdefault("plain LoRA step", []).extend(timed(device, partial(batch.plain_step, model), 2))
         model.zero_grad(set_to_none=True)
         for way, options in ways_of(device).items():
             if way in errors:
@@ -164,7 +164,7 @@ def _step(row: dict[str, Any], device: torch.device, shape: tuple[int, ...], rou
                 run = partial(engine.run, pack)
                 if engine.cuda_graphs:
                     run()  # a shape is recorded when it is seen again, which the warm-up then is
-                found = timed(device, run, 1)
+                found = timed(device, run, 2)
                 if engine.cuda_graphs and not (engine._graphs and engine._graphs.most_tokens):
                     raise RuntimeError("no step was recorded, so there is no time for graphs")
                 if device.type == "cuda":

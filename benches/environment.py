@@ -23,14 +23,16 @@ def describe() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """As git says, or INFLUENCE_FAST_COMMIT where a copy of the files has no history."""
+    """INFLUENCE_FAST_COMMIT, for a copy of the files that has no history or an older one; else as git says."""
+    if named := os.environ.get("INFLUENCE_FAST_COMMIT"):
+        return named
     root = Path(__file__).parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         said = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git here
         said = ""
-    return said or os.environ.get("INFLUENCE_FAST_COMMIT", "unknown")
+    return said or "unknown"
 
 
 def _cpu() -> str:

@@ -319,7 +319,7 @@ def main() -> None:
         if asked and not (tests and tests["processes_failed"] == 0 and tests.get("passed")) and not args.keep_going:
             sys.exit("tests/gpu failed, so nothing was timed (--keep-going times all the same)")
     session.part("kernels", lambda: card_kernels.kernels(device, tokens, widths, modules, rounds))
-    session.part("steps", lambda: card_steps.steps(device, shapes, tokens, few, deadline))
+    session.part("steps", lambda: card_steps.steps(device, shapes, tokens, 2, deadline))
     profiled = {name: shape for name, shape in shapes.items() if not name.endswith("1.5B")}
     session.part("profile", lambda: card_steps.profile(device, profiled, tokens))
     session.part("long", lambda: card_steps.long_trace(device, *long, 1))

@@ -10,6 +10,8 @@ import torch
 
 import influence_fast as inf
 from influence_fast.gradients import fp8
+from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.per_example import packs_for
 from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY
 from influence_fast.kernels.runtime import INTERPRETED, unavailable
 
@@ -74,3 +76,17 @@ def test_rows_are_8_bit_ones(tiny_lora: Callable[..., Any], triton: bool) -> Non
     assert 0.5 * error < relative(found, exact) < 1.5 * error
     # products may be rounded to bf16 there, which moves some numbers to another e4m3 one
     assert relative(found, on_cpu) < 0.5 * error
+
+
+@pytest.mark.skipif(bool(WHY_NO_KERNEL), reason=WHY_NO_KERNEL)
+def test_recorded_steps_have_8_bit_products_too(tiny_lora: Callable[..., Any]) -> None:
+    model = tiny_lora("qwen2", hidden_size=64, intermediate_size=64, num_attention_heads=4).to("cuda", torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(5, 90, (40,), generator=generator) for _ in range(40)]
+    examples = [{"input_ids": each, "labels": each} for each in ids]
+    rows = {}
+    for recorded in (False, True):
+        with GradientEngine(model, None, precision="fp8", backend="triton", cuda_graphs=recorded) as engine:
+            rows[recorded] = torch.cat([engine.run(pack)[0] for pack in packs_for(engine, examples, 320)])
+            assert bool(engine._graphs and engine._graphs.most_tokens) == recorded
+    assert relative(rows[True], rows[False].double()) < 0.1  # a number rounded otherwise may move an e4m3 one
