@@ -25,7 +25,7 @@ import torch
 
 from influence_fast.kernels import project_flat, rms_norm, segment_bilinear, segment_outer, skinny_project
 from influence_fast.kernels.counter import fill_signs, fill_sjlt
-from influence_fast.kernels.fp8_rows import fp8_rows
+from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY, fp8_rows
 from influence_fast.kernels.gated_silu import gated_silu, gated_silu_backward
 from influence_fast.kernels.quantize_rows import quantize_rows
 from influence_fast.kernels.rotary import rotary
@@ -36,8 +36,8 @@ from influence_fast.kernels.token_loss import token_loss
 # Shared memory a block may ask for, bytes (CUDA C++ programming guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 ARCHITECTURES = tuple(SHARED_LIMIT)
-# Kernels that are for newer cards alone: e4m3 is there from compute capability 8.9 on, as 8-bit products are.
-NEWER = {"_fp8_rows_kernel": 89}
+# Kernels that are for newer cards alone, and the first of those.
+NEWER = {"_fp8_rows_kernel": 10 * LOWEST_CAPABILITY[0] + LOWEST_CAPABILITY[1]}
 
 _TYPES = {
     torch.float32: "fp32",
@@ -87,12 +87,9 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         for columns in (16, 32, 64, 96, 128, 256):
             for split in (False, True):
                 x, a = tensor(tokens, 3584, dtype=dtype), tensor(columns, 3584, dtype=dtype)
-                factors = tensor(columns, dtype=torch.float32)
 
-                def project(
-                    x: torch.Tensor = x, a: torch.Tensor = a, f: torch.Tensor = factors, s: bool = split
-                ) -> object:
-                    return skinny_project.skinny_project(x, a.T, factors=f, split=s)
+                def project(x: torch.Tensor = x, a: torch.Tensor = a, s: bool = split) -> object:
+                    return skinny_project.skinny_project(x, a.T, split=s)
 
                 yield f"skinny_project {short} N={columns}{' split' if split else ''}", project
         for a_size, b_size in ((16, 16), (16, 8), (64, 16), (64, 64), (3584, 16), (16, 3584)):

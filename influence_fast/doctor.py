@@ -72,10 +72,11 @@ def _gradients() -> list[tuple[str, bool, str]]:
         active = name == chosen
         reason = why if name == "triton" or active else "the other backend was chosen"
         rows.append((f"gradients: {name}", active, f"{note} ({reason})"))
-    asked = graphs.wanted()
-    how = f"{graphs.VARIABLE}={int(asked)}" if asked is not None else f"{graphs.VARIABLE}=0 turns them off"
-    note = f"steps seen twice are replayed ({how})" if chosen == "triton" else f"they need the triton backend ({how})"
-    rows.append(("gradients: CUDA graphs", asked is not False and chosen == "triton", note))
+    off = graphs.wanted() is False
+    note = "steps seen twice are replayed" if chosen == "triton" else "they need the triton backend"
+    if off:
+        note = f"off by {graphs.VARIABLE}=0"
+    rows.append(("gradients: CUDA graphs", chosen == "triton" and not off, note))
     return [*rows, (f"gradients: {backends.NATIVE}", False, backends.NOT_NATIVE)]
 
 

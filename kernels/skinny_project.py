@@ -1,13 +1,13 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Tall inputs times a few columns, in one pass: out = (x W) * c.
+"""Tall inputs times a few columns, in one pass: out = x W.
 
     x (T, d) activations or output gradients of packed tokens, W (d, N) small and cached (LoRA's A^T or B and the random
-    columns, of every module that shares the input), c (N,) one factor a column. N from 1 to 256.
+    columns, of every module that shares the input). N from 1 to 256.
 
     forward   [h | z] = x [A^T | R_in]       backward   [u | y] = g [B | R_out]
 
 Random columns made in the kernel from their counter, so that R need not be stored, took 2.1 and 2.7 times as long as
-reading them (16 of N = 32 columns, d = 3584 and 18944, T = 16384, on an H200), and are gone.
+reading them (16 of N = 32 columns, d = 3584 and 18944, T = 16384, benches/results/gpu-*-1921.json), and are gone.
 
 Bytes: x once, W from the L2 cache, out once; at N = 32 in bfloat16 that is 32 FLOPs a byte, far below any
 card's ridge, so the floor is one read of x.
@@ -45,7 +45,7 @@ from influence_fast.kernels.runtime import (
 MAX_COLUMNS = 256
 CHUNK_K = 1024
 # Of more 16-bit columns PyTorch's product is faster: 155 us against 247 at N = 96, d = 18944 and T = 16384 on an H200,
-# where at N = 32 it is 158 against 152.
+# where at N = 32 it is 158 against 152 (benches/results/gpu-*-1921.json).
 MOST_COLUMNS_16_BIT = 64
 
 
@@ -53,7 +53,6 @@ MOST_COLUMNS_16_BIT = 64
 def _skinny_kernel(
     x,  # [T, d]
     w,  # [d, N]
-    factors,  # [N] float32, or unused
     out,  # [T, N], or [chunks, T, N] float32 where SPLIT
     tokens,
     features,
@@ -66,7 +65,6 @@ def _skinny_kernel(
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
     PAD: tl.constexpr,  # N, padded
-    HAS_FACTORS: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -100,22 +98,18 @@ def _skinny_kernel(
             chunk = tl.where(ends, 0.0, chunk)
 
     total += chunk
-    if HAS_FACTORS and not SPLIT:
-        total *= tl.load(factors + column, mask=column < columns, other=0.0)[None, :]
     tl.store(out + t[:, None] * stride_ot + column[None, :], total, mask=t_mask & mask_w)
 
 
 @jit(do_not_specialize=["size"])
 def _add_chunks_kernel(
     parts,  # [chunks, T, N] float32
-    factors,  # [N] float32, or unused
     out,  # [T, N]
     size,
     columns,
     chunks,
     stride_ot,
     BLOCK: tl.constexpr,
-    HAS_FACTORS: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
@@ -126,8 +120,6 @@ def _add_chunks_kernel(
         part += size
     t = i // columns
     n = i % columns
-    if HAS_FACTORS:
-        total *= tl.load(factors + n, mask=mask, other=0.0)
     tl.store(out + t * stride_ot + n, total, mask=mask)
 
 
@@ -142,7 +134,7 @@ def configuration(columns: int, itemsize: int, precision: str = "ieee") -> dict[
         num_stages = 2 if block_k == 16 else 3
         return {"BLOCK_T": 32, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": num_stages}
     if itemsize == 2 and not wide:
-        # On an H200 99 % of a copy's bandwidth at N = 32 and 96 % at N = 64 (d = 18944): as fast as twice the rows, and
+        # On an H200 97 % of a copy's bandwidth at N = 32 and 94 % at N = 64 (d = 18944): as fast as twice the rows, and
         # more programs for short packs. 96 KB of shared memory, which cards of 100 KB have too.
         return {"BLOCK_T": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4 if columns <= 32 else 3}
     if itemsize == 2 and columns <= 128:
@@ -159,17 +151,15 @@ def skinny_project(
     x: Tensor,
     w: Tensor,
     *,
-    factors: Tensor | None = None,
     out: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     precision: str = "ieee",
     split: bool | None = None,
 ) -> Tensor:
-    """(x w) * factors, one pass over x.
+    """x w, one pass over x.
 
     x: (T, d), rows contiguous; float32, bfloat16 or float16
     w: (d, N) of the dtype of x, any strides (A.T of a LoRA factor as it is)
-    factors: (N,) float32, one a column, applied to the float32 sum; None for ones
     out: (T, N), rows contiguous; made with `out_dtype` (that of x by default) if None
     precision: of float32 products: "ieee", "tf32" or "tf32x3"
     split: one program a chunk of d (None: where T alone leaves half of the card idle); the bits are the same
@@ -188,11 +178,7 @@ def skinny_project(
             f"{name}: {columns} columns asked for, needs 1 to {MAX_COLUMNS}; share fewer modules in one call"
         )
     dtype = check_dtype(name, x=x, w=w)
-    device = check_device(name, x=x, w=w, factors=factors, out=out)
-    if factors is not None:
-        check_shape(name, "factors", factors, (columns,))
-        if factors.dtype != torch.float32 or not factors.is_contiguous():
-            raise ConfigError(f"{name}: factors must be contiguous float32, got {factors.dtype}")
+    device = check_device(name, x=x, w=w, out=out)
     if out is None:
         out = torch.empty(tokens, columns, dtype=out_dtype or dtype, device=device)
     check_shape(name, "out", out, (tokens, columns))
@@ -213,7 +199,6 @@ def skinny_project(
     arguments: dict[str, Any] = {
         "x": x,
         "w": w,
-        "factors": factors if factors is not None else x,
         "out": target,
         "tokens": tokens,
         "features": features,
@@ -227,7 +212,6 @@ def skinny_project(
         **tiles,
         "CHUNK": CHUNK_K,
         "PAD": padded(columns),
-        "HAS_FACTORS": factors is not None,
         "SPLIT": split,
         "PRECISION": precision,
     }
@@ -247,14 +231,13 @@ def skinny_project(
             (ceil_div(tokens * columns, block),),
             {
                 "parts": target,
-                "factors": arguments["factors"],
                 "out": out,
                 "size": tokens * columns,
                 "columns": columns,
                 "chunks": chunks,
                 "stride_ot": out.stride(0),
             },
-            {"BLOCK": block, "HAS_FACTORS": factors is not None},
+            {"BLOCK": block},
             device=device,
             num_warps=4,
             num_stages=1,
@@ -262,10 +245,9 @@ def skinny_project(
     return out
 
 
-def reference(x: Tensor, w: Tensor, *, factors: Tensor | None = None) -> Tensor:
+def reference(x: Tensor, w: Tensor) -> Tensor:
     """The same in PyTorch, in the dtype of x: (T, d) -> (T, N)."""
-    out = x @ w
-    return out if factors is None else out * factors.to(out.dtype)
+    return x @ w
 
 
 def cost(tokens: int, features: int, columns: int, *, itemsize: int = 2, out_itemsize: int = 2) -> Cost:

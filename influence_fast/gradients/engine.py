@@ -92,7 +92,7 @@ class GradientEngine:
         self.packs_are_separate = self._takes_bounds = True
         self._graphs_asked_for = cuda_graphs is True
         wanted = graphs.wanted() if cuda_graphs is None else cuda_graphs
-        self._graphs_missed = wanted is True
+        self._graphs_wanted = wanted is True
         self.cuda_graphs = wanted is not False
         if self.cuda_graphs and (why := self._not_recordable()):
             self._leave_graphs(why)
@@ -127,6 +127,8 @@ class GradientEngine:
                     stack.enter_context(replaced_forward(member.layer, group, place))
             if self.backend == "triton":
                 self._fused_layers = stack.enter_context(fused(self.base, self.linears[0].weight.dtype))
+            if not self._graphs_wanted and self._kept(1) is None:
+                self.cuda_graphs = False  # a second pack's activations might not fit, and nothing would say so before
             if self.cuda_graphs:
                 self._graphs = graphs.StepGraphs(self._step, self.device, graphs.CudaRecorder(self.device))
             self._stack = stack.pop_all()
@@ -143,12 +145,14 @@ class GradientEngine:
         On a card it returns as soon as all is queued; nothing in it waits for the card. A pack whose activations would
         not fit in the card's free memory has its layers computed again in the backward (docs/memory.md).
         """
-        recorded = 0
-        if self._graphs is not None:
-            recorded, shape = self._graphs.most_tokens, StepShape.of(pack)
-            if not self.overflows(2 * shape.tokens):  # the memory of recorded steps is theirs alone
-                return self._graphs.run(shape, self._inputs(pack, shape), len(pack.indices))
-        return self._step(self._inputs(pack).to(self.device), self.overflows(len(pack.input_ids) + recorded))
+        if self._graphs is None:
+            return self._step(self._inputs(pack).to(self.device), self.overflows(len(pack.input_ids)))
+        shape, examples = StepShape.of(pack), len(pack.indices)
+        inputs = self._inputs(pack, shape)
+        if self._fits_twice(shape.tokens):
+            return self._graphs.run(shape, inputs, examples)
+        rows, losses = self._step(inputs.to(self.device), self.overflows(shape.tokens + self._graphs.most_tokens))
+        return rows[:examples], losses[:examples]
 
     def _inputs(self, pack: Pack, shape: StepShape | None = None) -> StepInputs:
         """What `_step` needs of a pack, on the host."""
@@ -170,10 +174,19 @@ class GradientEngine:
             group.anchor = None
         return self.reducer.finish(), losses
 
+    def _fits_twice(self, tokens: int) -> bool:
+        """Whether a step of so many tokens may be recorded: the memory of recorded steps is theirs alone."""
+        return not self.overflows(2 * tokens)
+
     def overflows(self, tokens: int) -> bool:
         """Whether what the layers keep of so many tokens is more than `room`; unknown models are taken to fit."""
-        if self.room is None or not self._layers:
-            return False
+        kept = self._kept(tokens)
+        return kept is not None and self.room is not None and kept > _ROOM * self.room
+
+    def _kept(self, tokens: int) -> float | None:
+        """Bytes that the layers keep of so many tokens; None where that is not known."""
+        if not self._layers:
+            return None
         columns = max(max(group.columns) for group in self._groups)
         inputs, w = self.reducer.needs_input, self.linears[0].weight.element_size()
         try:
@@ -186,8 +199,8 @@ class GradientEngine:
                 fused_mlp=self._fused_layers.mlps,
             )
         except ConfigError:
-            return False
-        return tokens * layer * len(self._layers) > _ROOM * self.room
+            return None
+        return tokens * layer * len(self._layers)
 
     @torch.no_grad()
     def losses(self, pack: Pack) -> torch.Tensor:
@@ -234,8 +247,14 @@ class GradientEngine:
         found = separation(module, implementation, self.device)
         self.packs_are_separate, self._takes_bounds = found.packs_pay, found.takes_bounds
         inputs: dict[int, torch.Tensor] = {}
+        calls = [0] * len(self.linears)
+
+        def called(n: int, x: torch.Tensor) -> None:
+            inputs[n] = x
+            calls[n] += 1
+
         handles = [
-            member.layer.register_forward_pre_hook(lambda _, args, n=n: inputs.__setitem__(n, args[0]))
+            member.layer.register_forward_pre_hook(lambda _, args, n=n: called(n, args[0]))
             for n, member in enumerate(self.linears)
         ]
         two = torch.zeros(2, dtype=torch.int64)
@@ -249,6 +268,10 @@ class GradientEngine:
                 handle.remove()
         if self.cuda_graphs and not self.packs_are_separate:
             self._leave_graphs("the examples of a pack would see each other in this model")
+        if self.cuda_graphs and max(calls) > 1:
+            self._leave_graphs(
+                "a LoRA layer is called more than once, and its sums take each pack's bounds on the host"
+            )
         if self.cuda_graphs and implementation == attention.PACKED and not all(seen):
             self._leave_graphs(
                 "this model's attention runs an example at a time (it takes a 16-bit model, with heads of up to "
@@ -284,12 +307,14 @@ class GradientEngine:
         """No CUDA graphs: ConfigError if this call asked for them, a warning if the environment did."""
         if self._graphs_asked_for:
             raise ConfigError(f"cuda_graphs: CUDA graphs cannot be used: {why}; leave them off")
-        if self._graphs_missed:
+        if self._graphs_wanted:
             say_once(graphs.logger, f"{graphs.VARIABLE}: CUDA graphs are not used here: {why}")
         self.cuda_graphs = False
 
     def _not_recordable(self) -> str:
         """Why no step of this engine can be a CUDA graph; empty if it may be."""
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
+            return "the model has gradient checkpointing switched on, which asks for the state of random numbers"
         if self.backend != "triton":
             return f"the backend is not triton but {self.backend} ({self.backend_why})"
         if self.device.type != "cuda":

@@ -5,8 +5,8 @@ A small model on a fast card waits for the host, which launches some hundred ope
 recorded step is the same kernels on the same memory: a pack is padded to the step's shape (`StepShape`), its tensors
 are copied to where the step reads them, in one copy, and the whole of forward, backward and sums is one launch.
 
-Packs are padded whether their step is recorded yet, or ever: a row has the same bits whatever was computed before it,
-so a store that goes on after a crash is the one that it would have been.
+Where steps may be recorded all packs are padded, whether theirs is recorded yet, or ever: a row has the same bits
+whatever was computed before it, so a store that goes on after a crash is the one that it would have been.
 
 A step may be recorded if nothing in it depends on numbers that the host has looked at. Whatever would look at them
 waits for the card, which a recording forbids: such a model is found out first, said once, and run operation by
@@ -22,6 +22,8 @@ import contextlib
 import functools
 import logging
 import os
+import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,14 +31,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from influence_fast.errors import ConfigError
+from influence_fast.errors import ConfigError, say_once
 from influence_fast.gradients.step_inputs import StepInputs, StepShape
 from influence_fast.gradients.transfer import joined, to_device
 
 logger = logging.getLogger(__name__)
 
-# Each holds some thousand kernel nodes and its rows; packs of one data set have a handful of shapes.
-MOST_GRAPHS = 32
+# Each holds some thousand kernel nodes and its rows; packs of one data set have some ten shapes, at most some fifty.
+MOST_GRAPHS = 64
 MOST_BYTES = 2 << 30  # of the rows and losses of all of them
 
 VARIABLE = "INFLUENCE_FAST_CUDA_GRAPHS"
@@ -72,10 +74,10 @@ class CudaRecorder:
         self.pool = torch.cuda.graph_pool_handle()
 
     def record(self, run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
-        with torch.cuda.device(self.device):
+        with _ONE_AT_A_TIME, torch.cuda.device(self.device):
             _check_that_nothing_waits(run)
             graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-            # thread_local: threads that write rows, or make the next packs, may go on
+            # thread_local: threads that wait for nothing on a card may go on, as those that write rows do
             options: dict[str, Any] = {"pool": self.pool, "capture_error_mode": "thread_local"}
             try:
                 with torch.cuda.graph(graph, stream=_stream(self.device), **options):
@@ -95,14 +97,24 @@ class CudaRecorder:
                 end(torch.cuda.current_device(), self.pool)
 
 
+# What a check looks for is looked for in the whole process.
+_ONE_AT_A_TIME = threading.Lock()
+
+
 def _check_that_nothing_waits(run: Callable[[], Any]) -> None:
     """RuntimeError where `run` would wait for the card: found in a capture, the process would not recover from it."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    _set_sync_debug_mode("error")
     try:
         run()
     finally:
-        torch.cuda.set_sync_debug_mode(before)
+        _set_sync_debug_mode(before)
+
+
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():  # that it is a prototype, which tells a user nothing
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 @functools.cache
@@ -164,10 +176,11 @@ class StepGraphs:
         try:
             replay, results = self._recorder.record(lambda: self._step(inputs.within(memory)))
         except RuntimeError as error:
-            logger.warning(
+            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            say_once(
+                logger,
                 "this model's step cannot be recorded as a CUDA graph, so each operation is launched by itself "
-                f"({VARIABLE}=0 spares the attempt): %s",
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+                f"({VARIABLE}=0 spares the attempt): {why}",
             )
             self.refused = True
             return None

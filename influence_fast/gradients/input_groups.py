@@ -79,7 +79,10 @@ class InputGroup:
         return self.backward_weights[place][:, : self.members[place].r]
 
     def skinny(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x [T, d] @ weight [d, c] for a small c: one pass over x."""
+        """x [T, d] @ weight [d, c] for a small c: one pass over x.
+
+        As of W x, the bits of a token's row may depend on T where PyTorch multiplies.
+        """
         if not self.triton:
             return x @ weight
         from influence_fast.kernels.skinny_project import MAX_COLUMNS, MOST_COLUMNS_16_BIT, skinny_project

@@ -30,8 +30,8 @@ _KEPT_NUMBERS = 1 << 15
 def random_columns(
     projection: Projection | None, linear: LoraLinear, triton: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """R_in [d_in, p] and R_out [d_out, p] of one module, fp32, on the CPU or on its card; p = 0 where the kind needs
-    none."""
+    """R_in [d_in, p] and R_out [d_out, p] of one module, on the CPU or on its card: fp32, or empty with p = 0 where the
+    kind needs none."""
     if projection is None or projection.flat:
         return linear.a.new_zeros(linear.d_in, 0), linear.b.new_zeros(linear.d_out, 0)
     device = linear.a.device
@@ -42,7 +42,7 @@ def random_columns(
 
 
 def _matrix(projection: Projection, name: str, rows: int, device: torch.device, triton: bool) -> torch.Tensor:
-    """`random_matrix`, made where it is used: on the CPU, the columns of 24 layers took most of a second.
+    """`random_matrix`, made where it is used.
 
     For the CPU small ones are kept: drawing them is half of what opening an engine of a small model takes.
     """

@@ -21,7 +21,8 @@ class StepShape:
     """The sizes of a recorded step, into which every pack of up to these sizes fits; one example is always to spare.
 
     Padding costs what computing does: tokens are up to an eighth too many (none in packs as full as the token budget,
-    for budgets that are powers of two), and so are the tokens that the loss counts.
+    for budgets that are powers of two), and so are the tokens that the loss counts. Rows are up to a quarter and one
+    too many.
     """
 
     tokens: int  # T
@@ -37,7 +38,7 @@ class StepShape:
         longest = max(*pack.lengths, tokens - held)
         return cls(
             tokens=tokens,
-            examples=_rounded(len(pack.indices) + 1, 2),
+            examples=_rounded(len(pack.indices) + 1, 4),
             counted=_rounded(int((pack.targets != IGNORED).sum()), 8, least=16),
             longest=min(1 << (longest - 1).bit_length(), tokens),
         )

@@ -29,7 +29,7 @@ from influence_fast.config import RunConfig
 from influence_fast.data.examples import Example, tokenize
 from influence_fast.errors import DataError
 from influence_fast.progress import bar
-from influence_fast.run.workdir import portable
+from influence_fast.run.workdir import RunFolder, portable
 from influence_fast.settings import to_dict
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def retrain(
             return done
         context = multiprocessing.get_context("spawn")
         setup = (config, list(queries), threads)
+        RunFolder(config)  # made here: of processes that open it at one time, one might find it half made
         with ProcessPoolExecutor(processes, context, initializer=_open, initargs=setup) as pool:
             waiting = {pool.submit(_work, job, folder, stamp): job for job in todo}
             try:

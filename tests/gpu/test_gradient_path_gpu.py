@@ -89,7 +89,10 @@ def test_long_traces_repeat_bit_for_bit(tiny_lora: Callable[..., Any], backend: 
 
 @pytest.mark.parametrize("projection", [p for p in PROJECTIONS if p is None or p.kind != "kron"], ids=str)
 def test_recorded_steps_give_the_rows_of_steps_run_by_operations(
-    tiny_lora: Callable[..., Any], caplog: pytest.LogCaptureFixture, projection: inf.Projection | None
+    tiny_lora: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+    recwarn: pytest.WarningsRecorder,
+    projection: inf.Projection | None,
 ) -> None:
     """Many packs of one shape, of examples that the kernels split, and packs of other shapes between; three times, so
     that graphs are replayed after others were recorded, and every result is kept while the next ones are made."""
@@ -109,6 +112,7 @@ def test_recorded_steps_give_the_rows_of_steps_run_by_operations(
         # the bits of a row do not depend on whether its step was replayed
         assert all(torch.equal(a[0], b[0]) for a, b in zip(every, results, strict=False))
     assert not caplog.records
+    assert not [warning for warning in recwarn if "debug mode" in str(warning.message)]
     assert len(shapes) > 1
     assert any(shape.longest > 512 for shape in shapes)
     # products over padded tokens may be other kernels, whose sums round differently; another pack's rows differ by 1

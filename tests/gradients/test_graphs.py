@@ -224,10 +224,12 @@ def test_what_cannot_be_recorded_is_said_once_and_run_all_the_same(caplog: pytes
         def record(self, run: Any) -> Any:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    steps = graphs.StepGraphs(step, CPU, Refusing())
+    say_once.cache_clear()
     with caplog.at_level(logging.WARNING):
-        run_all(steps, packs_of([20] * 20, 100))
-        run_all(steps, packs_of([40] * 20, 200))
+        for _ in range(2):  # an engine opens for every call
+            steps = graphs.StepGraphs(step, CPU, Refusing())
+            run_all(steps, packs_of([20] * 20, 100))
+            run_all(steps, packs_of([40] * 20, 200))
     (record,) = caplog.records
     assert "cannot be recorded as a CUDA graph" in record.message
     assert record.message.endswith("operation not permitted when stream is capturing")
@@ -251,6 +253,64 @@ def test_where_they_cannot_be_a_call_that_asks_for_them_fails_and_the_environmen
     monkeypatch.setenv(graphs.VARIABLE, "yes")
     with pytest.raises(ConfigError, match="unknown value 'yes'"):
         GradientEngine(model, None)
+
+
+def test_they_are_on_where_they_can_be_and_nothing_is_said_where_not(
+    tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    say_once.cache_clear()
+    monkeypatch.delenv(graphs.VARIABLE, raising=False)
+    model = tiny_lora()
+    with GradientEngine(model, None) as engine:
+        assert engine.cuda_graphs is False
+    monkeypatch.setattr(GradientEngine, "_not_recordable", lambda self: "")
+    assert GradientEngine(model, None).cuda_graphs is True
+    with GradientEngine(model, None) as engine:  # attention runs an example at a time here
+        assert engine.cuda_graphs is False
+    monkeypatch.setenv(graphs.VARIABLE, "0")
+    assert GradientEngine(model, None).cuda_graphs is False
+    assert not caplog.records
+
+
+def test_models_that_no_recording_can_have_are_named(
+    tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_lora()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ConfigError, match="gradient checkpointing switched on"):
+        GradientEngine(model, None, cuda_graphs=True)
+    monkeypatch.setattr(GradientEngine, "_not_recordable", lambda self: "")
+    model = tiny_lora()
+    layers = model.get_base_model().model.layers
+    layers[1] = layers[0]
+    with (
+        pytest.raises(ConfigError, match="called more than once"),
+        GradientEngine(model, None, backend="torch", cuda_graphs=True),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_a_pack_is_padded_whether_it_may_be_recorded_or_not(tiny_lora: Callable[..., Any], twice: bool) -> None:
+    (pack,) = packs_of([30, 7, 20], 100)
+    shape = StepShape.of(pack)
+    seen = []
+
+    def step(inputs: StepInputs, recompute: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append((inputs.tokens.input_ids.shape[1], recompute))
+        return torch.arange(2.0 * shape.examples).view(-1, 2), torch.arange(float(shape.examples))
+
+    with GradientEngine(tiny_lora(), None, backend="torch") as engine:
+        engine._layers = engine._layers or list(engine.base.model.layers)
+        kept = engine._kept(shape.tokens)
+        assert kept is not None
+        engine.room = int((2.1 if twice else 1.1) * kept / 0.8)
+        engine._step = step  # type: ignore[method-assign]
+        engine._graphs = graphs.StepGraphs(step, CPU, TapeRecorder())
+        rows, losses = engine.run(pack)
+        assert shape in engine._graphs._seen if twice else not engine._graphs._seen
+    assert seen == [(shape.tokens, False)]
+    assert (rows.shape, losses.shape) == ((3, 2), (3,))
 
 
 def test_attention_that_runs_an_example_at_a_time_cannot_be_recorded(
