@@ -132,7 +132,8 @@ def inner_products(
         isa: a path of `native.available()`, for tests; the variable INFLUENCE_FAST_ISA does the same. On a device
             "torch" asks for PyTorch, other names say nothing.
         device: "cuda" scores rows of the host on a GPU, streamed block by block; results come back to the host. By
-            default rows are scored where they lie.
+            default rows are scored where they lie, which is faster for up to some hundred queries: with 200,000 int8
+            rows of 8,192 numbers 2 queries take 16 cores 17 ms and 512 take them 326, and an H200 109 and 299.
 
     Returns:
         fp32 scores [N, Q] (`out` if given), or `InnerProducts` when any of `groups`, `topk` and `ranks` is given.
