@@ -64,10 +64,11 @@ class World:
 
 
 class Signals:
-    """SIGTERM asks to stop at the end of the batch; a second one stops at once."""
+    """SIGTERM asks to stop at the end of the batch; a second one stops at once, as does the first with `at_once`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_once: bool = False) -> None:
         self.stopping = False
+        self._at_once = at_once
         self._before: Any = None
 
     def __enter__(self) -> Signals:
@@ -80,7 +81,7 @@ class Signals:
             signal.signal(signal.SIGTERM, self._before)
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.stopping:
+        if self.stopping or self._at_once:
             raise Preempted
         self.stopping = True
 
@@ -161,20 +162,23 @@ def once(
     """`work(beat)`, done by one process for all that share `folder`; the others wait until `done()`.
 
     `beat` is to be called as the work gets on; where it has not been for `time_limit` seconds, another takes over.
+
+    Raises Preempted at SIGTERM, with the claim given back: one left behind would hold up other hosts for `time_limit`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     claims = Claims(folder, Owner.here(world.rank), time_limit)
-    for pause in pauses():
-        if done():
-            return
-        if claims.take("once"):
-            try:
-                if not done():
-                    work(lambda: claims.beat("once"))
+    with Signals(at_once=True):  # the work is whole or not done: there is no batch to finish for
+        for pause in pauses():
+            if done():
                 return
-            finally:
-                claims.release("once")
-        time.sleep(pause)
+            if claims.take("once"):
+                try:
+                    if not done():
+                        work(lambda: claims.beat("once"))
+                    return
+                finally:
+                    claims.release("once")
+            time.sleep(pause)
 
 
 def init_group(world: World, ranks: int, device: str) -> tuple[Any, Any]:

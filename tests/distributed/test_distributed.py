@@ -18,7 +18,7 @@ import torch
 
 from influence_fast.distributed.claims import Claims, Owner
 from influence_fast.distributed.metrics import Follower, folder_of, peak_flops, rates_text, summary
-from influence_fast.distributed.processes import World, retried
+from influence_fast.distributed.processes import Preempted, World, once, retried
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.store.reader import open_store, verify_store
 
@@ -405,6 +405,19 @@ def test_a_dead_owner_on_this_host_is_known_at_once_and_one_elsewhere_by_the_tim
     assert watcher.take("b")
     assert str(watcher.lost[0]).startswith("a of rank 1 (")
     assert str(watcher.lost[1]) == "c of an unknown process: no progress for 0 s"
+
+
+def test_sigterm_in_what_one_process_does_for_all_gives_its_claim_back(tmp_path: Path) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        with pytest.raises(Preempted):
+            once(tmp_path, World(0, 2), lambda: False, lambda beat: os.kill(os.getpid(), signal.SIGTERM))
+        assert list(tmp_path.iterdir()) == []
+        os.kill(os.getpid(), signal.SIGTERM)  # the handler from before is back
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_pid_that_another_process_has_now_is_a_dead_owner() -> None:
