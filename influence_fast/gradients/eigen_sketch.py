@@ -31,7 +31,7 @@ from influence_fast.gradients.projection import Projection
 
 DEFAULT_EXAMPLES = 256  # LDS of 64 is that of 512 on both worlds of benches.proof, to 0.002
 FILES = "sketch-*.safetensors"  # in a store's folder; `file_of` names them
-MEND = "restore it, or fit it again and run the same build"
+MEND = "restore it, or run the same build again, which fits it again"
 
 Shape = tuple[int, int]
 

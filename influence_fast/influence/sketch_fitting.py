@@ -12,7 +12,7 @@ import torch
 
 from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.errors import ConfigError, DataError, StoreError, did_you_mean
-from influence_fast.gradients.eigen_sketch import DEFAULT_EXAMPLES, FILES, EigenSketch, check_projection
+from influence_fast.gradients.eigen_sketch import DEFAULT_EXAMPLES, FILES, EigenSketch, check_projection, file_of
 from influence_fast.gradients.fisher_labels import sample_labels
 from influence_fast.gradients.lora import gradient_layout, layout_width
 from influence_fast.gradients.per_example import iter_gradient_rows
@@ -68,8 +68,8 @@ def fit_projection(
     Raises:
         ConfigError: a projection that has no blocks or no width, or a width above the numbers that it chooses from.
         DataError: no example, or none with a finite gradient.
-        StoreError: the store in `folder` was made by another sketch (the message names the setting and both sides), it
-            holds something else, or the disk refuses.
+        StoreError: the store in `folder` was made by another sketch (the message names the setting and both sides), or
+            by one that was lost since and comes out otherwise now; it holds something else, or the disk refuses.
     """
     check_projection(projection)
     projection = projection.plain
@@ -118,7 +118,7 @@ def fit_projection(
         return replace(projection, sketch=fit(lambda: None))
     path = Path(folder)
     make_folder(path)
-    sketch = (share or alone)(lambda: kept_sketch(path, purpose), fit, lambda made: made.save(path))
+    sketch = (share or alone)(lambda: kept_sketch(path, purpose), fit, lambda made: keep_sketch(path, made))
     return replace(projection, sketch=sketch)
 
 
@@ -190,12 +190,17 @@ def leading(fitted: Ekfac, projection: Projection, purpose: Mapping[str, Any] | 
 
 
 def kept_sketch(folder: Path, purpose: Mapping[str, Any]) -> EigenSketch | None:
-    """The sketch in a store's folder that was fitted for `purpose`; None where there is none and no store either.
+    """The sketch in a store's folder that was fitted for `purpose`; None where there is none and no store either, or
+    where the store's was lost or damaged since.
 
     Raises StoreError where the store was made by another one, or by none.
     """
     if (folder / MANIFEST_NAME).exists():
-        found = fitted_sketch(folder, Manifest.load(folder))
+        manifest = Manifest.load(folder)
+        try:
+            found = fitted_sketch(folder, manifest)
+        except StoreError:
+            return None  # `keep_sketch` takes no other in its place
         if found is None:
             raise StoreError(
                 f"{folder}: its rows were made by a random sketch or none: ask for that (--sketch and "
@@ -217,6 +222,26 @@ def kept_sketch(folder: Path, purpose: Mapping[str, Any]) -> EigenSketch | None:
         if _labelled(found.purpose) == purpose:
             return found
     return None
+
+
+def keep_sketch(folder: Path, made: EigenSketch) -> None:
+    """Writes a sketch that was fitted into a store's folder, in the place of the store's own where that was lost.
+
+    Raises StoreError: the lost one was another, or the disk refuses.
+    """
+    if (folder / MANIFEST_NAME).exists():
+        manifest = Manifest.load(folder)
+        named = manifest.identity.projection_sketch
+        if named is not None and named != made.fingerprint:
+            try:
+                fitted_sketch(folder, manifest)
+            except StoreError:
+                raise StoreError(
+                    f"{folder / file_of(named)} is missing or damaged, and fitted again it comes out otherwise: "
+                    "restore it, build again with the data, settings, hardware and number of threads that it was "
+                    "fitted with, or build a new store"
+                ) from None
+    made.save(folder)
 
 
 def _labelled(purpose: Mapping[str, Any]) -> dict[str, Any]:

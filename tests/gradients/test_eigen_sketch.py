@@ -312,7 +312,7 @@ def test_a_lost_or_changed_file_of_a_store_shows_and_is_mended_by_building_again
     for _ in range(2):
         (said,) = verify_store(tmp_path)
         assert path.name in said
-        with pytest.raises(StoreError, match="fit it again and run the same build"):
+        with pytest.raises(StoreError, match="run the same build again, which fits it again"):
             open_store(tmp_path).projection  # noqa: B018
         path.unlink(missing_ok=True)
     built(tmp_path, model, examples, fitted)
@@ -417,6 +417,23 @@ def test_one_that_a_store_stands_on_is_not_fitted_anew(
     with pytest.raises(StoreError, match="its rows were made by a random sketch or none"):
         fit_projection(model, examples, projection=NARROW, folder=tmp_path / "random")
     assert not list((tmp_path / "random").glob("sketch-*"))
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(b"torn")])
+def test_one_that_a_store_stands_on_and_that_was_lost_is_fitted_again_and_taken_if_it_is_the_same(
+    tmp_path: Path, model: Any, examples: list[dict[str, Any]], fitted: Projection, damage: Callable[[Path], None]
+) -> None:
+    built(tmp_path, model, examples, fitted)
+    path = the_file(tmp_path)
+    whole = path.read_bytes()
+    damage(path)
+    with pytest.raises(
+        StoreError, match=rf"{path.name} is missing or damaged, and fitted again it comes out otherwise"
+    ):
+        fit_projection(model, examples, projection=NARROW, examples=9, folder=tmp_path)
+    assert fit_projection(model, examples, projection=NARROW, folder=tmp_path) == fitted
+    assert the_file(tmp_path).read_bytes() == whole
+    assert verify_store(tmp_path) == []
 
 
 def test_two_processes_that_fit_at_once_end_with_one_store(
