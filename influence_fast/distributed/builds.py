@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from influence_fast.distributed.claims import Claims, Owner
-from influence_fast.distributed.metrics import Board, Meter, board, chrome_trace, example_flops, folder_of
+from influence_fast.distributed.metrics import Board, Log, Meter, board, chrome_trace, example_flops, folder_of
 from influence_fast.distributed.processes import TIME_LIMIT, Signals, Watch, World, largest, once, pauses, rank_in
 from influence_fast.errors import StoreError
 from influence_fast.gradients.eigen_sketch import EigenSketch
@@ -59,7 +59,8 @@ def build_distributed(
         group: for a model that `sharded.shard_model` has spread out, the process group it is spread over.
         time_limit: seconds without a finished batch after which a process is given up: it ends itself (exit code
             75, with a stack trace), and the others take over its shard and say so. Above the slowest batch.
-        progress: one bar for all processes, shown by rank 0; by default when stderr is a terminal.
+        progress: one bar for all processes, shown by rank 0; by default when stderr is a terminal, and else a line
+            a minute.
         metrics: JSON lines of each rank in `<path>.metrics` (see `metrics`).
         profile: a Chrome trace of each rank's first batches, in `<path>.metrics/trace-rank-00000.json`.
         peak: FLOP/s of one process's card, for the utilisation that the bar shows.
@@ -114,7 +115,7 @@ class ClaimedTurns:
         self._after_batch = after_batch
         self._claims: Claims | None = None
         self._name = ""
-        self._board: Board | None = None
+        self._board: Board | Log | None = None
         self._said = 0
 
     def shards(self, writer: StoreWriter, sizes: Sequence[tuple[int, int]]) -> Generator[int]:

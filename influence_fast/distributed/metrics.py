@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from influence_fast.data.adapter_names import is_adapter_parameter
 from influence_fast.progress import bar
 
 EVERY = 1.0  # seconds between two lines of a rank, and between two looks at those of the others
+LOGGED = 60.0  # seconds between two lines of progress in a log
 TRACED = 8  # batches in a profile
 # Dense bf16 FLOP/s from the makers' data sheets, by words of the card's name; the first that fits counts.
 PEAK_FLOPS = {
@@ -233,6 +235,37 @@ class Board:
         self._bar.stop()
 
 
+class Log:
+    """The same for a job's log, where a bar cannot be drawn: a line a minute on stderr, and one at the end."""
+
+    def __init__(self, folder: Path, done: int, total: int, peak: float | None) -> None:
+        self._follower = Follower(folder, from_now=True)
+        self._done, self._total, self._peak = done, total, peak
+        self._start = self._said = time.perf_counter()
+
+    def update(self, *, at_once: bool = False) -> None:
+        now = time.perf_counter()
+        if now - self._said < LOGGED and not at_once:
+            return
+        self._said = now
+        totals, seconds = self._follower.look(), now - self._start
+        done = min(self._done + totals.examples, self._total)
+        left = f", {time_left(self._total - done, totals.examples, seconds)} left" if totals.examples else ""
+        print(
+            f"gradients: {done:,} of {self._total:,} examples, {rates_text(totals, seconds, self._peak)}{left}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def close(self) -> None:
+        self.update(at_once=True)
+
+
+def time_left(examples: int, done: int, seconds: float) -> str:
+    """`0:01:40` for 100 examples at the pace of `done` in `seconds`, to the second."""
+    return str(timedelta(seconds=round(examples * seconds / done)))
+
+
 def rates_text(totals: Totals, seconds: float, peak: float | None) -> str:
     """`1200 tokens/s, 2.4 examples/s, 4 ranks, MFU 31 %`: over `seconds`, `peak` FLOP/s a rank."""
     ranks = max(1, len(totals.ranks))
@@ -243,12 +276,12 @@ def rates_text(totals: Totals, seconds: float, peak: float | None) -> str:
 @contextlib.contextmanager
 def board(
     wanted: bool | None, folder: Path | None, done: int, total: int, peak: float | None
-) -> Iterator[Board | None]:
-    """The bar where it is wanted (None: where stderr is a terminal) and there is anything left to do."""
-    if folder is None or done >= total or not (sys.stderr.isatty() if wanted is None else wanted):
+) -> Iterator[Board | Log | None]:
+    """The bar where it is wanted and, with None, on a terminal; else with None a log. None where nothing is left."""
+    if folder is None or done >= total or wanted is False:
         yield None
         return
-    shown = Board(folder, done, total, peak)
+    shown = (Board if wanted or sys.stderr.isatty() else Log)(folder, done, total, peak)
     try:
         yield shown
     finally:

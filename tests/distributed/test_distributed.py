@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from influence_fast.distributed import metrics
 from influence_fast.distributed.claims import Claims, Owner
-from influence_fast.distributed.metrics import Follower, folder_of, peak_flops, rates_text, summary
+from influence_fast.distributed.metrics import Follower, board, folder_of, peak_flops, rates_text, summary, time_left
 from influence_fast.distributed.processes import Preempted, World, once, retried
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.store.reader import open_store, verify_store
@@ -487,6 +488,28 @@ def test_totals_follow_the_lines_as_they_are_written(tmp_path: Path) -> None:
     assert (totals.examples, totals.tokens, totals.ranks) == (9, 300, {0, 2})
     assert totals.idle_share == pytest.approx(7 / 16)
     assert rates_text(totals, 10.0, 6e11) == "30 tokens/s, 0.90 examples/s, 2 ranks, MFU 100 %"
+
+
+def test_a_log_gets_lines_where_a_terminal_has_the_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = {"rank": 0, "examples": 30, "tokens": 900, "flops": 0.0, "work_s": 3.0, "wait_s": 1.0}
+    with board(None, tmp_path, 10, 2000, None) as shown:
+        assert shown is not None
+        (tmp_path / "rank-00000.jsonl").write_text(json.dumps(line) + "\n")
+        shown.update()
+        assert capsys.readouterr().err == ""  # not a minute yet
+        monkeypatch.setattr(metrics, "LOGGED", 0.0)
+        shown.update()
+        said = capsys.readouterr().err
+        assert said.startswith("gradients: 40 of 2,000 examples, ")
+        assert "tokens/s" in said
+        assert said.endswith(" left\n")
+    assert "examples" in capsys.readouterr().err
+    for wanted, total in ((False, 2000), (None, 10)):  # not asked for; nothing left
+        with board(wanted, tmp_path, 10, total, None) as shown:
+            assert shown is None
+    assert time_left(100, 30, 30.0) == "0:01:40"
 
 
 @pytest.mark.parametrize(
