@@ -261,6 +261,12 @@ def _prune(args: Any) -> None:
     save_examples(kept, args.output, rows, args.columns)
     save_selection(table, selection, args.output)
     print(f"kept {len(selection.keep)} and dropped {len(selection.drop)} of {len(table.ids)} examples: {args.output}")
+    if selection.forced:
+        chosen = len(selection.drop) - selection.forced
+        print(
+            f"of the dropped, {selection.forced} had to go (near-duplicates or test questions) and {chosen} are "
+            f"{args.strategy}'s choice"
+        )
     known = set(table.ids)
     without = [example.id for example in examples if example.id not in known]
     if without:

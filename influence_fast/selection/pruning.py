@@ -21,7 +21,8 @@ __all__ = ["STRATEGIES", "Selection", "aligned_examples", "save_selection", "sel
 class Selection:
     """The outcome: `keep` and `drop` are row numbers in the table's order, ascending.
 
-    `why` says of each example "kept" or "dropped: " and the reason.
+    `why` says of each example "kept" or "dropped: " and the reason. `forced` of the dropped had to go whatever the
+    strategy: they may be more than were asked for.
     """
 
     strategy: str
@@ -29,6 +30,7 @@ class Selection:
     drop: np.ndarray  # [n] int64
     priority: np.ndarray  # [N] float64, what the strategy gave each example
     why: tuple[str, ...]  # N
+    forced: int = 0
 
     def kept_examples(self, table: ScoreTable, examples: Sequence[Example]) -> list[Example]:
         """The examples to keep, in their own order. Raises DataError where ids and table do not match."""
@@ -106,7 +108,7 @@ def select(
     if len(dropped) == total:
         raise DataError("nothing would be left: every example is excluded or in a group that is")
     drop = np.array(sorted(dropped), dtype=np.int64)
-    return Selection(strategy, np.setdiff1d(np.arange(total), drop), drop, priority, tuple(why))
+    return Selection(strategy, np.setdiff1d(np.arange(total), drop), drop, priority, tuple(why), len(forced))
 
 
 def selection_table(table: ScoreTable, selection: Selection) -> ScoreTable:

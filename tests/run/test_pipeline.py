@@ -729,6 +729,9 @@ def test_prune_groups_near_duplicates_and_test_questions(
     assert 2 < len(shared) < 40
     assert {name for name, why in zip(leaked.ids, leaked.texts["why"], strict=True) if why != "kept"} == shared
     assert "shares 5 words with validation2/v" in out
+    assert (
+        f"of the dropped, {len(shared)} had to go (near-duplicates or test questions) and 0 are random's choice" in out
+    )
     # the same questions under other names, in a split of their own
     from datasets import Dataset, DatasetDict
 

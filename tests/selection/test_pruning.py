@@ -163,6 +163,7 @@ def test_no_two_of_a_cluster_stay_whatever_the_strategy(strategy: str) -> None:
 
 def test_excluded_examples_go_first_and_are_nobodys_best() -> None:
     selection = select(line(6), "low_benefit", count=2, exclude={"d5": "shares 8 words with test/17", "gone": "x"})
+    assert (selection.forced, len(selection.drop)) == (1, 2)
     assert selection.drop.tolist() == [0, 5]
     assert selection.why[5] == "dropped: shares 8 words with test/17"
     both = select(line(6), "low_benefit", count=0, clusters=[0, 1, 2, 3, 4, 4], exclude={"d5": "x"})
