@@ -176,6 +176,6 @@ def _import(args: Any) -> None:
 
 def _lines_of(path: str) -> list[str]:
     try:
-        return Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError:
         raise ConfigError(f"--ids {path}: not UTF-8 text; give a text file with one id a line") from None
