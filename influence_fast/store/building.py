@@ -21,7 +21,7 @@ from influence_fast.gradients.fp8 import AUTO, check_precision
 from influence_fast.gradients.projection import Projection
 from influence_fast.progress import bar
 from influence_fast.store.identity import StoreIdentity, projection_fields
-from influence_fast.store.manifest import MANIFEST_NAME, Manifest, ModuleEntry, Part
+from influence_fast.store.manifest import MANIFEST_NAME, Manifest, ModuleEntry, Part, joined_fingerprint
 from influence_fast.store.reader import Store, check_dtype
 from influence_fast.store.shard_rows import GradientSource, ShardWork, id_of, tokenized
 from influence_fast.store.writer import StoreWriter, UniqueIds
@@ -103,7 +103,8 @@ def build_store(
     computed again too, with a warning: every byte that is there is checked first.
 
     Args:
-        path: a new or empty folder, or an unfinished store of the same work.
+        path: a new or empty folder, or a store of the same work, finished or not: of this dataset, or joined (by
+            `merge_stores`, `append_store`) of stores of its pieces, in its order.
         model: a LoRA model (peft).
         tokenizer: the model's own; None when `dataset` is tokenized already.
         dataset: `data.Example`s, or tokenized examples `{"id", "input_ids", "labels"}`; ids must be unique.
@@ -208,19 +209,22 @@ def build_shards(
     manifest = _plan(
         model, tokenizer, survey, projection, dtype, loss_reduction, precision, shard_rows, max_length, truncate
     )
+    if resume and (joined := _joined_there(Path(path), dataset)) is not None:
+        identity = replace(manifest.identity, dataset_fingerprint=joined_fingerprint(joined))
+        manifest = replace(manifest, identity=identity, parts=joined)
     writer = StoreWriter(path, manifest, resume=resume, sketch=None if projection is None else projection.sketch)
     if turns is None and world == 1 and (damaged := writer.drop_damaged()):  # alone on the folder
         warnings.warn(f"computed again: {'; '.join(damaged)}", stacklevel=3)
-    shard_rows = manifest.parts[0].shard_rows
+    ranges = manifest.ranges()
     options: dict[str, Any] = {"projection": projection, "loss_reduction": loss_reduction}
     engine = KeptEngine()
     if ours:
         options |= {"row_dtype": dtype, "precision": precision, "engine": engine}
     turns = FixedTurns(part, progress) if turns is None else turns
-    with _interruptible(writer), engine, closing(turns.shards(writer, survey.shard_sizes(shard_rows))) as shards:
+    with _interruptible(writer), engine, closing(turns.shards(writer, survey.shard_sizes(ranges))) as shards:
         for index in shards:
-            first, last = index * shard_rows, min((index + 1) * shard_rows, len(dataset))
-            shard = [dataset[i] for i in range(first, last)]
+            offset, first, last = ranges[index]
+            shard = [dataset[offset + i] for i in range(first, last)]
             ids = [id_of(example) for example in shard]
             examples, set_aside = tokenized(shard, tokenizer, max_length, truncate)
             turns.advance([0] * len(set_aside))
@@ -342,6 +346,22 @@ def _plan(
     )
 
 
+def _joined_there(folder: Path, dataset: Sequence[Any]) -> tuple[Part, ...] | None:
+    """The parts of a store that was joined of stores of the dataset's pieces, in its order; None for any other."""
+    if not (folder / MANIFEST_NAME).exists():
+        return None
+    parts = Manifest.load(folder).parts
+    if len(parts) < 2 or sum(part.examples for part in parts) != len(dataset):
+        return None
+    offset = 0
+    for part in parts:
+        piece = range(offset, offset + part.examples)
+        if dataset_fingerprint(dataset[i] for i in piece) != part.dataset_fingerprint:
+            return None
+        offset += part.examples
+    return parts
+
+
 @dataclass(frozen=True)
 class Survey:
     """What one pass over a dataset finds out, in a few bytes an example."""
@@ -368,11 +388,10 @@ class Survey:
         seen.check(lambda: (id_of(example) for example in dataset), "the dataset")
         return cls(fingerprint, texts, np.array(sizes, dtype=np.int64))
 
-    def shard_sizes(self, shard_rows: int) -> list[tuple[int, int]]:
-        """(examples, sum of their sizes) of each shard."""
-        starts = range(0, len(self.sizes), shard_rows)
-        parts = [self.sizes[start : start + shard_rows] for start in starts]
-        return [(len(part), int(part.sum())) for part in parts]
+    def shard_sizes(self, ranges: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
+        """(examples, sum of their sizes) of each shard, of `Manifest.ranges`."""
+        shards = [self.sizes[offset + first : offset + last] for offset, first, last in ranges]
+        return [(len(sizes), int(sizes.sum())) for sizes in shards]
 
 
 def check_example(example: Any, place: int, texts: bool) -> None:

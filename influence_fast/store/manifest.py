@@ -106,6 +106,16 @@ class Manifest:
         ]
         return [value for value, part in zip(per_part, self.parts, strict=True) for _ in range(part.shards)]
 
+    def ranges(self) -> list[tuple[int, int, int]]:
+        """For each shard (offset, first, last): examples [first, last) of its part, which begins at `offset`."""
+        found = []
+        offset = 0
+        for part in self.parts:
+            starts = [shard * part.shard_rows for shard in range(part.shards)]
+            found += [(offset, start, min(start + part.shard_rows, part.examples)) for start in starts]
+            offset += part.examples
+        return found
+
     def to_json(self) -> bytes:
         body = asdict(self) | {"identity": self.identity.body()}
         return _signed({"format": "influence-fast gradient store", **body})

@@ -383,6 +383,30 @@ def test_several_processes_share_one_folder_or_have_one_each(tmp_path: Path, mod
     assert stored_bytes(tmp_path / "merged") == stored_bytes(tmp_path / "whole")
 
 
+def test_a_store_joined_of_stores_of_the_datas_pieces_is_one_of_the_data(tmp_path: Path, model: Any) -> None:
+    data = make_examples(11)
+    for name, piece, rows in (("a", data[:6], 4), ("b", data[6:], 2)):
+        build(tmp_path / name, model, piece, shard_rows=rows)
+    joined = merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "s")
+    whole = stored_bytes(tmp_path / "s")
+    rows = joined.rows()
+
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise AssertionError("gradients were computed")
+
+    again = build(tmp_path / "s", model, data, shard_rows=None, gradients=refuse)
+    assert again.ids == [example["id"] for example in data]
+    rotten = tmp_path / "s" / "rows-00003.bin"  # the second shard of the second piece
+    rotten.write_bytes(bytes(rotten.stat().st_size))
+    with pytest.warns(UserWarning, match="computed again"):
+        again = build(tmp_path / "s", model, data, shard_rows=None)
+    assert torch.equal(again.rows(), rows)
+    assert stored_bytes(tmp_path / "s") == whole
+    for other in (data[6:] + data[:6], data[:10], data[:7] + data[8:] + data[7:8]):
+        with pytest.raises(StoreError, match="made with another dataset"):
+            build(tmp_path / "s", model, other, shard_rows=None)
+
+
 def test_ctrl_c_says_what_is_done_and_the_build_goes_on(tmp_path: Path, model: Any) -> None:
     build(tmp_path / "whole", model, make_examples())
     computed: list[str] = []
