@@ -20,6 +20,7 @@ from influence_fast.influence.pool_gradients import sketch_options
 from influence_fast.influence.settings import GradientConfig, InfluenceConfig
 from influence_fast.influence.sketch_fitting import resolved
 from influence_fast.store.reader import Store
+from influence_fast.store.writer import make_folder
 from influence_fast.training.models import load_model, load_tokenizer
 
 
@@ -46,8 +47,11 @@ def build_from_source(
         peak_flops: of one card, for the utilisation in the metrics; by default what is known of it.
         options: of `distributed.build_distributed` (`progress`, `profile`, `shard_rows`).
 
-    Raises as the steps do; ConfigError for a precision that sharded weights cannot have.
+    Raises as the steps do; StoreError before any of them where `folder` holds something else; ConfigError for a
+    precision that sharded weights cannot have.
     """
+    if Path(folder).exists():
+        make_folder(Path(folder))  # loading a model and reading the data take long, and leave tokens beside it
     cuda = model.device.partition(":")[0] == "cuda" or (model.device == "auto" and torch.cuda.is_available())
     device = f"cuda:{world.local_rank}" if cuda and ":" not in model.device else model.device
     mesh, group = None, None

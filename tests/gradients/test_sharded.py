@@ -144,6 +144,10 @@ def test_the_command_builds_a_store_and_says_what_was_left_out(
     assert "another dataset" in capsys.readouterr().err
     assert main([*command, "--output", "other", "--fsdp", "2"]) == 2
     assert "1 processes cannot be divided into groups of 2" in capsys.readouterr().err
+    for taken in ("model", "data.jsonl"):
+        assert main([*command, "--output", taken]) == 2
+        assert f"error: {taken} " in capsys.readouterr().err
+        assert not Path(f"{taken}.tokens").exists()
 
 
 @pytest.mark.slow
