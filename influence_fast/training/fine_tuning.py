@@ -133,7 +133,7 @@ def finetune(
     by `load_finetuned`. Without it every weight of `model` is trained in place, or, where `model` is a PeftModel,
     the adapter that it carries. `output_dir` is written under a temporary name and renamed when it is whole.
 
-    Raises DataError (no examples, malformed or fully masked ones), ConfigError (`output_dir` holds another result
+    Raises DataError (no examples, malformed or fully masked ones), ConfigError (`output_dir` holds something else
     and `overwrite` is False), ModelError (unknown target modules) and NumericError (the loss became NaN).
     """
     from peft import PeftModel
@@ -154,6 +154,10 @@ def finetune(
     if found is not None:
         return found
     if final.exists() and any(final.iterdir()) and not overwrite:
+        if not (final / RECORD).exists():  # not ours, so nothing that we tell anybody to delete
+            raise ConfigError(
+                f"{final} is not empty and holds no fine-tuning of this tool: choose another output folder"
+            )
         raise ConfigError(
             f"{final} holds a result of other data or settings: choose another output folder, or delete it"
         )

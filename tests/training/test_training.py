@@ -132,6 +132,10 @@ def test_finished_result_is_reused_only_for_the_same_work(
         run(model, tokenizer, examples[:-1], tmp_path / "out")
     other = run(model, tokenizer, examples[:-1], tmp_path / "out", overwrite=True)
     assert not other.reused
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match=r"mine is not empty and holds no fine-tuning .* another output folder$"):
+        run(model, tokenizer, examples, tmp_path / "mine")
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["stopped", "killed while it wrote a checkpoint"])
