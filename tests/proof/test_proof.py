@@ -151,6 +151,25 @@ def test_processes_and_interruptions_change_no_outcome(proof: tuple[Path, dict[s
     assert not list((tmp_path / "run" / "retrained").glob(".*"))
 
 
+def test_the_folder_is_there_before_processes_open_it(
+    proof: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of two that make it at one time, one may find it half made, which is a folder of something else."""
+    import dataclasses
+
+    class Opened(Exception):
+        pass
+
+    def pool(*args: Any, **options: Any) -> Any:
+        raise Opened((tmp_path / "run" / "config.yaml").exists())
+
+    folder, _ = proof
+    config = dataclasses.replace(load_config(folder / "config.yaml"), output=str(tmp_path / "run"))
+    monkeypatch.setattr(retraining, "ProcessPoolExecutor", pool)
+    with pytest.raises(Opened, match="True"):
+        retrain(config, [], [Retraining("half-0-seed0", np.arange(3), 0)], processes=2, talks=False)
+
+
 def test_a_retraining_of_other_rows_is_not_taken(proof: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = proof
     config = load_config(folder / "config.yaml")
