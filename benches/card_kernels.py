@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch._functorch import config as functorch
 
+from influence_fast.gradients.fp8 import LOWEST_CAPABILITY
 from influence_fast.gradients.loss import CARD_TOKENS, by_pytorch
 from influence_fast.kernels import fp8_rows as eight
 from influence_fast.kernels import gated_silu as gated
@@ -249,7 +250,7 @@ def _quantization(table: Table, modules: int) -> None:
 def _rounding(table: Table, tokens: int, widths: tuple[int, ...]) -> None:
     """Rows for 8-bit products, where a card has those."""
     on_card = table.device.type == "cuda"
-    if on_card and torch.cuda.get_device_capability(table.device) < eight.LOWEST_CAPABILITY:
+    if on_card and torch.cuda.get_device_capability(table.device) < LOWEST_CAPABILITY:
         return
     for k in (512, *widths):  # gradients of k and v, inputs and gradients of the others
         matrix = torch.randn(tokens, k, device=table.device).bfloat16()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import ConfigError
+from influence_fast.gradients.fp8 import LOWEST_CAPABILITY
 from influence_fast.kernels.runtime import (
     Cost,
     ceil_div,
@@ -37,7 +38,6 @@ from influence_fast.kernels.runtime import (
 )
 
 FORMAT = torch.float8_e4m3fn
-LOWEST_CAPABILITY = (8, 9)  # of cards that round to it
 LARGEST = torch.finfo(FORMAT).max
 TINY = torch.finfo(torch.float32).tiny
 FAINT, LIFT = 2.0**-40, 2.0**100

@@ -149,7 +149,7 @@ class GradientEngine:
             return self._step(self._inputs(pack).to(self.device), self.overflows(len(pack.input_ids)))
         shape, examples = StepShape.of(pack), len(pack.indices)
         inputs = self._inputs(pack, shape)
-        if self._fits_twice(shape.tokens):
+        if not self.overflows(2 * shape.tokens):  # the memory of recorded steps is theirs alone
             return self._graphs.run(shape, inputs, examples)
         rows, losses = self._step(inputs.to(self.device), self.overflows(shape.tokens + self._graphs.most_tokens))
         return rows[:examples], losses[:examples]
@@ -173,10 +173,6 @@ class GradientEngine:
         for group in self._groups:
             group.anchor = None
         return self.reducer.finish(), losses
-
-    def _fits_twice(self, tokens: int) -> bool:
-        """Whether a step of so many tokens may be recorded: the memory of recorded steps is theirs alone."""
-        return not self.overflows(2 * tokens)
 
     def overflows(self, tokens: int) -> bool:
         """Whether what the layers keep of so many tokens is more than `room`; unknown models are taken to fit."""
@@ -313,7 +309,7 @@ class GradientEngine:
 
     def _not_recordable(self) -> str:
         """Why no step of this engine can be a CUDA graph; empty if it may be."""
-        if any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules()):
+        if _recomputes(self.base):
             return "the model has gradient checkpointing switched on, which asks for the state of random numbers"
         if self.backend != "triton":
             return f"the backend is not triton but {self.backend} ({self.backend_why})"
@@ -374,6 +370,11 @@ def _free_bytes(device: torch.device) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+def _recomputes(base: Any) -> bool:
+    """Whether the model has its own gradient checkpointing switched on."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+
+
 @contextlib.contextmanager
 def _recomputable(base: Any) -> Iterator[list[Any]]:
     """The layers that `_recomputing` can switch; none where the model does so already, or cannot."""
@@ -381,8 +382,7 @@ def _recomputable(base: Any) -> Iterator[list[Any]]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-    already = any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
-    if already or not getattr(base, "supports_gradient_checkpointing", False):
+    if _recomputes(base) or not getattr(base, "supports_gradient_checkpointing", False):
         yield []
         return
     # Set here and not by the model's own switch, which would make the embedding's output ask for a gradient too and

@@ -35,7 +35,7 @@ AUTO, FP8 = "auto", "fp8"
 PRECISIONS = (AUTO, FP8)
 MULTIPLE = 16
 FEWEST_ROWS = 272  # in multiples of 16 too
-LOWEST_CAPABILITY = (8, 9)
+LOWEST_CAPABILITY = (8, 9)  # of cards that round to e4m3, and multiply it
 
 
 def check_precision(name: str, source: str = "precision", *, sharded: bool = False) -> None:

@@ -12,14 +12,13 @@ import influence_fast as inf
 from influence_fast.gradients import fp8
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.per_example import packs_for
-from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY
 from influence_fast.kernels.runtime import INTERPRETED, unavailable
 
 pytestmark = [
     pytest.mark.requires_gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-WHY_NO_KERNEL = "TRITON_INTERPRET=1 is set" if INTERPRETED else unavailable("cuda", LOWEST_CAPABILITY)
+WHY_NO_KERNEL = "TRITON_INTERPRET=1 is set" if INTERPRETED else unavailable("cuda", fp8.LOWEST_CAPABILITY)
 TRITON = [False, pytest.param(True, marks=pytest.mark.skipif(bool(WHY_NO_KERNEL), reason=WHY_NO_KERNEL))]
 
 

@@ -11,6 +11,7 @@ from tolerances import TOLERANCES, relative_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from influence_fast.errors import ConfigError
+from influence_fast.gradients.fp8 import LOWEST_CAPABILITY
 from influence_fast.kernels import (
     fp8_rows,
     gated_silu,
@@ -73,7 +74,7 @@ def test_cards_too_old_for_a_kernel_are_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, refused in (((7, 5), True), ((8, 6), True), ((8, 9), False), ((9, 0), False), ((12, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert ("is below 8.9" in unavailable("cuda", fp8_rows.LOWEST_CAPABILITY)) == refused
+        assert ("is below 8.9" in unavailable("cuda", LOWEST_CAPABILITY)) == refused
         assert ("is below 8.0" in unavailable("cuda")) == (capability < (8, 0))
 
 
