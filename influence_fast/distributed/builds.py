@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from influence_fast.distributed.claims import Claims, Owner
-from influence_fast.distributed.metrics import Board, Log, Meter, board, chrome_trace, example_flops, folder_of
+from influence_fast.distributed.metrics import Board, Meter, board, chrome_trace, example_flops, folder_of
 from influence_fast.distributed.processes import TIME_LIMIT, Signals, Watch, World, largest, once, pauses, rank_in
 from influence_fast.errors import StoreError
 from influence_fast.gradients.eigen_sketch import EigenSketch
@@ -115,7 +115,7 @@ class ClaimedTurns:
         self._after_batch = after_batch
         self._claims: Claims | None = None
         self._name = ""
-        self._board: Board | Log | None = None
+        self._board: Board | None = None
         self._said = 0
 
     def shards(self, writer: StoreWriter, sizes: Sequence[tuple[int, int]]) -> Generator[int]:

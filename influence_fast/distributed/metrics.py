@@ -18,6 +18,7 @@ import json
 import re
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -208,57 +209,65 @@ def summary(folder: Path) -> Totals:
     return Follower(folder).look()
 
 
-class Board:
+class Board(ABC):
+    """How far all ranks are, looked up every `every` seconds and at the end."""
+
+    every: float
+
+    def __init__(self, folder: Path, done: int, total: int, peak: float | None) -> None:
+        self._follower = Follower(folder, from_now=True)
+        self._done, self._total, self._peak = done, total, peak
+        self._start = self._looked = time.perf_counter()
+
+    def update(self, *, at_once: bool = False) -> None:
+        now = time.perf_counter()
+        if now - self._looked < self.every and not at_once:
+            return
+        self._looked = now
+        totals, seconds = self._follower.look(), now - self._start
+        self._show(min(self._done + totals.examples, self._total), totals, seconds)
+
+    @abstractmethod
+    def _show(self, done: int, totals: Totals, seconds: float) -> None:
+        """`done` examples in all, of which those of `totals` in the last `seconds`."""
+
+    def close(self) -> None:
+        self.update(at_once=True)
+
+
+class Bar(Board):
     """One bar for all ranks: examples, tokens/s, examples/s, time left, and the model-FLOP utilisation if known."""
+
+    every = EVERY
 
     def __init__(self, folder: Path, done: int, total: int, peak: float | None) -> None:
         from rich.progress import TextColumn
 
-        self._follower = Follower(folder, from_now=True)
-        self._done, self._total, self._peak = done, total, peak
-        self._start = self._looked = time.perf_counter()
+        super().__init__(folder, done, total, peak)
         self._bar = bar("gradients", TextColumn("{task.fields[rates]}"))
         self._task = self._bar.add_task("gradients", total=total, completed=done, rates="")
         self._bar.start()
 
-    def update(self, *, at_once: bool = False) -> None:
-        now = time.perf_counter()
-        if now - self._looked < EVERY and not at_once:
-            return
-        self._looked = now
-        totals = self._follower.look()
-        rates = rates_text(totals, now - self._start, self._peak)
-        self._bar.update(self._task, completed=min(self._done + totals.examples, self._total), rates=rates)
+    def _show(self, done: int, totals: Totals, seconds: float) -> None:
+        self._bar.update(self._task, completed=done, rates=rates_text(totals, seconds, self._peak))
 
     def close(self) -> None:
-        self.update(at_once=True)
+        super().close()
         self._bar.stop()
 
 
-class Log:
+class Log(Board):
     """The same for a job's log, where a bar cannot be drawn: a line a minute on stderr, and one at the end."""
 
-    def __init__(self, folder: Path, done: int, total: int, peak: float | None) -> None:
-        self._follower = Follower(folder, from_now=True)
-        self._done, self._total, self._peak = done, total, peak
-        self._start = self._said = time.perf_counter()
+    every = LOGGED
 
-    def update(self, *, at_once: bool = False) -> None:
-        now = time.perf_counter()
-        if now - self._said < LOGGED and not at_once:
-            return
-        self._said = now
-        totals, seconds = self._follower.look(), now - self._start
-        done = min(self._done + totals.examples, self._total)
+    def _show(self, done: int, totals: Totals, seconds: float) -> None:
         left = f", {time_left(self._total - done, totals.examples, seconds)} left" if totals.examples else ""
         print(
             f"gradients: {done:,} of {self._total:,} examples, {rates_text(totals, seconds, self._peak)}{left}",
             file=sys.stderr,
             flush=True,
         )
-
-    def close(self) -> None:
-        self.update(at_once=True)
 
 
 def time_left(examples: int, done: int, seconds: float) -> str:
@@ -276,12 +285,12 @@ def rates_text(totals: Totals, seconds: float, peak: float | None) -> str:
 @contextlib.contextmanager
 def board(
     wanted: bool | None, folder: Path | None, done: int, total: int, peak: float | None
-) -> Iterator[Board | Log | None]:
+) -> Iterator[Board | None]:
     """The bar where it is wanted and, with None, on a terminal; else with None a log. None where nothing is left."""
     if folder is None or done >= total or wanted is False:
         yield None
         return
-    shown = (Board if wanted or sys.stderr.isatty() else Log)(folder, done, total, peak)
+    shown = (Bar if wanted or sys.stderr.isatty() else Log)(folder, done, total, peak)
     try:
         yield shown
     finally:

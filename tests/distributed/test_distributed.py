@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from trials import world
 
 from influence_fast.distributed import metrics
 from influence_fast.distributed.claims import Claims, Owner
@@ -27,11 +28,10 @@ EXAMPLES = 48
 SHARDS = 16
 
 # Imports everything once, then forks a process for each line it reads, so that a trial costs the build alone.
-NURSERY = """
+NURSERY = (
+    world(longest=60)
+    + """
 import json, os, signal, sys, time
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Qwen2Config
 from influence_fast.store.building import build_store
 from influence_fast.distributed.builds import build_distributed
 from influence_fast.distributed.processes import Preempted, World
@@ -40,19 +40,6 @@ from influence_fast.store import writer as store_writer
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.projection import Projection
 
-torch.set_num_threads(1)
-torch.manual_seed(0)
-config = Qwen2Config(vocab_size=320, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
-                     num_attention_heads=4, num_key_value_heads=2)
-model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=4, target_modules="all-linear"))
-for name, parameter in model.named_parameters():
-    if "lora_B" in name:
-        torch.nn.init.normal_(parameter, std=0.2)
-generator = torch.Generator().manual_seed(0)
-examples = []
-for i in range(48):
-    ids = torch.randint(5, 300, (int(torch.randint(3, 60, (), generator=generator)),), generator=generator)
-    examples.append(dict(id=f"e{i}", input_ids=ids, labels=ids.clone()))
 examples[25]["labels"] = torch.full_like(examples[25]["labels"], -100)
 options = dict(projection=Projection(dim=4, width=64), dtype="int8", shard_rows=3, progress=False)
 
@@ -99,6 +86,7 @@ for line in sys.stdin:
         child(task)
     print(pid, flush=True)
 """
+)
 
 
 class Nursery:
@@ -499,7 +487,7 @@ def test_a_log_gets_lines_where_a_terminal_has_the_bar(
         (tmp_path / "rank-00000.jsonl").write_text(json.dumps(line) + "\n")
         shown.update()
         assert capsys.readouterr().err == ""  # not a minute yet
-        monkeypatch.setattr(metrics, "LOGGED", 0.0)
+        monkeypatch.setattr(metrics.Log, "every", 0.0)
         shown.update()
         said = capsys.readouterr().err
         assert said.startswith("gradients: 40 of 2,000 examples, ")

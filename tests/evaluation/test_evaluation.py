@@ -24,21 +24,6 @@ from influence_fast.evaluation.intervals import wilson_interval
 from influence_fast.evaluation.transcripts import EvalItem, Journal, record_of
 
 
-@pytest.fixture(scope="module")
-def tokenizer(demo_tokenizer: Any) -> Any:
-    return demo_tokenizer
-
-
-@pytest.fixture(scope="module")
-def model(answering_model: Any) -> Any:
-    return answering_model
-
-
-@pytest.fixture(scope="module")
-def examples(demo_examples: list[Example]) -> list[Example]:
-    return demo_examples
-
-
 class Parrot(torch.nn.Module):
     """Stands in for a model: answers each prompt with a fixed text, padding after its end as `generate` does."""
 

@@ -22,21 +22,6 @@ from influence_fast.evaluation.evaluate import EvalConfig, evaluate
 from influence_fast.evaluation.generation import Answer, ModelFiles, choose_engine, generate
 
 
-@pytest.fixture(scope="module")
-def tokenizer(demo_tokenizer: Any) -> Any:
-    return demo_tokenizer
-
-
-@pytest.fixture(scope="module")
-def model(answering_model: Any) -> Any:
-    return answering_model
-
-
-@pytest.fixture(scope="module")
-def examples(demo_examples: list[Example]) -> list[Example]:
-    return demo_examples
-
-
 def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(
     model: Any, tokenizer: Any, examples: list[Example]
 ) -> None:

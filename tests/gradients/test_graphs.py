@@ -198,8 +198,9 @@ def test_a_shape_is_recorded_when_it_is_seen_again() -> None:
     assert len(steps._graphs) == 1
 
 
-def test_only_so_many_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 1)
+@pytest.mark.parametrize("limit", ["MOST_GRAPHS", "MOST_BYTES"])
+def test_only_so_many_are_recorded(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+    monkeypatch.setattr(graphs, limit, 1)
     recorder = TapeRecorder()
     steps = graphs.StepGraphs(step, CPU, recorder)
     run_all(steps, packs_of([20] * 20, 100))
@@ -207,16 +208,6 @@ def test_only_so_many_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(steps._graphs) == 1
     assert recorder.replays == 3
     assert steps.most_tokens == 112
-
-
-def test_only_so_many_bytes_of_rows_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "MOST_BYTES", 1)
-    recorder = TapeRecorder()
-    steps = graphs.StepGraphs(step, CPU, recorder)
-    run_all(steps, packs_of([20] * 20, 100))
-    run_all(steps, packs_of([40] * 20, 200))
-    assert len(steps._graphs) == 1
-    assert recorder.replays == 3
 
 
 def test_what_cannot_be_recorded_is_said_once_and_run_all_the_same(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from trials import stored_bytes, world
 
 from influence_fast.data.examples import Example
 from influence_fast.data.fingerprints import dataset_fingerprint, tokenizer_hash, weight_hashes
@@ -47,10 +48,6 @@ def make_examples(n: int = 11, seed: int = 0) -> list[dict[str, Any]]:
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
-def stored_bytes(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
 
 
 @pytest.fixture(scope="module")
@@ -557,28 +554,14 @@ def test_one_engine_serves_all_shards_and_none_is_opened_for_a_finished_store(
 
 
 # The builder imports everything once, then forks a child for each line it reads, so that a trial costs the build alone.
-BUILDER = """
+BUILDER = (
+    world(longest=40)
+    + """
 import gc, os, signal, sys, time
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Qwen2Config
 from influence_fast.store.building import build_store
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.projection import Projection
 
-torch.set_num_threads(1)
-torch.manual_seed(0)
-config = Qwen2Config(vocab_size=320, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
-                     num_attention_heads=4, num_key_value_heads=2)
-model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=4, target_modules="all-linear"))
-for name, parameter in model.named_parameters():
-    if "lora_B" in name:
-        torch.nn.init.normal_(parameter, std=0.2)
-generator = torch.Generator().manual_seed(0)
-examples = []
-for i in range(48):
-    ids = torch.randint(5, 300, (int(torch.randint(3, 40, (), generator=generator)),), generator=generator)
-    examples.append(dict(id=f"e{i}", input_ids=ids, labels=ids.clone()))
 gc.collect()
 gc.freeze()  # a collection of all that was imported takes as long as a build, and would fall into one and not another
 print("ready", flush=True)
@@ -594,6 +577,7 @@ for line in sys.stdin:
         os.kill(child, signal.SIGKILL)  # its number is its own until waitpid, even when it has ended
     print(os.waitpid(child, 0)[1], flush=True)
 """
+)
 
 
 class Builder:

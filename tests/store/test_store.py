@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pytest
 import torch
+from trials import stored_bytes
 
 from influence_fast.errors import ConfigError, NumericError, StoreError
 from influence_fast.gradients.projection import Projection
@@ -76,10 +77,6 @@ def write(
 
 def make(path: Path, n: int = 10, **options: Any) -> Store:
     return write(path, make_rows(n), **options).finalize()
-
-
-def stored_bytes(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
 
 
 # ---- what comes back -----------------------------------------------------------------------------------------
