@@ -37,8 +37,12 @@ class Example:
 
     `row` is the index of the source row and `trace` the index within the row's `generations` where it has
     several; `label` is the known kind of corruption, if any. `context` holds the (role, content) turns that
-    come before the prompt in a conversation, system turn included; most examples have none. `ended` is False for an
-    answer that was cut off: nobody chose to end it there, so no end of turn follows it.
+    come before the prompt in a conversation, system turn included; most examples have none. `between` holds the turns
+    after the prompt and before the completion (an earlier assistant turn, a tool's result). `learnt` names the earlier
+    assistant turns that are trained on beside the completion, as indices into `turns`. `reasoning` is reasoning that
+    the data holds in a field of its own; `completion` begins with it, between `<think>\\n` and `\\n</think>\\n\\n`.
+    `ended` is False for an answer that was cut off: nobody chose to end it there, so no end of turn follows it.
+    `token_ids` are the tokens of a completion that was generated, its end included: they are taken as they are.
     """
 
     id: str
@@ -50,6 +54,15 @@ class Example:
     trace: int | None = None
     context: tuple[Turn, ...] = ()
     ended: bool = True
+    between: tuple[Turn, ...] = ()
+    learnt: tuple[int, ...] = ()
+    reasoning: str | None = None
+    token_ids: tuple[int, ...] | None = None
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """All turns before the completion: the context, the prompt, and what lies between it and the completion."""
+        return (*self.context, ("user", self.prompt), *self.between)
 
 
 class Cells:
