@@ -94,6 +94,10 @@ def dataset_fingerprint(dataset: Iterable[Any]) -> str:
                 found.update(np.ascontiguousarray(np.asarray(example[name]), dtype="<i8").tobytes())
         else:
             text = [example.id, example.prompt, example.completion, getattr(example, "context", ())]
+            # what most examples do not have, so that these keep the fingerprints that they have in stores
+            more = {name: getattr(example, name, None) for name in ("between", "learnt", "reasoning", "token_ids")}
+            text += [{name: value for name, value in more.items() if value}] if any(more.values()) else []
+            text += [] if getattr(example, "ended", True) else ["cut"]
             found.update(json.dumps(text).encode() + b"\n")
     return found.hexdigest()
 

@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from influence_fast import __version__
-from influence_fast.data.examples import Example, render_prompt
 from influence_fast.data.fingerprints import tokenizer_hash, weight_hashes
+from influence_fast.data.rendering import Renderer
+from influence_fast.data.schemas import Example
+from influence_fast.data.tokens import encode
 from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
 from influence_fast.evaluation.generation import CUT, ENGINES, Answer, ModelFiles, answer_batches
+from influence_fast.evaluation.generation_settings import EXPLICIT, KINDS, OWN, find_ends, generation_settings
 from influence_fast.evaluation.grading import ANSWER_KINDS, choice_letter, grade, normalise
 from influence_fast.evaluation.intervals import bootstrap_interval, wilson_interval
 from influence_fast.evaluation.transcripts import EvalItem, Journal, record_of, write_transcripts
@@ -36,7 +39,9 @@ class EvalConfig:
     pass@k is estimated, each at most `samples`. `answer_kind`: `math`; `last_number`, which grades the last number of
     an answer that names none in a known form; or `choice`, the letter of an option. `engine`: `transformers`, `vllm`,
     or `auto`, by which a model in memory answers itself and one named by its files is vLLM's where that is installed
-    and there is a GPU. `grade_timeout`: seconds that comparing one answer may take.
+    and there is a GPU. `grade_timeout`: seconds that comparing one answer may take. `generation`: `explicit` asks for
+    answers by these settings alone; with `model` the model's own `generation_config.json` says how to sample, and
+    `temperature` and `top_p` are left out.
     """
 
     max_new_tokens: int = 512
@@ -49,6 +54,7 @@ class EvalConfig:
     answer_kind: str = "math"
     engine: str = "auto"
     grade_timeout: float = 5.0
+    generation: str = EXPLICIT
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size", "samples", "grade_timeout"):
@@ -59,7 +65,12 @@ class EvalConfig:
                 f"evaluation.temperature {self.temperature} or top_p {self.top_p} is out of range: "
                 "temperature is 0 or more, top_p above 0 and at most 1"
             )
-        if self.samples > 1 and self.temperature == 0:
+        if self.generation == OWN and (self.temperature, self.top_p) != (0.0, 1.0):
+            raise ConfigError(
+                "evaluation.generation 'model' samples by the model's own generation_config.json: leave temperature "
+                "and top_p out, or use generation 'explicit'"
+            )
+        if self.samples > 1 and self.temperature == 0 and self.generation == EXPLICIT:
             raise ConfigError(
                 f"evaluation.samples is {self.samples} but temperature is 0, so all would be equal; set a temperature"
             )
@@ -69,7 +80,7 @@ class EvalConfig:
                     f"evaluation.pass_at: pass@{k} cannot be estimated from {self.samples} samples a question; "
                     "take k from 1 up to samples"
                 )
-        for name, known in (("answer_kind", ANSWER_KINDS), ("engine", ENGINES)):
+        for name, known in (("answer_kind", ANSWER_KINDS), ("engine", ENGINES), ("generation", KINDS)):
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(f"evaluation.{name}: unknown value {value!r}; {did_you_mean(value, known)}")
@@ -138,7 +149,8 @@ def evaluate(
         if strange:
             raise DataError(f"answer_kind 'choice' needs a letter from A to J as the answer, not {listing(strange)}")
     start = time.perf_counter()
-    prompts = [render_prompt(example, tokenizer) for example in examples]
+    renderer = Renderer(tokenizer)
+    prompts = [renderer.prompt(example) for example in examples]
     journal = None
     if transcripts is not None:
         if not isinstance(model, ModelFiles):
@@ -185,7 +197,7 @@ def evaluate(
 def _graded(example: Example, samples: Sequence[Answer], config: EvalConfig) -> list[EvalItem]:
     assert example.answer is not None
     items = []
-    for number, (text, tokens, reason) in enumerate(samples):
+    for number, (text, tokens, reason, token_ids) in enumerate(samples):
         verdict = grade(text, example.answer, timeout=config.grade_timeout, kind=config.answer_kind)
         items.append(
             EvalItem(
@@ -199,6 +211,7 @@ def _graded(example: Example, samples: Sequence[Answer], config: EvalConfig) -> 
                 sample=number,
                 tokens=tokens,
                 note=verdict.note,
+                token_ids=token_ids,
             )
         )
     return items
@@ -212,7 +225,9 @@ def _run_record(
     config: EvalConfig,
 ) -> dict[str, Any]:
     """All that graded answers depend on; two evaluations with equal records may share them."""
-    asked = [[example.id, prompt, example.answer] for example, prompt in zip(examples, prompts, strict=True)]
+    asked = [[example.id, example.answer] for example in examples]
+    own = getattr(model, "generation_config", None)
+    generation = generation_settings(config, own, find_ends(own, tokenizer)).record()
     settings = dataclasses.asdict(config)
     for name in ("pass_at", "engine"):  # read after the answers, or settled by what the model is
         settings.pop(name)
@@ -221,6 +236,8 @@ def _run_record(
         "version": __version__,
         "config": settings,
         "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest(),
+        "tokens": hashlib.sha256(json.dumps(encode(prompts, tokenizer)).encode()).hexdigest(),
+        "generation": generation,
         "tokenizer": tokenizer_hash(tokenizer),
         "weights": base,
         "adapter": adapter,

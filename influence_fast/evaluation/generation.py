@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import gc
 import importlib.util
 import json
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from influence_fast.data.packing import context_of
+from influence_fast.data.tokens import encode
 from influence_fast.errors import ConfigError, DataError, ModelError
+from influence_fast.evaluation.generation_settings import Ends, find_ends, generation_settings, without_own_settings
 from influence_fast.progress import track
 
 if TYPE_CHECKING:
@@ -28,11 +31,15 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_
 
 
 class Answer(NamedTuple):
-    """`text` without special tokens, the number of `tokens` before the end, and STOPPED or CUT."""
+    """`text` without special tokens, the number of `tokens` before the end, and STOPPED or CUT.
+
+    `token_ids` are the tokens as they were generated, their end included.
+    """
 
     text: str
     tokens: int
     reason: str
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +101,7 @@ def answer_batches(
     Raises ConfigError where `config.engine` says otherwise, DataError for a prompt without tokens, ModelError for
     prompts that leave no room in the model's context.
     """
-    encoded: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = encode(prompts, tokenizer)
     if isinstance(model, ModelFiles):
         if config.engine == "transformers":
             raise ConfigError("evaluation.engine 'transformers' answers by a model in memory: load it (load_model)")
@@ -118,9 +125,11 @@ def _transformers_answers(
     progress: bool,
 ) -> Iterator[dict[int, list[Answer]]]:
     device = next(model.parameters()).device
-    ends = _end_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
-    settings = _generation_config(config, pad, ends)
+    ends = find_ends(getattr(model, "generation_config", None), tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends.tokens, default=0)
+    settings = generation_settings(config, getattr(model, "generation_config", None), ends)
+    asked = settings.for_transformers(pad)
+    more: dict[str, Any] = {"tokenizer": tokenizer} if ends.strings else {}  # by which it finds the strings
     # longest first: a batch too large for the memory fails at once, not at the end
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
     per_batch = max(1, config.batch_size // config.samples)
@@ -139,9 +148,9 @@ def _transformers_answers(
                 input_ids[row, width - n :] = torch.tensor(encoded[i], dtype=torch.int64)
                 mask[row, width - n :] = 1
             torch.manual_seed(config.seed * 1_000_003 + number)
-            with torch.no_grad():
+            with torch.no_grad(), without_own_settings(model):
                 output = model.generate(  # type: ignore[operator]
-                    input_ids=input_ids.to(device), attention_mask=mask.to(device), generation_config=settings
+                    input_ids=input_ids.to(device), attention_mask=mask.to(device), generation_config=asked, **more
                 )[:, width:].cpu()  # [B * samples, new tokens]
             rows = [_answer(tokens, ends, tokenizer) for tokens in output.tolist()]
             n = config.samples
@@ -150,42 +159,29 @@ def _transformers_answers(
         model.train(was_training)
 
 
-def _answer(tokens: list[int], ends: set[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
-    """New tokens, padded after their end, as an answer; without an end it was cut."""
-    end = next((k for k, token in enumerate(tokens) if token in ends), None)
-    kept = tokens if end is None else tokens[:end]
-    return Answer(_decode(kept, tokenizer), len(kept), CUT if end is None else STOPPED)
+def _answer(tokens: list[int], ends: Ends, tokenizer: PreTrainedTokenizerBase, cut: bool = True) -> Answer:
+    """New tokens, whatever follows their end, as an answer; without an end it was cut if `cut` says so."""
+    place = next((k for k, token in enumerate(tokens) if token in ends.tokens), None)
+    said = tokens if place is None else tokens[:place]
+    whole = tokens if place is None else tokens[: place + 1]
+    text = _decode(said, tokenizer)
+    stop = min((found for string in ends.strings if (found := text.find(string)) >= 0), default=None)
+    if stop is not None:
+        # Of the first tokens whose text has the string, and of those before it.
+        whole = said[: _fewest(said, lambda text: any(string in text for string in ends.strings), tokenizer)]
+        said = whole[: _fewest(whole, lambda text: len(text) >= stop, tokenizer)]
+        return Answer(text[:stop], len(said), STOPPED, tuple(whole))
+    reason = CUT if place is None and cut else STOPPED
+    return Answer(text, len(said), reason, tuple(whole))
+
+
+def _fewest(tokens: list[int], enough: Callable[[str], bool], tokenizer: PreTrainedTokenizerBase) -> int:
+    """The least number of first tokens whose text is `enough`; of all of them it is."""
+    return bisect.bisect_left(range(len(tokens)), True, key=lambda k: enough(_decode(tokens[:k], tokenizer)))
 
 
 def _decode(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-def _generation_config(config: EvalConfig, pad: int, ends: set[int]) -> Any:
-    from transformers import GenerationConfig
-
-    sampling: dict[str, Any] = {"do_sample": False}
-    if config.temperature > 0:
-        # top_k=0 switches off transformers' own default of 50, which nobody asked for
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    return GenerationConfig(
-        max_new_tokens=config.max_new_tokens,
-        num_return_sequences=config.samples,
-        pad_token_id=pad,
-        eos_token_id=sorted(ends),
-        use_cache=True,
-        **sampling,
-    )
-
-
-def _end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokenizer's EOS, and the others that the model names (chat models end a turn by another token)."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    candidates = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id]
-    ends = {int(token) for token in candidates if token is not None}
-    if not ends:
-        raise ModelError("neither tokenizer nor model has an EOS token: set tokenizer.eos_token")
-    return ends
 
 
 def check_room(model_config: Any, encoded: Sequence[Sequence[int]], config: EvalConfig) -> None:
@@ -218,7 +214,7 @@ def _vllm_answers(
     has not been run with vLLM itself.
     """
     choose_engine("vllm")
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
     from vllm import LLM, SamplingParams
 
     check_room(AutoConfig.from_pretrained(files.path, trust_remote_code=files.trust_remote_code), encoded, config)
@@ -227,6 +223,7 @@ def _vllm_answers(
         "dtype": files.dtype,
         "seed": config.seed,
         "trust_remote_code": files.trust_remote_code,
+        "generation_config": "vllm",  # nothing of the model's own: what is to hold is in the parameters below
     }
     request = None
     if files.adapter is not None:
@@ -237,22 +234,19 @@ def _vllm_answers(
     if torch.cuda.is_initialized():  # its default, 90 % of the card, leaves out what this process already holds
         free, total = torch.cuda.mem_get_info()
         options["gpu_memory_utilization"] = round(0.9 * free / total, 3)
-    end = tokenizer.eos_token_id
+    try:
+        own = GenerationConfig.from_pretrained(files.path)
+    except OSError:  # a model without the file
+        own = None
+    ends = find_ends(own, tokenizer)
+    parameters = generation_settings(config, own, ends).for_vllm()
     llm = LLM(**options)
     try:
         outputs = llm.generate(
             [{"prompt_token_ids": list(tokens)} for tokens in encoded],
             [
-                SamplingParams(
-                    n=config.samples,
-                    temperature=config.temperature,
-                    top_p=config.top_p,
-                    top_k=-1,
-                    max_tokens=config.max_new_tokens,
-                    seed=config.seed * 1_000_003 + i * config.samples,  # sample j of a request has the seed plus j
-                    stop_token_ids=None if end is None else [end],
-                    detokenize=False,  # decoded below, by the tokenizer that the other engine uses
-                )
+                # sample j of a request has the seed plus j
+                SamplingParams(**parameters, n=config.samples, seed=config.seed * 1_000_003 + i * config.samples)
                 for i in range(len(encoded))
             ],
             use_tqdm=progress,
@@ -263,15 +257,13 @@ def _vllm_answers(
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-    return [[_vllm_answer(one, tokenizer) for one in output.outputs] for output in outputs]
-
-
-def _vllm_answer(output: Any, tokenizer: PreTrainedTokenizerBase) -> Answer:
-    tokens = [int(token) for token in output.token_ids]
-    cut = output.finish_reason == "length"
-    if not cut and tokens:
-        tokens.pop()  # the token that ended it is among them
-    return Answer(_decode(tokens, tokenizer), len(tokens), CUT if cut else STOPPED)
+    return [
+        [
+            _answer(list(map(int, one.token_ids)), ends, tokenizer, one.finish_reason == "length")
+            for one in output.outputs
+        ]
+        for output in outputs
+    ]
 
 
 def _vllm_rank(adapter: str) -> int:

@@ -40,7 +40,7 @@ def export_lm_eval(name: str, examples: Sequence[Example], config: EvalConfig, f
     import yaml
 
     for example in examples:
-        if example.answer is None or example.context:
+        if example.answer is None or example.context or example.between:
             why = "has no answer" if example.answer is None else "has earlier turns"
             raise DataError(f"{example.id}: {why}, which an lm-eval task cannot hold; leave it out")
     task = "influence_fast_" + re.sub(r"\W+", "_", name)

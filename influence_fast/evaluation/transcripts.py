@@ -22,7 +22,8 @@ from influence_fast.errors import ConfigError, DataError
 class EvalItem:
     """One answer: `generation` as the model wrote it, `extracted` the answer found in it (None: none).
 
-    `finish_reason`: "stop", or "length" when the model had not ended after `max_new_tokens` tokens.
+    `finish_reason`: "stop", or "length" when the model had not ended after `max_new_tokens` tokens. `token_ids`: the
+    answer as it was generated, its end included; none in transcripts of earlier versions.
     """
 
     id: str
@@ -35,6 +36,10 @@ class EvalItem:
     sample: int = 0
     tokens: int = 0
     note: str = ""
+    token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", tuple(self.token_ids))  # a list, where JSON was read
 
 
 def write_transcripts(items: Iterable[EvalItem], path: str | Path) -> None:

@@ -47,13 +47,17 @@ def own_answers(
     *,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """The model's answers to the validation questions: `id`, `generation` (text), whether it was `correct`, and
-    whether it `ended` before it was cut."""
+    """Let the model answer the validation questions.
+
+    Returns for each answer its `id`, `generation` (text), `token_ids` as they were generated, whether it was `correct`,
+    and whether it `ended` before it was cut.
+    """
     result = evaluate(model, tokenizer, validation, config=config, transcripts=transcripts, progress=progress)
     return [
         {
             "id": item.id,
             "generation": item.generation,
+            "token_ids": list(item.token_ids),
             "correct": bool(item.correct),
             "ended": item.finish_reason != CUT,
         }
@@ -86,9 +90,7 @@ def make_queries(
             silent += 1
             continue
         groups["correct" if answer["correct"] else "incorrect"].append(len(asked))
-        asked.append(
-            dataclasses.replace(by_id[answer["id"]], completion=answer["generation"], ended=answer.get("ended", True))
-        )
+        asked.append(_answered(by_id[answer["id"]], answer))
     if silent == len(answers) and fallback is None:
         raise ConfigError(
             f"all {silent} answers of the model to the validation questions are empty: look at its chat template and "
@@ -109,6 +111,18 @@ def make_queries(
         warnings.append(f"no own answer is {name}, so there are no scores of that group")
         del groups[name]
     return Queries(asked, groups, warnings, references)
+
+
+def _answered(question: Example, answer: Mapping[str, Any]) -> Example:
+    """The question with the model's answer: its own tokens, which rendering the text again might change."""
+    return dataclasses.replace(
+        question,
+        completion=answer["generation"],
+        ended=answer.get("ended", True),
+        reasoning=None,
+        learnt=(),
+        token_ids=tuple(answer.get("token_ids", ())) or None,
+    )
 
 
 def with_tasks(queries: Queries, tasks: Sequence[str]) -> Queries:

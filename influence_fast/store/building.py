@@ -303,6 +303,16 @@ def identity_of(
     )
 
 
+def tokenization_of(tokenizer: Any, max_length: int | None, truncate: bool) -> str:
+    """How a store's texts became tokens, as its identity has it; `tokenizer` None: they came as tokens."""
+    how = f"max_length={max_length}, truncate={truncate}"
+    if tokenizer is None:
+        return f"as given, {how}"
+    from influence_fast.data.tokens import tokenization_hash
+
+    return f"text, {how}, tokens {tokenization_hash(tokenizer)[:16]}"
+
+
 def _plan(
     model: nn.Module,
     tokenizer: Any,
@@ -333,7 +343,7 @@ def _plan(
             precision=precision,
         ),
         dataset_fingerprint=fingerprint,
-        tokenization=f"{'text' if texts else 'as given'}, max_length={max_length}, truncate={truncate}",
+        tokenization=tokenization_of(tokenizer if texts else None, max_length, truncate),
     )
     return Manifest(
         identity=identity,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import json
 import logging
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from influence_fast.data.boxed import last_boxed
 from influence_fast.data.examples import (
@@ -23,12 +21,10 @@ from influence_fast.data.examples import (
     kept_rows,
     load_examples,
     load_rows,
-    render_prompt,
     save_examples,
-    tokenize,
     write_rows,
 )
-from influence_fast.errors import ConfigError, DataError, ModelError
+from influence_fast.errors import ConfigError, DataError
 from influence_fast.evaluation.grading import extract_answer
 
 Factory = Callable[..., Any]
@@ -428,175 +424,6 @@ def test_every_empty_completion_is_named() -> None:
     rows = [{"id": f"e{i}", "prompt": "p", "completion": "" if i % 2 else "c"} for i in range(20)]
     with pytest.raises(DataError, match=r"in 10 example\(s\): e1 .*row 1.*, e3 .* and 5 more"):
         load_examples(rows)
-
-
-# ---- tokens ----------------------------------------------------------------------------------------------
-
-
-def random_examples(n: int, seed: int = 0) -> list[Example]:
-    """Ragged texts over an alphabet in which a token may straddle the prompt's end (line breaks, spaces)."""
-    rng = random.Random(seed)
-    alphabet = ["answer", " ", "\n", "\n\n", "42", "é", "你", "$\\frac{1}{2}$", "apples ", "1. ", ".", " is"]
-
-    def text() -> str:
-        return "".join(rng.choices(alphabet, k=rng.randint(1, 40)))
-
-    return [Example(f"r{i}", text(), text() + "!") for i in range(n)]
-
-
-@pytest.mark.parametrize("bos", [False, True], ids=["no-bos", "bos"])
-def test_plain_tokens_are_the_text_and_only_the_completion_has_labels(tiny_tokenizer: Factory, bos: bool) -> None:
-    tokenizer = tiny_tokenizer(bos=bos)
-    examples = random_examples(60)
-    result = tokenize(examples, tokenizer)
-    assert [e["id"] for e in result.examples] == [e.id for e in examples]
-    for example, tokens in zip(examples, result.examples, strict=True):
-        ids, labels = tokens["input_ids"], tokens["labels"]
-        assert ids.dtype == labels.dtype == torch.int64
-        learnt = labels != -100
-        assert torch.equal(labels[learnt], ids[learnt])
-        assert int(learnt.to(torch.int8).diff().abs().sum()) == 1  # one border: prompt, then completion
-        assert tokenizer.decode(ids[learnt]) == example.completion + "<eos>"
-        prompt = ("<bos>" if bos else "") + example.prompt + "\n"
-        assert tokenizer.decode(ids[~learnt]) == prompt == render_prompt(example.prompt, tokenizer)
-        generated_from = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        assert ids[~learnt].tolist() == generated_from  # what the model meets when it generates
-
-
-def test_chat_tokens_are_the_template(tiny_tokenizer: Factory, chatml: str) -> None:
-    tokenizer = tiny_tokenizer(chat_template=chatml)
-    context = (("system", "Think first."), ("user", "1+1?"), ("assistant", "2"))
-    examples = [*random_examples(40), Example("turns", "and 2+2?", "4", context=context)]
-    result = tokenize(examples, tokenizer)
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    for example, tokens in zip(examples, result.examples, strict=True):
-        turns = [*example.context, ("user", example.prompt), ("assistant", example.completion)]
-        whole = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
-        ids, learnt = tokens["input_ids"], tokens["labels"] != -100
-        assert tokenizer.decode(ids[learnt]).rstrip("\n") == example.completion + "<|im_end|>"
-        assert end in ids[learnt].tolist()[-2:]
-        assert tokenizer.decode(ids).rstrip("\n") == whole.rstrip("\n")
-        assert tokenizer.decode(ids[~learnt]) == render_prompt(example, tokenizer)
-
-
-def test_nothing_is_learnt_after_the_end_of_turn(tiny_tokenizer: Factory, chatml: str) -> None:
-    tokenizer = tiny_tokenizer(chat_template=chatml, eos="<|im_end|>")
-    [tokens] = tokenize([Example("x", "p", "c")], tokenizer).examples
-    assert tokens["input_ids"][-1] == tokenizer.eos_token_id == tokens["labels"][-1]
-    bare = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}"
-    tokenizer = tiny_tokenizer(chat_template=bare + "{% if add_generation_prompt %}assistant: {% endif %}")
-    [tokens] = tokenize([Example("x", "p", "c")], tokenizer).examples
-    assert tokenizer.decode(tokens["input_ids"]) == "user: passistant: c<eos>"
-
-
-@pytest.mark.parametrize("templated", [True, False])
-def test_an_answer_that_was_cut_has_no_end(tiny_tokenizer: Factory, chatml: str, templated: bool) -> None:
-    tokenizer = tiny_tokenizer(chat_template=chatml if templated else None)
-    cut = Example("cut", "1+1?", "The answer is ", ended=False)
-    [tokens] = tokenize([cut], tokenizer).examples
-    learnt = tokens["labels"] != -100
-    assert tokenizer.decode(tokens["input_ids"][learnt]) == "The answer is "
-    assert tokenizer.decode(tokens["input_ids"][~learnt]) == render_prompt(cut, tokenizer)
-
-
-def test_qwen3_like_reasoning_survives_the_template(tiny_tokenizer: Factory) -> None:
-    """Qwen3's template takes the reasoning out of the content and puts it back with white space of its own."""
-    template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-        "{% if '</think>' in m['content'] %}"
-        "<think>\n{{ m['content'].split('</think>')[0].split('<think>')[-1].strip('\n') }}\n</think>\n\n"
-        "{{ m['content'].split('</think>')[-1].lstrip('\n') }}"
-        "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    tokenizer = tiny_tokenizer(chat_template=template)
-    [tokens] = tokenize([Example("x", "p", "<think>1+1=2</think>It is 2.")], tokenizer).examples
-    learnt = tokens["input_ids"][tokens["labels"] != -100]
-    assert tokenizer.decode(learnt).startswith("<think>\n1+1=2\n</think>\n\nIt is 2.<|im_end|>")
-
-
-@pytest.mark.parametrize(
-    ("template", "error", "parts"),
-    [
-        (
-            "{% for m in messages %}[{{ m['content'].split('</think>')[-1] }}]{% endfor %}",
-            ModelError,
-            ["drops part of the completion of x"],
-        ),
-        (
-            "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}<think>{% endif %}",
-            ModelError,
-            ["renders the prompt of x otherwise"],
-        ),
-        ("{{ raise_exception('roles must alternate') }}", DataError, ["x: ", "roles must alternate"]),
-    ],
-    ids=["drops-reasoning", "not-a-prefix", "refuses"],
-)
-def test_templates_that_do_not_fit(
-    tiny_tokenizer: Factory, template: str, error: type[Exception], parts: list[str]
-) -> None:
-    tokenizer = tiny_tokenizer(chat_template=template)
-    tokenizer.name_or_path = "some/tokenizer"
-    with pytest.raises(error) as caught:
-        tokenize([Example("x", "p", "<think>long</think>short")], tokenizer)
-    text = one_line(caught)
-    for part in ["'some/tokenizer'", *parts]:
-        assert part in text
-
-
-def test_tokenizers_that_do_not_fit(tiny_tokenizer: Factory) -> None:
-    with pytest.raises(ModelError, match="no EOS token; set"):
-        tokenize([Example("x", "p", "c")], tiny_tokenizer(eos=None))
-    with pytest.raises(ModelError, match="t: a conversation of several turns needs a chat template"):
-        tokenize([Example("t", "p", "c", context=(("system", "s"),))], tiny_tokenizer())
-
-
-def test_empty_completions_are_named(tiny_tokenizer: Factory) -> None:
-    examples = [Example("a", "p", "c"), Example("b", "p", "\n"), Example("d", "p", "")]
-    with pytest.raises(DataError, match=r"empty completion in 2 example\(s\): b, d"):
-        tokenize(examples, tiny_tokenizer())
-
-
-def test_too_long_examples_are_left_out_or_cut(tiny_tokenizer: Factory) -> None:
-    tokenizer = tiny_tokenizer()
-    examples = random_examples(80, seed=3)
-    whole = tokenize(examples, tokenizer)
-    lengths = {e["id"]: len(e["input_ids"]) for e in whole.examples}
-    prompts = {e["id"]: int((e["labels"] == -100).sum()) for e in whole.examples}
-    limit = sorted(lengths.values())[30]
-    long = [(i, n) for i, n in lengths.items() if n > limit]
-    assert whole.too_long == whole.truncated == []
-
-    left_out = tokenize(examples, tokenizer, max_length=limit)
-    assert left_out.too_long == long
-    assert left_out.truncated == []
-    assert [e["id"] for e in left_out.examples] == [i for i, n in lengths.items() if n <= limit]
-
-    cut = tokenize(examples, tokenizer, max_length=limit, truncate=True)
-    assert cut.too_long == [(i, n) for i, n in long if prompts[i] >= limit]
-    assert cut.truncated == [(i, n) for i, n in long if prompts[i] < limit]
-    assert cut.too_long
-    assert cut.truncated
-    assert len(cut.examples) + len(cut.too_long) == len(examples)
-    full = {e["id"]: e for e in whole.examples}
-    for tokens in cut.examples:
-        for name in ("input_ids", "labels"):
-            assert torch.equal(tokens[name], full[tokens["id"]][name][:limit])
-        assert (tokens["labels"] != -100).any()
-
-
-def test_a_limit_too_small_to_learn_from(tiny_tokenizer: Factory) -> None:
-    with pytest.raises(DataError, match="max_length is 1"):
-        tokenize([Example("x", "p", "c")], tiny_tokenizer(), max_length=1)
-
-
-def test_chunks_keep_the_order(tiny_tokenizer: Factory, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, examples = tiny_tokenizer(), random_examples(50, seed=9)
-    whole = tokenize(examples, tokenizer).examples
-    monkeypatch.setattr("influence_fast.data.examples._CHUNK", 7)
-    for a, b in zip(whole, tokenize(examples, tokenizer).examples, strict=True):
-        assert a["id"] == b["id"]
-        assert torch.equal(a["input_ids"], b["input_ids"])
 
 
 # ---- writing ---------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(
     assert len({len(tokenizer(p)["input_ids"]) for p in prompts}) > 2  # ragged
     for size in (3, 7):
         found = generate(model, tokenizer, prompts, config=EvalConfig(max_new_tokens=12, batch_size=size))
-        for prompt, ((text, n_tokens, reason),) in zip(prompts, found, strict=True):
+        for prompt, ((text, n_tokens, reason, token_ids),) in zip(prompts, found, strict=True):
             ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
             new: list[int] = []
             for _ in range(12):  # greedy by hand, no cache
@@ -40,6 +40,7 @@ def test_batched_greedy_answers_are_those_of_one_prompt_at_a_time(
                 ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
             assert (n_tokens, reason) == (len(new), "length" if len(new) == 12 else "stop")
             assert text == tokenizer.decode(new, skip_special_tokens=True)
+            assert list(token_ids) == new + [tokenizer.eos_token_id] * (reason == "stop")
 
 
 @dataclass
@@ -104,7 +105,7 @@ def test_vllm_is_asked_as_it_documents(
     found = generate(files, tokenizer, prompts, config=config)
     assert fake.calls["llm"] == {
         "model": files.path, "dtype": "bfloat16", "seed": 3, "trust_remote_code": False,
-        "enable_lora": True, "max_lora_rank": 32,
+        "enable_lora": True, "max_lora_rank": 32, "generation_config": "vllm",
     }  # fmt: skip
     asked, params, options = fake.calls["generate"]
     assert [row["prompt_token_ids"] for row in asked] == [
@@ -112,15 +113,16 @@ def test_vllm_is_asked_as_it_documents(
     ]
     assert options == {"use_tqdm": False, "lora_request": ("adapter", 1, files.adapter)}
     wanted = {"n": 2, "temperature": 0.6, "top_p": 0.95, "top_k": -1, "max_tokens": 40, "detokenize": False}
+    wanted |= {"repetition_penalty": 1.0, "min_tokens": 0, "min_p": 0.0, "presence_penalty": 0.0}
     for one in params:
         assert wanted.items() <= one.items()
         assert one["stop_token_ids"] == [tokenizer.eos_token_id]
     seeds = [one["seed"] for one in params]
     assert seeds == [3 * 1_000_003, 3 * 1_000_003 + 2, 3 * 1_000_003 + 4]  # a request's samples take seed, seed + 1
-    tokens = len(tokenizer(examples[0].completion, add_special_tokens=False)["input_ids"])
+    tokens = tokenizer(examples[0].completion, add_special_tokens=False)["input_ids"]
     for samples in found:
-        assert samples[0] == Answer(examples[0].completion, tokens, "stop")
-        assert samples[1][1:] == (40, "length")
+        assert samples[0] == Answer(examples[0].completion, len(tokens), "stop", (*tokens, tokenizer.eos_token_id))
+        assert samples[1][1:3] == (40, "length")
 
 
 def test_an_evaluation_by_vllm_is_graded_like_any_other(

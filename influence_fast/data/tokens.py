@@ -1,0 +1,195 @@
+"""Token ids and labels of examples: those of the whole text, split where the completion begins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from influence_fast.data.packing import IGNORED
+from influence_fast.data.rendering import Rendered, Renderer
+from influence_fast.data.schemas import Example
+from influence_fast.data.turn_ends import shared_start
+from influence_fast.errors import DataError, InfluenceFastError, listing, say_once
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 1024  # examples in one call of the tokenizer: enough for its threads, little to hold
+_PROBES = (
+    Example("plain", "What is 12 + 7?", "12 + 7 = 19.\n\nSo \\boxed{19}."),
+    Example("reasoning", "What is 12 + 7?", "<think>\n12 + 7 = 19\n</think>\n\n19", context=(("system", "Think."),)),
+    Example("turns", "And 1 more?", " 20 ", context=(("user", "12 + 7?"), ("assistant", "19"))),
+)
+_COMPARED = 16  # examples of a call whose tokens are decoded again and compared with their texts
+
+
+@dataclass(slots=True)
+class TokenizedSet:
+    """Token ids of a set of examples, and what was left out or cut.
+
+    `examples`: `{"id": str, "input_ids": int64 (n,), "labels": int64 (n,)}` in the order given; labels are
+    aligned with input_ids (the shift by one happens in the loss) and IGNORED on the prompt. `too_long`:
+    (id, number of tokens) of each example left out; `truncated`: the same for each that was cut to fit.
+    """
+
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    too_long: list[tuple[str, int]] = field(default_factory=list)
+    truncated: list[tuple[str, int]] = field(default_factory=list)
+
+
+def tokenize(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    truncate: bool = False,
+) -> TokenizedSet:
+    """Turn examples into token ids and labels; the completion and its end are what the loss sees.
+
+    With a chat template the text is the template's, to its end of turn; without, `prompt + "\\n" + completion`
+    and the EOS token; neither end where the completion has not `ended`. The text is tokenized whole: tokenizers in
+    SentencePiece's manner put a mark of a word before a text that is tokenized alone. A token that begins in the prompt
+    and ends in the completion belongs to the completion. A completion that was generated has its tokens already
+    (`Example.token_ids`), and they follow those of the prompt.
+
+    `max_length` counts tokens of prompt and completion together. A longer example is left out and listed in
+    `too_long`, or with `truncate` cut at its end and listed in `truncated`; when nothing of its completion would
+    remain it is left out all the same.
+
+    Raises ModelError: nothing ends a turn, or a template that does not fit (named). DataError: empty completions, by
+    id.
+    """
+    _check_completions(examples)
+    if max_length is not None and max_length < 2:
+        raise DataError(f"max_length is {max_length}; it must be at least 2, one token to predict another from")
+    renderer = Renderer(tokenizer)
+    _ = renderer.end  # an error now, and not at the first completion that ended
+    result = TokenizedSet()
+    for start in range(0, len(examples), _CHUNK):
+        chunk = examples[start : start + _CHUNK]
+        for example, (ids, labels) in zip(chunk, _encoded(chunk, renderer), strict=True):
+            n, first = len(ids), next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
+            if max_length is not None and n > max_length:
+                # The first token of all is never predicted, so a cut without a prompt must leave two.
+                if not truncate or max(first, 1) >= max_length:
+                    result.too_long.append((example.id, n))
+                    continue
+                result.truncated.append((example.id, n))
+            tokens = {"input_ids": ids[:max_length], "labels": labels[:max_length]}
+            result.examples.append(
+                {"id": example.id} | {name: torch.tensor(t, dtype=torch.int64) for name, t in tokens.items()}
+            )
+    return result
+
+
+def tokenization_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a SHA-256 of how texts become tokens: those of a few fixed examples, by this version and this tokenizer.
+
+    Two stores of the same texts with different ones hold rows of different tokens: the chat template was changed, it
+    prints something that changes by itself, or an earlier version of this package wrote the text otherwise.
+    """
+    found = hashlib.sha256()
+    for example in _PROBES:
+        try:
+            [(ids, labels)] = _encoded([example], Renderer(tokenizer))
+            tokens: Any = [ids, labels]
+        except InfluenceFastError as error:  # a template that takes no system turn
+            tokens = str(error)
+        found.update(json.dumps(tokens).encode() + b"\n")
+    return found.hexdigest()
+
+
+def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the token ids of whole texts, to which nothing is added."""
+    return _called(tokenizer, texts)["input_ids"] if texts else []
+
+
+def _check_completions(examples: Sequence[Example]) -> None:
+    empty = [example.id for example in examples if not example.completion.strip() and not example.token_ids]
+    if empty:
+        raise DataError(f"empty completion in {len(empty)} example(s): {listing(empty)}; fill it in or remove the row")
+
+
+def _encoded(examples: Sequence[Example], renderer: Renderer) -> list[tuple[list[int], list[int]]]:
+    """(input_ids, labels) of each example."""
+    tokenizer = renderer.tokenizer
+    given = {i: renderer.prompt(e) for i, e in enumerate(examples) if e.token_ids is not None}
+    texts = {i: renderer.whole(e) for i, e in enumerate(examples) if e.token_ids is None}
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    for i, prompt in zip(given, encode(list(given.values()), tokenizer), strict=True):
+        answer = list(examples[i].token_ids or ())
+        found[i] = prompt + answer, [IGNORED] * len(prompt) + answer
+    if texts:
+        found |= dict(zip(texts, _tokens_of(list(texts.values()), renderer), strict=True))
+    return [found[i] for i in range(len(examples))]
+
+
+def _tokens_of(texts: list[Rendered], renderer: Renderer) -> list[tuple[list[int], list[int]]]:
+    """(input_ids, labels) of each text, tokenized whole."""
+    prompts = encode([text.text[: text.prompt] for text in texts], renderer.tokenizer)
+    with_places = bool(renderer.tokenizer.is_fast)
+    whole = _called(renderer.tokenizer, [text.text for text in texts], return_offsets_mapping=with_places)
+    found = []
+    for i, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        tokens = _Tokens(text, list(whole["input_ids"][i]), whole["offset_mapping"][i] if with_places else None)
+        split = tokens.completion(prompt, renderer)
+        labels = [IGNORED] * split + tokens.ids[split:]
+        for start, end in text.learnt[:-1]:
+            first, last = (tokens.before(place, renderer) for place in (start, end))
+            labels[first:last] = tokens.ids[first:last]
+        found.append((tokens.ids, labels))
+        if i < _COMPARED:
+            _compare(text, tokens.ids[split:], renderer)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """A text's tokens, and the places (start, end) in characters of each; None for a tokenizer that knows none."""
+
+    text: Rendered
+    ids: list[int]
+    places: list[tuple[int, int]] | None
+
+    def completion(self, prompt: list[int], renderer: Renderer) -> int:
+        """The completion's first token: the first that is not one of the `prompt` tokenized alone."""
+        if self.ids[: len(prompt)] == prompt:  # as it is when the model answers
+            return len(prompt)
+        say_once(
+            logger,
+            f"the tokenizer {renderer.name} cuts the end of a prompt otherwise when a completion follows it; a token "
+            "across that border belongs to the completion, and a generation begins with other tokens",
+        )
+        return self.before(self.text.prompt, renderer)
+
+    def before(self, place: int, renderer: Renderer) -> int:
+        """How many tokens end at or before character `place`."""
+        if self.places is None:
+            return shared_start(self.ids, encode([self.text.text[:place]], renderer.tokenizer)[0])
+        return next((i for i, (_, end) in enumerate(self.places) if end > place), len(self.ids))
+
+
+def _compare(text: Rendered, learnt: list[int], renderer: Renderer) -> None:
+    """Says where the tokens that are learnt are another text than the one given."""
+    decoded = str(renderer.tokenizer.decode(learnt, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    if text.text[text.prompt :].strip() not in decoded:
+        say_once(
+            logger,
+            f"the tokenizer {renderer.name} does not keep texts as they are (unknown characters, white space or case): "
+            "what is learnt and scored is what it keeps",
+        )
+
+
+def _called(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **more: Any) -> Any:
+    # verbose=False: the warning about texts beyond model_max_length is ours to give, by id.
+    return tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **more
+    )  # fmt: skip

@@ -1,0 +1,161 @@
+"""What an answer is asked for by: the same explicit parameters for every engine, and nothing that a model brings.
+
+transformers fills in whatever a call leaves open from the model's `generation_config.json` (a repetition penalty, a
+least number of tokens, ...), so that greedy decoding is no longer the likeliest token. Here all is given, and the
+model's own settings are taken only where `evaluation.generation` is `model`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from influence_fast.data.rendering import end_of_turn
+from influence_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from influence_fast.evaluation.evaluate import EvalConfig
+
+EXPLICIT, OWN = "explicit", "model"
+KINDS = (EXPLICIT, OWN)
+
+# What of transformers' settings vLLM calls otherwise, and what it has under the same name.
+_VLLM_NAMES = {"min_new_tokens": "min_tokens"}
+_VLLM_KNOWS = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "min_new_tokens"}
+# Of a model's own settings: which tokens are special, how much is answered, and how it is computed.
+_NOT_SAMPLING = {
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "max_length",
+    "max_new_tokens", "num_return_sequences", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
+    "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+    "_from_model_config",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What ends an answer: `tokens`, each of them, and `strings`, for an end of turn of several tokens."""
+
+    tokens: frozenset[int]
+    strings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationSettings:
+    """Everything that an answer depends on beside model, prompt and seed.
+
+    `sampling` has transformers' names: `do_sample`, and with it `temperature`, `top_p`, `top_k` (0: all tokens), or the
+    model's own settings that differ from the defaults.
+    """
+
+    sampling: dict[str, Any]
+    max_new_tokens: int
+    samples: int
+    ends: Ends
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings as plain values, for the record beside transcripts."""
+        ends = {"tokens": sorted(self.ends.tokens), "strings": list(self.ends.strings)}
+        return {"sampling": self.sampling, "max_new_tokens": self.max_new_tokens, "ends": ends}
+
+    def for_transformers(self, pad: int) -> Any:
+        """Return a `transformers.GenerationConfig` that says all; `pad` is the id of the padding token."""
+        from transformers import GenerationConfig
+
+        return GenerationConfig(
+            **self.sampling,
+            max_new_tokens=self.max_new_tokens,
+            num_return_sequences=self.samples,
+            pad_token_id=pad,
+            eos_token_id=sorted(self.ends.tokens) or None,
+            stop_strings=list(self.ends.strings) or None,
+            use_cache=True,
+        )
+
+    def for_vllm(self) -> dict[str, Any]:
+        """Return keyword arguments of `vllm.SamplingParams` that say the same.
+
+        Raises ConfigError for a setting of the model's that vLLM does not have.
+        """
+        sampling = dict(self.sampling)
+        if not sampling.pop("do_sample", False):
+            for name in ("temperature", "top_p", "top_k", "min_p"):  # which transformers does not read then either
+                sampling.pop(name, None)
+            sampling["temperature"] = 0.0
+        for name in sampling:
+            if name not in _VLLM_KNOWS:
+                raise ConfigError(
+                    f"evaluation.generation 'model': vLLM has no {name!r}, which the model's generation_config.json "
+                    "sets; use engine 'transformers', or generation 'explicit'"
+                )
+        neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
+        merged: dict[str, Any] = neutral | sampling
+        merged["top_k"] = merged["top_k"] or -1  # all tokens, as each of its versions has it
+        return {_VLLM_NAMES.get(name, name): value for name, value in merged.items()} | {
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "max_tokens": self.max_new_tokens,
+            "stop_token_ids": sorted(self.ends.tokens),
+            "stop": list(self.ends.strings) or None,
+            "detokenize": bool(self.ends.strings),  # else decoded by the tokenizer that the other engine uses
+        }
+
+
+def generation_settings(config: EvalConfig, own: Any, ends: Ends) -> GenerationSettings:
+    """Return what answers are asked for by.
+
+    Args:
+        config: the evaluation's settings.
+        own: the model's `generation_config`; None where it has none.
+        ends: what ends an answer.
+
+    Raises ConfigError: several samples, and the model's own settings are greedy.
+    """
+    if config.generation == EXPLICIT:
+        # top_k=0 switches off transformers' own default of 50, which nobody asked for
+        drawn = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+        sampling = drawn if config.temperature > 0 else {"do_sample": False}
+    else:
+        named = {} if own is None else own.to_diff_dict()
+        sampling = {str(k): value for k, value in named.items() if k not in _NOT_SAMPLING and value is not None}
+        sampling.setdefault("do_sample", False)
+    if config.samples > 1 and not sampling["do_sample"]:
+        raise ConfigError(
+            f"evaluation.samples is {config.samples} but the model's generation_config.json does not sample, so all "
+            "would be equal; use generation 'explicit' with a temperature"
+        )
+    return GenerationSettings(sampling, config.max_new_tokens, config.samples, ends)
+
+
+def find_ends(own: Any, tokenizer: PreTrainedTokenizerBase) -> Ends:
+    """Return what ends an answer: the chat template's end of turn, the tokenizer's EOS token, and the model's own.
+
+    `own` is the model's `generation_config` (chat models name several end tokens there), or None. Raises ModelError
+    where nothing ends a turn.
+    """
+    end = end_of_turn(tokenizer)
+    named = getattr(own, "eos_token_id", None)
+    candidates = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id, end.token]
+    tokens = frozenset(int(token) for token in candidates if token is not None)
+    return Ends(tokens, () if end.token is not None else (end.text,))
+
+
+@contextlib.contextmanager
+def without_own_settings(model: torch.nn.Module) -> Iterator[None]:
+    """While the block runs, `model` (and the base of a peft model) has transformers' default generation settings."""
+    from transformers import GenerationConfig
+
+    base = getattr(model, "get_base_model", lambda: model)()
+    holders = [part for part in {id(p): p for p in (model, base)}.values() if hasattr(part, "generation_config")]
+    kept = [part.generation_config for part in holders]
+    try:
+        for part in holders:
+            part.generation_config = GenerationConfig()
+        yield
+    finally:
+        for part, own in zip(holders, kept, strict=True):
+            part.generation_config = own
