@@ -42,7 +42,7 @@ def add(verb: NewVerb) -> None:
     options.add_data(sub, "--data", "questions with final answers", needed=False, lengths=False)
     sub.set_defaults(split=None)  # a task has its own
     sub.add_argument("--output", help="transcripts, .jsonl; the same command again goes on from them")
-    sub.add_argument("--max-new-tokens", type=int, help="limit of a generated answer")
+    options.add_generation(sub)
     sub.add_argument("--samples", type=int, help="answers to each question")
     sub.add_argument("--temperature", type=float, help="0 is greedy")
     sub.add_argument("--top-p", type=float)

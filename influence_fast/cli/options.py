@@ -41,6 +41,15 @@ def add_gradients(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--precision", help="fp8: products with the base weights in 8 bits (default: auto)")
 
 
+def add_generation(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--max-new-tokens", type=int, help="limit of a generated answer")
+    sub.add_argument(
+        "--generation",
+        help="explicit (default): answers are asked for by these options alone; model: by the model's own "
+        "generation_config.json",
+    )
+
+
 def add_data(
     sub: argparse.ArgumentParser, option: str, help: str, *, needed: bool = True, lengths: bool = True
 ) -> None:
@@ -90,7 +99,10 @@ def evaluation_of(args: Any, settings: Any = None) -> Any:
     """`settings` (default: EvalConfig's own) with what the command line says otherwise."""
     from influence_fast.evaluation.evaluate import EvalConfig
 
-    changed = given(args, "max_new_tokens", "samples", "temperature", "top_p", "seed", "answer_kind", "engine")
+    names = ("max_new_tokens", "samples", "temperature", "top_p", "seed", "answer_kind", "engine", "generation")
+    changed = given(args, *names)
+    if changed.get("generation") == "model":  # whose own file says how to sample, not a task's
+        changed = {"temperature": 0.0, "top_p": 1.0} | changed
     if getattr(args, "pass_at", None) is not None:
         changed["pass_at"] = tuple(args.pass_at)
     return dataclasses.replace(settings or EvalConfig(), **changed)

@@ -49,7 +49,7 @@ def add(verb: NewVerb) -> None:
         "--optimizer", help="checkpoint whose Adam state 'adam' and 'less' read (default: moments of the rows)"
     )
     options.add_gradients(sub)
-    sub.add_argument("--max-new-tokens", type=int, help="limit of a generated answer")
+    options.add_generation(sub)
     sub.add_argument("--tasks", metavar="COLUMN", help="validation column that names tasks, a score each (for less)")
     sub.add_argument(
         "--strategies", nargs="+", default=[], metavar="NAME", help="add the scores that only some strategies read"
