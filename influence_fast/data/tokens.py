@@ -109,7 +109,7 @@ def tokenization_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return the token ids of whole texts, to which nothing is added."""
-    return _called(tokenizer, texts)["input_ids"] if texts else []
+    return list(_called(tokenizer, texts)["input_ids"]) if texts else []
 
 
 def _check_completions(examples: Sequence[Example]) -> None:
@@ -135,11 +135,10 @@ def _encoded(examples: Sequence[Example], renderer: Renderer) -> list[tuple[list
 def _tokens_of(texts: list[Rendered], renderer: Renderer) -> list[tuple[list[int], list[int]]]:
     """(input_ids, labels) of each text, tokenized whole."""
     prompts = encode([text.text[: text.prompt] for text in texts], renderer.tokenizer)
-    with_places = bool(renderer.tokenizer.is_fast)
-    whole = _called(renderer.tokenizer, [text.text for text in texts], return_offsets_mapping=with_places)
+    whole = encode([text.text for text in texts], renderer.tokenizer)
     found = []
-    for i, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
-        tokens = _Tokens(text, list(whole["input_ids"][i]), whole["offset_mapping"][i] if with_places else None)
+    for i, (text, prompt, ids) in enumerate(zip(texts, prompts, whole, strict=True)):
+        tokens = _Tokens(text, ids)
         split = tokens.completion(prompt, renderer)
         labels = [IGNORED] * split + tokens.ids[split:]
         for start, end in text.learnt[:-1]:
@@ -153,11 +152,10 @@ def _tokens_of(texts: list[Rendered], renderer: Renderer) -> list[tuple[list[int
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """A text's tokens, and the places (start, end) in characters of each; None for a tokenizer that knows none."""
+    """A text and its tokens."""
 
     text: Rendered
     ids: list[int]
-    places: list[tuple[int, int]] | None
 
     def completion(self, prompt: list[int], renderer: Renderer) -> int:
         """The completion's first token: the first that is not one of the `prompt` tokenized alone."""
@@ -172,9 +170,10 @@ class _Tokens:
 
     def before(self, place: int, renderer: Renderer) -> int:
         """How many tokens end at or before character `place`."""
-        if self.places is None:
+        if not renderer.tokenizer.is_fast:  # one in Python, which does not know where its tokens stand
             return shared_start(self.ids, encode([self.text.text[:place]], renderer.tokenizer)[0])
-        return next((i for i, (_, end) in enumerate(self.places) if end > place), len(self.ids))
+        places = _called(renderer.tokenizer, [self.text.text], return_offsets_mapping=True)["offset_mapping"][0]
+        return next((i for i, (_, end) in enumerate(places) if end > place), len(self.ids))
 
 
 def _compare(text: Rendered, learnt: list[int], renderer: Renderer) -> None:
