@@ -47,7 +47,11 @@ def add_gradients(sub: argparse.ArgumentParser) -> None:
 def add_data(
     sub: argparse.ArgumentParser, option: str, help: str, *, needed: bool = True, lengths: bool = True
 ) -> None:
-    sub.add_argument(option, required=needed, help=f"{help}: hub id, .jsonl/.json/.parquet/.csv/.tsv file (text also .gz, .zst) or saved folder")
+    sub.add_argument(
+        option,
+        required=needed,
+        help=f"{help}: hub id, .jsonl/.json/.parquet/.csv/.tsv file (text also .gz, .zst) or saved folder",
+    )
     sub.add_argument("--split", default="train")
     sub.add_argument("--format", default="auto", help="schema of the rows (default: found from the columns)")
     sub.add_argument("--trace", default="first_correct", help="which of an OpenR1 row's traces")
@@ -133,7 +137,12 @@ def read_examples(args: Any) -> list[Any]:
     from influence_fast.data.examples import load_examples
 
     return load_examples(
-        args.data, split=args.split, format=args.format, trace=trace_of(args), limit=args.limit, columns=args.columns,
+        args.data,
+        split=args.split,
+        format=args.format,
+        trace=trace_of(args),
+        limit=args.limit,
+        columns=args.columns,
         turns=args.turns,
     )
 

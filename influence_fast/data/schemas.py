@@ -32,7 +32,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral
-from typing import Any
 
 from influence_fast.data import layouts
 from influence_fast.data.cells import Cells, Turn, whole_number
@@ -225,9 +224,10 @@ def choose_schema(rows: Rows, format: str, columns: Mapping[str, str | None]) ->
     available = (present | set(columns)) - left_out
     renamed = set(columns) - {"id", "label", "answer"}
     for schema in candidates:
-        if available.issuperset(schema.required) and renamed.issubset(schema.columns):
-            if format != "auto" or schema.fits is None or schema.fits(_sample(rows, schema, columns)):
-                return schema
+        if not (available.issuperset(schema.required) and renamed.issubset(schema.columns)):
+            continue
+        if format != "auto" or schema.fits is None or schema.fits(_sample(rows, schema, columns)):
+            return schema
     if format == "auto":
         raise _no_schema(rows)
     missing = next(name for name in candidates[0].required if name not in available)

@@ -121,7 +121,9 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, _object(path, number, line)
         except UnicodeDecodeError as error:
             at = number if encoding.startswith("utf-8") else number + 1
-            raise DataError(f"{path}, line {at}: is not valid {encoding.upper()} ({error}); save it as UTF-8") from error
+            raise DataError(
+                f"{path}, line {at}: is not valid {encoding.upper()} ({error}); save it as UTF-8"
+            ) from error
 
 
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:
