@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from influence_fast.data.conversations import TURN_CHOICES
 from influence_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from influence_fast.influence.settings import GradientConfig
 
-TURNS = ("last", "all")
 TURNS_HELP = "assistant turns of a conversation that the loss is on: the last (default) or all"
 
 #: verb(name, work, help): the parser of a new verb, which calls `work` with its arguments.
@@ -55,7 +55,7 @@ def add_data(
     sub.add_argument("--split", default="train")
     sub.add_argument("--format", default="auto", help="schema of the rows (default: found from the columns)")
     sub.add_argument("--trace", default="first_correct", help="which of an OpenR1 row's traces")
-    sub.add_argument("--turns", choices=TURNS, default="last", help=TURNS_HELP)
+    sub.add_argument("--turns", choices=TURN_CHOICES, default="last", help=TURNS_HELP)
     sub.add_argument("--limit", type=int)
     sub.add_argument(
         "--columns",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
 from influence_fast.data.rows import Row, Rows
 from influence_fast.errors import DataError
@@ -31,6 +31,11 @@ def is_blank(value: Any) -> bool:
     return is_null(value) or (isinstance(value, str) and not value.strip())
 
 
+def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Tell whether `value` is a list in a cell: pandas and Arrow hold them as arrays, too."""
+    return isinstance(value, list | tuple) or type(value).__name__ == "ndarray"
+
+
 class Cells:
     """One source row, read through `names`: the schema's name of a column -> the source's, or None to leave it out."""
 
@@ -54,9 +59,7 @@ class Cells:
         value = None if column is None else self.row.get(column)
         if is_null(value):
             return None
-        if isinstance(value, tuple) or type(value).__name__ == "ndarray":
-            return list(value)
-        return value
+        return list(value) if is_list(value) else value
 
     def value(self, name: str) -> Any:
         """Return the value of a column. Raises DataError where it is null or missing."""
@@ -116,5 +119,5 @@ class Cells:
 def whole_number(value: Any) -> Any:
     """Return `value` as an int where it is a float without a fraction, else as it is."""
     if isinstance(value, Real) and not isinstance(value, Integral) and float(value).is_integer():
-        return int(value)
+        return int(float(value))
     return value

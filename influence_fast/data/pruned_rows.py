@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from influence_fast.data.cells import is_null
+from influence_fast.data.cells import is_list, is_null
 from influence_fast.data.rows import Row, Rows
 from influence_fast.data.schemas import Example
 from influence_fast.errors import DataError
@@ -61,16 +61,12 @@ def _parallel_columns(rows: Rows, generations: str) -> list[str]:
 
 def _count(traces: Any) -> int:
     """The number of traces in a cell, which may be null; pandas has them in arrays."""
-    return len(traces) if _is_list(traces) else 0
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) or type(value).__name__ == "ndarray"
+    return len(traces) if is_list(traces) else 0
 
 
 def _is_per_trace(value: Any, count: int) -> bool:
     """Messages are no traces, though two of them stand beside two traces in most rows of OpenR1."""
-    if not _is_list(value) or len(value) != count:
+    if not is_list(value) or len(value) != count:
         return False
     return not any(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
 
@@ -79,20 +75,20 @@ def _check_lengths(row: Row, place: str, generations: str, parallel: list[str]) 
     count = _count(row[generations])
     for column in parallel:
         value = row.get(column)
-        if _is_list(value) and len(value) != count:
+        if is_list(value) and len(value) != count:
             raise DataError(f"{place}: column {column!r} has {len(value)} entries for {count} traces; mend the row")
 
 
 def _keep_traces(row: Row, kept: list[int], generations: str, parallel: list[str]) -> Row:
     result = dict(row)
     for column in parallel:
-        if _is_list(row.get(column)):
+        if is_list(row.get(column)):
             result[column] = [row[column][i] for i in kept]
     verdicts = row.get("correctness_math_verify")
-    if _is_list(verdicts) and row.get("correctness_count") == sum(map(bool, verdicts)):
+    if is_list(verdicts) and row.get("correctness_count") == sum(map(bool, verdicts)):
         result["correctness_count"] = sum(map(bool, result["correctness_math_verify"]))
     messages = row.get("messages")
-    if _is_list(messages) and len(messages) and isinstance(messages[-1], dict):
+    if is_list(messages) and len(messages) and isinstance(messages[-1], dict):
         shown = messages[-1].get("content")
         if shown in list(row[generations]) and shown not in result[generations]:
             result["messages"] = [*messages[:-1], {**messages[-1], "content": result[generations][0]}]

@@ -124,13 +124,14 @@ def _load(source: Any, split: str) -> Rows:
 
 
 def _from_frame(frame: Any) -> Rows:
-    """The rows of a pandas data frame, its index left out. What pandas writes for no value is None in them."""
+    """The rows of a data frame of pandas or polars, an index left out; NaN and NA are None in them."""
     name = "the data frame given"
     columns = list(frame.columns)
     odd = next((column for column in columns if not isinstance(column, str) or columns.count(column) > 1), None)
     if odd is not None:
         raise DataError(f"{name}: the column name {odd!r} is no text or comes twice; rename the columns")
-    rows = [{column: _plain(value) for column, value in row.items()} for row in frame.to_dict("records")]
+    records = frame.to_dicts() if hasattr(frame, "to_dicts") else frame.to_dict("records")
+    rows = [{column: _plain(value) for column, value in row.items()} for row in records]
     return Rows(rows, name, ".jsonl")
 
 

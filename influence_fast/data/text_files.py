@@ -191,7 +191,7 @@ def json_document(path: Path, split: str) -> list[dict[str, Any]]:
 
 def _rows_within(path: Path, found: dict[str, Any], split: str) -> list[Any]:
     lists = [key for key, value in found.items() if _is_rows(value)]
-    named = [key for key in (split, *_ROW_KEYS) if key in lists]
+    named = [key for key in (split, *_ROW_KEYS) if _is_objects(found.get(key))]
     if named or len(lists) == 1:
         rows: list[Any] = found[named[0] if named else lists[0]]
         return rows
@@ -202,6 +202,10 @@ def _rows_within(path: Path, found: dict[str, Any], split: str) -> list[Any]:
 
 def _is_rows(value: Any) -> bool:
     """Whether a value is a list of rows. One of messages is a cell of a row."""
-    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
-        return False
-    return not any("role" in item or "from" in item or item.get("type") == "text" for item in value)
+    return _is_objects(value) and not any(
+        "role" in item or "from" in item or item.get("type") == "text" for item in value
+    )
+
+
+def _is_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from influence_fast.data.cells import is_blank
+from influence_fast.data.cells import is_blank, is_list
 from influence_fast.data.conversations import Draft
 from influence_fast.errors import listing
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 # A name counts by its end: `cot` and `long_cot` hold traces, `cot_type` and `trace_id` do not.
 _TRACE = re.compile(
     r"(^|_)(thinking|thoughts?|reasoning(_content)?|cots?|chains?_of_thoughts?|rationales?|trajector(y|ies)|traces?"
-    r"|generations?|responses?|attempts?|completions?|outputs?|scratchpad|explanations?|conversations?|messages"
-    r"|(generated|model|deepseek|r1|gemini|qwen\w*|gpt\w*|teacher|student)_(solution|answer|text)s?)$",
+    r"|chosen|generations?|responses?|attempts?|completions?|outputs?|scratchpad|explanations?|conversations?|messages"
+    r"|(full|detailed|generated|model|deepseek|r1|gemini|qwen\w*|gpt\w*|teacher|student)_(solution|answer|text)s?)$",
     re.IGNORECASE,
 )
 _PROMPT = re.compile(r"^(system(_prompt)?|tools|history|context|input)$", re.IGNORECASE)
@@ -96,7 +96,7 @@ def _texts(value: Any) -> Iterator[str]:
         for key, part in value.items():
             if key not in ("role", "from", "type", "name"):
                 yield from _texts(part)
-    elif isinstance(value, list | tuple) or type(value).__name__ == "ndarray":
+    elif is_list(value):
         for part in value:
             yield from _texts(part)
 

@@ -206,6 +206,7 @@ def test_columns_of_an_unknown_layout_are_proposed() -> None:
         ({"problem": "p", "solution": "s", "model_outputs": ["a trace"]}, "model_outputs"),
         ({"prompt": "p", "completion": "c", "chain_of_thought": "t"}, "chain_of_thought"),
         ({"messages": CHOSEN, "reasoning": "one and one"}, "reasoning"),
+        ({"prompt": "p", "completion": "c", "chosen": "t", "rejected": "u"}, "chosen"),
         ({"conversations": CHOSEN, "messages": REJECTED}, "messages"),
     ],
 )

@@ -120,6 +120,19 @@ def test_data_frames_with_lists_and_pruned_rows(tmp_path: Path) -> None:
     assert list(load_rows(tmp_path / "x.jsonl")) == [{"messages": turns, "score": None}]
 
 
+def test_frames_that_give_their_rows_themselves_are_read() -> None:
+    class Frame:  # as polars has it
+        columns = ("prompt", "completion", "answer")
+
+        def to_dict(self) -> Any:
+            raise AssertionError
+
+        def to_dicts(self) -> list[dict[str, Any]]:
+            return [{"prompt": "p", "completion": "c", "answer": float("nan")}]
+
+    assert load_examples(Frame()) == [Example("0", "p", "c")]
+
+
 def test_column_names_that_a_frame_cannot_give_are_refused() -> None:
     with pytest.raises(DataError, match="the data frame given: the column name 0 is no text"):
         load_examples(pandas.DataFrame([["p", "c"]]))

@@ -134,6 +134,7 @@ CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "co
         ({"anything": ROWS}, "train", ROWS),
         ({"train": ROWS[:3], "test": ROWS[3:]}, "train", ROWS[:3]),
         ({"train": ROWS[:3], "test": ROWS[3:]}, "test", ROWS[3:]),
+        ({"data": [{"from": "a", "value": "b"}]}, "train", [{"from": "a", "value": "b"}]),
         (ROWS[0], "train", ROWS[:1]),
         (CHAT, "train", [CHAT]),  # messages are a cell of a row, and no rows
         ({"conversations": [{"from": "human", "value": "q"}]}, "train", [{"conversations": [
