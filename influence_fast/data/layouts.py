@@ -24,6 +24,7 @@ class Reading:
 
 Converter = Callable[[Cells, Reading], list[Draft]]
 
+_VERDICTS = ("correctness_math_verify", "correctness_llama")
 _NO_ANSWER = ("proof", "notfound")  # what NuminaMath writes where a problem has no final answer
 _METAMATH_MARK = "The answer is:"
 _WORDED = 4  # words: an answer of fewer is a result and no solution
@@ -266,7 +267,7 @@ def _correct_traces(cells: Cells, count: int) -> list[int]:
     """Indices of complete traces that math-verify found correct.
 
     Where it confirmed none of a row's traces, OpenR1's second verdict (`correctness_llama`) is asked: it was
-    made for the answers that math-verify cannot parse.
+    made for the answers that math-verify cannot parse. Verdicts that are null find nothing correct.
     """
 
     def flags(name: str) -> list[bool] | None:
@@ -281,7 +282,7 @@ def _correct_traces(cells: Cells, count: int) -> list[int]:
 
     verdicts = flags("correctness_math_verify")
     second = flags("correctness_llama")
-    if verdicts is None and second is None:
+    if verdicts is None and second is None and not any(cells.column(name) in cells.row for name in _VERDICTS):
         cells.value("correctness_math_verify")  # raises, by name
     if not any(verdicts or []):
         verdicts = second or []

@@ -295,6 +295,14 @@ def test_a_blank_trace_is_left_out_by_name(trace: str | int, ids: list[str], cap
     assert "2 traces are null or blank and are left out: trace 0 of row 0, trace 2 of row 0" in caplog.text
 
 
+def test_a_row_whose_verdicts_are_null_is_left_out_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    for verdicts in (None, [None, float("nan")]):
+        caplog.clear()
+        rows = [OPENR1 | {"uuid": "u0", "correctness_math_verify": verdicts}, OPENR1 | {"uuid": "u1"}]
+        assert [e.id for e in load_examples(rows)] == ["u1#0"]
+        assert "1 of 2 rows have no trace for trace='first_correct' and are left out: row 0" in caplog.text
+
+
 def test_pruned_rows_of_new_layouts_are_the_source_rows() -> None:
     rows = [S1K_11 | {"id": i} for i in range(3)]
     source = load_rows(rows)
