@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from influence_fast.data.diversity import check_similarity
+from influence_fast.data.schemas import check_turns
 from influence_fast.errors import ConfigError
 from influence_fast.evaluation.evaluate import EvalConfig
 from influence_fast.influence.preconditioners import (
@@ -34,7 +35,11 @@ class Source:
     format: str = "auto"
     trace: str | int = "first_correct"  # which of an OpenR1 row's traces
     limit: int | None = None
-    columns: dict[str, str] | None = None
+    columns: dict[str, str | None] | None = None
+    turns: str = "last"  # of a conversation, which assistant turns the loss is on: the last, or all
+
+    def __post_init__(self) -> None:
+        check_turns(self.turns)
 
     @classmethod
     def from_text(cls, path: str) -> Source:

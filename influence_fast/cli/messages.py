@@ -26,14 +26,20 @@ def by_flags(text: str, args: Any, of: str = "") -> str:
     if hasattr(args, "columns"):  # {"prompt": "...", "id": None} as prompt=...,id=
         text = re.sub(
             r"columns=\{([^{}]*)\}",
-            lambda m: f"--{of}columns " + re.sub(r'"(\w+)": (?:"?(\.\.\.)"?|None)(?:, )?', r"\1=\2,", m[1]).rstrip(","),
+            lambda m: f"--{of}columns " + re.sub(r'"(\w+)": (?:"?([^",]+)"?|None)(?:, )?', _renamed, m[1]).rstrip(","),
             text,
         )
         text = text.replace('by split="..."', f"by --{of}split")
-        text = re.sub(r'format="(\w+)"(?: with)?', rf"--{of}format \1", text)
+        text = re.sub(r'format="([\w.]+)"(?: with)?', rf"--{of}format \1", text)
+        text = re.sub(r"\bturns='(\w+)'", rf"--{of}turns \1", text)
     if hasattr(args, "option"):  # of the format of an import
         text = re.sub(r"\bwith (\w+)=$", r"with --option \1=...", text)
     return text
+
+
+def _renamed(found: re.Match[str]) -> str:
+    column = "" if found[2] in (None, "None") else found[2]
+    return f"{found[1]}={column},"
 
 
 def _settings_of(part: str) -> set[str]:

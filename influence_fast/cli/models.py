@@ -118,7 +118,9 @@ def _questions(args: Any) -> tuple[list[Any], Any]:
             raise ConfigError(f"eval needs questions: --task ({', '.join(known_tasks())}) or --data")
         args.split = args.split or "train"
         return options.read_examples(args), options.evaluation_of(args)
-    if args.format != "auto" or args.trace != "first_correct":
-        raise ConfigError("--format and --trace are of no use with --task, which names its own columns: leave them out")
+    if args.format != "auto" or args.trace != "first_correct" or args.turns != "last":
+        raise ConfigError(
+            "--format, --trace and --turns are of no use with --task, which names its own columns: leave them out"
+        )
     task = load_task(args.task)
     return task_examples(task, args.limit, args.data, args.split), options.evaluation_of(args, task.evaluation)

@@ -11,10 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from influence_fast.data.conversations import TURN_CHOICES
 from influence_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from influence_fast.influence.settings import GradientConfig
+
+TURNS_HELP = "assistant turns of a conversation that the loss is on: the last (default) or all"
 
 #: verb(name, work, help): the parser of a new verb, which calls `work` with its arguments.
 NewVerb = Callable[[str, Callable[[Any], None], str], argparse.ArgumentParser]
@@ -53,10 +56,15 @@ def add_generation(sub: argparse.ArgumentParser) -> None:
 def add_data(
     sub: argparse.ArgumentParser, option: str, help: str, *, needed: bool = True, lengths: bool = True
 ) -> None:
-    sub.add_argument(option, required=needed, help=f"{help}: hub id, .jsonl/.json/.parquet/.csv file or saved folder")
+    sub.add_argument(
+        option,
+        required=needed,
+        help=f"{help}: hub id, .jsonl/.json/.parquet/.csv/.tsv file (text also .gz, .zst) or saved folder",
+    )
     sub.add_argument("--split", default="train")
     sub.add_argument("--format", default="auto", help="schema of the rows (default: found from the columns)")
     sub.add_argument("--trace", default="first_correct", help="which of an OpenR1 row's traces")
+    sub.add_argument("--turns", choices=TURN_CHOICES, default="last", help=TURNS_HELP)
     sub.add_argument("--limit", type=int)
     sub.add_argument(
         "--columns",
@@ -141,7 +149,13 @@ def read_examples(args: Any) -> list[Any]:
     from influence_fast.data.examples import load_examples
 
     return load_examples(
-        args.data, split=args.split, format=args.format, trace=trace_of(args), limit=args.limit, columns=args.columns
+        args.data,
+        split=args.split,
+        format=args.format,
+        trace=trace_of(args),
+        limit=args.limit,
+        columns=args.columns,
+        turns=args.turns,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from influence_fast.cli import options
 from influence_fast.cli.messages import by_flags
 from influence_fast.cli.options import NewVerb
+from influence_fast.data.conversations import TURN_CHOICES
 from influence_fast.errors import ConfigError
 
 
@@ -99,6 +100,7 @@ def _row_options(sub: argparse.ArgumentParser, of: str, whose: str) -> None:
     sub.add_argument(
         f"--{of}-columns", type=options.columns, metavar="NAME=COLUMN,...", help="as --columns, of these rows"
     )
+    sub.add_argument(f"--{of}-turns", choices=TURN_CHOICES, default="last", help=f"as --turns, of {whose}")
 
 
 def _score(args: Any) -> None:
@@ -194,7 +196,7 @@ def _load_beside(args: Any, of: str, source: str, **more: Any) -> list[Any]:
     from influence_fast.data.examples import load_examples
     from influence_fast.errors import DataError
 
-    how = {name: getattr(args, f"{of}_{name}") for name in ("split", "format", "columns")}
+    how = {name: getattr(args, f"{of}_{name}") for name in ("split", "format", "columns", "turns")}
     try:
         return load_examples(source, **how, **more)
     except DataError as error:

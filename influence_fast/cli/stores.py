@@ -91,6 +91,7 @@ def _build(args: Any) -> None:
             args.columns or {},
             args.max_length,
             args.truncate,
+            args.turns,
         ),
         gradients,
         influence,

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from influence_fast.data.conversations import with_reasoning
 from influence_fast.data.packing import IGNORED
 from influence_fast.data.pruned_rows import kept_rows
 from influence_fast.data.rendering import render_prompt
 from influence_fast.data.row_files import write_rows
 from influence_fast.data.rows import Row, Rows, load_rows
-from influence_fast.data.schemas import Example, check_trace, read_examples
+from influence_fast.data.schemas import Example, check_trace, check_turns, read_examples
 from influence_fast.data.tokens import TokenizedSet, tokenize
 from influence_fast.errors import ConfigError, DataError, listing
 
@@ -43,6 +44,7 @@ def load_examples(
     trace: str | int = "first_correct",
     limit: int | None = None,
     columns: Mapping[str, str | None] | None = None,
+    turns: str = "last",
 ) -> list[Example]:
     """The examples of `source` (see `load_rows` for what it may be) in the order of its rows.
 
@@ -50,22 +52,25 @@ def load_examples(
     which of a row's `generations` are used in OpenR1 data, `"first"`, `"first_correct"`, `"all"`,
     `"all_correct"` or an index; other schemas have one completion a row. `limit`: at most so many examples.
     `columns`: the source's name for a schema's column, `{"prompt": "my_col"}`; `{"id": None}` numbers the rows
-    instead of reading ids.
+    instead of reading ids, and any other None does without an optional column. `turns`: of a conversation of several
+    assistant turns the loss is on the `"last"`, or with `"all"` on all of them; one whose `weight` is 0 gets none.
 
     Ids are the row's own (`id`, `uuid` or `unique_id`, the first there is), else the row index; a trace's is
-    `<row id>#<trace index>`. Rows without a trace that fits `trace` are left out with a warning that names them.
+    `<row id>#<trace index>`. Rows without a trace that fits `trace` are left out with a warning that names them, and so
+    are null and blank traces. Columns that look like traces and are not read are named in a warning.
 
     Raises DataError, naming file, row and remedy: unreadable source, missing or mistyped column, repeated ids,
-    empty completions. Raises ConfigError for an unknown format, trace or rename.
+    empty completions. Raises ConfigError for an unknown format, trace, turns or rename.
     """
     check_trace(trace)
+    check_turns(turns)
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; it must be at least 1, or left out")
     rows = load_rows(source, split=split)
     examples: list[Example] = []
     without: list[int] = []
     seen = 0
-    for index, found in enumerate(read_examples(rows, format, trace, columns or {})):
+    for index, found in enumerate(read_examples(rows, format, trace, columns or {}, turns)):
         seen += 1
         examples += found
         if not found:
@@ -76,7 +81,10 @@ def load_examples(
         del examples[limit:]
     places = listing(rows.place(i).removeprefix(f"{rows.name}, ") for i in without)
     if not examples:
-        raise DataError(f"{rows.name}: no row has a trace for trace={trace!r}; choose another, such as trace='first'")
+        raise DataError(
+            f"{rows.name}: no row has a trace for trace={trace!r}; choose another, such as trace='first', or fill in "
+            f"the traces of {places}"
+        )
     if without:
         logger.warning(
             "%s: %d of %d rows have no trace for trace=%r and are left out: %s",
@@ -114,19 +122,33 @@ def save_examples(
     With `source_rows` (from `load_rows`) the file has the source's own rows and columns, of which only those
     of `examples` are kept, traces within a row included; `columns` are the renames given to `load_examples`.
     `source_rows.suffix` is the extension that keeps the source's format. Without it the columns are `id`,
-    `prompt` and `completion`, and `answer` and `label` where any example has one.
+    `prompt` and `completion`, and `answer` and `label` where any example has one; prompt and completion are messages
+    where any example has other turns than the prompt, or reasoning apart. Read again with `turns="all"`, the loss is on
+    the same turns: earlier assistant turns have a `weight`.
     """
     if source_rows is not None:
         return write_rows(kept_rows(source_rows, examples, columns), path, schema=source_rows.schema)
     optional = [name for name in ("answer", "label") if any(getattr(e, name) is not None for e in examples)]
-    return write_rows([_as_row(example, optional) for example in examples], path)
+    chat = any(e.context or e.between or e.reasoning is not None for e in examples)
+    return write_rows([_as_row(example, optional, chat) for example in examples], path)
 
 
-def _as_row(example: Example, optional: list[str]) -> Row:
+def _as_row(example: Example, optional: list[str], chat: bool) -> Row:
     values = asdict(example)
     row: Row = {name: values[name] for name in ("id", "prompt", "completion", *optional)}
-    if example.context:
-        turns = [*example.context, ("user", example.prompt)]
-        row["prompt"] = [{"role": role, "content": content} for role, content in turns]
-        row["completion"] = [{"role": "assistant", "content": example.completion}]
+    if chat:
+        row["prompt"] = [
+            {"role": role, "content": content} | ({"weight": int(i in example.learnt)} if role == "assistant" else {})
+            for i, (role, content) in enumerate(example.turns)
+        ]
+        row["completion"] = [_last_message(example)]
     return row
+
+
+def _last_message(example: Example) -> Row:
+    """The completion as a message, with its reasoning in a field of its own where the example has it so."""
+    message = {"role": "assistant", "content": example.completion}
+    if example.reasoning is None:
+        return message
+    opening = with_reasoning(example.reasoning, "")
+    return message | {"reasoning": example.reasoning, "content": example.completion.removeprefix(opening)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from influence_fast.data.cells import is_blank
 from influence_fast.data.rows import Rows
 from influence_fast.errors import DataError, did_you_mean
 
@@ -16,7 +17,7 @@ def row_groups(rows: Rows, column: str) -> list[str]:
     names = []
     for index, row in enumerate(rows.read([column])):
         value = row.get(column)
-        if value is None or value == "":
+        if is_blank(value):
             raise DataError(f"{rows.place(index)}: column {column!r} is empty; fill it in or group by another")
         names.append(str(value))
     return names

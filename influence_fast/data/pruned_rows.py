@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from influence_fast.data.cells import is_list, is_null
 from influence_fast.data.rows import Row, Rows
 from influence_fast.data.schemas import Example
 from influence_fast.errors import DataError
@@ -52,38 +53,43 @@ def kept_rows(
 def _parallel_columns(rows: Rows, generations: str) -> list[str]:
     parallel: dict[str, bool] = {}  # of every row's columns: those of JSON lines need not be in the first
     for row in rows:
-        count = len(row.get(generations) or [])
+        count = _count(row.get(generations))
         for column, value in row.items():
-            parallel[column] = parallel.get(column, True) and (value is None or _is_per_trace(value, count))
+            parallel[column] = parallel.get(column, True) and (is_null(value) or _is_per_trace(value, count))
     return [column for column, same in parallel.items() if same or column in _TRACE_COLUMNS]
+
+
+def _count(traces: Any) -> int:
+    """The number of traces in a cell, which may be null; pandas has them in arrays."""
+    return len(traces) if is_list(traces) else 0
 
 
 def _is_per_trace(value: Any, count: int) -> bool:
     """Messages are no traces, though two of them stand beside two traces in most rows of OpenR1."""
-    if not isinstance(value, list) or len(value) != count:
+    if not is_list(value) or len(value) != count:
         return False
     return not any(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
 
 
 def _check_lengths(row: Row, place: str, generations: str, parallel: list[str]) -> None:
-    count = len(row[generations])
+    count = _count(row[generations])
     for column in parallel:
         value = row.get(column)
-        if isinstance(value, list) and len(value) != count:
+        if is_list(value) and len(value) != count:
             raise DataError(f"{place}: column {column!r} has {len(value)} entries for {count} traces; mend the row")
 
 
 def _keep_traces(row: Row, kept: list[int], generations: str, parallel: list[str]) -> Row:
     result = dict(row)
     for column in parallel:
-        if isinstance(row.get(column), list):
+        if is_list(row.get(column)):
             result[column] = [row[column][i] for i in kept]
     verdicts = row.get("correctness_math_verify")
-    if isinstance(verdicts, list) and row.get("correctness_count") == sum(map(bool, verdicts)):
+    if is_list(verdicts) and row.get("correctness_count") == sum(map(bool, verdicts)):
         result["correctness_count"] = sum(map(bool, result["correctness_math_verify"]))
     messages = row.get("messages")
-    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+    if is_list(messages) and len(messages) and isinstance(messages[-1], dict):
         shown = messages[-1].get("content")
-        if shown in row[generations] and shown not in result[generations]:
+        if shown in list(row[generations]) and shown not in result[generations]:
             result["messages"] = [*messages[:-1], {**messages[-1], "content": result[generations][0]}]
     return result

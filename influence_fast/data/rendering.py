@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from influence_fast.data.conversations import with_reasoning
 from influence_fast.data.schemas import Example, Turn
 from influence_fast.data.template_limits import check_template
 from influence_fast.data.turn_ends import EndOfTurn, find_end, shared_start
@@ -156,7 +157,7 @@ class Renderer:
         first, second = text.find(thought), text.rfind(said)
         if not 0 <= first < second:
             return None
-        content = example.completion.removeprefix(f"{_THINK}\n{example.reasoning}\n{_END_THINK}\n\n")
+        content = example.completion.removeprefix(with_reasoning(example.reasoning or "", ""))
         between = text[first + len(thought) : second]
         return _Frame(text[:first], text[second + len(said) :]), f"{example.reasoning}{between}{content}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from influence_fast.atomic import replacing
 from influence_fast.data.rows import BATCH, Row, Rows, need_datasets, need_pyarrow
+from influence_fast.data.text_files import COMPRESSIONS, file_suffix, packed_writer, plain_suffix
 from influence_fast.errors import DataError, listing, one_line
 
 if TYPE_CHECKING:
@@ -23,34 +25,55 @@ if TYPE_CHECKING:
 def write_rows(rows: Iterable[Row], path: str | os.PathLike[str], *, schema: pa.Schema | None = None) -> int:
     """Write `rows` to `path` and return how many there were; the format is the extension's.
 
-    .jsonl, .json, .csv, .parquet, .arrow, or no extension for a folder in `save_to_disk` form. Column types
+    .jsonl, .json, .csv, .tsv (each also with .gz, .bz2, .xz or .zst after it), .parquet, .arrow, or no extension for
+    a folder in `save_to_disk` form. Text is UTF-8. Column types
     of the Arrow formats are `schema`'s (that of `rows` when it is `Rows`), else inferred from all rows. The
     result appears whole or not at all: it is written under a temporary name and renamed.
 
     Raises DataError: unknown extension, an existing folder in the way, values the format cannot hold.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
+    suffix = file_suffix(path)
     if schema is None and isinstance(rows, Rows):
         schema = rows.schema
-    if suffix not in _WRITERS:
-        raise DataError(f"{path}: cannot write {suffix!r} files; known: {', '.join(filter(None, _WRITERS))}")
+    plain = plain_suffix(suffix)
+    if plain not in _WRITERS or (plain != suffix and plain not in _TEXT_WRITERS):
+        known = f"{', '.join(filter(None, _WRITERS))}; of text also with {', '.join(COMPRESSIONS)}"
+        raise DataError(f"{path}: cannot write {suffix!r} files; known: {known}")
     if path.is_dir():
         raise DataError(f"{path}: is an existing folder; remove it or give another name")
     with replacing(path) as temporary:
-        return _WRITERS[suffix](rows, temporary, schema, path)
+        return _WRITERS[plain](rows, temporary, schema, path)
+
+
+@contextlib.contextmanager
+def _text_file(temporary: Path, path: Path, newline: str) -> Iterator[IO[str]]:
+    """The temporary file of `path` for text, compressed as the extension of `path` says."""
+    with packed_writer(temporary, file_suffix(path)) as packed:
+        file = io.TextIOWrapper(packed, encoding="utf-8", newline=newline)
+        try:
+            yield file
+        finally:
+            file.detach()  # which writes what it still holds; the compressor, and not this, ends the file
 
 
 def _dump(row: Row, path: Path) -> str:
     try:
-        return json.dumps(row, ensure_ascii=False)
+        return json.dumps(row, ensure_ascii=False, default=_of_numpy)
     except TypeError as error:
         raise DataError(f"{path}: JSON cannot hold a row ({error}); write .parquet instead") from error
 
 
+def _of_numpy(value: Any) -> Any:
+    """NumPy's arrays and numbers, which rows made by pandas hold, as JSON has them."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"a {type(value).__name__}")
+
+
 def _write_jsonl(rows: Iterable[Row], temporary: Path, schema: pa.Schema | None, path: Path) -> int:
     count = 0
-    with temporary.open("w", encoding="utf-8", errors="strict", newline="\n") as file:
+    with _text_file(temporary, path, "\n") as file:
         for row in rows:
             _write_text(file, _dump(row, path) + "\n")
             count += 1
@@ -59,7 +82,7 @@ def _write_jsonl(rows: Iterable[Row], temporary: Path, schema: pa.Schema | None,
 
 def _write_json(rows: Iterable[Row], temporary: Path, schema: pa.Schema | None, path: Path) -> int:
     count = 0
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
+    with _text_file(temporary, path, "\n") as file:
         for row in rows:
             _write_text(file, (",\n" if count else "[\n") + _dump(row, path))
             count += 1
@@ -78,8 +101,8 @@ def _write_csv(rows: Iterable[Row], temporary: Path, schema: pa.Schema | None, p
     nested = [column for column in columns if any(isinstance(row.get(column), list | dict) for row in rows)]
     if nested:
         raise DataError(f"{path}: CSV cannot hold the nested columns {listing(nested)}; write .jsonl instead")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns)
+    with _text_file(temporary, path, "") as file:
+        writer = csv.DictWriter(file, columns, delimiter="\t" if plain_suffix(file_suffix(path)) == ".tsv" else ",")
         writer.writeheader()
         writer.writerows(rows)
     return len(rows)
@@ -145,7 +168,9 @@ _WRITERS: dict[str, _Writer] = {
     ".jsonl": _write_jsonl,
     ".json": _write_json,
     ".csv": _write_csv,
+    ".tsv": _write_csv,
     ".parquet": _write_parquet,
     ".arrow": _write_arrow,
     "": _write_folder,
 }
+_TEXT_WRITERS = (".jsonl", ".json", ".csv", ".tsv")

@@ -6,15 +6,13 @@ column included, so they are kept and not rebuilt from examples.
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+from influence_fast.data.text_files import COMPRESSIONS, file_suffix, has_lines, json_document, numbered_rows
 from influence_fast.errors import DataError, did_you_mean, one_line
 
 if TYPE_CHECKING:
@@ -91,9 +89,10 @@ def load_rows(source: Any, *, split: str = "train") -> Rows:
     """The rows of `source`.
 
     `source`: a hub id (`openai/gsm8k:main` names the configuration after a colon), a local .jsonl, .json,
-    .csv, .parquet or .arrow file, a folder saved by `save_to_disk`, a `datasets.Dataset` or `DatasetDict`,
-    a list of dicts, or `Rows` (returned as it is). `split` chooses within a hub dataset, a folder or a
-    `DatasetDict`; a single file or list is what it is. Local files need no `datasets` package.
+    .csv, .tsv (each also with .gz, .bz2, .xz or .zst after it), .parquet or .arrow file, a folder saved by
+    `save_to_disk`, a `datasets.Dataset` or `DatasetDict`, a pandas data frame, a list of dicts, or `Rows` (returned as
+    it is). `split` chooses within a hub dataset, a folder, a `DatasetDict` or a JSON object of several lists; any other
+    file or list is what it is. Local files need no `datasets` package.
 
     Raises DataError: source not found, unreachable or malformed (with the line), unknown split, no rows.
     """
@@ -110,6 +109,8 @@ def _load(source: Any, split: str) -> Rows:
         return _load_named(os.fspath(source), split)
     if hasattr(source, "with_format"):
         return _from_datasets(source, split, "the dataset given", ".parquet")
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):
+        return _from_frame(source)
     if isinstance(source, Sequence):
         rows = list(source)
         for i, row in enumerate(rows):
@@ -117,21 +118,44 @@ def _load(source: Any, split: str) -> Rows:
                 raise DataError(f"the list given, row {i}: is a {type(row).__name__}, give dicts of columns")
         return Rows(rows, "the list given", ".jsonl")
     raise DataError(
-        f"cannot read examples from a {type(source).__name__}; give a path, a hub id, a datasets.Dataset or "
-        "a list of dicts"
+        f"cannot read examples from a {type(source).__name__}; give a path, a hub id, a datasets.Dataset, "
+        "a data frame or a list of dicts"
     )
+
+
+def _from_frame(frame: Any) -> Rows:
+    """The rows of a data frame of pandas or polars, an index left out; NaN and NA are None in them."""
+    name = "the data frame given"
+    columns = list(frame.columns)
+    odd = next((column for column in columns if not isinstance(column, str) or columns.count(column) > 1), None)
+    if odd is not None:
+        raise DataError(f"{name}: the column name {odd!r} is no text or comes twice; rename the columns")
+    records = frame.to_dicts() if hasattr(frame, "to_dicts") else frame.to_dict("records")
+    rows = [{column: _plain(value) for column, value in row.items()} for row in records]
+    return Rows(rows, name, ".jsonl")
+
+
+def _plain(value: Any) -> Any:
+    """A cell of a data frame as Python has it: lists for arrays, numbers for NumPy's, None for no value."""
+    if type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return _plain(value.tolist()) if hasattr(value, "tolist") else value
 
 
 def _load_named(source: str, split: str) -> Rows:
     path = Path(source).expanduser()
-    suffix = path.suffix.lower()
+    suffix = file_suffix(path)
     if path.is_dir():
         return _load_folder(path, split)
     if path.is_file():
         if suffix not in _READERS:
-            raise DataError(f"{path}: unknown file type {suffix!r}; known: {', '.join(_READERS)}")
+            raise DataError(f"{path}: unknown file type {suffix!r}; known: {_KNOWN}")
         try:
-            return _READERS[suffix](path)
+            return _READERS[suffix](path, split)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
     check_hub_id(source)
@@ -140,69 +164,26 @@ def _load_named(source: str, split: str) -> Rows:
 
 def check_hub_id(source: str) -> None:
     """DataError for what is not on this machine and cannot be the id of a dataset either."""
-    if Path(source).suffix.lower() in _READERS or not _HUB_ID.fullmatch(source):
+    if file_suffix(Path(source)) in _READERS or not _HUB_ID.fullmatch(source):
         raise DataError(f"{source}: no such file or folder; check the path (from {Path.cwd()})")
 
 
-def _read_jsonl(path: Path) -> Rows:
-    rows: list[Row] = []
-    lines: list[int] = []
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-                raise DataError(
-                    f"{path}, line {number}: is not valid JSON ({error}); each line must be one object"
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: is a {type(row).__name__}; each line must be one JSON object")
-            rows.append(row)
-            lines.append(number)
-    return Rows(rows, str(path), ".jsonl", lines)
+def _read_lines(path: Path, split: str) -> Rows:
+    numbers, rows = [], []
+    for number, row in numbered_rows(path):
+        numbers.append(number)
+        rows.append(row)
+    return Rows(rows, str(path), file_suffix(path), numbers)
 
 
-def _read_json(path: Path) -> Rows:
-    """A JSON list of objects; files named .json with one object a line are common, and read as such."""
-    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if not text.lstrip().startswith(b"["):
-        return _read_jsonl(path)
-    try:
-        rows = json.loads(text.decode("utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: is not valid JSON ({error}); it must be one list of objects") from error
-    for i, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {i}: is a {type(row).__name__}; each must be a JSON object")
-    return Rows(rows, str(path), ".json")
+def _read_json(path: Path, split: str) -> Rows:
+    """A JSON list of objects, or an object around one; files named .json with one object a line are common too."""
+    if has_lines(path):
+        return _read_lines(path, split)
+    return Rows(json_document(path, split), str(path), file_suffix(path))
 
 
-def _read_csv(path: Path) -> Rows:
-    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is shorter than a long trace
-    rows: list[Row] = []
-    lines: list[int] = []
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise DataError(
-                        f"{path}, line {reader.line_num}: does not have the header's "
-                        f"{len(reader.fieldnames or [])} fields; quote fields that hold commas or line breaks"
-                    )
-                rows.append(row)
-                lines.append(reader.line_num)
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(
-                f"{path}, line {reader.line_num + 1}: is not valid CSV ({error}); save it as UTF-8"
-            ) from error
-    return Rows(rows, str(path), ".csv", lines)
-
-
-def _read_parquet(path: Path) -> Rows:
+def _read_parquet(path: Path, split: str) -> Rows:
     pa = need_pyarrow(path)
     import pyarrow.parquet as pq
 
@@ -212,7 +193,7 @@ def _read_parquet(path: Path) -> Rows:
         raise DataError(f"{path}: is not a readable parquet file ({one_line(error)}); make it anew") from error
 
 
-def _read_arrow(path: Path) -> Rows:
+def _read_arrow(path: Path, split: str) -> Rows:
     """Arrow IPC: the stream format (what `datasets` writes) or the file format (Feather 2)."""
     pa = need_pyarrow(path)
     try:
@@ -227,13 +208,18 @@ def _read_arrow(path: Path) -> Rows:
     return Rows(table, str(path), ".arrow")
 
 
-_READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": _read_jsonl,
+_READERS: dict[str, Callable[[Path, str], Rows]] = {
+    ".jsonl": _read_lines,
     ".json": _read_json,
-    ".csv": _read_csv,
+    ".csv": _read_lines,
+    ".tsv": _read_lines,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
 }
+_READERS |= {
+    suffix + packed: _READERS[suffix] for suffix in (".jsonl", ".json", ".csv", ".tsv") for packed in COMPRESSIONS
+}
+_KNOWN = f".jsonl, .json, .csv, .tsv (also with {', '.join(COMPRESSIONS)}), .parquet, .arrow"
 
 
 def _load_folder(path: Path, split: str) -> Rows:
@@ -258,7 +244,7 @@ def _load_hub(source: str, split: str) -> Rows:
         if os.path.isdir(source):
             raise DataError(
                 f"{source}: the folder cannot be read as a dataset ({type(error).__name__}: {one_line(error)}); "
-                f"give one of its files ({', '.join(_READERS)})"
+                f"give one of its files ({_KNOWN})"
             ) from error
         raise DataError(
             f"{source}: is no local file, and could not be loaded from the hub "

@@ -1,34 +1,56 @@
 """Dataset schemas: which columns hold the prompt, the completion and the answer, and how a row becomes examples.
 
-| format              | columns                                                                    |
-|---------------------|----------------------------------------------------------------------------|
-| `prompt_completion` | `prompt`, `completion`: text, or TRL's list of messages in each            |
-| `messages`          | `messages`: list of `{"role", "content"}`                                  |
-| `gsm8k`             | `question`, `answer` with the final answer after `####`                    |
-| `limo`              | `question`, `solution`, optional `answer`                                  |
-| `math`              | `problem`, `solution`, optional `answer` (else the last `\\boxed{}`)        |
-| `openr1`            | `problem`, `generations` (one text a trace) and verdicts parallel to them  |
+| format              | columns                                                                                       |
+|---------------------|-----------------------------------------------------------------------------------------------|
+| `prompt_completion` | `prompt`, `completion`: text, or TRL's list of messages in each                               |
+| `openr1`            | `problem`, `generations` (one text a trace) and verdicts parallel to them                     |
+| `preference`        | `chosen` (taken), `rejected` (not read), optional `prompt`: text or messages                  |
+| `s1k`               | `question`, `thinking_trajectories`, `attempt`, and the answer in `solution`                  |
+| `s1k_1.1`           | the same with `deepseek_thinking_trajectory`, `deepseek_attempt`                              |
+| `s1k_gemini`        | the same with `gemini_thinking_trajectory`, `gemini_attempt`                                  |
+| `openthoughts`      | `problem`, `deepseek_reasoning`, `deepseek_solution`, optional `ground_truth_solution`        |
+| `sharegpt`          | `conversations`: list of `{"from", "value"}` (also OpenThoughts), optional `system`           |
+| `messages`          | `messages`: list of `{"role", "content"}` (also NuminaMath 1.0)                               |
+| `openmath`          | `problem`, `generated_solution`, `expected_answer` (OpenMathReasoning, OpenMathInstruct-2)    |
+| `openmath_1`        | the same with `question` (OpenMathInstruct-1)                                                 |
+| `alpaca`            | `instruction`, optional `input` and `system`, `output`                                        |
+| `metamath`          | `query`, `response` with the final answer after `The answer is:`                              |
+| `limo`              | `question`, `solution`, optional `answer` (else the last `\\boxed{}`)                          |
+| `math`              | `problem`, `solution`, optional `answer` (else the last `\\boxed{}`; also NuminaMath 1.5)      |
+| `orca_math`         | `question`, `answer` that is a worded solution                                                |
+| `gsm8k`             | `question`, `answer` with the final answer after `####`                                       |
 
-Every schema may also have an id column (`id`, `uuid` or `unique_id`), `answer` and `label`.
+The order is that of detection: a source is read by the first schema whose columns it has, those with a trace before
+those that have a solution alone. Every schema may also have an id column (`id`, `uuid` or `unique_id`), `answer` and
+`label`. NaN in any cell is a null. `prompt_completion` reads a column named as `reasoning` before the completion.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from numbers import Integral
 
-from influence_fast.data.boxed import last_boxed
-from influence_fast.data.rows import Row, Rows
+from influence_fast.data import layouts
+from influence_fast.data.cells import Cells, Turn, whole_number
+from influence_fast.data.conversations import TURN_CHOICES, Draft
+from influence_fast.data.layouts import TRACE_CHOICES, Converter, Reading, Trace
+from influence_fast.data.rows import Rows
+from influence_fast.data.unread_columns import UnreadColumns, likely_columns
 from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
+
+__all__ = [
+    "SCHEMAS", "TRACE_CHOICES", "TURN_CHOICES", "Cells", "Example", "Schema", "Trace", "Turn", "check_trace",
+    "check_turns", "choose_schema", "id_column", "read_examples",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
-Turn = tuple[str, str]  # (role, content)
-
 ID_COLUMNS = ("id", "uuid", "unique_id")
-TRACE_CHOICES = ("first", "first_correct", "all", "all_correct")
+
+_SAMPLE = 32  # rows that tell apart schemas of the same columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,218 +87,104 @@ class Example:
         return (*self.context, ("user", self.prompt), *self.between)
 
 
-class Cells:
-    """One source row, read through the column renames; every complaint names the row and the remedy."""
-
-    def __init__(self, row: Row, index: int, rows: Rows, names: Mapping[str, str]) -> None:
-        self.row = row
-        self.index = index
-        self.rows = rows
-        self.names = names
-
-    def column(self, name: str) -> str:
-        """What the source calls the column that the schema calls `name`."""
-        return self.names.get(name, name)
-
-    def error(self, problem: str) -> DataError:
-        return DataError(f"{self.rows.place(self.index)}: {problem}")
-
-    def value(self, name: str) -> Any:
-        column = self.column(name)
-        if self.row.get(column) is None:
-            state = "is null" if column in self.row else "is missing"
-            raise self.error(f"column {column!r} {state}; fill it in or remove the row")
-        return self.row[column]
-
-    def as_text(self, value: Any, what: str) -> str:
-        if not isinstance(value, str):
-            raise self.error(f"{what} is a {type(value).__name__}, not text; convert it to a string")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise self.error(f"{what} holds half a surrogate pair; re-encode the text as UTF-8") from None
-        return value
-
-    def text(self, name: str) -> str:
-        return self.as_text(self.value(name), f"column {self.column(name)!r}")
-
-    def optional(self, name: str) -> str | None:
-        """An optional short value (answer, label); numbers become text, nothing or `""` (CSV's null) is None."""
-        value = self.row.get(self.column(name))
-        if value is None or isinstance(value, str):
-            return value or None
-        if isinstance(value, int | float):
-            return str(value)
-        raise self.error(
-            f"column {self.column(name)!r} is a {type(value).__name__}, not text or a number; "
-            "convert it, or drop the column"
-        )
-
-    def sequence(self, name: str) -> list[Any]:
-        value = self.value(name)
-        if not isinstance(value, list):
-            raise self.error(f"column {self.column(name)!r} is a {type(value).__name__}, not a list")
-        return value
-
-    def turns(self, name: str) -> list[Turn]:
-        """A list of messages as (role, content)."""
-        column = self.column(name)
-        turns = []
-        for i, message in enumerate(self.sequence(name)):
-            what = f"message {i} of column {column!r}"
-            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-                raise self.error(f'{what} is not of the form {{"role": ..., "content": ...}}; rewrite it so')
-            for key in ("tool_calls", "function_call", "reasoning_content", "thinking"):
-                if message.get(key):
-                    raise self.error(f"{what} has {key!r}, which is not supported; put its text in 'content'")
-            content = message.get("content")
-            if isinstance(content, list) and all(_is_text_part(part) for part in content):
-                content = "".join(part["text"] for part in content)
-            turns.append((message["role"], self.as_text(content, f"the content of {what}")))
-        return turns
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-@dataclass(frozen=True)
-class Draft:
-    """What a schema takes from a row; ids, labels and row numbers are the same for all schemas."""
-
-    prompt: str
-    completion: str
-    answer: str | None
-    trace: int | None = None
-    context: tuple[Turn, ...] = ()
-    cut: bool = False  # turns after the completion were left out
-
-
-Trace = str | int
-
-
-def _conversation(cells: Cells, turns: list[Turn], completion: str) -> Draft:
-    """The last user turn is the prompt, what is before it the context."""
-    if not turns or turns[-1][0] != "user":
-        last = f"a {turns[-1][0]!r} turn" if turns else "nothing"
-        raise cells.error(f"{last} comes before the completion where a 'user' turn is needed; mend the row")
-    return Draft(turns[-1][1], completion, cells.optional("answer"), context=tuple(turns[:-1]))
-
-
-def _prompt_completion(cells: Cells, trace: Trace) -> list[Draft]:
-    if isinstance(cells.value("completion"), list):
-        turns = cells.turns("completion")
-        if len(turns) != 1 or turns[0][0] != "assistant":
-            raise cells.error("column 'completion' must hold exactly one 'assistant' message; mend the row")
-        completion = turns[0][1]
-    else:
-        completion = cells.text("completion")
-    if isinstance(cells.value("prompt"), list):
-        return [_conversation(cells, cells.turns("prompt"), completion)]
-    return [Draft(cells.text("prompt"), completion, cells.optional("answer"))]
-
-
-def _messages(cells: Cells, trace: Trace) -> list[Draft]:
-    turns = cells.turns("messages")
-    count = len(turns)
-    while turns and turns[-1][0] != "assistant":
-        turns.pop()
-    if not turns:
-        raise cells.error("no 'assistant' message to train on; add one or remove the row")
-    return [replace(_conversation(cells, turns[:-1], turns[-1][1]), cut=len(turns) < count)]
-
-
-def _gsm8k(cells: Cells, trace: Trace) -> list[Draft]:
-    solution = cells.text("answer")
-    _, mark, answer = solution.rpartition("####")
-    if not mark or not answer.strip():
-        raise cells.error(
-            f"column {cells.column('answer')!r} has no final answer after '####'; add it, or load the file as "
-            'format="prompt_completion" with columns={"prompt": ..., "completion": ...}'
-        )
-    return [Draft(cells.text("question"), solution, answer.strip().replace(",", ""))]
-
-
-def _limo(cells: Cells, trace: Trace) -> list[Draft]:
-    return [Draft(cells.text("question"), cells.text("solution"), cells.optional("answer"))]
-
-
-def _math(cells: Cells, trace: Trace) -> list[Draft]:
-    solution = cells.text("solution")
-    return [Draft(cells.text("problem"), solution, cells.optional("answer") or last_boxed(solution) or None)]
-
-
-def _openr1(cells: Cells, trace: Trace) -> list[Draft]:
-    traces = cells.sequence("generations")
-    if isinstance(trace, int):
-        chosen = [trace] if trace < len(traces) else []
-    elif trace in ("first", "all"):
-        chosen = list(range(len(traces)))
-    else:
-        chosen = _correct_traces(cells, len(traces))
-    if trace in ("first", "first_correct"):
-        chosen = chosen[:1]
-    prompt, answer = cells.text("problem"), cells.optional("answer")
-    return [
-        Draft(prompt, cells.as_text(traces[i], f"trace {i} of {cells.column('generations')!r}"), answer, trace=i)
-        for i in chosen
-    ]
-
-
-def _correct_traces(cells: Cells, count: int) -> list[int]:
-    """Indices of complete traces that math-verify found correct.
-
-    Where it confirmed none of a row's traces, OpenR1's second verdict (`correctness_llama`) is asked: it was
-    made for the answers that math-verify cannot parse.
-    """
-
-    def flags(name: str) -> list[Any] | None:
-        if cells.row.get(cells.column(name)) is None:
-            return None
-        found = cells.sequence(name)
-        if len(found) != count:
-            raise cells.error(
-                f"column {cells.column(name)!r} has {len(found)} entries for {count} traces; mend the row"
-            )
-        return found
-
-    verdicts = flags("correctness_math_verify")
-    second = flags("correctness_llama")
-    if verdicts is None and second is None:
-        cells.value("correctness_math_verify")  # raises, by name
-    if not any(verdicts or []):
-        verdicts = second or []
-    complete = flags("is_reasoning_complete") or [True] * count
-    return [i for i, (right, whole) in enumerate(zip(verdicts or [], complete, strict=False)) if right and whole]
-
-
 @dataclass(frozen=True)
 class Schema:
-    """A known layout of columns: `convert` takes a row's cells and the choice of trace."""
+    """A known layout of columns: `convert` takes a row's cells and the reader's choices.
+
+    `named`: columns that are read only where `columns` names them. `ignored`: columns that repeat what is read, or that
+    `remark` speaks of. `remark` is a warning that every source of this layout gets. `fits`: whether rows that have the
+    columns are of this layout, asked only where the format is "auto".
+    """
 
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
-    convert: Callable[[Cells, Trace], list[Draft]]
+    convert: Converter
+    named: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    remark: str | None = None
+    fits: Callable[[Sequence[Cells]], bool] | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns that can be renamed."""
+        return self.required + self.optional + self.named
+
+    def read(self, names: Mapping[str, str | None]) -> set[str]:
+        """Return the source's columns that the converter reads."""
+        named = [name for name in self.named if name in names]
+        found = {names.get(name, name) for name in (*self.required, *self.optional, *named, "label")}
+        return {column for column in found if column is not None}
 
 
-# In the order of detection: OpenR1 also has `messages` and `solution`, LIMO also has `answer`.
+_VERDICTS = ("correctness_math_verify", "correctness_llama", "is_reasoning_complete")
+_OPEN_MATH = ("generated_solution",)
+
+# In the order of detection: what has a trace stands before what has a solution alone, since most sets of traces keep
+# the reference solution too. A conversation in `conversations` is the trace where `messages` shows the solution.
 SCHEMAS: dict[str, Schema] = {
     schema.name: schema
     for schema in (
-        Schema("prompt_completion", ("prompt", "completion"), ("answer",), _prompt_completion),
         Schema(
-            "openr1",
-            ("problem", "generations"),
-            ("answer", "correctness_math_verify", "correctness_llama", "is_reasoning_complete"),
-            _openr1,
+            "prompt_completion",
+            ("prompt", "completion"),
+            ("answer",),
+            layouts.prompt_completion,
+            named=("reasoning", "system"),
         ),
-        Schema("messages", ("messages",), ("answer",), _messages),
-        Schema("limo", ("question", "solution"), ("answer",), _limo),
-        Schema("math", ("problem", "solution"), ("answer",), _math),
-        Schema("gsm8k", ("question", "answer"), (), _gsm8k),
+        Schema("openr1", ("problem", "generations"), ("answer", *_VERDICTS), layouts.openr1, ignored=("messages",)),
+        Schema(
+            "preference",
+            ("chosen", "rejected"),
+            ("prompt", "answer", "system"),
+            layouts.preference,
+            ignored=("messages", "rejected"),
+            remark="rows of a preference: 'chosen' is taken as the completion, and 'rejected' is not read",
+        ),
+        *(
+            Schema(
+                name,
+                (prompt, reasoning, attempt),
+                (solution, "answer"),
+                layouts.reasoned(prompt, reasoning, attempt, solution),
+            )
+            for name, prompt, reasoning, attempt, solution in (
+                ("s1k", "question", "thinking_trajectories", "attempt", "solution"),
+                ("s1k_1.1", "question", "deepseek_thinking_trajectory", "deepseek_attempt", "solution"),
+                ("s1k_gemini", "question", "gemini_thinking_trajectory", "gemini_attempt", "solution"),
+                ("openthoughts", "problem", "deepseek_reasoning", "deepseek_solution", "ground_truth_solution"),
+            )
+        ),
+        Schema(
+            "sharegpt",
+            ("conversations",),
+            ("answer", "solution", "system"),
+            layouts.chat("conversations", reads_system=True),
+        ),
+        Schema(
+            "messages",
+            ("messages",),
+            ("answer", "solution"),
+            layouts.chat("messages", reads_system=False),
+            named=("system",),
+        ),
+        Schema("openmath", ("problem", *_OPEN_MATH), ("expected_answer",), layouts.openmath("problem")),
+        Schema("openmath_1", ("question", *_OPEN_MATH), ("expected_answer",), layouts.openmath("question")),
+        Schema("alpaca", ("instruction", "output"), ("input", "system", "answer"), layouts.alpaca),
+        Schema("metamath", ("query", "response"), ("answer",), layouts.metamath),
+        Schema("limo", ("question", "solution"), ("answer",), layouts.solved("question")),
+        Schema("math", ("problem", "solution"), ("answer",), layouts.solved("problem")),
+        Schema("orca_math", ("question", "answer"), (), layouts.orca_math, fits=layouts.is_worded),
+        Schema("gsm8k", ("question", "answer"), (), layouts.gsm8k),
     )
 }
+
+_CONVERSATIONS = ("prompt_completion", "preference", "sharegpt", "messages")
+
+
+def has_turns(format: str) -> bool:
+    """Tell whether rows of this schema may be conversations of several turns."""
+    return format in _CONVERSATIONS
 
 
 def check_trace(trace: Trace) -> None:
@@ -289,6 +197,12 @@ def check_trace(trace: Trace) -> None:
         )
 
 
+def check_turns(turns: str) -> None:
+    """Raises ConfigError unless `turns` is one of TURN_CHOICES."""
+    if turns not in TURN_CHOICES:
+        raise ConfigError(f"turns {turns!r} is not known; {did_you_mean(str(turns), TURN_CHOICES)}")
+
+
 def choose_schema(rows: Rows, format: str, columns: Mapping[str, str | None]) -> Schema:
     """The schema named by `format`, or found from the columns when it is `"auto"`.
 
@@ -297,36 +211,44 @@ def choose_schema(rows: Rows, format: str, columns: Mapping[str, str | None]) ->
     if format != "auto" and format not in SCHEMAS:
         raise ConfigError(f"format {format!r} is not known; {did_you_mean(format, ['auto', *SCHEMAS])}")
     candidates = list(SCHEMAS.values()) if format == "auto" else [SCHEMAS[format]]
-    known = {"id", "label"}.union(*(schema.required + schema.optional for schema in candidates))
-    for name in columns:
-        if name not in known:
-            raise ConfigError(f"columns: {name!r} is not a column to rename; {did_you_mean(name, known)}")
+    known = {"id", "label"}.union(*(schema.columns for schema in candidates))
     present = set(rows.columns)
     for name, column in columns.items():
+        if name not in known:
+            raise ConfigError(f"columns: {name!r} is not a column to rename; {did_you_mean(name, known)}")
         if column is not None and column not in present:
             raise DataError(
                 f"{rows.name}: has no column {column!r} to take as {name!r}; {did_you_mean(column, present)}"
             )
-    available = present | set(columns)
+    left_out = {name for name, column in columns.items() if column is None}
+    available = (present | set(columns)) - left_out
     renamed = set(columns) - {"id", "label", "answer"}
-    fitting = [
-        schema
-        for schema in candidates
-        if available.issuperset(schema.required) and renamed.issubset(schema.required + schema.optional)
-    ]
-    if fitting:
-        return fitting[0]
+    for schema in candidates:
+        if not (available.issuperset(schema.required) and renamed.issubset(schema.columns)):
+            continue
+        if format != "auto" or schema.fits is None or schema.fits(_sample(rows, schema, columns)):
+            return schema
     if format == "auto":
-        schemas = "; ".join(f"{schema.name}: {', '.join(schema.required)}" for schema in SCHEMAS.values())
-        raise DataError(
-            f"{rows.name}: the columns {', '.join(rows.columns)} fit no known schema; name yours with "
-            'columns={"prompt": "...", "completion": "..."} '
-            f"(known: {schemas})"
-        )
+        raise _no_schema(rows)
     missing = next(name for name in candidates[0].required if name not in available)
     raise DataError(
         f"{rows.name}: format {format!r} needs a column {missing!r}, found {', '.join(rows.columns)}; "
         f'name yours with columns={{"{missing}": "..."}}'
+    )
+
+
+def _sample(rows: Rows, schema: Schema, columns: Mapping[str, str | None]) -> list[Cells]:
+    first = islice(rows.read(schema.read(columns)), _SAMPLE)
+    return [Cells(row, index, rows, columns) for index, row in enumerate(first)]
+
+
+def _no_schema(rows: Rows) -> DataError:
+    prompt, completion = likely_columns(rows.columns)
+    schemas = "; ".join(f"{schema.name}: {', '.join(schema.required)}" for schema in SCHEMAS.values())
+    return DataError(
+        f"{rows.name}: the columns {', '.join(rows.columns)} fit no known schema; name yours with "
+        f'columns={{"prompt": "{prompt}", "completion": "{completion}"}} '
+        f"(known: {schemas})"
     )
 
 
@@ -337,51 +259,103 @@ def id_column(rows: Rows, columns: Mapping[str, str | None]) -> str | None:
     return next((name for name in ID_COLUMNS if name in rows.columns), None)
 
 
-def read_examples(rows: Rows, format: str, trace: Trace, columns: Mapping[str, str | None]) -> Iterator[list[Example]]:
+class _Warnings:
+    """What a reader leaves out of the rows, said once for a source when it has read them."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.cut: list[int] = []
+        self.passed_over: list[int] = []
+        self.blank: list[tuple[int, int]] = []
+
+    def see(self, cells: Cells, drafts: list[Draft]) -> None:
+        """Take note of one row and of what was made of it."""
+        if any(draft.cut for draft in drafts):
+            self.cut.append(cells.index)
+        if any(draft.passed_over for draft in drafts):
+            self.passed_over.append(cells.index)
+
+    def _places(self, indices: Sequence[int]) -> str:
+        return listing(self.rows.place(i).removeprefix(f"{self.rows.name}, ") for i in indices)
+
+    def say(self) -> None:
+        """Log what was noted, a line for each kind."""
+        name = self.rows.name
+        if self.cut:
+            logger.warning(
+                "%s: %d conversations do not end with an assistant turn that is trained on; what comes after their "
+                "last one is left out: %s", name, len(self.cut), self._places(self.cut),
+            )  # fmt: skip
+        if self.passed_over:
+            logger.warning(
+                "%s: %d conversations have earlier assistant turns with weight 1, which turns='last' puts no loss on; "
+                "turns='all' does: %s", name, len(self.passed_over), self._places(self.passed_over),
+            )  # fmt: skip
+        if self.blank:
+            place = self.rows.place
+            traces = listing(f"trace {j} of {place(i).removeprefix(f'{name}, ')}" for i, j in self.blank)
+            logger.warning("%s: %d traces are null or blank and are left out: %s", name, len(self.blank), traces)
+
+
+def read_examples(
+    rows: Rows, format: str, trace: Trace, columns: Mapping[str, str | None], turns: str = "last"
+) -> Iterator[list[Example]]:
     """The examples of each row in turn: one, or none or several where the row holds traces to choose from.
 
-    A warning at the end names the conversations that went on after their last assistant turn.
+    Warnings at the end name the conversations that went on after their last assistant turn, blank traces, and columns
+    that look like traces and are not read.
     """
     schema = choose_schema(rows, format, columns)
-    names = {name: column for name, column in columns.items() if column is not None}
+    if schema.remark is not None:
+        logger.warning("%s: %s", rows.name, schema.remark)
     ids = id_column(rows, columns)
-    wanted = {names.get(name, name) for name in (*schema.required, *schema.optional, "label")}
-    cut: list[int] = []
+    wanted = schema.read(columns) | ({ids} if ids else set())
+    unread = UnreadColumns(rows.columns, wanted, {columns.get(name, name) for name in schema.ignored})
+    warnings, reading = _Warnings(rows), Reading(trace, turns)
     try:
-        for index, row in enumerate(rows.read(wanted | ({ids} if ids else set()))):
-            cells = Cells(row, index, rows, names)
-            name = _row_id(cells, ids)
-            label = cells.optional("label")
-            drafts = schema.convert(cells, trace)
-            if any(draft.cut for draft in drafts):
-                cut.append(index)
-            yield [
-                Example(
-                    id=name if draft.trace is None else f"{name}#{draft.trace}",
-                    prompt=draft.prompt,
-                    completion=draft.completion,
-                    answer=draft.answer,
-                    row=index,
-                    label=label,
-                    trace=draft.trace,
-                    context=draft.context,
-                )
-                for draft in drafts
-            ]
+        for index, row in enumerate(rows.read(wanted | unread.suspects)):
+            cells = Cells(row, index, rows, columns)
+            name, label = _row_id(cells, ids), _label(cells)
+            drafts = schema.convert(cells, reading)
+            warnings.see(cells, drafts)
+            if schema.name == "openr1":
+                warnings.blank += [(index, i) for i in layouts.blank_traces(cells)]
+            unread.see(row, drafts)
+            yield [_example(draft, name, label, index) for draft in drafts]
     finally:  # a reader that has enough stops in the middle
-        if cut:
-            places = listing(rows.place(i).removeprefix(f"{rows.name}, ") for i in cut)
-            logger.warning(
-                "%s: %d conversations do not end with an assistant turn; what comes after their last one is left out, "
-                "as no answer to it is there to learn: %s", rows.name, len(cut), places,
-            )  # fmt: skip
+        warnings.say()
+        unread.say(logger, rows.name, schema, columns)
+
+
+def _example(draft: Draft, name: str, label: str | None, row: int) -> Example:
+    return Example(
+        id=name if draft.trace is None else f"{name}#{draft.trace}",
+        prompt=draft.prompt,
+        completion=draft.completion,
+        answer=draft.answer,
+        row=row,
+        label=label,
+        trace=draft.trace,
+        context=draft.context,
+        between=draft.between,
+        learnt=draft.learnt,
+        reasoning=draft.reasoning,
+    )
+
+
+def _label(cells: Cells) -> str | None:
+    """The label of a row. In CSV the text "nan" is how a null was written: no kind of corruption is called so, whereas
+    an answer may be the word."""
+    label = cells.optional("label")
+    is_csv = cells.rows.suffix.startswith((".csv", ".tsv"))
+    return None if is_csv and label is not None and label.lower() == "nan" else label
 
 
 def _row_id(cells: Cells, column: str | None) -> str:
     if column is None:
         return str(cells.index)
-    value = cells.row.get(column)
-    if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
+    value = whole_number(cells.row.get(column))
+    if not isinstance(value, str | Integral) or isinstance(value, bool) or value == "":
         raise cells.error(
             f"the id in column {column!r} is {value!r}; fill it in, name another column with "
             'columns={"id": "..."}, or use row numbers with columns={"id": None}'

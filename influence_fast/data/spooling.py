@@ -7,6 +7,7 @@ the tokens were made of, and which examples were left out.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,12 +19,12 @@ import torch
 from influence_fast.atomic import replacing
 from influence_fast.data.examples import IGNORED, load_rows, tokenize
 from influence_fast.data.fingerprints import tokenizer_hash
-from influence_fast.data.rows import BATCH, Rows, need_datasets, need_pyarrow
-from influence_fast.data.schemas import Example, check_trace, read_examples
+from influence_fast.data.rows import BATCH, Row, Rows, need_datasets, need_pyarrow
+from influence_fast.data.schemas import Example, check_trace, check_turns, read_examples
+from influence_fast.data.text_files import file_suffix, has_lines, numbered_rows
 from influence_fast.errors import DataError, one_line
 
 _ROWS = 64  # examples in one record batch, which is what reading one of them maps
-_BIG_FILE = 1 << 28  # bytes; smaller text files are read as they are, with line numbers in messages
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,42 @@ class TokenSource:
     columns: Mapping[str, str | None] = field(default_factory=dict)
     max_length: int | None = None
     truncate: bool = False
+    turns: str = "last"
+
+
+class StreamedRows(Rows):
+    """The rows of a text file of one row after the other, read anew for every pass and never held.
+
+    They are those of `load_rows`, with the same line numbers; `place` knows the rows that the last pass has met.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__([], str(path), file_suffix(path))
+        self._path = path
+        self._numbers = array("q")
+
+    def __len__(self) -> int:
+        return sum(1 for _ in numbered_rows(self._path))
+
+    def __getitem__(self, index: Any) -> Any:
+        """One row or a slice, at the price of a pass over the file."""
+        return list(self.read())[index]
+
+    def read(self, columns: Iterable[str] | None = None) -> Iterator[Row]:
+        """Yield the rows in order, whole."""
+        numbers = self._numbers = array("q")
+        for number, row in numbered_rows(self._path):
+            numbers.append(number)
+            yield row
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the first row's columns."""
+        return list(next(numbered_rows(self._path), (0, {}))[1])
+
+    def place(self, index: int) -> str:
+        """Return where row `index` is, for a message."""
+        return f"{self.name}, line {self._numbers[index]}"
 
 
 class Tokens(Sequence[dict[str, Any]]):
@@ -131,8 +168,8 @@ def spool(folder: Path, source: TokenSource, tokenizer: Any, beat: Callable[[], 
 
 
 def mapped_rows(source: Any, split: str, folder: Path) -> Rows:
-    """`load_rows` without the rows in memory: parquet, large text files and streamed datasets go to Arrow files in
-    `folder` first, batch by batch. Raises DataError as `load_rows` does."""
+    """`load_rows` without the rows in memory: text files are read row by row in every pass, parquet and streamed
+    datasets go to Arrow files in `folder` first, batch by batch. Raises DataError as `load_rows` does."""
     streamed = not hasattr(source, "__len__") and hasattr(source, "__iter__") and not isinstance(source, Path)
     if streamed:
         return load_rows(_arrow_of(source, folder / "rows.arrow"))
@@ -157,20 +194,16 @@ def mapped_rows(source: Any, split: str, folder: Path) -> Rows:
         rows = load_rows(folder / "rows.arrow")
         rows.name, rows.suffix = str(path), ".parquet"
         return rows
-    if path.suffix.lower() in (".jsonl", ".json", ".csv") and path.stat().st_size > _BIG_FILE:
-        datasets = need_datasets(str(path))
-        kind = "csv" if path.suffix.lower() == ".csv" else "json"
-        try:
-            loaded = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=str(folder / "rows"))
-        except Exception as error:
-            raise DataError(f"{path}: cannot be read as {kind} ({one_line(error)})") from error
-        return load_rows(loaded)
+    if has_lines(path):
+        rows = StreamedRows(path)
+        return rows if rows.columns else load_rows(path)  # which says that there is nothing in it
     return load_rows(path, split=split)
 
 
 def _arrow_of(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
     """Rows of a streamed dataset, of unknown number, in an Arrow file."""
     need_datasets(str(path))
+    pa = need_pyarrow(path)
     from datasets.arrow_writer import ArrowWriter
 
     features = getattr(rows, "features", None)
@@ -178,17 +211,24 @@ def _arrow_of(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
         replacing(path) as temporary,
         ArrowWriter(path=str(temporary), features=features, writer_batch_size=BATCH) as w,
     ):
-        for row in rows:
-            w.write(dict(row))
-        w.finalize()
+        try:
+            for row in rows:
+                w.write(dict(row))
+            w.finalize()
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(
+                f"the stream given: a column holds values of several types ({one_line(error)}); convert them to one"
+            ) from error
     return path
 
 
 def _examples(rows: Rows, source: TokenSource, without: list[str]) -> Iterator[Example]:
     check_trace(source.trace)
+    check_turns(source.turns)
 
     def every() -> Iterator[Example]:
-        for index, found in enumerate(read_examples(rows, source.format, source.trace, source.columns)):
+        read = read_examples(rows, source.format, source.trace, source.columns, source.turns)
+        for index, found in enumerate(read):
             if not found:
                 without.append(rows.place(index))
             yield from found
@@ -216,6 +256,7 @@ def _made_of(source: TokenSource, tokenizer: Any) -> dict[str, Any]:
     else:
         known = getattr(where, "_fingerprint", None)
         state = None if known is None else [type(where).__name__, str(known)]
-    settings = {name: getattr(source, name) for name in ("split", "format", "trace", "limit", "max_length", "truncate")}
+    names = ("split", "format", "trace", "turns", "limit", "max_length", "truncate")
+    settings = {name: getattr(source, name) for name in names}
     columns = dict(source.columns)
     return {"source": state, **settings, "columns": columns, "tokenizer": tokenizer_hash(tokenizer)}

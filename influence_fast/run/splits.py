@@ -140,4 +140,5 @@ def _examples(source: Source) -> list[Example]:
         trace=source.trace,
         limit=source.limit,
         columns=source.columns,
+        turns=source.turns,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from influence_fast.config import RunConfig, Source
 from influence_fast.data.rows import Rows
-from influence_fast.data.schemas import choose_schema
+from influence_fast.data.schemas import choose_schema, has_turns
 from influence_fast.errors import InfluenceFastError
 from influence_fast.influence.damping import AUTO
 from influence_fast.influence.preconditioners import FROM_MODEL, SKETCHES
@@ -108,7 +108,11 @@ def _of_source(source: Source, part: str) -> Iterator[Unread]:
     path = Path(source.path).expanduser()
     if not path.is_file():
         return
-    yield _of(source, part, "split", "a single file has no splits")
+    if ".json" not in path.suffixes:  # an object of several lists has
+        yield _of(source, part, "split", "a single file has no splits")
+    turns = _of(source, part, "turns", "the file's rows are no conversations")
+    if turns[1] != turns[2] and (found := _format(source, path)) is not None and not has_turns(found):
+        yield turns
     trace = _of(source, part, "trace", "the file's rows have no traces to choose from")
     if trace[1] != trace[2] and _format(source, path) not in ("openr1", None):
         yield trace

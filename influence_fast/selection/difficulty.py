@@ -55,4 +55,4 @@ def pass_rates(
 
 
 def _question(example: Example) -> tuple[Any, ...]:
-    return example.context, example.prompt, example.answer
+    return example.turns, example.answer

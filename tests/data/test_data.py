@@ -367,10 +367,6 @@ GOOD = {"prompt": "p", "completion": "c"}
         (json.dumps({"messages": ["hi"]}), ["line 1", "message 0", "role"]),
         (json.dumps({"messages": [{"role": "user", "content": "u"}]}), ["line 1", "no 'assistant' message"]),
         (json.dumps({"messages": [{"role": "assistant", "content": "a"}]}), ["line 1", "'user' turn is needed"]),
-        (
-            json.dumps({"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "thinking": "t"}]}),
-            ["line 1", "'thinking'", "put its text in 'content'"],
-        ),
         (json.dumps(GOOD | {"completion": [{"role": "user", "content": "u"}]}), ["line 1", "exactly one 'assistant'"]),
         (json.dumps({"problem": "p", "generations": ["ok", 3]}), ["line 1", "trace 1", "int"]),
     ],

@@ -17,3 +17,5 @@ def test_a_columns_values_name_the_groups() -> None:
         row_groups(rows, "taks")
     with pytest.raises(DataError, match="row 1: column 'n' is empty"):
         row_groups(rows, "n")
+    with pytest.raises(DataError, match="row 1: column 'n' is empty"):
+        row_groups(load_rows([{"n": 1}, {"n": float("nan")}]), "n")

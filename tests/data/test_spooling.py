@@ -61,6 +61,7 @@ def test_tokens_are_made_anew_when_anything_is_different(tmp_path: Path, tiny_to
     spool(folder, source, tokenizer)
     assert is_spooled(folder, source, tokenizer)
     assert not is_spooled(folder, TokenSource(path, max_length=9), tokenizer)
+    assert not is_spooled(folder, TokenSource(path, turns="all"), tokenizer)
     assert not is_spooled(folder, source, tiny_tokenizer(eos="<pad>"))
     write_rows(make_rows(151), path)
     assert not is_spooled(folder, source, tokenizer)

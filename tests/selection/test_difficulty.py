@@ -50,7 +50,7 @@ def test_a_shared_question_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
     class Result:
         def __init__(self) -> None:
-            verdicts = [("a#0", True), ("a#0", False), ("b", True), ("b", True), ("c", False)]
+            verdicts = [("a#0", True), ("a#0", False), ("b", True), ("b", True), ("c", False), ("d", True)]
             self.items = [Item(*verdict) for verdict in verdicts]
 
     def fake(model: Any, tokenizer: Any, examples: list[Example], **_: Any) -> Any:
@@ -63,9 +63,10 @@ def test_a_shared_question_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> Non
         Example("b", "two?", "x", answer="2"),
         Example("a#1", "one?", "y", answer="1"),
         Example("c", "one?", "y", answer="3"),  # the same words, another gold
+        Example("d", "one?", "y", answer="1", between=(("assistant", "call"), ("tool", "1"))),  # after other turns
     ]
-    assert list(pass_rates(object(), None, pool, config=SAMPLED)) == [0.5, 1.0, 0.5, 0.0]
-    assert asked == ["a#0", "b", "c"]
+    assert list(pass_rates(object(), None, pool, config=SAMPLED)) == [0.5, 1.0, 0.5, 0.0, 1.0]
+    assert asked == ["a#0", "b", "c", "d"]
 
 
 def test_questions_without_an_answer_are_named() -> None:

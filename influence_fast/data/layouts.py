@@ -1,0 +1,290 @@
+"""Converters: what each known layout of columns takes from a row as prompt, completion and answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from influence_fast.data.boxed import last_boxed
+from influence_fast.data.cells import Cells, Turn, is_blank, is_null
+from influence_fast.data.conversations import Draft, Message, conversation, messages, with_reasoning
+
+TRACE_CHOICES = ("first", "first_correct", "all", "all_correct")
+
+Trace = str | int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Choices of the reader: which of a row's traces, and the loss on the last assistant turn or on all of them."""
+
+    trace: Trace = "first_correct"
+    turns: str = "last"
+
+
+Converter = Callable[[Cells, Reading], list[Draft]]
+
+_VERDICTS = ("correctness_math_verify", "correctness_llama")
+_NO_ANSWER = ("proof", "notfound")  # what NuminaMath writes where a problem has no final answer
+_METAMATH_MARK = "The answer is:"
+_WORDED = 4  # words: an answer of fewer is a result and no solution
+
+
+def prompt_completion(cells: Cells, reading: Reading) -> list[Draft]:
+    """Take `prompt` and `completion`, text or messages; a column named as `reasoning` comes before the completion."""
+    completion = _completion(cells)
+    answer = cells.optional("answer")
+    is_list = isinstance(cells.value("prompt"), list)
+    prompt = messages(cells, "prompt") if is_list else [Message("user", cells.text("prompt"))]
+    if "system" in cells.names:
+        prompt = _after_system(cells, prompt)
+    return [conversation(cells, [*prompt, completion], answer, reading.turns)]
+
+
+def _completion(cells: Cells) -> Message:
+    if isinstance(cells.value("completion"), list):
+        found = messages(cells, "completion")
+        if len(found) != 1 or found[0].role != "assistant":
+            raise cells.error("column 'completion' must hold exactly one 'assistant' message; mend the row")
+        if not found[0].learns:
+            raise cells.error("column 'completion' holds a message with weight 0; remove the weight or the row")
+        return found[0]
+    text = cells.text("completion")
+    reasoning = cells.optional_text("reasoning") if "reasoning" in cells.names else None
+    if reasoning is None:
+        return Message("assistant", text)
+    return Message("assistant", with_reasoning(reasoning, text), reasoning)
+
+
+def chat(column: str, *, reads_system: bool) -> Converter:
+    """Return the converter of conversations in `column`.
+
+    A `system` column is their first turn with `reads_system`, or where it is named. The answer is that of the column
+    `answer`, else the one in the box of `solution`.
+    """
+
+    def convert(cells: Cells, reading: Reading) -> list[Draft]:
+        found = messages(cells, column)
+        if reads_system or "system" in cells.names:
+            found = _after_system(cells, found)
+        solution = cells.maybe("solution")
+        answer = cells.optional("answer") or _boxed(solution if isinstance(solution, str) else None)
+        return [conversation(cells, found, answer, reading.turns)]
+
+    return convert
+
+
+def _after_system(cells: Cells, found: list[Message]) -> list[Message]:
+    """`found`, with the text of the `system` column before it where the row has one."""
+    system = cells.optional_text("system")
+    if system is None:
+        return found
+    if found and found[0].role == "system":
+        if found[0].content.strip() == system.strip():
+            return found
+        raise cells.error(
+            f"column {cells.column('system')!r} differs from the conversation's own system turn; mend the row, or do "
+            'without the column by columns={"system": None}'
+        )
+    return [Message("system", system), *found]
+
+
+def preference(cells: Cells, reading: Reading) -> list[Draft]:
+    """Take `chosen` as the completion, after `prompt` or with the prompt inside it; `rejected` is not read."""
+    answer = cells.optional("answer")
+    prompt: list[Message] = []
+    if cells.maybe("prompt") is not None:
+        is_list = isinstance(cells.maybe("prompt"), list)
+        prompt = messages(cells, "prompt") if is_list else [Message("user", cells.text("prompt"))]
+    if not isinstance(cells.value("chosen"), list):
+        chosen = [Message("assistant", cells.text("chosen"))]
+        if not prompt:
+            raise cells.error(
+                f"column {cells.column('chosen')!r} is text, and there is no prompt to it; name the column of the "
+                'prompt with columns={"prompt": "..."}'
+            )
+    else:
+        chosen = messages(cells, "chosen")
+    whole = _after_system(cells, _joined(cells, prompt, chosen))
+    return [conversation(cells, whole, answer, reading.turns)]
+
+
+def _joined(cells: Cells, prompt: list[Message], chosen: list[Message]) -> list[Message]:
+    """The conversation of a prompt and of what was chosen, which may begin with that prompt."""
+    if not any(message.role == "user" for message in chosen):
+        return [*prompt, *chosen]
+    said = [message.turn for message in chosen]
+    system = [message for message in prompt if message.role == "system"]
+    asked = [message for message in prompt if message.role != "system"]
+    if said[: len(prompt)] == [message.turn for message in prompt]:
+        return chosen
+    if said[: len(asked)] == [message.turn for message in asked]:
+        return [*system, *chosen]
+    if len(prompt) == 1 and prompt[0].turn in said:  # the last question of several, as text
+        return chosen
+    raise cells.error(
+        f"column {cells.column('chosen')!r} holds a conversation that does not begin with the prompt; mend the row, or "
+        'take the conversation alone by columns={"prompt": None}'
+    )
+
+
+def gsm8k(cells: Cells, reading: Reading) -> list[Draft]:
+    """Take `question` and a worked `answer`, of which the final answer follows `####`."""
+    solution = cells.text("answer")
+    _, mark, answer = solution.rpartition("####")
+    if not mark or not answer.strip():
+        raise cells.error(
+            f"column {cells.column('answer')!r} has no final answer after '####'; add it, or load the file as "
+            'format="orca_math" (worded solutions) or '
+            'format="prompt_completion" with columns={"prompt": ..., "completion": ...}'
+        )
+    return [Draft(cells.text("question"), solution, answer.strip().replace(",", ""))]
+
+
+def orca_math(cells: Cells, reading: Reading) -> list[Draft]:
+    """Take `question` and a worded solution in `answer`; the final answer is that in a box, if there is one."""
+    solution = cells.text("answer")
+    return [Draft(cells.text("question"), solution, _boxed(solution))]
+
+
+def is_worded(cells: Sequence[Cells]) -> bool:
+    """Tell whether the `answer` columns of these rows are worded solutions without the mark of GSM8K."""
+    answers = [answer for each in cells if isinstance(answer := each.maybe("answer"), str)]
+    if any("####" in answer for answer in answers):
+        return False
+    return 2 * sum(len(answer.split()) >= _WORDED for answer in answers) > len(answers)
+
+
+def solved(prompt: str) -> Converter:
+    """Return the converter of `prompt` and `solution`, with the answer in its own column or in the solution's box."""
+
+    def convert(cells: Cells, reading: Reading) -> list[Draft]:
+        solution = cells.text("solution")
+        return [Draft(cells.text(prompt), solution, _answer(cells, "answer", _boxed(solution)))]
+
+    return convert
+
+
+def openmath(prompt: str) -> Converter:
+    """Return the converter of NVIDIA's OpenMath sets, whose problem is in the column `prompt`."""
+
+    def convert(cells: Cells, reading: Reading) -> list[Draft]:
+        solution = cells.text("generated_solution")
+        return [Draft(cells.text(prompt), solution, _answer(cells, "expected_answer", _boxed(solution)))]
+
+    return convert
+
+
+def metamath(cells: Cells, reading: Reading) -> list[Draft]:
+    """Take `query` and `response`; the answer follows "The answer is:"."""
+    response = cells.text("response")
+    _, mark, answer = response.rpartition(_METAMATH_MARK)
+    stated = answer.strip() if mark else ""
+    return [Draft(cells.text("query"), response, cells.optional("answer") or stated or _boxed(response))]
+
+
+def alpaca(cells: Cells, reading: Reading) -> list[Draft]:
+    """Take `instruction`, with `input` after an empty line where there is any, and `output`."""
+    instruction, given = cells.text("instruction"), cells.optional_text("input")
+    prompt = instruction if given is None else f"{instruction}\n\n{given}"
+    system = cells.optional_text("system")
+    context: tuple[Turn, ...] = () if system is None else (("system", system),)
+    return [Draft(prompt, cells.text("output"), cells.optional("answer"), context=context)]
+
+
+def reasoned(prompt: str, reasoning: str, attempt: str, solution: str) -> Converter:
+    """Return the converter of a trace in the column `reasoning` and what was answered after it in `attempt`.
+
+    A row without the one or the other gives no draft. The answer is what `solution` has in a box, else all of it.
+    """
+
+    def convert(cells: Cells, reading: Reading) -> list[Draft]:
+        trace, answered = _single_text(cells, reasoning), _single_text(cells, attempt)
+        if trace is None or answered is None:
+            return []
+        stated = cells.optional(solution)
+        answer = _answer(cells, "answer", _boxed(stated) or stated)
+        return [Draft(cells.text(prompt), with_reasoning(trace, answered), answer, reasoning=trace)]
+
+    return convert
+
+
+def _single_text(cells: Cells, name: str) -> str | None:
+    """The text of a column, or of the one entry of its list; None where it is null or blank."""
+    value = cells.maybe(name)
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise cells.error(
+                f"column {cells.column(name)!r} has {len(value)} texts where one is needed; keep one, or make a row "
+                "of each"
+            )
+        value = value[0] if value else None
+    return None if is_blank(value) else cells.as_text(value, f"column {cells.column(name)!r}")
+
+
+def _boxed(solution: str | None) -> str | None:
+    return (last_boxed(solution) or None) if solution is not None else None
+
+
+def _answer(cells: Cells, name: str, otherwise: str | None) -> str | None:
+    """The answer in column `name`, else `otherwise`; None where the column says that there is none."""
+    answer = cells.optional(name)
+    if answer is None:
+        return otherwise
+    return None if answer.strip().lower() in _NO_ANSWER else answer
+
+
+def openr1(cells: Cells, reading: Reading) -> list[Draft]:
+    """Take the traces in `generations` that `reading.trace` asks for; blank ones are none."""
+    if cells.maybe("generations") is None:
+        return []
+    traces = cells.sequence("generations")
+    usable = [i for i in range(len(traces)) if not is_blank(traces[i])]
+    trace = reading.trace
+    if isinstance(trace, int):
+        chosen = [i for i in usable if i == trace]
+    elif trace in ("first", "all") or not usable:
+        chosen = usable
+    else:
+        chosen = [i for i in _correct_traces(cells, len(traces)) if i in usable]
+    if trace in ("first", "first_correct"):
+        chosen = chosen[:1]
+    prompt, answer = cells.text("problem"), _answer(cells, "answer", None)
+    drafts = []
+    for i in chosen:
+        text = cells.as_text(traces[i], f"trace {i} of {cells.column('generations')!r}")
+        drafts.append(Draft(prompt, text, answer, trace=i))
+    return drafts
+
+
+def blank_traces(cells: Cells) -> list[int]:
+    """Return the indices of the traces in `generations` that are null or blank."""
+    traces = cells.maybe("generations")
+    return [i for i, trace in enumerate(traces) if is_blank(trace)] if isinstance(traces, list) else []
+
+
+def _correct_traces(cells: Cells, count: int) -> list[int]:
+    """Indices of complete traces that math-verify found correct.
+
+    Where it confirmed none of a row's traces, OpenR1's second verdict (`correctness_llama`) is asked: it was
+    made for the answers that math-verify cannot parse. Verdicts that are null find nothing correct.
+    """
+
+    def flags(name: str) -> list[bool] | None:
+        if cells.maybe(name) is None:
+            return None
+        found = cells.sequence(name)
+        if len(found) != count:
+            raise cells.error(
+                f"column {cells.column(name)!r} has {len(found)} entries for {count} traces; mend the row"
+            )
+        return [not is_null(flag) and bool(flag) for flag in found]
+
+    verdicts = flags("correctness_math_verify")
+    second = flags("correctness_llama")
+    if verdicts is None and second is None and not any(cells.column(name) in cells.row for name in _VERDICTS):
+        cells.value("correctness_math_verify")  # raises, by name
+    if not any(verdicts or []):
+        verdicts = second or []
+    complete = flags("is_reasoning_complete") or [True] * count
+    return [i for i, (right, whole) in enumerate(zip(verdicts or [], complete, strict=False)) if right and whole]

@@ -1,0 +1,211 @@
+"""Text files of rows: JSON lines, JSON, CSV and TSV, compressed or not, in UTF-8 or another Unicode encoding."""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import csv
+import gzip
+import io
+import json
+import lzma
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from influence_fast.errors import DataError, one_line
+
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+
+_LINES = (".jsonl", ".csv", ".tsv")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_ROW_KEYS = ("data", "rows", "examples")  # of an object around the list of rows, in the order of preference
+
+
+def file_suffix(path: Path) -> str:
+    """Return the extension that tells the format, in lower case: ".csv", or ".jsonl.gz" of a compressed file."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() + suffix if suffix in COMPRESSIONS else suffix
+
+
+def plain_suffix(suffix: str) -> str:
+    """Return the extension without that of the compression: ".jsonl" for ".jsonl.gz"."""
+    return next((suffix.removesuffix(end) for end in COMPRESSIONS if suffix.endswith(end)), suffix)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[IO[bytes], str]]:
+    """Open a text file for reading as (unpacked bytes, encoding).
+
+    The encoding is that of the byte order mark or of the zero bytes that UTF-16 and UTF-32 have beside ASCII, else
+    UTF-8. Raises DataError for a file that cannot be read or unpacked, at any time while it is open.
+    """
+    try:
+        with _unpacked(path) as file:
+            yield file, json.detect_encoding(file.peek(4)[:4])  # type: ignore[attr-defined]
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+        raise DataError(f"{path}: cannot be read ({why}); check the file") from error
+
+
+def _unpacked(path: Path) -> IO[bytes]:
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        return io.BufferedReader(_zstandard(path).input_stream(str(path), compression="zstd"))
+    opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)
+    file: IO[bytes] = opener(path, "rb")
+    return file
+
+
+def _zstandard(path: Path) -> Any:
+    """pyarrow, where it is there and was built with Zstandard."""
+    try:
+        import pyarrow
+    except ImportError:
+        pyarrow = None
+    if pyarrow is None or not pyarrow.Codec.is_available("zstd"):
+        raise DataError(f"{path}: a .zst file needs the pyarrow package with Zstandard; install it, or use .gz")
+    return pyarrow
+
+
+@contextlib.contextmanager
+def packed_writer(path: Path, suffix: str) -> Iterator[IO[bytes]]:
+    """Open `path` for writing bytes, which are compressed as `suffix` says. Equal bytes make equal files."""
+    with contextlib.ExitStack() as stack:
+        if suffix.endswith(".zst"):
+            yield stack.enter_context(_zstandard(path).output_stream(str(path), compression="zstd"))
+            return
+        raw = stack.enter_context(path.open("wb"))
+        if suffix.endswith(".gz"):
+            yield stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))  # type: ignore[arg-type]
+        elif suffix.endswith(".bz2"):
+            yield stack.enter_context(bz2.BZ2File(raw, "wb"))
+        elif suffix.endswith(".xz"):
+            yield stack.enter_context(lzma.LZMAFile(raw, "wb"))
+        else:
+            yield raw
+
+
+def has_lines(path: Path) -> bool:
+    """Tell whether `numbered_rows` can read the file: it has one row after the other and nothing around them."""
+    suffix = plain_suffix(file_suffix(path))
+    return suffix in _LINES or (suffix == ".json" and _is_json_lines(path))
+
+
+def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number of the line that ends it, row) for each row of a file that `has_lines`, without holding any.
+
+    Raises DataError naming file and line: not valid JSON or CSV, wrong encoding, fields that do not fit the header.
+    """
+    suffix = plain_suffix(file_suffix(path))
+    return _csv_rows(path, _DELIMITERS[suffix]) if suffix in _DELIMITERS else _json_rows(path)
+
+
+def _text_lines(file: IO[bytes], encoding: str) -> Iterable[bytes | str]:
+    """Lines that end at line feeds only. UTF-8 is left to be decoded line by line, so that an error has its line."""
+    if encoding.startswith("utf-8"):
+        return file
+    return io.TextIOWrapper(file, encoding, newline="\n")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with opened(path) as (file, encoding):
+        number = 0
+        try:
+            for number, raw in enumerate(_text_lines(file, encoding), start=1):
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(raw, bytes) else raw
+                if not line.strip():
+                    continue
+                yield number, _object(path, number, line)
+        except UnicodeDecodeError as error:
+            at = number if encoding.startswith("utf-8") else number + 1
+            raise DataError(
+                f"{path}, line {at}: is not valid {encoding.upper()} ({error}); save it as UTF-8"
+            ) from error
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}, line {number}: is not valid JSON ({error}); each line must be one object") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{path}, line {number}: is a {type(row).__name__}; each line must be one JSON object")
+    return row
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is shorter than a long trace
+    with opened(path) as (file, encoding):
+        text = io.TextIOWrapper(file, "utf-8-sig" if encoding == "utf-8" else encoding, newline="")
+        reader = csv.DictReader(text, delimiter=delimiter)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: does not have the header's "
+                        f"{len(reader.fieldnames or [])} fields; quote fields that hold commas, tabs or line breaks"
+                    )
+                yield reader.line_num, row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(
+                f"{path}, line {reader.line_num + 1}: is not valid CSV ({error}); save it as UTF-8"
+            ) from error
+
+
+def _is_json_lines(path: Path) -> bool:
+    """Whether the first line of a .json file is an object and more lines follow, as files of that name often are."""
+    with opened(path) as (file, encoding):
+        try:
+            lines = (line for line in io.TextIOWrapper(file, encoding, newline="\n") if line.strip())
+            first, second = next(lines, ""), next(lines, None)
+            return second is not None and isinstance(json.loads(first), dict)
+        except ValueError:  # of the encoding, too
+            return False
+
+
+def json_document(path: Path, split: str) -> list[dict[str, Any]]:
+    """Read a .json file that is one list of objects, or one object around such a list.
+
+    Of several lists the object holds, the one called `split` is taken, else "data", "rows" or "examples". An object
+    without one is a single row.
+
+    Raises DataError: not valid JSON, entries that are no objects, several lists that none of the names tells apart.
+    """
+    with opened(path) as (file, encoding):
+        raw = file.read()
+    try:
+        found = json.loads(raw.decode(encoding)) if raw.strip() else []
+    except ValueError as error:
+        raise DataError(f"{path}: is not valid JSON ({error}); it must be one list of objects") from error
+    rows = _rows_within(path, found, split) if isinstance(found, dict) else found
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: is a {type(rows).__name__}; it must be one list of objects")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, row {i}: is a {type(row).__name__}; each must be a JSON object")
+    return rows
+
+
+def _rows_within(path: Path, found: dict[str, Any], split: str) -> list[Any]:
+    lists = [key for key, value in found.items() if _is_rows(value)]
+    named = [key for key in (split, *_ROW_KEYS) if _is_objects(found.get(key))]
+    if named or len(lists) == 1:
+        rows: list[Any] = found[named[0] if named else lists[0]]
+        return rows
+    if lists:
+        raise DataError(f"{path}: holds several lists of rows ({', '.join(lists)}); name one as the split")
+    return [found]
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether a value is a list of rows. One of messages is a cell of a row."""
+    return _is_objects(value) and not any(
+        "role" in item or "from" in item or item.get("type") == "text" for item in value
+    )
+
+
+def _is_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
