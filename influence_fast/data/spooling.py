@@ -1,7 +1,7 @@
 """Tokenized examples on disk, made in one pass over rows that are never in memory together, and read as a sequence.
 
-A folder holds `tokens.arrow` (id, input_ids as int32, number of prompt tokens) and `tokens.json`, written last: what
-the tokens were made of, and which examples were left out.
+A folder holds `tokens.arrow` (id, input_ids as int32, the places where what is learnt begins and ends) and
+`tokens.json`, written last: what the tokens were made of, and which examples were left out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from influence_fast.data.fingerprints import tokenizer_hash
 from influence_fast.data.rows import BATCH, Row, Rows, need_datasets, need_pyarrow
 from influence_fast.data.schemas import Example, check_trace, check_turns, read_examples
 from influence_fast.data.text_files import file_suffix, has_lines, numbered_rows
+from influence_fast.data.tokens import tokenization_hash
 from influence_fast.errors import DataError, one_line
 
 _ROWS = 64  # examples in one record batch, which is what reading one of them maps
@@ -112,7 +113,9 @@ class Tokens(Sequence[dict[str, Any]]):
         batch = self._held[1]
         ids = torch.tensor(batch.column("input_ids")[row].values.to_numpy(), dtype=torch.int64)
         labels = ids.clone()
-        labels[: batch.column("prompt")[row].as_py()] = IGNORED
+        borders = [0, *batch.column("borders")[row].as_py(), len(ids)]
+        for start, end in zip(borders[::2], borders[1::2], strict=False):
+            labels[start:end] = IGNORED
         return {"id": batch.column("id")[row].as_py(), "input_ids": ids, "labels": labels}
 
 
@@ -135,7 +138,7 @@ def spool(folder: Path, source: TokenSource, tokenizer: Any, beat: Callable[[], 
     pa = need_pyarrow(folder)
     folder.mkdir(parents=True, exist_ok=True)
     made_of = _made_of(source, tokenizer)
-    schema = pa.schema([("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("prompt", pa.int32())])
+    schema = pa.schema([("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("borders", pa.list_(pa.int32()))])
     too_long: list[tuple[str, int]] = []
     count = 0
     without: list[str] = []
@@ -237,11 +240,13 @@ def _examples(rows: Rows, source: TokenSource, without: list[str]) -> Iterator[E
 
 
 def _batch(pa: Any, examples: list[dict[str, Any]], schema: Any) -> Any:
-    prompts = [int((example["labels"] == IGNORED).sum()) for example in examples]
+    # from not learnt to learnt, back, and so on
+    changes = [torch.diff(example["labels"] != IGNORED, prepend=torch.tensor([False])) for example in examples]
+    borders = [change.nonzero().flatten().to(torch.int32).numpy() for change in changes]
     columns = [
         pa.array([example["id"] for example in examples]),
         pa.array([example["input_ids"].to(torch.int32).numpy() for example in examples], type=schema.field(1).type),
-        pa.array(prompts, type=pa.int32()),
+        pa.array(borders, type=schema.field(2).type),
     ]
     return pa.record_batch(columns, schema=schema)
 
@@ -259,4 +264,10 @@ def _made_of(source: TokenSource, tokenizer: Any) -> dict[str, Any]:
     names = ("split", "format", "trace", "turns", "limit", "max_length", "truncate")
     settings = {name: getattr(source, name) for name in names}
     columns = dict(source.columns)
-    return {"source": state, **settings, "columns": columns, "tokenizer": tokenizer_hash(tokenizer)}
+    return {
+        "source": state,
+        **settings,
+        "columns": columns,
+        "tokenization": tokenization_hash(tokenizer),
+        "tokenizer": tokenizer_hash(tokenizer),
+    }

@@ -53,6 +53,28 @@ def test_spooled_tokens_are_those_of_tokenize(tmp_path: Path, tiny_tokenizer: Ca
         found[len(found)]
 
 
+def test_spooled_tokens_keep_what_is_learnt_of_several_turns(
+    tmp_path: Path, tiny_tokenizer: Callable[..., Any], chatml: str
+) -> None:
+    tokenizer = tiny_tokenizer(chat_template=chatml)
+    turns = [
+        ("user", "1+1?"),
+        ("assistant", "2"),
+        ("user", "and 1?"),
+        ("assistant", "3"),
+        ("user", "so?"),
+        ("assistant", "3!"),
+    ]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in turns[:n]]} for n in (2, 4, 6)]
+    spool(tmp_path, TokenSource(rows, turns="all"), tokenizer)
+    expected = tokenize(load_examples(rows, turns="all"), tokenizer).examples
+    found = list(Tokens(tmp_path))
+    assert [int((e["labels"] != -100).sum()) for e in found] == [2, 4, 7]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
+        assert torch.equal(one["labels"], other["labels"])
+
+
 def test_tokens_are_made_anew_when_anything_is_different(tmp_path: Path, tiny_tokenizer: Callable[..., Any]) -> None:
     tokenizer, path, folder = tiny_tokenizer(), tmp_path / "rows.jsonl", tmp_path / "t"
     write_rows(make_rows(), path)
