@@ -76,26 +76,43 @@ def changed(folder: Path, inputs: Mapping[str, Input]) -> str:
 
     Raises ConfigError where the folder's record is damaged.
     """
-    recorded = Recorded.load(folder)
-    if recorded is None:
+    found = {name: pieces for name in _differing(folder, inputs) if (pieces := finished(folder, inputs[name].kind))}
+    if len(found) > 1:
+        found.pop(POOL_IN_USE, None)  # the consequence of another change
+    if not found:
         return ""
-    labels: dict[str, str] = {}
-    pieces: list[str] = []
-    for name, now in inputs.items():
-        before = recorded.inputs.get(name)
-        if before is None or before.hashes == now.hashes or not (depending := finished(folder, now.kind)):
-            continue
-        labels[name] = f"{name} ({now.path}{_in_what(before.hashes, now.hashes)})"
-        pieces += depending
-    if len(labels) > 1:
-        labels.pop(POOL_IN_USE, None)  # the consequence of another change
-    if not labels:
-        return ""
+    differing = _differing(folder, inputs)
+    labels = {name: differing[name] for name in found}
+    pieces = [piece for part in found.values() for piece in part]
     has, it = ("has", "it") if len(labels) == 1 else ("have", "them")
     return (
         f"{', '.join(labels.values())} {has} changed since this run began: choose another output folder, or put {it} "
         f"back{way_out(pieces, {inputs[name].kind for name in labels})} (in {folder})"
     )
+
+
+def replaced(folder: Path, inputs: Mapping[str, Input]) -> list[str]:
+    """Return warnings that name what changed while finished pieces in `folder` depend on other inputs alone."""
+    if not finished(folder, EVERYTHING):
+        return []
+    return [
+        f"{label} has changed since this run began; nothing finished depends on it, so the run goes on with the new one"
+        for name, label in _differing(folder, inputs).items()
+        if not finished(folder, inputs[name].kind)
+    ]
+
+
+def _differing(folder: Path, inputs: Mapping[str, Input]) -> dict[str, str]:
+    """The names of `inputs` that are not as they are recorded, and how a message calls each."""
+    recorded = Recorded.load(folder)
+    if recorded is None:
+        return {}
+    both = {name: (recorded.inputs[name].hashes, now.hashes) for name, now in inputs.items() if name in recorded.inputs}
+    return {
+        name: f"{name} ({inputs[name].path}{_in_what(before, now)})"
+        for name, (before, now) in both.items()
+        if before != now
+    }
 
 
 def _in_what(before: Mapping[str, str], now: Mapping[str, str]) -> str:

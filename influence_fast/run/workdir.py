@@ -16,7 +16,7 @@ from typing import Any
 from influence_fast.atomic import write_text
 from influence_fast.config import RunConfig
 from influence_fast.errors import ConfigError
-from influence_fast.run.inputs import INPUTS, Input, Recorded, changed
+from influence_fast.run.inputs import INPUTS, Input, Recorded, changed, replaced
 from influence_fast.run.pieces import EVERYTHING, finished, kind_of_setting, way_out
 from influence_fast.settings import difference, from_dict, to_dict
 
@@ -70,6 +70,7 @@ class RunFolder:
         self.warnings: list[str] = []
         self._config = config
         self._inputs: dict[str, Input] = {}
+        self._unchecked = False
         self._locked = False
         self._claim()
 
@@ -100,9 +101,11 @@ class RunFolder:
         before = Recorded.load(self.path)
         unchecked = before.unchecked if before is not None else bool(finished(self.path, EVERYTHING))
         self._inputs = dict(inputs)
+        self.warnings += replaced(self.path, inputs)
         self._save(INPUTS, Recorded(self._inputs, unchecked).to_text())
-        if unchecked:
-            self.warnings = [
+        if unchecked and not self._unchecked:
+            self._unchecked = True
+            self.warnings += [
                 f"{self.path} was begun without a record of its inputs (by an earlier version): whether its data, "
                 f"models and adapter were the same before {INPUTS} was written cannot be checked"
             ]
