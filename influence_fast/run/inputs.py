@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import mmap
+import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -65,29 +66,39 @@ class Recorded:
                 "whether the run's data and models are those that it began with"
             ) from None
 
-    def to_text(self) -> str:
-        """Return the file's text."""
-        inputs = {name: {"path": one.path, "hashes": dict(one.hashes)} for name, one in self.inputs.items()}
+    def to_text(self, folder: Path) -> str:
+        """Return the file's text for a run's `folder`."""
+        inputs = {
+            name: {"path": _seen(one.path, folder), "hashes": dict(one.hashes)} for name, one in self.inputs.items()
+        }
         return json.dumps({"inputs": inputs, "unchecked": self.unchecked}, indent=1) + "\n"
 
 
 def changed(folder: Path, inputs: Mapping[str, Input]) -> str:
     """Return why finished pieces in `folder` do not go with `inputs`: what changed, and what to do; empty if they do.
 
-    Raises ConfigError where the folder's record is damaged.
+    What lies in another place now was changed on purpose, and may be until a finished piece depends on it. Other
+    contents in the same place are a change from the first piece on. Raises ConfigError where the folder's record is
+    damaged.
     """
-    found = {name: pieces for name in _differing(folder, inputs) if (pieces := finished(folder, inputs[name].kind))}
+    differing, found = _differing(folder, inputs), {}
+    for name, (_, moved) in differing.items():
+        kind = inputs[name].kind
+        if finished(folder, kind if moved else EVERYTHING):
+            found[name] = finished(folder, kind)
     if len(found) > 1:
         found.pop(POOL_IN_USE, None)  # the consequence of another change
     if not found:
         return ""
-    differing = _differing(folder, inputs)
-    labels = {name: differing[name] for name in found}
     pieces = [piece for part in found.values() for piece in part]
-    has, it = ("has", "it") if len(labels) == 1 else ("have", "them")
+    if pieces:
+        remedy = way_out([INPUTS, *pieces], {inputs[name].kind for name in found})
+    else:
+        remedy = f", or delete {INPUTS} to go on with what is there now, on which nothing finished depends"
+    has, it = ("has", "it") if len(found) == 1 else ("have", "them")
     return (
-        f"{', '.join(labels.values())} {has} changed since this run began: choose another output folder, or put {it} "
-        f"back{way_out(pieces, {inputs[name].kind for name in labels})} (in {folder})"
+        f"{', '.join(differing[name][0] for name in found)} {has} changed since this run began: choose another output "
+        f"folder, or put {it} back{remedy} (in {folder})"
     )
 
 
@@ -97,22 +108,28 @@ def replaced(folder: Path, inputs: Mapping[str, Input]) -> list[str]:
         return []
     return [
         f"{label} has changed since this run began; nothing finished depends on it, so the run goes on with the new one"
-        for name, label in _differing(folder, inputs).items()
-        if not finished(folder, inputs[name].kind)
+        for name, (label, moved) in _differing(folder, inputs).items()
+        if moved and not finished(folder, inputs[name].kind)
     ]
 
 
-def _differing(folder: Path, inputs: Mapping[str, Input]) -> dict[str, str]:
-    """The names of `inputs` that are not as they are recorded, and how a message calls each."""
+def _differing(folder: Path, inputs: Mapping[str, Input]) -> dict[str, tuple[str, bool]]:
+    """The names of `inputs` that are not as they are recorded: how a message calls each, and whether it lies in another
+    place now."""
     recorded = Recorded.load(folder)
     if recorded is None:
         return {}
-    both = {name: (recorded.inputs[name].hashes, now.hashes) for name, now in inputs.items() if name in recorded.inputs}
+    both = {name: (recorded.inputs[name], now) for name, now in inputs.items() if name in recorded.inputs}
     return {
-        name: f"{name} ({inputs[name].path}{_in_what(before, now)})"
+        name: (f"{name} ({now.path}{_in_what(before.hashes, now.hashes)})", before.path != _seen(now.path, folder))
         for name, (before, now) in both.items()
-        if before != now
+        if before.hashes != now.hashes
     }
+
+
+def _seen(path: str, folder: Path) -> str:
+    """A path as it is seen from the run's folder, so that it holds where both move; hub ids as they are."""
+    return os.path.relpath(path, folder) if os.path.exists(path) else path
 
 
 def _in_what(before: Mapping[str, str], now: Mapping[str, str]) -> str:

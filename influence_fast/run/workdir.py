@@ -102,7 +102,7 @@ class RunFolder:
         unchecked = before.unchecked if before is not None else bool(finished(self.path, EVERYTHING))
         self._inputs = dict(inputs)
         self.warnings += replaced(self.path, inputs)
-        self._save(INPUTS, Recorded(self._inputs, unchecked).to_text())
+        self._save(INPUTS, Recorded(self._inputs, unchecked).to_text(self.path))
         if unchecked and not self._unchecked:
             self._unchecked = True
             self.warnings += [

@@ -255,22 +255,37 @@ def _undone(world: Path, *names: str) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def test_a_test_set_that_judged_nothing_yet_may_change(world: Path) -> None:
+def test_a_test_set_is_refused_though_it_judged_nothing_yet(world: Path) -> None:
     _undone(world, "cells", "evaluations")
     CHANGES["test answer"][0](world)
-    run = pipeline.Pipeline(_config(world), progress=False)
-    (said,) = run.folder.warnings
+    with pytest.raises(ConfigError, match=r"data\.test \(.*or delete inputs\.json to go on with what is there now"):
+        pipeline.Pipeline(_config(world), progress=False)
+    (world / "run" / "inputs.json").unlink()
+    (said,) = pipeline.Pipeline(_config(world), progress=False).folder.warnings
+    assert "cannot be checked" in said
+
+
+def test_another_test_set_is_taken_while_it_judged_nothing_yet(world: Path) -> None:
+    _undone(world, "cells", "evaluations")
+    shutil.copyfile(world / "test.jsonl", world / "other.jsonl")
+    _edit(world / "other.jsonl", lambda found: found[:-1])
+    config = _config(world)
+    moved = dataclasses.replace(
+        config.data, test=dataclasses.replace(config.data.test, path=str(world / "other.jsonl"))
+    )
+    (said,) = pipeline.Pipeline(dataclasses.replace(config, data=moved), progress=False).folder.warnings
     assert "data.test" in said
     assert "goes on with the new one" in said
-    assert pipeline.Pipeline(_config(world), progress=False).folder.warnings == []
 
 
 def test_new_validation_questions_are_taken_once_what_they_made_is_deleted(world: Path) -> None:
     _undone(world, "cells", "evaluations", "scoring_seconds.json", "baselines")
     CHANGES["validation question"][0](world)
-    with pytest.raises(ConfigError, match=r"or delete what was made with the other: own_answers\.json \(in "):
+    with pytest.raises(
+        ConfigError, match=r"or delete what was made with the other: inputs\.json, own_answers\.json \(in "
+    ):
         pipeline.Pipeline(_config(world), progress=False)
-    (world / "run" / "own_answers.json").unlink()
+    _undone(world, "own_answers.json", "inputs.json")
     trained = (world / "run" / "adapters" / "full-seed0" / "training.json").read_bytes()
     pipeline.run(_config(world), progress=False)
     answers = json.loads((world / "run" / "own_answers.json").read_text())["value"]
