@@ -14,6 +14,8 @@ import os
 import shutil
 import sys
 import time
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from influence_fast.run.pipeline import Pipeline
 
 FOLDER = "retrained"
+# what numpy raises for a file of arrays that is empty or cut
+UNREADABLE = (ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -175,13 +179,18 @@ def _read(folder: Path, job: Retraining, stamp: str) -> Outcome | None:
     path = folder / f"{job.name}.npz"
     if not path.exists():
         return None
-    with np.load(path) as found:
-        if str(found["digest"]) != _digest(job, stamp):
-            raise DataError(
-                f"{path} is a retraining on other rows, queries or settings: give another output folder, or delete "
-                f"{folder}"
-            )
-        return Outcome(found["losses"], float(found["accuracy"]), float(found["seconds"]))
+    try:
+        with np.load(path) as found:
+            digest = str(found["digest"])
+            outcome = Outcome(found["losses"], float(found["accuracy"]), float(found["seconds"]))
+    except UNREADABLE:
+        warnings.warn(f"{path} is damaged, and is made again", stacklevel=2)
+        return None
+    if digest != _digest(job, stamp):
+        raise DataError(
+            f"{path} is a retraining on other rows, queries or settings: give another output folder, or delete {folder}"
+        )
+    return outcome
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,8 @@ from influence_fast.influence.methods import Method, Scored, method_of, score_by
 from influence_fast.influence.queries import Queries
 from influence_fast.influence.ranking import auc, average_ranks, bootstrap_auc, spearman
 from influence_fast.proof.plan import Plan
-from influence_fast.proof.retraining import retrain
+from influence_fast.proof.retraining import UNREADABLE, retrain
+from influence_fast.run.inputs import checkpoint_hashes, model_hashes
 from influence_fast.run.pipeline import Pipeline
 from influence_fast.run.results import known_harmful
 from influence_fast.settings import to_dict
@@ -103,7 +105,8 @@ def _check(config: RunConfig, methods: Sequence[Method]) -> None:
     needy = [method.name for method in methods if method.moments or method.checkpoints]
     if needy and not config.training.save_checkpoints and config.model.adapter is None:
         raise ConfigError(
-            f"validate: {', '.join(needy)} read checkpoints with optimizer state: set training.save_checkpoints"
+            f"validate: {', '.join(needy)} read checkpoints with optimizer state: set training.save_checkpoints in a "
+            "new output folder, or leave them out of validate.methods"
         )
 
 
@@ -115,13 +118,15 @@ def _scored(pipeline: Pipeline, method: Method, reference: Path, queries: Querie
     texts = [[q.id, q.completion] for q in queries.examples]
     config = to_dict(pipeline.config)
     settings = [dataclasses.asdict(method), config["training"], config["gradients"], config["model"]]
+    if method.proxy:
+        settings.append(model_hashes(method.proxy))
+    if pipeline.config.model.adapter is not None and (method.checkpoints or method.moments):
+        settings.append(checkpoint_hashes(reference))  # which the run itself may not have read
     record = json.dumps([settings, texts], sort_keys=True)
     digest = hashlib.sha256(record.encode()).hexdigest()
     path = pipeline.folder / FOLDER / f"{method.name}.npz"
-    if path.exists():
-        with np.load(path) as found:
-            if str(found["digest"]) == digest:
-                return Scored(found["matrix"], json.loads(str(found["seconds"])), int(found["bytes_per_example"]))
+    if (found := _read(path, digest)) is not None:
+        return found
     if talks:
         print(f"scores by {method.name}", file=sys.stderr, flush=True)
     scorer = _proxy(pipeline, method.proxy) if method.proxy else _reference(pipeline, method, reference)
@@ -139,6 +144,20 @@ def _scored(pipeline: Pipeline, method: Method, reference: Path, queries: Querie
             bytes_per_example=scored.bytes_per_example,
         )
     return scored
+
+
+def _read(path: Path, digest: str) -> Scored | None:
+    """The scores that are there; None where they were made by something else, or are damaged."""
+    try:
+        with np.load(path) as found:
+            if str(found["digest"]) != digest:
+                return None
+            return Scored(found["matrix"], json.loads(str(found["seconds"])), int(found["bytes_per_example"]))
+    except FileNotFoundError:
+        return None
+    except UNREADABLE:
+        warnings.warn(f"{path} is damaged, and is made again", stacklevel=2)
+        return None
 
 
 @dataclass(frozen=True)
@@ -168,7 +187,7 @@ def _proxy(pipeline: Pipeline, path: str) -> _Scorer:
         names = listing(name for name, _ in tokens.too_long)
         raise DataError(f"{path}: in this proxy's tokens {names} are longer than max_length; raise it, or set truncate")
     training = dataclasses.replace(config.training, seed=config.pruning.seeds[0], save_checkpoints=False)
-    name = hashlib.sha256(path.encode()).hexdigest()[:12]
+    name = hashlib.sha256(json.dumps([path, model_hashes(path)]).encode()).hexdigest()[:12]
     folder = pipeline.folder / FOLDER / f"proxy-{name}"
     trained = finetune(
         base, tokenizer, tokens.examples, folder, config=training, lora=config.lora, progress=pipeline.progress

@@ -22,6 +22,7 @@ from influence_fast.gradients.fp8 import FP8
 from influence_fast.gradients.memory import GradientMemory, gradient_memory
 from influence_fast.gradients.projection import SIDED_KINDS
 from influence_fast.influence.settings import fitted_examples
+from influence_fast.run.inputs import changed, examples_hash, source_inputs
 from influence_fast.run.workdir import occupied
 from influence_fast.store.manifest import row_bytes
 
@@ -103,7 +104,9 @@ def plan(
         shape = model_shape(config.model, config)
         target = shape if config.target_model is None else model_shape(config.target_model, config)
         data = config.data
-        found = _local_examples(data.pool)
+        sources = {"pool": data.pool, "validation": data.validation, "test": data.test}
+        local = {name: _local_examples(source) for name, source in sources.items() if source is not None}
+        found = local["pool"]
         if found is not None and rows is not None:
             raise ConfigError(f"--rows: the pool is on this machine ({len(found)} examples); leave the option out")
         total = len(found) if found is not None else rows
@@ -113,7 +116,7 @@ def plan(
             "validation": (data.validation, data.holdout_validation),
             "test": (data.test, data.holdout_test),
         }
-        sizes = {name: _size(source, count) for name, (source, count) in held.items()}
+        sizes = {name: _size(source, count, local.get(name)) for name, (source, count) in held.items()}
         out = sum(count for source, count in held.values() if source is None)
         pool = None if total is None else total - out
         if pool is not None and pool < 1:
@@ -170,7 +173,7 @@ def plan(
         gradient_memory=_gradient_memory(config, shape, _gradient_batch(config, longest)),
         gradient_batch=_gradient_batch(config, longest),
         seconds=_seconds(training, gradients, tokens_per_second),
-        stops=_stops(config),
+        stops=_stops(config, {name: part for name, part in local.items() if part is not None}),
     )
 
 
@@ -294,11 +297,15 @@ def _local_examples(source: Source) -> list[Any] | None:
     return load_examples(source.path, **{k: v for k, v in dataclasses.asdict(source).items() if k != "path"})
 
 
-def _stops(config: RunConfig) -> list[str]:
-    """What would stop the run at once: an output folder that holds something else, data that is nowhere."""
+def _stops(config: RunConfig, local: dict[str, list[Any]]) -> list[str]:
+    """Return what would stop the run at once: an output folder that holds something else or was made of other inputs,
+    data that is nowhere. local: the examples of the sources on this machine."""
     from influence_fast.data.rows import check_hub_id
 
     found = [occupied(config)]
+    if not found[0]:
+        read = {f"data.{name}": examples_hash(examples) for name, examples in local.items()}
+        found.append(changed(Path(config.output), source_inputs(config, read)))
     for source in (config.data.pool, config.data.validation, config.data.test):
         if source is not None and not Path(source.path).expanduser().exists():
             try:
@@ -308,10 +315,9 @@ def _stops(config: RunConfig) -> list[str]:
     return [reason for reason in found if reason]
 
 
-def _size(source: Source | None, held_out: int) -> int | None:
+def _size(source: Source | None, held_out: int, found: list[Any] | None) -> int | None:
     if source is None:
         return held_out
-    found = _local_examples(source)
     # a limit on a source of unknown size is what was asked for, if not what there is
     return len(found) if found is not None else source.limit
 

@@ -23,7 +23,7 @@ from influence_fast.config import ModelConfig, RunConfig
 from influence_fast.data.diversity import near_duplicates
 from influence_fast.data.examples import load_rows, save_examples
 from influence_fast.data.grouping import row_groups
-from influence_fast.errors import ConfigError
+from influence_fast.errors import ConfigError, DataError, listing, one_line
 from influence_fast.evaluation.evaluate import evaluate
 from influence_fast.evaluation.generation import ModelFiles, choose_engine
 from influence_fast.influence.checkpoints import (
@@ -37,6 +37,8 @@ from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.report.explain import EXPLAINED
 from influence_fast.report.page import save_results, write_report
 from influence_fast.report.ranking_plot import plot_ranking_over_training
+from influence_fast.run.inputs import model_inputs, split_inputs, tokenizer_inputs
+from influence_fast.run.pieces import PRUNED, finished
 from influence_fast.run.results import cell_name, collect, known_harmful
 from influence_fast.run.scoring import explained_scores
 from influence_fast.run.splits import load_splits
@@ -60,13 +62,19 @@ class Pipeline:
         self.progress = progress and sys.stderr.isatty()  # bars are for terminals; a log gets a line a piece of work
         self.started = time.perf_counter()
         self.folder = RunFolder(config)
+        inputs = model_inputs(config)
+        self.folder.check(inputs)  # before any of them is loaded, which a changed one may not let happen
         self.needs = needed_columns(config.pruning.strategies)
         self.tokenizer = _tokenizer(config.model)
         self.target_tokenizer = self.tokenizer if config.target_model is None else _tokenizer(config.target_model)
+        inputs |= tokenizer_inputs(config, self.tokenizer, self.target_tokenizer)
+        self.folder.check(inputs)
         self.base = _model(config.model)
         check_tokenizer(self.base, self.tokenizer)
         self.splits = load_splits(config, self.tokenizer, self.target_tokenizer)
-        self.warnings = list(self.splits.warnings)
+        self.folder.take(inputs | split_inputs(config, self.splits))
+        self.warnings = [*self.folder.warnings, *self.splits.warnings]
+        self.inputs = inputs
 
     def _once(self, name: str, work: Callable[[], Any]) -> Any:
         if self.talks and not self.folder.has(name):
@@ -192,6 +200,8 @@ class Pipeline:
         """Scores of the pool by `queries`, in `scores.parquet` and `scores.csv`."""
 
         def work() -> dict[str, float]:
+            for column in BASELINE_COLUMNS:
+                self.folder.forget(f"baselines/{column}")  # of a table that is replaced
             if self.config.influence.checkpoints:
                 table, seconds = self._over_checkpoints(Path(adapter), queries)
             else:
@@ -200,10 +210,36 @@ class Pipeline:
             self._save(table)
             return seconds
 
+        if self.folder.has("scoring_seconds") and (damage := self._damaged_table()):
+            if finished(self.folder.path, PRUNED):
+                raise DataError(
+                    f"{damage}: delete it, scoring_seconds.json and baselines in {self.folder.path} to have the pool "
+                    "scored again, or restore it"
+                )
+            self.folder.forget("scoring_seconds")  # nothing was selected by it yet
         self._once("scoring_seconds", work)
         for column in sorted(self.needs.intersection(BASELINE_COLUMNS)):
             self._once(f"baselines/{column}", functools.partial(self._add_baseline, column, queries))
-        return ScoreTable.load(self.folder / SCORES)
+        table = ScoreTable.load(self.folder / SCORES)
+        table.save(self.folder / "scores.csv")  # for people, who may have changed it
+        return table
+
+    def _damaged_table(self) -> str:
+        """Why the score table is not one of this pool; empty where it is."""
+        path = self.folder / SCORES
+        try:
+            table = ScoreTable.load(path)
+        except DataError as error:
+            return str(error)
+        except OSError as error:  # what pyarrow makes of some damage
+            return f"{path} cannot be read ({one_line(error, 200)})"
+        strangers = set(table.ids) - {example.id for example in self.splits.pool}
+        missing = [column for column in sorted(BASELINE_COLUMNS) if self.folder.has(f"baselines/{column}")]
+        missing = [column for column in missing if column not in table.columns]
+        if strangers or missing:
+            what = f"has {listing(sorted(strangers))}, not in the pool" if strangers else f"has no {listing(missing)}"
+            return f"{path} is not the run's score table ({what})"
+        return ""
 
     def _save(self, table: ScoreTable) -> None:
         table.save(self.folder / "scores.csv")
@@ -217,7 +253,7 @@ class Pipeline:
                 self.splits.pool,
                 self.splits.tokenized.examples,
                 queries,
-                self.folder / store,
+                self.folder.store(store, self._made_with(influence)),
                 self.config.gradients,
                 influence,
                 self.folder / EXPLAINED,
@@ -226,6 +262,16 @@ class Pipeline:
                 progress=self.progress,
             )
         return scored
+
+    def _made_with(self, influence: InfluenceConfig) -> dict[str, Any]:
+        """All settings that the rows of a gradient store depend on."""
+        gradients = dataclasses.asdict(self.config.gradients)
+        del gradients["max_tokens"]  # a row does not depend on its batch
+        fitted = {}
+        if self.config.gradients.fits_sketch(influence.preconditioner):
+            fitted = {"damping": influence.damping, "fisher": influence.fisher}
+        kept = self.inputs.get("gradients.sketch")
+        return {"gradients": gradients, "fitted": fitted, "sketch": None if kept is None else dict(kept.hashes)}
 
     def _over_checkpoints(self, reference: Path, queries: Queries) -> tuple[ScoreTable, dict[str, float]]:
         """Scores summed over the reference's checkpoints, and how the ranking moved, as a table and a plot."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from influence_fast import doctor
 from influence_fast.data.examples import Example
+from influence_fast.errors import DataError
 from influence_fast.influence import ranking
 from influence_fast.influence.queries import Queries
 from influence_fast.influence.scores import ScoreTable
@@ -71,12 +73,24 @@ def cell_name(strategy: str, fraction: float) -> str:
 
 
 def correct_answers(folder: RunFolder, cell: dict[str, Any]) -> dict[str, float]:
-    """Question id -> share of its answers that were right, from a cell's transcripts."""
-    path = folder / "transcripts" / f"{cell_name(cell['strategy'], cell['fraction'])}-seed{cell['seed']}.jsonl"
+    """Return question id -> share of its answers that were right, from a cell's transcripts.
+
+    Raises DataError where these are not all of the cell's answers.
+    """
+    name = f"{cell_name(cell['strategy'], cell['fraction'])}-seed{cell['seed']}"
+    path = folder / "transcripts" / f"{name}.jsonl"
     answers: dict[str, list[bool]] = {}
-    with path.open(encoding="utf-8") as lines:
-        for item in map(json.loads, lines):
-            answers.setdefault(item["id"], []).append(item["correct"])
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for item in map(json.loads, lines):
+                answers.setdefault(item["id"], []).append(item["correct"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        answers = {}
+    if len(answers) != cell["n"] or any(len(right) != cell.get("samples", 1) for right in answers.values()):
+        raise DataError(
+            f"{path} is damaged or missing: delete evaluations/{name}.json and cells/{name}.json in {folder.path} to "
+            "have the questions asked again"
+        )
     return {question: sum(right) / len(right) for question, right in answers.items()}
 
 
@@ -163,18 +177,25 @@ def _detection(
 
 
 def _curves(folder: RunFolder) -> dict[str, Any]:
-    return {
-        record.parent.name: json.loads(record.read_text(encoding="utf-8"))["result"]["loss_history"]
-        for record in sorted((folder / "adapters").glob("*/training.json"))
-    }
+    found = {path.parent.name: _training(path) for path in sorted((folder / "adapters").glob("*/training.json"))}
+    return {name: result["loss_history"] for name, result in found.items() if result is not None}
+
+
+def _training(record: Path) -> dict[str, Any] | None:
+    """The result that a fine-tuning recorded; None where the record is damaged."""
+    try:
+        result = json.loads(record.read_text(encoding="utf-8"))["result"]
+        return {"loss_history": result["loss_history"], "seconds": float(result["seconds"])}
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _costs(folder: RunFolder, splits: Splits, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     n = len(splits.pool)
     tokens = sum(len(e["input_ids"]) for e in splits.tokenized.examples)
     cost = []
-    baselines = [folder.once(f"baselines/{path.stem}", dict) for path in sorted((folder / "baselines").glob("*.json"))]
-    parts = [folder.once("scoring_seconds", dict), *baselines]
+    baselines = [folder.value(f"baselines/{path.stem}", {}) for path in sorted((folder / "baselines").glob("*.json"))]
+    parts = [folder.value("scoring_seconds", {}), *baselines]
     for stage, seconds in [item for part in parts for item in part.items()]:
         detail = f"{n} examples, {tokens} tokens" if stage == "training gradients" else ""
         cost.append({"stage": stage, "seconds": seconds, "detail": detail})
@@ -182,7 +203,7 @@ def _costs(folder: RunFolder, splits: Splits, cells: list[dict[str, Any]]) -> li
         detail = f"{len(splits.validation)} validation questions"
         cost.append({"stage": "own answers", "seconds": folder.seconds("own_answers"), "detail": detail})
     for record in sorted((folder / "adapters").glob("reference-seed*/training.json")):
-        seconds = json.loads(record.read_text(encoding="utf-8"))["result"]["seconds"]
+        seconds = (_training(record) or {}).get("seconds")
         cost.append({"stage": "fine-tuning the model that scores", "seconds": seconds, "detail": ""})
     cost.append(
         {

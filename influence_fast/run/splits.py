@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,17 @@ from influence_fast.config import DataConfig, RunConfig, Source
 from influence_fast.data.decontamination import contaminated, plain_prompt
 from influence_fast.data.examples import Example, TokenizedSet, load_examples, tokenize
 from influence_fast.errors import ConfigError, DataError, listing
+from influence_fast.run.inputs import examples_hash
 from influence_fast.selection.difficulty import check_answers
 from influence_fast.selection.strategies import PASS_RATE, needed_columns
 
 
 @dataclass(frozen=True)
 class Splits:
-    """The three sets, and the pool tokenized. `set_aside`: {"id", "why"} of what leaked; `warnings` are for people."""
+    """The three sets, and the pool tokenized. `set_aside`: {"id", "why"} of what leaked; `warnings` are for people.
+
+    `read`: SHA-256 of the examples of each source (`data.pool`, ...) as they were read, before any is held out.
+    """
 
     pool: list[Example]
     validation: list[Example]
@@ -26,6 +30,7 @@ class Splits:
     for_target: TokenizedSet  # the same pool in the target model's tokens; `tokenized` itself where there is one model
     set_aside: list[dict[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    read: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_splits(config: RunConfig, tokenizer: Any, target_tokenizer: Any) -> Splits:
@@ -35,7 +40,9 @@ def load_splits(config: RunConfig, tokenizer: Any, target_tokenizer: Any) -> Spl
     out would leave nothing, DataError for rows that cannot be used.
     """
     data = config.data
-    pool, validation, test = _held_out(data, config.seed)
+    sources = {"pool": data.pool, "validation": data.validation, "test": data.test}
+    found = {name: _examples(source) for name, source in sources.items() if source is not None}
+    pool, validation, test = _held_out(data, config.seed, found)
     _check_graded(config, validation, test)
     set_aside: list[dict[str, str]] = []
     warnings: list[str] = []
@@ -57,12 +64,15 @@ def load_splits(config: RunConfig, tokenizer: Any, target_tokenizer: Any) -> Spl
             tokens.examples[:] = [e for e in tokens.examples if e["id"] in both]
     usable = {example["id"] for example in tokenized.examples}
     kept = [example for example in pool if example.id in usable]
-    return Splits(kept, validation, test, tokenized, for_target, set_aside, warnings)
+    read = {f"data.{name}": examples_hash(examples) for name, examples in found.items()}
+    return Splits(kept, validation, test, tokenized, for_target, set_aside, warnings, read)
 
 
-def _held_out(data: DataConfig, seed: int) -> tuple[list[Example], list[Example], list[Example]]:
-    """Pool, validation and test; what has no source of its own is drawn from the pool."""
-    pool = _examples(data.pool)
+def _held_out(
+    data: DataConfig, seed: int, found: Mapping[str, list[Example]]
+) -> tuple[list[Example], list[Example], list[Example]]:
+    """Pool, validation and test; what has no source of its own among `found` is drawn from the pool."""
+    pool = found["pool"]
     held = data.holdout_validation * (data.validation is None) + data.holdout_test * (data.test is None)
     if held >= len(pool):
         raise ConfigError(f"data: holding out {held} of the pool's {len(pool)} examples would leave none")
@@ -70,10 +80,8 @@ def _held_out(data: DataConfig, seed: int) -> tuple[list[Example], list[Example]
     if held:
         random.Random(seed).shuffle(order)
     taken = iter(order)
-    validation = (
-        _examples(data.validation) if data.validation else [pool[next(taken)] for _ in range(data.holdout_validation)]
-    )
-    test = _examples(data.test) if data.test else [pool[next(taken)] for _ in range(data.holdout_test)]
+    validation = found.get("validation") or [pool[next(taken)] for _ in range(data.holdout_validation)]
+    test = found.get("test") or [pool[next(taken)] for _ in range(data.holdout_test)]
     return [pool[i] for i in sorted(taken)], validation, test
 
 

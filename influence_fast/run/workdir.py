@@ -4,63 +4,130 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from influence_fast.atomic import write_text
 from influence_fast.config import RunConfig
 from influence_fast.errors import ConfigError
+from influence_fast.run.inputs import INPUTS, Input, Recorded, changed, replaced
+from influence_fast.run.pieces import EVERYTHING, finished, kind_of_setting, way_out
 from influence_fast.settings import difference, from_dict, to_dict
 
 CONFIG = "config.yaml"
+STORES = "stores.json"
+LOCK = ".lock"
 
 
 def occupied(config: RunConfig) -> str:
-    """Why a run of `config` cannot go into `config.output`, and what to do: what lies there, and the first setting that
-    differs; empty where it can."""
-    import yaml
-
+    """Return why a run of `config` cannot go into `config.output`, and what to do: what lies there, and the first
+    setting that differs and that finished pieces depend on. Empty where it can."""
     path = Path(config.output)
     record = path / CONFIG
     if path.is_file():
         return f"{path} is a file, and a run needs a folder: choose another output"
     if not record.exists():
-        if path.exists() and any(path.iterdir()):
+        if path.exists() and any(found.name != LOCK for found in path.iterdir()):
             return f"{path} is not empty and holds no run: choose another output folder"
         return ""
-    recorded = yaml.safe_load(record.read_text(encoding="utf-8"))
+    recorded = _recorded(record)
     if not isinstance(recorded, dict):
-        return f"{path} holds no run ({record.name} is empty or no mapping): choose another output folder"
+        return f"{path} holds no run ({record.name} is {recorded}): choose another output folder"
     before, now = _with_defaults(recorded), _settings(config)
     _take_equal_paths(before, now, path)
     for part in (before, now):
         _leave_out_what_can_grow(part)
-    if not (path / "scoring_seconds.json").exists():  # what follows the answers can still be decided otherwise
+    dependence = {
+        "own_answers": before.get("influence", {}).get("queries") != "reference",
+        "decontaminated": bool(before.get("data", {}).get("decontaminate")),
+    }
+    while found := difference(before, now):
+        key = found.partition(":")[0]
+        kind = kind_of_setting(key, **dependence)
+        if pieces := finished(path, kind):
+            remedy = way_out(pieces, {kind}) or ", or delete this one"
+            return f"{path} holds a run of another configuration ({found}): choose another output folder{remedy}"
         for part in (before, now):
-            part.get("influence", {}).pop("fallback", None)
-    differs = difference(before, now)
-    if not differs:
-        return ""
-    return f"{path} holds a run of another configuration ({differs}): choose another output folder, or delete this one"
+            _leave_out(part, key)
+    return ""
 
 
 class RunFolder:
     """Opens `config.output`, new or left by an earlier run of the same configuration.
 
-    Raises ConfigError when the folder holds something else, naming the first setting that differs.
+    `warnings`: what is to be known of the folder. Raises ConfigError when the folder holds something else, naming the
+    first setting that differs, or when its record has to change and another process is at work on the run.
     """
 
     def __init__(self, config: RunConfig) -> None:
+        self.path = Path(config.output)
+        self.warnings: list[str] = []
+        self._config = config
+        self._inputs: dict[str, Input] = {}
+        self._unchecked = False
+        self._locked = False
+        self._claim()
+
+    def _claim(self) -> None:
         import yaml
 
-        self.path = Path(config.output)
-        if why := occupied(config):
+        if why := occupied(self._config):
             raise ConfigError(why)
-        write_text(self.path / CONFIG, yaml.safe_dump(_settings(config), sort_keys=False))
+        self._save(CONFIG, yaml.safe_dump(_settings(self._config), sort_keys=False))
+
+    def _save(self, name: str, text: str) -> None:
+        """Writes a record where it says something else, and no other process is at work."""
+        path = self.path / name
+        if path.exists() and path.read_bytes() == text.encode():
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self._lock():
+            write_text(path, text)
+
+    def check(self, inputs: Mapping[str, Input]) -> None:
+        """Raise ConfigError naming each of `inputs` that changed since a piece was made of it."""
+        if why := changed(self.path, inputs):
+            raise ConfigError(why)
+
+    def take(self, inputs: Mapping[str, Input]) -> None:
+        """Record `inputs`, all that there are, as what the run's pieces are made of. Raises as `check`."""
+        self.check(inputs)
+        before = Recorded.load(self.path)
+        unchecked = before.unchecked if before is not None else bool(finished(self.path, EVERYTHING))
+        self._inputs = dict(inputs)
+        self.warnings += replaced(self.path, inputs)
+        self._save(INPUTS, Recorded(self._inputs, unchecked).to_text(self.path))
+        if unchecked and not self._unchecked:
+            self._unchecked = True
+            self.warnings += [
+                f"{self.path} was begun without a record of its inputs (by an earlier version): whether its data, "
+                f"models and adapter were the same before {INPUTS} was written cannot be checked"
+            ]
+
+    def store(self, name: str, made_with: Any) -> Path:
+        """Return the folder of the gradient store `name`: another one where rows of other settings are in the first.
+
+        made_with: all settings that the rows depend on, as JSON can hold them.
+        """
+        text = json.dumps([name, made_with], sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        path = self.path / STORES
+        try:
+            places = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError, TypeError):
+            places = {}
+        for place, made in places.items():
+            if made == digest:
+                return self.path / place
+        place = f"{name}-{digest}" if name in places else name
+        write_text(path, json.dumps(places | {place: digest}, indent=1) + "\n")
+        return self.path / place
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -68,12 +135,23 @@ class RunFolder:
 
         The lock goes with the process, however that ends; where the file system has none, nothing is kept out.
         """
+        with self._lock():
+            self._claim()  # another process may have come and gone since the folder was opened
+            if self._inputs:
+                self.take(self._inputs)
+            yield
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
         try:
             import fcntl
         except ImportError:  # no such locks on this system
             yield
             return
-        with (self.path / ".lock").open("w") as file:
+        if self._locked:
+            yield
+            return
+        with (self.path / LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -82,32 +160,80 @@ class RunFolder:
                 ) from None
             except OSError:
                 pass
-            yield
+            self._locked = True
+            try:
+                yield
+            finally:
+                self._locked = False
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
     def has(self, name: str) -> bool:
-        """Whether the piece `name` is finished."""
-        return (self.path / f"{name}.json").exists()
+        """Whether the piece `name` is finished; what of it can no longer be read is not."""
+        return self._read(name) is not None
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
         """The JSON value of `work()`, computed now or read from `<name>.json` if an earlier run finished it.
 
-        The seconds it took are kept with it; see `seconds`.
+        The seconds it took are kept with it; see `seconds`. A damaged file is made again, with a warning.
         """
+        if (found := self._read(name)) is not None:
+            return found["value"]
         path = self.path / f"{name}.json"
-        if self.has(name):
-            return json.loads(path.read_text(encoding="utf-8"))["value"]
+        if path.exists():
+            warnings.warn(f"{path} is damaged, and is made again", stacklevel=2)
         start = time.perf_counter()
         value = work()
-        finished = {"seconds": time.perf_counter() - start, "value": value}
-        write_text(path, json.dumps(finished) + "\n")
+        done = {"seconds": time.perf_counter() - start, "value": value}
+        write_text(path, json.dumps(done) + "\n")
         return value
 
+    def forget(self, name: str) -> None:
+        """Have the piece `name` made again."""
+        (self.path / f"{name}.json").unlink(missing_ok=True)
+
+    def value(self, name: str, default: Any = None) -> Any:
+        """Return the value of the finished piece `name`; the default where there is none."""
+        found = self._read(name)
+        return default if found is None else found["value"]
+
     def seconds(self, name: str) -> float:
-        """How long the finished piece `name` took when it was computed."""
-        return float(json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))["seconds"])
+        """How long the piece `name` took when it was computed; 0 where it is not finished."""
+        found = self._read(name)
+        return 0.0 if found is None else float(found["seconds"])
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        try:
+            found = json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
+            return {"value": found["value"], "seconds": float(found["seconds"])}
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+
+def _recorded(record: Path) -> Any:
+    """The mapping of a run's recorded settings, or in words why there is none."""
+    import yaml
+
+    try:
+        text = record.read_text(encoding="utf-8")
+        found = yaml.safe_load(text)
+    except (UnicodeDecodeError, yaml.YAMLError):
+        return "damaged"
+    if not isinstance(found, dict):
+        return "empty or no mapping"
+    # as it is written it ends with a line; one that was cut would have defaults in the place of what it lost
+    return found if text.endswith("\n") else "damaged"
+
+
+def _leave_out(settings: dict[str, Any], key: str) -> None:
+    """Removes a dotted key."""
+    *parents, last = key.split(".")
+    part: Any = settings
+    for parent in parents:
+        part = part.get(parent) if isinstance(part, dict) else None
+    if isinstance(part, dict):
+        part.pop(last, None)
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -276,3 +276,29 @@ def test_priority_is_the_difference_of_ranks() -> None:
     matrix = np.array([[3.0, 1.0], [2.0, 5.0], [1.0, 2.0]])
     assert drop_priority(matrix, {"correct": [0], "incorrect": [1]}).tolist() == [-2.0, 1.0, 1.0]
     assert drop_priority(matrix, {"correct": [0]}).tolist() == [-3.0, -2.0, -1.0]
+
+
+def test_damaged_files_are_made_again_and_a_changed_proxy_is_scored_anew(
+    proof: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    import dataclasses
+    import shutil
+
+    folder, results = proof
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = dataclasses.replace(load_config(tmp_path / "config.yaml"), output=str(tmp_path / "run"))
+    methods = [*config.validate.methods[:-1], PROXY | {"proxy": str(tmp_path / "small")}]
+    config = dataclasses.replace(config, validate=dataclasses.replace(config.validate, methods=tuple(methods)))
+    retrained, scores = tmp_path / "run" / "retrained" / "half-0001-seed0.npz", tmp_path / "run" / "validate"
+    retrained.write_bytes(retrained.read_bytes()[:100])
+    (scores / "cosine.npz").write_bytes(b"")
+    with pytest.warns(UserWarning, match="is damaged, and is made again"):
+        again = validate(config, progress=False)
+    assert [row["value"] for row in again["lds"]["rows"]] == pytest.approx(
+        [row["value"] for row in results["lds"]["rows"]], abs=1e-6
+    )
+    first = np.load(scores / "proxy.npz")["matrix"]
+    write_model(tmp_path / "small", hidden=24)
+    validate(config, progress=False)
+    assert not np.array_equal(first, np.load(scores / "proxy.npz")["matrix"])
+    assert len(list(scores.glob("proxy-*"))) == 3

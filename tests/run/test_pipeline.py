@@ -363,6 +363,7 @@ def test_a_run_whose_rows_were_sketched_at_random_stays_that(world: Path, tmp_pa
     raw = yaml.safe_load(record.read_text())
     del raw["gradients"]["sketch"], raw["gradients"]["sketch_examples"]
     record.write_text(yaml.safe_dump(raw))
+    (tmp_path / "run" / "scoring_seconds.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"gradients.sketch: 'random' against 'auto'"):
         RunFolder(config("auto"))
     RunFolder(config("random"))
