@@ -226,6 +226,6 @@ def test_the_command_line_takes_tasks(
     assert f"--include_path {tmp_path / 'out'}" in said
     assert run() == (2, "error: eval needs --model and --output; only --export-lm-eval does without\n")
     assert "pass@8 cannot be estimated from 4" in run("--samples", 4, "--temperature", 1, "--pass-at", 8)[1]
-    assert "--format and --trace" in run("--format", "math")[1]
+    assert "--format, --trace and --turns" in run("--format", "math")[1]
     assert main(["eval", "--model", "m", "--output", "o"]) == 2
     assert "--task (aime24, amc23" in capsys.readouterr().err
