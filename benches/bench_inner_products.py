@@ -166,6 +166,9 @@ def agreement(rows: torch.Tensor, quantized: torch.Tensor, scales: torch.Tensor,
     return min(spearman(exact[:, q].numpy(), ours[:, q].numpy()) for q in range(len(queries)))
 
 
+ROOT = Path(__file__).resolve().parents[1]  # `python -m` puts the folder it runs in first on the path
+
+
 def peak_memory(quantized: torch.Tensor, scales: torch.Tensor, args: argparse.Namespace) -> float:
     """MiB of resident memory a fresh process adds while it ranks over memory-mapped rows."""
     with tempfile.TemporaryDirectory() as folder:
@@ -174,7 +177,7 @@ def peak_memory(quantized: torch.Tensor, scales: torch.Tensor, args: argparse.Na
         scales.numpy().tofile(path / "scales.bin")
         command = [sys.executable, "-m", "benches.bench_inner_products", "--peak", folder]
         command += ["--rows", str(args.rows), "--width", str(args.width), "--threads", str(args.threads)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return float(done.stdout)
 
 

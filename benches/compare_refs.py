@@ -74,7 +74,7 @@ def snapshot(ref: str, folder: Path) -> str:
 
 def install(source: Path, target: Path, build: Path) -> None:
     """The package at `source`, native module and all, into the folder `target`."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
+    command = [sys.executable, "-I", "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
     command += ["--target", str(target), f"--config-settings=build-dir={build}", str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -45,6 +45,7 @@ import torch
 from benches import card_kernels, card_steps
 from benches.environment import describe
 
+ROOT = Path(__file__).resolve().parents[1]  # `python -m` puts the folder it runs in first on the path
 BUDGET = 8 * 60
 TEST_LIMIT = 240  # seconds for all tests of a process
 ONE_TEST = 100  # seconds, after which pytest names it
@@ -65,6 +66,7 @@ def correctness(log: Path | None) -> dict[str, Any]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            cwd=ROOT,
             env=os.environ
             | {"INFLUENCE_FAST_TEST_SHARE": f"{share}/{shares}", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         )

@@ -25,6 +25,7 @@ import numpy as np
 
 from benches.environment import describe
 from benches.update_readme import measured
+from influence_fast.isolation import current_folder_off_path
 
 STRATEGIES = (
     "random",
@@ -158,7 +159,8 @@ def main() -> None:
     start = time.perf_counter()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, context) as pool:
-        waiting = [pool.submit(one_world, args.output, seed) for seed in args.seeds]
+        with current_folder_off_path():
+            waiting = [pool.submit(one_world, args.output, seed) for seed in args.seeds]
         worlds = []
         for future in waiting:
             worlds.append(future.result())

@@ -146,7 +146,8 @@ def compile_all(candidates: list[Candidate], share: int, shares: int) -> None:
 def compile_in_processes(count: int) -> None:
     """`compile_all` in so many processes: most of a compilation holds Python's lock."""
     commands = [[sys.executable, "-m", "benches.tune_kernels", "--compile", f"{i}/{count}"] for i in range(count)]
-    for process in [subprocess.Popen(command, stderr=subprocess.DEVNULL) for command in commands]:
+    root = Path(__file__).resolve().parents[1]  # `python -m` puts the folder it runs in first on the path
+    for process in [subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=root) for command in commands]:
         process.wait()
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "influence_fast"
 ORDER = (
-    *("errors", "atomic", "progress", "timing", "settings", "_native", "kernels"),
+    *("errors", "isolation", "atomic", "progress", "timing", "settings", "_native", "kernels"),
     *("data", "gradients", "products", "doctor", "store", "training", "evaluation", "influence", "selection"),
     *("config", "distributed", "report", "run", "proof", "cli", "__main__"),
 )
@@ -47,7 +47,7 @@ def test_no_room_imports_a_later_one() -> None:
 
 NAMES = {"math_verify": "math-verify", "yaml": "pyyaml"}  # of modules that are not called what installs them
 OPTIONAL = {"triton", "vllm"}  # asked for where they are used, and done without
-WITHIN = {"tokenizers", "huggingface_hub", "markupsafe"}  # what transformers and jinja2 are made of
+WITHIN = {"tokenizers", "huggingface_hub", "markupsafe", "sympy"}  # of transformers, jinja2 and math-verify
 
 
 def test_what_is_imported_is_declared() -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import numpy as np
 from benches.environment import describe
 from benches.peers.install import default_venvs, is_installed, python_of
 from influence_fast.influence.ranking import spearman
+from influence_fast.isolation import safe_environment
 
 HERE = Path(__file__).parent
 # end to end, times as fast: (peer, method) -> our method that does the same work, target
@@ -86,7 +86,7 @@ def run_job(job: Job, work: Path, output: Path, venvs: Path, threads: int, *opti
     python = sys.executable if job.venv is None else str(python_of(job.venv, venvs))
     command = [python, str(HERE / job.script), str(work), str(output), "--method", job.method]
     command += ["--threads", str(threads), *options]
-    environment = os.environ | {
+    environment = safe_environment() | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",

@@ -75,7 +75,7 @@ def interpreter(wanted: str | None) -> str | None:
         return sys.executable
     candidates = [shutil.which(f"python{wanted}"), *map(str, _pyenv().glob(f"{wanted}.*/bin/python"))]
     for candidate in candidates:
-        command = [candidate or "", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+        command = [candidate or "", "-I", "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
         if candidate and subprocess.run(command, capture_output=True, text=True).stdout.strip() == wanted:
             return candidate
     return None
@@ -95,12 +95,12 @@ def install(peer: str, venvs: Path) -> str | None:
         return f"needs Python {wanted}, which is not here"
     folder = venvs / peer
     shutil.rmtree(folder, ignore_errors=True)
-    pip = [str(python_of(peer, venvs)), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    pip = [str(python_of(peer, venvs)), "-I", "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     for command in (
-        [python, "-m", "venv", str(folder)],
+        [python, "-I", "-m", "venv", str(folder)],
         [*pip, torch],
         [*pip, "--no-deps", *others],
-        [str(python_of(peer, venvs)), "-c", f"import {IMPORTS[peer]}, peft, transformers"],
+        [str(python_of(peer, venvs)), "-I", "-c", f"import {IMPORTS[peer]}, peft, transformers"],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

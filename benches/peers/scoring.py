@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from benches.peers.compare import spread
 from benches.peers.install import default_venvs, is_installed, python_of
 from benches.peers.stored import CHECKED
 from influence_fast.influence.ranking import spearman
+from influence_fast.isolation import safe_environment
 from influence_fast.products import native
 
 SCRIPT = Path(__file__).with_name("stored.py")
@@ -60,7 +60,7 @@ def make_rows(folder: Path, rows: int, width: int, queries: int) -> None:
 def run(kind: str, folder: Path, python: str, queries: int, threads: int) -> dict[str, Any]:
     """One round of one kind: its seconds and bytes kept, or `{"failed": reason}`."""
     command = [python, str(SCRIPT), kind, str(folder), "--queries", str(queries), "--threads", str(threads)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = safe_environment() | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     if kind in OURS:
         environment["PYTHONPATH"] = str(SCRIPT.parents[2])
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

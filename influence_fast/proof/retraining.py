@@ -30,6 +30,7 @@ from influence_fast.atomic import replacing
 from influence_fast.config import RunConfig
 from influence_fast.data.examples import Example, tokenize
 from influence_fast.errors import DataError
+from influence_fast.isolation import current_folder_off_path
 from influence_fast.progress import bar
 from influence_fast.run.workdir import RunFolder, portable
 from influence_fast.settings import to_dict
@@ -96,7 +97,8 @@ def retrain(
         setup = (config, list(queries), threads)
         RunFolder(config)  # made here: of processes that open it at one time, one might find it half made
         with ProcessPoolExecutor(processes, context, initializer=_open, initargs=setup) as pool:
-            waiting = {pool.submit(_work, job, folder, stamp): job for job in todo}
+            with current_folder_off_path():  # a process starts when a job is submitted
+                waiting = {pool.submit(_work, job, folder, stamp): job for job in todo}
             try:
                 for future in as_completed(waiting):
                     done[waiting[future].name] = future.result()

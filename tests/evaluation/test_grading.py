@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 import sys
 import threading
 import time
@@ -13,52 +12,10 @@ from typing import Any
 
 import pytest
 
-from influence_fast.errors import ConfigError
-from influence_fast.evaluation import grading
-from influence_fast.evaluation.grading import (
-    Grade,
-    choice_letter,
-    equal_answers,
-    extract_answer,
-    extract_choice,
-    grade,
-    normalise,
-)
+from influence_fast.evaluation.grading import Grade, equal_answers, grade
 
-MATH500 = Path(__file__).parents[3] / "shared" / "data" / "math500.jsonl"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (r"so \boxed{42}.", "42"),
-        (r"\boxed{1} then \boxed{\frac{1}{\sqrt{2}}} done", r"\frac{1}{\sqrt{2}}"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\fbox{7}", "7"),
-        (r"\boxed 5.", "5"),
-        (r"\boxed{3} and then \boxed{unclosed", "3"),
-        ("4+5=9\n#### 9", "9"),
-        ("#### 1,234\n", "1,234"),
-        ("5+7=12\nThe answer is 12.", "12"),
-        ("The answer is 3.5. So we stop.", "3.5"),
-        ("The answer is $\\frac{1}{2}$.", r"\frac{1}{2}"),
-        ("**Final Answer: 8**", "8"),
-        ("The answer is 1.\nNo, the answer is 2.", "2"),
-        (r"#### 3 but \boxed{4}", "4"),
-        ("nothing of the kind 17", None),
-        ("", None),
-    ],
-)
-def test_extracts_the_stated_answer(text: str, expected: str | None) -> None:
-    assert extract_answer(text) == expected
-
-
-def test_last_number_is_taken_only_when_asked_for() -> None:
-    text = "we get 3 and then -17.5 pens"
-    assert extract_answer(text) is None
-    assert extract_answer(text, last_number=True) == "-17.5"
-    assert extract_answer(r"\boxed{3} of 5", last_number=True) == "3"
-    assert extract_answer("none at all", last_number=True) is None
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+MATH500, GSM8K = SHARED / "math500.jsonl", SHARED / "real" / "gsm8k_model_solutions.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -94,52 +51,11 @@ def test_plain_answers_need_no_worker() -> None:
     assert grade("who knows", "12") == Grade(False, None, "no answer found")
 
 
-def test_normalise_keeps_what_differs() -> None:
-    assert normalise(r" \left( 3, \frac{\pi}{2} \right) ") == r"(3,\frac{\pi}{2})"
-    assert normalise("1 2") == "12"
-    assert normalise("a") != normalise("A")
-
-
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("(C)", "C"),
-        ("C", "C"),
-        ("So\n\n**B.**\n", "B"),
-        (r"\boxed{C}", "C"),
-        (r"$\boxed{\text{(C)}}$", "C"),
-        (r"\boxed{C. 3 eV}", "C"),
-        ("Answer: C", "C"),
-        ("**Answer:** D", "D"),
-        ("Answer: $C$", "C"),
-        ("the answer is C", "C"),
-        ("The answer is (b).", "B"),
-        ("The answer is A.", "A"),
-        ("The correct answer is option A because of x", "A"),
-        ("The correct choice is: E", "E"),
-        ("Option B is wrong. The answer is D", "D"),
-        ("I think (A) is wrong and (B) is right", "B"),
-        (r"\boxed{Carbon}, so the answer is B", "B"),
-        ("The answer is (A). No, the answer is (C).", "C"),
-        ("The answer is A long story", None),
-        ("the answer is a long story", None),
-        ("the answer is I have no idea", None),
-        ("Answer: Carbon", None),
-        (r"\boxed{42}", None),
-        ("no letters here", None),
-        ("", None),
-    ],
-)
-def test_extracts_the_chosen_letter(text: str, letter: str | None) -> None:
-    assert extract_choice(text) == letter
-
-
 def test_choices_are_compared_as_letters() -> None:
     assert grade("The answer is (C).", "C", kind="choice") == Grade(True, "C", "compared as letters")
     assert grade("The answer is (C).", "(c)", kind="choice").correct
     assert not grade("The answer is (C).", "D", kind="choice").correct
     assert grade("perhaps", "D", kind="choice") == Grade(False, None, "no answer found")
-    assert [choice_letter(gold) for gold in ("b", "(B)", "B.", " B) ", "BC", "12", "")] == ["B"] * 4 + [None] * 3
     # the kinds do not leak into each other
     assert grade("The answer is C", "C").correct
     assert not grade("I take (C) and 3 pens", "3").correct
@@ -223,13 +139,16 @@ def test_grading_works_off_the_main_thread_and_from_several_at_once() -> None:
 def test_reference_solutions_agree_with_their_own_answers() -> None:
     rows = [json.loads(line) for line in MATH500.read_text(encoding="utf-8").splitlines()]
     right = sum(grade(row["solution"], row["answer"]).correct for row in rows)
-    assert right / len(rows) >= 0.99
+    assert right == len(rows)
     # and each is told apart from its neighbour's, save for equal answers
     rolled = [(row["solution"], other["answer"]) for row, other in zip(rows, rows[1:] + rows[:1], strict=True)]
     assert sum(grade(text, gold).correct for text, gold in rolled) / len(rows) < 0.05
 
 
-def test_a_worker_that_does_not_start_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with pytest.raises(ConfigError, match=r"the grading worker did not start: run `.*false -m influence_fast"):
-        grading._Worker().verify("x", "y", 5.0)
+@pytest.mark.skipif(not GSM8K.exists(), reason=f"needs {GSM8K.name} beside the repository")
+def test_solutions_that_state_an_answer_are_graded_as_people_did() -> None:
+    rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()]
+    verdicts = [grade(row["solution"], row["reference"].rpartition("A: ")[2]) for row in rows]
+    assert sum(verdict.extracted is None for verdict in verdicts) < 0.01 * len(rows)
+    wrong = [row["id"] for row, verdict in zip(rows, verdicts, strict=True) if verdict.correct != row["is_correct"]]
+    assert wrong == []
