@@ -176,8 +176,7 @@ def finetune(
                 trained.save_pretrained(partial)  # type: ignore[operator]
             except SafetensorError as error:  # of a full disk too
                 raise OSError(0, f"the result cannot be written ({error})", str(partial)) from error
-            if not is_adapter:
-                tokenizer.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)  # beside an adapter too: it goes with these tokens alone
         except NumericError:
             shutil.rmtree(partial)  # going on from its checkpoints would end the same way
             raise
@@ -214,7 +213,7 @@ def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool 
     """
     from transformers import AutoModelForCausalLM
 
-    from influence_fast.training.models import attach_adapter
+    from influence_fast.training.adapters import attach_adapter, name_of
 
     folder = Path(path)
     with quiet_libraries():
@@ -222,19 +221,24 @@ def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool 
             like = next(model.parameters())
             whole: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
             return whole.to(like.device)
-        name = getattr(getattr(model, "config", None), "name_or_path", "") or "this model"
-        return attach_adapter(model, str(path), name, trainable=trainable)
+        return attach_adapter(model, str(path), name_of(model), trainable=trainable)
 
 
 @contextmanager
 def finetuned(base: torch.nn.Module, path: str | Path) -> Iterator[Any]:
-    """`load_finetuned`, and the adapter taken off `base` again at the end."""
-    model: Any = load_finetuned(base, path)
-    try:
-        yield model
-    finally:
-        if hasattr(model, "unload"):
-            model.unload()
+    """Attach the adapter of `path` as `load_finetuned` does, and take it off `base` again at the end.
+
+    Embeddings that came with it are put back too; a vocabulary that it resized stays resized.
+    """
+    from influence_fast.training.adapters import kept_embeddings
+
+    with kept_embeddings(base, str(path)):
+        model: Any = load_finetuned(base, path)
+        try:
+            yield model
+        finally:
+            if hasattr(model, "unload"):
+                model.unload()
 
 
 def list_checkpoints(path: str | Path) -> list[Path]:
