@@ -24,7 +24,9 @@ def add_model(sub: argparse.ArgumentParser, *, adapter: bool, adapter_needed: bo
     sub.add_argument("--model", required=needed, help="base model: hub id or folder")
     if adapter:
         sub.add_argument("--adapter", required=adapter_needed, help="peft adapter: hub id or folder")
-    sub.add_argument("--tokenizer", help="hub id or folder (default: the adapter's own where it has one, else the model's)")
+    sub.add_argument(
+        "--tokenizer", help="hub id or folder (default: the adapter's own where it has one, else the model's)"
+    )
     sub.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
     sub.add_argument("--device", default="auto")
 

@@ -77,7 +77,9 @@ class Pipeline:
         """Everything, to `report.html` and `results.json`; returns what the report shows."""
         # scores first: with two models the one that scored makes room for the one that is fine-tuned
         reference = self.reference_adapter()
-        self.warnings += self._once("adapter", lambda: adapter_warnings(str(reference), self.base, self.config.model.path))
+        self.warnings += self._once(
+            "adapter", lambda: adapter_warnings(str(reference), self.base, self.config.model.path)
+        )
         queries = self.queries(reference)
         self.warnings += queries.warnings
         table = self.scores(reference, queries)
@@ -344,7 +346,7 @@ def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
 
 
 def _tokenizer(model: ModelConfig) -> Any:
-    own = {"adapter": model.adapter, "tokenizer": model.tokenizer}
+    own: dict[str, Any] = {"adapter": model.adapter, "tokenizer": model.tokenizer}
     return load_tokenizer(model.path, **own, trust_remote_code=model.trust_remote_code)
 
 

@@ -35,7 +35,8 @@ _WRAPPERS = r"(?:\.(?:modules_to_save|original_module|base_layer|token_adapter))
 def attach_adapter(model: nn.Module, adapter: str, source: str, *, trainable: bool = True) -> nn.Module:
     """Attach the LoRA adapter of a folder or hub id to `model` in place.
 
-    `source` is where the model came from, for messages and to tell another base; empty where that is not known. A model with more or fewer embeddings than the adapter stores is resized first (`fit_vocabulary`), which stays when
+    `source` is where the model came from, for messages and to tell another base; empty where that is not known.
+    A model with more or fewer embeddings than the adapter stores is resized first (`fit_vocabulary`), which stays when
     the adapter is taken off again.
 
     Returns the `PeftModel` around it. Warns, once, of an adapter of another base and of one that trains more than
@@ -267,8 +268,8 @@ def _warnings(config: Any, adapter: str, model: nn.Module, source: str) -> list[
     if not named or _same_base(named, source, model):
         return []
     return [
-        f"the adapter {adapter} names another base model, {named}, than {source or 'this one'}, on which it is put: load "
-        "the one it was trained on, or mend base_model_name_or_path in its adapter_config.json"
+        f"the adapter {adapter} names another base model, {named}, than {source or 'this one'}, on which it is put: "
+        "load the one it was trained on, or mend base_model_name_or_path in its adapter_config.json"
     ]
 
 

@@ -26,6 +26,7 @@ from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.data.packing import context_of, example_name, say_if_beyond, teaches
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, listing
 from influence_fast.training import sft
+from influence_fast.training.optimizer_states import AdamState, named_adam
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -250,19 +251,21 @@ def list_checkpoints(path: str | Path) -> list[Path]:
 def load_adam_moments(checkpoint: str | Path) -> dict[str, dict[str, torch.Tensor]]:
     """Adam's state of a checkpoint by parameter name: {name: {"exp_avg", "exp_avg_sq", "step"}}.
 
-    `exp_avg` and `exp_avg_sq` have their parameter's shape. Raises ModelError when the folder has no such state.
+    `exp_avg` and `exp_avg_sq` have their parameter's shape. Raises ModelError when the folder has no such state, or
+    another optimizer's.
+    """
+    return {name: dict(state.values) for name, state in load_adam_states(checkpoint).items()}
+
+
+def load_adam_states(checkpoint: str | Path, beta2: float | None = None) -> dict[str, AdamState]:
+    """Load Adam's state of a checkpoint by parameter name, each with the beta2 of its group.
+
+    beta2: decides where the state does not say. Raises ModelError as `load_adam_moments`.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; name a checkpoint-* folder that a fine-tuning has saved")
-    try:
-        names = json.loads((folder / sft.NAMES).read_text(encoding="utf-8"))
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)["state"]
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"{folder} has no {Path(error.filename).name}: train again with save_checkpoints set"
-        ) from error
-    return {names[index]: values for index, values in state.items()}
+    return named_adam(folder, folder / sft.NAMES, beta2)
 
 
 def _check(examples: Sequence[Mapping[str, Any]]) -> None:

@@ -120,10 +120,8 @@ def _of_adapter(adapter: str, base: str, trust_remote_code: bool) -> Any:
     except ModelError:
         return own  # the only one there is
     if tokenizer_hash(own) != tokenizer_hash(of_base):
-        say_once(
-            logger,
-            f"the adapter {adapter} has its own tokenizer, used in place of that of {base} ({_difference(own, of_base)})",
-        )
+        why = _difference(own, of_base)
+        say_once(logger, f"the adapter {adapter} has its own tokenizer, used in place of that of {base} ({why})")
     return own
 
 
