@@ -425,11 +425,13 @@ def _check_loaded(wrapped: nn.Module, folder: str, config: Any, adapter: str) ->
         loaded[stored_name] = tensor
         if ".modules_to_save." in stored_name:
             loaded[stored_name.replace(".modules_to_save.", ".")] = tensor
+        if stored_name.endswith(".lora_magnitude_vector.weight"):
+            loaded[stored_name.removesuffix(".weight")] = tensor
     for key, values in _stored(folder):
         module, factor = _split_key(key)
         if key not in loaded:
             if setting := _setting_without(config, module) if factor else _setting_of_key(key):
-                raise ModelError(_left_out(adapter, plain_name(module), setting))
+                raise ModelError(_left_out(adapter, module if factor else plain_name(key), setting))
             raise ModelError(
                 f"the adapter {adapter} stores {key}, which peft did not load: its {ADAPTER_CONFIG} is not of these "
                 "weights, or this version of peft names them otherwise; save it again"
@@ -445,7 +447,7 @@ def _check_loaded(wrapped: nn.Module, folder: str, config: Any, adapter: str) ->
 
 def _left_out(adapter: str, module: str, setting: str) -> str:
     return (
-        f"the adapter {adapter} stores factors of {module}, which {setting} in its {ADAPTER_CONFIG} leaves out: put "
+        f"the adapter {adapter} stores numbers of {module}, which {setting} in its {ADAPTER_CONFIG} leaves out: put "
         "back the settings it was trained with"
     )
 
