@@ -10,6 +10,7 @@ import copy
 import logging
 import os
 import re
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,9 @@ from influence_fast.training.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, canno
 logger = logging.getLogger(__name__)
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+#: Embeddings that a resized base had of its own; further rows are no weights to compare an adapter's with.
+_OWN_ROWS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 _NAME = "default"  # what peft calls an adapter that it is given no name for
 # what peft puts between a module's name and the weight that it stores for it
@@ -248,6 +252,7 @@ def _resize(model: Any, rows: int) -> None:
     from transformers.utils import logging as transformers_logging
 
     size = model.get_input_embeddings().weight.shape[0]
+    _OWN_ROWS[model] = min(size, rows, _OWN_ROWS.get(model, size))
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -323,6 +328,7 @@ def _replaced_weights(model: nn.Module, folder: str, config: Any, shapes: Shapes
     named = dict(model.named_parameters(remove_duplicate=False))
     biases = getattr(config, "bias", "none") != "none"
     whole = set(getattr(config, "modules_to_save", None) or ())
+    matrices = {f"{module}.weight" for module, _ in _embedding_matrices(model)}
     found = []
     candidates = {key: re.sub(_WRAPPERS + r"(?=\.\w+$)", "", plain_name(key)) for key in shapes if "lora_" not in key}
     if not any(name in named for name in candidates.values()):
@@ -333,6 +339,8 @@ def _replaced_weights(model: nn.Module, folder: str, config: Any, shapes: Shapes
             continue
         mine = named[name].detach()
         rows = min(len(mine), len(values))
+        if name in matrices:
+            rows = min(rows, _OWN_ROWS.get(model, rows))
         if not torch.equal(mine[:rows].cpu(), values[:rows].to(mine.dtype)):
             found.append(name)
     return sorted(set(found))

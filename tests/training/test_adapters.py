@@ -86,7 +86,8 @@ def test_stored_factors_that_settings_leave_out_are_refused(
         load_model(base, adapter=tmp_path / "adapter", device="cpu")
     text = str(error.value)
     assert "\n" not in text
-    assert module in text and setting in text
+    assert module in text
+    assert setting in text
 
 
 @pytest.mark.parametrize("base", ["qwen2"], indirect=True)
@@ -107,9 +108,7 @@ def test_a_tensor_under_an_unknown_name_is_refused(base: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("base", ["qwen2"], indirect=True)
-def test_values_that_change_on_loading_are_refused(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_that_change_on_loading_are_refused(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import peft.peft_model
 
     adapted(base).save_pretrained(tmp_path / "adapter")
@@ -268,7 +267,8 @@ def test_another_base_of_equal_shapes_is_told(base: Path, tmp_path: Path, tiny_m
     for _ in range(2):
         model = load_model(other, adapter=tmp_path / "adapter", device="cpu")
     (line,) = said()
-    assert str(other) in line and f"another base model, {base}," in line
+    assert str(other) in line
+    assert f"another base model, {base}," in line
     plain = model.unload()
     assert adapter_warnings(str(tmp_path / "adapter"), plain, str(other)) == [line]
     assert adapter_warnings(str(tmp_path / "adapter"), load_model(base, device="cpu"), str(base)) == []
