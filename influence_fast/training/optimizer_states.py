@@ -108,8 +108,6 @@ def named_adam(folder: Path, names: Path, beta2: float | None = None) -> dict[st
 
     Raises ModelError as `read_adam`, and where the list is not of these states.
     """
-    if optimizer_file(folder) is None:
-        raise ModelError(f"{folder} has no {FILES[0]}: train again with save_checkpoints set")
     try:
         ordered: Sequence[str] = json.loads(names.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
