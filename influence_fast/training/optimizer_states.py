@@ -91,7 +91,8 @@ def read_adam(folder: Path, beta2: float | None = None) -> OptimizerState:
             "states of its own kind (8 bits); give a checkpoint of AdamW"
         ) from error
     try:
-        states, groups = dict(loaded["state"]), list(loaded["param_groups"])
+        states = dict(loaded["state"])
+        groups = list(loaded["param_groups"]) or [{"params": list(states)}]
         members = [list(group["params"]) for group in groups]
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path} is no optimizer's state (no state and param_groups); give a checkpoint") from error
