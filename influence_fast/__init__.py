@@ -41,7 +41,7 @@ _EXPORTS: dict[str, str] = {
     "load_finetuned": "training.fine_tuning",
     "load_model": "training.models",
     "load_task": "evaluation.tasks",
-    "load_tokenizer": "training.models",
+    "load_tokenizer": "training.tokenizers",
     "merge_stores": "store.merge",
     "near_duplicates": "data.diversity",
     "open_store": "store.reader",

@@ -68,10 +68,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The base model, and an adapter to start from if there is one."""
+    """The base model, and an adapter to start from if there is one.
+
+    `tokenizer`: hub id or folder of one to use in place of the adapter's own, or of the model's.
+    """
 
     path: str
     adapter: str | None = None  # a trained adapter: the first fine-tuning is then skipped
+    tokenizer: str | None = None
     dtype: str = "float32"
     device: str = "auto"
     trust_remote_code: bool = False
@@ -241,7 +245,8 @@ def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
 
     def model(value: ModelConfig) -> ModelConfig:
         adapter = None if value.adapter is None else local(value.adapter)
-        return dataclasses.replace(value, path=local(value.path), adapter=adapter)
+        tokenizer = None if value.tokenizer is None else local(value.tokenizer)
+        return dataclasses.replace(value, path=local(value.path), adapter=adapter, tokenizer=tokenizer)
 
     data, optimizer = config.data, config.influence.optimizer
     return dataclasses.replace(

@@ -89,7 +89,8 @@ def _eval(args: Any) -> None:
     if choose_engine(config.engine) == "vllm":
         from influence_fast.training.models import load_tokenizer
 
-        model, tokenizer = ModelFiles(args.model, args.adapter, args.dtype), load_tokenizer(args.model)
+        model = ModelFiles(args.model, args.adapter, args.dtype)
+        tokenizer = load_tokenizer(args.model, adapter=args.adapter, tokenizer=args.tokenizer)
     else:
         model, tokenizer = options.open_model(args)
     how: dict[str, Any] = {"config": config, "overwrite": False, "progress": options.bars(args)}

@@ -27,6 +27,9 @@ def add_model(sub: argparse.ArgumentParser, *, adapter: bool, adapter_needed: bo
     sub.add_argument("--model", required=needed, help="base model: hub id or folder")
     if adapter:
         sub.add_argument("--adapter", required=adapter_needed, help="peft adapter: hub id or folder")
+    sub.add_argument(
+        "--tokenizer", help="hub id or folder (default: the adapter's own where it has one, else the model's)"
+    )
     sub.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
     sub.add_argument("--device", default="auto")
 
@@ -141,8 +144,9 @@ def open_model(args: Any) -> tuple[Any, Any]:
     quiet_libraries()
     from influence_fast.training.models import load_model, load_tokenizer
 
-    model = load_model(args.model, adapter=getattr(args, "adapter", None), dtype=args.dtype, device=args.device)
-    return model, load_tokenizer(args.model, model=model)
+    adapter = getattr(args, "adapter", None)
+    model = load_model(args.model, adapter=adapter, dtype=args.dtype, device=args.device)
+    return model, load_tokenizer(args.model, adapter=adapter, tokenizer=args.tokenizer, model=model)
 
 
 def read_examples(args: Any) -> list[Any]:

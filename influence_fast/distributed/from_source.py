@@ -62,7 +62,8 @@ def build_from_source(
     loaded = processes.retried(
         lambda: load_model(model.path, adapter=model.adapter, dtype=model.dtype, device=place, **trust)
     )
-    tokenizer = processes.retried(lambda: load_tokenizer(model.path, model=loaded, **trust))
+    own: dict[str, Any] = {"adapter": model.adapter, "tokenizer": model.tokenizer}
+    tokenizer = processes.retried(lambda: load_tokenizer(model.path, model=loaded, **own, **trust))
     if group is not None:
         loaded = sharded.shard_model(loaded, mesh)
     spool = beside(folder, ".tokens")

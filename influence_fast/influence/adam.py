@@ -15,10 +15,11 @@ LESS's cosines see `whitened`.
 
 from __future__ import annotations
 
-import pickle
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +30,11 @@ from influence_fast.gradients.lora import LayoutEntry, in_top_layers
 from influence_fast.gradients.projection import Projection, row_name, sjlt_map
 from influence_fast.influence.damping import GRID, Damping, RowBlocks, check_damping, ridge, split_rows
 
-ADAPTER = "adapter_model.safetensors"
+if TYPE_CHECKING:
+    from influence_fast.training.optimizer_states import AdamState
+
+# of an adapter that was saved alone, and of accelerate's save_state, which saves the whole model
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -84,84 +89,97 @@ def adam_moments(
     layout: Sequence[LayoutEntry],
     *,
     projection: Projection | None = None,
-    beta2: float = 0.999,
+    beta2: float | None = None,
 ) -> torch.Tensor:
-    """(k,) fp64: second moments v / (1 - beta2^step) of a checkpoint's Adam state, in the order of a gradient row.
+    """Read second moments v / (1 - beta2^step) from a checkpoint's Adam state: (k,) fp64, in a gradient row's order.
 
     checkpoint: a folder of `inf.finetune`, or of a transformers' Trainer that trained the LoRA factors alone.
     layout: `gradient_layout(model)`, exact. projection: as the rows were projected (see the top of this file).
-    beta2: the optimizer's, by default that of transformers' Trainer.
+    beta2: the optimizer's, for states that do not hold their own betas; by default 0.999, which is then said.
 
-    Raises ModelError when the checkpoint holds no optimizer state, or none for a factor of the layout.
+    Raises ModelError when the checkpoint holds no optimizer state, another optimizer's (named), or none for a factor of
+    the layout.
     """
-    from influence_fast.training.fine_tuning import load_adam_moments
+    from influence_fast.training.fine_tuning import load_adam_states
+    from influence_fast.training.optimizer_states import optimizer_file
     from influence_fast.training.sft import NAMES
 
     folder = Path(checkpoint)
-    if (folder / "optimizer.pt").exists() and not (folder / NAMES).exists():
-        by_factor = _in_the_models_order(folder, layout)
+    if optimizer_file(folder) is not None and not (folder / NAMES).exists():
+        by_factor = _in_the_models_order(folder, layout, beta2)
     else:
-        state = load_adam_moments(folder)
-        by_factor = {plain_name(name).rsplit(".", 2)[0]: values for name, values in state.items()}
+        by_factor = {_factor_name(name): state for name, state in load_adam_states(folder, beta2).items()}
     layout = in_top_layers(layout, projection)
     pieces = []
     for entry in layout:
         name = f"{plain_name(entry.module)}.{entry.factor}"
-        values = by_factor.get(name)
-        if values is None or tuple(values["exp_avg_sq"].shape) != tuple(entry.shape):
-            found = "none" if values is None else f"one of shape {tuple(values['exp_avg_sq'].shape)}"
+        state = by_factor.get(name)
+        if state is None or tuple(state.second.shape) != tuple(entry.shape):
+            found = "none" if state is None else f"one of shape {tuple(state.second.shape)}"
             raise ModelError(
                 f"{checkpoint}: needs Adam's state of {name} {tuple(entry.shape)}, holds {found}; "
                 "take a checkpoint of this very adapter"
             )
-        moment = values["exp_avg_sq"].to(torch.float64) / (1 - beta2 ** float(values["step"]))
+        moment = state.unbiased
         pieces.append(moment if projection is None else _projected(moment, entry, projection))
     if projection is None or projection.width is None:
         return torch.cat([piece.flatten() for piece in pieces])
     return _sketched(pieces, layout, projection, projection.width)
 
 
-def _in_the_models_order(folder: Path, layout: Sequence[LayoutEntry]) -> dict[str, dict[str, torch.Tensor]]:
-    """Adam's states that a plain Trainer numbered, by factor.
+def _factor_name(name: str) -> str:
+    """`base_model.model.<module>.lora_A.default.weight`, or without the adapter's name, as `<module>.lora_A`."""
+    return re.sub(r"(\.lora_[AB])(?:\.[^.]+)?\.weight$", r"\1", plain_name(name))
+
+
+def _in_the_models_order(folder: Path, layout: Sequence[LayoutEntry], beta2: float | None) -> dict[str, AdamState]:
+    """Adam's states that a trainer numbered, by factor; those that FSDP gathered have names of their own.
 
     transformers puts parameters into the optimizer in the model's order, those with weight decay first; where all are
     LoRA factors of one group the numbers follow the layout. Raises ModelError where they need not: the adapter saved
     beside them has other factors, more is trained, or two groups share them.
     """
+    from influence_fast.training.optimizer_states import read_adam
+
+    optimizer = read_adam(folder, beta2)
+    if all(isinstance(member, str) for group in optimizer.groups for member in group):
+        return {_factor_name(name): state for name, state in optimizer.states.items()}
+    groups = [group for group in optimizer.groups if group]
+    names = [f"{plain_name(entry.module)}.{entry.factor}" for entry in layout]
+    shapes = [tuple(entry.shape) for entry in layout]
     try:
-        with safe_open(folder / ADAPTER, framework="pt") as file:
-            saved = {
-                plain_name(key).removesuffix(".weight"): tuple(file.get_slice(key).get_shape())
-                for key in file.keys()  # noqa: SIM118 (not a dict)
-                if ".lora_" in key
-            }
-        loaded = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        state, groups = loaded["state"], [group["params"] for group in loaded["param_groups"] if group["params"]]
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError, EOFError) as error:
-        reason = f"{ADAPTER} or optimizer.pt cannot be read ({one_line(error, 200)})"
+        saved = _saved_factors(folder)
+    except (OSError, SafetensorError) as error:
+        reason = f"{' or '.join(WEIGHTS)} cannot be read ({one_line(error, 200)})"
     else:
-        names = [f"{plain_name(entry.module)}.{entry.factor}" for entry in layout]
-        if saved != {name: tuple(entry.shape) for name, entry in zip(names, layout, strict=True)}:
-            reason = f"{ADAPTER} holds another adapter's factors than the model"
+        if saved != dict(zip(names, shapes, strict=True)):
+            reason = "the weights saved beside it have another adapter's factors than the model"
         elif len(groups) != 1 or len(groups[0]) != len(layout):
             sizes = " + ".join(str(len(group)) for group in groups) or "none"
             reason = (
                 f"the optimizer holds {sizes} parameters in groups, and the adapter is {len(layout)} factors in one"
             )
         else:
-            states = [state.get(index, {}) for index in groups[0]]
-            found = [
-                tuple(values["exp_avg_sq"].shape) if {"exp_avg_sq", "step"} <= values.keys() else None
-                for values in states
-            ]
-            if found == [tuple(entry.shape) for entry in layout]:
-                return dict(zip(names, states, strict=True))
-            reason = "its states are not Adam's of these factors in the model's order"
+            states = [optimizer.states.get(member) for member in groups[0]]
+            if [None if state is None else tuple(state.second.shape) for state in states] == shapes:
+                return {name: state for name, state in zip(names, states, strict=True) if state is not None}
+            reason = "its states are not of these factors in the model's order"
     raise ModelError(
         f"{folder}: which Adam state is which factor's cannot be told, as {reason}: give a checkpoint in which "
         "transformers' Trainer trained this adapter's LoRA factors alone, or train by influence_fast.finetune with "
         "save_checkpoints set"
     )
+
+
+def _saved_factors(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the LoRA factors in the weights that lie beside an optimizer's state."""
+    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
+    with safe_open(path, framework="pt") as file:
+        return {
+            _factor_name(key): tuple(file.get_slice(key).get_shape())
+            for key in file.keys()  # noqa: SIM118 (not a dict)
+            if ".lora_" in key
+        }
 
 
 def _projected(moment: torch.Tensor, entry: LayoutEntry, projection: Projection) -> torch.Tensor:

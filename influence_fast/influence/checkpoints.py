@@ -8,6 +8,7 @@ for the scores s_i under checkpoint i (of any preconditioner) and the learning r
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from influence_fast.errors import ConfigError, DataError, ModelError, listing
+from influence_fast.errors import ConfigError, DataError, ModelError, listing, say_once
 from influence_fast.influence.ranking import average_ranks, spearman
 from influence_fast.influence.scores import ScoreTable
 
+logger = logging.getLogger(__name__)
+
 STATE = "trainer_state.json"
+RATE = "learning_rate"  # in a log
 
 
 @dataclass(frozen=True)
@@ -40,17 +44,24 @@ class CheckpointScores:
 
 
 def learning_rates(checkpoints: str | Path | Sequence[str | Path], *, average: bool = False) -> list[float]:
-    """The learning rate at each checkpoint, as transformers' Trainer logged it in `trainer_state.json`.
+    """Return the learning rate at each checkpoint of transformers' Trainer or of `finetune`.
 
-    checkpoints: folders of one run, in the order of training, or the folder whose `checkpoint-N` they are.
-    average: the mean of the rates logged since the checkpoint before, as LESS weighs its epochs, in place of the
-        rate of the last step that was logged by then. The latter is nearly nothing at the end of a schedule that
-        decays to zero.
+    Rates are those of the scheduler itself, run again with the settings that each checkpoint holds and compared with
+    its saved state and what was logged. Where that is not possible (a scheduler of one's own, no `training_args.bin`)
+    they are the ones that were logged in `trainer_state.json`, which is said once.
 
-    Raises ModelError where a checkpoint has no such file or no rate in it, or the folder no checkpoint, ConfigError for
-    steps out of order.
+    Args:
+        checkpoints: folders of one run, in the order of training, or the folder whose `checkpoint-N` they are.
+        average: the mean over all steps since the checkpoint before, as LESS weighs its epochs, in place of the rate
+            of the checkpoint's last step. The latter is nearly nothing at the end of a schedule that decays to zero.
+
+    Raises ModelError where a checkpoint has no such file or no rate can be known, or the folder no checkpoint,
+    ConfigError for steps out of order.
+
+        rates = inf.learning_rates("run", average=True)
     """
     from influence_fast.training.fine_tuning import list_checkpoints
+    from influence_fast.training.schedules import checkpoint_rates
 
     if isinstance(checkpoints, (str, Path)):
         folder = Path(checkpoints)
@@ -59,25 +70,57 @@ def learning_rates(checkpoints: str | Path | Sequence[str | Path], *, average: b
             raise ModelError(f"{folder} has no checkpoint-N folders: name the training's folder, or list checkpoints")
     rates, previous = [], 0
     for folder in map(Path, checkpoints):
-        try:
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            step, history = int(state["global_step"]), state["log_history"]
-        except (FileNotFoundError, NotADirectoryError):
-            raise ModelError(
-                f"{folder} has no {STATE}: give checkpoints of transformers' Trainer, or the learning rates themselves"
-            ) from None
-        except (KeyError, TypeError, ValueError):
-            raise ModelError(f"{folder / STATE} is not a Trainer's state; give the learning rates themselves") from None
-        if step <= previous:
-            raise ConfigError(f"{folder} is of step {step}, after step {previous}: list checkpoints in training order")
-        logged = [(log["step"], float(log["learning_rate"])) for log in history if "learning_rate" in log]
-        until = [rate for at, rate in logged if at <= step]
-        since = [rate for at, rate in logged if previous < at <= step]
-        if not until:
-            raise ModelError(f"{folder / STATE} logs no learning rate up to step {step}: log more often, or give it")
-        rates.append(sum(since) / len(since) if average and since else until[-1])
-        previous = step
+        state = _trainer_state(folder)
+        if state.step <= previous:
+            raise ConfigError(
+                f"{folder} is of step {state.step}, after step {previous}: list checkpoints in training order"
+            )
+        replayed = checkpoint_rates(folder, state.step, previous, state.max_steps, state.logged)
+        if replayed is not None:
+            rates.append(float(replayed.mean() if average else replayed[-1]))
+        else:
+            rates.append(_logged_rate(folder, state, previous, average))
+        previous = state.step
     return rates
+
+
+@dataclass(frozen=True)
+class _TrainerState:
+    """Of a checkpoint: optimizer steps made, those of the whole training, and (step, rate) as logged."""
+
+    step: int
+    max_steps: int
+    logged: list[tuple[int, float]]
+
+
+def _trainer_state(folder: Path) -> _TrainerState:
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        logged = [(int(log["step"]), float(log["learning_rate"])) for log in state["log_history"] if RATE in log]
+        return _TrainerState(int(state["global_step"]), int(state.get("max_steps") or 0), logged)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ModelError(
+            f"{folder} has no {STATE}: give checkpoints of transformers' Trainer, or the learning rates themselves"
+        ) from None
+    except (KeyError, TypeError, ValueError):
+        raise ModelError(f"{folder / STATE} is not a Trainer's state; give the learning rates themselves") from None
+
+
+def _logged_rate(folder: Path, state: _TrainerState, since: int, average: bool) -> float:
+    """The rate by what was logged alone, with a warning."""
+    until = [rate for at, rate in state.logged if at <= state.step]
+    span = [rate for at, rate in state.logged if since < at <= state.step]
+    if not until:
+        raise ModelError(
+            f"{folder / STATE} logs no learning rate up to step {state.step}, and its scheduler is not known: log more "
+            "often, or give it"
+        )
+    say_once(
+        logger,
+        f"{folder.parent}: the scheduler of its checkpoints cannot be run again (no training_args.bin, a schedule of "
+        "its own, or skipped steps); learning rates are those that were logged, which are of some steps only",
+    )
+    return sum(span) / len(span) if average and span else until[-1]
 
 
 def checkpoint_scores(

@@ -328,9 +328,14 @@ def _lengths(examples: list[Any], model: ModelConfig, max_length: int | None) ->
     from influence_fast.training.models import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+        tokenizer = load_tokenizer(
+            model.path,
+            adapter=model.adapter,
+            tokenizer=model.tokenizer,
+            trust_remote_code=model.trust_remote_code,
+        )
     except ModelError:
-        if Path(model.path).is_dir():
+        if all(Path(place).is_dir() for place in (model.path, model.adapter, model.tokenizer) if place is not None):
             raise
         return None
     return [len(e["input_ids"]) for e in tokenize(examples, tokenizer, max_length=max_length).examples]

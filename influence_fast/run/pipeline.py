@@ -47,7 +47,7 @@ from influence_fast.selection import pruning
 from influence_fast.selection.pool_scores import PoolScores, baseline_columns
 from influence_fast.selection.strategies import BASELINE_COLUMNS, needed_columns
 from influence_fast.training.fine_tuning import TrainResult, finetune, finetuned, list_checkpoints
-from influence_fast.training.models import adapter_warnings, check_tokenizer, load_model, load_tokenizer
+from influence_fast.training.models import adapter_warnings, check_tokenizer, fit_vocabulary, load_model, load_tokenizer
 
 SCORES = "scores.parquet"
 
@@ -70,7 +70,7 @@ class Pipeline:
         inputs |= tokenizer_inputs(config, self.tokenizer, self.target_tokenizer)
         self.folder.check(inputs)
         self.base = _model(config.model)
-        check_tokenizer(self.base, self.tokenizer)
+        check_tokenizer(self.base, self.tokenizer, adapter=_tokens_of(config.model))
         self.splits = load_splits(config, self.tokenizer, self.target_tokenizer)
         self.folder.take(inputs | split_inputs(config, self.splits))
         self.warnings = [*self.folder.warnings, *self.splits.warnings]
@@ -85,7 +85,9 @@ class Pipeline:
         """Everything, to `report.html` and `results.json`; returns what the report shows."""
         # scores first: with two models the one that scored makes room for the one that is fine-tuned
         reference = self.reference_adapter()
-        self.warnings += self._once("adapter", lambda: adapter_warnings(str(reference)))
+        self.warnings += self._once(
+            "adapter", lambda: adapter_warnings(str(reference), self.base, self.config.model.path)
+        )
         queries = self.queries(reference)
         self.warnings += queries.warnings
         table = self.scores(reference, queries)
@@ -390,11 +392,21 @@ def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
 
 
 def _tokenizer(model: ModelConfig) -> Any:
-    return load_tokenizer(model.path, trust_remote_code=model.trust_remote_code)
+    own: dict[str, Any] = {"adapter": model.adapter, "tokenizer": model.tokenizer}
+    return load_tokenizer(model.path, **own, trust_remote_code=model.trust_remote_code)
+
+
+def _tokens_of(model: ModelConfig) -> str | None:
+    """The adapter whose tokenizer may be in use."""
+    return model.adapter if model.tokenizer is None else None
 
 
 def _model(model: ModelConfig) -> Any:
-    return load_model(model.path, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code)
+    """The base, with as many embeddings as the adapter that it will carry was trained with."""
+    base = load_model(model.path, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code)
+    if model.adapter is not None:
+        fit_vocabulary(base, model.adapter, model.path)
+    return base
 
 
 def _answering(

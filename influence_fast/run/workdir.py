@@ -255,7 +255,7 @@ def portable(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _paths(settings: Any) -> dict[str, tuple[Any, str]]:
     """Dotted name -> (mapping, key) of everything in plain settings that may be a path and is given."""
-    names = [f"{model}.{key}" for model in ("model", "target_model") for key in ("path", "adapter")]
+    names = [f"{model}.{key}" for model in ("model", "target_model") for key in ("path", "adapter", "tokenizer")]
     names += [f"data.{part}.path" for part in ("pool", "validation", "test")]
     found = {}
     for name in [*names, "influence.optimizer", "gradients.sketch"]:

@@ -26,6 +26,7 @@ from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.data.packing import context_of, example_name, say_if_beyond, teaches
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, listing
 from influence_fast.training import sft
+from influence_fast.training.optimizer_states import AdamState, named_adam
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -176,8 +177,7 @@ def finetune(
                 trained.save_pretrained(partial)  # type: ignore[operator]
             except SafetensorError as error:  # of a full disk too
                 raise OSError(0, f"the result cannot be written ({error})", str(partial)) from error
-            if not is_adapter:
-                tokenizer.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)  # beside an adapter too: it goes with these tokens alone
         except NumericError:
             shutil.rmtree(partial)  # going on from its checkpoints would end the same way
             raise
@@ -214,7 +214,7 @@ def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool 
     """
     from transformers import AutoModelForCausalLM
 
-    from influence_fast.training.models import attach_adapter
+    from influence_fast.training.adapters import attach_adapter, name_of
 
     folder = Path(path)
     with quiet_libraries():
@@ -222,19 +222,24 @@ def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool 
             like = next(model.parameters())
             whole: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
             return whole.to(like.device)
-        name = getattr(getattr(model, "config", None), "name_or_path", "") or "this model"
-        return attach_adapter(model, str(path), name, trainable=trainable)
+        return attach_adapter(model, str(path), name_of(model), trainable=trainable)
 
 
 @contextmanager
 def finetuned(base: torch.nn.Module, path: str | Path) -> Iterator[Any]:
-    """`load_finetuned`, and the adapter taken off `base` again at the end."""
-    model: Any = load_finetuned(base, path)
-    try:
-        yield model
-    finally:
-        if hasattr(model, "unload"):
-            model.unload()
+    """Attach the adapter of `path` as `load_finetuned` does, and take it off `base` again at the end.
+
+    Embeddings that came with it are put back too; a vocabulary that it resized stays resized.
+    """
+    from influence_fast.training.adapters import kept_embeddings
+
+    with kept_embeddings(base, str(path)):
+        model: Any = load_finetuned(base, path)
+        try:
+            yield model
+        finally:
+            if hasattr(model, "unload"):
+                model.unload()
 
 
 def list_checkpoints(path: str | Path) -> list[Path]:
@@ -246,19 +251,21 @@ def list_checkpoints(path: str | Path) -> list[Path]:
 def load_adam_moments(checkpoint: str | Path) -> dict[str, dict[str, torch.Tensor]]:
     """Adam's state of a checkpoint by parameter name: {name: {"exp_avg", "exp_avg_sq", "step"}}.
 
-    `exp_avg` and `exp_avg_sq` have their parameter's shape. Raises ModelError when the folder has no such state.
+    `exp_avg` and `exp_avg_sq` have their parameter's shape. Raises ModelError when the folder has no such state, or
+    another optimizer's.
+    """
+    return {name: dict(state.values) for name, state in load_adam_states(checkpoint).items()}
+
+
+def load_adam_states(checkpoint: str | Path, beta2: float | None = None) -> dict[str, AdamState]:
+    """Load Adam's state of a checkpoint by parameter name, each with the beta2 of its group.
+
+    beta2: decides where the state does not say. Raises ModelError as `load_adam_moments`.
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; name a checkpoint-* folder that a fine-tuning has saved")
-    try:
-        names = json.loads((folder / sft.NAMES).read_text(encoding="utf-8"))
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)["state"]
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"{folder} has no {Path(error.filename).name}: train again with save_checkpoints set"
-        ) from error
-    return {names[index]: values for index, values in state.items()}
+    return named_adam(folder, folder / sft.NAMES, beta2)
 
 
 def _check(examples: Sequence[Mapping[str, Any]]) -> None:

@@ -223,13 +223,13 @@ def test_moments_that_may_be_of_other_factors_are_refused(tiny_model: Any, tmp_p
     train_plainly(plain, tmp_path / "sgd", optim="sgd")
     train_plainly(plain, tmp_path / "good")
     good = tmp_path / "good" / "checkpoint-4"
-    with pytest.raises(ModelError, match=r"checkpoint-4: which Adam state .*not Adam's .*: give a checkpoint"):
+    with pytest.raises(ModelError, match=r"optimizer\.pt is not Adam's: the optimizer is SGD without momentum"):
         adam_moments(tmp_path / "sgd" / "checkpoint-4", layout)
     train_plainly(adapter(bias="all"), tmp_path / "bias")
     with pytest.raises(ModelError, match=r"holds \d+ \+ \d+ parameters in groups, and the adapter is 4 factors in one"):
         adam_moments(tmp_path / "bias" / "checkpoint-4", layout)
     # o_proj has q_proj's shapes here, and only its name tells
-    with pytest.raises(ModelError, match="holds another adapter's factors than the model"):
+    with pytest.raises(ModelError, match="have another adapter's factors than the model"):
         adam_moments(good, inf.gradient_layout(adapter(target_modules=["o_proj"])))
     optimizer = create_loraplus_optimizer(plain, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=4.0)
     sum(p.sum() for p in plain.parameters() if p.requires_grad).backward()
@@ -277,3 +277,46 @@ def test_mistakes_are_named(scores: CheckpointScores, trained: TrainResult, tmp_
     (tmp_path / "trainer_state.json").write_text("[]")
     with pytest.raises(ModelError, match="not a Trainer's state"):
         learning_rates([tmp_path])
+
+
+@pytest.mark.parametrize("beta2", [0.95, 0.999])
+def test_moments_are_corrected_by_the_optimizers_own_beta(tiny_lora: Any, tmp_path: Path, beta2: float) -> None:
+    model = tiny_lora()
+    trainer = train_plainly(model, tmp_path, adam_beta2=beta2)
+    layout = inf.gradient_layout(model)
+    live = {name: trainer.optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters() if p.requires_grad}
+    moments = adam_moments(tmp_path / "checkpoint-4", layout)
+    for entry in layout:
+        v = live[f"{entry.module}.{entry.factor}.default.weight"].double().flatten() / (1 - beta2**4)
+        torch.testing.assert_close(moments[entry.columns], v, rtol=1e-12, atol=0)
+
+
+def test_moments_that_accelerate_saved_are_read(tiny_lora: Any, tmp_path: Path) -> None:
+    """Its save_state writes optimizer.bin beside the whole model, whose factors keep the adapter's name."""
+    from safetensors.torch import save_file
+
+    model = tiny_lora()
+    train_plainly(model, tmp_path)
+    checkpoint, saved = tmp_path / "checkpoint-4", tmp_path / "accelerate"
+    layout = inf.gradient_layout(model)
+    expected = adam_moments(checkpoint, layout)
+    saved.mkdir()
+    (checkpoint / "optimizer.pt").rename(saved / "optimizer.bin")
+    save_file({name: p.detach().clone() for name, p in model.named_parameters()}, saved / "model.safetensors")
+    torch.testing.assert_close(adam_moments(saved, layout), expected, rtol=0, atol=0)
+
+
+def test_moments_that_fsdp_gathered_are_read_by_name(tiny_lora: Any, tmp_path: Path) -> None:
+    model = tiny_lora()
+    train_plainly(model, tmp_path)
+    checkpoint = tmp_path / "checkpoint-4"
+    layout = inf.gradient_layout(model)
+    expected = adam_moments(checkpoint, layout)
+    loaded = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    groups = [group for group in loaded["param_groups"] if group["params"]]
+    groups[0]["params"] = names[::-1]
+    state = {name: loaded["state"][i] for i, name in enumerate(names)}
+    torch.save({"state": state, "param_groups": groups}, checkpoint / "optimizer.bin")
+    (checkpoint / "optimizer.pt").unlink()
+    torch.testing.assert_close(adam_moments(checkpoint, layout), expected, rtol=0, atol=0)
