@@ -16,6 +16,7 @@ import numpy as np
 _SLACK = 1e-9  # keeps an exact ratio from being missed: similar is both >= t * union - _SLACK
 _BITS = 256
 _AT_ONCE = 1 << 13  # entries of the index that are filtered together: a match often makes the rest superfluous
+_FEW = 64  # entries that are filtered first: where most sets are of one cluster, a match is among them
 # Candidates are counted in batches that double, for the same reason.
 _FIRST_BATCH, _LARGEST_BATCH = 32, 1024
 _ONES = np.array([value.bit_count() for value in range(1 << 16)], dtype=np.uint8)
@@ -184,8 +185,12 @@ class _Join:
         if total <= _AT_ONCE:  # most sets: all lists together
             count = self.filled[wanted]
             inner = np.arange(total) - np.repeat(np.cumsum(count) - count, count)
-            self._compare(i, np.repeat(self.begin[wanted], count) + inner, np.repeat(room, count))
+            entries, rooms = np.repeat(self.begin[wanted], count) + inner, np.repeat(room, count)
+            self._compare(i, entries[:_FEW], rooms[:_FEW])
+            if total > _FEW:
+                self._compare(i, entries[_FEW:], rooms[_FEW:])
             return
+        step = _FEW
         for element, left in zip(wanted.tolist(), room.tolist(), strict=True):
             self._tidy(element)
             begin, end = int(self.begin[element]), int(self.begin[element] + self.filled[element])
@@ -194,9 +199,9 @@ class _Join:
                 label = self.clusters.label
                 if begin < settled and label[self.held_by[begin]] == label[i]:
                     begin = settled
-                stop = min(begin + _AT_ONCE, end if begin >= settled else settled)
+                stop = min(begin + step, end if begin >= settled else settled)
                 self._compare(i, np.arange(begin, stop), left)
-                begin = stop
+                begin, step = stop, min(8 * step, _AT_ONCE)
 
     def _tidy(self, element: int) -> None:
         """Put the largest cluster in an element's list first, each time that the list has grown by a quarter."""

@@ -114,6 +114,7 @@ def test_clusters_do_not_depend_on_how_much_is_done_at_once(monkeypatch: pytest.
     texts = [text for kind in ("short", "switched", "edited") for text in KINDS[kind](np.random.default_rng(3), 60)]
     whole = near_duplicates(texts, 0.7)
     monkeypatch.setattr(similarity_join, "_AT_ONCE", 5)
+    monkeypatch.setattr(similarity_join, "_FEW", 2)
     monkeypatch.setattr(similarity_join, "_FIRST_BATCH", 1)
     monkeypatch.setattr(diversity, "_KEPT", 1000)
     assert same_partition(near_duplicates(texts, 0.7), whole)
