@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+import time
+from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+TOLD_EVERY = 10.0  # seconds between two lines about work that has no bar
 
 
 def track(items: Iterable[T], what: str, *, shown: bool, total: int | None = None) -> Iterable[T]:
@@ -25,3 +29,26 @@ def bar(what: str, *columns: Any) -> Any:
 
     shown = (TextColumn(what), BarColumn(), MofNCompleteColumn(), *columns, TimeRemainingColumn())
     return Progress(*shown, console=Console(stderr=True))
+
+
+class Told:
+    """Lines on stderr about long work, by a clock: `near-duplicates: 40,000 of 100,000 compared, 0:00:20`.
+
+    None is written before `TOLD_EVERY` seconds, so short work says nothing. `clock` counts seconds.
+    """
+
+    def __init__(self, what: str, *, shown: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._shown, self._clock = what, shown, clock
+        self._start = self._last = clock()
+
+    def stage(self, done: str, total: int) -> Callable[[int], None]:
+        """Return what is to be called with how many of `total` are done, as often as they are."""
+
+        def tell(count: int) -> None:
+            now = self._clock()
+            if self._shown and now - self._last >= TOLD_EVERY:
+                self._last = now
+                spent = timedelta(seconds=int(now - self._start))
+                print(f"{self._what}: {count:,} of {total:,} {done}, {spent}", file=sys.stderr, flush=True)
+
+        return tell

@@ -240,7 +240,9 @@ def _prune(args: Any) -> None:
         of_row = row_groups(rows, args.groups)
         groups = [of_row[example.row] for example in scored]
     if args.max_similar is not None:
-        clusters = near_duplicates([example.completion for example in scored], args.max_similar)
+        clusters = near_duplicates(
+            [example.completion for example in scored], args.max_similar, progress=not args.quiet
+        )
     tests: dict[str, list[Any]] = {}
     for file in args.decontaminate:
         tests.setdefault(Path(file).stem, []).extend(_load_beside(args, "decontaminate", file))

@@ -24,6 +24,12 @@ def add(verb: NewVerb) -> None:
     sub.add_argument("--max-tokens", type=int, help="tokens in one packed batch")
     sub.add_argument("--fsdp", type=int, default=1, metavar="N", help="spread each copy of the model over N processes")
     sub.add_argument("--time-limit", type=float, default=600.0, help="seconds without a batch after which one hangs")
+    sub.add_argument(
+        "--lease",
+        type=float,
+        default=60.0,
+        help="seconds without a sign of life after which a shard is taken from another host's process (default: 60)",
+    )
     sub.add_argument("--peak-tflops", type=float, help="of one card, for the utilisation (default: known cards)")
     sub.add_argument("--profile", action="store_true", help="write a Chrome trace of the first batches")
 
@@ -98,6 +104,7 @@ def _build(args: Any) -> None:
         world=world,
         fsdp=args.fsdp,
         time_limit=args.time_limit,
+        lease=args.lease,
         told=told,
         peak_flops=args.peak_tflops * 1e12 if args.peak_tflops else None,
         progress=False if args.quiet else None,

@@ -100,5 +100,7 @@ class _Index:
 
 
 def plain_prompt(prompt: str) -> str:
-    """A prompt's words and operators, without case, spacing and other marks; a hyphen between words is none."""
-    return " ".join(part.strip() for part in _PARTS.findall(prompt.casefold().replace("**", " ")))
+    """Return a prompt's words and operators, without case, spacing and other marks; a hyphen between words is none."""
+    # `_PARTS` looks for a minus sign from each of a run of spaces: one is as good, and long runs took quadratic time.
+    spaced = " ".join(prompt.casefold().replace("**", " ").split())
+    return " ".join(part.strip() for part in _PARTS.findall(spaced))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from influence_fast.data.ngrams import ngram_hashes, words
+from influence_fast.data.similarity_join import similar_sets
 from influence_fast.errors import ConfigError
+from influence_fast.progress import Told
+
+_KEPT = 256 << 20  # bytes of run hashes that save reading a text twice
 
 
 def check_similarity(threshold: float) -> None:
@@ -19,50 +24,44 @@ def check_similarity(threshold: float) -> None:
         raise ConfigError(f"max_similar {threshold} is not above 0 and at most 1 (Jaccard similarity of 8-word runs)")
 
 
-def near_duplicates(texts: Sequence[str], threshold: float, *, n: int = 8) -> np.ndarray:
-    """[N] int64: a cluster number for each text; near-duplicates share one.
+def near_duplicates(texts: Sequence[str], threshold: float, *, n: int = 8, progress: bool = True) -> np.ndarray:
+    """Number the clusters of near-duplicates: [N] int64, the same number for texts of one cluster.
 
     Two texts are near-duplicates where the Jaccard similarity of their sets of n-word runs is at least `threshold`;
     clusters are the connected components of that relation, so two ends of a chain may differ by more. A text of
     fewer than n words is one run; one without words has no near-duplicate. Case and punctuation do not count.
 
-    Exact, by prefix filtering (Bayardo et al., "Scaling Up All Pairs Similarity Search", WWW 2007; Xiao et al. 2008):
-    two sets of similarity t must meet within the rarest |A| - ceil(t |A|) + 1 elements of each, so only those are
-    looked up. A first pass over the texts finds which runs more than one may have, and only these are kept. Memory,
-    beside the texts and the distinct words: 1/4 to 1/2 byte a character, and some 30 bytes a run kept.
+    Exact (see `similarity_join`), but for runs whose 64-bit hashes agree by chance. A first pass over the texts finds
+    which runs more than one may have, and only these are kept. Memory, beside the texts and the distinct words: 1/4 to
+    1/2 byte a character for those runs' bits, 8 bytes a run up to 256 MB, and some 40 bytes a run kept.
+
+    Args:
+        texts: in any order.
+        threshold: above 0, at most 1.
+        n: words in a run.
+        progress: say on stderr how far it is, every ten seconds; nothing is said where it takes less.
 
     Raises ConfigError for a threshold outside (0, 1].
+
+    Example:
+        >>> near_duplicates(["So the answer is 4.", "so the answer is 4", "It is 5."], 0.9).tolist()
+        [0, 0, 2]
     """
     check_similarity(threshold)
-    texts_runs = _shared_runs(texts, n)
-    parent = list(range(len(texts)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
+    told = Told("near-duplicates", shown=progress)
+    runs = _shared_runs(texts, n, told)
     firsts: dict[bytes, int] = {}
-    for i, one in enumerate(texts_runs):
+    clusters = np.arange(len(texts))
+    for i, one in enumerate(runs):
         if one.size:  # exact copies are joined at once, and only the first is compared with the rest
-            parent[i] = firsts.setdefault(one.digest, i)
-    distinct = sorted(firsts.values(), key=lambda i: texts_runs[i].size)
-    index: dict[int, list[int]] = {}
-    for i, prefix in zip(distinct, _rarest_first([texts_runs[i] for i in distinct], threshold), strict=True):
-        mine = texts_runs[i]
-        candidates = {j for value in prefix for j in index.get(value, ())}
-        for j in candidates:
-            other = texts_runs[j]
-            # rounding up can only ask for more: 1e-9 keeps an exact ratio from being missed
-            if other.size < threshold * mine.size - 1e-9 or root(i) == root(j):
-                continue
-            both = len(np.intersect1d(mine.shared, other.shared, assume_unique=True))
-            if both >= threshold * (mine.size + other.size - both) - 1e-9:
-                parent[root(i)] = root(j)
-        for value in prefix:
-            index.setdefault(value, []).append(i)
-    return np.array([root(i) for i in range(len(texts))], dtype=np.int64)
+            clusters[i] = firsts.setdefault(one.digest, i)
+    distinct = np.fromiter(firsts.values(), dtype=np.int64, count=len(firsts))
+    sizes, shared = [runs[i].size for i in distinct], [runs[i].shared for i in distinct]
+    del runs
+    labels = similar_sets(sizes, shared, threshold, told.stage("compared", len(distinct)))
+    joined = clusters.copy()
+    joined[distinct] = distinct[labels]
+    return joined[clusters]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +76,29 @@ class _Runs:
     shared: np.ndarray
 
 
-def _shared_runs(texts: Sequence[str], n: int) -> list[_Runs]:
+def _shared_runs(texts: Sequence[str], n: int, told: Told | None = None) -> list[_Runs]:
+    told = told or Told("near-duplicates", shown=False)
     # A run's hash names a bit. The first text to set it leaves it in `once`, the next one in `twice`.
     bits = max(64, 1 << sum(map(len, texts)).bit_length())  # one or two a character, five or more a word
     once, twice = np.zeros(bits // 8, dtype=np.uint8), np.zeros(bits // 8, dtype=np.uint8)
-    for runs in _shingles(texts, n):
+    hashes = _RunHashes(texts, n)
+    tell = told.stage("read", len(texts))
+    for i in range(len(texts)):
+        runs = hashes[i]
         byte, bit = _place(runs, bits)
         again = (once[byte] & bit) != 0
         np.bitwise_or.at(twice, byte[again], bit[again])
         np.bitwise_or.at(once, byte, bit)
+        tell(i + 1)
     del once
     found = []
-    for runs in _shingles(texts, n):
+    tell = told.stage("read again", len(texts))
+    for i in range(len(texts)):
+        runs = hashes[i]
         byte, bit = _place(runs, bits)
         digest = hashlib.blake2b(runs.tobytes(), digest_size=16).digest()
         found.append(_Runs(len(runs), digest, runs[(twice[byte] & bit) != 0]))
+        tell(i + 1)
     return found
 
 
@@ -101,23 +108,26 @@ def _place(runs: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     return (place >> np.uint64(3)).astype(np.int64), np.uint8(1) << (place & np.uint64(7)).astype(np.uint8)
 
 
-def _shingles(texts: Sequence[str], n: int) -> Iterator[np.ndarray]:
-    """The sorted distinct run hashes of each text."""
-    numbers: dict[str, int] = {}
-    for text in texts:
-        row = np.array([numbers.setdefault(word, len(numbers)) for word in words(text)], dtype=np.int64)
-        yield np.unique(ngram_hashes(row, n if len(row) >= n else max(1, len(row))))
+class _RunHashes:
+    """The sorted distinct run hashes of each text, uint64; a text of fewer than n words is one run.
 
+    What is asked for first is kept, up to `_KEPT` bytes, until it is asked for again: `hashes[i]` is for two passes.
+    """
 
-def _rarest_first(texts_runs: Sequence[_Runs], threshold: float) -> list[list[int]]:
-    """The prefix of each set in the order of how many sets hold an element, rarest first, without what is its alone."""
-    every = np.concatenate([one.shared for one in texts_runs] or [np.zeros(0, dtype=np.uint64)])
-    values, counts = np.unique(every, return_counts=True)
-    prefixes = []
-    for one in texts_runs:
-        size = one.size - math.ceil(threshold * one.size - 1e-9) + 1
-        size -= one.size - len(one.shared)  # what is not shared is rarest
-        held_by = counts[np.searchsorted(values, one.shared)]
-        prefix = np.argsort(held_by, kind="stable")[: max(0, size)]  # ties by value: `shared` is sorted
-        prefixes.append(one.shared[prefix[held_by[prefix] > 1]].tolist())
-    return prefixes
+    def __init__(self, texts: Sequence[str], n: int) -> None:
+        self._texts, self._n = texts, n
+        self._numbers: dict[str, int] = defaultdict(itertools.count().__next__)
+        self._kept: dict[int, np.ndarray] = {}
+        self._room = _KEPT
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        runs = self._kept.pop(i, None)
+        if runs is not None:
+            return runs
+        found = words(self._texts[i])
+        row = np.fromiter(map(self._numbers.__getitem__, found), dtype=np.int64, count=len(found))
+        runs = np.unique(ngram_hashes(row, self._n if len(row) >= self._n else max(1, len(row))))
+        if runs.nbytes <= self._room:
+            self._room -= runs.nbytes
+            self._kept[i] = runs
+        return runs

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from influence_fast.distributed.claims import Claims, Owner
+from influence_fast.distributed.claims import LEASE, Claims, Owner, WaitNotice, check_lease
 from influence_fast.distributed.metrics import Board, Meter, board, chrome_trace, example_flops, folder_of
 from influence_fast.distributed.processes import TIME_LIMIT, Signals, Watch, World, largest, once, pauses, rank_in
 from influence_fast.errors import StoreError
@@ -45,6 +45,7 @@ def build_distributed(
     world: World | None = None,
     group: Any = None,
     time_limit: float = TIME_LIMIT,
+    lease: float = LEASE,
     progress: bool | None = None,
     metrics: bool = True,
     profile: bool = False,
@@ -59,6 +60,10 @@ def build_distributed(
         group: for a model that `sharded.shard_model` has spread out, the process group it is spread over.
         time_limit: seconds without a finished batch after which a process is given up: it ends itself (exit code
             75, with a stack trace), and the others take over its shard and say so. Above the slowest batch.
+        lease: seconds without a renewal after which a shard's claim is taken from a process of another host that may
+            be dead (on this host that is known at once), and a quarter of it where the claim was never renewed. A
+            live process renews its claims every tenth of the lease or so, however long a batch takes, so this may be
+            far below `time_limit`. Who waits longer than five seconds says for whom and until when.
         progress: one bar for all processes, shown by rank 0; by default when stderr is a terminal, and else a line
             a minute.
         metrics: JSON lines of each rank in `<path>.metrics` (see `metrics`).
@@ -70,6 +75,7 @@ def build_distributed(
     of the shard in hand are kept too, and the same command goes on, with any number of processes.
     """
     check_precision(options.get("precision", AUTO), sharded=group is not None)
+    check_lease(lease)
     world = World.from_environment() if world is None else world
     path = Path(path)
     folder = folder_of(path) if metrics or profile else None
@@ -77,7 +83,9 @@ def build_distributed(
     meter = Meter(folder if metrics and leads else None, world.rank, example_flops(model))
     trace = folder / f"trace-rank-{world.rank:05d}.json" if profile and folder is not None else None
     with Signals() as signals, Watch(world, time_limit) as watch, chrome_trace(trace) as traced:
-        alone = ClaimedTurns(world, meter, signals, watch, progress=progress, peak=peak, after_batch=traced)
+        alone = ClaimedTurns(
+            world, meter, signals, watch, lease=lease, progress=progress, peak=peak, after_batch=traced
+        )
         turns: ClaimedTurns | LockstepTurns = alone
         if group is not None:
             turns = LockstepTurns(alone, group)
@@ -102,6 +110,7 @@ class ClaimedTurns:
         signals: Signals,
         watch: Watch,
         *,
+        lease: float = LEASE,
         progress: bool | None = None,
         peak: float | None = None,
         after_batch: Callable[[], None] = lambda: None,
@@ -110,11 +119,11 @@ class ClaimedTurns:
         self.meter = meter
         self.signals = signals
         self.watch = watch
+        self._lease = lease
         self._progress = progress if world.rank == 0 else False
         self._peak = peak
         self._after_batch = after_batch
         self._claims: Claims | None = None
-        self._name = ""
         self._board: Board | None = None
         self._said = 0
 
@@ -125,7 +134,7 @@ class ClaimedTurns:
         done = total - sum(sizes[index][0] for index in pending)
         left = sorted(pending, key=lambda index: (-sizes[index][1], index))
         with board(self._progress, self.meter.folder, done, total, self._peak) as self._board:
-            pause = pauses()
+            pause, notice = pauses(), WaitNotice(claims)
             while left:
                 before = len(left)
                 for index in list(left):
@@ -141,7 +150,9 @@ class ClaimedTurns:
                     self._tell()
                 if len(left) < before:
                     pause = pauses()
+                    notice.over()
                 elif left:
+                    notice.waiting((_name(index), f"shard {index}") for index in left)
                     self._wait(next(pause))
 
     def owns(self, index: int) -> bool:
@@ -151,7 +162,7 @@ class ClaimedTurns:
         self.meter.add(lengths)
         self.watch.beat()
         if self._claims is not None:
-            self._claims.beat(self._name)
+            self._claims.beat()
         if self._board is not None:
             self._board.update()
         if lengths:
@@ -161,6 +172,7 @@ class ClaimedTurns:
     def finish(self, writer: StoreWriter, examples: int) -> Store:
         """Closes the store, or waits until another process has. Raises as `StoreWriter.finalize`."""
         claims = self._claims_on(writer.path)
+        notice = WaitNotice(claims)
         for pause in pauses():
             if Manifest.load(writer.path).complete:
                 store = self._swept(writer, claims)
@@ -171,6 +183,7 @@ class ClaimedTurns:
                     if not Manifest.load(writer.path).complete:  # nobody else closes it while this claim is held
                         warn_of_set_aside(writer.finalize(), examples)
                     return self._swept(writer, claims)
+            notice.waiting([(_FINALIZE, "the last step")])
             self._wait(pause)
         raise AssertionError("unreachable")
 
@@ -183,14 +196,13 @@ class ClaimedTurns:
     @contextlib.contextmanager
     def _holding(self, name: str) -> Iterator[None]:
         assert self._claims is not None
-        self._name = name
         self.watch.start(f"shard {name}" if name != _FINALIZE else "the last step")
         self._tell()
         try:
-            yield
+            with self._claims.renewing(name):
+                yield
         finally:
             self.watch.stop()
-            self._claims.release(name)
 
     def _wait(self, seconds: float) -> None:
         self.signals.check()
@@ -209,7 +221,8 @@ class ClaimedTurns:
 
     def _claims_on(self, folder: Path) -> Claims:
         if self._claims is None:
-            self._claims = Claims(folder, Owner.here(self.world.rank), self.watch.time_limit)
+            owner = Owner.here(self.world.rank)
+            self._claims = Claims(folder, owner, self._lease, hang_limit=self.watch.time_limit)
         return self._claims
 
     def _done(self, writer: StoreWriter, index: int) -> bool:
@@ -260,18 +273,19 @@ def fit_projection(
     world: World | None = None,
     group: Any = None,
     time_limit: float = TIME_LIMIT,
+    lease: float = LEASE,
     **options: Any,
 ) -> Projection:
     """`sketch_fitting.fit_projection` for the store in `path`, by every process that runs this with the same arguments.
 
     One of them fits, and the others take what it kept; with a `group` (see `build_distributed`) all compute, and rank
-    0's is kept. Returns the same everywhere. Raises as it does.
+    0's is kept. `time_limit` and `lease` are as there. Returns the same everywhere. Raises as it does.
     """
     world = World.from_environment() if world is None else world
     path = Path(path)
 
     def by_claim(find: Find, fit: Fit, keep: Keep) -> EigenSketch:
-        once(path, world, lambda: find() is not None, lambda beat: keep(fit(beat)), time_limit)
+        once(path, world, lambda: find() is not None, lambda beat: keep(fit(beat)), time_limit, lease)
         return kept(find)
 
     def together(find: Find, fit: Fit, keep: Keep) -> EigenSketch:

@@ -13,6 +13,7 @@ from influence_fast.config import ModelConfig
 from influence_fast.data import spooling
 from influence_fast.distributed import builds as distributed
 from influence_fast.distributed import metrics, processes
+from influence_fast.distributed.claims import LEASE, check_lease
 from influence_fast.distributed.processes import World
 from influence_fast.gradients import sharded
 from influence_fast.gradients.projection import Projection
@@ -34,6 +35,7 @@ def build_from_source(
     world: World,
     fsdp: int = 1,
     time_limit: float = processes.TIME_LIMIT,
+    lease: float = LEASE,
     told: Callable[[spooling.Tokens], None] = lambda tokens: None,
     peak_flops: float | None = None,
     **options: Any,
@@ -43,6 +45,7 @@ def build_from_source(
     Args:
         model: device "auto" or "cuda" is each process's own card.
         fsdp: cards that share the base weights of one model (FSDP2).
+        time_limit, lease: as `distributed.build_distributed`.
         told: is given the tokens on rank 0, before any gradient is computed.
         peak_flops: of one card, for the utilisation in the metrics; by default what is known of it.
         options: of `distributed.build_distributed` (`progress`, `profile`, `shard_rows`).
@@ -50,6 +53,7 @@ def build_from_source(
     Raises as the steps do; StoreError before any of them where `folder` holds something else; ConfigError for a
     precision that sharded weights cannot have.
     """
+    check_lease(lease)
     if Path(folder).exists():
         make_folder(Path(folder))  # loading a model and reading the data take long, and leave tokens beside it
     cuda = model.device.partition(":")[0] == "cuda" or (model.device == "auto" and torch.cuda.is_available())
@@ -73,12 +77,13 @@ def build_from_source(
         lambda: spooling.is_spooled(spool, source, tokenizer),
         lambda beat: processes.retried(lambda: spooling.spool(spool, source, tokenizer, beat)),
         time_limit,
+        lease,
     )
     tokens = spooling.Tokens(spool)
     if world.rank == 0:
         told(tokens)
     peak = peak_flops or metrics.peak_flops(torch.device(device if cuda else "cpu"))
-    shared: dict[str, Any] = {"world": world, "group": group, "time_limit": time_limit}
+    shared: dict[str, Any] = {"world": world, "group": group, "time_limit": time_limit, "lease": lease}
     shared |= {"precision": gradients.precision, "max_tokens": gradients.max_tokens}
     shared["loss_reduction"] = gradients.loss_reduction
 

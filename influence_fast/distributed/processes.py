@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from influence_fast.distributed.claims import Claims, Owner
+from influence_fast.distributed.claims import LEASE, Claims, Owner, WaitNotice
 from influence_fast.errors import ConfigError
 
 TIME_LIMIT = 600.0  # seconds without a finished batch after which a process counts as hung
@@ -158,26 +158,28 @@ def once(
     done: Callable[[], bool],
     work: Callable[[Callable[[], None]], None],
     time_limit: float = TIME_LIMIT,
+    lease: float = LEASE,
 ) -> None:
     """`work(beat)`, done by one process for all that share `folder`; the others wait until `done()`.
 
-    `beat` is to be called as the work gets on; where it has not been for `time_limit` seconds, another takes over.
+    `beat` is to be called as the work gets on; where it has not been for `time_limit` seconds, the claim is renewed no
+    more, and `lease` seconds later another takes over. Who waits longer than five seconds says for whom.
 
-    Raises Preempted at SIGTERM, with the claim given back: one left behind would hold up other hosts for `time_limit`.
+    Raises Preempted at SIGTERM, with the claim given back: one left behind would hold up other hosts for `lease`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    claims = Claims(folder, Owner.here(world.rank), time_limit)
+    claims = Claims(folder, Owner.here(world.rank), lease, hang_limit=time_limit)
+    notice = WaitNotice(claims)
     with Signals(at_once=True):  # the work is whole or not done: there is no batch to finish for
         for pause in pauses():
             if done():
                 return
             if claims.take("once"):
-                try:
+                with claims.renewing("once"):
                     if not done():
-                        work(lambda: claims.beat("once"))
+                        work(claims.beat)
                     return
-                finally:
-                    claims.release("once")
+            notice.waiting([("once", f"what is made in {folder}")])
             time.sleep(pause)
 
 

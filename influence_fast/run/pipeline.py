@@ -361,7 +361,8 @@ class Pipeline:
     def _clusters(self) -> dict[str, int]:
         """The cluster of near-duplicates that each pool example's completion is in."""
         assert self.config.pruning.max_similar is not None
-        clusters = near_duplicates([e.completion for e in self.splits.pool], self.config.pruning.max_similar)
+        completions = [e.completion for e in self.splits.pool]
+        clusters = near_duplicates(completions, self.config.pruning.max_similar, progress=self.talks)
         return {e.id: int(cluster) for e, cluster in zip(self.splits.pool, clusters, strict=True)}
 
     def _write_pruned(self, name: str, rows: Sequence[int]) -> Path:

@@ -23,9 +23,10 @@ import influence_fast
 from influence_fast.errors import ConfigError, StoreError, did_you_mean, listing
 from influence_fast.store.building import warn_of_set_aside
 from influence_fast.store.identity import StoreIdentity
+from influence_fast.store.ids import check_unique
 from influence_fast.store.manifest import Manifest, ModuleEntry, Part, digest
 from influence_fast.store.reader import Store, check_dtype
-from influence_fast.store.writer import StoreWriter, check_unique
+from influence_fast.store.writer import StoreWriter
 
 __all__ = ["FORMATS", "import_gradients"]
 

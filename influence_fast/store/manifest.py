@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import stat
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -22,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from influence_fast.errors import StoreError, did_you_mean
+from influence_fast.errors import StoreError, did_you_mean, one_line
 from influence_fast.store.identity import StoreIdentity, short
 
+FORMAT = "influence-fast gradient store"
 FORMAT_VERSION = 1
 DTYPES: dict[str, np.dtype] = {
     "fp32": np.dtype("<f4"),
@@ -33,6 +35,8 @@ DTYPES: dict[str, np.dtype] = {
 }
 SCALE_DTYPE = LOSS_DTYPE = np.dtype("<f4")
 MANIFEST_NAME = "manifest.json"
+_MOST = 1 << 53  # counts stay exact in whatever reads JSON
+_KINDS: dict[str, Any] = {"str | None": str, "int | None": int, "float | None": int | float}  # of an identity's fields
 
 
 def row_bytes(row: int, dtype: str) -> int:
@@ -118,7 +122,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         body = asdict(self) | {"identity": self.identity.body()}
-        return _signed({"format": "influence-fast gradient store", **body})
+        return _signed({"format": FORMAT, **body})
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -128,6 +132,10 @@ class Manifest:
         if body is None:
             raise StoreError(f"{folder} is not a gradient store: it has no {MANIFEST_NAME}")
         try:
+            if body["format"] != FORMAT:
+                raise StoreError(
+                    f"{path} is of the format {short(body['format'])}; give the folder of a gradient store"
+                )
             if body["format_version"] != FORMAT_VERSION:
                 raise StoreError(
                     f"{path}: format version {body['format_version']!r}, and this code reads {FORMAT_VERSION}; "
@@ -143,19 +151,55 @@ class Manifest:
                 **{k: body[k] for k in ("dtype", "width", "source", "code_version", "row_count")},
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{path} is damaged ({error!r}); {_anew(path)}") from None
-        manifest._validate(path)
+            raise StoreError(f"{path} is damaged ({one_line(error)}); {_anew(path)}") from None
+        problem = manifest._problem()
+        if problem:
+            raise StoreError(f"{path} is damaged ({problem}); {_anew(path)}")
+        if manifest.dtype not in DTYPES:
+            raise StoreError(f"{path}: unknown dtype {short(manifest.dtype)}; {did_you_mean(manifest.dtype, DTYPES)}")
         return manifest
 
-    def _validate(self, path: Path) -> None:
-        if self.dtype not in DTYPES:
-            raise StoreError(f"{path}: unknown dtype {self.dtype!r}; {did_you_mean(str(self.dtype), DTYPES)}")
-        counts = [self.width, *(n for part in self.parts for n in (part.examples, part.shard_rows, part.shards))]
-        counts += [] if self.row_count is None else [self.row_count]
-        if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in counts) or self.width < 1:
-            raise StoreError(f"{path} is damaged (a count is not a whole number); {_anew(path)}")
-        if self.complete and (self.shards is None or len(self.shards) != self.shard_count):
-            raise StoreError(f"{path} is damaged (it does not list its shards); {_anew(path)}")
+    def _problem(self) -> str | None:
+        """What is of no type or size that a store can have, if anything."""
+        for name in ("dtype", "source", "code_version"):
+            if not isinstance(getattr(self, name), str):
+                return f"{name} is no text"
+        for field_ in fields(self.identity):
+            kind = _KINDS.get(str(field_.type))
+            value = getattr(self.identity, field_.name)
+            if kind and value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                return f"{field_.name} is {short(value)}"
+        if not is_count(self.width) or self.width < 1:
+            return "width is not a whole number above 0"
+        return self._part_problem() or self._shard_problem() or self._module_problem()
+
+    def _part_problem(self) -> str | None:
+        for part in self.parts:
+            if not all(map(is_count, (part.examples, part.shard_rows, part.shards))) or part.shard_rows < 1:
+                return "a count of its parts is not a whole number"
+            if part.shards > part.examples:
+                return f"{part.shards} shards of {part.examples} examples"
+            if not isinstance(part.dataset_fingerprint, str | None):
+                return "a dataset_fingerprint is no text"
+        return None if self.parts else "it has no parts"
+
+    def _shard_problem(self) -> str | None:
+        if self.shards is not None and not all(isinstance(checksum, str) for checksum in self.shards):
+            return "a shard's checksum is no text"
+        if self.row_count is None:
+            return None
+        if not is_count(self.row_count):
+            return "row_count is not a whole number"
+        listed = self.shards is not None and len(self.shards) == self.shard_count
+        return None if listed else "it does not list its shards"
+
+    def _module_problem(self) -> str | None:
+        for entry in self.modules:
+            if not isinstance(entry.module, str) or not isinstance(entry.factor, str):
+                return "the name of a module is no text"
+            if len(entry.shape) != 2 or not all(map(is_count, (*entry.shape, entry.offset))) or 0 in entry.shape:
+                return f"the shape or offset of {short(entry.module)} is none"
+        return None
 
     def check_same_work(self, wanted: Manifest, where: Path) -> None:
         """Raises StoreError naming what differs, when `wanted` would give other rows or other shards."""
@@ -216,35 +260,49 @@ class ShardRecord:
     @classmethod
     def load(cls, folder: Path, index: int, manifest: Manifest, fingerprint: str) -> ShardRecord:
         """Raises StoreError naming the record: missing, damaged, of another store, or pointing elsewhere."""
-        name = file_name("shard", index)
-        path = folder / name
+        path = folder / file_name("shard", index)
         body = _signed_body(path, REBUILD)
         if body is None:
             raise StoreError(f"{path} is missing; {REBUILD}")
         try:
             record = cls(
                 files={kind: FileRecord(**entry) for kind, entry in body["files"].items()},
-                set_aside=tuple((str(i), str(reason)) for i, reason in body["set_aside"]),
+                set_aside=tuple((i, reason) for i, reason in body["set_aside"]),
                 **{k: body[k] for k in ("index", "fingerprint", "first", "last", "rows")},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StoreError(f"{path} is damaged ({error!r}); {REBUILD}") from None
+            raise StoreError(f"{path} is damaged ({one_line(error)}); {REBUILD}") from None
         for kind, entry in record.files.items():
             if entry.name != file_name(kind, index):
                 raise ForeignShardError(
-                    f"{path}: it points to {entry.name!r}, which is not this shard's own file in the folder; {REBUILD}"
+                    f"{path}: it points to {short(entry.name)}, which is not this shard's own file in the folder; "
+                    f"{REBUILD}"
                 )
         if record.index != index or record.fingerprint != fingerprint:
             raise ForeignShardError(f"{path} is foreign: it was written for another store or another place; {REBUILD}")
-        expected = {"rows": record.rows * manifest.width * DTYPES[manifest.dtype].itemsize}
-        if manifest.dtype == "int8":
-            expected["scales"] = record.rows * SCALE_DTYPE.itemsize
-        if "losses" in record.files:
-            expected["losses"] = record.rows * LOSS_DTYPE.itemsize
-        sizes = {kind: entry.bytes for kind, entry in record.files.items() if kind != "ids"}
-        if sizes != expected or "ids" not in record.files:
-            raise StoreError(f"{path} is damaged (its sizes do not fit {record.rows} rows); {REBUILD}")
+        problem = record._problem(manifest)
+        if problem:
+            raise StoreError(f"{path} is damaged ({problem}); {REBUILD}")
         return record
+
+    def _problem(self, manifest: Manifest) -> str | None:
+        """What does not fit together in a record of a store with this manifest, if anything."""
+        if not all(map(is_count, (self.first, self.last, self.rows))) or not self.first <= self.last:
+            return "a count is not a whole number"
+        if any(not isinstance(text, str) for item in self.set_aside for text in item):
+            return "an id or reason in set_aside is no text"
+        if self.rows + len(self.set_aside) > self.last - self.first:
+            return f"{self.rows} rows and {len(self.set_aside)} set aside of {self.last - self.first} examples"
+        if not all(is_count(entry.bytes) and isinstance(entry.sha256, str) for entry in self.files.values()):
+            return "the size or checksum of a file is none"
+        expected = {"rows": self.rows * manifest.width * DTYPES[manifest.dtype].itemsize}
+        if manifest.dtype == "int8":
+            expected["scales"] = self.rows * SCALE_DTYPE.itemsize
+        if "losses" in self.files:
+            expected["losses"] = self.rows * LOSS_DTYPE.itemsize
+        sizes = {kind: entry.bytes for kind, entry in self.files.items() if kind != "ids"}
+        fits = sizes == expected and "ids" in self.files
+        return None if fits else f"its sizes do not fit {self.rows} rows"
 
 
 REBUILD = "delete it and build the store again, which keeps what is whole"
@@ -261,10 +319,19 @@ def file_name(kind: str, index: int) -> str:
     return f"{kind}-{index:05d}.{suffix}"
 
 
+def is_count(value: object) -> bool:
+    """Return whether a value from a file is a whole number that can count bytes on a disk."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
+
+
 def inside(folder: Path, name: str) -> Path:
     """`folder / name`, followed through links. Raises StoreError when that is outside the folder."""
     path = folder / name
-    if path.resolve().parent != folder.resolve():
+    try:
+        leads_to = path.resolve()
+    except (OSError, RuntimeError):  # links in a circle, which Python 3.11 reports by a RuntimeError
+        raise StoreError(f"{path} is a link that leads nowhere; put the file itself there") from None
+    if leads_to.parent != folder.resolve():
         raise StoreError(f"{path} leads out of the store's folder; put the file itself there")
     return path
 
@@ -277,13 +344,16 @@ def _signed(body: dict[str, Any]) -> bytes:
 def _signed_body(path: Path, remedy: str) -> dict[str, Any] | None:
     """What `_signed` wrote; None where there is no file. Raises StoreError when it was changed."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
+            raise StoreError(f"{path} is no file; {remedy}")
         body = json.loads(path.read_bytes())
         stated = body.pop("checksum")
+        found = digest(body)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} cannot be read ({error!r}); {remedy}") from None
-    if digest(body) != stated:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StoreError(f"{path} cannot be read ({type(error).__name__}: {one_line(error)}); {remedy}") from None
+    if found != stated:
         raise StoreError(f"{path} is damaged (its checksum does not fit); {remedy}")
     return body
 

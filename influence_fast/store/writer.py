@@ -13,9 +13,7 @@ import hashlib
 import json
 import os
 import secrets
-from array import array
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -28,6 +26,8 @@ from influence_fast.atomic import replacing
 from influence_fast.errors import NumericError, StoreError, listing
 from influence_fast.gradients.eigen_sketch import FILES, EigenSketch, file_of
 from influence_fast.products.inner_products import quantize_rows
+from influence_fast.store.checksums import damage
+from influence_fast.store.ids import UniqueIds, read_ids
 from influence_fast.store.manifest import (
     DTYPES,
     LOSS_DTYPE,
@@ -40,7 +40,7 @@ from influence_fast.store.manifest import (
     file_name,
     inside,
 )
-from influence_fast.store.reader import Store, check_dtype, damage, open_store, read_ids
+from influence_fast.store.reader import Store, check_dtype, open_store
 
 _COPY_CHUNK = 1 << 24
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -317,34 +317,6 @@ def load_records(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
         for index, fingerprint in enumerate(manifest.fingerprints())
         if (folder / file_name("shard", index)).exists()
     }
-
-
-def check_unique(ids: Iterable[str], where: str) -> None:
-    """Raises StoreError naming the ids that come more than once."""
-    double = [name for name, count in Counter(ids).items() if count > 1]
-    if double:
-        raise StoreError(f"{where}: an id must name one example, but these come more than once: {listing(double)}")
-
-
-class UniqueIds:
-    """`check_unique` for ids that are too many to keep: 8 bytes each, and another look where hashes agree."""
-
-    def __init__(self) -> None:
-        self._hashes = array("Q")
-
-    def add(self, ids: Iterable[str]) -> None:
-        self._hashes.extend(_id_hash(name) for name in ids)
-
-    def check(self, again: Callable[[], Iterable[str]], where: str) -> None:
-        """Raises as `check_unique`; `again()` are the ids once more, asked for only when some may be repeated."""
-        ordered = np.sort(np.array(self._hashes, np.uint64))
-        repeated = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-        if repeated:
-            check_unique((name for name in again() if _id_hash(name) in repeated), where)
-
-
-def _id_hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _partial_name(index: int) -> str:

@@ -91,3 +91,11 @@ def test_operators_tell_short_questions_apart() -> None:
     tests = {"t": [Example("minus", "What is 3 - 4?", "-1")]}
     pool = [Example(name, f"what is  3 {name} 4", "x") for name in ("+", "*", "-", "/")]
     assert [(o.id, o.why) for o in contaminated(pool, tests)] == [("-", "shares 4 words with t/minus")]
+
+
+@pytest.mark.timeout(10)
+def test_long_runs_of_spaces_cost_no_more_than_one() -> None:
+    space = " \n\t\u2003" * 100_000
+    assert plain_prompt(f"what is{space}4{space}- 3{space}") == plain_prompt("what is 4 - 3") == "what is 4 - 3"
+    pool = [Example("spaced", f"What is 2{space}plus 2?", space), Example("other", f"what is{space}- 2 plus 2", "")]
+    assert [overlap.id for overlap in contaminated(pool, TESTS)] == ["spaced"]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
+from benches.near_duplicates import KINDS, by_all_pairs, same_partition
+from influence_fast.data import diversity, similarity_join
 from influence_fast.data.diversity import _shared_runs, near_duplicates
 from influence_fast.data.ngrams import ngram_hashes, words
+from influence_fast.data.similarity_join import similar_sets
 from influence_fast.errors import ConfigError
+from influence_fast.progress import Told
 
 
-def by_all_pairs(texts: list[str], threshold: float, n: int) -> np.ndarray:
+def connected(texts: list[str], threshold: float, n: int) -> np.ndarray:
     """Which texts are connected: Jaccard of word n-gram sets, then the transitive closure."""
     sets = []
     for text in texts:
@@ -42,7 +48,88 @@ def variants(rng: np.random.Generator) -> list[str]:
 def test_clusters_are_those_of_all_pairs(seed: int, threshold: float, n: int) -> None:
     texts = variants(np.random.default_rng(seed))
     clusters = near_duplicates(texts, threshold, n=n)
-    assert np.array_equal(clusters[:, None] == clusters[None, :], by_all_pairs(texts, threshold, n))
+    assert np.array_equal(clusters[:, None] == clusters[None, :], connected(texts, threshold, n))
+
+
+@pytest.mark.parametrize("threshold", [0.4, 0.8])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_templates_and_edits_give_the_clusters_of_all_pairs(kind: str, threshold: float) -> None:
+    texts = list(KINDS[kind](np.random.default_rng(1), 120))
+    assert same_partition(near_duplicates(texts, threshold), by_all_pairs(texts, threshold))
+
+
+def planted(rng: np.random.Generator, size: int, both: int) -> list[list[int]]:
+    """Two sets of `size` numbers of which `both` are common."""
+    numbers = rng.choice(10**9, 2 * size - both, replace=False)
+    return [numbers[:size].tolist(), numbers[size - both :].tolist()]
+
+
+@pytest.mark.parametrize("threshold", [0.25, 1 / 3, 0.5, 0.8, 0.9, 1.0])
+def test_pairs_just_at_and_just_below_the_threshold_are_told_apart(threshold: float) -> None:
+    rng = np.random.default_rng(2)
+    sets: list[list[int]] = []
+    near = []
+    for size in (1, 2, 3, 9, 45, 180, 900):
+        least = next(both for both in range(1, size + 1) if both >= threshold * (2 * size - both) - 1e-9)
+        for both in (least, least - 1):
+            sets += planted(rng, size, both)
+            near.append(both == least and both < size)
+    sets = [one if one not in sets[:i] else [-i - 1] for i, one in enumerate(sets)]  # equal ones are not for the join
+    labels = similar_sets([len(one) for one in sets], [_hashes(one) for one in sets], threshold)
+    assert (labels[::2] == labels[1::2]).tolist() == near
+
+
+def _hashes(numbers: list[int]) -> np.ndarray:
+    return np.unique(np.array(numbers, dtype=np.int64).astype(np.uint64))
+
+
+def test_sets_alike_but_not_similar_join_when_another_joins_one_of_them() -> None:
+    """Three sets share 8 of 11 elements and are similar to none of them at 0.6, but to the 8 alone."""
+    common = list(range(8))
+    sets = [common, *([*common, *range(a, a + 3)] for a in (100, 200, 300)), [500, 501]]
+    shared = [_hashes(common)] * 4 + [_hashes([500])]
+    sizes = [len(one) for one in sets]
+    assert len(set(similar_sets(sizes[1:], shared[1:], 0.6).tolist())) == 4
+    labels = similar_sets(sizes, shared, 0.6)
+    assert (labels == labels[0]).tolist() == [True] * 4 + [False]
+
+
+@pytest.mark.parametrize("kind", ["short", "filled", "switched"])
+def test_a_common_lead_in_costs_few_comparisons(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the half million pairs of 1,000 traces, few get past the filters."""
+    compared = 0
+    count = similarity_join._Join._common
+
+    def counted(self: similarity_join._Join, others: np.ndarray) -> np.ndarray:
+        nonlocal compared
+        compared += len(others)
+        return count(self, others)
+
+    monkeypatch.setattr(similarity_join._Join, "_common", counted)
+    near_duplicates(list(KINDS[kind](np.random.default_rng(0), 1000)), 0.8)
+    assert compared < 15_000
+
+
+def test_clusters_do_not_depend_on_how_much_is_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [text for kind in ("short", "switched", "edited") for text in KINDS[kind](np.random.default_rng(3), 60)]
+    whole = near_duplicates(texts, 0.7)
+    monkeypatch.setattr(similarity_join, "_AT_ONCE", 5)
+    monkeypatch.setattr(similarity_join, "_FEW", 2)
+    monkeypatch.setattr(similarity_join, "_FIRST_BATCH", 1)
+    monkeypatch.setattr(diversity, "_KEPT", 1000)
+    assert same_partition(near_duplicates(texts, 0.7), whole)
+
+
+def test_long_work_tells_how_far_it_is_and_short_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    tell: Callable[[int], None] = Told("near-duplicates", clock=lambda: now).stage("compared", 40_000)
+    for done, now in ((1, 0.0), (2, 9.0), (1000, 11.0), (1001, 12.0), (40_000, 75.0)):  # noqa: B007 -- the clock's
+        tell(done)
+    assert capsys.readouterr().err == (
+        "near-duplicates: 1,000 of 40,000 compared, 0:00:11\nnear-duplicates: 40,000 of 40,000 compared, 0:01:15\n"
+    )
+    near_duplicates(["a b c", "a b d"], 0.5)
+    assert capsys.readouterr().err == ""
 
 
 def test_case_and_punctuation_do_not_count_and_empty_texts_stay_apart() -> None:

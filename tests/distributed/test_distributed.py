@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from trials import world
 
 from influence_fast.distributed import metrics
-from influence_fast.distributed.claims import Claims, Owner
+from influence_fast.distributed.claims import Claims, Owner, WaitNotice
 from influence_fast.distributed.metrics import Follower, board, folder_of, peak_flops, rates_text, summary, time_left
 from influence_fast.distributed.processes import Preempted, World, once, retried
 from influence_fast.errors import ConfigError, DataError
@@ -66,7 +67,7 @@ def child(task):
         else:
             world = World(task["rank"], task["world"])
             build_distributed(task["path"], model, None, examples, world=world, time_limit=task["time_limit"],
-                              profile=task.get("profile", False), **settings)
+                              lease=task.get("lease", 60.0), profile=task.get("profile", False), **settings)
     except Preempted as stop:
         print("stopped:", stop, file=sys.stderr)
         os._exit(stop.exit_code)
@@ -297,14 +298,14 @@ def test_a_suspended_rank_loses_its_shard_and_does_no_harm(
     nursery: Nursery, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     folder = tmp_path / "s"
-    suspended = nursery.start(folder, 1, 2, pause=0.5)
+    suspended = nursery.start(folder, 1, 2, pause=0.5, lease=1.0)
     until(lambda: list(folder.glob(".claim-0*")))
     os.kill(suspended, signal.SIGSTOP)
-    other = nursery.start(folder, 0, 2, time_limit=1.0)
+    other = nursery.start(folder, 0, 2, lease=1.0)
     assert nursery.wait(other) == 0
     os.kill(suspended, signal.SIGCONT)
     assert nursery.wait(suspended) == 0
-    assert "no progress for 1 s" in nursery.said()
+    assert "not renewed in 1 s" in nursery.said()
     assert stored_bytes(folder) == expected
 
 
@@ -375,25 +376,131 @@ def test_a_claim_has_one_owner_until_it_is_released(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dead_owner_on_this_host_is_known_at_once_and_one_elsewhere_by_the_time_limit(tmp_path: Path) -> None:
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_an_ended_owner_on_this_host_is_known_at_once(tmp_path: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    assert Claims(tmp_path, owner(ended.pid), 60.0).take("a")
-    assert Claims(tmp_path, owner(ended.pid, "elsewhere"), 60.0).take("b")
-    (tmp_path / ".claim-c").write_bytes(b"")  # of a process that was killed as it wrote it
-    watcher = Claims(tmp_path, Owner.here(0), 0.2)
+    assert Claims(tmp_path, owner(ended.pid)).take("a")
+    watcher = Claims(tmp_path, Owner.here(0))
     assert watcher.take("a")
-    assert not watcher.take("b")
-    assert not watcher.take("c")
-    time.sleep(0.15)
-    os.utime(tmp_path / ".claim-b")  # a sign of life, whatever the other host's clock says
-    time.sleep(0.15)
-    assert not watcher.take("b")
-    assert watcher.take("c")
-    time.sleep(0.25)
-    assert watcher.take("b")
     assert str(watcher.lost[0]).startswith("a of rank 1 (")
-    assert str(watcher.lost[1]) == "c of an unknown process: no progress for 0 s"
+    assert str(watcher.lost[0]).endswith(": it ended")
+
+
+def test_a_claim_of_another_host_is_taken_when_its_lease_is_over(tmp_path: Path) -> None:
+    elsewhere, clock = Claims(tmp_path, owner(1, "elsewhere")), Clock()
+    assert elsewhere.take("renewed")
+    elsewhere.renew("renewed")
+    assert elsewhere.take("never")
+    (tmp_path / ".claim-torn").write_bytes(b"")  # of a process that was killed as it wrote it
+    watcher = Claims(tmp_path, Owner.here(0), 60.0, clock=clock)
+    taken: dict[str, float] = {}
+    for clock.now in (0.0, 10.0, 16.0, 40.0, 59.0, 90.0, 99.0, 101.0):
+        if clock.now == 40:
+            os.utime(tmp_path / ".claim-renewed", ns=(5, 5))  # a sign of life, whatever the other host's clock says
+        for name in {"renewed", "never", "torn"} - taken.keys():
+            if watcher.take(name):
+                taken[name] = clock.now
+    assert taken == {"never": 16, "torn": 16, "renewed": 101}
+    assert sorted(str(lost).partition(": ")[2] for lost in watcher.lost) == [
+        "never renewed in 15 s",
+        "not renewed in 15 s",
+        "not renewed in 60 s",
+    ]
+
+
+def test_a_shorter_lease_does_not_take_what_a_live_process_renews(tmp_path: Path) -> None:
+    elsewhere, clock = Claims(tmp_path, owner(1, "elsewhere"), 60.0), Clock()
+    assert elsewhere.take("a")  # and renewed every 5 seconds
+    elsewhere.renew("a")
+    watcher = Claims(tmp_path, Owner.here(0), 2.0, clock=clock)
+    for clock.now in (0.0, 3.0, 14.0):
+        assert not watcher.take("a")
+    clock.now = 15.5
+    assert watcher.take("a")
+
+
+def test_a_claim_is_renewed_while_it_is_held_and_released_after(tmp_path: Path) -> None:
+    claims = Claims(tmp_path, Owner.here(0), 0.06)
+    assert claims.take("a")
+    path = tmp_path / ".claim-a"
+    with claims.renewing("a"):
+        stamps = set()
+        until(lambda: stamps.add(path.stat().st_mtime_ns) or len(stamps) > 3)  # type: ignore[func-returns-value]
+    assert not path.exists()
+
+
+def test_a_claim_whose_owner_hangs_is_renewed_no_more(tmp_path: Path) -> None:
+    clock = Clock()
+    claims = Claims(tmp_path, Owner.here(0), 60.0, hang_limit=600.0, clock=clock)
+    assert claims.take("a")
+    path = tmp_path / ".claim-a"
+    claims.beat()
+    for clock.now, renewed in ((599.0, True), (601.0, False)):
+        os.utime(path, ns=(5, 5))
+        claims.renew("a")
+        assert (path.stat().st_mtime_ns != 5) is renewed
+    claims.beat()
+    claims.renew("a")
+    assert path.stat().st_mtime_ns != 5
+
+
+def test_who_waits_says_for_whom_and_until_when_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    for name in ("00003", "00007"):
+        assert Claims(tmp_path, owner(77, "elsewhere/pid:[1]")).take(name)
+    watcher = Claims(tmp_path, Owner.here(0), 60.0, clock=clock)
+    notice = WaitNotice(watcher, clock)
+    for clock.now in (0.0, 1.0, 4.9, 5.1, 6.0, 7.0):
+        assert not watcher.take("00003")
+        assert not watcher.take("00007")
+        notice.waiting([("00003", "shard 3"), ("00007", "shard 7")])
+        if clock.now < 5:
+            assert capsys.readouterr().err == ""
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        r"rank 0 waits for shard 3 and 1 more of rank 1 \(process 77 on elsewhere\): taken over at \d\d:\d\d:\d\d, "
+        r"in 10 s, unless renewed before; --lease sets that time, and deleting .*/\.claim-00003 ends it at once\n",
+        said,
+    )
+    notice.over()
+    notice.waiting([("00003", "shard 3")])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_claim_of_a_dead_container_does_not_stall_a_build(
+    nursery: Nursery, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    about = {"rank": 4, "host": "gone/pid:[1]", "pid": 7, "started": 1.0, "nonce": "00"}
+    (folder / ".claim-00002").write_text(json.dumps(about))
+    assert nursery.wait(nursery.start(folder, 0, 1, lease=0.5)) == 0
+    assert "takes over shard 00002 of rank 4 (process 7 on gone): not renewed in 0.5 s" in nursery.said()
+    assert stored_bytes(folder) == expected
+
+
+def test_what_one_process_does_for_all_is_taken_from_a_dead_container(tmp_path: Path) -> None:
+    assert Claims(tmp_path, owner(1, "gone")).take("once")
+    made: list[int] = []
+    once(tmp_path, World(0, 2), lambda: bool(made), lambda beat: made.append(1), lease=0.2)
+    assert made == [1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("lease", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_lease_that_is_no_time_is_refused(tmp_path: Path, lease: float) -> None:
+    with pytest.raises(ConfigError, match="--lease"):
+        Claims(tmp_path, Owner.here(0), lease)
 
 
 def test_sigterm_in_what_one_process_does_for_all_gives_its_claim_back(tmp_path: Path) -> None:

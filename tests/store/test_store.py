@@ -17,6 +17,8 @@ from trials import stored_bytes
 
 from influence_fast.errors import ConfigError, NumericError, StoreError
 from influence_fast.gradients.projection import Projection
+from influence_fast.products.inner_products import inner_products
+from influence_fast.store import checksums
 from influence_fast.store import writer as store_writer
 from influence_fast.store.identity import projection_fields
 from influence_fast.store.manifest import Manifest, ModuleEntry, Part, digest, row_bytes
@@ -379,6 +381,55 @@ def test_every_flipped_bit_of_a_record_or_manifest_is_found_or_harmless(tmp_path
         else:
             assert json.loads(flipped) == json.loads(data), f"byte {at}"
     assert found > 80
+
+
+@pytest.mark.parametrize("name", ["scales-00000.bin", "losses-00001.bin", "ids-00002.jsonl"])
+def test_changed_scales_losses_and_ids_are_refused_at_open(tmp_path: Path, name: str) -> None:
+    make(tmp_path / "s", dtype="int8", losses=LOSSES)
+    flip(tmp_path / "s" / name, 2)
+    for verify in (None, True, False):
+        with pytest.raises(StoreError, match=f"{name} is not what was written"):
+            open_store(tmp_path / "s", verify=verify)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_changed_rows_are_refused_when_first_read_and_at_open_if_asked(tmp_path: Path, dtype: str) -> None:
+    whole = make(tmp_path / "s", dtype=dtype).rows()
+    flip(tmp_path / "s" / "rows-00001.bin", 40)
+    store = open_store(tmp_path / "s")
+    assert torch.equal(store.rows([0, 9]), whole[[0, 9]])  # of the other shards
+    for read in (lambda: store.rows(5), lambda: list(store.blocks()), lambda: inner_products(store, whole[:2])):
+        with pytest.raises(StoreError, match=r"rows-00001.bin is not what was written"):
+            read()
+    with pytest.raises(StoreError, match=r"rows-00001.bin is not what was written"):
+        open_store(tmp_path / "s", verify=True)
+    assert not torch.equal(open_store(tmp_path / "s", verify=False).rows(), whole)
+
+
+def test_rows_are_hashed_once_a_process_until_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "s")
+    monkeypatch.setattr(checksums, "_SETTLED", 0.0)
+    monkeypatch.setattr(checksums, "_known", {})
+    opened: list[str] = []
+    real = Path.open
+
+    def counted(path: Path, *arguments: Any, **more: Any) -> Any:
+        opened.append(path.name)
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", counted)
+    rows = [f"rows-{i:05d}.bin" for i in range(3)]
+    for _ in range(2):
+        store = open_store(tmp_path / "s")
+        assert [name for name in opened if name in rows] == []
+        store.rows()
+        list(store.blocks())
+        assert sorted(name for name in opened if name in rows) == rows
+        opened.clear()
+        rows = []  # known now
+    flip(tmp_path / "s" / "rows-00002.bin")
+    with pytest.raises(StoreError, match=r"rows-00002.bin"):
+        open_store(tmp_path / "s").rows()
 
 
 def test_a_shard_of_another_store_is_foreign(tmp_path: Path) -> None:
