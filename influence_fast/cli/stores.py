@@ -126,6 +126,8 @@ def _inspect(args: Any) -> None:
         value = getattr(store.identity, name)
         if value is not None:
             print(f"  {name:<20} {value}")
+    if store.tokens_hash is not None:
+        print(f"  {'tokens_hash':<20} {store.tokens_hash}")
     if store.identity.projection_sketch is not None:
         _inspect_sketch(store)
     for name, reason in store.set_aside[:20]:

@@ -257,6 +257,7 @@ def build_shards(
                     first=first,
                     last=last,
                     set_aside=set_aside,
+                    tokens=dataset_fingerprint(examples[i] for i in kept),
                 )
     return writer
 

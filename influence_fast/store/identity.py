@@ -29,7 +29,8 @@ class StoreIdentity:
 
     The hashes are SHA-256 in hex (see `influence_fast.data.fingerprints`). `model_id` is a label: where both sides
     know `model_hash`, that decides. `tokenization` says how text became tokens ("text, max_length=4096,
-    truncate=False", with "as given" in place of "text" for examples that came as tokens). `projection_kind` is "none"
+    truncate=False, tokens 0123456789abcdef", the hash of the tokens of a few fixed texts; "as given, ..." for examples
+    that came as tokens). `projection_kind` is "none"
     for exact gradients and "unknown" for imported ones; `projection_dim` is None for the kinds that do not use it.
     `precision` is that of the products with the base weights: "fp8" or "auto", the model's own dtype, which is what
     None means in a store.

@@ -231,7 +231,8 @@ class ShardRecord:
     """What shard-NNNNN.json holds: the shard's place, its files with checksums, and what was left out of it.
 
     `first` and `last` are the range of examples covered, in the order of its part's dataset; of these, `rows` are
-    stored and the rest is in `set_aside` as (id, reason).
+    stored and the rest is in `set_aside` as (id, reason). `tokens`: SHA-256 of the token ids and labels that the rows
+    were made from; None where that is not known.
     """
 
     index: int
@@ -241,13 +242,17 @@ class ShardRecord:
     rows: int
     files: dict[str, FileRecord]
     set_aside: tuple[tuple[str, str], ...] = field(default=())
+    tokens: str | None = None
 
     @property
     def checksum(self) -> str:
         return digest(self._body())
 
     def _body(self) -> dict[str, Any]:
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+        body = {"format_version": FORMAT_VERSION, **asdict(self)}
+        if self.tokens is None:
+            del body["tokens"]  # records of earlier versions keep their checksums
+        return body
 
     def to_json(self) -> bytes:
         return _signed(self._body())
@@ -268,6 +273,7 @@ class ShardRecord:
             record = cls(
                 files={kind: FileRecord(**entry) for kind, entry in body["files"].items()},
                 set_aside=tuple((i, reason) for i, reason in body["set_aside"]),
+                tokens=body.get("tokens"),
                 **{k: body[k] for k in ("index", "fingerprint", "first", "last", "rows")},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -289,6 +295,8 @@ class ShardRecord:
         """What does not fit together in a record of a store with this manifest, if anything."""
         if not all(map(is_count, (self.first, self.last, self.rows))) or not self.first <= self.last:
             return "a count is not a whole number"
+        if not isinstance(self.tokens, str | None):
+            return "tokens is no checksum"
         if any(not isinstance(text, str) for item in self.set_aside for text in item):
             return "an id or reason in set_aside is no text"
         if self.rows + len(self.set_aside) > self.last - self.first:

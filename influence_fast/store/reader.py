@@ -6,6 +6,8 @@ The format is in `manifest`, the writing in `writer`; `build_store` and the impo
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +118,12 @@ class Store:
         if any("losses" not in record.files for record in self._records):
             return None
         return np.concatenate([np.zeros(0, LOSS_DTYPE), *(small["losses"] for small in self._small)])
+
+    @functools.cached_property
+    def tokens_hash(self) -> str | None:
+        """SHA-256 over the hashes of the tokens that each shard's rows were made from; None where one is not known."""
+        hashes = [record.tokens for record in self._records]
+        return None if None in hashes else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
     def blocks(self, max_rows: int = 4096) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
         """The rows as they lie on disk, in order: (place of the first row, raw rows, scales).

@@ -123,10 +123,12 @@ class StoreWriter:
         last: int,
         set_aside: Sequence[tuple[str, str]] = (),
         losses: torch.Tensor | np.ndarray | None = None,
+        tokens: str | None = None,
     ) -> None:
         """Stores `rows` (len(ids), width), any float dtype, as shard `index`, and their examples' losses if given.
 
-        `first` and `last` are the range of examples it covers; those without a row are in `set_aside`.
+        `first` and `last` are the range of examples it covers; those without a row are in `set_aside`. `tokens` is the
+        hash of the tokens that the rows were made from, where it is known.
 
         Raises:
             NumericError: a row is NaN or infinite in fp32.
@@ -154,7 +156,8 @@ class StoreWriter:
             name = file_name(kind, index)
             size = memoryview(data).nbytes
             files[kind] = FileRecord(name, size, self._publish(name, [data], size))
-        self._record(ShardRecord(index, self._fingerprints[index], first, last, len(ids), files, tuple(set_aside)))
+        left = tuple(set_aside)
+        self._record(ShardRecord(index, self._fingerprints[index], first, last, len(ids), files, left, tokens))
         (self.path / _partial_name(index)).unlink(missing_ok=True)
 
     def keep_partial(self, index: int, rows: torch.Tensor, losses: torch.Tensor, done: Collection[int]) -> None:

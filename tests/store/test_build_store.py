@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import signal
@@ -10,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +164,35 @@ def test_texts_are_tokenized_and_identified(tmp_path: Path, model: Any, tiny_tok
         open_store(tmp_path / "s", expect=identity_of(model, tiny_tokenizer(eos="<pad>"), projection=PROJECTION))
     with pytest.raises(DataError, match="needs the model's tokenizer"):
         build(tmp_path / "t", model, texts)
+
+
+def test_a_store_knows_the_tokens_that_it_was_made_from(
+    tmp_path: Path, model: Any, tiny_tokenizer: Callable[..., Any]
+) -> None:
+    from influence_fast.data.examples import tokenize
+
+    tokenizer = tiny_tokenizer()
+    texts = [Example(f"q{i}", f"What is {i}+{i}?", f"It is {2 * i}.") for i in range(6)]
+    store = build(tmp_path / "texts", model, texts, tokenizer=tokenizer)
+    tokens = tokenize(texts, tokenizer).examples
+    assert build(tmp_path / "tokens", model, tokens).tokens_hash == store.tokens_hash
+    assert store.manifest.parts[0].shard_rows == 4
+    hashes = [dataset_fingerprint(tokens[:4]), dataset_fingerprint(tokens[4:])]
+    assert store.tokens_hash == hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    other = [tokens[0] | {"labels": tokens[0]["labels"].roll(1)}, *tokens[1:]]
+    assert build(tmp_path / "other", model, other).tokens_hash != store.tokens_hash
+
+
+def test_a_store_does_not_go_on_with_texts_made_into_other_tokens(
+    tmp_path: Path, model: Any, tiny_tokenizer: Callable[..., Any], chatml: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tiny_tokenizer(chat_template="{{ strftime_now('%d %b %Y') }}" + chatml)
+    texts = [Example(f"q{i}", f"What is {i}+{i}?", f"It is {2 * i}.") for i in range(6)]
+    before = build(tmp_path / "s", model, texts, tokenizer=tokenizer).rows()
+    assert torch.equal(build(tmp_path / "s", model, texts, tokenizer=tokenizer).rows(), before)
+    monkeypatch.setattr("influence_fast.data.rendering.DAY", date(2025, 1, 1))
+    with pytest.raises(StoreError, match=r"another tokenization: .* tokens \w+' in the store and '.* tokens \w+' here"):
+        build(tmp_path / "s", model, texts, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("n", [0, 1])
