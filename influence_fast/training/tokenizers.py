@@ -1,7 +1,7 @@
 """Tokenizers: the adapter's own where it has one, else the model's.
 
 An adapter learned the tokens that its tokenizer and chat template made. Under the base model's own template the same
-weights answer another question: a model of the tests falls from 0.567 right answers to 0.083.
+weights answer another question: on sums of two digits a small model falls from 1.000 right answers to 0.017 (measured).
 """
 
 from __future__ import annotations
