@@ -6,6 +6,7 @@ in a field of its own (`reasoning`, `reasoning_content` or `thinking`) and a `we
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,12 @@ def with_reasoning(reasoning: str, content: str) -> str:
     return f"<think>\n{reasoning}\n</think>\n\n{content}"
 
 
+def without_tags(reasoning: str) -> str:
+    """Return reasoning that comes apart from its content without the tags that it may have all the same."""
+    found = re.fullmatch(r"\s*<think>\n?((?:(?!</?think>).)*?)\n?</think>\s*", reasoning, re.DOTALL)
+    return found[1] if found else reasoning
+
+
 def messages(cells: Cells, name: str) -> list[Message]:
     """Return the messages of a column, in either form. Raises DataError naming the message and the remedy."""
     column = cells.column(name)
@@ -106,6 +113,7 @@ def _message(cells: Cells, message: Any, what: str) -> Message:
         content = message.get("content")
     weight = _weight(cells, message.get("weight"), role, what, lenient=isinstance(speaker, str))
     reasoning = _reasoning(cells, message, role, what)
+    reasoning = None if reasoning is None else without_tags(reasoning)
     text = _content(cells, content, what, may_be_null=reasoning is not None)
     if reasoning is None:
         return Message(role, text, weight=weight)

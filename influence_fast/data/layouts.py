@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from influence_fast.data.boxed import last_boxed
 from influence_fast.data.cells import Cells, Turn, is_blank, is_null
-from influence_fast.data.conversations import Draft, Message, conversation, messages, with_reasoning
+from influence_fast.data.conversations import Draft, Message, conversation, messages, with_reasoning, without_tags
 
 TRACE_CHOICES = ("first", "first_correct", "all", "all_correct")
 
@@ -53,6 +53,7 @@ def _completion(cells: Cells) -> Message:
     reasoning = cells.optional_text("reasoning") if "reasoning" in cells.names else None
     if reasoning is None:
         return Message("assistant", text)
+    reasoning = without_tags(reasoning)
     return Message("assistant", with_reasoning(reasoning, text), reasoning)
 
 
@@ -204,6 +205,7 @@ def reasoned(prompt: str, reasoning: str, attempt: str, solution: str) -> Conver
             return []
         stated = cells.optional(solution)
         answer = _answer(cells, "answer", _boxed(stated) or stated)
+        trace = without_tags(trace)
         return [Draft(cells.text(prompt), with_reasoning(trace, answered), answer, reasoning=trace)]
 
     return convert

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from influence_fast.data.conversations import with_reasoning
 from influence_fast.data.schemas import Example, Turn
 from influence_fast.data.template_limits import check_template
-from influence_fast.data.turn_ends import EndOfTurn, find_end, shared_start
+from influence_fast.data.turn_borders import Border, find_border
+from influence_fast.data.turn_ends import EndOfTurn, find_end
 from influence_fast.errors import DataError, ModelError, one_line, say_once
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 DAY = date(2024, 7, 26)
 
 _THINK, _END_THINK = "<think>", "</think>"
+_ASK, _SYSTEM, _SAID = ("user", "PlaceholderQuestion"), ("system", "PlaceholderRule"), "PlaceholderAnswer"
 _DIRECTIVES = (*(f"-{letter}" for letter in "dHIjmMSyUW"), *"aAbBcdDeFGhHIjmMpRSTuUVwWxXyYzZ%")  # of strftime
-_LONE_TAG = re.compile(r"<([^<>/\s]+)>|\[([^\[\]/\s]+)\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +80,12 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn:
     return Renderer(tokenizer).end
 
 
+def added_bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the beginning-of-text token that the tokenizer itself puts before a text; empty where it does not."""
+    bos = tokenizer.bos_token_id
+    return str(tokenizer.bos_token) if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ""
+
+
 class Renderer:
     """Writes examples as text by the tokenizer's chat template, or plainly where it has none."""
 
@@ -87,11 +93,10 @@ class Renderer:
         self.tokenizer = tokenizer
         self.name = repr(tokenizer.name_or_path or type(tokenizer).__name__)
         self.templated = bool(tokenizer.chat_template)
-        # Special tokens come with a template's text; without one, add what the tokenizer would.
-        bos = tokenizer.bos_token_id
-        adds_bos = bos is not None and tokenizer("a")["input_ids"][0] == bos
-        self._bos = tokenizer.bos_token if adds_bos else ""
+        self._bos = added_bos(tokenizer)  # which comes with a template's text, where there is one
         self._parts = False  # content as a list of parts, as templates of models with pictures read it
+        self._opening: tuple[Turn, ...] = (_ASK,)  # what a conversation has to begin with
+        self._source = ""
         self._template = self._usable_template() if self.templated else None
         if self.templated:
             self._find_form()
@@ -139,13 +144,44 @@ class Renderer:
 
     def _answer(self, example: Example, prompt: str) -> str:
         """What follows the prompt: lead, completion and end."""
-        completion = example.completion
-        if example.reasoning is not None and (told := self._told_apart(example, prompt)) is not None:
-            frame, completion = told
+        frame, completion = self._framed(example, prompt)
+        border = None
+        if frame.head.startswith(prompt) or prompt.startswith(frame.head):
+            border = find_border(prompt, frame.head, completion, self._source)
         else:
-            frame = self._frame(example, prompt)
-        lead, rest = self._joined(example, prompt, frame.head, completion)
-        return lead + rest + self.end.within(frame.tail, self.tokenizer)
+            border = self._border_after_last_turn(example, prompt, frame.head, completion)
+        if border is None:
+            raise ModelError(
+                f"the chat template of {self.name} renders the prompt of {example.id} otherwise when an answer "
+                "follows, so the two cannot be told apart; set a template whose generation prompt is the beginning of "
+                "the assistant's turn"
+            )
+        if border.notice:
+            say_once(logger, f"the prompts of {self.name} {border.notice}")
+        return border.lead + border.completion + self.end.within(frame.tail, self.tokenizer)
+
+    def _border_after_last_turn(self, example: Example, prompt: str, head: str, completion: str) -> Border | None:
+        """The border by what the template writes after the last turn alone, whatever it writes before it."""
+        mark, _ = _placeholders(prompt + head)
+        marked = _with_last_turn(example, mark)
+        other = self.prompt(marked)
+        parted = [text.rpartition(mark) for text in (other, self._framed(marked, other)[0].head)]
+        ends = [after for _, found, after in parted if found]
+        if len(ends) != 2 or not (prompt.endswith(ends[0]) and head.endswith(ends[1])):
+            return None
+        if prompt[: len(prompt) - len(ends[0])] != head[: len(head) - len(ends[1])]:
+            say_once(
+                logger,
+                f"the chat template of {self.name} writes a prompt otherwise when an answer follows; what it writes "
+                "for a generation is taken in training and scoring too",
+            )
+        return find_border(ends[0], ends[1], completion, self._source)
+
+    def _framed(self, example: Example, prompt: str) -> tuple[_Frame, str]:
+        """The frame around the completion, and the completion as it stands in it."""
+        if example.reasoning is not None and (told := self._told_apart(example, prompt)) is not None:
+            return told
+        return self._frame(example, prompt), example.completion
 
     def _told_apart(self, example: Example, prompt: str) -> tuple[_Frame, str] | None:
         """The frame around reasoning that the data holds apart, and the completion as the template writes the two.
@@ -193,35 +229,6 @@ class Renderer:
                 frames.append(_Frame(head.removesuffix(_THINK) if opens else head, text[second + len(said) :]))
         return frames
 
-    def _joined(self, example: Example, prompt: str, head: str, completion: str) -> tuple[str, str]:
-        """What stands between prompt and completion, and the completion less a tag that the prompt opened."""
-        if head.startswith(prompt):
-            return head[len(prompt) :], completion
-        shared = shared_start(head, prompt)
-        opened, lead = prompt[shared:], head[shared:]
-        last = example.turns[-1][1].strip()
-        if last and (last in opened or last in lead):
-            raise ModelError(
-                f"the chat template of {self.name} renders the prompt of {example.id} otherwise when an answer "
-                "follows, so the two cannot be told apart; set a template whose generation prompt is the beginning of "
-                "the assistant's turn"
-            )
-        for tag in (opened, opened.strip()):
-            if not lead and tag and completion.startswith(tag):
-                return "", completion[len(tag) :]
-        found = _LONE_TAG.fullmatch(opened.strip())
-        if lead or found is None:
-            return lead, completion
-        closing = f"</{found[1]}>" if found[1] else f"[/{found[2]}]"
-        if closing in completion:
-            return "", completion
-        say_once(
-            logger,
-            f"the prompts of {self.name} open {opened.strip()}, and completions without it follow {closing}: mark what "
-            f"is reasoning as {opened.strip()}...{closing}",
-        )
-        return f"\n{closing}\n\n", completion
-
     # ---- earlier turns -------------------------------------------------------------------------------------
 
     def _span_of_turn(self, example: Example, index: int, prompt: str) -> tuple[int, int]:
@@ -240,9 +247,7 @@ class Renderer:
                 f"the chat template of {self.name} changes turn {index} of {example.id} (it leaves out earlier "
                 "reasoning, most likely), so that it cannot be learnt from; take the last turns alone (turns: last)"
             )
-        ending = self.end.text
-        if after.lstrip().startswith(ending):
-            end += after.index(ending) + len(ending)
+        end += self.end.after_turn(after, self.tokenizer)
         return start, end
 
     # ---- the template --------------------------------------------------------------------------------------
@@ -255,10 +260,9 @@ class Renderer:
             raise ModelError(f"the chat template of {self.name} cannot be chosen ({one_line(error)})") from error
         if not isinstance(template, str):
             return None
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        self._source = template
         special = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()}
-        check_template(template, special, [turns[:1], turns, parts], self.name)
+        check_template(template, special, _tried_conversations(), self.name)
         if "strftime_now" not in template:
             return None
         say_once(
@@ -267,33 +271,35 @@ class Renderer:
         return _of_the_day(template)
 
     def _find_form(self) -> None:
-        """Finds out whether the template reads content as text or as a list of parts."""
-        asked, said = "PlaceholderQuestion", "PlaceholderAnswer"
+        """Finds out whether the template reads content as text or as a list of parts, and how it wants to begin."""
         for parts in (False, True):
-            self._parts = parts
-            try:
-                text = self._apply([("user", asked)], "a conversation", (said, None))
-            except DataError:  # refuses one of the two forms, or conversations without a system turn
-                continue
-            if asked in text and said in text:
-                return
-        self._parts = False
+            for opening in ((_ASK,), (_SYSTEM, _ASK)):
+                self._parts, self._opening = parts, opening
+                try:
+                    text, again = (self._apply(opening, "a conversation", (_SAID, None)) for _ in range(2))
+                except DataError:  # refuses one of the two forms, or conversations without a system turn
+                    continue
+                if text != again:
+                    raise ModelError(
+                        f"the chat template of {self.name} writes another text each time; set one that does not"
+                    )
+                if _ASK[1] in text and _SAID in text:
+                    return
+        self._parts, self._opening = False, (_ASK,)
 
     def _find_end(self) -> EndOfTurn | None:
-        tail, followed = "", None
+        tail, followed, before = "", None, ""
         if self.templated:
-            said = "PlaceholderAnswer"
-            ask = ("user", "PlaceholderQuestion")
             try:
-                text = self._apply([ask], "a conversation", (said, None))
-                tail = text[text.rfind(said) + len(said) :] if said in text else ""
-                text = self._apply(
-                    [ask, ("assistant", said), ("user", "PlaceholderNext")], "a conversation", generate=True
-                )
-                followed = text[text.find(said) + len(said) :] if said in text else None
+                text = self._apply(self._opening, "a conversation", (_SAID, None))
+                tail = text[text.rfind(_SAID) + len(_SAID) :] if _SAID in text else ""
+                before = text[: text.find(self._opening[0][1])]
+                turns = [*self._opening, ("assistant", _SAID), ("user", "PlaceholderNext")]
+                text = self._apply(turns, "a conversation", generate=True)
+                followed = text[text.find(_SAID) + len(_SAID) :] if _SAID in text else None
             except DataError:  # the template wants other turns: the tokenizer's EOS, or what a completion shows
                 pass
-        return find_end(tail, followed, self.tokenizer)
+        return find_end(tail, followed, before, self.tokenizer)
 
     def _apply(
         self,
@@ -326,6 +332,22 @@ class Renderer:
             # the names that templates read it by: DeepSeek's and Qwen's, gpt-oss's, and OpenRouter's
             message |= dict.fromkeys(("reasoning_content", "thinking", "reasoning"), reasoning)
         return message
+
+
+def _tried_conversations() -> list[list[dict[str, Any]]]:
+    """Short conversations of every kind, which a template is tried with before it is used."""
+    roles = ["u", "ua", "uau", "uaua", "su", "sua", "suaua", "uat", "uata"]
+    names = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
+    plain: list[list[dict[str, Any]]] = [[{"role": names[r], "content": r} for r in turns] for turns in roles]
+    parts = [[turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns] for turns in plain]
+    return plain + parts[:2]
+
+
+def _with_last_turn(example: Example, content: str) -> Example:
+    """`example` with another content of the last turn before the completion."""
+    if not example.between:
+        return replace(example, prompt=content)
+    return replace(example, between=(*example.between[:-1], (example.between[-1][0], content)))
 
 
 def _placeholders(text: str) -> tuple[str, str]:

@@ -38,6 +38,7 @@ def check_template(
         "conversations": conversations,
         "memory": MEMORY,
         "seconds": SECONDS,
+        "characters": CHARACTERS,
     }
     if why := _tried(json.dumps(work)):
         raise ModelError(f"the chat template of {name} {why}; set another template (tokenizer.chat_template)")

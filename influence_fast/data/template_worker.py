@@ -41,6 +41,8 @@ def main() -> None:
             raise
         except Exception:
             lengths.append(0)
+        if lengths[-1] > work["characters"]:
+            break
     print(json.dumps(lengths))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from influence_fast.data.packing import IGNORED
-from influence_fast.data.rendering import Rendered, Renderer
+from influence_fast.data.rendering import Rendered, Renderer, added_bos
 from influence_fast.data.schemas import Example
 from influence_fast.data.turn_ends import shared_start
-from influence_fast.errors import DataError, InfluenceFastError, listing, say_once
+from influence_fast.errors import DataError, InfluenceFastError, ModelError, listing, say_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,7 +110,7 @@ def tokenization_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return the token ids of whole texts, to which nothing is added."""
-    return list(_called(tokenizer, texts)["input_ids"]) if texts else []
+    return _called(tokenizer, texts) if texts else []
 
 
 def _check_completions(examples: Sequence[Example]) -> None:
@@ -129,7 +130,19 @@ def _encoded(examples: Sequence[Example], renderer: Renderer) -> list[tuple[list
         found[i] = prompt + answer, [IGNORED] * len(prompt) + answer
     if texts:
         found |= dict(zip(texts, _tokens_of(list(texts.values()), renderer), strict=True))
+        for i in texts:
+            _check_end(examples[i], texts[i], found[i][0], renderer)
     return [found[i] for i in range(len(examples))]
+
+
+def _check_end(example: Example, text: Rendered, ids: list[int], renderer: Renderer) -> None:
+    """ModelError where the end of turn is one token, and the tokenizer does not make that of the text."""
+    end = renderer.end
+    if example.ended and end.token is not None and text.text.endswith(end.text) and ids[-1] != end.token:
+        raise ModelError(
+            f"{example.id}: the tokenizer {renderer.name} does not read the end of turn {end.text!r} as the token "
+            f"{end.token}, where a generation stops; look at split_special_tokens, and at single_word of that token"
+        )
 
 
 def _tokens_of(texts: list[Rendered], renderer: Renderer) -> list[tuple[list[int], list[int]]]:
@@ -172,8 +185,13 @@ class _Tokens:
         """How many tokens end at or before character `place`."""
         if not renderer.tokenizer.is_fast:  # one in Python, which does not know where its tokens stand
             return shared_start(self.ids, encode([self.text.text[:place]], renderer.tokenizer)[0])
-        places = _called(renderer.tokenizer, [self.text.text], return_offsets_mapping=True)["offset_mapping"][0]
-        return next((i for i, (_, end) in enumerate(places) if end > place), len(self.ids))
+        bos = _added_bos(renderer.tokenizer)
+        start = len(bos) if self.text.text.startswith(bos) else 0
+        found = renderer.tokenizer(
+            self.text.text[start:], add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ends = [start] * (start > 0) + [start + end for _, end in found["offset_mapping"]]
+        return next((i for i, end in enumerate(ends) if end > place), len(self.ids))
 
 
 def _compare(text: Rendered, learnt: list[int], renderer: Renderer) -> None:
@@ -187,8 +205,30 @@ def _compare(text: Rendered, learnt: list[int], renderer: Renderer) -> None:
         )
 
 
-def _called(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **more: Any) -> Any:
-    # verbose=False: the warning about texts beyond model_max_length is ours to give, by id.
-    return tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False, **more
-    )  # fmt: skip
+def _called(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of whole texts. Raises DataError for a text that is no text (half a surrogate pair)."""
+    bos = _added_bos(tokenizer)
+    cut = [text.removeprefix(bos) for text in texts] if bos else list(texts)
+    try:
+        # verbose=False: the warning about texts beyond model_max_length is ours to give, by id.
+        found = tokenizer(cut, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    except (TypeError, UnicodeEncodeError):
+        for text in texts:
+            if re.search("[\ud800-\udfff]", text):
+                raise DataError(f"a text holds half a surrogate pair: {text[:60]!r}; re-encode it as UTF-8") from None
+        raise
+    if not bos:
+        return list(found)
+    return [
+        [int(tokenizer.bos_token_id)] * (len(text) > len(rest)) + ids
+        for text, rest, ids in zip(texts, cut, found, strict=True)
+    ]
+
+
+def _added_bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The BOS token that plain texts begin with, put before their tokens and not read as text.
+
+    A tokenizer in SentencePiece's manner marks the first word of a text, and not one that follows a special token: what
+    it makes of the text alone is what others train on. In a chat template's text BOS stands as the template writes it.
+    """
+    return "" if tokenizer.chat_template else added_bos(tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ class EndOfTurn:
 
     text: str
     token: int | None
+    own: bool = field(default=True, compare=False)  # the template's, not an EOS token in its place
 
     def within(self, tail: str, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return what of `tail`, the template's text after a completion, belongs to the turn: up to its end.
@@ -31,23 +32,40 @@ class EndOfTurn:
             return tail[: tail.index(self.text) + len(self.text)]
         return _end_of(tail, None, tokenizer) or self.text
 
+    def after_turn(self, text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Return how many characters of `text`, the template's after an earlier assistant turn, belong to the turn.
 
-def find_end(tail: str, followed: str | None, tokenizer: PreTrainedTokenizerBase) -> EndOfTurn | None:
+        Templates may end it by another token than the last one (gpt-oss: `<|end|>`, and `<|return|>` at the end).
+        """
+        stripped = text.lstrip()
+        blank = len(text) - len(stripped)
+        if stripped.startswith(self.text):
+            return blank + len(self.text)
+        first = next(iter(_pieces(stripped, tokenizer)), "")
+        return blank + len(first) if self.own and first in _atoms(tokenizer) else 0
+
+
+def find_end(tail: str, followed: str | None, opening: str, tokenizer: PreTrainedTokenizerBase) -> EndOfTurn | None:
     """Find the end of turn in a template's text after the last completion.
 
     Args:
         tail: what the template writes after the last assistant turn.
         followed: what it writes there where a user's turn follows; None where that is not known. Phi-3 ends the whole
-            conversation by another token than each turn, and what both texts begin with is the turn's own end.
+            conversation by another token than each turn, and what both texts begin with is the turn's own end. A
+            template that leaves the last turn open has its end here alone.
+        opening: what it writes before a conversation's first content, which ends no turn.
         tokenizer: the tokenizer of the template.
 
     Returns None where neither the template nor the tokenizer has an end.
     """
     text = _end_of(tail, followed, tokenizer).strip()
+    if not text and followed is not None:
+        first = next(iter(_pieces(followed.lstrip(), tokenizer)), "")
+        text = first if first in _atoms(tokenizer) and first not in opening else ""
     if not text:
         if tokenizer.eos_token_id is None:
             return None
-        return EndOfTurn(str(tokenizer.eos_token), int(tokenizer.eos_token_id))
+        return EndOfTurn(str(tokenizer.eos_token), int(tokenizer.eos_token_id), own=False)
     last = _pieces(text, tokenizer)[-1]
     token = tokenizer.convert_tokens_to_ids(last) if last in _atoms(tokenizer) else None
     return EndOfTurn(text, token if isinstance(token, int) else None)

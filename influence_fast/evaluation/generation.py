@@ -125,9 +125,10 @@ def _transformers_answers(
     progress: bool,
 ) -> Iterator[dict[int, list[Answer]]]:
     device = next(model.parameters()).device
-    ends = find_ends(getattr(model, "generation_config", None), tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends.tokens, default=0)
-    settings = generation_settings(config, getattr(model, "generation_config", None), ends)
+    own = getattr(model, "generation_config", None)
+    settings = generation_settings(config, own, find_ends(own, tokenizer))
+    ends = settings.ends
+    pad = _padding(model, [tokenizer.pad_token_id, *sorted(ends.tokens)])
     asked = settings.for_transformers(pad)
     more: dict[str, Any] = {"tokenizer": tokenizer} if ends.strings else {}  # by which it finds the strings
     # longest first: a batch too large for the memory fails at once, not at the end
@@ -149,14 +150,21 @@ def _transformers_answers(
                 mask[row, width - n :] = 1
             torch.manual_seed(config.seed * 1_000_003 + number)
             with torch.no_grad(), without_own_settings(model):
-                output = model.generate(  # type: ignore[operator]
-                    input_ids=input_ids.to(device), attention_mask=mask.to(device), generation_config=asked, **more
-                )[:, width:].cpu()  # [B * samples, new tokens]
-            rows = [_answer(tokens, ends, tokenizer) for tokens in output.tolist()]
+                tokens = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+                # [B * samples, new tokens]
+                output = settings.called(model.generate, **tokens, generation_config=asked, **more)[:, width:].cpu()
+            rows = [_answer(new, ends, tokenizer) for new in output.tolist()]
             n = config.samples
             yield {i: rows[row * n : (row + 1) * n] for row, i in enumerate(batch)}
     finally:
         model.train(was_training)
+
+
+def _padding(model: torch.nn.Module, candidates: Sequence[int | None]) -> int:
+    """The first of the ids that the model has an embedding for; what is padded is masked, so that 0 will do."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = None if embeddings is None else len(embeddings.weight)
+    return next((i for i in candidates if i is not None and i >= 0 and (rows is None or i < rows)), 0)
 
 
 def _answer(tokens: list[int], ends: Ends, tokenizer: PreTrainedTokenizerBase, cut: bool = True) -> Answer:
@@ -164,24 +172,27 @@ def _answer(tokens: list[int], ends: Ends, tokenizer: PreTrainedTokenizerBase, c
     place = next((k for k, token in enumerate(tokens) if token in ends.tokens), None)
     said = tokens if place is None else tokens[:place]
     whole = tokens if place is None else tokens[: place + 1]
-    text = _decode(said, tokenizer)
-    stop = min((found for string in ends.strings if (found := text.find(string)) >= 0), default=None)
+    text, raw = _decode(said, tokenizer), _decode(said, tokenizer, special=True)
+    stop = min((found for string in ends.strings if (found := raw.find(string)) >= 0), default=None)
     if stop is not None:
         # Of the first tokens whose text has the string, and of those before it.
         whole = said[: _fewest(said, lambda text: any(string in text for string in ends.strings), tokenizer)]
         said = whole[: _fewest(whole, lambda text: len(text) >= stop, tokenizer)]
-        return Answer(text[:stop], len(said), STOPPED, tuple(whole))
+        text = raw[:stop] if text == raw else _decode(said, tokenizer)  # less special tokens, where there are some
+        return Answer(text, len(said), STOPPED, tuple(whole))
     reason = CUT if place is None and cut else STOPPED
     return Answer(text, len(said), reason, tuple(whole))
 
 
 def _fewest(tokens: list[int], enough: Callable[[str], bool], tokenizer: PreTrainedTokenizerBase) -> int:
     """The least number of first tokens whose text is `enough`; of all of them it is."""
-    return bisect.bisect_left(range(len(tokens)), True, key=lambda k: enough(_decode(tokens[:k], tokenizer)))
+    return bisect.bisect_left(
+        range(len(tokens)), True, key=lambda k: enough(_decode(tokens[:k], tokenizer, special=True))
+    )
 
 
-def _decode(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def _decode(tokens: list[int], tokenizer: PreTrainedTokenizerBase, *, special: bool = False) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False))
 
 
 def check_room(model_config: Any, encoded: Sequence[Sequence[int]], config: EvalConfig) -> None:
@@ -238,8 +249,8 @@ def _vllm_answers(
         own = GenerationConfig.from_pretrained(files.path)
     except OSError:  # a model without the file
         own = None
-    ends = find_ends(own, tokenizer)
-    parameters = generation_settings(config, own, ends).for_vllm()
+    settings = generation_settings(config, own, find_ends(own, tokenizer))
+    ends, parameters = settings.ends, settings.for_vllm()
     llm = LLM(**options)
     try:
         outputs = llm.generate(

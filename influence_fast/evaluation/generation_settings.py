@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from influence_fast.data.rendering import end_of_turn
-from influence_fast.errors import ConfigError
+from influence_fast.errors import ConfigError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,12 @@ _NOT_SAMPLING = {
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "max_length",
     "max_new_tokens", "num_return_sequences", "use_cache", "cache_implementation", "cache_config", "max_cache_len",
     "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
-    "_from_model_config",
+    "_from_model_config", "stop_strings",
+}  # fmt: skip
+# What needs one prompt at a time, another model, a clock, or code of its own.
+_REFUSED = {
+    "prompt_lookup_num_tokens", "assistant_early_exit", "is_assistant", "token_healing", "max_time", "penalty_alpha",
+    "dola_layers", "force_words_ids", "constraints", "num_beam_groups", "custom_generate", "use_mtp",
 }  # fmt: skip
 
 
@@ -56,11 +61,25 @@ class GenerationSettings:
     max_new_tokens: int
     samples: int
     ends: Ends
+    own: bool = False  # the model's own settings
+
+    def called(self, generate: Any, **options: Any) -> torch.Tensor:
+        """Return what `generate` makes. Raises ConfigError where the model's own settings do not let it."""
+        try:
+            return cast("torch.Tensor", generate(**options))
+        except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+            if not self.own:
+                raise
+            raise ConfigError(
+                f"evaluation.generation 'model': transformers does not answer by the model's generation_config.json "
+                f"({one_line(error)}); mend that file, or use generation 'explicit'"
+            ) from error
 
     def record(self) -> dict[str, Any]:
         """Return the settings as plain values, for the record beside transcripts."""
         ends = {"tokens": sorted(self.ends.tokens), "strings": list(self.ends.strings)}
-        return {"sampling": self.sampling, "max_new_tokens": self.max_new_tokens, "ends": ends}
+        sampling = {name: value if _is_plain(value) else repr(value) for name, value in self.sampling.items()}
+        return {"sampling": sampling, "max_new_tokens": self.max_new_tokens, "ends": ends}
 
     def for_transformers(self, pad: int) -> Any:
         """Return a `transformers.GenerationConfig` that says all; `pad` is the id of the padding token."""
@@ -123,12 +142,30 @@ def generation_settings(config: EvalConfig, own: Any, ends: Ends) -> GenerationS
         named = {} if own is None else own.to_diff_dict()
         sampling = {str(k): value for k, value in named.items() if k not in _NOT_SAMPLING and value is not None}
         sampling.setdefault("do_sample", False)
+        if sampling["do_sample"]:  # what transformers takes where the file says nothing, for every engine
+            sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50} | sampling
+        for name in _REFUSED & sampling.keys():
+            raise ConfigError(
+                f"evaluation.generation 'model': the model's generation_config.json sets {name!r}, by which answers "
+                "cannot be asked for in batches, or not twice alike; use generation 'explicit'"
+            )
     if config.samples > 1 and not sampling["do_sample"]:
         raise ConfigError(
             f"evaluation.samples is {config.samples} but the model's generation_config.json does not sample, so all "
             "would be equal; use generation 'explicit' with a temperature"
         )
-    return GenerationSettings(sampling, config.max_new_tokens, config.samples, ends)
+    own_settings = config.generation == OWN
+    if own_settings and (strings := getattr(own, "stop_strings", None)):
+        strings = (strings,) if isinstance(strings, str) else tuple(strings)
+        ends = Ends(ends.tokens, (*ends.strings, *strings))
+    return GenerationSettings(sampling, config.max_new_tokens, config.samples, ends, own_settings)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold a setting as it is."""
+    return isinstance(value, str | int | float | bool | None) or (
+        isinstance(value, list | tuple) and all(map(_is_plain, value))
+    )
 
 
 def find_ends(own: Any, tokenizer: PreTrainedTokenizerBase) -> Ends:

@@ -135,6 +135,121 @@ def test_completions_stand_verbatim_whatever_the_template_does(
     assert tokenizer.decode(tokens["input_ids"][~given]) == render_prompt(example, tokenizer)
 
 
+COHERE = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>{% else %}"
+    "<|BOT|><|START_RESPONSE|>{{ m.content }}<|END_RESPONSE|><|im_end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|BOT|><|START_THINKING|>CLOSE{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}"
+    "{% if loop.last and m.role == 'user' %} /no_think{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+)
+TURN_ADDED = CHATML.replace(
+    "{% if add_generation_prompt %}", "{% if add_generation_prompt %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}"
+)
+INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}{% if loop.last %}[INST] SYS {{ m.content | replace('\n', ' ') }}"
+    "[/INST]{% else %}[INST] {{ m.content | replace('\n', ' ') }}[/INST]{% endif %}{% else %} {{ m.content }}"
+    "{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "completion", "answer"),
+    [
+        (
+            COHERE.replace("CLOSE", "<|END_THINKING|>"),
+            "It is 2.",
+            "<|START_RESPONSE|>It is 2.<|END_RESPONSE|><|im_end|>",
+        ),
+        (
+            COHERE.replace("CLOSE", "") + "{# <|END_THINKING|> #}",
+            "It is 2.",
+            "<|END_THINKING|><|START_RESPONSE|>It is 2.<|END_RESPONSE|><|im_end|>",
+        ),
+        (MARKED, "It is 2.", "It is 2.<|im_end|>"),
+        (TURN_ADDED, "It is 2.", "It is 2.<|im_end|>"),
+        (INST, "It is 2.", " It is 2.<eos>"),
+        (R1, "\n<think>\n1+1=2\n</think>\n\n2", "1+1=2\n</think>\n\n2<|im_end|>"),
+        (R1, " <think>1+1=2</think>2", "1+1=2</think>2<|im_end|>"),
+    ],
+    ids=["closed-before", "opened-before", "last-turn-marked", "turn-added", "system-inside", "blank-tag", "space-tag"],
+)
+@pytest.mark.parametrize("question", ["1+1?\nNow", "k", "think"])
+def test_where_prompt_and_conversation_part_the_completion_is_found(
+    tiny_tokenizer: Factory, template: str, completion: str, answer: str, question: str
+) -> None:
+    tokenizer = tiny_tokenizer(chat_template=template)
+    example = Example("x", question, completion)
+    [tokens] = tokenize([example], tokenizer).examples
+    given = tokens["labels"] != -100
+    assert tokenizer.decode(tokens["input_ids"][given]) == answer
+    assert tokenizer.decode(tokens["input_ids"][~given]) == render_prompt(example, tokenizer)
+
+
+def test_a_template_that_wants_a_system_turn_has_its_end_too(tiny_tokenizer: Factory) -> None:
+    wants = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}" + CHATML
+    tokenizer = tiny_tokenizer(chat_template=wants)
+    assert end_of_turn(tokenizer) == end_of_turn(tiny_tokenizer(chat_template=CHATML))
+    [tokens] = tokenize([Example("x", "p", "c", context=(("system", "s"),))], tokenizer).examples
+    assert tokenizer.decode(tokens["input_ids"][tokens["labels"] != -100]) == "c<|im_end|>"
+
+
+def test_earlier_turns_are_learnt_with_the_end_that_they_have(tiny_tokenizer: Factory) -> None:
+    template = CHATML.replace(
+        "'<|im_end|>\n'", "('<eos>' if loop.last and message['role'] == 'assistant' else '<|im_end|>')"
+    )
+    tokenizer = tiny_tokenizer(chat_template=template)
+    example = Example("x", "so?", "3", context=(("user", "1+1?"), ("assistant", "2")), learnt=(1,))
+    [tokens] = tokenize([example], tokenizer).examples
+    given = tokens["labels"] != -100
+    runs = ["".join(tokenizer.decode(tokens["input_ids"][i]) for i in run) for run in _runs(given)]
+    assert runs == ["2<|im_end|>", "3<eos>"]
+
+
+@pytest.mark.parametrize("kind", list(TOKENIZERS))
+def test_plain_texts_begin_as_the_tokenizer_begins_them(kind: str) -> None:
+    from tokenizers import processors
+
+    tokenizer = tokenizer_for(kind, "")
+    bos = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[bos])
+    [tokens] = tokenize([Example("x", "What is 12?", "12 is 12.")], tokenizer).examples
+    assert tokens["input_ids"].tolist() == tokenizer("What is 12?\n12 is 12.</s>")["input_ids"]
+    given = tokens["labels"] != -100
+    assert tokenizer.decode(tokens["input_ids"][given], clean_up_tokenization_spaces=False).strip() == "12 is 12.</s>"
+
+
+def test_an_end_that_is_not_read_as_its_token_is_refused(tiny_tokenizer: Factory) -> None:
+    tokenizer = tiny_tokenizer(chat_template=CHATML)
+    tokenizer.split_special_tokens = True
+    with pytest.raises(ModelError, match=r"x: .* does not read the end of turn '<\|im_end\|>' as the token"):
+        tokenize([Example("x", "p", "c")], tokenizer)
+
+
+def test_texts_that_are_none_are_named(tiny_tokenizer: Factory) -> None:
+    with pytest.raises(DataError, match="half a surrogate pair"):
+        tokenize([Example("x", "p", "a\ud800b")], tiny_tokenizer())
+
+
+def test_a_template_by_chance_is_refused(tiny_tokenizer: Factory) -> None:
+    chance = "{{ range(10 ** 5) | random }}" + CHATML
+    with pytest.raises(ModelError, match="writes another text each time"):
+        tokenize([Example("x", "p", "c")], tiny_tokenizer(chat_template=chance))
+
+
+@pytest.mark.parametrize("when", ["messages | length == 3", "messages[0].role == 'system'"])
+def test_a_template_that_loops_on_some_conversations_is_ended(
+    tiny_tokenizer: Factory, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    monkeypatch.setattr("influence_fast.data.template_limits.SECONDS", 1)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = i + j %}{% endfor %}{% endfor %}"
+    template = "{% if " + when + " %}" + loop + "{% endif %}" + CHATML
+    with pytest.raises(ModelError, match="does not end within 1 s"):
+        tokenize([Example("x", "p", "c")], tiny_tokenizer(chat_template=template))
+
+
 def test_reasoning_of_its_own_goes_where_the_template_puts_it(tiny_tokenizer: Factory) -> None:
     channels = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}"
@@ -202,8 +317,16 @@ def _runs(given: torch.Tensor) -> list[list[int]]:
         (CHATML + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}", "<eos>", "<|im_end|>", True),
         (CHATML.replace("<|im_end|>", "<eos><|im_end|>"), "<eos>", "<eos><|im_end|>", True),
         (CHATML.replace("<|im_end|>", ""), "<eos>", "<eos>", True),
+        (
+            CHATML.replace(
+                "'<|im_end|>\n'", "('' if loop.last and message['role'] == 'assistant' else '<|im_end|>\n')"
+            ),
+            "<eos>",
+            "<|im_end|>",
+            True,
+        ),
     ],
-    ids=["plain", "other-than-eos", "no-eos", "in-text", "eos-after-it", "two-tokens", "none"],
+    ids=["plain", "other-than-eos", "no-eos", "in-text", "eos-after-it", "two-tokens", "none", "left-open"],
 )
 def test_a_turn_ends_as_its_template_ends_it(
     tiny_tokenizer: Factory, template: str | None, eos: str | None, text: str, is_token: bool
@@ -305,7 +428,8 @@ def test_the_tokenization_hash_tells_templates_apart(tiny_tokenizer: Factory) ->
     [
         ("{% for m in messages %}[{{ m['role'] }}]{% endfor %}", ModelError, ["drops the completion of x"]),
         (
-            "{{ messages|length }}{% for m in messages %}[{{ m['content'] }}]{% endfor %}",
+            "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}assistant{% else %}"
+            "{{ messages[0]['content'] }}{% endif %}",
             ModelError,
             ["renders the prompt of x otherwise"],
         ),

@@ -129,6 +129,49 @@ def test_answers_end_at_the_templates_end_in_tokens_and_in_text(tiny_tokenizer: 
     assert model.asked[0]["tokenizer"] is plain
 
 
+def test_an_end_in_text_may_hold_a_special_token(tiny_tokenizer: Any, chatml: str) -> None:
+    tokenizer = tiny_tokenizer(chat_template=chatml.replace("<|im_end|>", "<|im_end|>[END]"), eos="<eos>")
+    assert find_ends(None, tokenizer).strings == ("<|im_end|>[END]",)
+    model: Any = Says(tokenizer, ["so 4<|im_end|>[END]\nand", "so 5"])
+    found = generate(model, tokenizer, ["p"] * 2, config=EvalConfig(max_new_tokens=30))
+    assert [(answer.text, answer.reason) for [answer] in found] == [("so 4", "stop"), ("so 5", "length")]
+    assert tokenizer.decode(found[0][0].token_ids) == "so 4<|im_end|>[END]"
+
+
+def test_the_models_own_settings_mean_the_same_to_each_engine(tiny_tokenizer: Any) -> None:
+    ends = find_ends(None, tiny_tokenizer())
+    config = EvalConfig(generation="model")
+    own = generation_settings(config, GenerationConfig(do_sample=True, temperature=0.6), ends)
+    asked = own.for_transformers(0)
+    assert own.for_vllm()["top_k"] == asked.top_k == 50
+    assert own.for_vllm()["top_p"] == asked.top_p == 1.0
+    stops = generation_settings(config, GenerationConfig(stop_strings=["Q:"]), ends)
+    assert stops.ends.strings == ("Q:",)
+    assert stops.for_transformers(0).stop_strings == ["Q:"]
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"prompt_lookup_num_tokens": 3}, {"max_time": 0.5}, {"token_healing": True}, {"force_words_ids": [[3]]}],
+    ids=lambda own: next(iter(own)),
+)
+def test_own_settings_that_cannot_be_asked_for_are_named(
+    model: Any, tokenizer: Any, examples: list[Example], own: dict[str, Any]
+) -> None:
+    with own_settings(model, GenerationConfig(**own)), pytest.raises(ConfigError, match=next(iter(own))):
+        generate(model, tokenizer, ["p", "q"], config=EvalConfig(max_new_tokens=3, generation="model"))
+
+
+def test_own_settings_that_json_cannot_hold_are_recorded(
+    model: Any, tokenizer: Any, examples: list[Example], tmp_path: Path
+) -> None:
+    config = EvalConfig(max_new_tokens=3, generation="model")
+    with own_settings(model, GenerationConfig(sequence_bias={(5,): 1.0})):
+        for reused in (0, 2):
+            found = evaluate(model, tokenizer, examples[:2], config=config, transcripts=tmp_path / "a.jsonl")
+            assert found.reused == reused
+
+
 def test_vllm_is_asked_for_the_same_or_refuses(tiny_tokenizer: Any) -> None:
     ends = find_ends(None, tiny_tokenizer())
     greedy = generation_settings(EvalConfig(max_new_tokens=5), HOSTILE, ends).for_vllm()
