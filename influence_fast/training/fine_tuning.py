@@ -26,6 +26,7 @@ from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.data.packing import context_of, example_name, say_if_beyond, teaches
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, listing
 from influence_fast.training import sft
+from influence_fast.training.adapter_settings import check_patterns
 from influence_fast.training.optimizer_states import AdamState, named_adam
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 RECORD = "training.json"
 PRECISIONS = ("auto", "fp32", "bf16")
+_WIDEST = 8  # times the rank of a weight that an adapter's may have: more than any use has
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
 
 
@@ -321,12 +323,25 @@ def attach_lora(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
+    check_patterns(model, settings, "lora")
+    check_rank(model, lora.r)
     torch.manual_seed(seed)
     try:
-        return get_peft_model(model, settings)  # type: ignore[arg-type]
+        wrapped = get_peft_model(model, settings)  # type: ignore[arg-type]
+        for one in wrapped.peft_config.values():
+            if isinstance(one.target_modules, set):  # whose order, which is written, is another in each process
+                one.target_modules = sorted(one.target_modules)  # type: ignore[assignment]
+        return wrapped
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"LoRA does not fit this model: {reason} Mend lora.target_modules.") from error
+
+
+def check_rank(model: torch.nn.Module, rank: int) -> None:
+    """Raise ConfigError for a rank far beyond every weight of the model, whose factors would fill the memory."""
+    widths = [min(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    if widths and rank > _WIDEST * max(widths):
+        raise ConfigError(f"lora.r is {rank}, and no weight of the model has a rank above {max(widths)}: choose a lower one")
 
 
 @contextmanager
