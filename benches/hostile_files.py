@@ -46,11 +46,14 @@ def main() -> None:
         slowest = max(outcome.seconds for outcome in found.values())
         largest = max(outcome.resident for outcome in found.values()) / 2**30
         others = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
-        print(f"{name:<16} tried {len(found):>4}  held {held:>4}  slowest {slowest:.1f} s  {largest:.1f} GiB  ({others})")
+        print(
+            f"{name:<16} tried {len(found):>4}  held {held:>4}  slowest {slowest:.1f} s  {largest:.1f} GiB  ({others})"
+        )
         if args.show:
             for case, outcome in found.items():
                 if not outcome.held:
-                    print(f"    {case}: {outcome.kind} {outcome.text} ({outcome.seconds:.1f} s, {outcome.resident >> 20} MiB)")
+                    spent = f"{outcome.seconds:.1f} s, {outcome.resident >> 20} MiB"
+                    print(f"    {case}: {outcome.kind} {outcome.text} ({spent})")
         sys.stdout.flush()
 
 

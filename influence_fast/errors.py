@@ -16,7 +16,7 @@ _LONGEST = 3000  # characters of a message: names from a file may be of any leng
 
 
 class InfluenceFastError(Exception):
-    """Base of every error this package raises on purpose. Its text is one printable line, whatever a file put into it."""
+    """Base of every error this package raises on purpose. Its text is one printable line, whatever files put there."""
 
     def __str__(self) -> str:
         text = super().__str__()

@@ -1,4 +1,4 @@
-"""What stands at the door of every loader: whatever a file holds, its reader is told in one line that names the file."""
+"""What stands at the door of every loader: whatever a file holds, one line that names the file tells of it."""
 
 from __future__ import annotations
 

@@ -1,14 +1,13 @@
 """Does work of foreign texts (templates, regular expressions) in a process that `isolation.limited` limits.
 
 Run as a script (`python -I limited_worker.py`): it reads one pickled dict from standard input, of the process that
-started it, and imports nothing of this package. `work["task"]` names the function below, whose result is printed as JSON.
+started it, and imports nothing of this package. `work["task"]` names a function below, whose result is printed as JSON.
 """
 
 import json
 import pickle
 import sys
 from typing import Any
-
 
 
 def main() -> None:
@@ -55,6 +54,8 @@ def chat(work: dict[str, Any]) -> list[int]:
             template = environment.from_string(work["template"])
             text = template.render(messages=conversation, add_generation_prompt=True, tools=None, **work["special"])
             lengths.append(len(text))
+            if len(text) > work["characters"]:
+                break
         except MemoryError:
             raise
         except Exception:
@@ -78,7 +79,8 @@ def prompts(work: dict[str, Any]) -> dict[str, Any]:
     place: int | None = None
     try:
         template = environment.from_string(work["template"])
-        for place, values in enumerate(work["values"]):
+        for values in work["values"]:
+            place = len(texts)
             text = template.render(**values).strip()
             if len(text) > work["characters"]:
                 raise ValueError(f"it makes a text of {len(text):,} characters")

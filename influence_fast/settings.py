@@ -13,7 +13,6 @@ from typing import Any
 from influence_fast.errors import ConfigError, did_you_mean, one_line, shown
 from influence_fast.guards import read_text
 
-
 #: Bounds of a YAML file. Those in use have some kB; pure-Python YAML reads about 100 kB a second.
 _LARGEST = 200_000  # bytes
 _MOST_VALUES = 20_000  # with all that aliases stand for

@@ -41,21 +41,82 @@ def merges(levels: int = 40) -> str:
 TEXTS: dict[str, bytes] = {
     name: text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
     for name, text in {
-        "empty": "", "blank": "\n \n", "comment": "# nothing", "list": "- a\n- b", "scalar": "5", "null": "~", "tabs": "a:\n\tb: 1", "two": "a: 1\n---\nb: 2",
-        "laughs": laughs(), "laughs in place": laughs(9).replace("title: *l8", "output: *l8"), "merges": merges(), "recursive": "title: &a [*a]\noutput: *a",
-        "recursive key": "&a {? *a : 1}", "recursive map": "output: &a {b: *a}", "self merge": "output: &a {<<: *a}", "unknown alias": "a: *b", "anchor twice": "a: &a 1\nb: &a 2\noutput: *a",
-        "deep flow": "a: " + "[" * DEEP, "deep flow closed": "output: " + "[" * 3000 + "]" * 3000, "deep map": "output: " + "{a: " * 3000, "deep block": "\n".join(" " * i + "a:" for i in range(1500)),
-        "deep dashes": "output: \n" + "- " * 3000 + "a", "date": "title: 2024-13-45", "date 2": "output: 2024-02-30", "time": "seed: 2024-01-01 99:99:99", "digits": f"seed: {DIGITS}",
-        "hex": "seed: 0x" + "f" * 100_000, "sixty": "seed: " + ":".join(["1"] * 30_000), "binary int": "seed: 0b" + "1" * 100_000, "float": "seed: 1e999", "octal": "seed: 0o9",
-        "python": "output: !!python/object/apply:os.system ['exit 3']", "python name": "output: !!python/name:os.system", "tag": "output: !x y", "binary": "output: !!binary '@@'",
-        "set": "output: !!set {a, b}", "omap": "output: !!omap [a: 1]", "pairs": "output: !!pairs [a: 1]", "int": "seed: !!int x", "float tag": "seed: !!float x", "bool": "seed: !!bool x", "null tag": "!!null x",
-        "timestamp": "seed: !!timestamp x", "str": "seed: !!str 5", "map": "!!map [a]", "seq": "output: !!seq {a: 1}", "list key": "? [a]\n: 1", "map key": "? {a: 1}\n: 1", "twice": "output: a\noutput: b",
-        "null key": "~: 1", "number key": "5: 1", "date key": "2024-01-01: 1", "nan key": ".nan: 1\n.nan: 2", "big": "a: b\n" * 3_000_000, "long": "title: " + "x" * 5_000_000, "many": "seeds: [" + "1, " * 400_000 + "]",
-        "directive": "%YAML 9.9\n---\na: 1", "directive 2": "%TAG ! !\n%TAG ! !\n---\na", "quote": "output: 'a", "double": 'output: "\\xZZ"', "surrogate": 'output: "\\ud800"', "control": "output: \x01",
-        "utf16": "output: a".encode("utf-16"), "latin": b"output: \xe9", "nul": b"\0" * 500, "noise": noise(random.Random(1), 2000), "bom": b"\xef\xbb\xbfoutput: a", "colon": ":" * 100_000, "ampersands": "&" * 100_000,
-        "questions": "? " * 5000, "brackets": "]" * 5000, "block scalar": "output: |99\n a", "folded": "output: >\n" + " a\n" * 90_000, "json": '{"output": 5, "model": [], "data": {}}',
+        "empty": "",
+        "blank": "\n \n",
+        "comment": "# nothing",
+        "list": "- a\n- b",
+        "scalar": "5",
+        "null": "~",
+        "tabs": "a:\n\tb: 1",
+        "two": "a: 1\n---\nb: 2",
+        "laughs": laughs(),
+        "laughs in place": laughs(9).replace("title: *l8", "output: *l8"),
+        "merges": merges(),
+        "recursive": "title: &a [*a]\noutput: *a",
+        "recursive key": "&a {? *a : 1}",
+        "recursive map": "output: &a {b: *a}",
+        "self merge": "output: &a {<<: *a}",
+        "unknown alias": "a: *b",
+        "anchor twice": "a: &a 1\nb: &a 2\noutput: *a",
+        "deep flow": "a: " + "[" * DEEP,
+        "deep flow closed": "output: " + "[" * 3000 + "]" * 3000,
+        "deep map": "output: " + "{a: " * 3000,
+        "deep block": "\n".join(" " * i + "a:" for i in range(1500)),
+        "deep dashes": "output: \n" + "- " * 3000 + "a",
+        "date": "title: 2024-13-45",
+        "date 2": "output: 2024-02-30",
+        "time": "seed: 2024-01-01 99:99:99",
+        "digits": f"seed: {DIGITS}",
+        "hex": "seed: 0x" + "f" * 100_000,
+        "sixty": "seed: " + ":".join(["1"] * 30_000),
+        "binary int": "seed: 0b" + "1" * 100_000,
+        "float": "seed: 1e999",
+        "octal": "seed: 0o9",
+        "python": "output: !!python/object/apply:os.system ['exit 3']",
+        "python name": "output: !!python/name:os.system",
+        "tag": "output: !x y",
+        "binary": "output: !!binary '@@'",
+        "set": "output: !!set {a, b}",
+        "omap": "output: !!omap [a: 1]",
+        "pairs": "output: !!pairs [a: 1]",
+        "int": "seed: !!int x",
+        "float tag": "seed: !!float x",
+        "bool": "seed: !!bool x",
+        "null tag": "!!null x",
+        "timestamp": "seed: !!timestamp x",
+        "str": "seed: !!str 5",
+        "map": "!!map [a]",
+        "seq": "output: !!seq {a: 1}",
+        "list key": "? [a]\n: 1",
+        "map key": "? {a: 1}\n: 1",
+        "twice": "output: a\noutput: b",
+        "null key": "~: 1",
+        "number key": "5: 1",
+        "date key": "2024-01-01: 1",
+        "nan key": ".nan: 1\n.nan: 2",
+        "big": "a: b\n" * 3_000_000,
+        "long": "title: " + "x" * 5_000_000,
+        "many": "seeds: [" + "1, " * 400_000 + "]",
+        "directive": "%YAML 9.9\n---\na: 1",
+        "directive 2": "%TAG ! !\n%TAG ! !\n---\na",
+        "quote": "output: 'a",
+        "double": 'output: "\\xZZ"',
+        "surrogate": 'output: "\\ud800"',
+        "control": "output: \x01",
+        "utf16": "output: a".encode("utf-16"),
+        "latin": b"output: \xe9",
+        "nul": b"\0" * 500,
+        "noise": noise(random.Random(1), 2000),
+        "bom": b"\xef\xbb\xbfoutput: a",
+        "colon": ":" * 100_000,
+        "ampersands": "&" * 100_000,
+        "questions": "? " * 5000,
+        "brackets": "]" * 5000,
+        "block scalar": "output: |99\n a",
+        "folded": "output: >\n" + " a\n" * 90_000,
+        "json": '{"output": 5, "model": [], "data": {}}',
     }.items()
-}  # fmt: skip
+}
 
 
 def keys(kind: type[Any] = RunConfig) -> Iterator[tuple[str, ...]]:
@@ -103,7 +164,9 @@ def cases(rng: random.Random, shared: Path) -> Iterator[Case]:
             body = dumped(with_key(BASE, key, ODD[number])).encode("utf-8", "surrogatepass")
             yield _file(f"key/{'.'.join(key)}/{number}", body)
     for number, value in enumerate(ODD):
-        yield _file(f"key/unknown/{number}", dumped(BASE | {dumped(value)[:300]: value}).encode("utf-8", "surrogatepass"))
+        yield _file(
+            f"key/unknown/{number}", dumped(BASE | {dumped(value)[:300]: value}).encode("utf-8", "surrogatepass")
+        )
         yield _file(f"whole/{number}", dumped(value).encode("utf-8", "surrogatepass"))
     yield from no_files("c.yaml", _read)
 

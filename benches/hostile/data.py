@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benches.hostile.case import Case
-from benches.hostile.values import DEEP, DIGITS, ODD, Raw, damaged, dumped, noise
+from benches.hostile.values import DEEP, DIGITS, ODD, damaged, dumped, noise
 from influence_fast.data.examples import load_examples, load_rows, save_examples
 from influence_fast.data.schemas import SCHEMAS
 from influence_fast.data.spooling import mapped_rows
@@ -77,8 +77,18 @@ def cases(rng: random.Random, shared: Path) -> Iterator[Case]:
     yield from _damaged_files(rng, shared)
     yield from _columns()
     yield from _no_files()
-    for name, value in (("limit", 1.5), ("limit", "3"), ("limit", True), ("limit", float("nan")), ("format", 5), ("columns", 5),
-                        ("columns", {"prompt": 5}), ("trace", 1.5), ("turns", None), ("split", 5)):  # fmt: skip
+    for name, value in (
+        ("limit", 1.5),
+        ("limit", "3"),
+        ("limit", True),
+        ("limit", float("nan")),
+        ("format", 5),
+        ("columns", 5),
+        ("columns", {"prompt": 5}),
+        ("trace", 1.5),
+        ("turns", None),
+        ("split", 5),
+    ):
         yield _bytes(f"options/{name}={value!r}/a.jsonl", _lines([good_row("prompt_completion")]), **{name: value})
 
 
@@ -105,14 +115,27 @@ def _odd_cells(rng: random.Random) -> Iterator[Case]:
 def _texts(rng: random.Random) -> Iterator[Case]:
     head = b"prompt,completion\n"
     texts = {
-        "empty": b"", "blank": b" \n\n\t", "bom": b"\xef\xbb\xbf", "nul": b"\0" * 100, "utf16": '{"prompt":"a"}'.encode("utf-16"),
-        "latin": b'{"prompt": "\xe9", "completion": "b"}\n', "cut": b'{"prompt": "a", "compl', "deep": b"[" * DEEP,
-        "deeper": b'{"prompt":' * DEEP, "digits": b'{"prompt": ' + DIGITS.encode() + b', "completion": "b"}',
-        "twice": b'{"prompt": "a", "prompt": "b", "completion": "c"}', "nan": b'{"prompt": NaN, "completion": Infinity}',
-        "surrogate": b'{"prompt": "\\ud800", "completion": "b"}', "key": b'{"\\ud800": "a", "prompt": "a", "completion": "b"}',
-        "noise": noise(rng, 3000), "html": b"<html><body>404</body></html>", "pointer": b"version https://git-lfs.github.com/spec/v1\n",
-        "one": b'{"prompt": "a", "completion": "b"}', "crlf": b'{"prompt": "a",\r\n"completion": "b"}\r\n', "quote": b'"',
-    }  # fmt: skip
+        "empty": b"",
+        "blank": b" \n\n\t",
+        "bom": b"\xef\xbb\xbf",
+        "nul": b"\0" * 100,
+        "utf16": '{"prompt":"a"}'.encode("utf-16"),
+        "latin": b'{"prompt": "\xe9", "completion": "b"}\n',
+        "cut": b'{"prompt": "a", "compl',
+        "deep": b"[" * DEEP,
+        "deeper": b'{"prompt":' * DEEP,
+        "digits": b'{"prompt": ' + DIGITS.encode() + b', "completion": "b"}',
+        "twice": b'{"prompt": "a", "prompt": "b", "completion": "c"}',
+        "nan": b'{"prompt": NaN, "completion": Infinity}',
+        "surrogate": b'{"prompt": "\\ud800", "completion": "b"}',
+        "key": b'{"\\ud800": "a", "prompt": "a", "completion": "b"}',
+        "noise": noise(rng, 3000),
+        "html": b"<html><body>404</body></html>",
+        "pointer": b"version https://git-lfs.github.com/spec/v1\n",
+        "one": b'{"prompt": "a", "completion": "b"}',
+        "crlf": b'{"prompt": "a",\r\n"completion": "b"}\r\n',
+        "quote": b'"',
+    }
     for suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ""):
         for name, body in texts.items():
             yield _bytes(f"text/{name}{suffix}", body)
@@ -120,17 +143,28 @@ def _texts(rng: random.Random) -> Iterator[Case]:
         for name in ("empty", "noise", "one", "deep"):
             yield _bytes(f"unpacked/{name}{suffix}", texts[name])
     for name, body in {
-        "repeated": b"prompt,completion,prompt\na,b,c\n", "blanks": b"prompt,completion,,\na,b,,\n", "header": head,
-        "open": head + b'"a,b\nc,d\n', "many": head + b"a,b,c\n", "few": head + b"a\n", "nul": head + b"a\0,b\n",
-        "wide": b",".join(b"c%d" % i for i in range(20_000)) + b"\n", "long": head + b"a," + b"x" * 2_000_000 + b"\n",
-        "ids": b"id,prompt,completion\n,a,b\n", "same": b"id,prompt,completion\n1,a,b\n1,a,b\n", "digits": b"id,prompt,completion\n" + DIGITS.encode() + b",a,b\n",
-        "commas": b"," * 50_000 + b"\n", "quotes": head + b'"' * 50_001 + b"\n", "returns": b"prompt,completion\ra,b\r",
+        "repeated": b"prompt,completion,prompt\na,b,c\n",
+        "blanks": b"prompt,completion,,\na,b,,\n",
+        "header": head,
+        "open": head + b'"a,b\nc,d\n',
+        "many": head + b"a,b,c\n",
+        "few": head + b"a\n",
+        "nul": head + b"a\0,b\n",
+        "wide": b",".join(b"c%d" % i for i in range(20_000)) + b"\n",
+        "long": head + b"a," + b"x" * 2_000_000 + b"\n",
+        "ids": b"id,prompt,completion\n,a,b\n",
+        "same": b"id,prompt,completion\n1,a,b\n1,a,b\n",
+        "digits": b"id,prompt,completion\n" + DIGITS.encode() + b",a,b\n",
+        "commas": b"," * 50_000 + b"\n",
+        "quotes": head + b'"' * 50_001 + b"\n",
+        "returns": b"prompt,completion\ra,b\r",
         "name": b'"a\nb",prompt,completion\nx,y,z\n',
-    }.items():  # fmt: skip
+    }.items():
         yield _bytes(f"csv/{name}.csv", body)
         yield _bytes(f"csv/{name}.tsv", body.replace(b",", b"\t"))
     bomb = b'{"prompt": "' + b"a" * (1 << 20)
     for suffix, pack in _PACKERS.items():
+
         def make(folder: Path, suffix: str = suffix, pack: Any = pack) -> Callable[[], Any]:
             path = _in(folder) / f"bomb.jsonl{suffix}"
             with path.open("wb") as file:
@@ -152,7 +186,11 @@ def _damaged_files(rng: random.Random, shared: Path) -> Iterator[Case]:
     with pa.OSFile(str(shared / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
     bodies = {".parquet": (shared / "a.parquet").read_bytes(), ".arrow": (shared / "a.arrow").read_bytes()}
-    bodies |= {".jsonl": _lines(rows), ".json": json.dumps(rows).encode(), ".csv": b"prompt,completion\n" + b"a b c,d e f\n" * 30}
+    bodies |= {
+        ".jsonl": _lines(rows),
+        ".json": json.dumps(rows).encode(),
+        ".csv": b"prompt,completion\n" + b"a b c,d e f\n" * 30,
+    }
     bodies |= {f".jsonl{suffix}": pack(_lines(rows)) for suffix, pack in _PACKERS.items()}
     for suffix, body in bodies.items():
         for number in range(12):
@@ -165,19 +203,32 @@ def _arrays() -> dict[str, Any]:
     bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
     far = 2**62
     return {
-        "invalid utf8": bad, "list of invalid": pa.ListArray.from_arrays([0, 1], bad),
+        "invalid utf8": bad,
+        "list of invalid": pa.ListArray.from_arrays([0, 1], bad),
         "dictionary of invalid": pa.DictionaryArray.from_arrays(pa.array([0], pa.int8()), bad),
-        "timestamp": pa.array([far], pa.timestamp("s")), "nanoseconds": pa.array([far], pa.timestamp("ns")),
-        "zone": pa.array([0], pa.timestamp("s", tz="Nowhere/Else")), "date32": pa.array([2**30], pa.int32()).view(pa.date32()),
-        "date64": pa.array([far], pa.int64()).view(pa.date64()), "duration": pa.array([far], pa.duration("s")),
-        "time": pa.array([-5], pa.int64()).view(pa.time64("us")), "decimal": pa.array([decimal.Decimal("1e30")], pa.decimal256(76, 0)),
-        "binary": pa.array([b"\xff"]), "null": pa.array([None]), "half": pa.array([1.5], pa.float16()),
-        "map": pa.array([[("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int64())), "struct": pa.array([{"a": 1}]),
+        "timestamp": pa.array([far], pa.timestamp("s")),
+        "nanoseconds": pa.array([far], pa.timestamp("ns")),
+        "zone": pa.array([0], pa.timestamp("s", tz="Nowhere/Else")),
+        "date32": pa.array([2**30], pa.int32()).view(pa.date32()),
+        "date64": pa.array([far], pa.int64()).view(pa.date64()),
+        "duration": pa.array([far], pa.duration("s")),
+        "time": pa.array([-5], pa.int64()).view(pa.time64("us")),
+        "decimal": pa.array([decimal.Decimal("1e30")], pa.decimal256(76, 0)),
+        "binary": pa.array([b"\xff"]),
+        "null": pa.array([None]),
+        "half": pa.array([1.5], pa.float16()),
+        "map": pa.array([[("a", 1), ("a", 2)]], pa.map_(pa.string(), pa.int64())),
+        "struct": pa.array([{"a": 1}]),
         "repeated fields": pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"]),
-        "bad field": pa.StructArray.from_arrays([bad], ["a"]), "fixed": pa.array([[1, 2]], pa.list_(pa.int64(), 2)),
-        "union": pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1]), pa.array(["a"])]), "date": pa.array([datetime.date(1, 1, 1)]),
-        "large": pa.array(["a"], pa.large_string()), "view": pa.array(["a"], pa.string_view()), "bool": pa.array([True]), "list": pa.array([["a", None]]),
-    }  # fmt: skip
+        "bad field": pa.StructArray.from_arrays([bad], ["a"]),
+        "fixed": pa.array([[1, 2]], pa.list_(pa.int64(), 2)),
+        "union": pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1]), pa.array(["a"])]),
+        "date": pa.array([datetime.date(1, 1, 1)]),
+        "large": pa.array(["a"], pa.large_string()),
+        "view": pa.array(["a"], pa.string_view()),
+        "bool": pa.array([True]),
+        "list": pa.array([["a", None]]),
+    }
 
 
 def _columns() -> Iterator[Case]:
@@ -265,8 +316,30 @@ def _no_files() -> Iterator[Case]:
     yield Case("folder/nested", nested)
     yield Case("folder/pipe", pipe_within)
     yield Case("file/pipe", pipe)
-    for target in ("/dev/zero", "/dev/full", "/dev/null", "/dev/stdin", "a.jsonl", "/nowhere", "/etc", "/proc/self/mem", "/proc/kmsg"):
+    for target in (
+        "/dev/zero",
+        "/dev/full",
+        "/dev/null",
+        "/dev/stdin",
+        "a.jsonl",
+        "/nowhere",
+        "/etc",
+        "/proc/self/mem",
+        "/proc/kmsg",
+    ):
         yield Case(f"file/link to {target}", linked(target))
     for name in ("state.json", "dataset_dict.json", "dataset_info.json", "README.md", "a.json", "a.csv", "script.py"):
-        for number, body in enumerate(("", "{}", "[" * DEEP, '{"splits": ["../../x"]}', '{"_data_files": 5}', "\0", "[1]", DIGITS, '{"_data_files": [{"filename": "/dev/zero"}]}')):  # fmt: skip
+        for number, body in enumerate(
+            (
+                "",
+                "{}",
+                "[" * DEEP,
+                '{"splits": ["../../x"]}',
+                '{"_data_files": 5}',
+                "\0",
+                "[1]",
+                DIGITS,
+                '{"_data_files": [{"filename": "/dev/zero"}]}',
+            )
+        ):
             yield Case(f"folder/{name}/{number}", saved(name, body))

@@ -109,7 +109,9 @@ def check_columns(columns: object) -> None:
     """Raise ConfigError unless `columns` is None, or names of columns by names, with None for those left out."""
     if columns is None:
         return
-    if not isinstance(columns, Mapping) or not all(isinstance(name, str | None) for pair in columns.items() for name in pair):
+    if not isinstance(columns, Mapping) or not all(
+        isinstance(name, str | None) for pair in columns.items() for name in pair
+    ):
         raise ConfigError(f"columns is {shown(columns)}; give names by names, such as {{'prompt': 'question'}}")
 
 

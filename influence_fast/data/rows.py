@@ -84,7 +84,9 @@ class Rows(Sequence[Row]):
             for index in range(len(part)):
                 for column in part.schema.names:
                     self._check_cell(part.column(column)[index], f"{self.place(first + index)}: column {column!r}")
-            raise DataError(f"{self.name}: a row cannot be read ({one_line(error, 120)}); write the file anew") from error
+            raise DataError(
+                f"{self.name}: a row cannot be read ({one_line(error, 120)}); write the file anew"
+            ) from error
 
     @staticmethod
     def _check_cell(cell: Any, place: str) -> None:
@@ -94,12 +96,12 @@ class Rows(Sequence[Row]):
             raise DataError(f"{place} holds text that is not UTF-8 ({one_line(error, 120)}); encode it anew") from error
         except Exception as error:
             raise DataError(
-                f"{place} holds a {cell.type} that Python has no value for ({one_line(error, 120)}); convert the column "
-                "to text or numbers"
+                f"{place} holds a {cell.type} that Python has no value for ({one_line(error, 120)}); convert the "
+                "column to text or numbers"
             ) from error
 
     def validate(self) -> None:
-        """Raise pyarrow's error where an Arrow table's buffers contradict each other, at the price of reading it all."""
+        """Raise pyarrow's error where an Arrow table's buffers contradict each other; it reads all of them."""
         if not isinstance(self._data, list):
             self._data.validate(full=True)
 
@@ -234,11 +236,13 @@ def _read_parquet(path: Path, split: str) -> Rows:
 def check_row_count(path: Path, rows: int) -> None:
     """Raise DataError for a parquet file that says it has more rows than its bytes can hold any text of.
 
-    Columns of one value are packed to nothing: a file of 2 kB may have a billion nulls, which fill the memory as a table.
+    Columns of one value are packed to nothing: a file of 2 kB may have a billion nulls, which fill the memory.
     """
     size = path.stat().st_size
     if rows > max(10_000_000, 10 * size):
-        raise DataError(f"{path}: says that it has {rows:,} rows in {size:,} bytes; check what it holds, and make it anew")
+        raise DataError(
+            f"{path}: says that it has {rows:,} rows in {size:,} bytes; check what it holds, and make it anew"
+        )
 
 
 def _read_arrow(path: Path, split: str) -> Rows:
@@ -288,7 +292,7 @@ def _load_folder(path: Path, split: str) -> Rows:
 
 
 def check_folder(path: Path) -> None:
-    """Raise DataError for a folder that is empty, or that is no dataset's: what reads those looks at every file in it."""
+    """Raise DataError for a folder that is empty or no dataset's: what reads those looks at every file in it."""
     files = 0
     for place, folders, names in os.walk(path):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -10,7 +10,7 @@ from influence_fast.errors import ModelError
 from influence_fast.isolation import limited
 
 MEMORY = 1 << 30  # bytes of address space of the process that tries a template
-SECONDS = 3  # of processor time, of which templates of models in use need a hundredth
+SECONDS = 4  # of processor time, of which templates of models in use need a hundredth
 CHARACTERS = 1 << 24  # of a text: three hundred times the largest frame that trl's templates put around two turns
 
 
@@ -38,6 +38,7 @@ def _tried(parts: str) -> str:
     """Why the template is not to be used; empty where nothing speaks against it."""
     template, special, conversations = json.loads(parts)
     work = {"task": "chat", "template": template, "special": special, "conversations": conversations}
+    work["characters"] = CHARACTERS
     done = limited(work, seconds=SECONDS, memory=MEMORY)
     if done.stopped == "time":
         return f"does not end within {SECONDS} s of processor time on one short conversation"

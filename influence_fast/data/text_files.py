@@ -82,7 +82,9 @@ class _Unpacking(io.RawIOBase):
         piece = self._file.read(len(buffer))
         self._left -= len(piece)
         if self._left < 0:
-            raise DataError(f"{self._path}: unpacks to more than {_RATIO} times its size; check what it holds, or unpack it")
+            raise DataError(
+                f"{self._path}: unpacks to more than {_RATIO} times its size; check what it holds, or unpack it"
+            )
         buffer[: len(piece)] = piece
         return len(piece)
 

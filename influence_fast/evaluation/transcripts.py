@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from influence_fast.atomic import replacing
+from influence_fast.atomic import replacing, writing
 from influence_fast.errors import ConfigError, DataError
 
 
@@ -83,14 +83,15 @@ class Journal:
 
     def add(self, question: int, items: Sequence[EvalItem]) -> None:
         """Appends the items of a question; they are on their way to the disk when this returns."""
-        if self._file is None:
-            self._partial.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._partial.open("w", encoding="utf-8")
-            self._file.write(_line({"run": self.run}))
-            for earlier, kept in self.found.items():  # without the torn end that an interruption may leave
-                self._append(earlier, kept)
-        self._append(question, items)
-        self._file.flush()
+        with writing(self._partial):
+            if self._file is None:
+                self._partial.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._partial.open("w", encoding="utf-8")
+                self._file.write(_line({"run": self.run}))
+                for earlier, kept in self.found.items():  # without the torn end that an interruption may leave
+                    self._append(earlier, kept)
+            self._append(question, items)
+            self._file.flush()
 
     def finish(self, items: Sequence[EvalItem]) -> None:
         """Puts the transcripts, in the order of the questions, and their record in the place of the journal."""
@@ -171,7 +172,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         for line in file:
             try:
                 rows.append(json.loads(line.decode("utf-8")))
-            except ValueError:  # no JSON, or a character cut in two
+            except (ValueError, RecursionError):  # no JSON, or a character cut in two
                 break
     return rows
 

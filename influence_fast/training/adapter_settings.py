@@ -25,7 +25,9 @@ _NUMBER: _Check = (lambda value: _is_number(value), "a number")
 
 
 def _all(value: Any, kind: type) -> bool:
-    return isinstance(value, list | tuple | set) and all(isinstance(one, kind) and type(one) is not bool for one in value)
+    return isinstance(value, list | tuple | set) and all(
+        isinstance(one, kind) and type(one) is not bool for one in value
+    )
 
 
 def _is_count(value: Any) -> bool:
@@ -79,8 +81,8 @@ def check_kinds(config: Any, adapter: str) -> None:
             continue
         if not fits(value):
             raise ModelError(
-                f"the adapter {adapter}: {name} in its {ADAPTER_CONFIG} is {shown(value)}, and must be {kind}; put back "
-                "the settings it was trained with"
+                f"the adapter {adapter}: {name} in its {ADAPTER_CONFIG} is {shown(value)}, and must be {kind}; put "
+                "back the settings it was trained with"
             )
 
 
@@ -92,11 +94,14 @@ def check_sizes(model: nn.Module, config: Any, stored: Mapping[str, Sequence[int
     widths = [min(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear) and m.weight.dim() == 2]
     ranks = [shape[0] for name, shape in stored.items() if "lora_A" in name and shape]
     most = max([2 * max(widths, default=0), *ranks, 1])
-    for name, rank in {"r": config.r, **{f"rank_pattern of {key}": n for key, n in (config.rank_pattern or {}).items()}}.items():
+    for name, rank in {
+        "r": config.r,
+        **{f"rank_pattern of {key}": n for key, n in (config.rank_pattern or {}).items()},
+    }.items():
         if rank > most:
             raise ModelError(
-                f"the adapter {adapter}: {name} in its {ADAPTER_CONFIG} is {shown(rank)}, and no rank above {most} fits "
-                "this model and the stored factors; put back the settings it was trained with"
+                f"the adapter {adapter}: {name} in its {ADAPTER_CONFIG} is {shown(rank)}, and no rank above {most} "
+                "fits this model and the stored factors; put back the settings it was trained with"
             )
     ranges = getattr(config, "layer_replication", None) or []
     own = getattr(getattr(model, "config", None), "num_hidden_layers", None)
@@ -111,8 +116,8 @@ def check_sizes(model: nn.Module, config: Any, stored: Mapping[str, Sequence[int
         total += one[1] - one[0]
     if total > max(8 * (own or 0), 64):
         raise ModelError(
-            f"the adapter {adapter}: layer_replication in its {ADAPTER_CONFIG} makes {total:,} layers of {own}; put back "
-            "the settings it was trained with"
+            f"the adapter {adapter}: layer_replication in its {ADAPTER_CONFIG} makes {total:,} layers of {own}; put "
+            "back the settings it was trained with"
         )
 
 
@@ -150,7 +155,10 @@ def _patterns(config: Any) -> Iterator[tuple[str, str]]:
         if isinstance(value, str) and value != "all-linear":
             yield name, value
     for name in ("rank_pattern", "alpha_pattern"):
-        yield from ((name, rf"(.*\.)?({key})$") if not _PLAIN.fullmatch(key) else (name, key) for key in getattr(config, name, None) or {})
+        yield from (
+            (name, rf"(.*\.)?({key})$") if not _PLAIN.fullmatch(key) else (name, key)
+            for key in getattr(config, name, None) or {}
+        )
     pattern = getattr(config, "layers_pattern", None) or []
     for one in [pattern] if isinstance(pattern, str) else pattern:
         yield "layers_pattern", rf".*\.{one}\.(\d+)\." if not _PLAIN.fullmatch(one) else one

@@ -375,7 +375,9 @@ def _check_fit(model: nn.Module, shapes: Shapes, adapter: str, source: str) -> N
             )
         base = _linear_shape(modules[name])
         if len(shapes[key]) not in (1, 2, 4, 5):  # of linear and embedding layers, and of convolutions
-            raise ModelError(f"the adapter {adapter} stores {key} of shape {shapes[key]}, which is no factor; save it again")
+            raise ModelError(
+                f"the adapter {adapter} stores {key} of shape {shapes[key]}, which is no factor; save it again"
+            )
         if base is None or len(shapes[key]) < 2:  # a vector is the bias of a factor (lora_bias)
             continue
         d_out, d_in = base

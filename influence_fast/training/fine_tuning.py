@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.data.packing import context_of, example_name, say_if_beyond, teaches
-from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, listing
+from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, listing, one_line
 from influence_fast.training import sft
 from influence_fast.training.adapter_settings import check_patterns
 from influence_fast.training.optimizer_states import AdamState, named_adam
@@ -174,11 +174,10 @@ def finetune(
     with quiet_libraries():
         trained = model if lora is None else attach_lora(model, lora, config.seed)
         try:
-            history, seconds, tokens = sft.train(trained, tokenizer, examples, partial, config, progress)
-            try:
+            with _writing(partial, "a checkpoint"):
+                history, seconds, tokens = sft.train(trained, tokenizer, examples, partial, config, progress)
+            with _writing(partial, "the result"):
                 trained.save_pretrained(partial)  # type: ignore[operator]
-            except SafetensorError as error:  # of a full disk too
-                raise OSError(0, f"the result cannot be written ({error})", str(partial)) from error
             tokenizer.save_pretrained(partial)  # beside an adapter too: it goes with these tokens alone
         except NumericError:
             shutil.rmtree(partial)  # going on from its checkpoints would end the same way
@@ -205,6 +204,19 @@ def finetune(
         shutil.rmtree(final)
     os.replace(partial, final)
     return TrainResult(final, history, seconds, tokens, is_adapter, list_checkpoints(final))
+
+
+@contextmanager
+def _writing(folder: Path, what: str) -> Iterator[None]:
+    """Raise what the libraries raise on a full disk as an OSError that names `folder`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(0, f"{what} cannot be written ({one_line(error)})", str(folder)) from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(0, f"{what} cannot be written ({one_line(error, 160)})", str(folder)) from error
 
 
 def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool = False) -> torch.nn.Module:
@@ -329,8 +341,9 @@ def attach_lora(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.
     try:
         wrapped = get_peft_model(model, settings)  # type: ignore[arg-type]
         for one in wrapped.peft_config.values():
-            if isinstance(one.target_modules, set):  # whose order, which is written, is another in each process
-                one.target_modules = sorted(one.target_modules)  # type: ignore[assignment]
+            targets = getattr(one, "target_modules", None)
+            if isinstance(targets, set):  # its order, which is written, is another in each process
+                one.target_modules = sorted(targets)  # type: ignore[attr-defined]
         return wrapped
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
@@ -341,7 +354,9 @@ def check_rank(model: torch.nn.Module, rank: int) -> None:
     """Raise ConfigError for a rank far beyond every weight of the model, whose factors would fill the memory."""
     widths = [min(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)]
     if widths and rank > _WIDEST * max(widths):
-        raise ConfigError(f"lora.r is {rank}, and no weight of the model has a rank above {max(widths)}: choose a lower one")
+        raise ConfigError(
+            f"lora.r is {rank}, and no weight of the model has a rank above {max(widths)}: choose a lower one"
+        )
 
 
 @contextmanager

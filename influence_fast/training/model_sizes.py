@@ -11,7 +11,10 @@ from typing import Any
 
 from influence_fast.errors import ModelError, shown
 
-_SIZE = re.compile(r"(.*_)?(size|layers|layer|heads|head|experts|dim|embd|inner|positions|ctx)|d_\w+")
+_SIZE = re.compile(
+    r"(\w+_)?(vocab_size|hidden_size|intermediate_size|ffn_dim|head_dim|heads?|experts|embd|inner|layers?|positions)"
+    r"|d_(model|ff|kv)"
+)
 _LAYERS = re.compile(r"(num_(\w+_)?layers|n_layers?)")
 _WIDER = 8  # a size may be so many times the longest side of any weight: packed weights, fused heads, contexts
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
@@ -35,11 +38,11 @@ def check_model_sizes(source: str) -> None:
     for name, value in _sizes(settings):
         last = name.rpartition(".")[2]
         most = len(shapes) if _LAYERS.fullmatch(last) else _WIDER * max(longest, len(shapes))
-        if last.endswith("position_embeddings") or value <= most:
+        if value <= most:
             continue
         raise ModelError(
-            f"{folder / 'config.json'}: {name} is {shown(value)}, and the weights beside it have {len(shapes):,} tensors "
-            f"of at most {longest:,} numbers a side; put back the configuration that belongs to them"
+            f"{folder / 'config.json'}: {name} is {shown(value)}, and the weights beside it have {len(shapes):,} "
+            f"tensors of at most {longest:,} numbers a side; put back the configuration that belongs to them"
         )
 
 
