@@ -98,8 +98,8 @@ def cases(rng: random.Random, shared: Path) -> Iterator[Case]:
     yield from _results(rng)
     yield from _states()
     yield from _pruned(rng)
-    for case in (*no_files("s.csv", _table), *no_files("s.parquet", _table), *no_files("results.json", _report)):
-        yield Case(f"{len(case.name)} {case.name} {id(case) % 97}", case.make)
+    for name, read in (("s.csv", _table), ("s.parquet", _table), ("results.json", _report)):
+        yield from (Case(f"{name}: {case.name}", case.make) for case in no_files(name, read))
 
 
 def _tables(rng: random.Random, shared: Path) -> Iterator[Case]:

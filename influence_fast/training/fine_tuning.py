@@ -25,8 +25,10 @@ from safetensors import SafetensorError
 from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.data.packing import context_of, example_name, say_if_beyond, teaches
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, listing, one_line
+from influence_fast.guards import reading
 from influence_fast.training import sft
 from influence_fast.training.adapter_settings import check_patterns
+from influence_fast.training.model_sizes import check_model_sizes
 from influence_fast.training.optimizer_states import AdamState, named_adam
 
 if TYPE_CHECKING:
@@ -234,8 +236,10 @@ def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool 
     with quiet_libraries():
         if (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
             like = next(model.parameters())
-            whole: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
-            return whole.to(like.device)
+            with reading(f"the model {folder}", ModelError):
+                check_model_sizes(str(folder))
+                whole: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
+                return whole.to(like.device)
         return attach_adapter(model, str(path), name_of(model), trainable=trainable)
 
 
@@ -307,8 +311,8 @@ def _finished(path: Path, record: Mapping[str, Any]) -> TrainResult | None:
     try:
         old = json.loads((path / RECORD).read_text(encoding="utf-8"))
         result = old.pop("result")
-    except (FileNotFoundError, NotADirectoryError, KeyError, json.JSONDecodeError):
-        return None
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        return None  # damaged: the folder is then one of something else
     if old != record:
         return None
     history = [(int(step), float(loss)) for step, loss in result["loss_history"]]
@@ -341,9 +345,9 @@ def attach_lora(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.
     try:
         wrapped = get_peft_model(model, settings)  # type: ignore[arg-type]
         for one in wrapped.peft_config.values():
-            targets = getattr(one, "target_modules", None)
-            if isinstance(targets, set):  # its order, which is written, is another in each process
-                one.target_modules = sorted(targets)  # type: ignore[attr-defined]
+            names = getattr(one, "target_modules", None)
+            if isinstance(names, set):  # its order, which is written, is another in each process
+                one.target_modules = sorted(names)  # type: ignore[attr-defined]
         return wrapped
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
