@@ -235,7 +235,7 @@ _LONGEST_NAME = 255  # bytes, of every file system in use
 
 
 def _local(path: str, folder: Path) -> str:
-    """`path`, from `folder` if it exists there. Raises ConfigError for a text that no file or folder can have as name."""
+    """`path`, from `folder` if it exists there. Raises ConfigError for a text that no file can have as its name."""
     if "\0" in path or any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.split("/")):
         raise ConfigError(f"{shown(path)} cannot be the name of a file or folder; check the path")
     beside = Path(os.path.abspath(folder / path))  # the same file has one name, wherever the command is run

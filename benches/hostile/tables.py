@@ -131,7 +131,7 @@ def _tables(rng: random.Random, shared: Path) -> Iterator[Case]:
         yield _written(f"table/{name}/s.csv", content, _table)
         yield _written(f"table/{name}/s.parquet", content, _table)
     for name, array in _arrays().items():
-        if name in ("union", "half", "fixed", "repeated fields", "duration"):
+        if name in ("timestamp", "union", "half", "fixed", "repeated fields", "duration"):
             continue
         for place in ("id", "s_correct", "further"):
             columns = {"id": pa.array(["a"]), "s_correct": pa.array([1.0]), place: array}

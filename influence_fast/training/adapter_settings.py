@@ -13,7 +13,7 @@ from influence_fast.errors import ModelError, shown
 from influence_fast.isolation import limited
 from influence_fast.training.files import ADAPTER_CONFIG
 
-_SECONDS = 2  # of processor time for the regular expressions; those in use need some milliseconds
+_SECONDS = 1  # of processor time for the regular expressions; those in use need some milliseconds
 _MEMORY = 1 << 30
 _PLAIN = re.compile(r"[\w.-]*")  # a module's name, which cannot take long to match
 
@@ -126,7 +126,7 @@ def check_patterns(model: nn.Module, config: Any, what: str) -> None:
 
     `what` names the settings in messages. Settings of plain names, as nearly all are, cost nothing.
     """
-    patterns = [(name, pattern) for name, pattern in _patterns(config) if not _PLAIN.fullmatch(pattern)]
+    patterns = list(_patterns(config))
     if not patterns:
         return
     names = [name for name, _ in model.named_modules() if name]
@@ -148,17 +148,23 @@ def check_patterns(model: nn.Module, config: Any, what: str) -> None:
     raise ModelError(f"{what}: {name} {shown(pattern)} {why}; name the modules in a list, or write a simpler one")
 
 
+#: How peft puts a setting's text into the regular expression that it matches with the names of modules.
+_FORMS = {
+    "target_modules": "{}",
+    "exclude_modules": "{}",
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+}
+
+
 def _patterns(config: Any) -> Iterator[tuple[str, str]]:
-    """Every text that peft matches as a regular expression, by the setting that it stands in."""
-    for name in ("target_modules", "exclude_modules"):
-        value = getattr(config, name, None)
-        if isinstance(value, str) and value != "all-linear":
-            yield name, value
-    for name in ("rank_pattern", "alpha_pattern"):
-        yield from (
-            (name, rf"(.*\.)?({key})$") if not _PLAIN.fullmatch(key) else (name, key)
-            for key in getattr(config, name, None) or {}
-        )
-    pattern = getattr(config, "layers_pattern", None) or []
-    for one in [pattern] if isinstance(pattern, str) else pattern:
-        yield "layers_pattern", rf".*\.{one}\.(\d+)\." if not _PLAIN.fullmatch(one) else one
+    """Every text that peft matches as a regular expression, by the setting that it stands in; no plain names."""
+    for name, form in _FORMS.items():
+        value = getattr(config, name, None) or []
+        if name in ("target_modules", "exclude_modules") and not isinstance(value, str):
+            continue  # names in a list are compared, and not matched
+        for text in [value] if isinstance(value, str) else value:
+            if not _PLAIN.fullmatch(text):
+                yield name, form.replace("{}", text)

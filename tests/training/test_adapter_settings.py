@@ -39,6 +39,8 @@ def change(path: Path, **values: Any) -> None:
         ({"target_modules": "(.*.*)*_(.*.*)*X"}, "target_modules '(.*.*)*_(.*.*)*X' does not end within"),
         ({"exclude_modules": "(.*.*)*_(.*.*)*X"}, "exclude_modules '(.*.*)*_(.*.*)*X' does not end within"),
         ({"rank_pattern": {"(.*.*)*_(.*.*)*X": 2}}, "rank_pattern"),
+        ({"modules_to_save": ["(.*.*)*_(.*.*)*X"]}, "modules_to_save"),
+        ({"layers_pattern": ["(.*.*)*_(.*.*)*X"], "layers_to_transform": [0]}, "layers_pattern"),
         ({"target_modules": "["}, "is no regular expression"),
         ({"layer_replication": [[0, 1]] * 1000}, "makes 1,000 layers of 2"),
         ({"layer_replication": [[0, 10**15]]}, "no range of the model's 2 layers"),
