@@ -29,13 +29,25 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename is None and error.errno is not None:  # a full disk, most likely
+        nameless = error.filename is None and error.errno is not None  # a full disk, most likely
+        if nameless or str(error.filename) == str(temporary):
             error.filename = str(path)
         raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Have an error of writing inside, as of a full disk, name `path` where it names nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 from influence_fast.data.diversity import check_similarity
 from influence_fast.data.schemas import check_turns
-from influence_fast.errors import ConfigError
+from influence_fast.errors import ConfigError, shown
 from influence_fast.evaluation.evaluate import EvalConfig
+from influence_fast.guards import reading
 from influence_fast.influence.preconditioners import (
     SKETCHES,
 )
@@ -224,16 +225,21 @@ def load_config(path: str | Path) -> RunConfig:
     if isinstance(gradients, dict) and isinstance(sketch := gradients.get("sketch"), str) and sketch not in SKETCHES:
         raw["gradients"] = gradients | {"sketch": _local(sketch, path.parent)}  # checked when it is read
     try:
-        config = from_dict(RunConfig, raw)
+        with reading("the configuration", ConfigError):
+            return _resolve_paths(from_dict(RunConfig, raw), path.parent)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    return _resolve_paths(config, path.parent)
+        raise ConfigError(f"{path}: {error}") from error.__cause__
+
+
+_LONGEST_NAME = 255  # bytes, of every file system in use
 
 
 def _local(path: str, folder: Path) -> str:
-    """`path`, from `folder` if it exists there."""
+    """`path`, from `folder` if it exists there. Raises ConfigError for a text that no file can have as its name."""
+    if "\0" in path or any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.split("/")):
+        raise ConfigError(f"{shown(path)} cannot be the name of a file or folder; check the path")
     beside = Path(os.path.abspath(folder / path))  # the same file has one name, wherever the command is run
-    return str(beside) if not Path(path).is_absolute() and beside.exists() else path
+    return str(beside) if not Path(path).is_absolute() and os.path.exists(beside) else path
 
 
 def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
@@ -248,6 +254,7 @@ def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
         tokenizer = None if value.tokenizer is None else local(value.tokenizer)
         return dataclasses.replace(value, path=local(value.path), adapter=adapter, tokenizer=tokenizer)
 
+    local(config.output)  # stays as it is, but has to be a path
     data, optimizer = config.data, config.influence.optimizer
     return dataclasses.replace(
         config,

@@ -8,11 +8,21 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
+import reprlib
 from collections.abc import Iterable
+from typing import Any
+
+_LONGEST = 3000  # characters of a message: names from a file may be of any length
 
 
 class InfluenceFastError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose. Its text is one printable line, whatever files put there."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 2 :]}"
+        return text if text.isprintable() else _printable(" ".join(text.split()))
 
 
 class ConfigError(InfluenceFastError):
@@ -35,6 +45,24 @@ class NumericError(InfluenceFastError):
     """A NaN or infinite value where a finite one is needed; the message names the examples."""
 
 
+def _printable(text: str) -> str:
+    """`text` with escapes in the place of control characters and of what turns the direction of writing."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlevel = 3
+
+
+def shown(value: Any) -> str:
+    """Return the `repr` of a value from a file, cut to the size of a message without writing all of it."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return f"a {type(value).__name__} of thousands of digits"
+
+
 @functools.cache
 def say_once(logger: logging.Logger, message: str) -> None:
     """A warning, the first time: an engine opens for every call."""
@@ -43,8 +71,8 @@ def say_once(logger: logging.Logger, message: str) -> None:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The tail of an error message: the nearest known name, and all of them."""
-    names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    names = sorted(str(name) for name in known)
+    near = difflib.get_close_matches(str(word)[:100], names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}known: {', '.join(names)}"
 

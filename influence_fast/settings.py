@@ -10,25 +10,76 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from influence_fast.errors import ConfigError, did_you_mean, one_line
+from influence_fast.errors import ConfigError, did_you_mean, one_line, shown
+from influence_fast.guards import read_text
+
+#: Bounds of a YAML file. Those in use have some kB; pure-Python YAML reads about 100 kB a second.
+_LARGEST = 200_000  # bytes
+_MOST_VALUES = 20_000  # with all that aliases stand for
+_DEEPEST = 50  # levels of nesting
+_LONGEST_NUMBER = 400  # characters
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
     """The YAML file's mapping of keys; `what` names the thing that the file is ("a configuration").
 
-    Raises ConfigError: not UTF-8, not YAML, a key that comes twice, no mapping; FileNotFoundError.
+    Raises ConfigError: not a file of bounded size, not UTF-8, not YAML, a key that comes twice, no mapping;
+    FileNotFoundError.
     """
-    import yaml
-
+    text = read_text(path, ConfigError, _LARGEST)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _unique_keys())
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not UTF-8 text; save it as that") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {one_line(error, limit=None)}") from None
+        raw = parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: {what} is a mapping of keys, not {type(raw).__name__}")
     return raw
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the plain value of one YAML document. Raises ConfigError: not YAML, or more of it than any file needs."""
+    import yaml
+
+    try:
+        loader = _unique_keys()(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_size(node)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {one_line(error, limit=None)}") from None
+    except RecursionError:
+        raise ConfigError(f"not valid YAML: nested too deeply (more than {_DEEPEST} levels)") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, MemoryError) as error:
+        raise ConfigError(f"not valid YAML: {type(error).__name__}: {one_line(error)}") from None
+
+
+def _check_size(root: Any) -> None:
+    """Bound what the aliases of a document stand for before any of it is made, and refuse those of themselves."""
+    sizes: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def size(node: Any) -> int:
+        if id(node) in open_nodes:
+            line = node.start_mark.line + 1
+            raise ConfigError(f"not valid YAML: an alias stands for what it is a part of (line {line})")
+        if len(open_nodes) > _DEEPEST:
+            raise RecursionError
+        if id(node) not in sizes:
+            open_nodes.add(id(node))
+            parts = node.value if isinstance(node.value, list) else ()
+            inner = [each for part in parts for each in (part if isinstance(part, tuple) else (part,))]
+            sizes[id(node)] = 1 + sum(map(size, inner))
+            open_nodes.remove(id(node))
+        return sizes[id(node)]
+
+    if (count := size(root)) > _MOST_VALUES:
+        many = f"{count:,}" if count < 10**15 else "far too many"
+        raise ConfigError(f"it stands for {many} values, where {_MOST_VALUES:,} are the most; use fewer aliases")
 
 
 def _unique_keys() -> Any:
@@ -36,6 +87,28 @@ def _unique_keys() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
+        level = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.level += 1
+            if self.level > _DEEPEST:
+                raise RecursionError
+            try:
+                return super().compose_node(parent, index)
+            finally:
+                self.level -= 1
+
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+            try:
+                if number and len(node.value) > _LONGEST_NUMBER:
+                    raise ValueError
+                return super().construct_object(node, deep)
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+                kind = node.tag.rpartition(":")[2]
+                problem = f"{shown(node.value)} is no {kind}; put text into quotes"
+                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen = set()
             for key, _ in node.value:
@@ -43,9 +116,11 @@ def _unique_keys() -> Any:
                     continue
                 name = self.construct_object(key, deep=True)
                 if not isinstance(name, str | int | float | None):
-                    raise yaml.constructor.ConstructorError(None, None, f"{name!r} is no key", key.start_mark)
+                    problem = f"{shown(name)} is no key"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 if name in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} comes twice", key.start_mark)
+                    problem = f"the key {shown(name)} comes twice"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
                 seen.add(name)
             return super().construct_mapping(node, deep)
 
@@ -61,7 +136,7 @@ def from_dict(kind: type[Any], raw: dict[str, Any], where: str = "") -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key in raw:
         if key not in fields:
-            raise ConfigError(f"unknown key {where + str(key)!r}; {did_you_mean(str(key), fields)}")
+            raise ConfigError(f"unknown key {shown(where + str(key))}; {did_you_mean(str(key), fields)}")
     values = {key: _convert(hints[key], value, f"{where}{key}") for key, value in raw.items()}
     missing = [
         name
@@ -87,14 +162,14 @@ def difference(one: dict[str, Any], other: dict[str, Any], where: str = "") -> s
             if found:
                 return found
         elif a != b:
-            return f"{where}{key}: {a!r} against {b!r}"
+            return f"{where}{key}: {shown(a)} against {shown(b)}"
     return None
 
 
 def one_of(key: str, value: str, known: typing.Iterable[str]) -> None:
     """ConfigError, naming the nearest, where `value` of the setting `key` is not known."""
     if value not in known:
-        raise ConfigError(f"{key}: unknown value {value!r}; {did_you_mean(value, known)}")
+        raise ConfigError(f"{key}: unknown value {shown(value)}; {did_you_mean(value, known)}")
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -116,7 +191,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, str) and hasattr(hint, "from_text"):
             return hint.from_text(value)
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a mapping of keys, not {value!r}")
+            raise ConfigError(f"{where}: expected a mapping of keys, not {shown(value)}")
         return from_dict(typing.cast(type, hint), value, f"{where}.")
     if origin in (tuple, list):
         if not isinstance(value, list | tuple):
@@ -125,17 +200,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return origin(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a mapping, not {value!r}")
+            raise ConfigError(f"{where}: expected a mapping, not {shown(value)}")
         _, item = typing.get_args(hint)
         return {str(key): _convert(item, entry, f"{where}.{key}") for key, entry in value.items()}
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # YAML reads 1e-4 as a string
     if hint is float and isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: expected a finite number, not {value}")
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
-    raise ConfigError(f"{where}: expected {getattr(hint, '__name__', hint)}, not {value!r}")
+    raise ConfigError(f"{where}: expected {getattr(hint, '__name__', hint)}, not {shown(value)}")
 
 
 def _plain(value: Any) -> Any:

@@ -167,3 +167,46 @@ def test_recipes_load(path: Path) -> None:
     config = load_config(path)
     assert config.pruning.strategies
     assert config.output.startswith("runs/")
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("title: 2024-13-45", "line 1"),
+        ("seed: " + "9" * 5000, "is no int"),
+        ("output: " + "[" * 100_000, "nested too deeply"),
+        (
+            "a: &a [x, x]\nb: &b [*a, *a]\n"
+            + "\n".join(f"c{i}: &c{i} [*{'b' if i == 0 else f'c{i - 1}'}, *b]" for i in range(9)),
+            "unknown key 'a'",
+        ),
+        ("output: &a [*a]", "an alias stands for what it is a part of"),
+        ("title: x\n" * 30_000, "more than 200,000 bytes"),
+        ("!!map [a]", "not valid YAML"),
+        ("seed: 0x" + "f" * 5000, "is no int"),
+    ],
+    ids=["date", "digits", "deep", "few-aliases", "recursive", "large", "tag", "hex"],
+)
+def test_yaml_that_is_out_to_break_it_is_told_in_a_line(tmp_path: Path, text: str, part: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "c.yaml")
+    assert "c.yaml: " in str(error.value)
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["lists", "merges"])
+def test_aliases_are_counted_before_they_are_followed(tmp_path: Path, merged: bool) -> None:
+    lines = ["l0: &l0 {a: 1}"]
+    for i in range(1, 40):
+        lines.append(f"l{i}: &l{i} " + (f"{{<<: [*l{i - 1}, *l{i - 1}]}}" if merged else f"[*l{i - 1}, *l{i - 1}]"))
+    (tmp_path / "c.yaml").write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match="use fewer aliases"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_values_in_messages_are_cut(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"output: [{', '.join(['x' * 50] * 1000)}]")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "c.yaml")
+    assert len(str(error.value)) < 1000

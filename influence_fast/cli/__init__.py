@@ -11,12 +11,12 @@ from typing import Any
 
 from influence_fast import __version__
 from influence_fast.cli import models, runs, scoring, stores
-from influence_fast.cli.messages import by_flags, say_warning
-from influence_fast.errors import InfluenceFastError
+from influence_fast.cli.messages import by_flags, say_warning, unforeseen
+from influence_fast.errors import InfluenceFastError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 2 for an error the user can mend, 130 after Ctrl-C."""
+    """Entry point; returns the exit code: 0, 2 for an error (told in one line), 130 after Ctrl-C."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if not hasattr(args, "work"):
@@ -35,15 +35,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         # a full disk, a folder that cannot be written: the system's own words name the thing
         if args.debug:
             traceback.print_exc()
-        what = f"{error.filename}: " if error.filename else ""
+        path = error.filename or getattr(args, "output", None)  # libraries do not always name what they write
+        what = f"{path}: " if path else ""
         wrong = isinstance(error, NotADirectoryError | IsADirectoryError | FileNotFoundError)
         kept = "give another path" if wrong else "finished work is kept"
-        print(f"error: {what}{error.strerror or error}; {kept}", file=sys.stderr)
+        print(f"error: {what}{error.strerror or one_line(error)}; {kept}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         said = str(stop) or "what was finished is kept; run the same command again to go on"
         print(f"stopped: {said}", file=sys.stderr)
         return getattr(stop, "exit_code", 130)  # SIGTERM has its own
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"error: {unforeseen(error)}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+import traceback
+from pathlib import Path
 from typing import Any
+
+from influence_fast.errors import one_line
 
 
 def by_flags(text: str, args: Any, of: str = "") -> str:
@@ -20,9 +24,14 @@ def by_flags(text: str, args: Any, of: str = "") -> str:
         part, name = found[1], found[2]
         option = {"r": "rank"}.get(name, name)
         known = name in _settings_of(part) and hasattr(args, option)
-        return "--" + option.replace("_", "-") if known else found[0]
+        value = f" {found[3]}" if found[3] else ""
+        return "--" + option.replace("_", "-") + value if known else found[0]
 
-    text = re.sub(r"(?<![\w./\\-])(\w+)\.(\w+)(?![\w/\\]|\.\w)", flag, text)  # no part of a path
+    # no part of a path; "influence.fallback: reference" is a setting with its value, and "influence.fallback: unknown
+    # value" a setting of which something is said
+    text = re.sub(r"(?<![\w./\\-])(\w+)\.(\w+)(?![\w/\\]|\.\w)(?:: (\w+)(?=[,;.)]|$| does not ask))?", flag, text)
+    text = re.sub(rf"^({_ARGUMENTS})(?= is | '| \d| -)", lambda m: _own(m[1], args), text)
+    text = re.sub(r"\b(max_length|truncate)\b(?=, or cut|\))", lambda m: _own(m[1], args), text)
     if hasattr(args, "columns"):  # {"prompt": "...", "id": None} as prompt=...,id=
         text = re.sub(
             r"columns=\{([^{}]*)\}",
@@ -35,6 +44,28 @@ def by_flags(text: str, args: Any, of: str = "") -> str:
     if hasattr(args, "option"):  # of the format of an import
         text = re.sub(r"\bwith (\w+)=$", r"with --option \1=...", text)
     return text
+
+
+_ARGUMENTS = "limit|trace|format|device|dtype|fraction|count|seed"  # of functions, at the beginning of a message
+
+
+def _own(name: str, args: Any) -> str:
+    return "--" + name.replace("_", "-") if hasattr(args, name) else name
+
+
+def unforeseen(error: BaseException) -> str:
+    """Return the line for an error that no check expects: where it happened in this package, and what to do."""
+    package = Path(__file__).parents[1]
+    places = [
+        f"{Path(frame.filename).relative_to(package.parent)}, line {frame.lineno}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if Path(frame.filename).is_relative_to(package)
+    ]
+    where = places[-1] if places else "an unknown place"
+    return (
+        f"{type(error).__name__}: {one_line(error) or 'without a message'} (at {where}); this was not foreseen: check "
+        "the inputs, and please report it with the traceback that --debug shows"
+    )
 
 
 def _renamed(found: re.Match[str]) -> str:

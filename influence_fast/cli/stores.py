@@ -9,6 +9,7 @@ from typing import Any
 from influence_fast.cli import options
 from influence_fast.cli.options import NewVerb
 from influence_fast.errors import ConfigError, did_you_mean
+from influence_fast.guards import check_no_pipe
 
 
 def add(verb: NewVerb) -> None:
@@ -185,6 +186,7 @@ def _import(args: Any) -> None:
 
 
 def _lines_of(path: str) -> list[str]:
+    check_no_pipe(path, ConfigError)
     try:
         return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError:

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from numbers import Integral
 from typing import Any
 
 from influence_fast.data.conversations import with_reasoning
@@ -17,7 +18,8 @@ from influence_fast.data.row_files import write_rows
 from influence_fast.data.rows import Row, Rows, load_rows
 from influence_fast.data.schemas import Example, check_trace, check_turns, read_examples
 from influence_fast.data.tokens import TokenizedSet, tokenize
-from influence_fast.errors import ConfigError, DataError, listing
+from influence_fast.errors import ConfigError, DataError, listing, shown
+from influence_fast.guards import reading
 
 __all__ = [
     "IGNORED",
@@ -64,8 +66,8 @@ def load_examples(
     """
     check_trace(trace)
     check_turns(turns)
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit is {limit}; it must be at least 1, or left out")
+    check_limit(limit)
+    check_columns(columns)
     rows = load_rows(source, split=split)
     examples: list[Example] = []
     without: list[int] = []
@@ -93,6 +95,24 @@ def load_examples(
     _check_ids(examples, rows)
     _check_completions(examples, lambda e: f"{e.id} ({rows.place(e.row)})")
     return examples
+
+
+def check_limit(limit: int | None) -> None:
+    """Raise ConfigError unless `limit` is None or a whole number of at least 1."""
+    if limit is None:
+        return
+    if not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1:
+        raise ConfigError(f"limit is {shown(limit)}; it must be a whole number of at least 1, or left out")
+
+
+def check_columns(columns: object) -> None:
+    """Raise ConfigError unless `columns` is None, or names of columns by names, with None for those left out."""
+    if columns is None:
+        return
+    if not isinstance(columns, Mapping) or not all(
+        isinstance(name, str | None) for pair in columns.items() for name in pair
+    ):
+        raise ConfigError(f"columns is {shown(columns)}; give names by names, such as {{'prompt': 'question'}}")
 
 
 def _check_ids(examples: list[Example], rows: Rows) -> None:
@@ -127,7 +147,8 @@ def save_examples(
     the same turns: earlier assistant turns have a `weight`.
     """
     if source_rows is not None:
-        return write_rows(kept_rows(source_rows, examples, columns), path, schema=source_rows.schema)
+        with reading(f"{source_rows.name}, on writing its rows to {os.fspath(path)}"):
+            return write_rows(kept_rows(source_rows, examples, columns), path, schema=source_rows.schema)
     optional = [name for name in ("answer", "label") if any(getattr(e, name) is not None for e in examples)]
     chat = any(e.context or e.between or e.reasoning is not None for e in examples)
     return write_rows([_as_row(example, optional, chat) for example in examples], path)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from influence_fast.data.text_files import COMPRESSIONS, file_suffix, has_lines, json_document, numbered_rows
-from influence_fast.errors import DataError, did_you_mean, one_line
+from influence_fast.errors import DataError, InfluenceFastError, did_you_mean, one_line
+from influence_fast.guards import check_no_pipe, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 BATCH = 256  # rows turned into Python objects at a time: long traces, so few
+_MOST_FILES = 10_000  # in a folder that is looked through for a dataset
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
@@ -37,6 +39,9 @@ class Rows(Sequence[Row]):
         self._data = data
         self._lines = lines
         self.schema: pa.Schema | None = None if isinstance(data, list) else data.schema
+        if self.schema is not None and len(set(self.schema.names)) < len(self.schema.names):
+            twice = next(column for i, column in enumerate(self.schema.names) if column in self.schema.names[:i])
+            raise DataError(f"{name}: the column {twice!r} comes twice, and only one would be read; rename one")
 
     def __len__(self) -> int:
         return len(self._data)
@@ -51,7 +56,7 @@ class Rows(Sequence[Row]):
         if isinstance(self._data, list):
             return self._data[index]
         i = range(len(self))[index]
-        return self._data.slice(i, 1).to_pylist()[0]
+        return self._from_arrow(self._data.slice(i, 1), i)[0]
 
     def __iter__(self) -> Iterator[Row]:
         return self.read()
@@ -65,8 +70,40 @@ class Rows(Sequence[Row]):
         if columns is not None:
             wanted = set(columns)
             table = table.select([column for column in table.column_names if column in wanted])
+        first = 0
         for batch in table.to_batches(max_chunksize=BATCH):
-            yield from batch.to_pylist()
+            yield from self._from_arrow(batch, first)
+            first += len(batch)
+
+    def _from_arrow(self, part: pa.Table | pa.RecordBatch, first: int) -> list[Row]:
+        """Rows from `first` on as Python has them. Raises DataError naming the cell that Python cannot hold."""
+        try:
+            found: list[Row] = part.to_pylist()
+            return found
+        except Exception as error:  # dates beyond year 9999, text that is not UTF-8, fields of one name, and more
+            for index in range(len(part)):
+                for column in part.schema.names:
+                    self._check_cell(part.column(column)[index], f"{self.place(first + index)}: column {column!r}")
+            raise DataError(
+                f"{self.name}: a row cannot be read ({one_line(error, 120)}); write the file anew"
+            ) from error
+
+    @staticmethod
+    def _check_cell(cell: Any, place: str) -> None:
+        try:
+            cell.as_py()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place} holds text that is not UTF-8 ({one_line(error, 120)}); encode it anew") from error
+        except Exception as error:
+            raise DataError(
+                f"{place} holds a {cell.type} that Python has no value for ({one_line(error, 120)}); convert the "
+                "column to text or numbers"
+            ) from error
+
+    def validate(self) -> None:
+        """Raise pyarrow's error where an Arrow table's buffers contradict each other; it reads all of them."""
+        if not isinstance(self._data, list):
+            self._data.validate(full=True)
 
     @property
     def columns(self) -> list[str]:
@@ -96,7 +133,8 @@ def load_rows(source: Any, *, split: str = "train") -> Rows:
 
     Raises DataError: source not found, unreachable or malformed (with the line), unknown split, no rows.
     """
-    rows = _load(source, split)
+    with reading(source if isinstance(source, str | os.PathLike) else f"the {type(source).__name__} given"):
+        rows = _load(source, split)
     if len(rows) == 0:
         raise DataError(f"{rows.name}: there are no rows in it; give a source with at least one example")
     return rows
@@ -149,9 +187,10 @@ def _plain(value: Any) -> Any:
 def _load_named(source: str, split: str) -> Rows:
     path = Path(source).expanduser()
     suffix = file_suffix(path)
-    if path.is_dir():
+    check_no_pipe(path)
+    if os.path.isdir(path):
         return _load_folder(path, split)
-    if path.is_file():
+    if os.path.isfile(path):
         if suffix not in _READERS:
             raise DataError(f"{path}: unknown file type {suffix!r}; known: {_KNOWN}")
         try:
@@ -188,9 +227,22 @@ def _read_parquet(path: Path, split: str) -> Rows:
     import pyarrow.parquet as pq
 
     try:
+        check_row_count(path, pq.read_metadata(path).num_rows)
         return Rows(pq.read_table(path, memory_map=True), str(path), ".parquet")
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: is not a readable parquet file ({one_line(error)}); make it anew") from error
+
+
+def check_row_count(path: Path, rows: int) -> None:
+    """Raise DataError for a parquet file that says it has more rows than its bytes can hold any text of.
+
+    Columns of one value are packed to nothing: a file of 2 kB may have a billion nulls, which fill the memory.
+    """
+    size = path.stat().st_size
+    if rows > max(10_000_000, 10 * size):
+        raise DataError(
+            f"{path}: says that it has {rows:,} rows in {size:,} bytes; check what it holds, and make it anew"
+        )
 
 
 def _read_arrow(path: Path, split: str) -> Rows:
@@ -203,7 +255,8 @@ def _read_arrow(path: Path, split: str) -> Rows:
         except pa.ArrowInvalid:
             mapped.seek(0)
             table = pa.ipc.open_stream(mapped).read_all()
-    except pa.ArrowInvalid as error:
+        table.validate(full=True)  # an offset that leads out of the file would be followed
+    except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: is not a readable arrow file ({one_line(error)}); make it anew") from error
     return Rows(table, str(path), ".arrow")
 
@@ -223,16 +276,37 @@ _KNOWN = f".jsonl, .json, .csv, .tsv (also with {', '.join(COMPRESSIONS)}), .par
 
 
 def _load_folder(path: Path, split: str) -> Rows:
+    check_folder(path)
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     if not saved:
-        if not any(path.iterdir()):
-            raise DataError(f"{path}: the folder is empty; give a file, or a folder with a dataset in it")
         return _load_hub(str(path), split)  # a cloned dataset repository: load_dataset reads those too
     datasets = need_datasets(str(path))
     try:
-        return _from_datasets(datasets.load_from_disk(str(path)), split, str(path), "")
-    except (OSError, ValueError, KeyError) as error:
+        rows = _from_datasets(datasets.load_from_disk(str(path)), split, str(path), "")
+        rows.validate()
+        return rows
+    except InfluenceFastError:
+        raise
+    except Exception as error:
         raise DataError(f"{path}: cannot be read as a saved dataset ({one_line(error)}); save it anew") from error
+
+
+def check_folder(path: Path) -> None:
+    """Raise DataError for a folder that is empty or no dataset's: what reads those looks at every file in it."""
+    files = 0
+    for place, folders, names in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        seen = [name for name in names if not name.startswith(".")]
+        files += len(seen) + len(folders)
+        if files > _MOST_FILES:
+            raise DataError(
+                f"{path}: holds more than {_MOST_FILES:,} files and folders, which no dataset does; give the folder of "
+                "one, or one of its files"
+            )
+        for name in seen:
+            check_no_pipe(os.path.join(place, name))
+    if files == 0:
+        raise DataError(f"{path}: the folder is empty; give a file, or a folder with a dataset in it")
 
 
 def _load_hub(source: str, split: str) -> Rows:

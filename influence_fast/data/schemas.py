@@ -33,13 +33,14 @@ from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral
 
+from influence_fast import guards
 from influence_fast.data import layouts
 from influence_fast.data.cells import Cells, Turn, whole_number
 from influence_fast.data.conversations import TURN_CHOICES, Draft
 from influence_fast.data.layouts import TRACE_CHOICES, Converter, Reading, Trace
 from influence_fast.data.rows import Rows
 from influence_fast.data.unread_columns import UnreadColumns, likely_columns
-from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
+from influence_fast.errors import ConfigError, DataError, did_you_mean, listing, shown
 
 __all__ = [
     "SCHEMAS", "TRACE_CHOICES", "TURN_CHOICES", "Cells", "Example", "Schema", "Trace", "Turn", "check_trace",
@@ -193,14 +194,14 @@ def check_trace(trace: Trace) -> None:
         trace >= 0 if isinstance(trace, int) else isinstance(trace, str) and trace in TRACE_CHOICES
     ):
         raise ConfigError(
-            f"trace {trace!r} is not known; {did_you_mean(str(trace), TRACE_CHOICES)}, or an index from 0"
+            f"trace {shown(trace)} is not known; {did_you_mean(str(trace), TRACE_CHOICES)}, or an index from 0"
         )
 
 
 def check_turns(turns: str) -> None:
     """Raises ConfigError unless `turns` is one of TURN_CHOICES."""
-    if turns not in TURN_CHOICES:
-        raise ConfigError(f"turns {turns!r} is not known; {did_you_mean(str(turns), TURN_CHOICES)}")
+    if not isinstance(turns, str) or turns not in TURN_CHOICES:
+        raise ConfigError(f"turns {shown(turns)} is not known; {did_you_mean(str(turns), TURN_CHOICES)}")
 
 
 def choose_schema(rows: Rows, format: str, columns: Mapping[str, str | None]) -> Schema:
@@ -208,8 +209,8 @@ def choose_schema(rows: Rows, format: str, columns: Mapping[str, str | None]) ->
 
     Raises ConfigError for an unknown format or rename, DataError where the columns do not fit.
     """
-    if format != "auto" and format not in SCHEMAS:
-        raise ConfigError(f"format {format!r} is not known; {did_you_mean(format, ['auto', *SCHEMAS])}")
+    if format != "auto" and (not isinstance(format, str) or format not in SCHEMAS):
+        raise ConfigError(f"format {shown(format)} is not known; {did_you_mean(format, ['auto', *SCHEMAS])}")
     candidates = list(SCHEMAS.values()) if format == "auto" else [SCHEMAS[format]]
     known = {"id", "label"}.union(*(schema.columns for schema in candidates))
     present = set(rows.columns)
@@ -315,13 +316,15 @@ def read_examples(
     try:
         for index, row in enumerate(rows.read(wanted | unread.suspects)):
             cells = Cells(row, index, rows, columns)
-            name, label = _row_id(cells, ids), _label(cells)
-            drafts = schema.convert(cells, reading)
-            warnings.see(cells, drafts)
-            if schema.name == "openr1":
-                warnings.blank += [(index, i) for i in layouts.blank_traces(cells)]
-            unread.see(row, drafts)
-            yield [_example(draft, name, label, index) for draft in drafts]
+            with guards.reading(rows.place(index)):
+                name, label = _row_id(cells, ids), _label(cells)
+                drafts = schema.convert(cells, reading)
+                warnings.see(cells, drafts)
+                if schema.name == "openr1":
+                    warnings.blank += [(index, i) for i in layouts.blank_traces(cells)]
+                unread.see(row, drafts)
+                found = [_example(draft, name, label, index) for draft in drafts]
+            yield found
     finally:  # a reader that has enough stops in the middle
         warnings.say()
         unread.say(logger, rows.name, schema, columns)

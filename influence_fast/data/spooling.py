@@ -7,6 +7,7 @@ A folder holds `tokens.arrow` (id, input_ids as int32, the places where what is 
 from __future__ import annotations
 
 import json
+import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,17 @@ from typing import Any, overload
 import torch
 
 from influence_fast.atomic import replacing
-from influence_fast.data.examples import IGNORED, load_rows, tokenize
+from influence_fast.data.examples import IGNORED, check_columns, check_limit, load_rows, tokenize
 from influence_fast.data.fingerprints import tokenizer_hash
-from influence_fast.data.rows import BATCH, Row, Rows, need_datasets, need_pyarrow
+from influence_fast.data.rows import (
+    BATCH,
+    Row,
+    Rows,
+    check_folder,
+    check_row_count,
+    need_datasets,
+    need_pyarrow,
+)
 from influence_fast.data.schemas import Example, check_trace, check_turns, read_examples
 from influence_fast.data.text_files import file_suffix, has_lines, numbered_rows
 from influence_fast.data.tokens import tokenization_hash
@@ -137,6 +146,8 @@ def spool(folder: Path, source: TokenSource, tokenizer: Any, beat: Callable[[], 
     """
     pa = need_pyarrow(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(".*.arrow.*.tmp"):  # of a process that was killed; only one at a time is at work here
+        path.unlink(missing_ok=True)
     made_of = _made_of(source, tokenizer)
     schema = pa.schema([("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("borders", pa.list_(pa.int32()))])
     too_long: list[tuple[str, int]] = []
@@ -176,7 +187,7 @@ def mapped_rows(source: Any, split: str, folder: Path) -> Rows:
     streamed = not hasattr(source, "__len__") and hasattr(source, "__iter__") and not isinstance(source, Path)
     if streamed:
         return load_rows(_arrow_of(source, folder / "rows.arrow"))
-    if not isinstance(source, str | Path) or not Path(source).expanduser().is_file():
+    if not isinstance(source, str | Path) or not os.path.isfile(Path(source).expanduser()):
         return load_rows(source, split=split)
     path = Path(source).expanduser()
     pa = need_pyarrow(path)
@@ -190,9 +201,12 @@ def mapped_rows(source: Any, split: str, folder: Path) -> Rows:
                 pa.OSFile(str(temporary), "wb") as sink,
                 pa.ipc.new_file(sink, file.schema_arrow) as writer,
             ):
+                check_row_count(path, file.metadata.num_rows)
                 for batch in file.iter_batches(batch_size=BATCH):
                     writer.write_batch(batch)
-        except pa.ArrowInvalid:
+        except (pa.ArrowException, OSError) as error:
+            if getattr(error, "errno", None):  # of the disk; those of the file have no number
+                raise
             return load_rows(path)  # which says what is wrong with it
         rows = load_rows(folder / "rows.arrow")
         rows.name, rows.suffix = str(path), ".parquet"
@@ -228,6 +242,8 @@ def _arrow_of(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
 def _examples(rows: Rows, source: TokenSource, without: list[str]) -> Iterator[Example]:
     check_trace(source.trace)
     check_turns(source.turns)
+    check_limit(source.limit)
+    check_columns(source.columns)
 
     def every() -> Iterator[Example]:
         read = read_examples(rows, source.format, source.trace, source.columns, source.turns)
@@ -256,6 +272,8 @@ def _made_of(source: TokenSource, tokenizer: Any) -> dict[str, Any]:
     where = source.source
     if isinstance(where, str | Path):
         path = Path(where).expanduser()
+        if path.is_dir():
+            check_folder(path)
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] * path.is_file()
         state: Any = [str(where), [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
     else:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from influence_fast.errors import ModelError
+from influence_fast.isolation import limited
 
 MEMORY = 1 << 30  # bytes of address space of the process that tries a template
-SECONDS = 10  # of processor time, which templates of models in use need a thousandth of
+SECONDS = 4  # of processor time, of which templates of models in use need a hundredth
 CHARACTERS = 1 << 24  # of a text: three hundred times the largest frame that trl's templates put around two turns
-
-_WORKER = Path(__file__).with_name("template_worker.py")
 
 
 def check_template(
@@ -32,32 +28,24 @@ def check_template(
     Raises ModelError where the template does not end within `SECONDS`, takes more memory than `MEMORY`, or makes a
     text of more than `CHARACTERS` characters. A template that raises an error passes: it will do so again.
     """
-    work = {
-        "template": template,
-        "special": {key: str(value) for key, value in special.items()},
-        "conversations": conversations,
-        "memory": MEMORY,
-        "seconds": SECONDS,
-        "characters": CHARACTERS,
-    }
-    if why := _tried(json.dumps(work)):
+    parts = (template, {key: str(value) for key, value in special.items()}, conversations)
+    if why := _tried(json.dumps(parts)):
         raise ModelError(f"the chat template of {name} {why}; set another template (tokenizer.chat_template)")
 
 
 @functools.lru_cache(maxsize=64)
-def _tried(work: str) -> str:
+def _tried(parts: str) -> str:
     """Why the template is not to be used; empty where nothing speaks against it."""
-    command = [sys.executable, "-I", str(_WORKER)]
-    try:
-        done = subprocess.run(command, input=work.encode(), capture_output=True, timeout=6 * SECONDS, cwd="/")
-    except subprocess.TimeoutExpired:
-        return f"does not end (tried for {6 * SECONDS} s on one short conversation)"
-    if done.returncode < 0:
+    template, special, conversations = json.loads(parts)
+    work = {"task": "chat", "template": template, "special": special, "conversations": conversations}
+    work["characters"] = CHARACTERS
+    done = limited(work, seconds=SECONDS, memory=MEMORY)
+    if done.stopped == "time":
         return f"does not end within {SECONDS} s of processor time on one short conversation"
-    if b"MemoryError" in done.stderr:
+    if done.stopped == "memory":
         return f"takes more than {MEMORY >> 30} GiB of memory for one short conversation"
     try:
-        longest = max(json.loads(done.stdout))
+        longest = max(json.loads(done.output))
     except ValueError:  # an interpreter that cannot import jinja2 in isolation: nothing is known of the template
         return ""
     return f"makes a text of {longest:,} characters of one short conversation" if longest > CHARACTERS else ""

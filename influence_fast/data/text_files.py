@@ -11,7 +11,7 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +21,9 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 _LINES = (".jsonl", ".csv", ".tsv")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_PIECE = 1 << 17  # bytes unpacked at a time
+_UNPACKED = 1 << 28  # bytes that any packed file may hold
+_RATIO = 100  # ... and beyond that, times its size
 _ROW_KEYS = ("data", "rows", "examples")  # of an object around the list of rows, in the order of preference
 
 
@@ -53,10 +56,41 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], str]]:
 def _unpacked(path: Path) -> IO[bytes]:
     suffix = path.suffix.lower()
     if suffix == ".zst":
-        return io.BufferedReader(_zstandard(path).input_stream(str(path), compression="zstd"))
-    opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix, open)
-    file: IO[bytes] = opener(path, "rb")
-    return file
+        packed = _zstandard(path).input_stream(str(path), compression="zstd")
+        return io.BufferedReader(_Unpacking(packed, path), _PIECE)
+    opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(suffix)
+    if opener is None:
+        return path.open("rb")
+    return io.BufferedReader(_Unpacking(opener(path, "rb"), path), _PIECE)
+
+
+class _Unpacking(io.RawIOBase):
+    """Bytes of a packed file as they are unpacked, up to what a file of its size may hold.
+
+    Text of traces is packed to a third or a tenth; a few MB of zeros packed by thousands would fill the memory.
+    """
+
+    def __init__(self, file: Any, path: Path) -> None:
+        self._file = file
+        self._path = path
+        self._left = max(_UNPACKED, _RATIO * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._file.read(len(buffer))
+        self._left -= len(piece)
+        if self._left < 0:
+            raise DataError(
+                f"{self._path}: unpacks to more than {_RATIO} times its size; check what it holds, or unpack it"
+            )
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _zstandard(path: Path) -> Any:
@@ -129,11 +163,17 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{path}, line {number}: is not valid JSON ({error}); each line must be one object") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path}, line {number}: is not valid JSON ({_why(error)}); each line must be one object"
+        ) from error
     if not isinstance(row, dict):
         raise DataError(f"{path}, line {number}: is a {type(row).__name__}; each line must be one JSON object")
     return row
+
+
+def _why(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -142,6 +182,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]
         text = io.TextIOWrapper(file, "utf-8-sig" if encoding == "utf-8" else encoding, newline="")
         reader = csv.DictReader(text, delimiter=delimiter)
         try:
+            _check_header(path, reader.fieldnames or ())
             for row in reader:
                 if None in row or None in row.values():
                     raise DataError(
@@ -155,6 +196,12 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]
             ) from error
 
 
+def _check_header(path: Path, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise DataError(f"{path}: the column {twice!r} comes twice, and only one of the two would be read; rename one")
+
+
 def _is_json_lines(path: Path) -> bool:
     """Whether the first line of a .json file is an object and more lines follow, as files of that name often are."""
     with opened(path) as (file, encoding):
@@ -162,7 +209,7 @@ def _is_json_lines(path: Path) -> bool:
             lines = (line for line in io.TextIOWrapper(file, encoding, newline="\n") if line.strip())
             first, second = next(lines, ""), next(lines, None)
             return second is not None and isinstance(json.loads(first), dict)
-        except ValueError:  # of the encoding, too
+        except (ValueError, RecursionError):  # of the encoding, too
             return False
 
 
@@ -178,8 +225,8 @@ def json_document(path: Path, split: str) -> list[dict[str, Any]]:
         raw = file.read()
     try:
         found = json.loads(raw.decode(encoding)) if raw.strip() else []
-    except ValueError as error:
-        raise DataError(f"{path}: is not valid JSON ({error}); it must be one list of objects") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is not valid JSON ({_why(error)}); it must be one list of objects") from error
     rows = _rows_within(path, found, split) if isinstance(found, dict) else found
     if not isinstance(rows, list):
         raise DataError(f"{path}: is a {type(rows).__name__}; it must be one list of objects")

@@ -17,6 +17,7 @@ from influence_fast.data.packing import context_of
 from influence_fast.data.tokens import encode
 from influence_fast.errors import ConfigError, DataError, ModelError
 from influence_fast.evaluation.generation_settings import Ends, find_ends, generation_settings, without_own_settings
+from influence_fast.guards import reading
 from influence_fast.progress import track
 
 if TYPE_CHECKING:
@@ -228,7 +229,9 @@ def _vllm_answers(
     from transformers import AutoConfig, GenerationConfig
     from vllm import LLM, SamplingParams
 
-    check_room(AutoConfig.from_pretrained(files.path, trust_remote_code=files.trust_remote_code), encoded, config)
+    with reading(f"the model {files.path}", ModelError):
+        settings = AutoConfig.from_pretrained(files.path, trust_remote_code=files.trust_remote_code)
+    check_room(settings, encoded, config)
     options: dict[str, Any] = {
         "model": files.path,
         "dtype": files.dtype,
@@ -247,7 +250,7 @@ def _vllm_answers(
         options["gpu_memory_utilization"] = round(0.9 * free / total, 3)
     try:
         own = GenerationConfig.from_pretrained(files.path)
-    except OSError:  # a model without the file
+    except Exception:  # a model without the file, or with one that transformers does not read
         own = None
     settings = generation_settings(config, own, find_ends(own, tokenizer))
     ends, parameters = settings.ends, settings.for_vllm()
@@ -280,11 +283,11 @@ def _vllm_answers(
 def _vllm_rank(adapter: str) -> int:
     """The least rank vLLM can be built for that holds the adapter's."""
     path = Path(adapter) / "adapter_config.json"
-    try:
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; vLLM needs the adapter as a local folder")
+    with reading(path, ModelError):
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file; vLLM needs the adapter as a local folder") from None
-    rank = max([int(config["r"]), *(config.get("rank_pattern") or {}).values()])
+        rank = max([int(config["r"]), *(config.get("rank_pattern") or {}).values()])
     for known in VLLM_RANKS:
         if rank <= known:
             return known

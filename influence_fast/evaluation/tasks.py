@@ -12,19 +12,26 @@ Those of the package are in `eval_tasks/`; a file of one's own has the same keys
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
+import os
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from influence_fast.data.examples import check_limit
 from influence_fast.data.rows import load_rows
 from influence_fast.data.schemas import Cells, Example
-from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
+from influence_fast.errors import ConfigError, DataError, did_you_mean, listing, shown
 from influence_fast.evaluation.evaluate import EvalConfig
 from influence_fast.evaluation.grading import ANSWER_KINDS, choice_letter, extract_answer
+from influence_fast.guards import reading
+from influence_fast.isolation import limited
 from influence_fast.settings import from_dict, read_mapping
 
 FOLDER = Path(__file__).with_name("eval_tasks")
@@ -108,29 +115,26 @@ def load_task(name_or_path: str | Path) -> Task:
         raise ConfigError(f"{path}: no such task file; {did_you_mean(path.stem, known_tasks())}") from None
     if isinstance(source := raw.get("source"), dict) and isinstance(source.get("path"), str):
         beside = path.parent / source["path"]
-        if beside.is_file():
+        if os.path.isfile(beside):
             raw = raw | {"source": source | {"path": str(beside)}}
     try:
-        task: Task = from_dict(Task, {"name": path.stem} | raw)
-        _check(task)
+        with reading("the task", ConfigError):
+            task: Task = from_dict(Task, {"name": path.stem} | raw)
+            _check(task)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {error}") from error.__cause__
     return task
 
 
 def _check(task: Task) -> None:
-    from jinja2 import TemplateSyntaxError
-
     if task.answer not in ANSWER_KINDS:
-        raise ConfigError(f"answer: unknown value {task.answer!r}; {did_you_mean(task.answer, ANSWER_KINDS)}")
+        raise ConfigError(f"answer: unknown value {shown(task.answer)}; {did_you_mean(task.answer, ANSWER_KINDS)}")
     if task.columns.answer is None and task.columns.solution is None:
         raise ConfigError("columns: name an 'answer' column, or a 'solution' that holds the final answer")
     if task.columns.distractors and (task.answer != "choice" or task.columns.answer is None):
         raise ConfigError("columns.distractors: needs 'answer: choice' and an 'answer' column, the right option's text")
-    try:
-        _template(task.prompt)
-    except TemplateSyntaxError as error:
-        raise ConfigError(f"prompt: not a Jinja template: {error}") from None
+    if why := _no_template(task.prompt):
+        raise ConfigError(f"prompt: not a Jinja template: {why}")
     _ = task.evaluation  # raises where the sampling does not fit together
 
 
@@ -141,10 +145,10 @@ def task_examples(
 
     `prompt` is the rendered template, `answer` the reference (a letter for a choice), `completion` the solution where
     the source has one, else the answer. Raises DataError: source not found, a column missing, repeated ids, a row
-    without a usable answer, each with file and row.
+    without a usable answer, a prompt that cannot be rendered, each with file and row. ConfigError: a `limit` that is
+    no whole number of at least 1.
     """
-    from jinja2 import TemplateError
-
+    check_limit(limit)
     path = source if source is not None else _hub_path(task.source)
     rows = load_rows(str(path), split=split or task.source.split)
     names = {name: column for name, column in asdict(task.columns).items() if isinstance(column, str)}
@@ -154,43 +158,84 @@ def task_examples(
                 f"{rows.name}: has no column {column!r}, which task {task.name!r} reads; "
                 f"{did_you_mean(column, rows.columns)}"
             )
-    template = _template(task.prompt)
-    examples: list[Example] = []
     wanted = None if "row" in task.prompt else {*names.values(), *task.columns.distractors}
-    for index, row in enumerate(rows.read(wanted)):
-        if limit is not None and len(examples) >= limit:
-            break
-        cells = Cells(row, index, rows, names)
-        name = str(cells.value("id")) if task.columns.id else str(index)
-        question = cells.text("question")
-        answer = _answer(task, cells)
-        solution = _joined(cells.value("solution"), "\n\n") if task.columns.solution else ""
-        options: list[tuple[str, str]] = []
-        if task.columns.distractors:
-            options, answer = _options(name, answer, list(_distractors(task, cells)), cells)
-        try:
-            prompt = template.render(question=question, options=options, row=row).strip()
-        except TemplateError as error:
-            raise cells.error(
-                f"the prompt of task {task.name!r} cannot be rendered ({error}); mend its template"
-            ) from None
-        examples.append(Example(id=name, prompt=prompt, completion=solution or answer, answer=answer, row=index))
+    questions = (
+        _question(task, Cells(row, index, rows, names)) for index, row in enumerate(islice(rows.read(wanted), limit))
+    )
+    examples: list[Example] = []
+    while batch := list(islice(questions, _BATCH)):
+        examples += _with_prompts(task, batch)
     repeated = [f"{name} ({n} times)" for name, n in Counter(e.id for e in examples).items() if n > 1]
     if repeated:
         raise DataError(f"{rows.name}: ids must be unique, repeated are {listing(repeated)}; name another id column")
     return examples
 
 
+@dataclass(frozen=True)
+class _Question:
+    """A row as an example without its prompt, and what the prompt's template is given."""
+
+    cells: Cells
+    example: Example
+    values: dict[str, Any]
+
+
+def _question(task: Task, cells: Cells) -> _Question:
+    with reading(cells.rows.place(cells.index)):
+        name = str(cells.value("id")) if task.columns.id else str(cells.index)
+        question = cells.text("question")
+        answer = _answer(task, cells)
+        solution = _joined(cells.value("solution"), "\n\n") if task.columns.solution else ""
+        options: list[tuple[str, str]] = []
+        if task.columns.distractors:
+            options, answer = _options(name, answer, list(_distractors(task, cells)), cells)
+        example = Example(id=name, prompt="", completion=solution or answer, answer=answer, row=cells.index)
+        row = cells.row if "row" in task.prompt else {}
+        return _Question(cells, example, {"question": question, "options": options, "row": row})
+
+
+# ---- the prompt: a program of whoever wrote the task, so it runs in a limited process ------------------------------
+
+_BATCH = 1000  # questions rendered by one process
+_SECONDS = 2  # of processor time for those; a thousand prompts take a twentieth of a second
+_MEMORY = 1 << 30  # bytes of address space
+_CHARACTERS = 1 << 22  # of one prompt
+
+
+def _render(template: str, values: list[dict[str, Any]]) -> tuple[list[str], int | None, str]:
+    """The texts of `template` for `values` as far as they go, the place of an error (None: in all), and the error."""
+    work = {"task": "prompts", "template": template, "values": values, "characters": _CHARACTERS}
+    done = limited(work, seconds=_SECONDS, memory=_MEMORY)
+    if done.stopped == "time":
+        return [], None, f"it does not end within {_SECONDS} s of processor time"
+    if done.stopped == "memory":
+        return [], None, f"it takes more than {_MEMORY >> 30} GiB of memory"
+    try:
+        found = json.loads(done.output)
+    except ValueError:
+        return [], None, f"its process ended without a word ({done.errors[-200:].decode(errors='replace')})"
+    place, error = found["error"] or (None, "")
+    return found["texts"], place, error
+
+
+@functools.lru_cache(maxsize=64)
+def _no_template(template: str) -> str:
+    """Why `template` cannot be compiled; empty where it can. Constant parts are computed then, and may never end."""
+    return _render(template, [])[2]
+
+
+def _with_prompts(task: Task, questions: Sequence[_Question]) -> list[Example]:
+    first = questions[0].cells
+    with reading(f"{first.rows.place(first.index)} and those after it, for task {task.name!r}"):
+        texts, place, error = _render(task.prompt, [question.values for question in questions])
+    if error:
+        at = questions[place or 0].cells
+        raise at.error(f"the prompt of task {task.name!r} cannot be rendered ({error}); mend its template")
+    return [replace(question.example, prompt=text) for question, text in zip(questions, texts, strict=True)]
+
+
 def _hub_path(source: TaskSource) -> str:
     return source.path if source.config is None else f"{source.path}:{source.config}"
-
-
-def _template(text: str) -> Any:
-    from jinja2 import StrictUndefined
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    # a task file may come from anybody: it can shape text and no more
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=False).from_string(text)
 
 
 def _joined(value: Any, between: str) -> str:

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from influence_fast.atomic import replacing
-from influence_fast.errors import ConfigError, DataError
+from influence_fast.atomic import replacing, writing
+from influence_fast.errors import ConfigError, DataError, one_line
+from influence_fast.guards import reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +84,15 @@ class Journal:
 
     def add(self, question: int, items: Sequence[EvalItem]) -> None:
         """Appends the items of a question; they are on their way to the disk when this returns."""
-        if self._file is None:
-            self._partial.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._partial.open("w", encoding="utf-8")
-            self._file.write(_line({"run": self.run}))
-            for earlier, kept in self.found.items():  # without the torn end that an interruption may leave
-                self._append(earlier, kept)
-        self._append(question, items)
-        self._file.flush()
+        with writing(self._partial):
+            if self._file is None:
+                self._partial.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self._partial.open("w", encoding="utf-8")
+                self._file.write(_line({"run": self.run}))
+                for earlier, kept in self.found.items():  # without the torn end that an interruption may leave
+                    self._append(earlier, kept)
+            self._append(question, items)
+            self._file.flush()
 
     def finish(self, items: Sequence[EvalItem]) -> None:
         """Puts the transcripts, in the order of the questions, and their record in the place of the journal."""
@@ -118,7 +120,7 @@ class Journal:
         if there and not self._record.exists():
             return "without a record of what it was"
         if there:
-            before = json.loads(self._record.read_text(encoding="utf-8"))["run"]
+            before = _record_in(self._record)["run"]
         elif self._partial.exists() and (rows := _read_lines(self._partial)):
             before = rows[0].get("run") or {}
         else:
@@ -131,7 +133,7 @@ class Journal:
         """The items of whole transcripts, if their record is this run's."""
         if not (self._record.exists() and self.path.exists()):
             return {}
-        record = json.loads(self._record.read_text(encoding="utf-8"))
+        record = _record_in(self._record)
         rows = _read_lines(self.path)
         if record["run"] != self.run:
             return {}
@@ -144,16 +146,18 @@ class Journal:
             )
             shutil.copyfile(self.path, self.path.with_name(f"{self.path.name}.damaged"))
             return {}
-        items = [EvalItem(**row) for row in rows]
+        with reading(self.path):
+            items = [EvalItem(**row) for row in rows]
         return {i: items[i * samples : (i + 1) * samples] for i in range(len(items) // samples)}
 
     def _interrupted(self) -> dict[int, list[EvalItem]]:
         if not self._partial.exists():
             return {}
         rows = _read_lines(self._partial)
-        if not rows or rows[0].get("run") != self.run:
-            return {}
-        return {int(row["question"]): [EvalItem(**item) for item in row["items"]] for row in rows[1:]}
+        with reading(self._partial):
+            if not rows or rows[0].get("run") != self.run:
+                return {}
+            return {int(row["question"]): [EvalItem(**item) for item in row["items"]] for row in rows[1:]}
 
 
 def _check_own(path: Path) -> None:
@@ -164,6 +168,17 @@ def _check_own(path: Path) -> None:
             raise DataError(f"{path} is there and holds no transcripts, and would be lost: give another file")
 
 
+def _record_in(path: Path) -> dict[str, Any]:
+    """The record beside finished transcripts. Raises ConfigError for a damaged one."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {"run": dict(found["run"]), "answers": int(found["answers"])}
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({one_line(error, 120)}): restore it, or delete it with the answers to ask anew"
+        ) from None
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file up to the first line that is none: an interruption may have torn it."""
     rows = []
@@ -171,7 +186,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         for line in file:
             try:
                 rows.append(json.loads(line.decode("utf-8")))
-            except ValueError:  # no JSON, or a character cut in two
+            except (ValueError, RecursionError):  # no JSON, or a character cut in two
                 break
     return rows
 

@@ -28,6 +28,7 @@ from influence_fast.data.adapter_names import plain_name
 from influence_fast.errors import ConfigError, ModelError, one_line
 from influence_fast.gradients.lora import LayoutEntry, in_top_layers
 from influence_fast.gradients.projection import Projection, row_name, sjlt_map
+from influence_fast.guards import reading
 from influence_fast.influence.damping import GRID, Damping, RowBlocks, check_damping, ridge, split_rows
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _in_the_models_order(folder: Path, layout: Sequence[LayoutEntry], beta2: flo
 def _saved_factors(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the LoRA factors in the weights that lie beside an optimizer's state."""
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
-    with safe_open(path, framework="pt") as file:
+    with reading(path, ModelError), safe_open(path, framework="pt") as file:
         return {
             _factor_name(key): tuple(file.get_slice(key).get_shape())
             for key in file.keys()  # noqa: SIM118 (not a dict)

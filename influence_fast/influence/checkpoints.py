@@ -102,7 +102,7 @@ def _trainer_state(folder: Path) -> _TrainerState:
         raise ModelError(
             f"{folder} has no {STATE}: give checkpoints of transformers' Trainer, or the learning rates themselves"
         ) from None
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         raise ModelError(f"{folder / STATE} is not a Trainer's state; give the learning rates themselves") from None
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from influence_fast.atomic import replacing
 from influence_fast.errors import DataError, one_line
+from influence_fast.guards import check_no_pipe, reading
 
 
 def check_format(path: str | Path) -> None:
@@ -60,14 +64,21 @@ class ScoreTable:
 
     @classmethod
     def load(cls, path: str | Path) -> ScoreTable:
-        """Reads what `save` wrote. Raises DataError naming the file, and the column that is neither number nor text."""
+        """Reads what `save` wrote. Raises DataError naming the file: no score table, a column that comes twice or is
+        neither number nor text, ids that are missing or come twice."""
+        path = Path(path)
+        check_no_pipe(path)
+        if not os.path.exists(path):
+            raise DataError(f"{path}: no such score table; make one with 'influence-fast score'")
+        with reading(path):
+            return cls._loaded(path)
+
+    @classmethod
+    def _loaded(cls, path: Path) -> ScoreTable:
         import pyarrow as pa
         import pyarrow.csv
         import pyarrow.parquet
 
-        path = Path(path)
-        if not path.exists():
-            raise DataError(f"{path}: no such score table; make one with 'influence-fast score'")
         as_text = pyarrow.csv.ConvertOptions(column_types={"id": "string"})
         try:
             table = (
@@ -75,11 +86,13 @@ class ScoreTable:
                 if path.suffix == ".csv"
                 else pyarrow.parquet.read_table(path)
             )
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowException, OSError) as error:
             reason = one_line(error, limit=200)
             raise DataError(f"{path} is no score table in .csv or .parquet ({reason})") from None
         if "id" not in table.column_names:
             raise DataError(f"{path}: no 'id' column, so this is not a score table")
+        if repeated := _repeated(table.column_names):
+            raise DataError(f"{path}: the column {repeated!r} comes twice; leave one of the two out")
         columns: dict[str, np.ndarray] = {}
         texts: dict[str, list[str]] = {}
         for name in table.column_names:
@@ -92,4 +105,20 @@ class ScoreTable:
                 columns[name] = table[name].to_numpy().astype(np.float64)
             else:
                 raise DataError(f"{path}: column {name!r} holds {kind}, and a score table holds numbers and texts")
-        return cls(table["id"].to_pylist(), columns, texts)
+        return cls(_ids(path, table["id"]), columns, texts)
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+    """The first name that comes twice."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def _ids(path: Path, column: Any) -> list[str]:
+    """The ids of a table, which may be whole numbers where another tool wrote it."""
+    found = column.to_pylist()
+    if not all(isinstance(name, str | int) and not isinstance(name, bool) for name in found):
+        raise DataError(f"{path}: the column 'id' holds {column.type} or nothing in some rows; ids are texts")
+    names = [str(name) for name in found]
+    if repeated := _repeated(names):
+        raise DataError(f"{path}: the id {repeated!r} comes twice; give the table as 'influence-fast score' wrote it")
+    return names

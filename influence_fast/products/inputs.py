@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from influence_fast.errors import ConfigError, DataError, NumericError, listing
+from influence_fast.errors import ConfigError, DataError, NumericError, listing, shown
 
 Array = Any  # numpy array or torch tensor
 Block = tuple[int, Array, Array | None]
@@ -103,6 +103,9 @@ def _store_source(store: Any) -> Source:
 def shape_of(array: Any, name: str) -> tuple[int, int]:
     if not isinstance(array, np.ndarray | torch.Tensor):
         raise DataError(f"{name} are a {type(array).__name__}; pass a numpy array or a torch tensor")
+    if isinstance(array, torch.Tensor) and (array.layout != torch.strided or array.is_nested or array.is_meta):
+        kind = "meta" if array.is_meta else "nested" if array.is_nested else str(array.layout).removeprefix("torch.")
+        raise DataError(f"{name} are a {kind} tensor; pass a dense one that holds its numbers")
     if array.ndim != 2:
         raise DataError(f"{name} have shape {tuple(array.shape)}; pass two dimensions, one row each")
     return int(array.shape[0]), int(array.shape[1])
@@ -171,6 +174,8 @@ def check_groups(groups: Sequence[Sequence[int]] | None, count: int, ranks: bool
         if ranks and count == 0:
             raise DataError("there is no query to rank rows for; pass at least one")
         return [list(range(count))] if ranks else []
+    if isinstance(groups, str) or not _is_listing(groups) or not all(map(_is_listing, groups)):
+        raise DataError(f"groups is {shown(groups)}; pass a list of lists of query numbers, or None")
     if len(groups) == 0:
         raise DataError("groups is an empty list; pass at least one group of query numbers, or None")
     checked = []
@@ -189,6 +194,16 @@ def check_groups(groups: Sequence[Sequence[int]] | None, count: int, ranks: bool
     return checked
 
 
+def _is_listing(value: Any) -> bool:
+    """Whether it has a length and can be gone through more than once; a mapping has names in place of numbers."""
+    return (
+        hasattr(value, "__len__")
+        and hasattr(value, "__iter__")
+        and not isinstance(value, str | bytes | Mapping)
+        and getattr(value, "ndim", 1) > 0
+    )
+
+
 def check_topk(topk: int | None, count: int) -> int:
     return 0 if topk is None else min(positive("topk", topk), count)
 
@@ -204,6 +219,7 @@ def check_out(out: Array, count: int, q_count: int) -> Array:
         raise DataError(f"out has shape {tuple(out.shape)}; the scores are ({count}, {q_count})")
     if out.dtype not in (np.float32, torch.float32):
         raise DataError(f"out has dtype {out.dtype}; the scores are float32")
+    out = out.detach() if isinstance(out, torch.Tensor) else out  # the same memory, which is written to
     array = out.numpy() if isinstance(out, torch.Tensor) and out.device.type == "cpu" else out
     if isinstance(array, np.ndarray):
         if not array.flags.writeable:
@@ -212,6 +228,9 @@ def check_out(out: Array, count: int, q_count: int) -> Array:
             raise DataError("out is not contiguous along its rows; pass numpy.empty((N, Q), numpy.float32)")
         if array.size and array.strides[0] < 0:
             raise DataError("out has its rows in reverse; pass numpy.empty((N, Q), numpy.float32)")
+    step = array.strides[0] / array.itemsize if isinstance(array, np.ndarray) else array.stride(0)
+    if count > 1 and step < q_count:
+        raise DataError("out has rows that share memory; pass numpy.empty((N, Q), numpy.float32)")
     return array
 
 

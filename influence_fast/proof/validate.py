@@ -29,7 +29,8 @@ from influence_fast import doctor
 from influence_fast.atomic import replacing
 from influence_fast.config import RunConfig
 from influence_fast.data.examples import tokenize
-from influence_fast.errors import ConfigError, DataError, listing
+from influence_fast.errors import ConfigError, DataError, listing, one_line
+from influence_fast.guards import check_no_pipe
 from influence_fast.influence.checkpoints import learning_rates
 from influence_fast.influence.methods import Method, Scored, method_of, score_by
 from influence_fast.influence.queries import Queries
@@ -209,11 +210,14 @@ def _adapters(method: Method, reference: Path) -> list[tuple[Path, float]]:
 def _external(files: Mapping[str, str], shape: tuple[int, int]) -> dict[str, np.ndarray]:
     matrices = {}
     for name, path in files.items():
+        check_no_pipe(path)
         try:
             with np.load(path) as found:
                 matrix = np.asarray(found["scores"], np.float32)
-        except (OSError, KeyError, ValueError) as error:
-            raise DataError(f"{path}: no scores of another tool (an .npz file with 'scores' [N, Q]): {error}") from None
+        except Exception as error:  # numpy, zipfile and zlib have their own kinds for what is damaged
+            raise DataError(
+                f"{path}: no scores of another tool (an .npz file with 'scores' [N, Q]): {one_line(error)}"
+            ) from error
         if matrix.shape != shape:
             raise DataError(f"{path}: scores of shape {matrix.shape}, this pool and these queries make {shape}")
         matrices[name] = matrix

@@ -29,7 +29,8 @@ number that is None, NaN or infinite is shown as `n/a`. Accuracies, fractions an
     cost             [{"stage", "seconds", "detail"}]
     queries          {"correct": n, "incorrect": n}   validation answers the scores are means over
     references       [group]: those of `queries` that are reference solutions and not the model's answers
-    explained        str: where the page of single answers is (`explain`), beside the report
+    explained        str: where the page of single answers is (`explain`): a relative path that leads to it from the
+                      report, in its folder or below; anything else is left out, with a warning
     warnings         [str]
 
 Tens of thousands of scores are fine: above `view.MAX_POINTS` the scatter shows all traces as a density, and only the
@@ -47,7 +48,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from influence_fast.atomic import replacing
-from influence_fast.errors import DataError
+from influence_fast.errors import DataError, one_line
+from influence_fast.guards import check_no_pipe, reading
 from influence_fast.report import summary
 from influence_fast.report.svg import key_svg
 from influence_fast.report.view import view
@@ -74,15 +76,18 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises `DataError` if there is no such file, it is not JSON, or a part does not follow the schema.
     """
     source = Path(path)
-    source = source / RESULTS_NAME if source.is_dir() else source
+    source = source / RESULTS_NAME if os.path.isdir(source) else source
+    check_no_pipe(source)
     try:
         results = json.loads(source.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{source}: no such file: name a run folder that holds {RESULTS_NAME}, or the file") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{source} cannot be read as JSON ({error}): run the pipeline again to rewrite it") from None
-    summary.check_results(results)
-    return dict(results)
+    except (OSError, ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
+        raise DataError(f"{source} cannot be read as JSON ({why}): run the pipeline again to rewrite it") from None
+    with reading(source):
+        summary.check_results(results)
+        return dict(results)
 
 
 def write_report(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -100,6 +105,11 @@ def write_report(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pa
 
 def render(results: Mapping[str, Any]) -> str:
     """The page as a string; see `write_report`."""
+    with reading("the results"):
+        return _rendered(results)
+
+
+def _rendered(results: Mapping[str, Any]) -> str:
     summary.check_results(results)
     environment = templates()
     environment.filters.update(

@@ -260,6 +260,12 @@ def check_results(results: Any) -> None:
                 raise DataError(
                     f"results[{part!r}][{position}] has no {missing[0]!r}: every row there needs {', '.join(keys)}"
                 )
+    for part in ("data", "accuracy_before", "rank_agreement", "curves", "queries"):
+        if results.get(part) and not isinstance(results[part], Mapping):
+            raise DataError(f"results[{part!r}] must be a mapping, not {type(results[part]).__name__}")
+    for part in ("warnings", "references"):
+        if results.get(part) and (isinstance(results[part], str) or not isinstance(results[part], Sequence)):
+            raise DataError(f"results[{part!r}] must be a list, not {type(results[part]).__name__}")
     agreement = results.get("rank_agreement")
     if agreement:
         methods, matrix = agreement.get("methods") or [], agreement.get("spearman") or []

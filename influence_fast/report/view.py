@@ -38,6 +38,10 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
     unknown = sorted(str(k) for k in set(results) - _KNOWN)
     if unknown:
         warnings.append(f"Parts of the results that this report does not know and does not show: {', '.join(unknown)}.")
+    explained = results.get("explained") or ""
+    if explained and not is_beside(explained):
+        warnings.append("The link to the page of single answers is no path to a file beside this one, and is left out.")
+        explained = ""
     scores = results.get("scores") or []
     labels = _label_categories(results)
     cost = _cost(results.get("cost") or [])
@@ -64,7 +68,7 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
         "wrong": "incorrect" in (results.get("queries") or {"incorrect": 0}),  # own answers that were
         "scatter": _scatter(scores, labels, settings),
         "traces": _traces(scores),
-        "explained": str(results.get("explained") or ""),
+        "explained": explained,
         "distribution": _distribution(scores, labels),
         "detection": _detection(results.get("detection") or []),
         "agreement": _agreement(results.get("rank_agreement") or {}),
@@ -74,6 +78,15 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
         "versions": _pairs(results.get("versions")),
         "environment": _pairs(results.get("environment")),
     }
+
+
+# No colon, backslash, per cent sign or query, all of which a browser takes for more than a name.
+_BESIDE = re.compile(r"[\w ,+=@()-][\w .,+=@()-]*(/[\w ,+=@()-][\w .,+=@()-]*)*")
+
+
+def is_beside(link: object) -> bool:
+    """Tell whether `link` is a plain relative path, which leads nowhere but to a file in the page's folder or below."""
+    return isinstance(link, str) and len(link) < 1000 and _BESIDE.fullmatch(link) is not None and link.isprintable()
 
 
 def _further_names(measures: Sequence[Mapping[str, float]]) -> list[str]:

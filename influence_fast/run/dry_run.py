@@ -21,10 +21,12 @@ from influence_fast.errors import ConfigError, DataError, ModelError, one_line
 from influence_fast.gradients.fp8 import FP8
 from influence_fast.gradients.memory import GradientMemory, gradient_memory
 from influence_fast.gradients.projection import SIDED_KINDS
+from influence_fast.guards import reading
 from influence_fast.influence.settings import fitted_examples
 from influence_fast.run.inputs import changed, examples_hash, source_inputs
 from influence_fast.run.workdir import occupied
 from influence_fast.store.manifest import row_bytes
+from influence_fast.training.model_sizes import check_model_sizes
 
 THOUSAND = 1000
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -199,15 +201,16 @@ def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
     from influence_fast.influence.sketch_fitting import width_of
     from influence_fast.training.fine_tuning import attach_lora, quiet_libraries
 
+    check_model_sizes(model.path)
     try:
         settings = AutoConfig.from_pretrained(
             model.path, trust_remote_code=model.trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError) as error:
-        if Path(model.path).is_dir():
+    except Exception as error:  # of strict configurations, and whatever a wrong setting leads to
+        if os.path.isdir(model.path):
             raise ModelError(f"{model.path}: {one_line(error)}") from error
         return None
-    with quiet_libraries(), torch.device("meta"):
+    with reading(f"the model {model.path}", ModelError), quiet_libraries(), torch.device("meta"):
         base = AutoModelForCausalLM.from_config(settings, trust_remote_code=model.trust_remote_code)
         parameters = sum(p.numel() for p in base.parameters())
         tuned = attach_lora(base, config.lora, 0)
@@ -292,7 +295,7 @@ def _local_examples(source: Source) -> list[Any] | None:
     """The examples of a source on this machine; None for one on the hub."""
     from influence_fast.data.examples import load_examples
 
-    if not Path(source.path).expanduser().exists():
+    if not os.path.exists(Path(source.path).expanduser()):
         return None
     return load_examples(source.path, **{k: v for k, v in dataclasses.asdict(source).items() if k != "path"})
 
@@ -307,7 +310,7 @@ def _stops(config: RunConfig, local: dict[str, list[Any]]) -> list[str]:
         read = {f"data.{name}": examples_hash(examples) for name, examples in local.items()}
         found.append(changed(Path(config.output), source_inputs(config, read)))
     for source in (config.data.pool, config.data.validation, config.data.test):
-        if source is not None and not Path(source.path).expanduser().exists():
+        if source is not None and not os.path.exists(Path(source.path).expanduser()):
             try:
                 check_hub_id(source.path)
             except DataError as error:
@@ -335,7 +338,7 @@ def _lengths(examples: list[Any], model: ModelConfig, max_length: int | None) ->
             trust_remote_code=model.trust_remote_code,
         )
     except ModelError:
-        if all(Path(place).is_dir() for place in (model.path, model.adapter, model.tokenizer) if place is not None):
+        if all(os.path.isdir(place) for place in (model.path, model.adapter, model.tokenizer) if place is not None):
             raise
         return None
     return [len(e["input_ids"]) for e in tokenize(examples, tokenizer, max_length=max_length).examples]

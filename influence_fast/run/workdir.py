@@ -18,7 +18,7 @@ from influence_fast.config import RunConfig
 from influence_fast.errors import ConfigError
 from influence_fast.run.inputs import INPUTS, Input, Recorded, changed, replaced
 from influence_fast.run.pieces import EVERYTHING, finished, kind_of_setting, way_out
-from influence_fast.settings import difference, from_dict, to_dict
+from influence_fast.settings import difference, from_dict, parse_yaml, to_dict
 
 CONFIG = "config.yaml"
 STORES = "stores.json"
@@ -213,12 +213,10 @@ class RunFolder:
 
 def _recorded(record: Path) -> Any:
     """The mapping of a run's recorded settings, or in words why there is none."""
-    import yaml
-
     try:
         text = record.read_text(encoding="utf-8")
-        found = yaml.safe_load(text)
-    except (UnicodeDecodeError, yaml.YAMLError):
+        found = parse_yaml(text)
+    except (UnicodeDecodeError, ConfigError):
         return "damaged"
     if not isinstance(found, dict):
         return "empty or no mapping"

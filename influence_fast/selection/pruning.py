@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
 
 from influence_fast.data.schemas import Example
-from influence_fast.errors import ConfigError, DataError, listing
+from influence_fast.errors import ConfigError, DataError, listing, shown
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.selection.strategies import STRATEGIES, check_columns, find
 
@@ -75,7 +76,11 @@ def select(
     total = len(table.ids)
     count = _count(total, fraction, count, grouped=groups is not None)
     check_columns(table, strategy)
-    rng = np.random.default_rng(seed)
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ConfigError(f"seed is {shown(seed)}; give a whole number of at least 0")
+    if exclude is not None and not isinstance(exclude, Mapping):
+        raise DataError(f"exclude is {shown(exclude)}; give reasons by id")
+    rng = np.random.default_rng(int(seed))
     if strategy == "full" and count:
         raise ConfigError("the strategy 'full' drops nothing: name another one, or a fraction of 0")
     priority = np.asarray(chosen.drop_first(table, rng), dtype=np.float64)
@@ -89,7 +94,10 @@ def select(
     order = np.lexsort((rng.permutation(total), -priority))
     forced = {i: exclude[name] for i, name in enumerate(table.ids) if name in exclude} if exclude else {}
     if clusters is not None:
-        forced |= _near_duplicates(table, order, _of_each(clusters, total, "clusters"), keep_similar, forced)
+        numbers = _of_each(clusters, total, "clusters")
+        if not np.issubdtype(numbers.dtype, np.integer):
+            raise DataError(f"clusters are {numbers.dtype}; give a cluster's whole number for each row of the table")
+        forced |= _near_duplicates(table, order, numbers, keep_similar, forced)
     why = ["kept"] * total
     members = {"": order}
     if groups is not None:
@@ -141,12 +149,14 @@ def _count(total: int, fraction: float | None, count: int | None, *, grouped: bo
     if (fraction is None) == (count is None):
         raise ConfigError("give either a fraction or a count of examples to drop")
     if fraction is not None:
-        if not 0 <= fraction <= 1:
-            raise ConfigError(f"fraction {fraction} is not between 0 and 1")
+        if not isinstance(fraction, Real) or not 0 <= fraction <= 1:
+            raise ConfigError(f"fraction {shown(fraction)} is not between 0 and 1")
         count = _rounded(fraction, total)
     elif grouped:
         raise ConfigError("a count cannot be shared out over groups: give a fraction")
     assert count is not None
+    if not isinstance(count, Integral):
+        raise ConfigError(f"count is {shown(count)}; give a whole number of examples to drop")
     if not 0 <= count < total:
         size = "count" if fraction is None else "fraction"
         raise ConfigError(f"dropping {count} of {total} examples would leave none: choose a smaller {size}")
@@ -160,7 +170,8 @@ def _rounded(fraction: float, total: int) -> int:
 def _of_each(values: Sequence[object] | np.ndarray, total: int, what: str) -> np.ndarray:
     array = np.asarray(values)
     if array.shape != (total,):
-        raise DataError(f"{what} has {len(array)} entries for {total} examples; give one for each row of the table")
+        count = f"{len(array)} entries" if array.ndim == 1 else f"the shape {array.shape}"
+        raise DataError(f"{what} has {count} for {total} examples; give one for each row of the table")
     return array
 
 

@@ -14,13 +14,15 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 import torch
 
 import influence_fast
-from influence_fast.errors import ConfigError, StoreError, did_you_mean, listing
+from influence_fast.errors import ConfigError, StoreError, did_you_mean, listing, one_line, shown
+from influence_fast.guards import check_no_pipe, reading
 from influence_fast.store.building import warn_of_set_aside
 from influence_fast.store.identity import StoreIdentity
 from influence_fast.store.ids import check_unique
@@ -32,6 +34,7 @@ __all__ = ["FORMATS", "import_gradients"]
 
 _SHARD_BYTES = 1 << 28
 _MAX_SHARD_ROWS = 4096
+_MOST_TIMES = 100  # the size of a file that its tensor may have: the zip format packs nothing
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,26 @@ def import_gradients(
     """
     path = Path(source)
     check_dtype(dtype)
+    with reading(path, StoreError):
+        return _imported(path, out, format, ids, dtype, identity, resume, options)
+
+
+def _imported(
+    path: Path,
+    out: str | Path,
+    format: str,
+    ids: Sequence[str] | None,
+    dtype: str,
+    identity: StoreIdentity | None,
+    resume: bool,
+    options: dict[str, Any],
+) -> Store:
+    check_no_pipe(path, StoreError)
     if not path.exists():
         raise StoreError(f"{path} does not exist; give the gradients' file or folder")
     name = _detect(path) if format == "auto" else format
-    if name not in FORMATS:
-        raise ConfigError(f"unknown gradient format {name!r}; {did_you_mean(name, FORMATS)}")
+    if not isinstance(name, str) or name not in FORMATS:
+        raise ConfigError(f"unknown gradient format {shown(name)}; {did_you_mean(name, FORMATS)}")
     known = options_of(name)
     for option in options:
         if option not in known:
@@ -95,7 +113,9 @@ def import_gradients(
     rows = FORMATS[name](path, **options)
     if ids is None:
         names = [str(i) for i in range(rows.rows)]
-    elif len(ids) != rows.rows or not all(isinstance(i, str) for i in ids):
+    elif isinstance(ids, str) or not isinstance(ids, Sequence) or not all(isinstance(i, str) for i in ids):
+        raise StoreError(f"{path} has {rows.rows} rows; give as many ids, all strings (not {shown(ids)})")
+    elif len(ids) != rows.rows:
         raise StoreError(f"{path} has {rows.rows} rows; give as many ids, all strings (there are {len(ids)})")
     else:
         names = list(ids)
@@ -200,6 +220,7 @@ def _piece_end(path: Path) -> int:
 
 
 def _load_tensor(path: Path) -> torch.Tensor:
+    check_no_pipe(path, StoreError)
     try:
         try:
             tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -209,7 +230,15 @@ def _load_tensor(path: Path) -> torch.Tensor:
         raise StoreError(f"{path} cannot be read as a tensor ({_line(error)}); save it again") from None
     if not isinstance(tensor, torch.Tensor):
         raise StoreError(f"{path} holds a {type(tensor).__name__}, not one tensor [rows, width]; convert it first")
-    return tensor
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+        kind = "meta" if tensor.is_meta else "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        kind = "quantized" if tensor.is_quantized else kind
+        raise StoreError(f"{path} holds a {kind} tensor, not a dense one [rows, width]; convert it first")
+    if tensor.numel() * tensor.element_size() > _MOST_TIMES * path.stat().st_size:  # an expanded tensor
+        raise StoreError(
+            f"{path} says that it is {list(tensor.shape)}, which its bytes do not hold; save it contiguous"
+        )
+    return tensor.detach()
 
 
 def _concatenated(tensors: list[torch.Tensor], where: Path, note: str) -> Source:
@@ -251,10 +280,10 @@ def trak(path: Path, *, model_id: int | str | None = None, kind: str = "grads") 
     folder = path / str(found[0] if model_id is None else model_id)
     array = _load_npy(folder / f"{kind}.mmap")
     for axis, field_name in enumerate(("train set size", "JL dimension")):
-        if field_name in metadata and (array.ndim != 2 or array.shape[axis] != int(metadata[field_name])):
+        if field_name in metadata and (array.ndim != 2 or array.shape[axis] != metadata[field_name]):
             raise StoreError(
                 f"{folder / kind}.mmap is {list(array.shape)}, and metadata.json has {field_name} "
-                f"{metadata[field_name]}; they do not belong together"
+                f"{shown(metadata[field_name])}; they do not belong together"
             )
     source = _from_array(array, folder, f"TRAK {kind}, checkpoint {folder.name}")
     flags = folder / "_is_featurized.mmap"
@@ -298,13 +327,17 @@ def _bergson_piece(folder: Path) -> tuple[torch.Tensor, dict[str, int]]:
         rows = int(info["num_grads"])
         # before base_dtype there was only a structured dtype, with formats such as "(256,)<f2"
         stated = str(info["base_dtype"] if "base_dtype" in info else info["dtype"]["formats"][0]).split(")")[-1]
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as error:
         raise StoreError(f"{folder / 'info.json'} is not bergson's ({error!r}); give a bergson index") from None
     is_bf16 = stated == "bfloat16" or stated[1:] == "V2"  # as numpy calls bf16 with and without ml_dtypes
     try:
         dtype = np.dtype("<u2") if is_bf16 else np.dtype(stated)
-    except TypeError:
-        raise StoreError(f"{folder / 'info.json'}: unknown dtype {stated!r}; build the index in float32") from None
+    except (TypeError, ValueError, SyntaxError):
+        dtype = np.dtype("O")
+    if dtype.kind not in "fu":
+        raise StoreError(f"{folder / 'info.json'}: unknown dtype {shown(stated)}; build the index in float32") from None
+    if rows < 0 or any(size < 0 for size in sizes.values()):
+        raise StoreError(f"{folder / 'info.json'} has numbers below 0 for rows or sizes; give a bergson index")
     width = sum(sizes.values())
     path = folder / "gradients.bin"
     size = path.stat().st_size if path.exists() else 0
@@ -340,7 +373,7 @@ def safetensors(path: Path, *, key: str | None = None) -> Source:
         raise StoreError(f"{path} holds {len(keys)} tensors ({listing(keys)}); choose one with key=")
     name = keys[0] if key is None else key
     if name not in keys:
-        raise StoreError(f"{path} has no tensor {name!r}; {did_you_mean(name, keys)}")
+        raise StoreError(f"{path} has no tensor {shown(name)}; {did_you_mean(name, keys)}")
     part = handle.get_slice(name)
     shape = tuple(part.get_shape())
     _check_matrix(shape, part.get_dtype() in ("F64", "F32", "F16", "BF16"), part.get_dtype(), path)
@@ -380,9 +413,22 @@ def _from_array(array: np.ndarray, where: Path, note: str) -> Source:
 
 def _load_npy(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        check_no_pipe(path, StoreError)
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        OverflowError,
+        SyntaxError,
+        RecursionError,
+        MemoryError,
+        TokenError,
+    ) as error:
         raise StoreError(f"{path} cannot be read as a numpy file ({_line(error)}); give one that can") from None
+    if not isinstance(loaded, np.ndarray):
+        raise StoreError(f"{path} holds several arrays (.npz); save the one of the gradients as .npy")
+    return loaded
 
 
 def _check_matrix(shape: tuple[int, ...], is_float: bool, dtype: str, where: Path) -> None:
@@ -395,7 +441,7 @@ def _check_matrix(shape: tuple[int, ...], is_float: bool, dtype: str, where: Pat
 def _json(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{path} cannot be read ({_line(error)}); give a whole folder") from None
     if not isinstance(body, dict):
         raise StoreError(f"{path} does not hold a JSON object; give a whole folder")
@@ -403,4 +449,4 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
+    return one_line(error)

@@ -22,6 +22,8 @@ from torch import nn
 from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
 from influence_fast.errors import ModelError, listing, one_line, say_once
 from influence_fast.gradients.lora import beside_warning, trained_beside
+from influence_fast.guards import reading
+from influence_fast.training.adapter_settings import check_kinds, check_patterns, check_sizes
 from influence_fast.training.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, cannot_load, check_folder
 
 logger = logging.getLogger(__name__)
@@ -49,11 +51,18 @@ def attach_adapter(model: nn.Module, adapter: str, source: str, *, trainable: bo
     Raises ModelError: not found, not a LoRA adapter, incomplete, one that does not fit (first mismatch, shapes), one
     with stored tensors that its own configuration leaves out.
     """
+    with reading(f"the adapter {adapter}", ModelError):
+        return _attached(model, adapter, source, trainable)
+
+
+def _attached(model: nn.Module, adapter: str, source: str, trainable: bool) -> nn.Module:
     from peft import PeftModel
 
     folder = _adapter_folder(adapter)
     config = _lora_config(folder, adapter)
     shapes = _stored_shapes(folder, adapter)
+    check_patterns(model, config, f"the adapter {adapter}, {ADAPTER_CONFIG}")
+    check_sizes(model, config, shapes, adapter)
     named, source = source, source or "this model"
     for warning in _warnings(config, adapter, model, named):
         say_once(logger, warning)
@@ -64,7 +73,7 @@ def attach_adapter(model: nn.Module, adapter: str, source: str, *, trainable: bo
     _check_ranks(config, shapes, adapter)
     try:
         wrapped = PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)  # type: ignore[arg-type]
-    except (RuntimeError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # peft trusts its settings, and raises whatever they lead to
         for module in sorted({module for key in shapes for module, factor in [_split_key(key)] if factor}):
             if setting := _setting_without(config, module):
                 raise ModelError(_left_out(adapter, module, setting)) from error
@@ -90,10 +99,11 @@ def adapter_warnings(adapter: str, model: nn.Module | None = None, source: str =
     folder = Path(adapter).expanduser()
     if (folder / "config.json").exists() and not (folder / ADAPTER_CONFIG).exists():
         return []
-    config = _lora_config(_adapter_folder(adapter), adapter)
-    found = [] if model is None else _warnings(config, adapter, model, source)
-    others = trained_beside(config)
-    return found + ([beside_warning(others)] if others else [])
+    with reading(f"the adapter {adapter}", ModelError):
+        config = _lora_config(_adapter_folder(adapter), adapter)
+        found = [] if model is None else _warnings(config, adapter, model, source)
+        others = trained_beside(config)
+        return found + ([beside_warning(others)] if others else [])
 
 
 # ---- files -----------------------------------------------------------------------------------------------
@@ -123,10 +133,11 @@ def _lora_config(folder: str, adapter: str) -> Any:
 
     try:
         config = PeftConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # as many kinds as fields of the wrong kind
         raise ModelError(cannot_load(adapter, "adapter", error)) from error
     if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
         raise ModelError(f"the adapter {adapter} is of kind {config.peft_type}; only LoRA adapters are supported")
+    check_kinds(config, adapter)
     return config
 
 
@@ -164,9 +175,10 @@ def fit_vocabulary(model: nn.Module, adapter: str, source: str) -> None:
     folder = Path(adapter).expanduser()
     if (folder / "config.json").exists() and not (folder / ADAPTER_CONFIG).exists():
         return
-    local = _adapter_folder(adapter)
-    config = _lora_config(local, adapter)
-    _fit_vocabulary(model, _stored_shapes(local, adapter), config, adapter, source or "this model")
+    with reading(f"the adapter {adapter}", ModelError):
+        local = _adapter_folder(adapter)
+        config = _lora_config(local, adapter)
+        _fit_vocabulary(model, _stored_shapes(local, adapter), config, adapter, source or "this model")
 
 
 @contextmanager
@@ -232,7 +244,7 @@ def _fit_vocabulary(model: Any, shapes: Shapes, config: Any, adapter: str, sourc
             "without the adapter the added ones are the mean of the others",
         )
     rows = sizes[0] if sizes else size
-    if beyond := [index for index in _trained_tokens(config) if index >= rows]:
+    if beyond := [index for index in _trained_tokens(config) if not 0 <= index < rows]:
         raise ModelError(
             f"the adapter {adapter} trains token {beyond[0]} (trainable_token_indices), and {source} has embeddings "
             f"for {rows}; save it again with save_pretrained(..., save_embedding_layers=True)"
@@ -362,6 +374,10 @@ def _check_fit(model: nn.Module, shapes: Shapes, adapter: str, source: str) -> N
                 "load it over the model it was trained on"
             )
         base = _linear_shape(modules[name])
+        if len(shapes[key]) not in (1, 2, 4, 5):  # of linear and embedding layers, and of convolutions
+            raise ModelError(
+                f"the adapter {adapter} stores {key} of shape {shapes[key]}, which is no factor; save it again"
+            )
         if base is None or len(shapes[key]) < 2:  # a vector is the bias of a factor (lora_bias)
             continue
         d_out, d_in = base

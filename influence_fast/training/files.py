@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
+from itertools import islice
 from pathlib import Path
 
 from influence_fast.errors import ModelError, listing, one_line
+from influence_fast.guards import check_no_pipe
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_MOST_FILES = 10_000  # of a folder that are looked at; models have some hundred
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 
 def check_folder(source: str, needed: str, what: str) -> None:
@@ -17,7 +22,8 @@ def check_folder(source: str, needed: str, what: str) -> None:
     Raises ModelError for a folder without the file `needed`, for a file, and for a path that leads nowhere.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
+        check_no_pipes(path)
         if not (path / needed).is_file():
             remedy = f"give a folder made by save_pretrained that holds {needed}"
             if what == "model" and (path / ADAPTER_CONFIG).is_file():
@@ -30,14 +36,22 @@ def check_folder(source: str, needed: str, what: str) -> None:
         check_place(source, what)
 
 
+def check_no_pipes(folder: Path) -> None:
+    """Raise ModelError for a pipe or a device among a folder's files: whoever opens it may wait for ever."""
+    with os.scandir(folder) as entries:
+        for entry in islice(entries, _MOST_FILES):
+            if not entry.is_dir():
+                check_no_pipe(entry.path, ModelError)
+
+
 def check_place(source: str, what: str) -> None:
     """Raise ModelError where `source` is neither a folder nor what may be a hub id."""
     path = Path(source).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return
-    if path.exists():
+    if os.path.exists(path):
         raise ModelError(f"{source} is a file; give the {what}'s folder or a hub id")
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or not _HUB_ID.fullmatch(source):
         raise ModelError(f"no {what} at {source}; check the path (from {Path.cwd()})")
 
 

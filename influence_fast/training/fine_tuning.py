@@ -24,8 +24,11 @@ from safetensors import SafetensorError
 
 from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.data.packing import context_of, example_name, say_if_beyond, teaches
-from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, listing
+from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, listing, one_line
+from influence_fast.guards import reading
 from influence_fast.training import sft
+from influence_fast.training.adapter_settings import check_patterns
+from influence_fast.training.model_sizes import check_model_sizes
 from influence_fast.training.optimizer_states import AdamState, named_adam
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 
 RECORD = "training.json"
 PRECISIONS = ("auto", "fp32", "bf16")
+_WIDEST = 8  # times the rank of a weight that an adapter's may have: more than any use has
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
 
 
@@ -172,11 +176,10 @@ def finetune(
     with quiet_libraries():
         trained = model if lora is None else attach_lora(model, lora, config.seed)
         try:
-            history, seconds, tokens = sft.train(trained, tokenizer, examples, partial, config, progress)
-            try:
+            with _writing(partial, "a checkpoint"):
+                history, seconds, tokens = sft.train(trained, tokenizer, examples, partial, config, progress)
+            with _writing(partial, "the result"):
                 trained.save_pretrained(partial)  # type: ignore[operator]
-            except SafetensorError as error:  # of a full disk too
-                raise OSError(0, f"the result cannot be written ({error})", str(partial)) from error
             tokenizer.save_pretrained(partial)  # beside an adapter too: it goes with these tokens alone
         except NumericError:
             shutil.rmtree(partial)  # going on from its checkpoints would end the same way
@@ -205,6 +208,19 @@ def finetune(
     return TrainResult(final, history, seconds, tokens, is_adapter, list_checkpoints(final))
 
 
+@contextmanager
+def _writing(folder: Path, what: str) -> Iterator[None]:
+    """Raise what the libraries raise on a full disk as an OSError that names `folder`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(0, f"{what} cannot be written ({one_line(error)})", str(folder)) from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(0, f"{what} cannot be written ({one_line(error, 160)})", str(folder)) from error
+
+
 def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool = False) -> torch.nn.Module:
     """`model` (the base) with the adapter of `path`, or the fully fine-tuned model that the folder `path` holds.
 
@@ -220,8 +236,10 @@ def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool 
     with quiet_libraries():
         if (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
             like = next(model.parameters())
-            whole: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
-            return whole.to(like.device)
+            with reading(f"the model {folder}", ModelError):
+                check_model_sizes(str(folder))
+                whole: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=like.dtype)
+                return whole.to(like.device)
         return attach_adapter(model, str(path), name_of(model), trainable=trainable)
 
 
@@ -293,8 +311,8 @@ def _finished(path: Path, record: Mapping[str, Any]) -> TrainResult | None:
     try:
         old = json.loads((path / RECORD).read_text(encoding="utf-8"))
         result = old.pop("result")
-    except (FileNotFoundError, NotADirectoryError, KeyError, json.JSONDecodeError):
-        return None
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, AttributeError, ValueError, RecursionError):
+        return None  # damaged: the folder is then one of something else
     if old != record:
         return None
     history = [(int(step), float(loss)) for step, loss in result["loss_history"]]
@@ -321,12 +339,28 @@ def attach_lora(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.
         target_modules=targets,
         task_type="CAUSAL_LM",
     )
+    check_patterns(model, settings, "lora")
+    check_rank(model, lora.r)
     torch.manual_seed(seed)
     try:
-        return get_peft_model(model, settings)  # type: ignore[arg-type]
+        wrapped = get_peft_model(model, settings)  # type: ignore[arg-type]
+        for one in wrapped.peft_config.values():
+            names = getattr(one, "target_modules", None)
+            if isinstance(names, set):  # its order, which is written, is another in each process
+                one.target_modules = sorted(names)  # type: ignore[attr-defined]
+        return wrapped
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"LoRA does not fit this model: {reason} Mend lora.target_modules.") from error
+
+
+def check_rank(model: torch.nn.Module, rank: int) -> None:
+    """Raise ConfigError for a rank far beyond every weight of the model, whose factors would fill the memory."""
+    widths = [min(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    if widths and rank > _WIDEST * max(widths):
+        raise ConfigError(
+            f"lora.r is {rank}, and no weight of the model has a rank above {max(widths)}: choose a lower one"
+        )
 
 
 @contextmanager

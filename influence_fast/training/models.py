@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from influence_fast.errors import ConfigError, ModelError, did_you_mean, listing
+from influence_fast.guards import reading
 from influence_fast.training.adapters import adapter_warnings, attach_adapter, fit_vocabulary
 from influence_fast.training.files import cannot_load, check_folder
+from influence_fast.training.model_sizes import check_model_sizes
 from influence_fast.training.tokenizers import check_tokenizer, load_tokenizer
 
 __all__ = [
@@ -54,10 +56,11 @@ def load_model(
         raise ConfigError(f"dtype {dtype!r} is not known; {did_you_mean(str(dtype), DTYPES)}")
     target = _device(device)
     source = os.fspath(model_id_or_path)
-    model = _load_base(source, DTYPES[dtype], attn_implementation, trust_remote_code)
-    if adapter is not None:
-        model = attach_adapter(model, os.fspath(adapter), source)
-    return model.to(target).eval()
+    with reading(f"the model {source}", ModelError):
+        model = _load_base(source, DTYPES[dtype], attn_implementation, trust_remote_code)
+        if adapter is not None:
+            model = attach_adapter(model, os.fspath(adapter), source)
+        return model.to(target).eval()
 
 
 def _device(device: str) -> torch.device:
@@ -75,10 +78,10 @@ def _device(device: str) -> torch.device:
 
 
 def _load_base(source: str, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool) -> nn.Module:
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     check_folder(source, "config.json", "model")
+    check_model_sizes(source)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -88,7 +91,7 @@ def _load_base(source: str, dtype: torch.dtype, attn_implementation: str | None,
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # of strict configurations, of weights, and whatever a wrong setting leads to
         raise ModelError(cannot_load(source, "model", error)) from error
     model, info = loaded
     missing = sorted(info["missing_keys"])

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from influence_fast.errors import ModelError, one_line, say_once
+from influence_fast.errors import ModelError, one_line, say_once, shown
+from influence_fast.guards import reading
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,13 @@ def read_adam(folder: Path, beta2: float | None = None) -> OptimizerState:
     Raises ModelError: no such file, damaged, not loadable without running code, or another optimizer's (named).
     """
     path = optimizer_file(folder)
-    if path is None:
-        raise ModelError(f"{folder} has no {' or '.join(FILES)}: train again with save_checkpoints set")
+    if path is not None:
+        with reading(path, ModelError):
+            return _read_adam(path, beta2)
+    raise ModelError(f"{folder} has no {' or '.join(FILES)}: train again with save_checkpoints set")
+
+
+def _read_adam(path: Path, beta2: float | None) -> OptimizerState:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, KeyError, AttributeError) as error:
@@ -110,9 +116,16 @@ def named_adam(folder: Path, names: Path, beta2: float | None = None) -> dict[st
     Raises ModelError as `read_adam`, and where the list is not of these states.
     """
     try:
-        ordered: Sequence[str] = json.loads(names.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder} has no {names.name}: train again with save_checkpoints set") from error
+        with reading(names, ModelError):
+            ordered: Sequence[str] = json.loads(names.read_text(encoding="utf-8")) if names.exists() else []
+    except ModelError as error:
+        raise ModelError(
+            f"{names} is damaged ({one_line(error, 160)}): train again with save_checkpoints set"
+        ) from error
+    if not names.exists():
+        raise ModelError(f"{folder} has no {names.name}: train again with save_checkpoints set")
+    if not isinstance(ordered, list) or not all(isinstance(name, str) for name in ordered):
+        raise ModelError(f"{names} is no list of names: train again with save_checkpoints set")
     state = read_adam(folder, beta2)
     numbers = [number for group in state.groups for number in group]
     if len(numbers) != len(ordered):
@@ -124,9 +137,12 @@ def named_adam(folder: Path, names: Path, beta2: float | None = None) -> dict[st
 
 
 def _check_adam(path: Path, states: Mapping[Any, Any]) -> None:
-    for values in states.values():
+    for name, values in states.items():
         keys = set(values) if isinstance(values, Mapping) else set()
-        if keys >= _ADAM or not keys:
+        if keys >= _ADAM:
+            _check_moments(path, name, values)
+            continue
+        if not keys:
             continue
         kind = next((name for key, name in _OTHERS if key in keys), f"none that is known (it keeps {sorted(keys)})")
         raise ModelError(
@@ -140,9 +156,34 @@ def _check_adam(path: Path, states: Mapping[Any, Any]) -> None:
         )
 
 
+def _check_moments(path: Path, name: Any, values: Mapping[str, Any]) -> None:
+    """ModelError for moments that are no dense tensors of numbers, or a step that is no number."""
+    moments = [key for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in values]
+    for key in moments:
+        moment = values[key]
+        dense = isinstance(moment, torch.Tensor) and moment.layout == torch.strided
+        dense = dense and not (moment.is_nested or moment.is_meta or moment.is_quantized)
+        if not dense or not moment.dtype.is_floating_point or moment.shape != values[moments[0]].shape:
+            raise ModelError(
+                f"{path}: {key} of parameter {shown(name)} is no dense tensor of floats like the other moment; give a "
+                "checkpoint of AdamW"
+            )
+    try:
+        step = float(values["step"])
+    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+        step = -1.0
+    if not 0 <= step < float("inf"):
+        raise ModelError(
+            f"{path}: the step of parameter {shown(name)} is no number of steps; give a checkpoint of AdamW"
+        )
+
+
 def _beta2_of(path: Path, group: Mapping[str, Any], given: float | None) -> float:
     betas = group.get("betas")
-    if betas is not None and len(betas) >= 2:
+    if betas is not None:
+        pair = isinstance(betas, list | tuple) and len(betas) >= 2 and isinstance(betas[1], int | float)
+        if not pair or not 0 <= betas[1] < 1:
+            raise ModelError(f"{path}: betas is {shown(betas)}, which are not Adam's; give a checkpoint of AdamW")
         return float(betas[1])
     if given is None:
         say_once(logger, f"{path} does not say its betas; {BETA2} is taken for beta2: give another by beta2=")

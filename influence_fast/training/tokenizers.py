@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from influence_fast.data.fingerprints import tokenizer_hash
-from influence_fast.errors import ModelError, say_once
-from influence_fast.training.files import cannot_load, check_folder, check_place
+from influence_fast.errors import ModelError, one_line, say_once, shown
+from influence_fast.guards import reading
+from influence_fast.training.files import cannot_load, check_folder, check_no_pipes, check_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,15 +64,17 @@ def load_tokenizer(
         tokenizer = inf.load_tokenizer("Qwen/Qwen2.5-0.5B", adapter="my-adapter")
     """
     base = os.fspath(model_id_or_path)
-    if tokenizer is not None:
-        found = _open(os.fspath(tokenizer), trust_remote_code)
-    elif adapter is not None:
-        found = _of_adapter(os.fspath(adapter), base, trust_remote_code)
-    else:
-        found = _open(base, trust_remote_code)
-    if model is not None:
-        check_tokenizer(model, found, adapter=None if tokenizer is not None else adapter)
-    return found
+    source = os.fspath(tokenizer or adapter or base)
+    with reading(f"the tokenizer of {source}", ModelError):
+        if tokenizer is not None:
+            found = _open(os.fspath(tokenizer), trust_remote_code)
+        elif adapter is not None:
+            found = _of_adapter(os.fspath(adapter), base, trust_remote_code)
+        else:
+            found = _open(base, trust_remote_code)
+        if model is not None:
+            check_tokenizer(model, found, adapter=None if tokenizer is not None else adapter)
+        return found
 
 
 def check_tokenizer(
@@ -138,7 +141,8 @@ def _difference(own: Any, of_base: Any) -> str:
 def _adapter_folder(adapter: str) -> Path:
     """The local folder with an adapter's tokenizer files, fetched from the hub where it is not local."""
     folder = Path(adapter).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):
+        check_no_pipes(folder)
         return folder
     check_place(adapter, "adapter")
     from huggingface_hub import snapshot_download
@@ -162,8 +166,8 @@ def _template_in(folder: Path) -> Any:
             continue
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{path} is not JSON ({error}); mend it, or remove it") from error
+        except (ValueError, RecursionError) as error:
+            raise ModelError(f"{path} is not JSON ({one_line(error)}); mend it, or remove it") from error
         template = content.get("chat_template") if isinstance(content, dict) else None
         if isinstance(template, list):  # [{"name": ..., "template": ...}], as tokenizer_config.json keeps several
             template = {one["name"]: one["template"] for one in template}
@@ -180,7 +184,9 @@ def _open(source: str, trust_remote_code: bool, base: str | None = None) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    if not os.path.isdir(source):
+    if os.path.isdir(source):
+        check_no_pipes(Path(source))
+    else:
         check_folder(source, "tokenizer.json", "tokenizer")
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if base is not None and not (Path(source) / "config.json").is_file():
@@ -196,6 +202,10 @@ def _open(source: str, trust_remote_code: bool, base: str | None = None) -> Any:
         tokenizer = loader.from_pretrained(source, **options)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ModelError(cannot_load(source, "tokenizer", error)) from error
+    templates = tokenizer.chat_template
+    every = templates.values() if isinstance(templates, dict) else [templates or ""]
+    if not all(isinstance(template, str) for template in every):
+        raise ModelError(f"the tokenizer {source} has the chat template {shown(templates)}, which is no text; mend it")
     if tokenizer.eos_token_id is None and not tokenizer.chat_template:
         raise ModelError(
             f"the tokenizer {source} has neither an EOS token nor a chat template that ends a turn; set "
@@ -214,7 +224,7 @@ def _config_of(base: str, trust_remote_code: bool) -> dict[str, Any]:
 
     try:
         return {"config": AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)}
-    except (OSError, ValueError, KeyError):
+    except Exception:  # loading the model says what is wrong with its configuration
         return {}
 
 

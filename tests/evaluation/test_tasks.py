@@ -229,3 +229,49 @@ def test_the_command_line_takes_tasks(
     assert "--format, --trace and --turns" in run("--format", "math")[1]
     assert main(["eval", "--model", "m", "--output", "o"]) == 2
     assert "--task (aime24, amc23" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "part"),
+    [
+        ("{{ 1 / (question | length - 1) }}", "q.jsonl, line 2: the prompt of task 't' cannot be rendered (division"),
+        ("{{ question + 5 }}", "line 1: the prompt of task 't' cannot be rendered (can only concatenate"),
+        ("{{ question * 10**11 }}", "takes more than 1 GiB of memory"),
+        ("{{ question * 10**7 }}", "makes a text of"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not end within"),
+    ],
+    ids=["second-row", "type", "memory", "long", "endless"],
+)
+def test_templates_that_break_name_the_row(tmp_path: Path, prompt: str, part: str) -> None:
+    (tmp_path / "q.jsonl").write_text('{"q": "two", "a": "1"}\n{"q": "x", "a": "2"}\n')
+    columns = {"question": "q", "answer": "a"}
+    task = {"source": {"path": "q.jsonl", "split": "train"}, "columns": columns, "prompt": prompt}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(task))
+    with pytest.raises(DataError) as error:
+        task_examples(load_task(tmp_path / "t.yaml"))
+    assert part in str(error.value)
+
+
+def test_a_template_that_does_not_compile_in_time_is_refused(tmp_path: Path) -> None:
+    task = {
+        "source": {"path": "q"},
+        "columns": {"question": "q", "answer": "a"},
+        "prompt": "{{ '%0999999999d' % 5 }}",
+    }
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(task))
+    with pytest.raises(ConfigError, match=r"t\.yaml: prompt: not a Jinja template: it"):
+        load_task(tmp_path / "t.yaml")
+
+
+def test_prompts_see_the_row_as_python_has_it(tmp_path: Path) -> None:
+    import datetime
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"q": ["x"], "a": ["1"], "d": [datetime.date(2024, 5, 6)]}), tmp_path / "q.parquet")
+    columns = {"question": "q", "answer": "a"}
+    task = {"source": {"path": "q.parquet"}, "columns": columns, "prompt": "{{ row.d.year + 1 }} {{ question }}"}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(task))
+    (example,) = task_examples(load_task(tmp_path / "t.yaml"))
+    assert example.prompt == "2025 x"

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -469,3 +470,34 @@ except KeyboardInterrupt:
 def test_ctrl_c_stops_a_long_call() -> None:
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip() == "interrupted", done.stderr
+
+
+@pytest.mark.parametrize("groups", [5, "ab", [0, 1], {"a": [0]}, [5], np.zeros(2, np.int64)], ids=str)
+def test_groups_that_are_no_lists_of_lists_are_named(groups: Any) -> None:
+    rows = np.ones((3, 4), np.float32)
+    with pytest.raises(DataError, match="groups is"):
+        inner_products(rows, rows, groups=groups)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch", "one column"])
+def test_an_out_whose_rows_share_memory_is_refused(kind: str) -> None:
+    rows = np.ones((3, 4), np.float32)
+    queries = rows[:1] if kind == "one column" else rows
+    row = np.empty((1, len(queries)), np.float32)
+    out: Any = np.lib.stride_tricks.as_strided(row, (3, len(queries)), (0, 4))
+    if kind == "torch":
+        out = torch.from_numpy(row).expand(3, len(queries))
+    with pytest.raises(DataError, match="share memory"):
+        inner_products(rows, queries, out=out)
+
+
+def test_an_out_that_requires_a_gradient_is_written() -> None:
+    rows = torch.eye(3)
+    out = torch.zeros(3, 3, requires_grad=True)
+    assert torch.equal(inner_products(rows, rows, out=out).detach(), rows)
+
+
+def test_sparse_and_meta_rows_are_refused_by_kind() -> None:
+    for rows, kind in ((torch.eye(3).to_sparse(), "sparse_coo"), (torch.eye(3).to("meta"), "meta")):
+        with pytest.raises(DataError, match=f"rows are a {kind} tensor"):
+            inner_products(rows, torch.eye(3))

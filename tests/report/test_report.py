@@ -649,3 +649,21 @@ def test_unreadable_results_are_named_in_one_line(content: str | None, words: st
         report.load_results(tmp_path)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "link",
+    ["javascript:alert(1)", "http://x.y/z", "//x.y/z", "/etc/passwd", "../up.html", "a/../../b", "%2e%2e/b", "a\\b",
+     "C:x", " javascript:a", "a?b", "a#b", "java\tscript:a", "data:text/html,x", "./a.html", "..", 5, ["a"]],
+)  # fmt: skip
+def test_links_that_lead_elsewhere_are_left_out(link: Any) -> None:
+    scores = [{"id": str(i), "s_correct": i, "s_incorrect": -i} for i in range(4)]
+    page = report.render({"title": "t", "scores": scores, "explained": link})
+    assert "What stands behind a single answer" not in page
+    assert "is left out" in page
+
+
+@pytest.mark.parametrize("link", ["explained.html", "a folder/scores.csv.explained.html"])
+def test_links_beside_the_report_stay(link: str) -> None:
+    scores = [{"id": str(i), "s_correct": i, "s_incorrect": -i} for i in range(4)]
+    assert f'<a href="{link}">' in report.render({"title": "t", "scores": scores, "explained": link})

@@ -416,3 +416,37 @@ def test_rows_of_unknown_makes_are_joined_with_a_warning(tmp_path: Path) -> None
     import_gradients(tmp_path / "t", tmp_path / "b", ids=[f"b{i}" for i in range(len(make_rows()))])
     with pytest.warns(UserWarning, match="neither says by which model and projection"):
         merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "both")
+
+
+def test_a_tensor_that_requires_a_gradient_is_imported(tmp_path: Path) -> None:
+    rows = torch.arange(12.0).reshape(3, 4)
+    torch.save(rows.clone().requires_grad_(), tmp_path / "all_orig.pt")
+    store = import_gradients(tmp_path / "all_orig.pt", tmp_path / "store")
+    (block,) = [values for _, values, _ in store.blocks()]
+    assert torch.equal(torch.as_tensor(block), rows)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sparse", "csr", "meta", "nested", "expanded"])
+def test_tensors_that_are_no_dense_matrix_are_refused(kind: str, tmp_path: Path) -> None:
+    rows = torch.ones(3, 4)
+    tensor = {
+        "sparse": rows.to_sparse,
+        "csr": rows.to_sparse_csr,
+        "meta": lambda: rows.to("meta"),
+        "nested": lambda: torch.nested.nested_tensor([rows[0], rows[1, :2]]),
+        "expanded": lambda: torch.zeros(1, 1).expand(100_000, 100_000),
+    }[kind]()
+    torch.save(tensor, tmp_path / "all_orig.pt")
+    with pytest.raises(StoreError, match=r"all_orig\.pt (holds a|says that it is)"):
+        import_gradients(tmp_path / "all_orig.pt", tmp_path / "store")
+
+
+@pytest.mark.parametrize("stated", ["O", "int32", "f4,f4", "datetime64", 5])
+def test_bergson_kinds_that_are_no_floats_are_refused(stated: object, tmp_path: Path) -> None:
+    import json
+
+    (tmp_path / "info.json").write_text(json.dumps({"num_grads": 3, "grad_sizes": {"a": 4}, "base_dtype": stated}))
+    (tmp_path / "gradients.bin").write_bytes(bytes(48))
+    with pytest.raises(StoreError, match="unknown dtype"):
+        import_gradients(tmp_path, tmp_path / "store")

@@ -1,0 +1,119 @@
+"""Does work of foreign texts (templates, regular expressions) in a process that `isolation.limited` limits.
+
+Run as a script (`python -I limited_worker.py`): it reads one pickled dict from standard input, of the process that
+started it, and imports nothing of this package. `work["task"]` names a function below, whose result is printed as JSON.
+"""
+
+import json
+import pickle
+import sys
+from typing import Any
+
+
+def main() -> None:
+    """Limit this process, do the task, and print its result as JSON."""
+    work = pickle.loads(sys.stdin.buffer.read())
+    _limit(work["memory"], work["seconds"])
+    print(json.dumps({"chat": chat, "prompts": prompts, "patterns": patterns}[work["task"]](work)))
+
+
+def _limit(memory: int, seconds: int) -> None:
+    try:
+        import resource
+    except ImportError:  # no such limits on this system: the caller's own limit of time is left
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+
+
+def chat(work: dict[str, Any]) -> list[int]:
+    """Render a chat template for each of `conversations`, and return the lengths of the texts.
+
+    Errors of the template are not this one's business, since they come up again where it is used.
+    """
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """The tag `generation`, by which transformers marks what an assistant says: its body as it is."""
+
+        tags = {"generation"}  # noqa: RUF012 (jinja2's own name for it)
+
+        def parse(self, parser):  # type: ignore[no-untyped-def]
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, **how: json.dumps(value, ensure_ascii=False)
+    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda form: "26 Jul 2024"}
+    lengths = []
+    for conversation in work["conversations"]:
+        try:
+            template = environment.from_string(work["template"])
+            text = template.render(messages=conversation, add_generation_prompt=True, tools=None, **work["special"])
+            lengths.append(len(text))
+            if len(text) > work["characters"]:
+                break
+        except MemoryError:
+            raise
+        except Exception:
+            lengths.append(0)
+    return lengths
+
+
+def _raise(message: str) -> None:
+    raise ValueError(message)
+
+
+def prompts(work: dict[str, Any]) -> dict[str, Any]:
+    """Render a task's prompt for each of `values`: {"texts", "error"}, where an error is (place or None, text)."""
+    import jinja2
+    import jinja2.sandbox
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=False
+    )
+    texts: list[str] = []
+    place: int | None = None
+    try:
+        template = environment.from_string(work["template"])
+        for values in work["values"]:
+            place = len(texts)
+            text = template.render(**values).strip()
+            if len(text) > work["characters"]:
+                raise ValueError(f"it makes a text of {len(text):,} characters")
+            texts.append(text)
+    except MemoryError:
+        raise
+    except RecursionError:
+        return {"texts": texts, "error": [place, "it is nested too deeply, or calls itself"]}
+    except Exception as error:
+        return {"texts": texts, "error": [place, str(error)[:300] or type(error).__name__]}
+    return {"texts": texts, "error": None}
+
+
+def patterns(work: dict[str, Any]) -> list[Any]:
+    """Match every pattern with every name: None where all end, else the pattern that is no regular expression and why.
+
+    A pattern is printed before it is matched, so that of one that does not end it is known which.
+    """
+    import re
+
+    for number, pattern in enumerate(work["patterns"]):
+        print(number, file=sys.stderr, flush=True)
+        try:
+            compiled = re.compile(pattern)
+            for name in work["names"]:
+                compiled.fullmatch(name)
+                compiled.match(name)
+        except MemoryError:
+            raise
+        except Exception as error:
+            return [number, str(error)[:200] or type(error).__name__]
+    return [None, ""]
+
+
+if __name__ == "__main__":
+    main()
