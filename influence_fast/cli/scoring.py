@@ -115,6 +115,7 @@ def _score(args: Any) -> None:
     from influence_fast.run.unread import unread_influence
     from influence_fast.selection.difficulty import check_answers
     from influence_fast.selection.pool_scores import baseline_columns
+    from influence_fast.selection.pruning import with_fingerprints
     from influence_fast.selection.strategies import PASS_RATE, needed_columns
 
     options.not_an_input(args.output, args.data, args.validation)
@@ -184,7 +185,7 @@ def _score(args: Any) -> None:
         progress=options.bars(args),
     )
     seconds |= more
-    table.save(args.output)
+    with_fingerprints(table, examples).save(args.output)
     for warning in queries.warnings:
         print(f"warning: {warning}")
     spent = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
@@ -227,13 +228,18 @@ def _prune(args: Any) -> None:
     from influence_fast.data.examples import load_rows, save_examples
     from influence_fast.data.grouping import row_groups
     from influence_fast.errors import listing
-    from influence_fast.influence.scores import ScoreTable
+    from influence_fast.influence.scores import FINGERPRINT, ScoreTable
     from influence_fast.selection.pruning import aligned_examples, save_selection, select
 
     options.not_an_input(args.output, args.data, args.scores, *args.decontaminate)
     table = ScoreTable.load(args.scores)
     examples = options.read_examples(args)
     scored = aligned_examples(table, examples)
+    if FINGERPRINT not in table.texts:
+        print(
+            f"warning: {args.scores} does not say which texts it is of (an older table, or one made by hand): rows are "
+            "matched by id or place alone"
+        )
     rows = load_rows(args.data, split=args.split)
     groups = clusters = None
     if args.groups is not None:

@@ -21,6 +21,8 @@ from influence_fast.errors import ModelError
 if TYPE_CHECKING:
     from hashlib import _Hash
 
+    from influence_fast.data.schemas import Example
+
 _CHUNK_BYTES = 1 << 26
 
 
@@ -100,6 +102,19 @@ def dataset_fingerprint(dataset: Iterable[Any]) -> str:
             text += [] if getattr(example, "ended", True) else ["cut"]
             found.update(json.dumps(text).encode() + b"\n")
     return found.hexdigest()
+
+
+def text_fingerprint(example: Example) -> str:
+    """`h` and the first 16 hex digits of the SHA-256 over an example's turns and completion; its id is not in it.
+
+    With the letter no program that reads a table takes one for a number.
+    """
+    found = hashlib.sha256()
+    for role, text in (*example.turns, ("", example.completion)):
+        piece = text.encode("utf-8", "surrogatepass")
+        found.update(f"{role} {len(piece)}\n".encode())
+        found.update(piece)
+    return f"h{found.hexdigest()[:16]}"
 
 
 def _update(found: _Hash, name: str, tensor: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ import bisect
 import gc
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from influence_fast.data.packing import context_of
 from influence_fast.data.tokens import encode
-from influence_fast.errors import ConfigError, DataError, ModelError
+from influence_fast.errors import ConfigError, DataError, ModelError, one_line
 from influence_fast.evaluation.generation_settings import Ends, find_ends, generation_settings, without_own_settings
 from influence_fast.guards import reading
 from influence_fast.progress import track
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 ENGINES = ("auto", "transformers", "vllm")
 STOPPED = "stop"  # the model ended its answer
 CUT = "length"  # it was still talking at max_new_tokens
+_EMBEDDINGS = re.compile(r"\b(?:embed_tokens|wte|embed_in|lm_head|embed_out)\b(?!.*lora_).*\.weight$")
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
 
 
@@ -230,8 +232,8 @@ def _vllm_answers(
     from vllm import LLM, SamplingParams
 
     with reading(f"the model {files.path}", ModelError):
-        settings = AutoConfig.from_pretrained(files.path, trust_remote_code=files.trust_remote_code)
-    check_room(settings, encoded, config)
+        own_config = AutoConfig.from_pretrained(files.path, trust_remote_code=files.trust_remote_code)
+    check_room(own_config, encoded, config)
     options: dict[str, Any] = {
         "model": files.path,
         "dtype": files.dtype,
@@ -243,6 +245,7 @@ def _vllm_answers(
     if files.adapter is not None:
         from vllm.lora.request import LoRARequest
 
+        _check_vocabulary(files.adapter, own_config)
         options |= {"enable_lora": True, "max_lora_rank": _vllm_rank(files.adapter)}
         request = LoRARequest("adapter", 1, files.adapter)
     if torch.cuda.is_initialized():  # its default, 90 % of the card, leaves out what this process already holds
@@ -278,6 +281,31 @@ def _vllm_answers(
         ]
         for output in outputs
     ]
+
+
+def _check_vocabulary(adapter: str, model_config: Any) -> None:
+    """ModelError for an adapter that stores embeddings of another number of tokens than the base has.
+
+    vLLM takes the base's matrices from its files and resizes none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(adapter) / "adapter_model.safetensors"
+    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    size = getattr(text_config, "vocab_size", None)
+    if size is None or not path.is_file():
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} is damaged ({one_line(error, 200)}); save the adapter again") from error
+    for name, shape in sorted(shapes.items()):
+        if _EMBEDDINGS.search(name) and len(shape) == 2 and shape[0] != size:
+            raise ModelError(
+                f"the adapter {adapter} stores {shape[0]} embeddings ({name}) and its base {size}; vLLM resizes no "
+                "vocabulary: use engine 'transformers'"
+            )
 
 
 def _vllm_rank(adapter: str) -> int:

@@ -99,7 +99,7 @@ def adam_moments(
     beta2: the optimizer's, for states that do not hold their own betas; by default 0.999, which is then said.
 
     Raises ModelError when the checkpoint holds no optimizer state, another optimizer's (named), or none for a factor of
-    the layout.
+    the layout, or one that is not usable (step 0, NaN, infinite or negative moments).
     """
     from influence_fast.training.fine_tuning import load_adam_states
     from influence_fast.training.optimizer_states import optimizer_file
@@ -120,6 +120,11 @@ def adam_moments(
             raise ModelError(
                 f"{checkpoint}: needs Adam's state of {name} {tuple(entry.shape)}, holds {found}; "
                 "take a checkpoint of this very adapter"
+            )
+        if fault := state.fault:
+            raise ModelError(
+                f"{checkpoint}: Adam's state of {name} has {fault}: take another checkpoint, or score without the "
+                "optimizer's moments"
             )
         moment = state.unbiased
         pieces.append(moment if projection is None else _projected(moment, entry, projection))

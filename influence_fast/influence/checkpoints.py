@@ -55,13 +55,13 @@ def learning_rates(checkpoints: str | Path | Sequence[str | Path], *, average: b
         average: the mean over all steps since the checkpoint before, as LESS weighs its epochs, in place of the rate
             of the checkpoint's last step. The latter is nearly nothing at the end of a schedule that decays to zero.
 
-    Raises ModelError where a checkpoint has no such file or no rate can be known, or the folder no checkpoint,
-    ConfigError for steps out of order.
+    Raises ModelError where a checkpoint has no such file or no rate can be known, its groups of parameters have rates
+    of their own (LoRA+), or the folder has no checkpoint, ConfigError for steps out of order.
 
         rates = inf.learning_rates("run", average=True)
     """
     from influence_fast.training.fine_tuning import list_checkpoints
-    from influence_fast.training.schedules import checkpoint_rates
+    from influence_fast.training.schedules import checkpoint_rates, group_rates
 
     if isinstance(checkpoints, (str, Path)):
         folder = Path(checkpoints)
@@ -74,6 +74,12 @@ def learning_rates(checkpoints: str | Path | Sequence[str | Path], *, average: b
         if state.step <= previous:
             raise ConfigError(
                 f"{folder} is of step {state.step}, after step {previous}: list checkpoints in training order"
+            )
+        if len(groups := group_rates(folder)) > 1:
+            raise ModelError(
+                f"{folder} was trained with {len(groups)} learning rates, one for each group of parameters "
+                f"({listing(f'{rate:g}' for rate in groups)}), and scores take one for each checkpoint: give the rates "
+                "yourself, for example those of the group that matters, as checkpoint_scores([(folder, rate), ...])"
             )
         replayed = checkpoint_rates(folder, state.step, previous, state.max_steps, state.logged)
         if replayed is not None:

@@ -15,6 +15,8 @@ from influence_fast.atomic import replacing
 from influence_fast.errors import DataError, one_line
 from influence_fast.guards import check_no_pipe, reading
 
+FINGERPRINT = "fingerprint"  # the text column that holds `text_fingerprint` of each row's example
+
 
 def check_format(path: str | Path) -> None:
     """DataError for a file that no score table can be written to."""
@@ -29,8 +31,9 @@ class ScoreTable:
     Columns that scoring writes: `s_correct`, `s_incorrect` (mean influence on the queries of each group),
     `rank_correct`, `rank_incorrect` (rank of that mean, 1 = lowest), `mean_rank_correct`, `mean_rank_incorrect`
     (mean over queries of the per-query ranks), the same three for each task where tasks are named, `loss`, `tokens`,
-    and where a strategy needs them `embedding_rank` (1 = taken first) and `pass_rate` (0 to 1). Pruning adds
-    `kept`, `drop_priority` and the text `why`.
+    and where a strategy needs them `embedding_rank` (1 = taken first) and `pass_rate` (0 to 1). The text `fingerprint`
+    tells which text each row is of (see `data.fingerprints.text_fingerprint`). Pruning adds `kept`, `drop_priority` and
+    the text `why`.
     """
 
     ids: list[str]

@@ -209,7 +209,7 @@ class Pipeline:
             else:
                 scored = self._score_under(adapter, queries, "store", self.config.influence)
                 table, seconds = scored.table, scored.seconds
-            self._save(table)
+            self._save(pruning.with_fingerprints(table, self.splits.pool))
             return seconds
 
         if self.folder.has("scoring_seconds") and (damage := self._damaged_table()):

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
+from influence_fast.data.fingerprints import text_fingerprint
 from influence_fast.data.schemas import Example
 from influence_fast.errors import ConfigError, DataError, listing, shown
-from influence_fast.influence.scores import ScoreTable
+from influence_fast.influence.scores import FINGERPRINT, ScoreTable
 from influence_fast.selection.strategies import STRATEGIES, check_columns, find
 
-__all__ = ["STRATEGIES", "Selection", "aligned_examples", "save_selection", "select", "selection_table"]
+__all__ = [
+    "STRATEGIES", "Selection", "aligned_examples", "save_selection", "select", "selection_table", "with_fingerprints",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Selection:
     forced: int = 0
 
     def kept_examples(self, table: ScoreTable, examples: Sequence[Example]) -> list[Example]:
-        """The examples to keep, in their own order. Raises DataError where ids and table do not match."""
+        """The examples to keep, in their own order. Raises DataError where they are not those of the table."""
         aligned_examples(table, examples)
         kept = {table.ids[i] for i in self.keep}
         return [example for example in examples if example.id in kept]
@@ -134,7 +137,11 @@ def save_selection(table: ScoreTable, selection: Selection, output: str | Path) 
 
 
 def aligned_examples(table: ScoreTable, examples: Sequence[Example]) -> list[Example]:
-    """The example of each row of `table`. Raises DataError naming the ids that `examples` do not have."""
+    """The example of each row of `table`.
+
+    Raises DataError naming the ids that `examples` do not have, and those of other text than what was scored, where the
+    table has fingerprints: rows without ids are named by their places, which say nothing of what stands there.
+    """
     known = {example.id: example for example in examples}
     missing = [name for name in table.ids if name not in known]
     if missing:
@@ -142,7 +149,22 @@ def aligned_examples(table: ScoreTable, examples: Sequence[Example]) -> list[Exa
             f"the score table has ids that the data does not: {listing(missing)}; give the data that was scored, "
             "read with the same options"
         )
-    return [known[name] for name in table.ids]
+    aligned = [known[name] for name in table.ids]
+    scored = table.texts.get(FINGERPRINT, [])  # a row without one is of a table made by hand
+    changed = [e.id for e, found in zip(aligned, scored, strict=False) if found and found != text_fingerprint(e)]
+    if changed:
+        raise DataError(
+            f"the data is not what was scored: {len(changed)} of {len(aligned)} examples have other text under the "
+            f"same id or place ({listing(changed)}); give the data that was scored, read with the same options, or "
+            "score this data"
+        )
+    return aligned
+
+
+def with_fingerprints(table: ScoreTable, examples: Sequence[Example]) -> ScoreTable:
+    """`table` with the fingerprint of each row's example, which may come in any order and be more."""
+    known = {example.id: example for example in examples}
+    return table.with_columns({}, texts={FINGERPRINT: [text_fingerprint(known[name]) for name in table.ids]})
 
 
 def _count(total: int, fraction: float | None, count: int | None, *, grouped: bool) -> int:

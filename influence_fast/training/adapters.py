@@ -34,6 +34,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 _OWN_ROWS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 _NAME = "default"  # what peft calls an adapter that it is given no name for
+#: How factors begin (init_lora_weights) where the base stays as it is; the others take what they begin with out of it.
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 # what peft puts between a module's name and the weight that it stores for it
 _WRAPPERS = r"(?:\.(?:modules_to_save|original_module|base_layer|token_adapter))*"
 
@@ -63,6 +65,8 @@ def _attached(model: nn.Module, adapter: str, source: str, trainable: bool) -> n
     shapes = _stored_shapes(folder, adapter)
     check_patterns(model, config, f"the adapter {adapter}, {ADAPTER_CONFIG}")
     check_sizes(model, config, shapes, adapter)
+    _check_base_stays(config, adapter)
+    _check_whole_modules(model, shapes, config, adapter)
     named, source = source, source or "this model"
     for warning in _warnings(config, adapter, model, named):
         say_once(logger, warning)
@@ -339,7 +343,6 @@ def _replaced_weights(model: nn.Module, folder: str, config: Any, shapes: Shapes
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     biases = getattr(config, "bias", "none") != "none"
-    whole = set(getattr(config, "modules_to_save", None) or ())
     matrices = {f"{module}.weight" for module, _ in _embedding_matrices(model)}
     found = []
     candidates = {key: re.sub(_WRAPPERS + r"(?=\.\w+$)", "", plain_name(key)) for key in shapes if "lora_" not in key}
@@ -347,7 +350,7 @@ def _replaced_weights(model: nn.Module, folder: str, config: Any, shapes: Shapes
         return []
     for key, values in _stored(folder):
         name = candidates.get(key, "")
-        if name not in named or (biases and name.endswith(".bias")) or whole.intersection(name.split(".")):
+        if name not in named or (biases and name.endswith(".bias")) or _is_saved_whole(name, config):
             continue
         mine = named[name].detach()
         rows = min(len(mine), len(values))
@@ -359,6 +362,52 @@ def _replaced_weights(model: nn.Module, folder: str, config: Any, shapes: Shapes
 
 
 # ---- what is stored against what is at work ----------------------------------------------------------------
+
+
+def _check_base_stays(config: Any, adapter: str) -> None:
+    """ModelError for settings by which peft changes the base model itself; it does not put it back again."""
+    if getattr(config, "layer_replication", None):
+        raise ModelError(
+            f"the adapter {adapter} rearranges the base model's layers (layer_replication in its {ADAPTER_CONFIG}), "
+            "which is not supported: put back the settings it was trained with, or save the model with those layers "
+            "and train over it"
+        )
+    start = getattr(config, "init_lora_weights", True)
+    if (start.lower() if isinstance(start, str) else start) not in _PLAIN_STARTS:
+        raise ModelError(
+            f"the adapter {adapter} takes its first factors out of the base weights (init_lora_weights {start!r} in "
+            f"its {ADAPTER_CONFIG}): save it by save_pretrained(..., path_initial_model_for_weight_conversion=...), or "
+            "put true there if its factors belong to this base as it is"
+        )
+
+
+def _check_whole_modules(model: nn.Module, shapes: Shapes, config: Any, adapter: str) -> None:
+    """ModelError for a weight of the base's own that is stored although no setting trains it.
+
+    peft would write it over the base's, where a tied embedding is two matrices at once. Embeddings may be stored
+    because the vocabulary was resized or by save_embedding_layers, which stores all of them.
+    """
+    named = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    matrices = {name for name, _ in _embedding_matrices(model)}
+    all_stored = matrices <= _stored_embeddings(model, shapes).keys()
+    biases = getattr(config, "bias", "none") != "none"
+    for key in sorted(key for key in shapes if "lora_" not in key):
+        name = plain_name(key)
+        plain = re.sub(_WRAPPERS + r"(?=\.\w+$)", "", name)
+        module, _, kind = plain.rpartition(".")
+        if plain not in named or _is_saved_whole(plain, config) or (module in matrices and all_stored):
+            continue
+        if kind == "bias" and not biases and module not in matrices:
+            raise ModelError(_left_out(adapter, plain, "bias or modules_to_save"))
+        if kind != "bias" and name == plain:
+            raise ModelError(_left_out(adapter, module, "modules_to_save"))
+
+
+def _is_saved_whole(name: str, config: Any) -> bool:
+    """Whether modules_to_save names a module that the parameter is in, by the end of its name as peft compares it."""
+    ends = tuple(getattr(config, "modules_to_save", None) or ())
+    parts = f"base_model.model.{name}".split(".")
+    return any(".".join(parts[:i]).endswith(ends) for i in range(1, len(parts)))
 
 
 def _check_fit(model: nn.Module, shapes: Shapes, adapter: str, source: str) -> None:

@@ -139,10 +139,12 @@ def finetune(
     the adapter that it carries. `output_dir` is written under a temporary name and renamed when it is whole.
 
     Raises DataError (no examples, malformed or fully masked ones), ConfigError (`output_dir` holds something else
-    and `overwrite` is False), ModelError (unknown target modules) and NumericError (the loss became NaN).
+    and `overwrite` is False, or the arguments come in another order), ModelError (unknown target modules) and
+    NumericError (the loss became NaN).
     """
     from peft import PeftModel
 
+    _check_order(model, tokenizer, examples)
     final = Path(output_dir)
     _check(examples)
     say_if_beyond(context_of(getattr(model, "config", None)), examples)
@@ -284,6 +286,20 @@ def load_adam_states(checkpoint: str | Path, beta2: float | None = None) -> dict
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; name a checkpoint-* folder that a fine-tuning has saved")
     return named_adam(folder, folder / sft.NAMES, beta2)
+
+
+def _check_order(model: Any, tokenizer: Any, examples: Any) -> None:
+    """ConfigError for arguments that stand in each other's places."""
+    order = "finetune takes (model, tokenizer, examples, output_dir)"
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"{order}, and the first is a {type(model).__name__}, which is no model")
+    if isinstance(tokenizer, torch.nn.Module) or not callable(tokenizer) or not hasattr(tokenizer, "save_pretrained"):
+        raise ConfigError(f"{order}, and the second is a {type(tokenizer).__name__}, which is no tokenizer")
+    if callable(examples) or not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
+        raise ConfigError(
+            f"{order}, and the third is a {type(examples).__name__}, which is no list of examples: give that of "
+            "tokenize(...).examples"
+        )
 
 
 def _check(examples: Sequence[Mapping[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,18 @@ class AdamState:
         """fp64: v / (1 - beta2^step)."""
         return self.second.to(torch.float64) / (1 - self.beta2 ** float(self.values["step"]))
 
+    @property
+    def fault(self) -> str:
+        """Why `unbiased` is no second moment, as a part of a message; empty where it is one."""
+        step = float(self.values["step"])
+        if not 0 < step < math.inf:
+            return f"step {step:g} (the optimizer made none, or the file was changed)"
+        if not 0 <= self.beta2 < 1:
+            return f"beta2 {self.beta2:g}, which is not from 0 to below 1"
+        if not bool(self.second.isfinite().all()):
+            return "NaN or infinite second moments"
+        return "negative second moments" if bool((self.second < 0).any()) else ""
+
 
 @dataclass(frozen=True)
 class OptimizerState:
@@ -102,6 +115,10 @@ def _read_adam(path: Path, beta2: float | None) -> OptimizerState:
         members = [list(group["params"]) for group in groups]
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path} is no optimizer's state (no state and param_groups); give a checkpoint") from error
+    for group, parameters in zip(groups, members, strict=True):
+        if "step" in group:  # apex counts the steps of a group, not of each parameter
+            own = {name: states[name] for name in parameters if isinstance(states.get(name), Mapping)}
+            states |= {name: {"step": group["step"], **values} for name, values in own.items() if values}
     _check_adam(path, states)
     found: dict[Any, AdamState] = {}
     for group, parameters in zip(groups, members, strict=True):
@@ -144,6 +161,11 @@ def _check_adam(path: Path, states: Mapping[Any, Any]) -> None:
             continue
         if not keys:
             continue
+        if keys >= _ADAM - {"step"}:
+            raise ModelError(
+                f"{path} has moments of Adam without their step (it keeps {', '.join(sorted(map(str, keys)))}), by "
+                "which they are corrected for their bias: give a checkpoint as its trainer saved it"
+            )
         kind = next((name for key, name in _OTHERS if key in keys), f"none that is known (it keeps {sorted(keys)})")
         raise ModelError(
             f"{path} is not Adam's: the optimizer is {kind}, whose state has no second moment of every number; train "
@@ -185,6 +207,8 @@ def _beta2_of(path: Path, group: Mapping[str, Any], given: float | None) -> floa
         if not pair or not 0 <= betas[1] < 1:
             raise ModelError(f"{path}: betas is {shown(betas)}, which are not Adam's; give a checkpoint of AdamW")
         return float(betas[1])
+    if group.get("beta2") is not None:
+        return float(group["beta2"])
     if given is None:
         say_once(logger, f"{path} does not say its betas; {BETA2} is taken for beta2: give another by beta2=")
     return BETA2 if given is None else float(given)

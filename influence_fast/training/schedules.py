@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from influence_fast.training.optimizer_states import optimizer_file
+
 ARGUMENTS = "training_args.bin"
 SCHEDULER = "scheduler.pt"
 _LARGEST = 1 << 22  # bytes of an arguments file that is read; they have about 6 kB
@@ -97,6 +99,34 @@ def _agrees(rates: np.ndarray, state: Mapping[str, Any] | None, step: int, logge
     if state is None and not logged:
         return False
     return any(all(near(rate, rates[at - 1 + shift]) for at, rate in logged) for shift in (0, 1))
+
+
+def group_rates(checkpoint: Path) -> list[float]:
+    """Return the different learning rates of the groups of parameters in a checkpoint, in their order; [] if unknown.
+
+    Top rates decide before those of the step: a schedule that has come to zero makes all groups the same. Groups
+    without parameters do not count where the optimizer's file tells them.
+    """
+    kinds = _optimizer_rates(checkpoint)
+    if not any(kinds):
+        state = _scheduler_state(checkpoint) or {}
+        kinds = [list(state.get(key) or ()) for key in ("base_lrs", "_last_lr")]
+    found = [list(dict.fromkeys(map(float, rates))) for rates in kinds if rates]
+    return next((rates for rates in found if len(rates) > 1), found[0] if found else [])
+
+
+def _optimizer_rates(checkpoint: Path) -> list[list[Any]]:
+    """Top rates and rates of the optimizer's groups, [] each where some group does not say."""
+    path = optimizer_file(checkpoint)
+    if path is None:
+        return []
+    try:  # mapped, as the moments beside the rates are not wanted
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        groups = [group for group in loaded["param_groups"] if group["params"]]
+        rates = [[group.get(key) for group in groups] for key in ("initial_lr", "lr")]
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, AttributeError, KeyError, TypeError, ValueError):
+        return []  # who reads the moments says what is wrong with the file
+    return [kind if all(isinstance(rate, (float, int, torch.Tensor)) for rate in kind) else [] for kind in rates]
 
 
 def _scheduler_state(checkpoint: Path) -> Mapping[str, Any] | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import Qwen2ForCausalLM
 
 from influence_fast.data.examples import Example, render_prompt
@@ -123,6 +124,30 @@ def test_vllm_is_asked_as_it_documents(
     for samples in found:
         assert samples[0] == Answer(examples[0].completion, len(tokens), "stop", (*tokens, tokenizer.eos_token_id))
         assert samples[1][1:3] == (40, "length")
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head", "model.embed_tokens.base_layer"])
+def test_vllm_is_given_no_adapter_of_another_vocabulary(
+    tokenizer: Any, model: Any, files: ModelFiles, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    fake = FakeVllm(tokenizer, ["a"])
+    fake.install(monkeypatch)
+    config = EvalConfig(max_new_tokens=4, engine="vllm")
+    path = Path(files.adapter or "") / "adapter_model.safetensors"
+    rows = model.config.vocab_size
+    factors = {"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(2, 7)}
+    factors["base_model.model.lm_head.lora_B.weight"] = torch.zeros(9, 2)
+    save_file(factors | {f"base_model.model.{name}.weight": torch.zeros(rows, 2)}, path)
+    generate(files, tokenizer, ["a"], config=config)
+    fake.calls.clear()
+    save_file(factors | {f"base_model.model.{name}.weight": torch.zeros(rows + 3, 2)}, path)
+    with pytest.raises(ModelError, match=rf"stores {rows + 3} embeddings .* base {rows}; vLLM resizes no") as error:
+        generate(files, tokenizer, ["a"], config=config)
+    assert "\n" not in str(error.value)
+    assert not fake.calls
+    path.write_bytes(b"x")
+    with pytest.raises(ModelError, match="is damaged"):
+        generate(files, tokenizer, ["a"], config=config)
 
 
 def test_an_evaluation_by_vllm_is_graded_like_any_other(

@@ -13,6 +13,7 @@ import torch
 from scipy import stats
 
 from influence_fast.config import RunConfig
+from influence_fast.data.adapter_names import plain_name
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError
 from influence_fast.gradients.lora import LayoutEntry, gradient_layout
 from influence_fast.gradients.projection import Projection, random_matrix, sjlt_map
@@ -282,6 +283,35 @@ def test_moments_of_exact_rows_are_the_optimizers(tmp_path: Path, layout: list[L
     v = fake_checkpoint(tmp_path, layout)
     torch.testing.assert_close(adam_moments(tmp_path, layout), v / (1 - 0.999**7), rtol=1e-12, atol=0)
     torch.testing.assert_close(adam_moments(tmp_path, layout, beta2=0.9), v / (1 - 0.9**7), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fault"),
+    [
+        ("step", 0.0, "step 0"),
+        ("step", float("nan"), "step nan"),
+        ("exp_avg_sq", float("nan"), "NaN or infinite second moments"),
+        ("exp_avg_sq", float("inf"), "NaN or infinite second moments"),
+        ("exp_avg_sq", -1.0, "negative second moments"),
+    ],
+)
+@pytest.mark.parametrize("projection", [None, Projection(dim=3)], ids=["exact", "projected"])
+def test_moments_of_no_use_are_refused_by_factor(
+    tmp_path: Path, layout: list[LayoutEntry], key: str, value: float, fault: str, projection: Projection | None
+) -> None:
+    fake_checkpoint(tmp_path, layout)
+    content = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    content["state"][2][key].view(-1)[0] = value
+    torch.save(content, tmp_path / "optimizer.pt")
+    entry = layout[::-1][2]
+    with pytest.raises(ModelError, match=rf"{plain_name(entry.module)}\.{entry.factor} has {fault}"):
+        adam_moments(tmp_path, layout, projection=projection)
+
+
+def test_a_beta2_that_is_no_share_is_refused(tmp_path: Path, layout: list[LayoutEntry]) -> None:
+    fake_checkpoint(tmp_path, layout)
+    with pytest.raises(ModelError, match=r"lora_[AB] has beta2 1, "):
+        adam_moments(tmp_path, layout, beta2=1.0)
 
 
 PROJECTIONS = [

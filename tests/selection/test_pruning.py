@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from influence_fast.data.examples import Example
+from influence_fast.cli import main
+from influence_fast.data.examples import Example, load_examples
+from influence_fast.data.fingerprints import text_fingerprint
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.influence.scores import ScoreTable
-from influence_fast.selection.pruning import STRATEGIES, save_selection, select, selection_table
+from influence_fast.selection.pruning import STRATEGIES, save_selection, select, selection_table, with_fingerprints
 from influence_fast.selection.strategies import needed_columns
 
 
@@ -227,3 +230,69 @@ def test_a_table_of_other_things_is_refused(tmp_path: Path) -> None:
         ScoreTable.load(tmp_path / "t.csv")
     with pytest.raises(DataError, match="'why' has 1 rows for 2 examples"):
         ScoreTable(["a", "b"], texts={"why": ["x"]})
+
+
+# ---- the data that was scored ------------------------------------------------------------------------------
+
+
+def scored_file(folder: Path, rows: list[dict[str, str]], suffix: str) -> tuple[Path, Path]:
+    """Data of these rows, and a table of them as `score` writes it."""
+    data, scores = folder / "data.jsonl", folder / f"scores{suffix}"
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    examples = load_examples(data)
+    columns = {"s_correct": np.arange(len(rows), dtype=float)}
+    with_fingerprints(ScoreTable([e.id for e in examples], columns), examples).save(scores)
+    return data, scores
+
+
+def prune(data: Path, scores: Path) -> int:
+    command = ["prune", "--data", str(data), "--scores", str(scores), "--strategy", "low_benefit", "--count", "2"]
+    return main([*command, "--output", str(data.with_name("kept.jsonl")), "--quiet"])
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+@pytest.mark.parametrize("ids", [False, True], ids=["places", "ids"])
+@pytest.mark.parametrize("change", ["none", "reversed", "prompt", "completion"])
+def test_data_of_other_text_than_was_scored_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str, ids: bool, change: str
+) -> None:
+    rows = [{"prompt": f"p{i}", "completion": f"c{i}"} | ({"id": f"x{i}"} if ids else {}) for i in range(6)]
+    data, scores = scored_file(tmp_path, rows, suffix)
+    if change == "reversed":
+        rows = rows[::-1]
+    elif change != "none":
+        rows[3] = rows[3] | {change: "other"}
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    if change == "none" or (change == "reversed" and ids):
+        assert prune(data, scores) == 0
+        kept = [json.loads(line)["completion"] for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+        assert sorted(kept) == ["c2", "c3", "c4", "c5"]
+        assert "warning" not in capsys.readouterr().out
+        return
+    assert prune(data, scores) == 2
+    error = capsys.readouterr().err
+    assert f"{6 if change == 'reversed' else 1} of 6 examples have other text" in error
+    if change != "reversed":
+        assert f"({load_examples(data)[3].id})" in error
+    assert not (tmp_path / "kept.jsonl").exists()
+
+
+def test_a_table_without_fingerprints_prunes_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, scores = scored_file(tmp_path, [{"prompt": f"p{i}", "completion": "c"} for i in range(4)], ".csv")
+    loaded = ScoreTable.load(scores)
+    ScoreTable(loaded.ids, loaded.columns).save(scores)
+    assert prune(data, scores) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert "scores.csv does not say which texts it is of" in line
+
+
+def test_fingerprints_tell_turns_apart() -> None:
+    examples = [
+        Example("a", "p", "c"),
+        Example("a", "pc", ""),
+        Example("a", "p", "c", context=(("system", "s"),)),
+        Example("a", "p", "c", context=(("user", "s"),)),
+        Example("a", "p", "c", between=(("assistant", "s"),)),
+    ]
+    assert len({text_fingerprint(example) for example in examples}) == len(examples)
+    assert text_fingerprint(examples[0]) == text_fingerprint(Example("b", "p", "c", row=4))

@@ -90,6 +90,64 @@ def test_stored_factors_that_settings_leave_out_are_refused(
     assert setting in text
 
 
+@pytest.mark.parametrize(
+    ("settings", "changes", "module"),
+    [
+        ({"modules_to_save": ["lm_head"]}, {"modules_to_save": None}, "lm_head"),
+        ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}, "lm_head"),
+        ({"modules_to_save": ["embed_tokens"]}, {"modules_to_save": None}, "model.embed_tokens"),
+        ({"modules_to_save": ["model.norm"]}, {"modules_to_save": None}, "model.norm"),
+        ({"modules_to_save": ["mlp"]}, {"modules_to_save": ["norm"]}, "model.layers.0.mlp.down_proj"),
+        ({"bias": "all"}, {"bias": "none"}, "model.layers.0.self_attn.k_proj.bias"),
+        ({"bias": "lora_only"}, {"bias": "none"}, "model.layers.0.self_attn.q_proj.bias"),
+    ],
+    ids=str,
+)
+def test_whole_modules_that_settings_leave_out_are_refused(
+    base: Path, tmp_path: Path, settings: dict[str, Any], changes: dict[str, Any], module: str
+) -> None:
+    saved = adapted(base, **settings)
+    if "bias" in settings and not any(name.endswith(".bias") for name, _ in saved.named_parameters()):
+        pytest.skip("a model without biases")
+    saved.save_pretrained(tmp_path / "adapter")
+    load_model(base, adapter=tmp_path / "adapter", device="cpu")
+    edit(tmp_path / "adapter", **changes)
+    with pytest.raises(ModelError, match=rf"stores numbers of {module}, which .*{next(iter(settings))}.* in its"):
+        load_model(base, adapter=tmp_path / "adapter", device="cpu")
+
+
+@pytest.mark.parametrize("rows", [[[1, 2], [0, 1]], [[0, 2], [0, 2]]], ids=["swapped", "twice"])
+@pytest.mark.parametrize("base", ["qwen2"], indirect=True)
+def test_layers_are_not_rearranged_by_an_adapter(base: Path, tmp_path: Path, rows: list[list[int]]) -> None:
+    adapted(base).save_pretrained(tmp_path / "adapter")
+    edit(tmp_path / "adapter", layer_replication=rows)
+    with pytest.raises(ModelError, match=r"rearranges the base model's layers \(layer_replication"):
+        load_model(base, adapter=tmp_path / "adapter", device="cpu")
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "lora_ga", "new"])
+@pytest.mark.parametrize("base", ["qwen2"], indirect=True)
+def test_factors_taken_out_of_the_base_are_refused(base: Path, tmp_path: Path, start: str) -> None:
+    adapted(base).save_pretrained(tmp_path / "adapter")
+    edit(tmp_path / "adapter", init_lora_weights=start)
+    with pytest.raises(ModelError, match=rf"init_lora_weights '{start}' in its .*conversion") as error:
+        load_model(base, adapter=tmp_path / "adapter", device="cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "eva", "mica"])
+@pytest.mark.parametrize("base", ["qwen2"], indirect=True)
+def test_other_starts_of_factors_leave_the_base_alone(base: Path, tmp_path: Path, start: str | bool) -> None:
+    saved = adapted(base)
+    saved.save_pretrained(tmp_path / "adapter")
+    edit(tmp_path / "adapter", init_lora_weights=start)
+    model = load_model(base, device="cpu")
+    before = model(IDS).logits
+    with finetuned(model, tmp_path / "adapter") as tuned:
+        torch.testing.assert_close(tuned(IDS).logits, saved(IDS).logits, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(IDS).logits, before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("base", ["qwen2"], indirect=True)
 def test_stored_vectors_of_dora_need_their_setting(base: Path, tmp_path: Path) -> None:
     adapted(base, use_dora=True).save_pretrained(tmp_path / "adapter")
@@ -128,7 +186,9 @@ def test_values_that_change_on_loading_are_refused(base: Path, tmp_path: Path, m
     [
         {},
         {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["model.norm", "down_proj"]},
         {"bias": "all"},
+        {"bias": "lora_only"},
         {"use_dora": True},
         {"use_rslora": True, "rank_pattern": {"q_proj": 3}},
         {"trainable_token_indices": [5, 9]},

@@ -166,3 +166,32 @@ def test_files_that_are_no_plain_tensors_are_refused(tmp_path: Path, content: An
     path.unlink()
     with pytest.raises(ModelError, match=r"has no optimizer\.pt or optimizer\.bin"):
         read_adam(tmp_path)
+
+
+def test_a_group_that_says_beta2_alone_is_heard(tmp_path: Path, said: Any) -> None:
+    content = trained(adamw())[0].state_dict()
+    for group in content["param_groups"]:
+        del group["betas"]
+        group["beta2"] = 0.95
+    torch.save(content, tmp_path / "optimizer.pt")
+    assert read_adam(tmp_path, beta2=0.5).states[0].beta2 == 0.95
+    assert said() == []
+
+
+def test_moments_without_their_step_are_named(tmp_path: Path) -> None:
+    content = trained(adamw())[0].state_dict()
+    for values in content["state"].values():
+        del values["step"]
+    torch.save(content, tmp_path / "optimizer.pt")
+    with pytest.raises(ModelError, match=r"moments of Adam without their step \(it keeps exp_avg, exp_avg_sq\)"):
+        read_adam(tmp_path)
+
+
+def test_a_step_may_be_counted_by_the_group(tmp_path: Path) -> None:
+    optimizer, gradients = trained(adamw())
+    content = optimizer.state_dict()
+    for values in content["state"].values():
+        content["param_groups"][0]["step"] = int(values.pop("step"))
+    torch.save(content, tmp_path / "optimizer.pt")
+    found = read_adam(tmp_path).states[0].unbiased
+    torch.testing.assert_close(found, gradients[0].double().square(), rtol=1e-4, atol=1e-12)

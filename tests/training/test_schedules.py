@@ -19,7 +19,7 @@ import torch
 from influence_fast.errors import ModelError, say_once
 from influence_fast.influence.checkpoints import learning_rates
 from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune, list_checkpoints
-from influence_fast.training.schedules import read_arguments
+from influence_fast.training.schedules import group_rates, read_arguments
 
 Factory = Callable[..., Any]
 SCHEDULES = ["constant", "constant_with_warmup", "cosine", "linear"]
@@ -196,3 +196,40 @@ def test_without_scheduler_and_log_the_rates_are_asked_for(tiny_lora: Factory, t
     (first / "training_args.bin").unlink()
     with pytest.raises(ModelError, match=r"logs no learning rate up to step 10, and its scheduler is not known"):
         learning_rates([first])
+
+
+# ---- groups of parameters with rates of their own ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", ["both", "optimizer.pt", "scheduler.pt"])
+def test_groups_with_rates_of_their_own_are_refused(tiny_lora: Factory, tmp_path: Path, kept: str) -> None:
+    """As LoRA+ trains, to the end of a schedule that comes to zero, where all groups have one rate."""
+    import transformers
+    from peft.optimizers import create_loraplus_optimizer
+
+    model = tiny_lora()
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=4, save_steps=2
+    )
+    rows = [{key: e[key] for key in ("input_ids", "labels")} for e in examples()]
+    transformers.Trainer(model=model, args=arguments, train_dataset=rows, optimizers=(optimizer, None)).train()  # type: ignore[arg-type]
+    if kept != "both":
+        for file in tmp_path.glob("checkpoint-*/*.pt"):
+            if file.name != kept:
+                file.unlink()
+    for checkpoints in (tmp_path, [tmp_path / "checkpoint-4"]):
+        for average in (False, True):
+            with pytest.raises(ModelError, match=r"\d learning rates.*\(0\.001, .*0\.016\).*give the") as error:
+                learning_rates(checkpoints, average=average)
+            assert "\n" not in str(error.value)
+
+
+def test_groups_without_parameters_have_no_rate(tmp_path: Path) -> None:
+    groups = [{"params": [0], "lr": 1e-3}, {"params": [], "lr": 5.0}, {"params": [1], "lr": 1e-3}]
+    torch.save({"state": {}, "param_groups": groups}, tmp_path / "optimizer.pt")
+    torch.save(
+        {"base_lrs": [1e-3, 5.0, 1e-3], "_last_lr": [1e-3, 5.0, 1e-3], "last_epoch": 1}, tmp_path / "scheduler.pt"
+    )
+    assert group_rates(tmp_path) == [1e-3]
+    assert group_rates(tmp_path / "nothing") == []

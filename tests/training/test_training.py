@@ -473,3 +473,23 @@ def test_a_fresh_adapter_is_the_same_for_the_same_seed(model: Any) -> None:
     for name, value in factors[0].items():
         assert torch.equal(value, factors[1][name]), name
         assert not torch.equal(value, factors[2][name]), name
+
+
+@pytest.mark.parametrize(
+    ("order", "place"),
+    [
+        (("model", "examples", "tokenizer"), "the second is a list, which is no tokenizer"),
+        (("tokenizer", "model", "examples"), "the first is a .*, which is no model"),
+        (("model", "model", "examples"), "the second is a .*, which is no tokenizer"),
+        (("model", "tokenizer", "tokenizer"), "the third is a .*, which is no list of examples"),
+        (("model", "tokenizer", "nothing"), "the third is a NoneType"),
+    ],
+)
+def test_arguments_in_another_order_are_named(
+    model: Any, tokenizer: Any, examples: Any, tmp_path: Path, order: tuple[str, ...], place: str
+) -> None:
+    given = {"model": model, "tokenizer": tokenizer, "examples": examples, "nothing": None}
+    with pytest.raises(ConfigError, match=rf"takes \(model, tokenizer, examples, output_dir\), and {place}") as error:
+        run(*(given[name] for name in order), tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
