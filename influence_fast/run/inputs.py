@@ -90,9 +90,8 @@ def changed(folder: Path, inputs: Mapping[str, Input]) -> str:
         found.pop(POOL_IN_USE, None)  # the consequence of another change
     if not found:
         return ""
-    pieces = [piece for part in found.values() for piece in part]
-    if pieces:
-        remedy = way_out([INPUTS, *pieces], {inputs[name].kind for name in found})
+    if any(found.values()):
+        remedy = way_out(folder, {inputs[name].kind for name in found}, also=(INPUTS,))
     else:
         remedy = f", or delete {INPUTS} to go on with what is there now, on which nothing finished depends"
     has, it = ("has", "it") if len(found) == 1 else ("have", "them")
@@ -209,7 +208,7 @@ def model_inputs(config: RunConfig) -> dict[str, Input]:
     """
     inputs = {"model.path": Input(config.model.path, _model_hashes(config.model.path, config.model))}
     if config.model.adapter is not None:
-        inputs["model.adapter"] = Input(config.model.adapter, _adapter_hashes(config.model.adapter, config.model))
+        inputs["model.adapter"] = Input(config.model.adapter, adapter_hashes(config.model.adapter, config.model))
         if config.influence.checkpoints:
             hashes = checkpoint_hashes(config.model.adapter)
             inputs["the checkpoints of model.adapter"] = Input(config.model.adapter, hashes, SCORES)
@@ -257,8 +256,8 @@ def _model_hashes(path: str, model: ModelConfig) -> dict[str, str]:
     return model_hashes(path, model.trust_remote_code)
 
 
-def _adapter_hashes(path: str, model: ModelConfig) -> dict[str, str]:
-    """SHA-256 by file name of a peft adapter, or of the whole fine-tuned model that the folder holds instead."""
+def adapter_hashes(path: str, model: ModelConfig) -> dict[str, str]:
+    """Return SHA-256 by file name of a peft adapter, or of the whole fine-tuned model that the folder holds instead."""
     if _file(path, "adapter_config.json") is None:
         return _model_hashes(path, model)
     names = ("adapter_config.json", "adapter_model.safetensors")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import sys
 import time
@@ -37,7 +38,7 @@ from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.report.explain import EXPLAINED
 from influence_fast.report.page import save_results, write_report
 from influence_fast.report.ranking_plot import plot_ranking_over_training
-from influence_fast.run.inputs import model_inputs, split_inputs, tokenizer_inputs
+from influence_fast.run.inputs import adapter_hashes, hash_files, model_inputs, split_inputs, tokenizer_inputs
 from influence_fast.run.pieces import PRUNED, finished
 from influence_fast.run.results import cell_name, collect, known_harmful
 from influence_fast.run.scoring import explained_scores
@@ -76,17 +77,25 @@ class Pipeline:
         self.warnings = [*self.folder.warnings, *self.splits.warnings]
         self.inputs = inputs
 
-    def _once(self, name: str, work: Callable[[], Any]) -> Any:
+    def _once(self, name: str, work: Callable[[], Any], of: Any = None, *, unsaid: bool = True) -> Any:
+        """`RunFolder.once`; a finished piece that says it was made of other JSON than `of` is made again, or where
+        `unsaid` is False also one that says nothing."""
+        digest = None
+        if of is not None:
+            digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
+            self.folder.forget_other(name, digest, unsaid=unsaid)
         if self.talks and not self.folder.has(name):
             print(f"{time.perf_counter() - self.started:7.1f} s  {name}", file=sys.stderr, flush=True)
-        return self.folder.once(name, work)
+        return self.folder.once(name, work, digest)
 
     def run(self) -> dict[str, Any]:
         """Everything, to `report.html` and `results.json`; returns what the report shows."""
         # scores first: with two models the one that scored makes room for the one that is fine-tuned
         reference = self.reference_adapter()
         self.warnings += self._once(
-            "adapter", lambda: adapter_warnings(str(reference), self.base, self.config.model.path)
+            "adapter",
+            lambda: adapter_warnings(str(reference), self.base, self.config.model.path),
+            adapter_hashes(str(reference), self.config.model),
         )
         queries = self.queries(reference)
         self.warnings += queries.warnings
@@ -170,7 +179,10 @@ class Pipeline:
                 "cut": result.truncated / len(result.items),
             }
 
-        return self._once(f"evaluations/{name}", work)
+        # A process may have ended after the evaluation and before its cell, and the selection have become another. The
+        # weights alone tell: peft writes the lists of an adapter's settings in any order.
+        judged = None if adapter is None else hash_files(Path(adapter).glob("*.safetensors"))
+        return self._once(f"evaluations/{name}", work, judged, unsaid=False)
 
     # ---- scores --------------------------------------------------------------------------------------------
 
@@ -348,7 +360,8 @@ class Pipeline:
             cell |= self._harmful(table, selection.drop)
             return cell | self._evaluate(f"{name}-seed{seed}", trained.path)
 
-        return self._once(f"cells/{name}-seed{seed}", work)
+        kept_ids = None if strategy == "full" else [table.ids[i] for i in selection.keep]
+        return self._once(f"cells/{name}-seed{seed}", work, kept_ids)
 
     def select(self, table: ScoreTable, strategy: str, fraction: float, seed: int) -> pruning.Selection:
         """What a strategy keeps of the scored pool and what it drops, near-duplicates included."""

@@ -50,8 +50,8 @@ def occupied(config: RunConfig) -> str:
     while found := difference(before, now):
         key = found.partition(":")[0]
         kind = kind_of_setting(key, **dependence)
-        if pieces := finished(path, kind):
-            remedy = way_out(pieces, {kind}) or ", or delete this one"
+        if finished(path, kind):
+            remedy = way_out(path, {kind}) or ", or delete this one"
             return f"{path} holds a run of another configuration ({found}): choose another output folder{remedy}"
         for part in (before, now):
             _leave_out(part, key)
@@ -106,7 +106,7 @@ class RunFolder:
         if unchecked and not self._unchecked:
             self._unchecked = True
             self.warnings += [
-                f"{self.path} was begun without a record of its inputs (by an earlier version): whether its data, "
+                f"{self.path} was begun without a record of its inputs, or that was deleted: whether its data, "
                 f"models and adapter were the same before {INPUTS} was written cannot be checked"
             ]
 
@@ -173,10 +173,11 @@ class RunFolder:
         """Whether the piece `name` is finished; what of it can no longer be read is not."""
         return self._read(name) is not None
 
-    def once(self, name: str, work: Callable[[], Any]) -> Any:
+    def once(self, name: str, work: Callable[[], Any], of: str | None = None) -> Any:
         """The JSON value of `work()`, computed now or read from `<name>.json` if an earlier run finished it.
 
-        The seconds it took are kept with it; see `seconds`. A damaged file is made again, with a warning.
+        The seconds it took are kept with it; see `seconds`. A damaged file is made again, with a warning. of: a digest
+        of what the value is made of, kept with it too; see `forget_other`.
         """
         if (found := self._read(name)) is not None:
             return found["value"]
@@ -185,13 +186,24 @@ class RunFolder:
             warnings.warn(f"{path} is damaged, and is made again", stacklevel=2)
         start = time.perf_counter()
         value = work()
-        done = {"seconds": time.perf_counter() - start, "value": value}
+        done = {"seconds": time.perf_counter() - start, "value": value} | ({} if of is None else {"of": of})
         write_text(path, json.dumps(done) + "\n")
         return value
 
     def forget(self, name: str) -> None:
         """Have the piece `name` made again."""
         (self.path / f"{name}.json").unlink(missing_ok=True)
+
+    def forget_other(self, name: str, of: str, *, unsaid: bool) -> None:
+        """Have the piece `name` made again, with a warning, where it was made of something else than `of`.
+
+        unsaid: whether one that does not say of what, from an earlier version, is taken as it is.
+        """
+        found = self._read(name)
+        if found is None or found["of"] == of or (unsaid and found["of"] is None):
+            return
+        warnings.warn(f"{self.path / name}.json was made of something else, and is made again", stacklevel=2)
+        self.forget(name)
 
     def value(self, name: str, default: Any = None) -> Any:
         """Return the value of the finished piece `name`; the default where there is none."""
@@ -206,7 +218,7 @@ class RunFolder:
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
             found = json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
-            return {"value": found["value"], "seconds": float(found["seconds"])}
+            return {"value": found["value"], "seconds": float(found["seconds"]), "of": found.get("of")}
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
