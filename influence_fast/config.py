@@ -157,7 +157,8 @@ class ValidateConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One whole run; `output` is the folder everything is written to."""
+    """One whole run. `output`: the folder everything is written to; a relative one is taken from the folder that the
+    command is started in, while all other paths of a YAML file are taken from the file's own."""
 
     output: str
     model: ModelConfig

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from influence_fast.config import ModelConfig, RunConfig, Source
-from influence_fast.data.examples import Example, load_rows
+from influence_fast.data.examples import Example, load_examples, load_rows
 from influence_fast.data.fingerprints import tokenizer_hash
 from influence_fast.data.grouping import row_groups
 from influence_fast.errors import ConfigError
@@ -153,6 +153,19 @@ def examples_hash(examples: Iterable[Example]) -> str:
         told = {name: value for name, value in values.items() if value != defaults[name]}
         found.update(json.dumps(told, sort_keys=True).encode() + b"\n")
     return found.hexdigest()
+
+
+def read_source(source: Source) -> list[Example]:
+    """Return the examples of a source, read as its settings say. Raises as `load_examples`."""
+    return load_examples(
+        source.path,
+        split=source.split,
+        format=source.format,
+        trace=source.trace,
+        limit=source.limit,
+        columns=source.columns,
+        turns=source.turns,
+    )
 
 
 def source_inputs(config: RunConfig, read: Mapping[str, str]) -> dict[str, Input]:

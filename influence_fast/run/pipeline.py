@@ -35,7 +35,7 @@ from influence_fast.influence.checkpoints import (
 from influence_fast.influence.queries import Queries, make_queries, own_answers, with_tasks
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import InfluenceConfig
-from influence_fast.report.explain import EXPLAINED
+from influence_fast.report.explain import DIRECTIONS, EXPLAINED
 from influence_fast.report.page import save_results, write_report
 from influence_fast.report.ranking_plot import plot_ranking_over_training
 from influence_fast.run.inputs import adapter_hashes, hash_files, model_inputs, split_inputs, tokenizer_inputs
@@ -51,6 +51,7 @@ from influence_fast.training.fine_tuning import TrainResult, finetune, finetuned
 from influence_fast.training.models import adapter_warnings, check_tokenizer, fit_vocabulary, load_model, load_tokenizer
 
 SCORES = "scores.parquet"
+EXPLAINED_COUNT = "explained_count"
 
 
 class Pipeline:
@@ -216,6 +217,7 @@ class Pipeline:
         def work() -> dict[str, float]:
             for column in BASELINE_COLUMNS:
                 self.folder.forget(f"baselines/{column}")  # of a table that is replaced
+            self.folder.forget(EXPLAINED_COUNT)
             if self.config.influence.checkpoints:
                 table, seconds = self._over_checkpoints(Path(adapter), queries)
             else:
@@ -232,11 +234,38 @@ class Pipeline:
                 )
             self.folder.forget("scoring_seconds")  # nothing was selected by it yet
         self._once("scoring_seconds", work)
+        self._explain(adapter, queries)
         for column in sorted(self.needs.intersection(BASELINE_COLUMNS)):
             self._once(f"baselines/{column}", functools.partial(self._add_baseline, column, queries))
         table = ScoreTable.load(self.folder / SCORES)
         table.save(self.folder / "scores.csv")  # for people, who may have changed it
         return table
+
+    def _explain(self, adapter: str | Path, queries: Queries) -> None:
+        """Has the lists of single answers be those of `influence.explain`: scores again, from the gradients that are
+        kept, where they are others or not there."""
+        influence = self.config.influence
+        wanted = 0 if influence.checkpoints else influence.explain
+        files = [self.folder / f"{EXPLAINED}{suffix}" for suffix in (".jsonl", ".html")]
+        if wanted == 0:
+            for file in files:
+                file.unlink(missing_ok=True)
+        elif not all(file.exists() for file in files) or self._explained_count() != wanted:
+            self.folder.forget(EXPLAINED_COUNT)
+            self._score_under(adapter, queries, "store", influence)
+        self.folder.forget_other(EXPLAINED_COUNT, str(wanted), unsaid=False)
+        self.folder.once(EXPLAINED_COUNT, lambda: wanted, str(wanted))
+
+    def _explained_count(self) -> int | None:
+        """How many examples the lists of single answers were asked for: as recorded, or before there was a record the
+        longest one's. None where they are damaged."""
+        try:
+            lines = (self.folder / f"{EXPLAINED}.jsonl").read_text(encoding="utf-8").splitlines()
+            longest = max((len(one[name]) for one in map(json.loads, lines) for name in DIRECTIONS), default=0)
+        except (ValueError, KeyError, TypeError):
+            return None
+        found: int = self.folder.value(EXPLAINED_COUNT, longest)
+        return found if lines else None
 
     def _damaged_table(self) -> str:
         """Why the score table is not one of this pool; empty where it is."""

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from influence_fast.atomic import write_text
-from influence_fast.config import RunConfig
-from influence_fast.errors import ConfigError
-from influence_fast.run.inputs import INPUTS, Input, Recorded, changed, replaced
+from influence_fast.config import RunConfig, Source
+from influence_fast.errors import ConfigError, InfluenceFastError
+from influence_fast.run.inputs import CONTENTS, INPUTS, Input, Recorded, changed, examples_hash, read_source, replaced
 from influence_fast.run.pieces import EVERYTHING, finished, kind_of_setting, way_out
 from influence_fast.settings import difference, from_dict, to_dict
 
@@ -43,6 +43,7 @@ def occupied(config: RunConfig) -> str:
     _take_equal_paths(before, now, path)
     for part in (before, now):
         _leave_out_what_can_grow(part)
+        _leave_out_what_changes_nothing(part)
     dependence = {
         "own_answers": before.get("influence", {}).get("queries") != "reference",
         "decontaminated": bool(before.get("data", {}).get("decontaminate")),
@@ -50,7 +51,10 @@ def occupied(config: RunConfig) -> str:
     while found := difference(before, now):
         key = found.partition(":")[0]
         kind = kind_of_setting(key, **dependence)
-        if finished(path, kind):
+        if finished(path, kind) and (source := _same_examples(key, config, path)):
+            for part in (before, now):
+                _leave_out(part, source)
+        elif finished(path, kind):
             remedy = way_out(path, {kind}) or ", or delete this one"
             return f"{path} holds a run of another configuration ({found}): choose another output folder{remedy}"
         for part in (before, now):
@@ -302,6 +306,33 @@ def _leave_out_what_can_grow(settings: Any) -> None:
     for name in ("strategies", "fractions"):
         grid.pop(name, None)
     grid["seeds"] = grid.get("seeds", [])[:1]
+
+
+def _leave_out_what_changes_nothing(settings: Any) -> None:
+    """The device, and a model's own tokenizer where it is named."""
+    for name in ("model", "target_model"):
+        model = settings.get(name)
+        if isinstance(model, dict):
+            model.pop("device", None)
+            if model.get("adapter") is None and model.get("tokenizer") == model.get("path"):
+                model["tokenizer"] = None
+
+
+def _same_examples(key: str, config: RunConfig, folder: Path) -> str:
+    """The source ("data.pool") whose setting `key` is, where it reads the examples that are recorded; else empty.
+
+    What a run is made of are the examples, however they are stored, read and named.
+    """
+    recorded = Recorded.load(folder)
+    name = ".".join(key.split(".")[:2])
+    source = getattr(config.data, name.removeprefix("data."), None) if key.startswith(f"{name}.") else None
+    if not isinstance(source, Source) or recorded is None or name not in recorded.inputs:
+        return ""
+    try:
+        read = examples_hash(read_source(source))
+    except (InfluenceFastError, OSError):  # reading it says what is wrong with it, where nothing else is
+        return ""
+    return name if recorded.inputs[name].hashes == {CONTENTS: read} else ""
 
 
 def _with_defaults(recorded: Any) -> Any:

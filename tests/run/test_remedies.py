@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import re
 import shutil
@@ -176,3 +177,65 @@ def test_pass_rates_are_sampled_where_the_models_own_settings_are_asked_for(
         "--fallback", "reference", "--generation", "model", "--max-new-tokens", 4, "--output", world / "s.csv",
     ]  # fmt: skip
     assert main([str(part) for part in command]) == 0, capsys.readouterr().err
+
+
+# ---- lists of single answers -------------------------------------------------------------------------------
+
+
+def _longest(run: Path) -> int:
+    lines = (run / "explained.jsonl").read_text().splitlines()
+    return max(len(one[way]) for one in map(json.loads, lines) for way in ("raising", "lowering"))
+
+
+def test_lists_of_single_answers_follow_the_setting(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = world / "run"
+    cells, first = (run / "scores.csv").read_text(), (run / "explained.jsonl").read_text()
+    assert _longest(run) == 2
+    _set("influence", explain=5)(world)
+    assert _run(world, run)["explained"] == "explained.html"
+    assert _longest(run) == 5
+    _set("influence", explain=2)(world)
+    (run / "explained_count.json").unlink()  # as an earlier version leaves it
+    _run(world, run)
+    assert (run / "explained.jsonl").read_text() == first
+    (run / "explained.jsonl").unlink()
+    _run(world, run)
+    assert (run / "explained.jsonl").read_text() == first
+    monkeypatch.setattr(pipeline, "explained_scores", None)  # nothing is left to be scored
+    _run(world, run)
+    _set("influence", explain=0)(world)
+    assert _run(world, run)["explained"] is None
+    assert (run / "scores.csv").read_text() == cells
+
+
+# ---- settings under which nothing is another ---------------------------------------------------------------
+
+
+def _packed(world: Path) -> None:
+    (world / "packed.jsonl.gz").write_bytes(gzip.compress((world / "pool.jsonl").read_bytes()))
+    _set("data", pool="packed.jsonl.gz")(world)
+
+
+ALIKE = {
+    "columns": _set("data", pool={"path": "pool.jsonl", "columns": {"prompt": "prompt"}}),
+    "limit": _set("data", validation={"path": "validation.jsonl", "limit": 4}),
+    "device": _set("model", device="cpu"),
+    "tokenizer": _set("model", tokenizer="model"),
+    "packed": _packed,
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_settings_that_read_the_same_are_no_change(world: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ALIKE[name](world)
+    for work in ("explained_scores", "evaluate"):
+        monkeypatch.setattr(pipeline, work, None)
+    before = _made(world / "run")
+    _run(world, world / "run")
+    assert _made(world / "run") == before
+
+
+def test_settings_that_read_other_examples_are_still_refused(world: Path) -> None:
+    _set("data", pool={"path": "pool.jsonl", "limit": 15})(world)
+    with pytest.raises(ConfigError, match=r"another configuration \(data\.pool\.limit"):
+        _run(world, world / "run")
