@@ -17,6 +17,7 @@ from influence_fast.data.diversity import check_similarity
 from influence_fast.data.schemas import check_turns
 from influence_fast.errors import ConfigError, shown
 from influence_fast.evaluation.evaluate import EvalConfig
+from influence_fast.evaluation.generation_settings import EXPLICIT
 from influence_fast.guards import reading
 from influence_fast.influence.preconditioners import (
     SKETCHES,
@@ -101,10 +102,17 @@ class PruningConfig:
     def pass_rate_config(self, evaluation: EvalConfig) -> EvalConfig:
         """How the pool's questions are asked for their pass rates; otherwise as in the evaluation.
 
-        The pretrained model that answers is in memory then, so it answers itself, whatever `evaluation.engine` is.
+        The pretrained model that answers is in memory then, so it answers itself, whatever `evaluation.engine` is; and
+        it samples by these settings, whatever `evaluation.generation` is.
         """
-        samples, temperature = self.pass_rate_samples, self.pass_rate_temperature
-        return dataclasses.replace(evaluation, samples=samples, temperature=temperature, pass_at=(), engine="auto")
+        return dataclasses.replace(
+            evaluation,
+            samples=self.pass_rate_samples,
+            temperature=self.pass_rate_temperature,
+            generation=EXPLICIT,
+            pass_at=(),
+            engine="auto",
+        )
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,8 @@ class ValidateConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One whole run; `output` is the folder everything is written to."""
+    """One whole run. `output`: the folder everything is written to; a relative one is taken from the folder that the
+    command is started in, while all other paths of a YAML file are taken from the file's own."""
 
     output: str
     model: ModelConfig

@@ -20,7 +20,9 @@ def add(verb: NewVerb) -> None:
 
     sub = verb("run", _run, "run the whole pipeline from a configuration file")
     sub.add_argument("config", help="YAML file; see recipes/, and influence_fast/config.py for the keys")
-    sub.add_argument("--output", help="overrides the configuration's output folder")
+    sub.add_argument(
+        "--output", help="overrides the configuration's output folder; a relative one is taken from where you are"
+    )
     sub.add_argument("--dry-run", action="store_true", help="print sizes, memory and time, and do nothing")
     sub.add_argument("--rows", type=int, help="dry run: examples of a pool that is not on this machine")
     sub.add_argument("--tokens-per-example", type=float, help="dry run: their mean length")
@@ -102,7 +104,7 @@ def _run_config(config: Any, args: Any) -> None:
         print("one seed: intervals and p are over the test questions only, not over training runs")
     for warning in results["warnings"]:
         print(f"warning: {warning}")
-    print(f"report: {Path(config.output) / 'report.html'}")
+    print(f"report: {(Path(config.output) / 'report.html').absolute()}")
 
 
 def _validate(args: Any) -> None:

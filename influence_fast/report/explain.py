@@ -26,7 +26,7 @@ SHOWN_ANSWERS = 100  # on a page, of each group
 _MOST_NAMED = 10  # examples that are counted over all answers
 _MOST_TEXT = 4000  # characters of an example, which are many
 _STARTS = 100  # characters of an example's prompt where it is only named
-_DIRECTIONS = ("raising", "lowering")
+DIRECTIONS = ("raising", "lowering")
 
 
 def explanations(top: TopInfluences, ids: Sequence[str], queries: Queries) -> list[dict[str, Any]]:
@@ -100,7 +100,7 @@ def _page(found: Sequence[Mapping[str, Any]], pool: Mapping[str, Example], title
                 "texts": _texts(
                     ("prompt", one["prompt"]), ("reference solution" if one["reference"] else "answer", one["answer"])
                 ),
-                **{d: [named(each["id"]) | each for each in one[d]] for d in _DIRECTIONS},
+                **{d: [named(each["id"]) | each for each in one[d]] for d in DIRECTIONS},
             }
             for one in members[:SHOWN_ANSWERS]
         ]
@@ -135,17 +135,15 @@ def _by_interest(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _often(members: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Examples that are named for several answers: for how many in either list, the most named first."""
-    counts = {d: Counter(each["id"] for one in members for each in one[d]) for d in _DIRECTIONS}
+    counts = {d: Counter(each["id"] for one in members for each in one[d]) for d in DIRECTIONS}
     both = sorted((counts["raising"] + counts["lowering"]).items(), key=lambda item: (-item[1], item[0]))
-    return [
-        {"id": name, **{d: counts[d][name] for d in _DIRECTIONS}} for name, times in both[:_MOST_NAMED] if times > 1
-    ]
+    return [{"id": name, **{d: counts[d][name] for d in DIRECTIONS}} for name, times in both[:_MOST_NAMED] if times > 1]
 
 
 def _labels(members: Sequence[Mapping[str, Any]], pool: Mapping[str, Example]) -> list[dict[str, Any]]:
     """A row for each label of the pool: its share of the examples in either list, and of the pool; none where none has
     a label."""
-    named = {d: Counter(pool[each["id"]].label for one in members for each in one[d]) for d in _DIRECTIONS}
+    named = {d: Counter(pool[each["id"]].label for one in members for each in one[d]) for d in DIRECTIONS}
     whole = Counter(example.label for example in pool.values())
     if not set(whole) - {None}:
         return []
@@ -153,7 +151,7 @@ def _labels(members: Sequence[Mapping[str, Any]], pool: Mapping[str, Example]) -
         {
             "label": label or "none",
             "pool": count / len(pool),
-            **{d: named[d][label] / max(1, named[d].total()) for d in _DIRECTIONS},
+            **{d: named[d][label] / max(1, named[d].total()) for d in DIRECTIONS},
         }
         for label, count in whole.most_common()
     ]

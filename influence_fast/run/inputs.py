@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from influence_fast.config import ModelConfig, RunConfig, Source
-from influence_fast.data.examples import Example, load_rows
+from influence_fast.data.examples import Example, load_examples, load_rows
 from influence_fast.data.fingerprints import tokenizer_hash
 from influence_fast.data.grouping import row_groups
 from influence_fast.errors import ConfigError
@@ -90,9 +90,8 @@ def changed(folder: Path, inputs: Mapping[str, Input]) -> str:
         found.pop(POOL_IN_USE, None)  # the consequence of another change
     if not found:
         return ""
-    pieces = [piece for part in found.values() for piece in part]
-    if pieces:
-        remedy = way_out([INPUTS, *pieces], {inputs[name].kind for name in found})
+    if any(found.values()):
+        remedy = way_out(folder, {inputs[name].kind for name in found}, also=(INPUTS,))
     else:
         remedy = f", or delete {INPUTS} to go on with what is there now, on which nothing finished depends"
     has, it = ("has", "it") if len(found) == 1 else ("have", "them")
@@ -156,6 +155,19 @@ def examples_hash(examples: Iterable[Example]) -> str:
     return found.hexdigest()
 
 
+def read_source(source: Source) -> list[Example]:
+    """Return the examples of a source, read as its settings say. Raises as `load_examples`."""
+    return load_examples(
+        source.path,
+        split=source.split,
+        format=source.format,
+        trace=source.trace,
+        limit=source.limit,
+        columns=source.columns,
+        turns=source.turns,
+    )
+
+
 def source_inputs(config: RunConfig, read: Mapping[str, str]) -> dict[str, Input]:
     """Return the inputs `data.pool`, `data.validation`, `data.test` of which `read` has the examples' hash."""
     data = config.data
@@ -209,7 +221,7 @@ def model_inputs(config: RunConfig) -> dict[str, Input]:
     """
     inputs = {"model.path": Input(config.model.path, _model_hashes(config.model.path, config.model))}
     if config.model.adapter is not None:
-        inputs["model.adapter"] = Input(config.model.adapter, _adapter_hashes(config.model.adapter, config.model))
+        inputs["model.adapter"] = Input(config.model.adapter, adapter_hashes(config.model.adapter, config.model))
         if config.influence.checkpoints:
             hashes = checkpoint_hashes(config.model.adapter)
             inputs["the checkpoints of model.adapter"] = Input(config.model.adapter, hashes, SCORES)
@@ -257,8 +269,8 @@ def _model_hashes(path: str, model: ModelConfig) -> dict[str, str]:
     return model_hashes(path, model.trust_remote_code)
 
 
-def _adapter_hashes(path: str, model: ModelConfig) -> dict[str, str]:
-    """SHA-256 by file name of a peft adapter, or of the whole fine-tuned model that the folder holds instead."""
+def adapter_hashes(path: str, model: ModelConfig) -> dict[str, str]:
+    """Return SHA-256 by file name of a peft adapter, or of the whole fine-tuned model that the folder holds instead."""
     if _file(path, "adapter_config.json") is None:
         return _model_hashes(path, model)
     names = ("adapter_config.json", "adapter_model.safetensors")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from influence_fast.errors import listing
+from influence_fast.selection.strategies import PASS_RATE, STRATEGIES, needed_columns
 
 # kinds of dependence: the keys of `_PIECES`
 EVERYTHING = "everything"
@@ -22,19 +23,28 @@ PASS_RATES = "pass rates"
 PRUNED = "pruned"
 
 _SCORED = ("scoring_seconds.json", "baselines/*.json")
-_PRUNED_CELLS = "cells/*-*-seed*.json"  # all but full-seed0.json, which is selected by no score
+
+
+def _cells(strategy: str) -> tuple[str, ...]:
+    """What is made of a selection: the fine-tunings of a strategy, and what judged them."""
+    return tuple(
+        place.format(f"{strategy}-*-seed*") for place in ("adapters/{}", "evaluations/{}.json", "cells/{}.json")
+    )
+
+
+_PRUNED_CELLS = _cells("*")  # all but full-seed0, which is selected by no score
 _JUDGED = ("evaluations/*.json", "cells/*.json")
 _PROVED = ("retrained/*.npz", "validate/*.npz")
 _PIECES = {
     EVERYTHING: ("adapters/*", "store*/manifest.json", "own_answers.json", *_SCORED, *_JUDGED, *_PROVED),
     TARGET: ("adapters/full-*", "adapters/*-*-seed*", *_JUDGED),
-    QUESTIONS: ("own_answers.json", *_SCORED, _PRUNED_CELLS, *_PROVED),
-    SCORES: (*_SCORED, _PRUNED_CELLS),
-    ANSWERS: ("own_answers.json", *_SCORED, *_JUDGED, "retrained/*.npz"),
+    QUESTIONS: ("own_answers.json", *_SCORED, *_PRUNED_CELLS, *_PROVED),
+    SCORES: (*_SCORED, *_PRUNED_CELLS),
+    ANSWERS: ("own_answers.json", *_SCORED, _PRUNED_CELLS[0], *_JUDGED, "retrained/*.npz"),
     JUDGEMENTS: ("own_answers.json", "baselines/pass_rate.json", *_JUDGED, "retrained/*.npz"),
     TEST: (*_JUDGED, "retrained/*.npz"),
     PASS_RATES: ("baselines/pass_rate.json",),
-    PRUNED: (_PRUNED_CELLS,),
+    PRUNED: _PRUNED_CELLS,
 }
 _SETTINGS = {
     "target_model": TARGET,
@@ -51,9 +61,29 @@ _SETTINGS = {
 
 def finished(folder: Path, kind: str) -> list[str]:
     """Return the finished pieces in a run's folder that depend on a setting or input of this kind, by relative name."""
-    found = (path for pattern in _PIECES[kind] for path in sorted(folder.glob(pattern)))
+    return list(dict.fromkeys(name for pattern in _patterns(kind) for name in _matches(folder, pattern)))
+
+
+def _patterns(kind: str) -> list[str]:
+    """Those of `_PIECES`, and of the strategies that read pass rates where these are of the kind."""
+    by_pass_rate = [
+        name for name in STRATEGIES if kind in (PASS_RATES, JUDGEMENTS) and PASS_RATE in needed_columns([name])
+    ]
+    return [*_PIECES[kind], *(pattern for name in by_pass_rate for pattern in _cells(name))]
+
+
+def _beside(pattern: str) -> list[str]:
+    """What a selection leaves beside adapters that `pattern` finds: written again with them, but not for a strategy
+    that is left out meanwhile."""
+    place, _, cell = pattern.partition("/")
+    if place != "adapters" or "-*-seed*" not in cell:
+        return []
+    return [f"pruned/{cell.removesuffix('-seed*')}", f"transcripts/{cell}"]
+
+
+def _matches(folder: Path, pattern: str) -> list[str]:
     # a hidden name is an unfinished fine-tuning, which is found again by a digest of all that it depends on
-    return list(dict.fromkeys(str(path.relative_to(folder)) for path in found if not path.name.startswith(".")))
+    return [str(path.relative_to(folder)) for path in sorted(folder.glob(pattern)) if not path.name.startswith(".")]
 
 
 def kind_of_setting(key: str, *, own_answers: bool, decontaminated: bool) -> str:
@@ -68,12 +98,19 @@ def kind_of_setting(key: str, *, own_answers: bool, decontaminated: bool) -> str
     return EVERYTHING if kind == TEST and decontaminated else kind
 
 
-def way_out(pieces: list[str], kinds: set[str]) -> str:
-    """Return the end of a message that refuses a change: what can be deleted of the run for the change to be taken.
+def way_out(folder: Path, kinds: set[str], also: tuple[str, ...] = ()) -> str:
+    """Return the end of a message that refuses a change: all that has to go from the run for the change to be taken.
 
-    pieces: the finished ones that stand in the way. Empty where the fine-tuning is one of them: nothing would be left.
+    kinds: what the change is of. also: names that have to go besides. Several pieces of a sort are named by the pattern
+    that finds them and no others. Empty where the fine-tuning is one of them: nothing would be left.
     """
     if EVERYTHING in kinds or TARGET in kinds:
         return ""
-    names = dict.fromkeys(name.partition("/")[0] for name in pieces)
+    patterns = [pattern for kind in sorted(kinds) for pattern in _patterns(kind)]
+    names, covered = dict.fromkeys(also), set(also)
+    for pattern in (one for first in patterns for one in (first, *_beside(first))):
+        found = _matches(folder, pattern)
+        if not covered.issuperset(found):
+            names[found[0] if len(found) == 1 else pattern] = None
+            covered.update(found)
     return f", or delete what was made with the other: {listing(names, limit=len(names))}"

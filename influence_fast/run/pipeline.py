@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import sys
 import time
@@ -34,10 +35,10 @@ from influence_fast.influence.checkpoints import (
 from influence_fast.influence.queries import Queries, make_queries, own_answers, with_tasks
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import InfluenceConfig
-from influence_fast.report.explain import EXPLAINED
+from influence_fast.report.explain import DIRECTIONS, EXPLAINED
 from influence_fast.report.page import save_results, write_report
 from influence_fast.report.ranking_plot import plot_ranking_over_training
-from influence_fast.run.inputs import model_inputs, split_inputs, tokenizer_inputs
+from influence_fast.run.inputs import adapter_hashes, hash_files, model_inputs, split_inputs, tokenizer_inputs
 from influence_fast.run.pieces import PRUNED, finished
 from influence_fast.run.results import cell_name, collect, known_harmful
 from influence_fast.run.scoring import explained_scores
@@ -50,6 +51,7 @@ from influence_fast.training.fine_tuning import TrainResult, finetune, finetuned
 from influence_fast.training.models import adapter_warnings, check_tokenizer, fit_vocabulary, load_model, load_tokenizer
 
 SCORES = "scores.parquet"
+EXPLAINED_COUNT = "explained_count"
 
 
 class Pipeline:
@@ -76,17 +78,25 @@ class Pipeline:
         self.warnings = [*self.folder.warnings, *self.splits.warnings]
         self.inputs = inputs
 
-    def _once(self, name: str, work: Callable[[], Any]) -> Any:
+    def _once(self, name: str, work: Callable[[], Any], of: Any = None, *, unsaid: bool = True) -> Any:
+        """`RunFolder.once`; a finished piece that says it was made of other JSON than `of` is made again, or where
+        `unsaid` is False also one that says nothing."""
+        digest = None
+        if of is not None:
+            digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
+            self.folder.forget_other(name, digest, unsaid=unsaid)
         if self.talks and not self.folder.has(name):
             print(f"{time.perf_counter() - self.started:7.1f} s  {name}", file=sys.stderr, flush=True)
-        return self.folder.once(name, work)
+        return self.folder.once(name, work, digest)
 
     def run(self) -> dict[str, Any]:
         """Everything, to `report.html` and `results.json`; returns what the report shows."""
         # scores first: with two models the one that scored makes room for the one that is fine-tuned
         reference = self.reference_adapter()
         self.warnings += self._once(
-            "adapter", lambda: adapter_warnings(str(reference), self.base, self.config.model.path)
+            "adapter",
+            lambda: adapter_warnings(str(reference), self.base, self.config.model.path),
+            adapter_hashes(str(reference), self.config.model),
         )
         queries = self.queries(reference)
         self.warnings += queries.warnings
@@ -170,7 +180,10 @@ class Pipeline:
                 "cut": result.truncated / len(result.items),
             }
 
-        return self._once(f"evaluations/{name}", work)
+        # A process may have ended after the evaluation and before its cell, and the selection have become another. The
+        # weights alone tell: peft writes the lists of an adapter's settings in any order.
+        judged = None if adapter is None else hash_files(Path(adapter).glob("*.safetensors"))
+        return self._once(f"evaluations/{name}", work, judged, unsaid=False)
 
     # ---- scores --------------------------------------------------------------------------------------------
 
@@ -204,6 +217,7 @@ class Pipeline:
         def work() -> dict[str, float]:
             for column in BASELINE_COLUMNS:
                 self.folder.forget(f"baselines/{column}")  # of a table that is replaced
+            self.folder.forget(EXPLAINED_COUNT)
             if self.config.influence.checkpoints:
                 table, seconds = self._over_checkpoints(Path(adapter), queries)
             else:
@@ -220,11 +234,38 @@ class Pipeline:
                 )
             self.folder.forget("scoring_seconds")  # nothing was selected by it yet
         self._once("scoring_seconds", work)
+        self._explain(adapter, queries)
         for column in sorted(self.needs.intersection(BASELINE_COLUMNS)):
             self._once(f"baselines/{column}", functools.partial(self._add_baseline, column, queries))
         table = ScoreTable.load(self.folder / SCORES)
         table.save(self.folder / "scores.csv")  # for people, who may have changed it
         return table
+
+    def _explain(self, adapter: str | Path, queries: Queries) -> None:
+        """Has the lists of single answers be those of `influence.explain`: scores again, from the gradients that are
+        kept, where they are others or not there."""
+        influence = self.config.influence
+        wanted = 0 if influence.checkpoints else influence.explain
+        files = [self.folder / f"{EXPLAINED}{suffix}" for suffix in (".jsonl", ".html")]
+        if wanted == 0:
+            for file in files:
+                file.unlink(missing_ok=True)
+        elif not all(file.exists() for file in files) or self._explained_count() != wanted:
+            self.folder.forget(EXPLAINED_COUNT)
+            self._score_under(adapter, queries, "store", influence)
+        self.folder.forget_other(EXPLAINED_COUNT, str(wanted), unsaid=False)
+        self.folder.once(EXPLAINED_COUNT, lambda: wanted, str(wanted))
+
+    def _explained_count(self) -> int | None:
+        """How many examples the lists of single answers were asked for: as recorded, or before there was a record the
+        longest one's. None where they are damaged."""
+        try:
+            lines = (self.folder / f"{EXPLAINED}.jsonl").read_text(encoding="utf-8").splitlines()
+            longest = max((len(one[name]) for one in map(json.loads, lines) for name in DIRECTIONS), default=0)
+        except (ValueError, KeyError, TypeError):
+            return None
+        found: int = self.folder.value(EXPLAINED_COUNT, longest)
+        return found if lines else None
 
     def _damaged_table(self) -> str:
         """Why the score table is not one of this pool; empty where it is."""
@@ -348,7 +389,8 @@ class Pipeline:
             cell |= self._harmful(table, selection.drop)
             return cell | self._evaluate(f"{name}-seed{seed}", trained.path)
 
-        return self._once(f"cells/{name}-seed{seed}", work)
+        kept_ids = None if strategy == "full" else [table.ids[i] for i in selection.keep]
+        return self._once(f"cells/{name}-seed{seed}", work, kept_ids)
 
     def select(self, table: ScoreTable, strategy: str, fraction: float, seed: int) -> pruning.Selection:
         """What a strategy keeps of the scored pool and what it drops, near-duplicates included."""

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from influence_fast.config import DataConfig, RunConfig, Source
+from influence_fast.config import DataConfig, RunConfig
 from influence_fast.data.decontamination import contaminated, plain_prompt
-from influence_fast.data.examples import Example, TokenizedSet, load_examples, tokenize
+from influence_fast.data.examples import Example, TokenizedSet, tokenize
 from influence_fast.errors import ConfigError, DataError, listing
-from influence_fast.run.inputs import examples_hash
+from influence_fast.run.inputs import examples_hash, read_source
 from influence_fast.selection.difficulty import check_answers
 from influence_fast.selection.strategies import PASS_RATE, needed_columns
 
@@ -41,7 +41,7 @@ def load_splits(config: RunConfig, tokenizer: Any, target_tokenizer: Any) -> Spl
     """
     data = config.data
     sources = {"pool": data.pool, "validation": data.validation, "test": data.test}
-    found = {name: _examples(source) for name, source in sources.items() if source is not None}
+    found = {name: read_source(source) for name, source in sources.items() if source is not None}
     pool, validation, test = _held_out(data, config.seed, found)
     _check_graded(config, validation, test)
     set_aside: list[dict[str, str]] = []
@@ -138,15 +138,3 @@ def _about(tokens: TokenizedSet, count: int, data: DataConfig, whose: str = "") 
     if tokens.truncated:
         warnings.append(f"{len(tokens.truncated)} pool examples were cut to {data.max_length} tokens{whose}")
     return warnings
-
-
-def _examples(source: Source) -> list[Example]:
-    return load_examples(
-        source.path,
-        split=source.split,
-        format=source.format,
-        trace=source.trace,
-        limit=source.limit,
-        columns=source.columns,
-        turns=source.turns,
-    )

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from influence_fast.atomic import write_text
-from influence_fast.config import RunConfig
-from influence_fast.errors import ConfigError
-from influence_fast.run.inputs import INPUTS, Input, Recorded, changed, replaced
+from influence_fast.config import RunConfig, Source
+from influence_fast.errors import ConfigError, InfluenceFastError
+from influence_fast.run.inputs import CONTENTS, INPUTS, Input, Recorded, changed, examples_hash, read_source, replaced
 from influence_fast.run.pieces import EVERYTHING, finished, kind_of_setting, way_out
 from influence_fast.settings import difference, from_dict, parse_yaml, to_dict
 
@@ -43,6 +43,7 @@ def occupied(config: RunConfig) -> str:
     _take_equal_paths(before, now, path)
     for part in (before, now):
         _leave_out_what_can_grow(part)
+        _leave_out_what_changes_nothing(part)
     dependence = {
         "own_answers": before.get("influence", {}).get("queries") != "reference",
         "decontaminated": bool(before.get("data", {}).get("decontaminate")),
@@ -50,8 +51,11 @@ def occupied(config: RunConfig) -> str:
     while found := difference(before, now):
         key = found.partition(":")[0]
         kind = kind_of_setting(key, **dependence)
-        if pieces := finished(path, kind):
-            remedy = way_out(pieces, {kind}) or ", or delete this one"
+        if finished(path, kind) and (source := _same_examples(key, config, path)):
+            for part in (before, now):
+                _leave_out(part, source)
+        elif finished(path, kind):
+            remedy = way_out(path, {kind}) or ", or delete this one"
             return f"{path} holds a run of another configuration ({found}): choose another output folder{remedy}"
         for part in (before, now):
             _leave_out(part, key)
@@ -106,7 +110,7 @@ class RunFolder:
         if unchecked and not self._unchecked:
             self._unchecked = True
             self.warnings += [
-                f"{self.path} was begun without a record of its inputs (by an earlier version): whether its data, "
+                f"{self.path} was begun without a record of its inputs, or that was deleted: whether its data, "
                 f"models and adapter were the same before {INPUTS} was written cannot be checked"
             ]
 
@@ -173,10 +177,11 @@ class RunFolder:
         """Whether the piece `name` is finished; what of it can no longer be read is not."""
         return self._read(name) is not None
 
-    def once(self, name: str, work: Callable[[], Any]) -> Any:
+    def once(self, name: str, work: Callable[[], Any], of: str | None = None) -> Any:
         """The JSON value of `work()`, computed now or read from `<name>.json` if an earlier run finished it.
 
-        The seconds it took are kept with it; see `seconds`. A damaged file is made again, with a warning.
+        The seconds it took are kept with it; see `seconds`. A damaged file is made again, with a warning. of: a digest
+        of what the value is made of, kept with it too; see `forget_other`.
         """
         if (found := self._read(name)) is not None:
             return found["value"]
@@ -185,13 +190,24 @@ class RunFolder:
             warnings.warn(f"{path} is damaged, and is made again", stacklevel=2)
         start = time.perf_counter()
         value = work()
-        done = {"seconds": time.perf_counter() - start, "value": value}
+        done = {"seconds": time.perf_counter() - start, "value": value} | ({} if of is None else {"of": of})
         write_text(path, json.dumps(done) + "\n")
         return value
 
     def forget(self, name: str) -> None:
         """Have the piece `name` made again."""
         (self.path / f"{name}.json").unlink(missing_ok=True)
+
+    def forget_other(self, name: str, of: str, *, unsaid: bool) -> None:
+        """Have the piece `name` made again, with a warning, where it was made of something else than `of`.
+
+        unsaid: whether one that does not say of what, from an earlier version, is taken as it is.
+        """
+        found = self._read(name)
+        if found is None or found["of"] == of or (unsaid and found["of"] is None):
+            return
+        warnings.warn(f"{self.path / name}.json was made of something else, and is made again", stacklevel=2)
+        self.forget(name)
 
     def value(self, name: str, default: Any = None) -> Any:
         """Return the value of the finished piece `name`; the default where there is none."""
@@ -206,7 +222,7 @@ class RunFolder:
     def _read(self, name: str) -> dict[str, Any] | None:
         try:
             found = json.loads((self.path / f"{name}.json").read_text(encoding="utf-8"))
-            return {"value": found["value"], "seconds": float(found["seconds"])}
+            return {"value": found["value"], "seconds": float(found["seconds"]), "of": found.get("of")}
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
 
@@ -288,6 +304,33 @@ def _leave_out_what_can_grow(settings: Any) -> None:
     for name in ("strategies", "fractions"):
         grid.pop(name, None)
     grid["seeds"] = grid.get("seeds", [])[:1]
+
+
+def _leave_out_what_changes_nothing(settings: Any) -> None:
+    """The device, and a model's own tokenizer where it is named."""
+    for name in ("model", "target_model"):
+        model = settings.get(name)
+        if isinstance(model, dict):
+            model.pop("device", None)
+            if model.get("adapter") is None and model.get("tokenizer") == model.get("path"):
+                model["tokenizer"] = None
+
+
+def _same_examples(key: str, config: RunConfig, folder: Path) -> str:
+    """The source ("data.pool") whose setting `key` is, where it reads the examples that are recorded; else empty.
+
+    What a run is made of are the examples, however they are stored, read and named.
+    """
+    recorded = Recorded.load(folder)
+    name = ".".join(key.split(".")[:2])
+    source = getattr(config.data, name.removeprefix("data."), None) if key.startswith(f"{name}.") else None
+    if not isinstance(source, Source) or recorded is None or name not in recorded.inputs:
+        return ""
+    try:
+        read = examples_hash(read_source(source))
+    except (InfluenceFastError, OSError):  # reading it says what is wrong with it, where nothing else is
+        return ""
+    return name if recorded.inputs[name].hashes == {CONTENTS: read} else ""
 
 
 def _with_defaults(recorded: Any) -> Any:

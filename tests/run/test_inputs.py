@@ -282,10 +282,11 @@ def test_new_validation_questions_are_taken_once_what_they_made_is_deleted(world
     _undone(world, "cells", "evaluations", "scoring_seconds.json", "baselines")
     CHANGES["validation question"][0](world)
     with pytest.raises(
-        ConfigError, match=r"or delete what was made with the other: inputs\.json, own_answers\.json \(in "
+        ConfigError,
+        match=r"made with the other: inputs\.json, own_answers\.json, adapters/\*-\*-seed\*, pruned/",
     ):
         pipeline.Pipeline(_config(world), progress=False)
-    _undone(world, "own_answers.json", "inputs.json")
+    _undone(world, "own_answers.json", "inputs.json", *(f"adapters/{name}-25-seed0" for name in ("less", "embedding")))
     trained = (world / "run" / "adapters" / "full-seed0" / "training.json").read_bytes()
     pipeline.run(_config(world), progress=False)
     answers = json.loads((world / "run" / "own_answers.json").read_text())["value"]
