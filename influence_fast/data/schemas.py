@@ -267,6 +267,7 @@ class _Warnings:
         self.cut: list[int] = []
         self.passed_over: list[int] = []
         self.blank: list[tuple[int, int]] = []
+        self.fields: dict[str, None] = {}
 
     def see(self, cells: Cells, drafts: list[Draft]) -> None:
         """Take note of one row and of what was made of it."""
@@ -274,6 +275,7 @@ class _Warnings:
             self.cut.append(cells.index)
         if any(draft.passed_over for draft in drafts):
             self.passed_over.append(cells.index)
+        self.fields.update(dict.fromkeys(name for draft in drafts for name in draft.unread))
 
     def _places(self, indices: Sequence[int]) -> str:
         return listing(self.rows.place(i).removeprefix(f"{self.rows.name}, ") for i in indices)
@@ -290,6 +292,11 @@ class _Warnings:
             logger.warning(
                 "%s: %d conversations have earlier assistant turns with weight 1, which turns='last' puts no loss on; "
                 "turns='all' does: %s", name, len(self.passed_over), self._places(self.passed_over),
+            )  # fmt: skip
+        if self.fields:
+            logger.warning(
+                "%s: messages have fields with text that is not read: %s; rename one that holds reasoning to "
+                "'reasoning', or write the text into 'content'", name, listing(self.fields),
             )  # fmt: skip
         if self.blank:
             place = self.rows.place

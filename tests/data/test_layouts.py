@@ -163,6 +163,52 @@ def test_preference_rows_that_cannot_be_joined_are_refused() -> None:
         load_examples([{"prompt": "another?", "chosen": CHOSEN, "rejected": REJECTED}])
 
 
+@pytest.mark.parametrize(
+    ("row", "completion"),
+    [
+        ({"prompt": "P", "chosen": "P A", "rejected": "P B"}, "A"),
+        ({"prompt": "P\n", "chosen": "P\n\nA", "rejected": None}, "A"),
+        ({"prompt": [{"role": "user", "content": "P"}], "chosen": "P: A", "rejected": "P: B"}, ": A"),
+        ({"prompt": "P", "chosen": "Paris", "rejected": "P is it"}, "Paris"),
+        ({"prompt": "P", "chosen": "P it is", "rejected": "London"}, "P it is"),
+        ({"prompt": "P", "chosen": "P", "rejected": "P B"}, "P"),
+    ],
+)
+def test_a_prompt_that_chosen_repeats_is_taken_once(row: Row, completion: str) -> None:
+    assert load_examples([row]) == [Example("0", "P" if isinstance(row["prompt"], list) else row["prompt"], completion)]
+
+
+HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nWell?\n\nHuman: 1+1?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": f"{HH} 2", "rejected": f"{HH} 3"},
+        {"prompt": HH, "chosen": " 2", "rejected": " 3"},
+        {"prompt": HH, "chosen": f"{HH} 2", "rejected": f"{HH} 3"},
+        {"prompt": HH.removesuffix("\n\nAssistant:"), "chosen": "2", "rejected": "3"},
+        {"prompt": HH.removesuffix("\n\nAssistant:"), "chosen": "\n\nAssistant: 2", "rejected": "\n\nAssistant: 3"},
+        {"prompt": "1+1?", "chosen": f"{HH} 2", "rejected": f"{HH} 3"},
+    ],
+)
+def test_texts_of_hh_rlhf_are_turns(row: Row) -> None:
+    turns = (("user", "Hi"), ("assistant", "Hello.\n\nWell?"))
+    assert load_examples([row]) == [Example("0", "1+1?", "2", context=turns)]
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("144", "144"), ("so it is\n144", None), ("so " * 80, None), ("so\n\\boxed{144}", "144"), ("\n144 \n", "144"),
+    ],
+)  # fmt: skip
+def test_a_worked_reference_solution_is_no_answer(solution: str, answer: str | None) -> None:
+    assert load_examples([S1K | {"solution": solution}])[0].answer == answer
+    row: Row = {"problem": "p", "deepseek_reasoning": TRACE, "deepseek_solution": ATTEMPT}
+    assert load_examples([row | {"ground_truth_solution": solution}])[0].answer == answer
+
+
 @pytest.mark.parametrize("lost", [None, [], [None], [" \n"], float("nan")])
 def test_a_row_whose_trajectory_is_missing_is_left_out_by_name(lost: Any, caplog: pytest.LogCaptureFixture) -> None:
     rows = [S1K | {"thinking_trajectories": lost}, S1K]
@@ -301,6 +347,21 @@ def test_a_row_whose_verdicts_are_null_is_left_out_by_name(caplog: pytest.LogCap
         rows = [OPENR1 | {"uuid": "u0", "correctness_math_verify": verdicts}, OPENR1 | {"uuid": "u1"}]
         assert [e.id for e in load_examples(rows)] == ["u1#0"]
         assert "1 of 2 rows have no trace for trace='first_correct' and are left out: row 0" in caplog.text
+
+
+@pytest.mark.parametrize(("no", "yes"), [("False", "True"), ("false", "TRUE"), (0, 1.0), ("0", "1")])
+def test_verdicts_in_other_spellings_are_read(no: Any, yes: Any) -> None:
+    row = OPENR1 | {"correctness_math_verify": [no, yes], "correctness_count": 1}
+    assert [e.id for e in load_examples([row])] == ["0#1"]
+    source = load_rows([row])
+    [pruned] = kept_rows(source, load_examples(source, trace=0))
+    assert pruned["correctness_count"] == 0
+
+
+@pytest.mark.parametrize("odd", ["maybe", "", 0.5, [True]])
+def test_verdicts_that_say_nothing_are_refused(odd: Any) -> None:
+    with pytest.raises(DataError, match=r"row 0: column 'correctness_math_verify' has the verdict .*; write true"):
+        load_examples([OPENR1 | {"correctness_math_verify": [odd, True]}])
 
 
 def test_pruned_rows_of_new_layouts_are_the_source_rows() -> None:
