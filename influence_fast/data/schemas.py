@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 
 ID_COLUMNS = ("id", "uuid", "unique_id")
 
+# What pandas reads as null from CSV, in lower case.
+_CSV_NULLS = ("", "nan", "-nan", "na", "n/a", "#n/a", "#na", "<na>", "none", "null", "nat")
+
 _SAMPLE = 32  # rows that tell apart schemas of the same columns
 
 
@@ -243,11 +246,12 @@ def _sample(rows: Rows, schema: Schema, columns: Mapping[str, str | None]) -> li
 
 
 def _no_schema(rows: Rows) -> DataError:
-    prompt, completion = likely_columns(rows.columns)
+    prompt, completion, reasoning = likely_columns(rows.columns)
+    before = "" if reasoning is None else f', "reasoning": "{reasoning}"'
     schemas = "; ".join(f"{schema.name}: {', '.join(schema.required)}" for schema in SCHEMAS.values())
     return DataError(
         f"{rows.name}: the columns {', '.join(rows.columns)} fit no known schema; name yours with "
-        f'columns={{"prompt": "{prompt}", "completion": "{completion}"}} '
+        f'columns={{"prompt": "{prompt}", "completion": "{completion}"{before}}} '
         f"(known: {schemas})"
     )
 
@@ -268,6 +272,7 @@ class _Warnings:
         self.passed_over: list[int] = []
         self.blank: list[tuple[int, int]] = []
         self.fields: dict[str, None] = {}
+        self.verdicts: list[tuple[int, str]] = []
 
     def see(self, cells: Cells, drafts: list[Draft]) -> None:
         """Take note of one row and of what was made of it."""
@@ -293,6 +298,13 @@ class _Warnings:
                 "%s: %d conversations have earlier assistant turns with weight 1, which turns='last' puts no loss on; "
                 "turns='all' does: %s", name, len(self.passed_over), self._places(self.passed_over),
             )  # fmt: skip
+        if self.verdicts:
+            logger.warning(
+                "%s: %d labels are truths or numbers (%s), which name no kind of corruption, and are not read: %s; "
+                "write 'clean' or the kind as text", name, len(self.verdicts),
+                listing(dict.fromkeys(label for _, label in self.verdicts)),
+                self._places([index for index, _ in self.verdicts]),
+            )  # fmt: skip
         if self.fields:
             logger.warning(
                 "%s: messages have fields with text that is not read: %s; rename one that holds reasoning to "
@@ -317,12 +329,15 @@ def read_examples(
         logger.warning("%s: %s", rows.name, schema.remark)
     ids = id_column(rows, columns)
     wanted = schema.read(columns) | ({ids} if ids else set())
-    unread = UnreadColumns(rows.columns, wanted, {columns.get(name, name) for name in schema.ignored})
+    unread = UnreadColumns(rows, wanted, {columns.get(name, name) for name in schema.ignored})
     warnings, reading = _Warnings(rows), Reading(trace, turns)
     try:
         for index, row in enumerate(rows.read(wanted | unread.suspects)):
             cells = Cells(row, index, rows, columns)
             name, label = _row_id(cells, ids), _label(cells)
+            if label is not None and _is_verdict(label):
+                warnings.verdicts.append((index, label))
+                label = None
             drafts = schema.convert(cells, reading)
             warnings.see(cells, drafts)
             if schema.name == "openr1":
@@ -331,7 +346,7 @@ def read_examples(
             yield [_example(draft, name, label, index) for draft in drafts]
     finally:  # a reader that has enough stops in the middle
         warnings.say()
-        unread.say(logger, rows.name, schema, columns)
+        unread.say(logger, SCHEMAS.values(), schema, columns)
 
 
 def _example(draft: Draft, name: str, label: str | None, row: int) -> Example:
@@ -351,11 +366,22 @@ def _example(draft: Draft, name: str, label: str | None, row: int) -> Example:
 
 
 def _label(cells: Cells) -> str | None:
-    """The label of a row. In CSV the text "nan" is how a null was written: no kind of corruption is called so, whereas
-    an answer may be the word."""
+    """The label of a row.
+
+    In CSV a null is written as one of `_CSV_NULLS`: no kind of corruption is called so, whereas an answer may be.
+    """
     label = cells.optional("label")
     is_csv = cells.rows.suffix.startswith((".csv", ".tsv"))
-    return None if is_csv and label is not None and label.lower() == "nan" else label
+    return None if is_csv and label is not None and label.strip().lower() in _CSV_NULLS else label
+
+
+def _is_verdict(label: str) -> bool:
+    """Tell whether a label is a truth or a number, as KTO's are, which name no kind of corruption."""
+    try:
+        float(label)
+    except ValueError:
+        return label.strip().lower() in ("true", "false")
+    return True
 
 
 def _row_id(cells: Cells, column: str | None) -> str:

@@ -237,28 +237,39 @@ def test_columns_of_an_unknown_layout_are_proposed() -> None:
         load_examples([{"prompt": "p", "response": "r"}])
     with pytest.raises(DataError, match=r'columns=\{"prompt": "instruction", "completion": "long_cot"\}'):
         load_examples([{"instruction": "p", "long_cot": "r", "answer": "2"}])
+    columns = r'columns=\{"prompt": "Question", "completion": "Response", "reasoning": "Complex_CoT"\}'
+    with pytest.raises(DataError, match=columns):
+        load_examples([{"Question": "p", "Complex_CoT": "t", "Response": "r"}])
 
 
 # ---- columns that are not read ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("row", "columns"),
+    ("row", "columns", "remedy"),
     [
-        (S1K_11 | GEMINI, "gemini_thinking_trajectory, gemini_attempt"),
-        (S1K | {"cot": "a longer way"}, "cot"),
-        ({"question": "q", "solution": "144", "thinking": "12*12 is 144"}, "thinking"),
-        ({"problem": "p", "solution": "s", "r1_solution": "a trace"}, "r1_solution"),
-        ({"problem": "p", "solution": "s", "model_outputs": ["a trace"]}, "model_outputs"),
-        ({"prompt": "p", "completion": "c", "chain_of_thought": "t"}, "chain_of_thought"),
-        ({"messages": CHOSEN, "reasoning": "one and one"}, "reasoning"),
-        ({"prompt": "p", "completion": "c", "chosen": "t", "rejected": "u"}, "chosen"),
-        ({"conversations": CHOSEN, "messages": REJECTED}, "messages"),
+        (S1K_11 | GEMINI, "gemini_thinking_trajectory, gemini_attempt", 'format="s1k_gemini"'),
+        (S1K | {"cot": "a longer way"}, "cot", '"prompt": "question", "completion": "cot"'),
+        (
+            {"question": "q", "solution": "144", "thinking": "12*12 is 144"},
+            "thinking",
+            'columns={"prompt": "question", "completion": "solution", "reasoning": "thinking"}',
+        ),
+        ({"problem": "p", "solution": "s", "r1_solution": "a trace"}, "r1_solution", '"completion": "r1_solution"'),
+        ({"problem": "p", "solution": "s", "model_outputs": ["a t"]}, "model_outputs", '"completion": "model_outputs"'),
+        (
+            {"prompt": "p", "completion": "c", "chain_of_thought": "t"},
+            "chain_of_thought",
+            'columns={"prompt": "prompt", "completion": "completion", "reasoning": "chain_of_thought"}',
+        ),
+        ({"messages": CHOSEN, "reasoning": "one and one"}, "reasoning", "into the field 'reasoning' of the assistant"),
+        ({"prompt": "p", "completion": "c", "chosen": "t", "rejected": "u"}, "chosen", 'format="preference"'),
+        ({"conversations": CHOSEN, "messages": REJECTED}, "messages", 'format="messages"'),
     ],
 )
 @pytest.mark.parametrize("kind", ["list", "arrow"])
 def test_trace_columns_that_are_not_read_are_named(
-    row: Row, columns: str, kind: str, caplog: pytest.LogCaptureFixture
+    row: Row, columns: str, remedy: str, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     source: Any = [row]
     if kind == "arrow":
@@ -268,7 +279,50 @@ def test_trace_columns_that_are_not_read_are_named(
     load_examples(source)
     (record,) = caplog.records
     assert f"by name they hold traces: {columns}; " in record.getMessage()
-    assert f'"completion": "{columns.split(", ")[0]}"' in record.getMessage()
+    assert remedy in record.getMessage()
+
+
+NAMES = """
+r1_solution_1 r1_cot_1 trace_1 traces_r1 cot_solution long_solution predicted_solution distilled_solution
+deepseek_v3_solution claude_solution o1_answer llama_answer messages_r1 thought_process thinking_process
+reasoning_steps reasoning_text reasoning_chain chain_of_thought_text think steps step_by_step analysis reflection
+solutions candidates proof dialogue model_solution_text ReasoningTrace deepseekReasoning chainOfThought
+reasoning-content reasoning_content CoT COT cots gpt4o_answer qwen2_5_solution QwenSolution full_text ModelOutputs
+"""
+
+
+@pytest.mark.parametrize("name", [*NAMES.split(), "reasoning content", "R1 Solution"])
+def test_names_of_traces_are_known_in_every_spelling(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    load_examples([{"prompt": "p", "completion": "a completion", name: "VV"}])
+    (record,) = caplog.records
+    assert f"by name they hold traces: {name}; " in record.getMessage()
+
+
+@pytest.mark.parametrize("kind", ["list", "arrow"])
+def test_a_longer_text_that_is_not_read_is_named(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    source: Any = [{"prompt": "p", "completion": "so 2", "body": "one and one is two", "note": "by me"}] * 3
+    source.append(source[0] | {"completion": "so it is two, as everybody knows"})
+    if kind == "arrow":
+        from datasets import Dataset
+
+        source = Dataset.from_list(source)
+    load_examples(source)
+    (record,) = caplog.records
+    assert "longer texts than those that are trained on: body; to train on one" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"source": "https://example.org/a/long/address"},
+        {"text": "Asked: What is one and one? Answered: It is two."},
+        {"link": None, "score": 1e30, "tags": ["a", "b"]},
+        {"note": "a b c d"},
+    ],
+)
+def test_other_columns_are_no_loss(more: Row, caplog: pytest.LogCaptureFixture) -> None:
+    load_examples([{"prompt": "What is one and one?", "completion": "It is two.", **more}] * 2)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
