@@ -53,6 +53,7 @@ ID_COLUMNS = ("id", "uuid", "unique_id")
 # What pandas reads as null from CSV, in lower case.
 _CSV_NULLS = ("", "nan", "-nan", "na", "n/a", "#n/a", "#na", "<na>", "none", "null", "nat")
 
+_REPEATED = 16  # characters: an answer may begin with a shorter prompt by chance
 _SAMPLE = 32  # rows that tell apart schemas of the same columns
 
 
@@ -273,6 +274,8 @@ class _Warnings:
         self.blank: list[tuple[int, int]] = []
         self.fields: dict[str, None] = {}
         self.verdicts: list[tuple[int, str]] = []
+        self.repeating: list[int] = []
+        self.seen = 0
 
     def see(self, cells: Cells, drafts: list[Draft]) -> None:
         """Take note of one row and of what was made of it."""
@@ -280,6 +283,9 @@ class _Warnings:
             self.cut.append(cells.index)
         if any(draft.passed_over for draft in drafts):
             self.passed_over.append(cells.index)
+        self.seen += bool(drafts)
+        if any(len(draft.prompt) >= _REPEATED and draft.completion.startswith(draft.prompt) for draft in drafts):
+            self.repeating.append(cells.index)
         self.fields.update(dict.fromkeys(name for draft in drafts for name in draft.unread))
 
     def _places(self, indices: Sequence[int]) -> str:
@@ -297,6 +303,11 @@ class _Warnings:
             logger.warning(
                 "%s: %d conversations have earlier assistant turns with weight 1, which turns='last' puts no loss on; "
                 "turns='all' does: %s", name, len(self.passed_over), self._places(self.passed_over),
+            )  # fmt: skip
+        if 2 * len(self.repeating) > self.seen:  # a few may restate their question
+            logger.warning(
+                "%s: %d completions begin with their own prompt, which is then trained on; take it off them where it "
+                "is no part of the answer: %s", name, len(self.repeating), self._places(self.repeating),
             )  # fmt: skip
         if self.verdicts:
             logger.warning(

@@ -105,8 +105,7 @@ class UnreadColumns:
         long = [name for name in self._longer() if name not in self._found]
         if long:
             logger.warning(
-                '%s: not read by format "%s", though they hold longer texts than those that are trained on: %s; where '
-                "one holds traces %s",
+                '%s: not read by format "%s", though they hold longer texts than those that are trained on: %s; %s',
                 source, schema.name, listing(long), self._remedy(long, schemas, schema, columns),
             )  # fmt: skip
 

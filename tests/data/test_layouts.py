@@ -178,6 +178,16 @@ def test_a_prompt_that_chosen_repeats_is_taken_once(row: Row, completion: str) -
     assert load_examples([row]) == [Example("0", "P" if isinstance(row["prompt"], list) else row["prompt"], completion)]
 
 
+def test_completions_that_repeat_their_prompts_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    row = {"prompt": "What is one and one?", "completion": "What is one and one? It is two."}
+    load_examples([row, row | {"completion": "It is two."}])
+    assert not caplog.records
+    load_examples([row, row])
+    (record,) = caplog.records
+    assert "2 completions begin with their own prompt" in record.getMessage()
+    assert record.getMessage().endswith("row 0, row 1")
+
+
 HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nWell?\n\nHuman: 1+1?\n\nAssistant:"
 
 
