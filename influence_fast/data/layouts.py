@@ -105,6 +105,9 @@ def preference(cells: Cells, reading: Reading) -> list[Draft]:
         prompt = messages(cells, "prompt") if is_list else [Message("user", cells.text("prompt"))]
     if isinstance(cells.value("chosen"), list):
         chosen = messages(cells, "chosen")
+        asked = next((each.content for each in reversed([*prompt, *chosen]) if each.role == "user"), "")
+        if chosen and chosen[-1].role == "assistant":
+            chosen[-1] = replace(chosen[-1], content=_without_prompt(cells, asked, chosen[-1].content))
     else:
         prompt, chosen = _chosen_text(cells, prompt)
     whole = _after_system(cells, _joined(cells, prompt, chosen))
@@ -128,12 +131,21 @@ def _chosen_text(cells: Cells, prompt: list[Message]) -> tuple[list[Message], li
             f"column {cells.column('chosen')!r} is text, and there is no prompt to it; name the column of the "
             'prompt with columns={"prompt": "..."}'
         )
+    return prompt, [Message("assistant", _without_prompt(cells, asked, chosen))]
+
+
+def _without_prompt(cells: Cells, prompt: str, chosen: str) -> str:
+    """`chosen` without the prompt before it, where `rejected` begins with the prompt, too, or is null.
+
+    One that begins so by chance ("P" before "Paris") has another that does not.
+    """
     rejected = cells.maybe("rejected")
-    rest = _after_prompt(asked, chosen)
-    # One that begins so by chance ("P" before "Paris") has another that does not.
-    if rest and (not isinstance(rejected, str) or _after_prompt(asked, rejected) is not None):
-        chosen = rest
-    return prompt, [Message("assistant", chosen)]
+    if isinstance(rejected, list) and rejected and isinstance(rejected[-1], dict):
+        rejected = rejected[-1].get("content", rejected[-1].get("value"))
+    rest = _after_prompt(prompt, chosen)
+    if rest and (not isinstance(rejected, str) or _after_prompt(prompt, rejected) is not None):
+        return rest
+    return chosen
 
 
 def _after_prompt(prompt: str, text: str) -> str | None:

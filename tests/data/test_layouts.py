@@ -169,6 +169,14 @@ def test_preference_rows_that_cannot_be_joined_are_refused() -> None:
         ({"prompt": "P", "chosen": "P A", "rejected": "P B"}, "A"),
         ({"prompt": "P\n", "chosen": "P\n\nA", "rejected": None}, "A"),
         ({"prompt": [{"role": "user", "content": "P"}], "chosen": "P: A", "rejected": "P: B"}, ": A"),
+        (
+            {
+                "prompt": "P",
+                "chosen": [{"role": "assistant", "content": "P A"}],
+                "rejected": [{"role": "assistant", "content": "P B"}],
+            },
+            "A",
+        ),
         ({"prompt": "P", "chosen": "Paris", "rejected": "P is it"}, "Paris"),
         ({"prompt": "P", "chosen": "P it is", "rejected": "London"}, "P it is"),
         ({"prompt": "P", "chosen": "P", "rejected": "P B"}, "P"),
