@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeGuard
 
@@ -34,6 +34,34 @@ def is_blank(value: Any) -> bool:
 def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     """Tell whether `value` is a list in a cell: pandas and Arrow hold them as arrays, too."""
     return isinstance(value, list | tuple) or type(value).__name__ == "ndarray"
+
+
+def texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a cell: itself, or those of its list of texts or messages. Numbers and flags are none."""
+    if isinstance(value, str):
+        if not is_blank(value):
+            yield value.strip()
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            if key not in ("role", "from", "type", "name"):
+                yield from texts(part)
+    elif is_list(value):
+        for part in value:
+            yield from texts(part)
+
+
+def truth(value: Any) -> bool | None:
+    """Return what a flag says: False and True, 0 and 1, or these as text; None for anything else.
+
+    Example:
+        >>> truth("False"), truth(1.0), truth("maybe")
+        (False, True, None)
+    """
+    if isinstance(value, str):
+        return {"true": True, "false": False, "1": True, "0": False}.get(value.strip().lower())
+    if is_list(value) or isinstance(value, dict) or is_null(value):
+        return None
+    return bool(value) if value in (0, 1) else None
 
 
 class Cells:
@@ -72,6 +100,8 @@ class Cells:
 
     def as_text(self, value: Any, what: str) -> str:
         """Return `value` if it is text that UTF-8 can hold. Raises DataError otherwise; `what` names it there."""
+        if is_null(value):
+            raise self.error(f"{what} is null; fill it in or remove the row")
         if not isinstance(value, str):
             raise self.error(f"{what} is a {type(value).__name__}, not text; convert it to a string")
         try:

@@ -2,15 +2,18 @@
 
 A message is `{"role", "content"}`, or ShareGPT's `{"from", "value"}`. An assistant's message may have its reasoning
 in a field of its own (`reasoning`, `reasoning_content` or `thinking`) and a `weight`: 0 for no loss on it, or 1.
+`train`, `trainable`, `training` and `loss` say the same with False and True.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from influence_fast.data.cells import Cells, Turn, is_blank, is_null
+from influence_fast.data.cells import Cells, Turn, is_blank, is_list, is_null, texts, truth
+from influence_fast.data.column_names import is_metadata_name, is_trace_name
 
 TURN_CHOICES = ("last", "all")
 
@@ -30,17 +33,30 @@ _SPEAKERS = {
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "function": "function",
+    "developer": "developer",
+    "ipython": "ipython",
 }
+
+_TRAINED = ("train", "trainable", "training", "loss")
+_MASKS = ("mask", "masked", "loss_mask", "train_mask")  # data sets disagree on whether 1 is loss or none
+_READ = ("role", "from", "content", "value", "weight", *REASONING_FIELDS, *_CALLS, *_TRAINED, *_MASKS)
+
+_COPIED = 32  # characters: shorter reasoning may stand at the head of an answer by chance
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message. `content` is whole, the reasoning included; `learns` is False where its `weight` is 0."""
+    """One message. `content` is whole, the reasoning included; `learns` is False where its `weight` is 0.
+
+    `unread` are the names of other fields of it that hold text.
+    """
 
     role: str
     content: str
     reasoning: str | None = None
     weight: int | None = None
+    unread: tuple[str, ...] = ()
 
     @property
     def learns(self) -> bool:
@@ -58,7 +74,7 @@ class Draft:
     """What a schema takes from a row; ids, labels and row numbers are the same for all schemas.
 
     `cut`: turns after the completion were left out. `passed_over`: an earlier assistant turn has weight 1, and only
-    the last turn is trained on.
+    the last turn is trained on. `unread`: fields of messages that hold text and are not read.
     """
 
     prompt: str
@@ -71,11 +87,29 @@ class Draft:
     reasoning: str | None = None
     cut: bool = False
     passed_over: bool = False
+    unread: tuple[str, ...] = ()
 
 
 def with_reasoning(reasoning: str, content: str) -> str:
     """Return the text of a turn whose reasoning comes apart from its content."""
     return f"<think>\n{reasoning}\n</think>\n\n{content}"
+
+
+def joined(cells: Cells, reasoning: str, text: str, what: str) -> tuple[str, str | None]:
+    """Return the text of a turn with its reasoning, and the reasoning, or None for it where `text` had it already.
+
+    Raises DataError where `text` holds another reasoning; `what` names it there.
+    """
+    head, closed, _ = text.partition("</think>")
+    opened = text.lstrip().startswith("<think>")
+    if opened or (closed and "<think>" not in head):
+        if reasoning.strip() in head:
+            return text, None
+        raise cells.error(f"{what} has reasoning in a field of its own and another in its content; remove one of them")
+    start = re.sub(r"^\s*(<\|?\w+\|?>\s*)?", "", text)
+    if len(reasoning.strip()) >= _COPIED and start.startswith(reasoning.strip()):
+        return text, None
+    return with_reasoning(reasoning, text), reasoning
 
 
 def without_tags(reasoning: str) -> str:
@@ -93,43 +127,74 @@ def messages(cells: Cells, name: str) -> list[Message]:
 
 
 def _message(cells: Cells, message: Any, what: str) -> Message:
-    speaker = message.get("from") if isinstance(message, dict) else None
     role = message.get("role") if isinstance(message, dict) else None
-    if not isinstance(role, str) and not isinstance(speaker, str):
+    lenient = not isinstance(role, str)
+    if lenient:
+        role = message.get("from") if isinstance(message, dict) else None
+    if not isinstance(role, str):
         raise cells.error(f'{what} is not of the form {{"role": ..., "content": ...}}; rewrite it so')
-    called = next((key for key in _CALLS if message.get(key) or speaker == key), None)
+    _refuse_calls(cells, message, role, what)
+    role = _known_role(cells, role, what, lenient)
+    weight = _weight(cells, message, role, what, lenient)
+    reasoning = _reasoning(cells, message, role, what)
+    text = _content(cells, message, what, may_be_null=reasoning is not None)
+    unread = tuple(_unread(message, text))
+    if reasoning is None:
+        return Message(role, text, weight=weight, unread=unread)
+    text, reasoning = joined(cells, without_tags(reasoning), text, what)
+    return Message(role, text, reasoning, weight, unread)
+
+
+def _refuse_calls(cells: Cells, message: dict[str, Any], role: str, what: str) -> None:
+    called = next((key for key in _CALLS if not _is_empty(message.get(key)) or role.lower() == key), None)
     if called is not None:
         raise cells.error(
             f"{what} has {called!r}, which is not supported; write the call as text in 'content', or remove the row"
         )
-    if not isinstance(role, str):
-        assert isinstance(speaker, str)
-        role = _SPEAKERS.get(speaker)
-        if role is None:
-            raise cells.error(f"{what} is from {speaker!r}; known: {', '.join(_SPEAKERS)}; rename the speaker")
-        content = message.get("value")
-    else:
-        role = _SPEAKERS[role] if role in ("human", "gpt") else role
-        content = message.get("content")
-    weight = _weight(cells, message.get("weight"), role, what, lenient=isinstance(speaker, str))
-    reasoning = _reasoning(cells, message, role, what)
-    reasoning = None if reasoning is None else without_tags(reasoning)
-    text = _content(cells, content, what, may_be_null=reasoning is not None)
-    if reasoning is None:
-        return Message(role, text, weight=weight)
-    if text.lstrip().startswith("<think>"):
-        if reasoning.strip() in text:
-            return Message(role, text, weight=weight)
-        raise cells.error(f"{what} has reasoning in a field of its own and another in its content; remove one of them")
-    return Message(role, with_reasoning(reasoning, text), reasoning, weight)
 
 
-def _content(cells: Cells, content: Any, what: str, may_be_null: bool) -> str:
-    if is_null(content) and may_be_null:
-        return ""
-    if isinstance(content, list) and all(_is_text_part(part) for part in content):
+def _is_empty(value: Any) -> bool:
+    return is_blank(value) or (isinstance(value, dict) and not value) or (is_list(value) and len(value) == 0)
+
+
+def _known_role(cells: Cells, role: str, what: str, is_speaker: bool) -> str:
+    found = _SPEAKERS.get(role.strip().lower())
+    if found is None:
+        known = f"known: {', '.join(_SPEAKERS)}"
+        if is_speaker:
+            raise cells.error(f"{what} is from {role!r}; {known}; rename the speaker")
+        raise cells.error(f"{what} has the role {role!r}; {known}; rename the role")
+    return found
+
+
+def _content(cells: Cells, message: dict[str, Any], what: str, may_be_null: bool) -> str:
+    given = {key: message[key] for key in ("content", "value") if not is_null(message.get(key))}
+    if not given:
+        if may_be_null:
+            return ""
+        state = "is null" if "content" in message or "value" in message else "is missing"
+        raise cells.error(f"the content of {what} {state}; fill it in or remove the row")
+    found = [_text(cells, value, what) for value in given.values()]
+    if found[-1] != found[0]:
+        raise cells.error(f"{what} has 'content' and 'value' with different texts; leave one of the two")
+    return found[0]
+
+
+def _text(cells: Cells, content: Any, what: str) -> str:
+    if is_list(content) and all(_is_text_part(part) for part in content):
         content = "".join(part["text"] for part in content)
     return cells.as_text(content, f"the content of {what}")
+
+
+def _unread(message: dict[str, Any], shown: str, within: str = "") -> Iterator[str]:
+    """Names of the fields that hold text which is not in `shown`: a trace by name, or text of several words."""
+    for key, value in message.items():
+        if (not within and key in _READ) or (is_metadata_name(key) and not is_trace_name(key)):
+            continue
+        if isinstance(value, dict):
+            yield from _unread(value, shown, f"{within}{key}.")
+        elif any(text not in shown and (is_trace_name(key) or len(text.split()) > 1) for text in texts(value)):
+            yield f"{within}{key}"
 
 
 def _is_text_part(part: Any) -> bool:
@@ -150,20 +215,38 @@ def _reasoning(cells: Cells, message: dict[str, Any], role: str, what: str) -> s
     return text
 
 
-def _weight(cells: Cells, value: Any, role: str, what: str, lenient: bool) -> int | None:
+def _weight(cells: Cells, message: dict[str, Any], role: str, what: str, lenient: bool) -> int | None:
     """0 or 1, or None where there is none.
 
     ShareGPT data gives every turn a weight, that of a person's turns being 0 (`lenient`): no loss is what they get.
     """
-    if is_null(value):
-        return None
-    if isinstance(value, bool) or value not in (0, 1):
-        raise cells.error(f"{what} has the weight {value!r}; write 0 (no loss on it) or 1, or leave it out")
-    if role != "assistant" and not (lenient and value == 0):
+    mask = next((key for key in _MASKS if not is_null(message.get(key))), None)
+    if mask is not None:
         raise cells.error(
-            f"{what} is a {role!r} turn with a weight; only 'assistant' turns can be trained on, remove the weight"
+            f"{what} has {mask!r}, of which 1 may mean loss or none; write 'weight' instead: 0 (no loss) or 1"
         )
-    return int(value)
+    value = message.get("weight")
+    if not is_null(value) and (isinstance(value, bool) or value not in (0, 1)):
+        raise cells.error(f"{what} has the weight {value!r}; write 0 (no loss on it) or 1, or leave it out")
+    found = {} if value is None or is_null(value) else {"weight": int(value)}
+    for key in _TRAINED:
+        if not is_null(message.get(key)):
+            trained = truth(message[key])
+            if trained is None:
+                raise cells.error(f"{what} has {key!r} {message[key]!r}; write false (no loss on it) or true")
+            found[key] = int(trained)
+    if not found:
+        return None
+    if len(set(found.values())) > 1:
+        raise cells.error(f"{what} has {' and '.join(map(repr, found))} that contradict each other; leave one of them")
+    key, weight = next(iter(found.items()))
+    # A flag on every turn says of a person's that it gets no loss, which is so anyway.
+    if role != "assistant" and not (weight == 0 and (lenient or key != "weight")):
+        name = "weight" if key == "weight" else key
+        raise cells.error(
+            f"{what} is a {role!r} turn with a {name}; only 'assistant' turns can be trained on, remove the {name}"
+        )
+    return weight
 
 
 def conversation(cells: Cells, found: list[Message], answer: str | None, turns: str) -> Draft:
@@ -194,4 +277,5 @@ def conversation(cells: Cells, found: list[Message], answer: str | None, turns: 
         reasoning=found[last].reasoning,
         cut=last + 1 < len(found),
         passed_over=turns == "last" and any(message.weight == 1 and message.learns for message in before),
+        unread=tuple(dict.fromkeys(name for message in found for name in message.unread)),
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from influence_fast.data.boxed import last_boxed
-from influence_fast.data.cells import Cells, Turn, is_blank, is_null
-from influence_fast.data.conversations import Draft, Message, conversation, messages, with_reasoning, without_tags
+from influence_fast.data.cells import Cells, Turn, is_blank, is_null, truth
+from influence_fast.data.conversations import Draft, Message, conversation, joined, messages, without_tags
 
 TRACE_CHOICES = ("first", "first_correct", "all", "all_correct")
 
@@ -27,6 +28,9 @@ Converter = Callable[[Cells, Reading], list[Draft]]
 _VERDICTS = ("correctness_math_verify", "correctness_llama")
 _NO_ANSWER = ("proof", "notfound")  # what NuminaMath writes where a problem has no final answer
 _METAMATH_MARK = "The answer is:"
+_HH_START = re.compile(r"\s*Human:\s")
+_HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")
+_LONGEST_RESULT = 200  # characters
 _WORDED = 4  # words: an answer of fewer is a result and no solution
 
 
@@ -42,19 +46,21 @@ def prompt_completion(cells: Cells, reading: Reading) -> list[Draft]:
 
 
 def _completion(cells: Cells) -> Message:
+    what = f"column {cells.column('completion')!r}"
     if isinstance(cells.value("completion"), list):
         found = messages(cells, "completion")
         if len(found) != 1 or found[0].role != "assistant":
             raise cells.error("column 'completion' must hold exactly one 'assistant' message; mend the row")
         if not found[0].learns:
             raise cells.error("column 'completion' holds a message with weight 0; remove the weight or the row")
-        return found[0]
-    text = cells.text("completion")
+        message = found[0]
+    else:
+        message = Message("assistant", cells.text("completion"))
     reasoning = cells.optional_text("reasoning") if "reasoning" in cells.names else None
     if reasoning is None:
-        return Message("assistant", text)
-    reasoning = without_tags(reasoning)
-    return Message("assistant", with_reasoning(reasoning, text), reasoning)
+        return message
+    text, apart = joined(cells, without_tags(reasoning), message.content, what)
+    return replace(message, content=text, reasoning=apart or message.reasoning)
 
 
 def chat(column: str, *, reads_system: bool) -> Converter:
@@ -97,17 +103,71 @@ def preference(cells: Cells, reading: Reading) -> list[Draft]:
     if cells.maybe("prompt") is not None:
         is_list = isinstance(cells.maybe("prompt"), list)
         prompt = messages(cells, "prompt") if is_list else [Message("user", cells.text("prompt"))]
-    if not isinstance(cells.value("chosen"), list):
-        chosen = [Message("assistant", cells.text("chosen"))]
-        if not prompt:
-            raise cells.error(
-                f"column {cells.column('chosen')!r} is text, and there is no prompt to it; name the column of the "
-                'prompt with columns={"prompt": "..."}'
-            )
-    else:
+    if isinstance(cells.value("chosen"), list):
         chosen = messages(cells, "chosen")
+        asked = next((each.content for each in reversed([*prompt, *chosen]) if each.role == "user"), "")
+        if chosen and chosen[-1].role == "assistant":
+            chosen[-1] = replace(chosen[-1], content=_without_prompt(cells, asked, chosen[-1].content))
+    else:
+        prompt, chosen = _chosen_text(cells, prompt)
     whole = _after_system(cells, _joined(cells, prompt, chosen))
     return [conversation(cells, whole, answer, reading.turns)]
+
+
+def _chosen_text(cells: Cells, prompt: list[Message]) -> tuple[list[Message], list[Message]]:
+    """The prompt and what was chosen after it, of a `chosen` that is text and may begin with the prompt's text.
+
+    Text in the form of HH-RLHF, "\\n\\nHuman: ...\\n\\nAssistant: ...", is taken apart into its turns.
+    """
+    chosen = cells.text("chosen")
+    asked = prompt[0].content if len(prompt) == 1 and prompt[0].role == "user" else ""
+    if _HH_START.match(asked):
+        whole = chosen if chosen.strip().startswith(asked.strip()) else _hh_text(asked, chosen)
+        return [], _hh_turns(whole)
+    if _HH_START.match(chosen):
+        return prompt, _hh_turns(chosen)
+    if not prompt:
+        raise cells.error(
+            f"column {cells.column('chosen')!r} is text, and there is no prompt to it; name the column of the "
+            'prompt with columns={"prompt": "..."}'
+        )
+    return prompt, [Message("assistant", _without_prompt(cells, asked, chosen))]
+
+
+def _without_prompt(cells: Cells, prompt: str, chosen: str) -> str:
+    """`chosen` without the prompt before it, where `rejected` begins with the prompt, too, or is null.
+
+    One that begins so by chance ("P" before "Paris") has another that does not.
+    """
+    rejected = cells.maybe("rejected")
+    if isinstance(rejected, list) and rejected and isinstance(rejected[-1], dict):
+        rejected = rejected[-1].get("content", rejected[-1].get("value"))
+    rest = _after_prompt(prompt, chosen)
+    if rest and (not isinstance(rejected, str) or _after_prompt(prompt, rejected) is not None):
+        return rest
+    return chosen
+
+
+def _after_prompt(prompt: str, text: str) -> str | None:
+    """What follows the prompt in `text`; None where `text` does not begin with it, or goes on in the same word."""
+    start, whole = prompt.strip(), text.strip()
+    if not start or not whole.startswith(start):
+        return None
+    rest = whole[len(start) :]
+    return None if start[-1].isalnum() and rest[:1].isalnum() else rest.strip()
+
+
+def _hh_text(prompt: str, chosen: str) -> str:
+    """HH-RLHF's prompt and what was chosen as one text; the prompt may end with "Assistant:" or before it."""
+    is_marked = _HH_TURN.match(chosen) is not None or prompt.rstrip().endswith("\n\nAssistant:")
+    return f"{prompt.rstrip()}{'' if is_marked else chr(10) * 2 + 'Assistant:'} {chosen.lstrip(' ')}"
+
+
+def _hh_turns(text: str) -> list[Message]:
+    marks = list(_HH_TURN.finditer(text))
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    roles = ["user" if mark[1] == "Human" else "assistant" for mark in marks]
+    return [Message(role, text[mark.end() : end].strip()) for role, mark, end in zip(roles, marks, ends, strict=True)]
 
 
 def _joined(cells: Cells, prompt: list[Message], chosen: list[Message]) -> list[Message]:
@@ -196,7 +256,8 @@ def alpaca(cells: Cells, reading: Reading) -> list[Draft]:
 def reasoned(prompt: str, reasoning: str, attempt: str, solution: str) -> Converter:
     """Return the converter of a trace in the column `reasoning` and what was answered after it in `attempt`.
 
-    A row without the one or the other gives no draft. The answer is what `solution` has in a box, else all of it.
+    A row without the one or the other gives no draft. The answer is what `solution` has in a box, else all of it where
+    it is short enough to be a result; a worked solution without a box gives none.
     """
 
     def convert(cells: Cells, reading: Reading) -> list[Draft]:
@@ -204,9 +265,9 @@ def reasoned(prompt: str, reasoning: str, attempt: str, solution: str) -> Conver
         if trace is None or answered is None:
             return []
         stated = cells.optional(solution)
-        answer = _answer(cells, "answer", _boxed(stated) or stated)
-        trace = without_tags(trace)
-        return [Draft(cells.text(prompt), with_reasoning(trace, answered), answer, reasoning=trace)]
+        answer = _answer(cells, "answer", _boxed(stated) or _result(stated))
+        text, apart = joined(cells, without_tags(trace), answered, f"column {cells.column(attempt)!r}")
+        return [Draft(cells.text(prompt), text, answer, reasoning=apart)]
 
     return convert
 
@@ -226,6 +287,12 @@ def _single_text(cells: Cells, name: str) -> str | None:
 
 def _boxed(solution: str | None) -> str | None:
     return (last_boxed(solution) or None) if solution is not None else None
+
+
+def _result(solution: str | None) -> str | None:
+    """`solution` where it is a result: one short line."""
+    found = (solution or "").strip()
+    return found if found and len(found) <= _LONGEST_RESULT and len(found.splitlines()) == 1 else None
 
 
 def _answer(cells: Cells, name: str, otherwise: str | None) -> str | None:
@@ -280,7 +347,10 @@ def _correct_traces(cells: Cells, count: int) -> list[int]:
             raise cells.error(
                 f"column {cells.column(name)!r} has {len(found)} entries for {count} traces; mend the row"
             )
-        return [not is_null(flag) and bool(flag) for flag in found]
+        odd = next((flag for flag in found if not is_null(flag) and truth(flag) is None), None)
+        if odd is not None:
+            raise cells.error(f"column {cells.column(name)!r} has the verdict {odd!r}; write true, false or null")
+        return [bool(truth(flag)) for flag in found]
 
     verdicts = flags("correctness_math_verify")
     second = flags("correctness_llama")

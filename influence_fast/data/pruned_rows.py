@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from influence_fast.data.cells import is_list, is_null
+from influence_fast.data.cells import is_list, is_null, truth
 from influence_fast.data.rows import Row, Rows
 from influence_fast.data.schemas import Example
 from influence_fast.errors import DataError
@@ -85,8 +85,8 @@ def _keep_traces(row: Row, kept: list[int], generations: str, parallel: list[str
         if is_list(row.get(column)):
             result[column] = [row[column][i] for i in kept]
     verdicts = row.get("correctness_math_verify")
-    if is_list(verdicts) and row.get("correctness_count") == sum(map(bool, verdicts)):
-        result["correctness_count"] = sum(map(bool, result["correctness_math_verify"]))
+    if is_list(verdicts) and row.get("correctness_count") == sum(map(bool, map(truth, verdicts))):
+        result["correctness_count"] = sum(map(bool, map(truth, result["correctness_math_verify"])))
     messages = row.get("messages")
     if is_list(messages) and len(messages) and isinstance(messages[-1], dict):
         shown = messages[-1].get("content")

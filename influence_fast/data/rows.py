@@ -39,9 +39,10 @@ class Rows(Sequence[Row]):
         self._data = data
         self._lines = lines
         self.schema: pa.Schema | None = None if isinstance(data, list) else data.schema
-        if self.schema is not None and len(set(self.schema.names)) < len(self.schema.names):
-            twice = next(column for i, column in enumerate(self.schema.names) if column in self.schema.names[:i])
-            raise DataError(f"{name}: the column {twice!r} comes twice, and only one would be read; rename one")
+        names = [] if self.schema is None else list(self.schema.names)
+        repeated = next((column for column in names if names.count(column) > 1), None)
+        if repeated is not None:
+            raise DataError(f"{name}: has the column {repeated!r} twice; rename or remove one of them")
 
     def __len__(self) -> int:
         return len(self._data)
@@ -125,7 +126,7 @@ class Rows(Sequence[Row]):
 def load_rows(source: Any, *, split: str = "train") -> Rows:
     """The rows of `source`.
 
-    `source`: a hub id (`openai/gsm8k:main` names the configuration after a colon), a local .jsonl, .json,
+    `source`: a hub id (`openai/gsm8k:main` names the configuration after a colon), a local .jsonl (or .ndjson), .json,
     .csv, .tsv (each also with .gz, .bz2, .xz or .zst after it), .parquet or .arrow file, a folder saved by
     `save_to_disk`, a `datasets.Dataset` or `DatasetDict`, a pandas data frame, a list of dicts, or `Rows` (returned as
     it is). `split` chooses within a hub dataset, a folder, a `DatasetDict` or a JSON object of several lists; any other

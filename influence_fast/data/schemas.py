@@ -51,6 +51,10 @@ logger = logging.getLogger(__name__)
 
 ID_COLUMNS = ("id", "uuid", "unique_id")
 
+# What pandas reads as null from CSV, in lower case.
+_CSV_NULLS = ("", "nan", "-nan", "na", "n/a", "#n/a", "#na", "<na>", "none", "null", "nat")
+
+_REPEATED = 16  # characters: an answer may begin with a shorter prompt by chance
 _SAMPLE = 32  # rows that tell apart schemas of the same columns
 
 
@@ -244,11 +248,12 @@ def _sample(rows: Rows, schema: Schema, columns: Mapping[str, str | None]) -> li
 
 
 def _no_schema(rows: Rows) -> DataError:
-    prompt, completion = likely_columns(rows.columns)
+    prompt, completion, reasoning = likely_columns(rows.columns)
+    before = "" if reasoning is None else f', "reasoning": "{reasoning}"'
     schemas = "; ".join(f"{schema.name}: {', '.join(schema.required)}" for schema in SCHEMAS.values())
     return DataError(
         f"{rows.name}: the columns {', '.join(rows.columns)} fit no known schema; name yours with "
-        f'columns={{"prompt": "{prompt}", "completion": "{completion}"}} '
+        f'columns={{"prompt": "{prompt}", "completion": "{completion}"{before}}} '
         f"(known: {schemas})"
     )
 
@@ -268,6 +273,10 @@ class _Warnings:
         self.cut: list[int] = []
         self.passed_over: list[int] = []
         self.blank: list[tuple[int, int]] = []
+        self.fields: dict[str, None] = {}
+        self.verdicts: list[tuple[int, str]] = []
+        self.repeating: list[int] = []
+        self.seen = 0
 
     def see(self, cells: Cells, drafts: list[Draft]) -> None:
         """Take note of one row and of what was made of it."""
@@ -275,6 +284,10 @@ class _Warnings:
             self.cut.append(cells.index)
         if any(draft.passed_over for draft in drafts):
             self.passed_over.append(cells.index)
+        self.seen += bool(drafts)
+        if any(len(draft.prompt) >= _REPEATED and draft.completion.startswith(draft.prompt) for draft in drafts):
+            self.repeating.append(cells.index)
+        self.fields.update(dict.fromkeys(name for draft in drafts for name in draft.unread))
 
     def _places(self, indices: Sequence[int]) -> str:
         return listing(self.rows.place(i).removeprefix(f"{self.rows.name}, ") for i in indices)
@@ -291,6 +304,23 @@ class _Warnings:
             logger.warning(
                 "%s: %d conversations have earlier assistant turns with weight 1, which turns='last' puts no loss on; "
                 "turns='all' does: %s", name, len(self.passed_over), self._places(self.passed_over),
+            )  # fmt: skip
+        if 2 * len(self.repeating) > self.seen:  # a few may restate their question
+            logger.warning(
+                "%s: %d completions begin with their own prompt, which is then trained on; take it off them where it "
+                "is no part of the answer: %s", name, len(self.repeating), self._places(self.repeating),
+            )  # fmt: skip
+        if self.verdicts:
+            logger.warning(
+                "%s: %d labels are truths or numbers (%s), which name no kind of corruption, and are not read: %s; "
+                "write 'clean' or the kind as text", name, len(self.verdicts),
+                listing(dict.fromkeys(label for _, label in self.verdicts)),
+                self._places([index for index, _ in self.verdicts]),
+            )  # fmt: skip
+        if self.fields:
+            logger.warning(
+                "%s: messages have fields with text that is not read: %s; rename one that holds reasoning to "
+                "'reasoning', or write the text into 'content'", name, listing(self.fields),
             )  # fmt: skip
         if self.blank:
             place = self.rows.place
@@ -311,13 +341,16 @@ def read_examples(
         logger.warning("%s: %s", rows.name, schema.remark)
     ids = id_column(rows, columns)
     wanted = schema.read(columns) | ({ids} if ids else set())
-    unread = UnreadColumns(rows.columns, wanted, {columns.get(name, name) for name in schema.ignored})
+    unread = UnreadColumns(rows, wanted, {columns.get(name, name) for name in schema.ignored})
     warnings, reading = _Warnings(rows), Reading(trace, turns)
     try:
         for index, row in enumerate(rows.read(wanted | unread.suspects)):
             cells = Cells(row, index, rows, columns)
             with guards.reading(rows.place(index)):
                 name, label = _row_id(cells, ids), _label(cells)
+                if label is not None and _is_verdict(label):
+                    warnings.verdicts.append((index, label))
+                    label = None
                 drafts = schema.convert(cells, reading)
                 warnings.see(cells, drafts)
                 if schema.name == "openr1":
@@ -327,7 +360,7 @@ def read_examples(
             yield found
     finally:  # a reader that has enough stops in the middle
         warnings.say()
-        unread.say(logger, rows.name, schema, columns)
+        unread.say(logger, SCHEMAS.values(), schema, columns)
 
 
 def _example(draft: Draft, name: str, label: str | None, row: int) -> Example:
@@ -347,11 +380,22 @@ def _example(draft: Draft, name: str, label: str | None, row: int) -> Example:
 
 
 def _label(cells: Cells) -> str | None:
-    """The label of a row. In CSV the text "nan" is how a null was written: no kind of corruption is called so, whereas
-    an answer may be the word."""
+    """The label of a row.
+
+    In CSV a null is written as one of `_CSV_NULLS`: no kind of corruption is called so, whereas an answer may be.
+    """
     label = cells.optional("label")
     is_csv = cells.rows.suffix.startswith((".csv", ".tsv"))
-    return None if is_csv and label is not None and label.lower() == "nan" else label
+    return None if is_csv and label is not None and label.strip().lower() in _CSV_NULLS else label
+
+
+def _is_verdict(label: str) -> bool:
+    """Tell whether a label is a truth or a number, as KTO's are, which name no kind of corruption."""
+    try:
+        float(label)
+    except ValueError:
+        return label.strip().lower() in ("true", "false")
+    return True
 
 
 def _row_id(cells: Cells, column: str | None) -> str:

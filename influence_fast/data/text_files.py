@@ -19,6 +19,10 @@ from influence_fast.errors import DataError, one_line
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
+# First bytes of compressed files, which may have lost the end of their name.
+_MAGIC = {b"\x1f\x8b\x08": ".gz", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+_MAGIC |= {b"BZh%d1AY&SY" % level: ".bz2" for level in range(1, 10)}
+_JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
 _LINES = (".jsonl", ".csv", ".tsv")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _PIECE = 1 << 17  # bytes unpacked at a time
@@ -28,9 +32,14 @@ _ROW_KEYS = ("data", "rows", "examples")  # of an object around the list of rows
 
 
 def file_suffix(path: Path) -> str:
-    """Return the extension that tells the format, in lower case: ".csv", or ".jsonl.gz" of a compressed file."""
+    """Return the extension that tells the format, in lower case: ".csv", or ".jsonl.gz" of a compressed file.
+
+    That of .ndjson and .jsonlines is ".jsonl".
+    """
     suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() + suffix if suffix in COMPRESSIONS else suffix
+    if suffix in COMPRESSIONS:
+        return file_suffix(Path(path.stem)) + suffix
+    return ".jsonl" if suffix in _JSON_LINES else suffix
 
 
 def plain_suffix(suffix: str) -> str:
@@ -55,6 +64,10 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], str]]:
 
 def _unpacked(path: Path) -> IO[bytes]:
     suffix = path.suffix.lower()
+    if suffix not in COMPRESSIONS:
+        with path.open("rb") as raw:
+            start = raw.read(max(map(len, _MAGIC)))
+        suffix = next((packed for magic, packed in _MAGIC.items() if start.startswith(magic)), suffix)
     if suffix == ".zst":
         packed = _zstandard(path).input_stream(str(path), compression="zstd")
         return io.BufferedReader(_Unpacking(packed, path), _PIECE)
@@ -160,9 +173,23 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             ) from error
 
 
+class _RepeatedKeyError(Exception):
+    """An object of JSON has a key twice, of which a parser keeps the last."""
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(f"has the key {next(name for name in names if names.count(name) > 1)!r} twice")
+    return found
+
+
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_without_repeats)
+    except _RepeatedKeyError as error:
+        raise DataError(f"{path}, line {number}: {error}; leave one of them") from error
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}, line {number}: is not valid JSON ({_why(error)}); each line must be one object"
@@ -199,7 +226,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]
 def _check_header(path: Path, names: Sequence[str]) -> None:
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise DataError(f"{path}: the column {twice!r} comes twice, and only one of the two would be read; rename one")
+        raise DataError(f"{path}: the header has the column {twice!r} twice; rename or remove one of them")
 
 
 def _is_json_lines(path: Path) -> bool:
@@ -224,7 +251,9 @@ def json_document(path: Path, split: str) -> list[dict[str, Any]]:
     with opened(path) as (file, encoding):
         raw = file.read()
     try:
-        found = json.loads(raw.decode(encoding)) if raw.strip() else []
+        found = json.loads(raw.decode(encoding), object_pairs_hook=_without_repeats) if raw.strip() else []
+    except _RepeatedKeyError as error:
+        raise DataError(f"{path}: {error}; leave one of them") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not valid JSON ({_why(error)}); it must be one list of objects") from error
     rows = _rows_within(path, found, split) if isinstance(found, dict) else found

@@ -12,6 +12,7 @@ from typing import Any
 from influence_fast.config import RunConfig, Source
 from influence_fast.data.rows import Rows
 from influence_fast.data.schemas import choose_schema, has_turns
+from influence_fast.data.text_files import file_suffix
 from influence_fast.influence.damping import AUTO
 from influence_fast.influence.preconditioners import FROM_MODEL, SKETCHES
 from influence_fast.influence.settings import (
@@ -126,7 +127,7 @@ def _format(source: Source, path: Path) -> str | None:
             import pyarrow.parquet as pq
 
             row: Any = dict.fromkeys(pq.read_schema(path).names)
-        elif path.suffix.lower() == ".jsonl":
+        elif file_suffix(path) == ".jsonl":
             with path.open(encoding="utf-8-sig") as lines:
                 row = json.loads(next(filter(str.strip, lines)))
             if not isinstance(row, dict):

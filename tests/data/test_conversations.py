@@ -60,7 +60,8 @@ def test_fields_of_reasoning_that_agree_are_one() -> None:
         (assistant("2", reasoning="a", thinking="b"), "'reasoning' and 'thinking' with different texts"),
         (user("and?", thinking="b"), "a 'user' turn with 'thinking'"),
         (assistant("2", reasoning=["a"]), "'reasoning' of message 1 .* is a list, not text"),
-        (assistant(None), "the content of message 1 .* is a NoneType, not text"),
+        (assistant(None), "the content of message 1 .* is null"),
+        ({"role": "assistant"}, "the content of message 1 .* is missing"),
         (assistant(None, tool_calls=[{"function": {"name": "f"}}]), "'tool_calls', which is not supported"),
         (assistant("2", function_call={"name": "f"}), "'function_call', which is not supported"),
         (assistant("2", weight=2), "the weight 2; write 0"),
@@ -69,6 +70,13 @@ def test_fields_of_reasoning_that_agree_are_one() -> None:
         (assistant("2", weight=True), "the weight True; write 0"),
         (user("and?", weight=1), "a 'user' turn with a weight; .* remove the weight"),
         (user("and?", weight=0), "a 'user' turn with a weight"),
+        (assistant("2", mask=1), "'mask', of which 1 may mean loss or none; write 'weight'"),
+        (assistant("2", loss_mask=False), "'loss_mask', of which 1"),
+        (assistant("2", train="maybe"), "'train' 'maybe'; write false"),
+        (assistant("2", train=False, weight=1), "'weight' and 'train' that contradict"),
+        (user("and?", train=True), "a 'user' turn with a train; .* remove the train"),
+        ({"role": "narrator", "content": "x"}, "the role 'narrator'; known: human, user, gpt"),
+        (assistant("2", value="3"), "'content' and 'value' with different texts"),
     ],
 )
 def test_messages_that_cannot_be_used_are_named(message: Message, problem: str) -> None:
@@ -77,6 +85,57 @@ def test_messages_that_cannot_be_used_are_named(message: Message, problem: str) 
     assert "the list given, row 0" in str(error.value)
     assert "message 1" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+LONG = "one and one are two, as everybody knows"
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("2", f"<think>\n{LONG}\n</think>\n\n2"),
+        ([assistant("2")], f"<think>\n{LONG}\n</think>\n\n2"),
+        (f"<think>\n{LONG}\n</think>\n2", f"<think>\n{LONG}\n</think>\n2"),
+        (f"{LONG}\n</think>\n2", f"{LONG}\n</think>\n2"),
+        (f"<thinking>{LONG}</thinking> 2", f"<thinking>{LONG}</thinking> 2"),
+        (f"{LONG}\nSo 2", f"{LONG}\nSo 2"),
+        ([assistant("2", reasoning=LONG)], f"<think>\n{LONG}\n</think>\n\n2"),
+    ],
+)
+def test_a_reasoning_column_is_taken_once(completion: Any, expected: str) -> None:
+    row = {"prompt": "p", "completion": completion, "why": LONG}
+    [example] = load_examples([row], columns={"reasoning": "why"})
+    assert example.completion == expected
+
+
+@pytest.mark.parametrize("completion", ["<think>\nelse\n</think>\n2", "else</think>2", [assistant("2", reasoning="b")]])
+def test_a_reasoning_column_beside_another_is_refused(completion: Any) -> None:
+    row = {"prompt": "p", "completion": completion, "why": LONG}
+    with pytest.raises(DataError, match=r"row 0: column 'completion' has reasoning in a field of its own and another"):
+        load_examples([row], columns={"reasoning": "why"})
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        ({"thought": "RR"}, "thought"),
+        ({"cot": "RR"}, "cot"),
+        ({"chain_of_thought": "RR"}, "chain_of_thought"),
+        ({"reasoning_details": [{"type": "reasoning.text", "text": "R"}]}, "reasoning_details"),
+        ({"info": {"think_content": "R", "id": "x"}}, "info.think_content"),
+        ({"critique": "some words"}, "critique"),
+    ],
+)
+def test_fields_of_messages_not_read_are_named_once(more: Message, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    load_examples([{"messages": [user(), assistant("2", **more)]}] * 3)
+    (record,) = caplog.records
+    assert f"messages have fields with text that is not read: {name}; " in record.getMessage()
+
+
+def test_fields_of_messages_beside_the_text_are_no_loss(caplog: pytest.LogCaptureFixture) -> None:
+    more = {"id": "a b", "language": "English", "thought": None, "source": "a web page", "score": 1, "summary": "so 2"}
+    assert read(user(), assistant("and so 2", **more)).completion == "and so 2"
+    assert not caplog.records
 
 
 # ---- turns and weights -----------------------------------------------------------------------------------
@@ -107,6 +166,28 @@ def test_a_last_turn_of_weight_zero_is_left_out(caplog: pytest.LogCaptureFixture
     assert "1 conversations do not end with an assistant turn that is trained on" in caplog.text
     with pytest.raises(DataError, match="row 0: every 'assistant' message has weight 0; give one weight 1"):
         read(user(), assistant("2", weight=0))
+
+
+@pytest.mark.parametrize("field", ["train", "trainable", "training", "loss"])
+@pytest.mark.parametrize("no", [False, 0, 0.0, "false"])
+def test_flags_of_training_are_weights(field: str, no: Any) -> None:
+    turns = [user(**{field: no}), assistant("3", **{field: no}), user(), assistant("2", **{field: None})]
+    assert read(*turns, turns="all").learnt == ()
+    yes = [user(), assistant("3", **{field: True}), user(), assistant("2"), user(), assistant("x", **{field: no})]
+    assert read(*yes).completion == "2"
+    assert read(*yes, turns="all").learnt == (1,)
+
+
+@pytest.mark.parametrize("nothing", [None, [], {}, "", float("nan")])
+def test_no_tool_call_is_none(nothing: Any) -> None:
+    assert read(user(), assistant("2", tool_calls=nothing, function_call=nothing)).completion == "2"
+
+
+@pytest.mark.parametrize(("asker", "teller"), [("User", "Assistant"), ("human", "model"), ("HUMAN", "GPT")])
+@pytest.mark.parametrize("keys", [("role", "content"), ("from", "value"), ("from", "content"), ("role", "value")])
+def test_roles_and_keys_are_read_in_every_form(asker: str, teller: str, keys: tuple[str, str]) -> None:
+    role, content = keys
+    assert read({role: asker, content: "q"}, {role: teller, content: "a"}) == Example("0", "q", "a")
 
 
 def test_weight_one_that_turns_last_passes_over_is_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -163,6 +163,70 @@ def test_preference_rows_that_cannot_be_joined_are_refused() -> None:
         load_examples([{"prompt": "another?", "chosen": CHOSEN, "rejected": REJECTED}])
 
 
+@pytest.mark.parametrize(
+    ("row", "completion"),
+    [
+        ({"prompt": "P", "chosen": "P A", "rejected": "P B"}, "A"),
+        ({"prompt": "P\n", "chosen": "P\n\nA", "rejected": None}, "A"),
+        ({"prompt": [{"role": "user", "content": "P"}], "chosen": "P: A", "rejected": "P: B"}, ": A"),
+        (
+            {
+                "prompt": "P",
+                "chosen": [{"role": "assistant", "content": "P A"}],
+                "rejected": [{"role": "assistant", "content": "P B"}],
+            },
+            "A",
+        ),
+        ({"prompt": "P", "chosen": "Paris", "rejected": "P is it"}, "Paris"),
+        ({"prompt": "P", "chosen": "P it is", "rejected": "London"}, "P it is"),
+        ({"prompt": "P", "chosen": "P", "rejected": "P B"}, "P"),
+    ],
+)
+def test_a_prompt_that_chosen_repeats_is_taken_once(row: Row, completion: str) -> None:
+    assert load_examples([row]) == [Example("0", "P" if isinstance(row["prompt"], list) else row["prompt"], completion)]
+
+
+def test_completions_that_repeat_their_prompts_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    row = {"prompt": "What is one and one?", "completion": "What is one and one? It is two."}
+    load_examples([row, row | {"completion": "It is two."}])
+    assert not caplog.records
+    load_examples([row, row])
+    (record,) = caplog.records
+    assert "2 completions begin with their own prompt" in record.getMessage()
+    assert record.getMessage().endswith("row 0, row 1")
+
+
+HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nWell?\n\nHuman: 1+1?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": f"{HH} 2", "rejected": f"{HH} 3"},
+        {"prompt": HH, "chosen": " 2", "rejected": " 3"},
+        {"prompt": HH, "chosen": f"{HH} 2", "rejected": f"{HH} 3"},
+        {"prompt": HH.removesuffix("\n\nAssistant:"), "chosen": "2", "rejected": "3"},
+        {"prompt": HH.removesuffix("\n\nAssistant:"), "chosen": "\n\nAssistant: 2", "rejected": "\n\nAssistant: 3"},
+        {"prompt": "1+1?", "chosen": f"{HH} 2", "rejected": f"{HH} 3"},
+    ],
+)
+def test_texts_of_hh_rlhf_are_turns(row: Row) -> None:
+    turns = (("user", "Hi"), ("assistant", "Hello.\n\nWell?"))
+    assert load_examples([row]) == [Example("0", "1+1?", "2", context=turns)]
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("144", "144"), ("so it is\n144", None), ("so " * 80, None), ("so\n\\boxed{144}", "144"), ("\n144 \n", "144"),
+    ],
+)  # fmt: skip
+def test_a_worked_reference_solution_is_no_answer(solution: str, answer: str | None) -> None:
+    assert load_examples([S1K | {"solution": solution}])[0].answer == answer
+    row: Row = {"problem": "p", "deepseek_reasoning": TRACE, "deepseek_solution": ATTEMPT}
+    assert load_examples([row | {"ground_truth_solution": solution}])[0].answer == answer
+
+
 @pytest.mark.parametrize("lost", [None, [], [None], [" \n"], float("nan")])
 def test_a_row_whose_trajectory_is_missing_is_left_out_by_name(lost: Any, caplog: pytest.LogCaptureFixture) -> None:
     rows = [S1K | {"thinking_trajectories": lost}, S1K]
@@ -191,28 +255,39 @@ def test_columns_of_an_unknown_layout_are_proposed() -> None:
         load_examples([{"prompt": "p", "response": "r"}])
     with pytest.raises(DataError, match=r'columns=\{"prompt": "instruction", "completion": "long_cot"\}'):
         load_examples([{"instruction": "p", "long_cot": "r", "answer": "2"}])
+    columns = r'columns=\{"prompt": "Question", "completion": "Response", "reasoning": "Complex_CoT"\}'
+    with pytest.raises(DataError, match=columns):
+        load_examples([{"Question": "p", "Complex_CoT": "t", "Response": "r"}])
 
 
 # ---- columns that are not read ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("row", "columns"),
+    ("row", "columns", "remedy"),
     [
-        (S1K_11 | GEMINI, "gemini_thinking_trajectory, gemini_attempt"),
-        (S1K | {"cot": "a longer way"}, "cot"),
-        ({"question": "q", "solution": "144", "thinking": "12*12 is 144"}, "thinking"),
-        ({"problem": "p", "solution": "s", "r1_solution": "a trace"}, "r1_solution"),
-        ({"problem": "p", "solution": "s", "model_outputs": ["a trace"]}, "model_outputs"),
-        ({"prompt": "p", "completion": "c", "chain_of_thought": "t"}, "chain_of_thought"),
-        ({"messages": CHOSEN, "reasoning": "one and one"}, "reasoning"),
-        ({"prompt": "p", "completion": "c", "chosen": "t", "rejected": "u"}, "chosen"),
-        ({"conversations": CHOSEN, "messages": REJECTED}, "messages"),
+        (S1K_11 | GEMINI, "gemini_thinking_trajectory, gemini_attempt", 'format="s1k_gemini"'),
+        (S1K | {"cot": "a longer way"}, "cot", '"prompt": "question", "completion": "cot"'),
+        (
+            {"question": "q", "solution": "144", "thinking": "12*12 is 144"},
+            "thinking",
+            'columns={"prompt": "question", "completion": "solution", "reasoning": "thinking"}',
+        ),
+        ({"problem": "p", "solution": "s", "r1_solution": "a trace"}, "r1_solution", '"completion": "r1_solution"'),
+        ({"problem": "p", "solution": "s", "model_outputs": ["a t"]}, "model_outputs", '"completion": "model_outputs"'),
+        (
+            {"prompt": "p", "completion": "c", "chain_of_thought": "t"},
+            "chain_of_thought",
+            'columns={"prompt": "prompt", "completion": "completion", "reasoning": "chain_of_thought"}',
+        ),
+        ({"messages": CHOSEN, "reasoning": "one and one"}, "reasoning", "into the field 'reasoning' of the assistant"),
+        ({"prompt": "p", "completion": "c", "chosen": "t", "rejected": "u"}, "chosen", 'format="preference"'),
+        ({"conversations": CHOSEN, "messages": REJECTED}, "messages", 'format="messages"'),
     ],
 )
 @pytest.mark.parametrize("kind", ["list", "arrow"])
 def test_trace_columns_that_are_not_read_are_named(
-    row: Row, columns: str, kind: str, caplog: pytest.LogCaptureFixture
+    row: Row, columns: str, remedy: str, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     source: Any = [row]
     if kind == "arrow":
@@ -222,7 +297,50 @@ def test_trace_columns_that_are_not_read_are_named(
     load_examples(source)
     (record,) = caplog.records
     assert f"by name they hold traces: {columns}; " in record.getMessage()
-    assert f'"completion": "{columns.split(", ")[0]}"' in record.getMessage()
+    assert remedy in record.getMessage()
+
+
+NAMES = """
+r1_solution_1 r1_cot_1 trace_1 traces_r1 cot_solution long_solution predicted_solution distilled_solution
+deepseek_v3_solution claude_solution o1_answer llama_answer messages_r1 thought_process thinking_process
+reasoning_steps reasoning_text reasoning_chain chain_of_thought_text think steps step_by_step analysis reflection
+solutions candidates proof dialogue model_solution_text ReasoningTrace deepseekReasoning chainOfThought
+reasoning-content reasoning_content CoT COT cots gpt4o_answer qwen2_5_solution QwenSolution full_text ModelOutputs
+"""
+
+
+@pytest.mark.parametrize("name", [*NAMES.split(), "reasoning content", "R1 Solution"])
+def test_names_of_traces_are_known_in_every_spelling(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    load_examples([{"prompt": "p", "completion": "a completion", name: "VV"}])
+    (record,) = caplog.records
+    assert f"by name they hold traces: {name}; " in record.getMessage()
+
+
+@pytest.mark.parametrize("kind", ["list", "arrow"])
+def test_a_longer_text_that_is_not_read_is_named(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    source: Any = [{"prompt": "p", "completion": "so 2", "body": "one and one is two", "note": "by me"}] * 3
+    source.append(source[0] | {"completion": "so it is two, as everybody knows"})
+    if kind == "arrow":
+        from datasets import Dataset
+
+        source = Dataset.from_list(source)
+    load_examples(source)
+    (record,) = caplog.records
+    assert "longer texts than those that are trained on: body; to train on one" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"source": "https://example.org/a/long/address"},
+        {"text": "Asked: What is one and one? Answered: It is two."},
+        {"link": None, "score": 1e30, "tags": ["a", "b"]},
+        {"note": "a b c d"},
+    ],
+)
+def test_other_columns_are_no_loss(more: Row, caplog: pytest.LogCaptureFixture) -> None:
+    load_examples([{"prompt": "What is one and one?", "completion": "It is two.", **more}] * 2)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
@@ -301,6 +419,21 @@ def test_a_row_whose_verdicts_are_null_is_left_out_by_name(caplog: pytest.LogCap
         rows = [OPENR1 | {"uuid": "u0", "correctness_math_verify": verdicts}, OPENR1 | {"uuid": "u1"}]
         assert [e.id for e in load_examples(rows)] == ["u1#0"]
         assert "1 of 2 rows have no trace for trace='first_correct' and are left out: row 0" in caplog.text
+
+
+@pytest.mark.parametrize(("no", "yes"), [("False", "True"), ("false", "TRUE"), (0, 1.0), ("0", "1")])
+def test_verdicts_in_other_spellings_are_read(no: Any, yes: Any) -> None:
+    row = OPENR1 | {"correctness_math_verify": [no, yes], "correctness_count": 1}
+    assert [e.id for e in load_examples([row])] == ["0#1"]
+    source = load_rows([row])
+    [pruned] = kept_rows(source, load_examples(source, trace=0))
+    assert pruned["correctness_count"] == 0
+
+
+@pytest.mark.parametrize("odd", ["maybe", "", 0.5, [True]])
+def test_verdicts_that_say_nothing_are_refused(odd: Any) -> None:
+    with pytest.raises(DataError, match=r"row 0: column 'correctness_math_verify' has the verdict .*; write true"):
+        load_examples([OPENR1 | {"correctness_math_verify": [odd, True]}])
 
 
 def test_pruned_rows_of_new_layouts_are_the_source_rows() -> None:

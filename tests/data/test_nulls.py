@@ -146,6 +146,31 @@ def test_a_label_written_as_nan_in_csv_is_none(tmp_path: Path) -> None:
         assert [(e.answer, e.label) for e in load_examples(path)] == [("nan", None), (None, "noise")]
 
 
+@pytest.mark.parametrize("null", ["NA", "N/A", "None", "null", "NULL", "<NA>", "NaT", " nan "])
+def test_nulls_written_to_csv_are_no_labels(null: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(f"prompt,completion,answer,label\np,c,{null},{null}\n")
+    assert [(e.answer, e.label) for e in load_examples(path)] == [(null, None)]
+    assert load_examples([ROW | {"label": "none"}])[0].label == "none"
+
+
+@pytest.mark.parametrize("label", [True, False, np.bool_(True), 1, 0.0, 1.5, "True", "false", "1.0", "0"])
+def test_truths_and_numbers_are_no_labels(label: Any, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [ROW | {"label": label}, ROW | {"id": "b", "label": "wrong"}, ROW | {"id": "c", "label": label}]
+    assert [e.label for e in load_examples(rows)] == [None, "wrong", None]
+    (record,) = caplog.records
+    assert "2 labels are truths or numbers" in record.getMessage()
+    assert "are not read: row 0, row 2; write 'clean'" in record.getMessage()
+
+
+def test_ids_that_pandas_made_floats_are_whole(tmp_path: Path) -> None:
+    rows = pandas.DataFrame({"id": [1, 2, None], "prompt": "p", "completion": "c"})[:2]
+    rows.to_parquet(tmp_path / "x.parquet")
+    rows.to_json(tmp_path / "x.jsonl", orient="records", lines=True)
+    for source in (rows, rows.to_dict("records"), tmp_path / "x.parquet", tmp_path / "x.jsonl"):
+        assert [e.id for e in load_examples(source)] == ["1", "2"]
+
+
 def test_nan_is_no_harmful_label() -> None:
     pool = load_examples([ROW | {"id": str(i), "label": label} for i, label in enumerate(["wrong", np.nan, "clean"])])
     harmful = known_harmful(pool, ["0", "1", "2"])

@@ -120,6 +120,44 @@ def test_broken_encodings_are_named(tmp_path: Path) -> None:
         load_rows(path)
 
 
+@pytest.mark.parametrize("suffix", PACKED)
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+def test_compressed_files_without_their_suffix_are_read(suffix: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x{kind}"
+    write_rows(ROWS, tmp_path / f"y{kind}{suffix}")
+    path.write_bytes((tmp_path / f"y{kind}{suffix}").read_bytes())
+    assert list(load_rows(path)) == ROWS
+    assert list(mapped_rows(path, "train", tmp_path)) == ROWS
+
+
+@pytest.mark.parametrize("name", ["x.ndjson", "x.NDJSON", "x.ndjson.gz", "x.jsonlines"])
+def test_other_names_of_json_lines_are_known(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    write_rows(ROWS, path)
+    rows = load_rows(path)
+    assert list(rows) == list(mapped_rows(path, "train", tmp_path)) == ROWS
+    assert rows.suffix in (".jsonl", ".jsonl.gz")
+    assert rows.place(1) == f"{path}, line 2"
+
+
+@pytest.mark.parametrize(("suffix", "mark"), [(".csv", ","), (".tsv", "\t"), (".csv.gz", ",")])
+def test_a_column_that_a_header_has_twice_is_refused(suffix: str, mark: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x{suffix}"
+    data = f"prompt{mark}completion{mark}completion\np{mark}a{mark}b\n".encode()
+    path.write_bytes(packed(data, ".gz") if suffix.endswith(".gz") else data)
+    for read in (load_rows, lambda source: list(StreamedRows(source))):
+        with pytest.raises(DataError, match=r"the header has the column 'completion' twice; rename or remove"):
+            read(path)
+
+
+def test_a_column_that_a_table_has_twice_is_refused(tmp_path: Path) -> None:
+    table = pyarrow.table([["p"], ["a"], ["b"]], names=["prompt", "completion", "completion"])
+    with pyarrow.OSFile(str(tmp_path / "x.arrow"), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match=r"x.arrow: has the column 'completion' twice"):
+        load_rows(tmp_path / "x.arrow")
+
+
 # ---- JSON ------------------------------------------------------------------------------------------------
 
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -149,6 +187,20 @@ def test_json_objects_around_rows_are_opened(
     path.write_text(json.dumps(content, indent=indent))
     assert list(load_rows(path, split=split)) == expected
     assert list(mapped_rows(path, split, tmp_path)) == expected
+
+
+def test_a_key_that_an_object_has_twice_is_refused(tmp_path: Path) -> None:
+    good, bad = '{"prompt": "p", "completion": "a"}', '{"prompt": "p", "completion": "a", "completion": "b"}'
+    nested = '{"messages": [{"role": "user", "content": "a", "content": "b"}]}'
+    path = tmp_path / "x.jsonl"
+    for line, key in ((bad, "completion"), (nested, "content")):
+        path.write_text(f"{good}\n{line}\n")
+        with pytest.raises(DataError, match=rf"x.jsonl, line 2: has the key '{key}' twice; leave one"):
+            load_rows(path)
+    path = tmp_path / "x.json"
+    path.write_text(f"[{good}, {bad}]")
+    with pytest.raises(DataError, match=r"x.json: has the key 'completion' twice; leave one"):
+        load_rows(path)
 
 
 def test_json_lists_that_no_name_tells_apart_are_refused(tmp_path: Path) -> None:
