@@ -31,7 +31,8 @@ from influence_fast.gradients.memory import layer_bytes
 from influence_fast.gradients.projection import SIDED_KINDS, Projection
 from influence_fast.gradients.reduction import FullReducer, ProjectedReducer, Reducer
 from influence_fast.gradients.row_sketch import segment_sums
-from influence_fast.gradients.separation import agree, separation
+from influence_fast.gradients.referee import Referee, Tolerance
+from influence_fast.gradients.separation import Separation
 from influence_fast.gradients.step_inputs import StepInputs, StepShape
 from influence_fast.gradients.transfer import to_device
 
@@ -89,7 +90,8 @@ class GradientEngine:
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder = self.base.get_decoder()
         self.head = self.base.get_output_embeddings()
-        self.packs_are_separate = self._takes_bounds = True
+        self.mode = Separation(True)
+        self.referee: Referee | None = None  # while open; None for a model without numbers
         self._graphs_asked_for = cuda_graphs is True
         wanted = graphs.wanted() if cuda_graphs is None else cuda_graphs
         self._graphs_wanted = wanted is True
@@ -100,11 +102,22 @@ class GradientEngine:
         self._stack = contextlib.ExitStack()
         self._groups: list[InputGroup] = []
         self._fused_layers = Fused()
+        self._given: list[tuple[Any, Any]] = []  # modules whose forward is replaced, and their own
         self._layers: list[Any] = []  # those that can be computed again in the backward, and are not already
         self.room = _free_bytes(self.device)
         self._whole_model_logits = type(self.head) is not nn.Linear or any(
             getattr(text_config(self.base.config), name, None) not in (None, 1, 1.0) for name in _HEAD_TRANSFORMS
         )
+
+    @property
+    def packs_are_separate(self) -> bool:
+        """Whether several examples go in one pack; else one at a time."""
+        return self.mode.packs_pay
+
+    @property
+    def own_attention(self) -> bool:
+        """Whether the model keeps its own attention and mask."""
+        return self.mode.own_attention
 
     @property
     def width(self) -> int:
@@ -119,7 +132,9 @@ class GradientEngine:
                 weights = fp8.weights_of(self.linears, self.backend == "triton")
                 self.room = _free_bytes(self.device)  # less the copies
             self._layers = stack.enter_context(_recomputable(self.base)) if self.room is not None else []
-            stack.enter_context(attention.packed(self.base, self.decoder.config))
+            self._given_implementation = self.decoder.config._attn_implementation
+            forwards = {module: vars(module).get("forward") for module in self.base.modules()}
+            stack.enter_context(self._settled())
             inputs = self._probe()
             self._groups = self._group(inputs, weights)
             for group in self._groups:
@@ -127,6 +142,8 @@ class GradientEngine:
                     stack.enter_context(replaced_forward(member.layer, group, place))
             if self.backend == "triton":
                 self._fused_layers = stack.enter_context(fused(self.base, self.linears[0].weight.dtype))
+            self._given = [(m, own) for m, own in forwards.items() if vars(m).get("forward") is not own]
+            self._compare()
             if not self._graphs_wanted and self._kept(1) is None:
                 self.cuda_graphs = False  # a second pack's activations might not fit, and nothing would say so before
             if self.cuda_graphs:
@@ -137,7 +154,7 @@ class GradientEngine:
     def __exit__(self, *exc_info: Any) -> None:
         self._graphs = None
         self._stack.close()
-        self._groups = []
+        self._groups, self._given, self.referee = [], [], None
 
     def run(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients and losses of a pack: rows [E, k], losses [E] (reduced as the gradients are).
@@ -232,16 +249,102 @@ class GradientEngine:
 
     def _call(self, module: nn.Module, tokens: attention.PackedTokens, **kwargs: Any) -> Any:
         implementation = self.decoder.config._attn_implementation
-        return attention.call(module, implementation, tokens, with_bounds=self._takes_bounds, **kwargs)
+        return attention.call(
+            module,
+            implementation,
+            tokens,
+            with_bounds=self.mode.takes_bounds,
+            with_positions=not self.mode.own_attention,
+            **kwargs,
+        )
+
+    @contextlib.contextmanager
+    def _settled(self) -> Iterator[None]:
+        """While the block runs, the model's attention is the fastest that agrees with the plain forward."""
+        if self.device.type == "meta":  # a model without numbers, of which nothing but shapes is asked
+            with attention.packed(self.base, self.decoder.config):
+                self.mode = Separation(self.decoder.config._attn_implementation not in attention.REPLACED)
+                yield
+            return
+        self.referee = Referee(self.base, self.decoder, self.device)
+        if not self._whole_model_logits and self.referee.usable:
+            self._whole_model_logits = not self.referee.head_is_a_product(self.head)
+        with self.referee.settled(self._whole_model_logits) as self.mode:
+            yield
+
+    @torch.no_grad()
+    def _compare(self) -> None:
+        """Raise ModelError where this engine's outputs or losses of a few texts are not those of the plain forward."""
+        referee = self.referee
+        if referee is None:
+            return
+        if self.precision == fp8.FP8:
+            referee.tolerance = Tolerance.of(self.linears[0].weight.dtype, self.device, fp8=True)
+        seen: list[torch.Tensor] = []
+        module = self.base if self._whole_model_logits else self.decoder
+        handle = module.register_forward_hook(lambda _, __, output: seen.append(_outputs(output)))
+        errors, losses, wanted, texts = [], [], [], []
+        try:
+            for pack in referee.packs(self.packs_are_separate):
+                if len(pack.input_ids) == 1:
+                    continue  # a text of one token has no loss
+                found = self.losses(pack).tolist()
+                errors += referee.errors(pack, seen.pop(), self._whole_model_logits)
+                for place, loss in zip(pack.indices, found, strict=True):
+                    ids = referee.texts[place].ids
+                    if (plain := referee.texts[place].loss) is not None:
+                        counted = len(ids) - 1 if self.loss_reduction == "sum" else 1
+                        losses.append(loss / counted)
+                        wanted.append(plain)
+                        texts.append((ids, ids))
+        finally:
+            handle.remove()
+        if not referee.accepts(errors):
+            raise self._refusal(max(errors))
+        with self.as_given():
+            agreeing = referee.losses_agree(losses, wanted, texts) if referee.usable else [True]
+        if not all(agreeing):
+            raise self._refusal(max(abs(a - b) for a, b in zip(losses, wanted, strict=True)))
+
+    def _refusal(self, error: float) -> ModelError:
+        remedy = ""
+        if self.precision == fp8.FP8:
+            remedy = "leave precision at 'auto'"
+        elif self.backend == "triton":
+            remedy = "pass backend='torch'"
+        assert self.referee is not None
+        module = self.base if self._whole_model_logits else self.decoder
+
+        def ours(pack: Pack) -> None:
+            self._call(module, attention.PackedTokens.of(pack).to(self.device))
+            for group in self._groups:
+                group.forget()
+
+        return self.referee.refusal(ours, error, self.as_given, remedy)
+
+    @contextlib.contextmanager
+    def as_given(self) -> Iterator[None]:
+        """While the block runs, the model has the forwards and the attention that it was given with; dropout is off."""
+        ours = [(module, vars(module).pop("forward")) for module, _ in self._given]
+        implementation = self.decoder.config._attn_implementation
+        changed = implementation != self._given_implementation
+        try:
+            for module, own in self._given:
+                if own is not None:
+                    module.forward = own
+            if changed:
+                self.base.set_attn_implementation(self._given_implementation or "sdpa")
+            yield
+        finally:
+            if changed:
+                self.base.set_attn_implementation(implementation)
+            for module, forward in ours:
+                module.forward = forward
 
     def _probe(self) -> dict[int, torch.Tensor]:
-        """Runs a few tokens to learn which LoRA linears share an input and whether the examples of a pack are apart."""
-        if not self._whole_model_logits and self.device.type != "meta":
-            self._whole_model_logits = not self._head_is_a_product()
+        """Runs a few tokens to learn which LoRA linears share an input."""
         implementation = self.decoder.config._attn_implementation
         module = self.base if self._whole_model_logits else self.decoder
-        found = separation(module, implementation, self.device)
-        self.packs_are_separate, self._takes_bounds = found.packs_pay, found.takes_bounds
         inputs: dict[int, torch.Tensor] = {}
         calls = [0] * len(self.linears)
 
@@ -284,21 +387,6 @@ class GradientEngine:
                 )
         return inputs
 
-    @torch.no_grad()
-    def _head_is_a_product(self) -> bool:
-        """Whether the logits are the head's product with the decoder's last hidden states, seen on two tokens."""
-        two = torch.arange(2)
-        tokens = attention.PackedTokens.of(Pack([0], two % len(self.head.weight), two, two, [0, 2])).to(self.device)
-        # no bounds: a model that refuses packs may refuse even these
-        implementation = self.decoder.config._attn_implementation
-        found, whole = (
-            attention.call(module, implementation, tokens, with_bounds=False) for module in (self.decoder, self.base)
-        )
-        hidden = getattr(found, "last_hidden_state", None)  # some give out the whole model as its decoder
-        if hidden is None:
-            return False
-        return agree(nn.functional.linear(hidden, self.head.weight, self.head.bias), whole.logits)
-
     def _leave_graphs(self, why: str) -> None:
         """No CUDA graphs: ConfigError if this call asked for them, a warning if the environment did."""
         if self._graphs_asked_for:
@@ -338,6 +426,13 @@ class GradientEngine:
             eights = [fp8_weights[n] for n in numbers]
             groups.append(InputGroup(members, numbers, self.reducer, fused, triton, eights))
         return groups
+
+
+def _outputs(output: Any) -> torch.Tensor:
+    """[T, d]: the last hidden states, or the logits of a whole model."""
+    hidden = getattr(output, "last_hidden_state", None)
+    found: torch.Tensor = (output.logits if hidden is None else hidden)[0]
+    return found
 
 
 @contextlib.contextmanager
