@@ -80,7 +80,7 @@ class LoraLinear:
         if not self.sharded:
             return self.weight
         base: Any = self.layer.get_base_layer()  # type: ignore[operator]
-        return base.weight.detach() if type(base) is nn.Linear else base.weight.detach().T
+        return base.weight.detach() if isinstance(base, nn.Linear) else base.weight.detach().T
 
     @property
     def live_bias(self) -> torch.Tensor | None:
@@ -197,7 +197,7 @@ def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
         raise ModelError(f"{name}: lora_bias=True is not supported; train the adapter without it")
     if layer.merged:
         raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
-    if type(base) is nn.Linear:
+    if isinstance(base, nn.Linear) and _is_a_plain_product(base):
         weight = base.weight
     elif type(base).__name__ == "Conv1D":
         weight = base.weight.T
@@ -215,6 +215,28 @@ def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
         b=layer.lora_B[adapter].weight.detach(),
         scaling=float(layer.scaling[adapter]),
     )
+
+
+def _is_a_plain_product(base: nn.Linear) -> bool:
+    """Tell whether a linear computes x W^T + b and nothing else; a subclass is asked for it on two random tokens."""
+    if type(base) is nn.Linear:
+        return True
+    weight = base.weight
+    if not weight.is_floating_point() or weight.shape != (base.out_features, base.in_features):
+        return False  # quantised, and perhaps packed
+    if hasattr(weight, "full_tensor"):  # a DTensor, whole only while the layer around it runs
+        return type(base).forward is nn.Linear.forward
+    if weight.device.type == "meta":
+        return True
+    x = torch.randn(2, base.in_features, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        try:
+            found = base(x)
+        except Exception:  # a forward of another kind
+            return False
+        wanted = nn.functional.linear(x, weight, base.bias)
+    most = 1e-5 if weight.dtype in (torch.float32, torch.float64) else 1e-2
+    return found.shape == wanted.shape and bool((found - wanted).norm() <= most * wanted.norm())
 
 
 def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -> list[LayoutEntry]:

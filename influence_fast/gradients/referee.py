@@ -91,6 +91,7 @@ class PlainText:
     """One text and what the model's own forward makes of it."""
 
     ids: torch.Tensor  # [n] int64, on the host
+    labels: torch.Tensor  # [n] int64: the ids, within the width of the logits
     hidden: torch.Tensor | None  # [n, d]; None where the decoder's output was not to be seen
     logits: torch.Tensor  # [min(n, 16), vocab], of the last tokens
     loss: float | None  # the mean over its tokens; None for a text of one token
@@ -107,13 +108,17 @@ class Referee:
         base: the causal LM (no peft wrapper around it), in evaluation mode and with its own attention.
         decoder: the part of it that gives the last hidden states.
         device: where its inputs go.
-        tolerance: what counts as rounding; by default that of its embeddings' dtype.
+        tolerance: what counts as rounding; by default that of the coarser of its embeddings' and its logits' dtypes.
     """
 
     def __init__(self, base: Any, decoder: Any, device: torch.device, tolerance: Tolerance | None = None) -> None:
         self.base, self.decoder, self.device = base, decoder, device
-        self.tolerance = tolerance or Tolerance.of(next(base.parameters()).dtype, device)
         self.texts = [self._plain(ids) for ids in _texts(base)]
+        if tolerance is None:
+            dtypes = {base.get_input_embeddings().weight.dtype, self.texts[0].logits.dtype}
+            # some models give out logits of another dtype than their own
+            tolerance = Tolerance.of(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps), device)
+        self.tolerance = tolerance
         self._noise: float | None = None
 
     @property
@@ -129,10 +134,10 @@ class Referee:
     def _plain(self, ids: torch.Tensor) -> PlainText:
         with torch.no_grad(), _captured(self.decoder) as seen:
             logits = self.base(input_ids=ids[None].to(self.device)).logits[0]
-        loss = None
+        loss, labels = None, ids % logits.shape[-1]
         if len(ids) > 1:
-            loss = float(_wide(cross_entropy)(logits[:-1], ids[1:].to(logits.device)))
-        return PlainText(ids, seen[0][0] if len(seen) == 1 else None, logits[-_LAST:].clone(), loss)
+            loss = float(_wide(cross_entropy)(logits[:-1], labels[1:].to(logits.device)))
+        return PlainText(ids, labels, seen[0][0] if len(seen) == 1 else None, logits[-_LAST:].clone(), loss)
 
     def head_is_a_product(self, head: nn.Linear) -> bool:
         """Tell whether the logits are the head's product with the decoder's last hidden states."""
@@ -149,7 +154,7 @@ class Referee:
     def pack(self, texts: Sequence[PlainText] | None = None) -> Pack:
         """Put texts into one pack, every token of which counts; by default all of them."""
         chosen = self.texts if texts is None else texts
-        examples = [{"input_ids": text.ids, "labels": text.ids} for text in chosen]
+        examples = [{"input_ids": text.ids, "labels": text.labels} for text in chosen]
         packed = pack_examples(examples, sum(len(text.ids) for text in chosen))
         assert len(packed) == 1
         return packed[0]
@@ -167,7 +172,9 @@ class Referee:
     def errors(self, pack: Pack, outputs: torch.Tensor, whole: bool) -> list[float]:
         """Return each text's relative error by outputs [T, d] of a pack of `packs`."""
         found = []
-        for place, (start, end) in zip(pack.indices, zip(pack.cu_seqlens, pack.cu_seqlens[1:], strict=False), strict=True):
+        for place, (start, end) in zip(
+            pack.indices, zip(pack.cu_seqlens, pack.cu_seqlens[1:], strict=False), strict=True
+        ):
             plain = self.texts[place].outputs(whole)
             found.append(self.tolerance.difference(outputs[start:end][-len(plain) :], plain))
         return found
@@ -213,8 +220,8 @@ class Referee:
                 self._require_own(module, whole, verdict)
                 say_once(
                     logger,
-                    f"{self.name}: examples go one at a time and with the model's own attention, which packed attention "
-                    f"does not reproduce ({why})",
+                    f"{self.name}: examples go one at a time and with the model's own attention, which packed "
+                    f"attention does not reproduce ({why})",
                 )
             elif not verdict.apart:
                 say_once(logger, f"{self.name}: examples go one at a time ({why})")
@@ -319,13 +326,23 @@ class Referee:
         """Tell of each mean loss whether it is the plain one but for rounding; with the model as it was given."""
         counts = [int((labels[1:] != IGNORED).sum()) for _, labels in examples]
         apart = [abs(a - b) / (1 + abs(b)) for a, b in zip(ours, plain, strict=True)]
-        passed = [not math.isfinite(b) or d <= self.tolerance.of_loss(n) for d, b, n in zip(apart, plain, counts, strict=True)]
+        passed = [
+            not math.isfinite(b) or d <= self.tolerance.of_loss(n) for d, b, n in zip(apart, plain, counts, strict=True)
+        ]
         if all(passed) or self.tolerance.dtype == torch.float64:
             return passed
         with _rounded_layers(self.decoder, self.tolerance.unit):
             shaken = self.plain_losses(examples)
         noise = max(abs(a - b) / (1 + abs(b)) for a, b in zip(shaken, plain, strict=True))
         return [ok or d <= min(_MOST, _NOISES * noise) for ok, d in zip(passed, apart, strict=True)]
+
+
+def decoder_of(base: Any) -> Any:
+    """Return the part of a causal LM that gives the last hidden states; some call their head a decoder."""
+    found = base.get_decoder()
+    if hasattr(found, "config"):
+        return found
+    return getattr(base, getattr(base, "base_model_prefix", ""), base)
 
 
 def call(module: Any, config: Any, pack: Pack, device: torch.device, mode: Separation, **kwargs: Any) -> Any:
@@ -347,7 +364,7 @@ _NO_LIMIT = re.compile("^n_|num_|layer|pattern|feed_forward|mamba|ssm|expert|moe
 
 
 def limits(config: Any) -> list[int]:
-    """Return the lengths that a configuration names for what a token attends to: windows, chunks, top-k of an indexer."""
+    """Return the lengths that a configuration sets to what a token attends to: windows, chunks, an indexer's top-k."""
     found: set[int] = set()
     for name, value in vars(text_config(config)).items():
         if not _LIMIT.search(name) or _NO_LIMIT.search(name):

@@ -54,8 +54,8 @@ def separation(module: Any, implementation: str | None, device: torch.device) ->
     implementation: of its attention, by transformers' name. Costs a forward and a backward of 12 tokens, and two
     forwards of 6; on the meta device nothing, and the attention is believed.
 
-    Raises StatefulModelError where the same tokens have other outputs whenever they are asked for: the model keeps a state
-    between calls, and no batch has gradients of its own.
+    Raises StatefulModelError where the same tokens have other outputs whenever they are asked for: the model keeps a
+    state between calls, and no batch has gradients of its own.
     """
     if device.type == "meta":  # a model without numbers, of which nothing but shapes is asked
         return Separation(implementation not in REPLACED)

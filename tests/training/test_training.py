@@ -12,6 +12,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, say_once
+from influence_fast.gradients import attention
 from influence_fast.run.demo import make_tokenizer
 from influence_fast.training import sft
 from influence_fast.training.fine_tuning import (
@@ -372,9 +373,9 @@ def test_packs_whose_examples_see_each_other_are_refused(
     config = TrainConfig(max_steps=1, packing=40)
     with pytest.raises(ConfigError, match=r"training.packing is 10 tokens, and longer are e\d"):
         run(model, tokenizer, examples, tmp_path / "out", TrainConfig(max_steps=1, packing=10))
-    apart = sft.attention.packed_attention
+    apart = attention.packed_attention
     without = lambda *args, cu_seq_lens_q=None, **kwargs: apart(*args, **kwargs)  # noqa: E731
-    monkeypatch.setattr(sft.attention, "packed_attention", without)
+    monkeypatch.setattr(attention, "packed_attention", without)
     with pytest.raises(ConfigError, match=r"^training.packing: in a pack .* see each other"):
         run(model, tokenizer, examples, tmp_path / "out", config)
     assert model.config._attn_implementation == "sdpa"
