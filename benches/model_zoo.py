@@ -31,7 +31,7 @@ VOCABULARY = 128
 WINDOW = 8
 LENGTHS = (22, 3, 13, 2, 9)
 EXACT = 1e-8  # relative norm of a row's error in float64
-_MOST_NUMBERS = 10_000_000
+_MOST_NUMBERS = 50_000_000
 TARGETS = ("all-linear", "attention")
 # Names of modules that project queries, keys and values, over all types.
 _ATTENTION = r".*\.(q_proj|v_proj|query|value|c_attn|query_key_value|Wqkv|qkv_proj|qkv|q_lin|v_lin|q_b_proj|kv_b_proj)"
@@ -201,7 +201,7 @@ def with_adapter(model: Any, targets: str = "all-linear", r: int = 3) -> Any:
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
             elif parameter.dim() > 1:
                 parameter.mul_(3)  # so that what tokens see of each other is no rounding
     return adapted.to(dtype).eval()
@@ -267,13 +267,13 @@ def _relative(rows: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def _rounding(model: Any, examples: list[dict[str, Any]], wanted: torch.Tensor) -> float:
-    """Return by how much plain rows move with weights by 1e-13: more than 1e-8 where a float64 model computes in
+    """Return by how much plain rows move with weights by 1e-11: more than 1e-8 where a float64 model computes in
     float32 inside, and at most 1e-6, so that nothing but that is excused."""
     moved = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in moved.parameters():
-            parameter.mul_(1 + 1e-13 * torch.randn(parameter.shape, generator=generator))
+            parameter.mul_(1 + 1e-11 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
     return min(1e-6, _relative(by_autograd(moved, examples), wanted))
 
 

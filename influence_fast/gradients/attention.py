@@ -55,6 +55,19 @@ def packed(base: Any, config: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def implementation(base: Any, before: str | None, during: str | None) -> Iterator[None]:
+    """While the block runs, the attention of `base` is `during`, and then `before` again."""
+    if before == during:
+        yield
+        return
+    base.set_attn_implementation(during or "sdpa")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before or "sdpa")
+
+
+@contextlib.contextmanager
 def unchanged_order() -> Iterator[None]:
     """Puts back what `_in_order` asks PyTorch for, if the block ends in the middle of an attention's backward."""
     order = _order()

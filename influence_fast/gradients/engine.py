@@ -283,6 +283,7 @@ class GradientEngine:
         referee = self.referee
         if referee is None:
             return
+        referee.as_given = self.as_given
         if self.precision == fp8.FP8:
             referee.tolerance = Tolerance.of(self.linears[0].weight.dtype, self.device, fp8=True)
         seen: list[torch.Tensor] = []
@@ -305,8 +306,7 @@ class GradientEngine:
             handle.remove()
         if not referee.accepts(errors):
             raise self._refusal(max(errors))
-        with self.as_given():
-            agreeing = referee.losses_agree(losses, wanted, texts) if referee.usable else [True]
+        agreeing = referee.losses_agree(losses, wanted, texts) if referee.usable else [True]
         if not all(agreeing):
             raise self._refusal(max(abs(a - b) for a, b in zip(losses, wanted, strict=True)))
 
@@ -326,9 +326,8 @@ class GradientEngine:
         if self.loss_reduction == "sum":
             counts = [int((labels[1:] != IGNORED).sum()) for _, labels in texts]
             ours = [loss / count for loss, count in zip(ours, counts, strict=True)]
-        with self.as_given():
-            plain = self.referee.plain_losses(texts)
-            agreeing = self.referee.losses_agree(ours, plain, texts)
+        plain = self.referee.plain_losses(texts)
+        agreeing = self.referee.losses_agree(ours, plain, texts)
         if all(agreeing):
             return
         found = zip(names, ours, plain, agreeing, strict=False)
@@ -358,24 +357,20 @@ class GradientEngine:
             for group in self._groups:
                 group.forget()
 
-        return self.referee.refusal(ours, error, self.as_given, self._remedy())
+        return self.referee.refusal(ours, error, self._remedy())
 
     @contextlib.contextmanager
     def as_given(self) -> Iterator[None]:
         """While the block runs, the model has the forwards and the attention that it was given with; dropout is off."""
         ours = [(module, vars(module).pop("forward")) for module, _ in self._given]
         implementation = self.decoder.config._attn_implementation
-        changed = implementation != self._given_implementation
         try:
             for module, own in self._given:
                 if own is not None:
                     module.forward = own
-            if changed:
-                self.base.set_attn_implementation(self._given_implementation or "sdpa")
-            yield
+            with attention.implementation(self.base, implementation, self._given_implementation):
+                yield
         finally:
-            if changed:
-                self.base.set_attn_implementation(implementation)
             for module, forward in ours:
                 module.forward = forward
 
