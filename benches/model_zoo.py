@@ -34,7 +34,10 @@ EXACT = 1e-8  # relative norm of a row's error in float64
 _MOST_NUMBERS = 50_000_000
 TARGETS = ("all-linear", "attention")
 # Names of modules that project queries, keys and values, over all types.
-_ATTENTION = r".*\.(q_proj|v_proj|query|value|c_attn|query_key_value|Wqkv|qkv_proj|qkv|q_lin|v_lin|q_b_proj|kv_b_proj)"
+_ATTENTION = (
+    r"^(?!.*(encoder_attn|cross|vision|image|audio)).*\.(q_proj|v_proj|query|value|c_attn|query_key_value|Wqkv|qkv_proj"
+    r"|qkv|q_lin|v_lin|q_b_proj|kv_b_proj|project_q|project_v|query_proj|value_proj)"
+)
 # What a configuration is told, wherever it has the name.
 _SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -101,11 +104,11 @@ _SMALL: dict[str, Any] = {
     "linear_num_value_heads": 2,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
-    "mamba_n_heads": 4,
+    "mamba_n_heads": 8,
     "mamba_d_head": 8,
-    "mamba_d_ssm": 32,
+    "mamba_d_ssm": 64,
     "mamba_d_state": 8,
-    "mamba_num_heads": 4,
+    "mamba_num_heads": 8,
     "mamba_head_dim": 8,
     "ssm_state_size": 8,
     "state_size": 8,
@@ -125,7 +128,19 @@ _OWN: dict[str, dict[str, Any]] = {
     "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True},
     "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": [48] * 4, "activation_sparsity_pattern": None},
     "xlm": {"causal": True},
-    "phi3": {"pad_token_id": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "codegen": {"rotary_dim": 4},
+    "gptj": {"rotary_dim": 4},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "attention_head_size": 8},
+    "xmod": {"default_language": "en_XX"},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "musicgen": {"dropout": 0.0},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
 }
 
 
@@ -173,7 +188,10 @@ def tiny_config(kind: str) -> Any:
     from transformers import AutoConfig
 
     default = AutoConfig.for_model(kind)
-    settings = _settings_for(default) | _OWN.get(kind, {})
+    settings = _settings_for(default)
+    if "kv_lora_rank" in settings:
+        settings["num_key_value_heads"] = settings["num_attention_heads"]  # of a latent there are no groups
+    settings |= _OWN.get(kind, {})
     for name, part in getattr(default, "sub_configs", {}).items():
         try:
             settings[name] = _settings_for(part()) | {"model_type": part.model_type}
@@ -241,8 +259,7 @@ def rows_against_autograd(kind: str, targets: str = "all-linear") -> Outcome:
     try:
         model = with_adapter(tiny(kind), targets)
         examples = examples_for(model)
-        with torch.no_grad():
-            model(input_ids=examples[0]["input_ids"][None])
+        wanted = by_autograd(model, examples)
     except Exception as error:
         return Outcome(kind, targets, "unbuilt", message=f"{type(error).__name__}: {one_line(error, 160)}")
     try:
@@ -251,7 +268,6 @@ def rows_against_autograd(kind: str, targets: str = "all-linear") -> Outcome:
         rows = inf.per_example_gradients(model, examples)
         with GradientEngine(model, None) as engine:
             packs, own = engine.packs_are_separate, getattr(engine, "own_attention", False)
-        wanted = by_autograd(model, examples)
     except InfluenceFastError as error:
         return Outcome(kind, targets, "refused", message=one_line(error, 400))
     except Exception as error:

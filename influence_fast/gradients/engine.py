@@ -26,7 +26,14 @@ from influence_fast.errors import ConfigError, ModelError, listing, say_once
 from influence_fast.gradients import attention, backends, fp8, graphs
 from influence_fast.gradients.fused_layers import Fused, fused, overridden
 from influence_fast.gradients.input_groups import InputGroup, replaced_forward
-from influence_fast.gradients.lora import LayoutEntry, LoraLinear, find_lora_linears, in_top_layers, layout_of
+from influence_fast.gradients.lora import (
+    LayoutEntry,
+    LoraLinear,
+    find_lora_linears,
+    in_top_layers,
+    layout_of,
+    other_targets,
+)
 from influence_fast.gradients.loss import CompletionLoss, drawn_tokens
 from influence_fast.gradients.memory import layer_bytes
 from influence_fast.gradients.projection import SIDED_KINDS, Projection
@@ -190,6 +197,12 @@ class GradientEngine:
             group.anchor = anchor
         with torch.enable_grad(), _recomputing(self._layers if recompute else []):
             loss, losses = self._loss(inputs)
+            if not loss.requires_grad:
+                raise ModelError(
+                    f"{type(self.base).__name__}: no gradient reaches the LoRA layers, as where a model computes its "
+                    "layers in a backward of its own (reversible layers, reentrant checkpointing): call "
+                    "gradient_checkpointing_disable(), or choose another model"
+                )
             with attention.unchanged_order():
                 loss.backward()
         for group in self._groups:
@@ -263,6 +276,15 @@ class GradientEngine:
             **kwargs,
         )
 
+    @property
+    def _computes(self) -> bool:
+        """Whether there are numbers to compare: kernels that are only listed (`runtime.recording`) give none."""
+        if self.backend != "triton":
+            return True
+        from influence_fast.kernels.runtime import is_recording
+
+        return not is_recording()
+
     @contextlib.contextmanager
     def _settled(self) -> Iterator[None]:
         """While the block runs, the model's attention is the fastest that agrees with the plain forward."""
@@ -281,7 +303,7 @@ class GradientEngine:
     def _compare(self) -> None:
         """Raise ModelError where this engine's outputs or losses of a few texts are not those of the plain forward."""
         referee = self.referee
-        if referee is None:
+        if referee is None or not self._computes:
             return
         referee.as_given = self.as_given
         if self.precision == fp8.FP8:
@@ -316,7 +338,7 @@ class GradientEngine:
         names: the pack's examples, for the message. Costs a plain forward an example, of at most 4 examples and 2,048
         tokens of the pack; where its first example is longer, of that one's first 2,048 tokens.
         """
-        if self.referee is None:
+        if self.referee is None or not self._computes:
             return
         texts = _first_texts(pack)
         ours = losses[: len(texts)].tolist()
@@ -411,13 +433,18 @@ class GradientEngine:
             )
         unused = [m.name for n, m in enumerate(self.linears) if n not in inputs]
         if unused:
-            raise ModelError(f"{unused[0]}: the model's forward never calls this LoRA layer")
-        for n, x in inputs.items():
-            if x.numel() != 2 * self.linears[n].d_in:
-                raise ModelError(
-                    f"{self.linears[n].name}: sees {x.numel() // x.shape[-1]} tokens of 2 (a routed expert?); "
-                    "leave it out of target_modules"
-                )
+            targets = other_targets([member.name for member in self.linears], unused)
+            raise ModelError(
+                f"{unused[0]}: the model's forward on text never calls this LoRA layer, which has no gradient; leave "
+                f"it out of target_modules{targets}"
+            )
+        strange = [n for n, x in inputs.items() if x.numel() != 2 * self.linears[n].d_in]
+        if strange:
+            x, names = inputs[strange[0]], [self.linears[n].name for n in strange]
+            raise ModelError(
+                f"{names[0]}: sees {x.numel() // x.shape[-1]} tokens of 2 (a routed expert?); leave it out of "
+                f"target_modules{other_targets([member.name for member in self.linears], names)}"
+            )
         return inputs
 
     def _leave_graphs(self, why: str) -> None:

@@ -115,6 +115,13 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
             f"no layer has the active adapter {listing(layers[0][1].active_adapters)}; they have "
             f"{listing(held)}: call set_adapter with one of these"
         )
+    refused = [name for name, layer, _ in active if not _is_a_product(layer.get_base_layer())]
+    if refused:
+        kind = type(model.get_submodule(refused[0]).get_base_layer()).__name__  # type: ignore[operator]
+        raise ModelError(
+            f"{refused[0]}: LoRA over {kind} is not supported (linears that are a plain product are); leave that "
+            f"module out of target_modules{other_targets([name for name, _, _ in active], refused)}"
+        )
     found = [_as_plain(name, layer, adapters) for name, layer, adapters in active]
     if others := _beside_in(model):
         say_once(logger, beside_warning(others))
@@ -197,15 +204,7 @@ def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
         raise ModelError(f"{name}: lora_bias=True is not supported; train the adapter without it")
     if layer.merged:
         raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
-    if isinstance(base, nn.Linear) and _is_a_plain_product(base):
-        weight = base.weight
-    elif type(base).__name__ == "Conv1D":
-        weight = base.weight.T
-    else:
-        raise ModelError(
-            f"{name}: LoRA over {type(base).__name__} is not supported (nn.Linear and Conv1D are); "
-            "leave that module out of target_modules"
-        )
+    weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
     return LoraLinear(
         name=name,
         layer=layer,
@@ -217,10 +216,32 @@ def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
     )
 
 
-def _is_a_plain_product(base: nn.Linear) -> bool:
-    """Tell whether a linear computes x W^T + b and nothing else; a subclass is asked for it on two random tokens."""
-    if type(base) is nn.Linear:
+def other_targets(names: Sequence[str], refused: Sequence[str]) -> str:
+    """Return the end of a message that names the targets among LoRA layers `names` that are not `refused`.
+
+    A target is the end of a module's name, as peft takes it: its last part, or its last two where a refused layer has
+    the same last part.
+    """
+    short, long = ({_ending(name, parts) for name in refused} for parts in (1, 2))
+    working = set()
+    for name in set(names) - set(refused):
+        if (last := _ending(name, 1)) not in short:
+            working.add(last)
+        elif (ending := _ending(name, 2)) not in long:
+            working.add(ending)
+    return f", as by target_modules={sorted(working)}" if working else ""
+
+
+def _ending(name: str, parts: int) -> str:
+    return ".".join(name.split(".")[-parts:])
+
+
+def _is_a_product(base: Any) -> bool:
+    """Tell whether a layer computes x W^T + b and nothing else; a subclass of nn.Linear is tried on random tokens."""
+    if type(base) is nn.Linear or type(base).__name__ == "Conv1D":
         return True
+    if not isinstance(base, nn.Linear):
+        return False
     weight = base.weight
     if not weight.is_floating_point() or weight.shape != (base.out_features, base.in_features):
         return False  # quantised, and perhaps packed
