@@ -382,6 +382,21 @@ def test_packs_whose_examples_see_each_other_are_refused(
     assert list(tmp_path.glob(".out*")) == []
 
 
+def test_packs_of_a_model_that_keeps_its_own_mask_are_refused(
+    model: Any, tokenizer: Any, examples: Any, tmp_path: Path
+) -> None:
+    """Packed attention has no softcap; trained with it, the model would be another one."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": model.config.vocab_size, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8}
+    capped = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads))
+    before = capped.config._attn_implementation
+    with pytest.raises(ConfigError, match=r"^training.packing: .*gemma2.*leave packing out"):
+        run(capped, tokenizer, examples, tmp_path / "out", TrainConfig(max_steps=1, packing=64))
+    assert capped.config._attn_implementation == before
+
+
 def test_the_model_comes_back_without_trls_patches(model: Any, tokenizer: Any, examples: Any, tmp_path: Path) -> None:
     model.config.eos_token_id, model.generation_config.eos_token_id = 7, [7, 9]
     config = TrainConfig(max_steps=2, batch_size=4, precision="fp32", gradient_checkpointing=True)
