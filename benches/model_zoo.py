@@ -1,6 +1,7 @@
 """Rows of the engine against plain autograd, for every model type of transformers' causal-LM mapping.
 
     python -m benches.model_zoo [--kinds llama gemma2 ...] [--targets all-linear attention] [--output zoo.json]
+        [--table zoo.md]
 
 Every model is tiny and random, its windows and chunks 8 tokens and its texts up to 22, in float64. A type is `exact`
 (the rows are autograd's, one example at a time through the model as transformers gives it), `refused` (a ModelError
@@ -306,9 +307,38 @@ def _quiet() -> Iterator[None]:
 
 def _line(outcome: Outcome, seconds: float) -> str:
     error = "" if outcome.error is None else f"{outcome.error:.1e}"
-    how = "" if outcome.packs is None else "packs" if outcome.packs else "own" if outcome.own_attention else "alone"
     what = f"{outcome.kind:28} {outcome.targets:11} {outcome.verdict:8}"
-    return f"{what} {error:8} {how:6} {seconds:5.1f} s  {outcome.message}"
+    return f"{what} {error:8} {_way(outcome):13} {seconds:5.1f} s  {outcome.message}"
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Write outcomes as a Markdown table, a row a type, and the counts above it."""
+    targets = list(dict.fromkeys(outcome.targets for outcome in outcomes))
+    by_kind: dict[str, dict[str, Outcome]] = {}
+    for outcome in outcomes:
+        by_kind.setdefault(outcome.kind, {})[outcome.targets] = outcome
+    some = sum(any(o.verdict == "exact" for o in row.values()) for row in by_kind.values())
+    counts = [f"with some targets: {some} of {len(by_kind)} exact"]
+    for name in targets:
+        found = Counter(row[name].verdict for row in by_kind.values() if name in row)
+        counts.append(f"{name}: " + ", ".join(f"{n} {verdict}" for verdict, n in found.most_common()))
+    lines = [
+        *(f"- {count}" for count in counts),
+        "",
+        f"| type | {' | '.join(targets)} | called |",
+        "|" + "---|" * (len(targets) + 2),
+    ]
+    for kind, row in sorted(by_kind.items()):
+        ways = {_way(outcome) for outcome in row.values()} - {""}
+        verdicts = " | ".join(row[name].verdict if name in row else "" for name in targets)
+        lines.append(f"| {kind} | {verdicts} | {', '.join(sorted(ways))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _way(outcome: Outcome) -> str:
+    if outcome.packs is None:
+        return ""
+    return "packs" if outcome.packs else "own attention" if outcome.own_attention else "alone"
 
 
 def main() -> None:
@@ -316,6 +346,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", help="by default all of the mapping")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS))
     parser.add_argument("--output", type=Path, help="a JSON file of all outcomes")
+    parser.add_argument("--table", type=Path, help="a Markdown file of their table")
     args = parser.parse_args()
     outcomes = []
     with _quiet():
@@ -329,6 +360,8 @@ def main() -> None:
         print(targets, dict(Counter(o.verdict for o in outcomes if o.targets == targets)))
     if args.output:
         args.output.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+    if args.table:
+        args.table.write_text(table(outcomes))
 
 
 if __name__ == "__main__":
