@@ -149,9 +149,7 @@ class Foreign:
     """A class that only its package could load."""
 
 
-@pytest.mark.parametrize(
-    "content", [b"PK not a file", {"state": {0: Foreign()}, "param_groups": []}], ids=["no-archive", "a-foreign-class"]
-)
+@pytest.mark.parametrize("content", [b"PK not a file", {"state": {0: Foreign()}, "param_groups": []}], ids=["no-archive", "a-foreign-class"])
 def test_files_that_are_no_plain_tensors_are_refused(tmp_path: Path, content: Any) -> None:
     path = tmp_path / "optimizer.pt"
     if isinstance(content, bytes):
