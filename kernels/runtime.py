@@ -85,6 +85,11 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
+def is_recording() -> bool:
+    """Tell whether launches are listed and not run, so that what kernels write is no number."""
+    return _recorded is not None
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],

@@ -55,6 +55,19 @@ def packed(base: Any, config: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def implementation(base: Any, before: str | None, during: str | None) -> Iterator[None]:
+    """While the block runs, the attention of `base` is `during`, and then `before` again."""
+    if before == during:
+        yield
+        return
+    base.set_attn_implementation(during or "sdpa")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before or "sdpa")
+
+
+@contextlib.contextmanager
 def unchanged_order() -> Iterator[None]:
     """Puts back what `_in_order` asks PyTorch for, if the block ends in the middle of an attention's backward."""
     order = _order()
@@ -116,9 +129,18 @@ class PackedTokens:
 
 
 def call(
-    module: Any, implementation: str | None, tokens: PackedTokens, *, with_bounds: bool = True, **kwargs: Any
+    module: Any,
+    implementation: str | None,
+    tokens: PackedTokens,
+    *,
+    with_bounds: bool = True,
+    with_positions: bool = True,
+    **kwargs: Any,
 ) -> Any:
-    """A pack through a decoder or a whole model whose attention is `implementation`: what that returns."""
+    """Pass a pack through a decoder or a whole model whose attention is `implementation`, and return its output.
+
+    with_positions: whether it is told the tokens' positions; a model that is not makes its own, as for one text.
+    """
     known = implementation == PACKED and tokens.cu_seqlens is not None
     if implementation is not None and implementation.startswith("flash_attention"):
         kwargs["deterministic"] = True
@@ -126,9 +148,10 @@ def call(
     on_host = tokens.cu_seqlens if known else tokens.bounds
     lengths = {"max_length_q": tokens.longest, "max_length_k": tokens.longest}
     bounds = {"cu_seq_lens_q": on_host, "cu_seq_lens_k": tokens.bounds, **lengths} if with_bounds else {}
+    if with_positions:
+        kwargs["position_ids"] = tokens.position_ids
     return module(
         input_ids=tokens.input_ids,
-        position_ids=tokens.position_ids,
         use_cache=False,
         **bounds,
         **kwargs,
@@ -148,6 +171,7 @@ def packed_attention(
     cu_seq_lens_k: list[int] | torch.Tensor | None = None,
     max_length_q: int | None = None,
     packed_probe: list[bool] | None = None,
+    packed_windows: set[int] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: returns ([1, T, heads, head_dim], None)."""
@@ -155,6 +179,8 @@ def packed_attention(
         if kwargs.get(unsupported) is not None:
             raise ModelError(f"attention with {unsupported} is not supported in packed batches")
     varlen = _has_varlen(query, value)
+    if packed_windows is not None and sliding_window is not None:
+        packed_windows.add(sliding_window)
     if packed_probe is not None and cu_seq_lens_q is not None:
         packed_probe.append(varlen)  # the boundaries do reach the attention
     if isinstance(cu_seq_lens_k, torch.Tensor) and max_length_q is not None and varlen:

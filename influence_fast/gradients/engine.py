@@ -14,29 +14,41 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
-from influence_fast.data.packing import Pack, text_config
-from influence_fast.errors import ConfigError, ModelError, say_once
+from influence_fast.data.packing import IGNORED, Pack, pack_examples, teaches, text_config
+from influence_fast.errors import ConfigError, ModelError, listing, say_once
 from influence_fast.gradients import attention, backends, fp8, graphs
 from influence_fast.gradients.fused_layers import Fused, fused, overridden
 from influence_fast.gradients.input_groups import InputGroup, replaced_forward
-from influence_fast.gradients.lora import LayoutEntry, LoraLinear, find_lora_linears, in_top_layers, layout_of
+from influence_fast.gradients.lora import (
+    LayoutEntry,
+    LoraLinear,
+    find_lora_linears,
+    in_top_layers,
+    layout_of,
+    other_targets,
+)
 from influence_fast.gradients.loss import CompletionLoss, drawn_tokens
 from influence_fast.gradients.memory import layer_bytes
 from influence_fast.gradients.projection import SIDED_KINDS, Projection
 from influence_fast.gradients.reduction import FullReducer, ProjectedReducer, Reducer
+from influence_fast.gradients.referee import Referee, Tolerance, decoder_of
 from influence_fast.gradients.row_sketch import segment_sums
-from influence_fast.gradients.separation import agree, separation
+from influence_fast.gradients.separation import Separation
 from influence_fast.gradients.step_inputs import StepInputs, StepShape
 from influence_fast.gradients.transfer import to_device
 
 # Share of a card's free memory that kept activations may fill: gradients inside a layer, and fragments, need the rest.
 _ROOM = 0.8
+# Of the user's own data, what is compared with plain forwards. At 2,048 tokens the logits of a vocabulary of 152k take
+# 0.6 GB in 16 bits; 4 forwards of a build of 1,000 examples are a thousandth of it.
+_COMPARED_EXAMPLES, _COMPARED_TOKENS = 4, 2048
 # Heads that do more than a matrix product; their logits are taken from the model itself. Named, since two tokens of an
 # untrained model need not show it (softcapping); what has no name here is found by trying.
 _HEAD_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -87,9 +99,10 @@ class GradientEngine:
         self.reducer.triton = self.backend == "triton"
         self.reducer.bf16_rows = bf16_rows
         self.base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.decoder = self.base.get_decoder()
+        self.decoder = decoder_of(self.base)
         self.head = self.base.get_output_embeddings()
-        self.packs_are_separate = self._takes_bounds = True
+        self.mode = Separation(True)
+        self.referee: Referee | None = None  # while open; None for a model without numbers
         self._graphs_asked_for = cuda_graphs is True
         wanted = graphs.wanted() if cuda_graphs is None else cuda_graphs
         self._graphs_wanted = wanted is True
@@ -100,11 +113,23 @@ class GradientEngine:
         self._stack = contextlib.ExitStack()
         self._groups: list[InputGroup] = []
         self._fused_layers = Fused()
+        self.compared = False  # whether data of the user's own were
+        self._given: list[tuple[Any, Any]] = []  # modules whose forward is replaced, and their own
         self._layers: list[Any] = []  # those that can be computed again in the backward, and are not already
         self.room = _free_bytes(self.device)
         self._whole_model_logits = type(self.head) is not nn.Linear or any(
             getattr(text_config(self.base.config), name, None) not in (None, 1, 1.0) for name in _HEAD_TRANSFORMS
         )
+
+    @property
+    def packs_are_separate(self) -> bool:
+        """Whether several examples go in one pack; else one at a time."""
+        return self.mode.packs_pay
+
+    @property
+    def own_attention(self) -> bool:
+        """Whether the model keeps its own attention and mask."""
+        return self.mode.own_attention
 
     @property
     def width(self) -> int:
@@ -119,7 +144,9 @@ class GradientEngine:
                 weights = fp8.weights_of(self.linears, self.backend == "triton")
                 self.room = _free_bytes(self.device)  # less the copies
             self._layers = stack.enter_context(_recomputable(self.base)) if self.room is not None else []
-            stack.enter_context(attention.packed(self.base, self.decoder.config))
+            self._given_implementation = self.decoder.config._attn_implementation
+            forwards = {module: vars(module).get("forward") for module in self.base.modules()}
+            stack.enter_context(self._settled())
             inputs = self._probe()
             self._groups = self._group(inputs, weights)
             for group in self._groups:
@@ -127,6 +154,8 @@ class GradientEngine:
                     stack.enter_context(replaced_forward(member.layer, group, place))
             if self.backend == "triton":
                 self._fused_layers = stack.enter_context(fused(self.base, self.linears[0].weight.dtype))
+            self._given = [(m, own) for m, own in forwards.items() if vars(m).get("forward") is not own]
+            self._compare()
             if not self._graphs_wanted and self._kept(1) is None:
                 self.cuda_graphs = False  # a second pack's activations might not fit, and nothing would say so before
             if self.cuda_graphs:
@@ -137,7 +166,7 @@ class GradientEngine:
     def __exit__(self, *exc_info: Any) -> None:
         self._graphs = None
         self._stack.close()
-        self._groups = []
+        self._groups, self._given, self.referee = [], [], None
 
     def run(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients and losses of a pack: rows [E, k], losses [E] (reduced as the gradients are).
@@ -168,6 +197,12 @@ class GradientEngine:
             group.anchor = anchor
         with torch.enable_grad(), _recomputing(self._layers if recompute else []):
             loss, losses = self._loss(inputs)
+            if not loss.requires_grad:
+                raise ModelError(
+                    f"{type(self.base).__name__}: no gradient reaches the LoRA layers, as where a model computes its "
+                    "layers in a backward of its own (reversible layers, reentrant checkpointing): call "
+                    "gradient_checkpointing_disable(), or choose another model"
+                )
             with attention.unchanged_order():
                 loss.backward()
         for group in self._groups:
@@ -232,16 +267,139 @@ class GradientEngine:
 
     def _call(self, module: nn.Module, tokens: attention.PackedTokens, **kwargs: Any) -> Any:
         implementation = self.decoder.config._attn_implementation
-        return attention.call(module, implementation, tokens, with_bounds=self._takes_bounds, **kwargs)
+        return attention.call(
+            module,
+            implementation,
+            tokens,
+            with_bounds=self.mode.takes_bounds,
+            with_positions=not self.mode.own_attention,
+            **kwargs,
+        )
+
+    @property
+    def _computes(self) -> bool:
+        """Whether there are numbers to compare: kernels that are only listed (`runtime.recording`) give none."""
+        if self.backend != "triton":
+            return True
+        from influence_fast.kernels.runtime import is_recording
+
+        return not is_recording()
+
+    @contextlib.contextmanager
+    def _settled(self) -> Iterator[None]:
+        """While the block runs, the model's attention is the fastest that agrees with the plain forward."""
+        if self.device.type == "meta":  # a model without numbers, of which nothing but shapes is asked
+            with attention.packed(self.base, self.decoder.config):
+                self.mode = Separation(self.decoder.config._attn_implementation not in attention.REPLACED)
+                yield
+            return
+        self.referee = Referee(self.base, self.decoder, self.device)
+        if not self._whole_model_logits and self.referee.usable:
+            self._whole_model_logits = not self.referee.head_is_a_product(self.head)
+        with self.referee.settled(self._whole_model_logits) as self.mode:
+            yield
+
+    @torch.no_grad()
+    def _compare(self) -> None:
+        """Raise ModelError where this engine's outputs or losses of a few texts are not those of the plain forward."""
+        referee = self.referee
+        if referee is None or not self._computes:
+            return
+        referee.as_given = self.as_given
+        if self.precision == fp8.FP8:
+            referee.tolerance = Tolerance.of(self.linears[0].weight.dtype, self.device, fp8=True)
+        seen: list[torch.Tensor] = []
+        module = self.base if self._whole_model_logits else self.decoder
+        handle = module.register_forward_hook(lambda _, __, output: seen.append(_outputs(output)))
+        errors, losses, wanted, texts = [], [], [], []
+        try:
+            for pack in referee.packs(self.packs_are_separate):
+                if len(pack.input_ids) == 1:
+                    continue  # a text of one token has no loss
+                found = self.losses(pack).tolist()
+                errors += referee.errors(pack, seen.pop(), self._whole_model_logits)
+                for place, loss in zip(pack.indices, found, strict=True):
+                    text = referee.texts[place]
+                    if text.loss is not None:
+                        losses.append(loss / (len(text.ids) - 1) if self.loss_reduction == "sum" else loss)
+                        wanted.append(text.loss)
+                        texts.append((text.ids, text.labels))
+        finally:
+            handle.remove()
+        if not referee.accepts(errors):
+            raise self._refusal(max(errors))
+        agreeing = referee.losses_agree(losses, wanted, texts) if referee.usable else [True]
+        if not all(agreeing):
+            raise self._refusal(max(abs(a - b) for a, b in zip(losses, wanted, strict=True)))
+
+    def compare_losses(self, pack: Pack, losses: torch.Tensor, names: Sequence[str]) -> None:
+        """Raise ModelError where losses [E] of a pack, as `run` gives them, are not those of the plain forward.
+
+        names: the pack's examples, for the message. Costs a plain forward an example, of at most 4 examples and 2,048
+        tokens of the pack; where its first example is longer, of that one's first 2,048 tokens.
+        """
+        if self.referee is None or not self._computes:
+            return
+        texts = _first_texts(pack)
+        ours = losses[: len(texts)].tolist()
+        if len(texts[0][0]) < pack.lengths[0]:
+            cut = pack_examples([{"input_ids": ids, "labels": labels} for ids, labels in texts], _COMPARED_TOKENS)
+            ours = self.losses(cut[0]).tolist()
+        if self.loss_reduction == "sum":
+            counts = [int((labels[1:] != IGNORED).sum()) for _, labels in texts]
+            ours = [loss / count for loss, count in zip(ours, counts, strict=True)]
+        plain = self.referee.plain_losses(texts)
+        agreeing = self.referee.losses_agree(ours, plain, texts)
+        if all(agreeing):
+            return
+        found = zip(names, ours, plain, agreeing, strict=False)
+        differing = [f"{name} (loss {a:.6g}, plain {b:.6g})" for name, a, b, same in found if not same]
+        remedy = self._remedy() or (
+            "take one example at a time (max_tokens=1)"
+            if self.packs_are_separate and len(pack.indices) > 1
+            else "load the model with attn_implementation='eager', or in float32"
+        )
+        raise ModelError(
+            f"{self.referee.name}: the engine's mean losses are not those of the model's own forward for "
+            f"{listing(differing)}: {remedy}"
+        )
+
+    def _remedy(self) -> str:
+        """What to change where the engine's numbers are not the model's; empty where it is not known."""
+        if self.precision == fp8.FP8:
+            return "leave precision at 'auto'"
+        return "pass backend='torch'" if self.backend == "triton" else ""
+
+    def _refusal(self, error: float) -> ModelError:
+        assert self.referee is not None
+        module = self.base if self._whole_model_logits else self.decoder
+
+        def ours(pack: Pack) -> None:
+            self._call(module, attention.PackedTokens.of(pack).to(self.device))
+            for group in self._groups:
+                group.forget()
+
+        return self.referee.refusal(ours, error, self._remedy())
+
+    @contextlib.contextmanager
+    def as_given(self) -> Iterator[None]:
+        """While the block runs, the model has the forwards and the attention that it was given with; dropout is off."""
+        ours = [(module, vars(module).pop("forward")) for module, _ in self._given]
+        implementation = self.decoder.config._attn_implementation
+        try:
+            for module, own in self._given:
+                if own is not None:
+                    module.forward = own
+            with attention.implementation(self.base, implementation, self._given_implementation):
+                yield
+        finally:
+            for module, forward in ours:
+                module.forward = forward
 
     def _probe(self) -> dict[int, torch.Tensor]:
-        """Runs a few tokens to learn which LoRA linears share an input and whether the examples of a pack are apart."""
-        if not self._whole_model_logits and self.device.type != "meta":
-            self._whole_model_logits = not self._head_is_a_product()
+        """Runs a few tokens to learn which LoRA linears share an input."""
         implementation = self.decoder.config._attn_implementation
         module = self.base if self._whole_model_logits else self.decoder
-        found = separation(module, implementation, self.device)
-        self.packs_are_separate, self._takes_bounds = found.packs_pay, found.takes_bounds
         inputs: dict[int, torch.Tensor] = {}
         calls = [0] * len(self.linears)
 
@@ -275,29 +433,19 @@ class GradientEngine:
             )
         unused = [m.name for n, m in enumerate(self.linears) if n not in inputs]
         if unused:
-            raise ModelError(f"{unused[0]}: the model's forward never calls this LoRA layer")
-        for n, x in inputs.items():
-            if x.numel() != 2 * self.linears[n].d_in:
-                raise ModelError(
-                    f"{self.linears[n].name}: sees {x.numel() // x.shape[-1]} tokens of 2 (a routed expert?); "
-                    "leave it out of target_modules"
-                )
+            targets = other_targets([member.name for member in self.linears], unused)
+            raise ModelError(
+                f"{unused[0]}: the model's forward on text never calls this LoRA layer, which has no gradient; leave "
+                f"it out of target_modules{targets}"
+            )
+        strange = [n for n, x in inputs.items() if x.numel() != 2 * self.linears[n].d_in]
+        if strange:
+            x, names = inputs[strange[0]], [self.linears[n].name for n in strange]
+            raise ModelError(
+                f"{names[0]}: sees {x.numel() // x.shape[-1]} tokens of 2 (a routed expert?); leave it out of "
+                f"target_modules{other_targets([member.name for member in self.linears], names)}"
+            )
         return inputs
-
-    @torch.no_grad()
-    def _head_is_a_product(self) -> bool:
-        """Whether the logits are the head's product with the decoder's last hidden states, seen on two tokens."""
-        two = torch.arange(2)
-        tokens = attention.PackedTokens.of(Pack([0], two % len(self.head.weight), two, two, [0, 2])).to(self.device)
-        # no bounds: a model that refuses packs may refuse even these
-        implementation = self.decoder.config._attn_implementation
-        found, whole = (
-            attention.call(module, implementation, tokens, with_bounds=False) for module in (self.decoder, self.base)
-        )
-        hidden = getattr(found, "last_hidden_state", None)  # some give out the whole model as its decoder
-        if hidden is None:
-            return False
-        return agree(nn.functional.linear(hidden, self.head.weight, self.head.bias), whole.logits)
 
     def _leave_graphs(self, why: str) -> None:
         """No CUDA graphs: ConfigError if this call asked for them, a warning if the environment did."""
@@ -338,6 +486,30 @@ class GradientEngine:
             eights = [fp8_weights[n] for n in numbers]
             groups.append(InputGroup(members, numbers, self.reducer, fused, triton, eights))
         return groups
+
+
+def _first_texts(pack: Pack) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return (input_ids [n], labels [n]) of the first examples of a pack to compare; of a longer one its beginning."""
+    texts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    tokens = 0
+    for start, end in pairwise(pack.cu_seqlens[: _COMPARED_EXAMPLES + 1]):
+        if texts and tokens + end - start > _COMPARED_TOKENS:
+            break
+        ids, targets = pack.input_ids[start:end], pack.targets[start:end]
+        labels = torch.cat([targets.new_tensor([IGNORED]), targets[:-1]])
+        if len(ids) > _COMPARED_TOKENS:
+            ids, labels = ids[:_COMPARED_TOKENS], labels[:_COMPARED_TOKENS]
+            labels = labels if teaches(labels) else torch.where(labels == IGNORED, ids, labels)
+        texts.append((ids, labels))
+        tokens += len(ids)
+    return texts
+
+
+def _outputs(output: Any) -> torch.Tensor:
+    """[T, d]: the last hidden states, or the logits of a whole model."""
+    hidden = getattr(output, "last_hidden_state", None)
+    found: torch.Tensor = (output.logits if hidden is None else hidden)[0]
+    return found
 
 
 @contextlib.contextmanager

@@ -175,13 +175,13 @@ class _GroupedLora(torch.autograd.Function):
         if group.fused:
             wide = dense(tokens, group.forward_weight, group.forward_bias)  # [T, sum d_out + sum c]
             splits = wide.split([m.d_out for m in group.members] + [sum(group.columns)], dim=1)
-            outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in splits[:-1]]
+            outputs = [_shaped(y, x) for y in splits[:-1]]
             kept = splits[-1].contiguous()  # a copy, so that `wide` itself need not stay
         else:
             kept = group.skinny(tokens, group.forward_weight.T)  # [T, sum c]
             parts = kept.split(group.columns, dim=1)
             h = [part[:, : member.r] for member, part in zip(group.members, parts, strict=True)]
-            outputs = [y.view(*x.shape[:-1], y.shape[-1]) for y in group.outputs(tokens, h)]
+            outputs = [_shaped(y, x) for y in group.outputs(tokens, h)]
         ctx.save_for_backward(kept, *([tokens] if group.reducer.needs_input else []))
         ctx.group = group
         ctx.x_shape = x.shape
@@ -216,6 +216,15 @@ class _GroupedLora(torch.autograd.Function):
         if wants_dx and not group.fused:
             dx = group.input_gradient(flat, u)
         return None if dx is None else dx.view(ctx.x_shape), None, None
+
+
+def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Give outputs [T, d_out] the leading dimensions of x, as no view in autograd's eyes.
+
+    Some models change a linear's output in place, which autograd forbids on views that a function returns. No two
+    outputs share a number, and the backward reads none.
+    """
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 
 @contextlib.contextmanager

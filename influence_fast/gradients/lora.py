@@ -80,7 +80,7 @@ class LoraLinear:
         if not self.sharded:
             return self.weight
         base: Any = self.layer.get_base_layer()  # type: ignore[operator]
-        return base.weight.detach() if type(base) is nn.Linear else base.weight.detach().T
+        return base.weight.detach() if isinstance(base, nn.Linear) else base.weight.detach().T
 
     @property
     def live_bias(self) -> torch.Tensor | None:
@@ -114,6 +114,13 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
         raise ModelError(
             f"no layer has the active adapter {listing(layers[0][1].active_adapters)}; they have "
             f"{listing(held)}: call set_adapter with one of these"
+        )
+    refused = [name for name, layer, _ in active if not _is_a_product(layer.get_base_layer())]
+    if refused:
+        kind = type(model.get_submodule(refused[0]).get_base_layer()).__name__  # type: ignore[operator]
+        raise ModelError(
+            f"{refused[0]}: LoRA over {kind} is not supported (linears that are a plain product are); leave that "
+            f"module out of target_modules{other_targets([name for name, _, _ in active], refused)}"
         )
     found = [_as_plain(name, layer, adapters) for name, layer, adapters in active]
     if others := _beside_in(model):
@@ -197,15 +204,7 @@ def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
         raise ModelError(f"{name}: lora_bias=True is not supported; train the adapter without it")
     if layer.merged:
         raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
-    if type(base) is nn.Linear:
-        weight = base.weight
-    elif type(base).__name__ == "Conv1D":
-        weight = base.weight.T
-    else:
-        raise ModelError(
-            f"{name}: LoRA over {type(base).__name__} is not supported (nn.Linear and Conv1D are); "
-            "leave that module out of target_modules"
-        )
+    weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
     return LoraLinear(
         name=name,
         layer=layer,
@@ -215,6 +214,50 @@ def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
         b=layer.lora_B[adapter].weight.detach(),
         scaling=float(layer.scaling[adapter]),
     )
+
+
+def other_targets(names: Sequence[str], refused: Sequence[str]) -> str:
+    """Return the end of a message that names the targets among LoRA layers `names` that are not `refused`.
+
+    A target is the end of a module's name, as peft takes it: its last part, or its last two where a refused layer has
+    the same last part.
+    """
+    short, long = ({_ending(name, parts) for name in refused} for parts in (1, 2))
+    working = set()
+    for name in set(names) - set(refused):
+        if (last := _ending(name, 1)) not in short:
+            working.add(last)
+        elif (ending := _ending(name, 2)) not in long:
+            working.add(ending)
+    return f", as by target_modules={sorted(working)}" if working else ""
+
+
+def _ending(name: str, parts: int) -> str:
+    return ".".join(name.split(".")[-parts:])
+
+
+def _is_a_product(base: Any) -> bool:
+    """Tell whether a layer computes x W^T + b and nothing else; a subclass of nn.Linear is tried on random tokens."""
+    if type(base) is nn.Linear or type(base).__name__ == "Conv1D":
+        return True
+    if not isinstance(base, nn.Linear):
+        return False
+    weight = base.weight
+    if not weight.is_floating_point() or weight.shape != (base.out_features, base.in_features):
+        return False  # quantised, and perhaps packed
+    if hasattr(weight, "full_tensor"):  # a DTensor, whole only while the layer around it runs
+        return type(base).forward is nn.Linear.forward
+    if weight.device.type == "meta":
+        return True
+    x = torch.randn(2, base.in_features, generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        try:
+            found = base(x)
+        except Exception:  # a forward of another kind
+            return False
+        wanted = nn.functional.linear(x, weight, base.bias)
+    most = 1e-5 if weight.dtype in (torch.float32, torch.float64) else 1e-2
+    return found.shape == wanted.shape and bool((found - wanted).norm() <= most * wanted.norm())
 
 
 def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -> list[LayoutEntry]:

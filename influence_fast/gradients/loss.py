@@ -112,5 +112,5 @@ def by_pytorch(
     losses.copy_((total.log() + largest - at_target).squeeze(1))
     if weights is None:
         return None
-    share = weights[:, None]
+    share = weights[:, None].to(numbers.dtype)  # some fp64 models give out fp32 logits
     return numbers.mul_(share / total).scatter_add_(1, target, -share)

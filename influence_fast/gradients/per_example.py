@@ -74,7 +74,8 @@ def per_example_gradients(
         dtype, device = engine.reducer.dtype, engine.device
         out = torch.empty(len(examples), engine.width, dtype=dtype, device=device)
         for pack in packs_for(engine, examples, max_tokens):
-            rows, _ = engine.run(pack)
+            rows, losses = engine.run(pack)
+            compare_once(engine, pack, losses, examples)
             out.index_copy_(0, to_device(torch.tensor(pack.indices), device), rows)
     bad = out.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist()
     if bad:
@@ -152,11 +153,25 @@ def iter_gradient_rows(
             if skip and set(pack.indices) <= set(skip):
                 continue
             rows, found = opened.run(pack)
+            compare_once(opened, pack, found, examples)
             sent = encoded(rows, row_dtype, opened.backend == "triton") if behind.crosses else [rows]
             for batch in behind.push(pack.indices, [*sent, found]):
                 yield _received(batch, losses)
         for batch in behind.flush():
             yield _received(batch, losses)
+
+
+def compare_once(
+    engine: GradientEngine, pack: Pack, losses: torch.Tensor, examples: Sequence[Mapping[str, Any]]
+) -> None:
+    """Compare the first pack of an engine with plain forwards of the model; raise ModelError naming what differs.
+
+    losses: [E] of the pack, whose indices are places in `examples`.
+    """
+    if engine.compared:
+        return
+    engine.compared = True
+    engine.compare_losses(pack, losses, [example_name(examples[i], i) for i in pack.indices])
 
 
 def _received(
@@ -179,7 +194,9 @@ def per_example_losses(
     with GradientEngine(model, None, loss_reduction) as engine:
         out = torch.empty(len(examples), dtype=engine.reducer.dtype)
         for pack in packs_for(engine, examples, None):
-            out[pack.indices] = engine.losses(pack).cpu()
+            losses = engine.losses(pack)
+            compare_once(engine, pack, losses, examples)
+            out[pack.indices] = losses.cpu()
     return out
 
 

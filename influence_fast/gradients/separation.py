@@ -23,15 +23,24 @@ _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}  # of outputs; 16-bit one
 _ROUNDING_16 = 0.1
 
 
+class StatefulModelError(ModelError):
+    """A model whose outputs depend on what it was asked before."""
+
+
 @dataclass(frozen=True, slots=True)
 class Separation:
-    """apart: whether the examples of a pack do not see each other. takes_bounds: whether the model takes the bounds of
+    """Say how a model is called.
+
+    apart: whether the examples of a pack do not see each other. takes_bounds: whether the model takes the bounds of
     one example; those that cannot keep examples apart may refuse even that. masked: apart by a mask over the whole
-    pack, as for an attention that could not be replaced."""
+    pack, as for an attention that could not be replaced. own_attention: whether it is called one example at a time,
+    with its own attention and mask, and makes its own positions.
+    """
 
     apart: bool
     takes_bounds: bool = True
     masked: bool = field(default=False, compare=False)  # of what packs cost, not of what they are
+    own_attention: bool = False
 
     @property
     def packs_pay(self) -> bool:
@@ -45,8 +54,8 @@ def separation(module: Any, implementation: str | None, device: torch.device) ->
     implementation: of its attention, by transformers' name. Costs a forward and a backward of 12 tokens, and two
     forwards of 6; on the meta device nothing, and the attention is believed.
 
-    Raises ModelError where the same tokens have other outputs whenever they are asked for: the model keeps a state
-    between calls, and no batch has gradients of its own.
+    Raises StatefulModelError where the same tokens have other outputs whenever they are asked for: the model keeps a
+    state between calls, and no batch has gradients of its own.
     """
     if device.type == "meta":  # a model without numbers, of which nothing but shapes is asked
         return Separation(implementation not in REPLACED)
@@ -71,7 +80,7 @@ def separation(module: Any, implementation: str | None, device: torch.device) ->
             alone, takes_bounds = outputs(1, with_bounds=False), False
         # thrice at most: in 16 bits a token can be routed to another expert by how a sum was rounded
         if not any(agree(alone, outputs(1, with_bounds=takes_bounds)) for _ in range(2)):
-            raise ModelError(
+            raise StatefulModelError(
                 f"{type(module).__name__}: the same tokens have other outputs when they are asked for again; the model "
                 "keeps a state between calls, and its gradients would depend on what came before"
             )

@@ -22,7 +22,7 @@ from influence_fast.data.packing import example_name
 from influence_fast.errors import DataError, NumericError, listing
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.lora import LayoutEntry, LoraLinear, layout_width
-from influence_fast.gradients.per_example import packs_for
+from influence_fast.gradients.per_example import compare_once, packs_for
 from influence_fast.gradients.reduction import Reducer, pack_segments
 from influence_fast.gradients.transfer import to_device
 from influence_fast.progress import track
@@ -102,9 +102,11 @@ def _score(
     max_tokens: int | None,
     progress: bool,
 ) -> None:
-    packs = packs_for(engine, [examples[i] for i in places], max_tokens)
+    chosen_examples = [examples[i] for i in places]
+    packs = packs_for(engine, chosen_examples, max_tokens)
     for pack in track(packs, "influence", shown=progress):
-        found, _ = engine.run(pack)
+        found, losses = engine.run(pack)
+        compare_once(engine, pack, losses, chosen_examples)
         chosen = to_device(torch.tensor([places[i] for i in pack.indices]), scores.device)
         scores.index_copy_(0, chosen, found)
 

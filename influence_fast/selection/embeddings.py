@@ -17,9 +17,9 @@ from torch import nn
 
 from influence_fast.data.packing import Pack, example_name, pack_examples
 from influence_fast.errors import DataError, NumericError, listing
-from influence_fast.gradients import attention
 from influence_fast.gradients.per_example import DEFAULT_MAX_TOKENS
-from influence_fast.gradients.separation import separation
+from influence_fast.gradients.referee import Referee, call, decoder_of
+from influence_fast.gradients.separation import Separation
 
 _AHEAD = 1024  # wishes looked at in one step
 
@@ -43,19 +43,18 @@ def example_embeddings(
     """
     wrapped: Any = model
     base = wrapped.get_base_model() if hasattr(model, "get_base_model") else wrapped
-    decoder = base.get_decoder()
+    decoder = decoder_of(base)
     parameter = next(base.parameters())
     wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     rows: list[torch.Tensor | None] = [None] * len(examples)
     was_training = model.training
     model.eval()
     try:
-        with attention.packed(base, decoder.config):
-            found = separation(decoder, decoder.config._attn_implementation, parameter.device)
+        with Referee(base, decoder, parameter.device).settled(False) as found:
             if not found.packs_pay:
                 max_tokens = 1  # one example a pack: in this model they would see each other
             for pack in pack_examples(examples, max_tokens or DEFAULT_MAX_TOKENS.get(parameter.device.type, 4096)):
-                hidden = _hidden_states(decoder, pack, parameter.device, found.takes_bounds).to(wide)  # [T, d]
+                hidden = _hidden_states(decoder, pack, parameter.device, found).to(wide)  # [T, d]
                 weights = (pack.position_ids + 1).to(hidden)
                 parts = zip(pack.indices, hidden.split(pack.lengths), weights.split(pack.lengths), strict=True)
                 for index, states, weight in parts:
@@ -125,8 +124,7 @@ def pretrained(model: Any) -> contextlib.AbstractContextManager[Any]:
     return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
 
 
-def _hidden_states(decoder: Any, pack: Pack, device: torch.device, with_bounds: bool) -> torch.Tensor:
+def _hidden_states(decoder: Any, pack: Pack, device: torch.device, mode: Separation) -> torch.Tensor:
     """[T, d]: the decoder's last hidden states, after its final norm."""
-    tokens = attention.PackedTokens.of(pack).to(device)
-    found = attention.call(decoder, decoder.config._attn_implementation, tokens, with_bounds=with_bounds)
-    return found.last_hidden_state[0]
+    hidden: torch.Tensor = call(decoder, decoder.config, pack, device, mode).last_hidden_state[0]
+    return hidden

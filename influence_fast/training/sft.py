@@ -21,8 +21,7 @@ import torch
 from influence_fast.atomic import replacing
 from influence_fast.data.packing import IGNORED, example_name
 from influence_fast.errors import ConfigError, NumericError, listing, one_line
-from influence_fast.gradients import attention
-from influence_fast.gradients.separation import separation
+from influence_fast.gradients.referee import Referee, decoder_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -270,8 +269,8 @@ def _packs_apart(model: Any, config: TrainConfig) -> Iterator[None]:
         yield
         return
     base = _base(model)
-    with attention.packed(base, base.config):
-        if not _keeps_packs_apart(base):
+    with _keeps_packs_apart(base) as apart:
+        if not apart:
             raise ConfigError(
                 f"training.packing: in a pack the examples of this model ({base.config.model_type}, attention "
                 f"{base.config._attn_implementation}) see each other, which would train on mixed-up contexts: "
@@ -280,14 +279,23 @@ def _packs_apart(model: Any, config: TrainConfig) -> Iterator[None]:
         yield
 
 
-def _keeps_packs_apart(base: Any) -> bool:
-    was_training = base.training
+@contextlib.contextmanager
+def _keeps_packs_apart(base: Any) -> Iterator[bool]:
+    """While the block runs, the model's attention is what agrees with its own forward; yields whether packed."""
+    training = {module: module.training for module in base.modules()}
+
+    def restore() -> None:
+        for module, flag in training.items():
+            module.training = flag
+
     base.eval()
     try:
-        device = next(base.parameters()).device
-        return separation(base, base.config._attn_implementation, device).apart
+        referee = Referee(base, decoder_of(base), next(base.parameters()).device)
+        with referee.settled(True) as mode:
+            restore()
+            yield mode.apart
     finally:
-        base.train(was_training)
+        restore()
 
 
 def _base(model: Any) -> Any:

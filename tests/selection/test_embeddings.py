@@ -47,6 +47,14 @@ def test_packed_embeddings_are_those_of_single_forwards(
     assert model.config._attn_implementation == before
 
 
+def test_a_model_with_a_mask_of_its_own_keeps_it() -> None:
+    from benches.model_zoo import tiny
+
+    for kind in ("gemma2", "roberta"):
+        model, examples = tiny(kind), [{k: e[k] % 128 for k in ("input_ids", "labels")} for e in ragged([9, 20, 3])]
+        torch.testing.assert_close(example_embeddings(model, examples), one_by_one(model, examples))
+
+
 def test_fp32_rows_are_fp32(tiny_model: Callable[..., Any]) -> None:
     examples = ragged([5, 9])
     ours = example_embeddings(tiny_model(), examples)

@@ -12,6 +12,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, say_once
+from influence_fast.gradients import attention
 from influence_fast.run.demo import make_tokenizer
 from influence_fast.training import sft
 from influence_fast.training.fine_tuning import (
@@ -372,13 +373,28 @@ def test_packs_whose_examples_see_each_other_are_refused(
     config = TrainConfig(max_steps=1, packing=40)
     with pytest.raises(ConfigError, match=r"training.packing is 10 tokens, and longer are e\d"):
         run(model, tokenizer, examples, tmp_path / "out", TrainConfig(max_steps=1, packing=10))
-    apart = sft.attention.packed_attention
+    apart = attention.packed_attention
     without = lambda *args, cu_seq_lens_q=None, **kwargs: apart(*args, **kwargs)  # noqa: E731
-    monkeypatch.setattr(sft.attention, "packed_attention", without)
+    monkeypatch.setattr(attention, "packed_attention", without)
     with pytest.raises(ConfigError, match=r"^training.packing: in a pack .* see each other"):
         run(model, tokenizer, examples, tmp_path / "out", config)
     assert model.config._attn_implementation == "sdpa"
     assert list(tmp_path.glob(".out*")) == []
+
+
+def test_packs_of_a_model_that_keeps_its_own_mask_are_refused(
+    model: Any, tokenizer: Any, examples: Any, tmp_path: Path
+) -> None:
+    """Packed attention has no softcap; trained with it, the model would be another one."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": model.config.vocab_size, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8}
+    capped = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads))
+    before = capped.config._attn_implementation
+    with pytest.raises(ConfigError, match=r"^training.packing: .*gemma2.*leave packing out"):
+        run(capped, tokenizer, examples, tmp_path / "out", TrainConfig(max_steps=1, packing=64))
+    assert capped.config._attn_implementation == before
 
 
 def test_the_model_comes_back_without_trls_patches(model: Any, tokenizer: Any, examples: Any, tmp_path: Path) -> None:

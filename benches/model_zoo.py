@@ -1,0 +1,368 @@
+"""Rows of the engine against plain autograd, for every model type of transformers' causal-LM mapping.
+
+    python -m benches.model_zoo [--kinds llama gemma2 ...] [--targets all-linear attention] [--output zoo.json]
+        [--table zoo.md]
+
+Every model is tiny and random, its windows and chunks 8 tokens and its texts up to 22, in float64. A type is `exact`
+(the rows are autograd's, one example at a time through the model as transformers gives it), `refused` (a ModelError
+or ConfigError that says why), `wrong` or `crash`; `unbuilt` ones have no tiny configuration here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import logging
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import influence_fast as inf
+from influence_fast.errors import InfluenceFastError, one_line
+
+VOCABULARY = 128
+WINDOW = 8
+LENGTHS = (22, 3, 13, 2, 9)
+EXACT = 1e-8  # relative norm of a row's error in float64
+_MOST_NUMBERS = 50_000_000
+TARGETS = ("all-linear", "attention")
+# Names of modules that project queries, keys and values, over all types.
+_ATTENTION = (
+    r"^(?!.*(encoder_attn|cross|vision|image|audio)).*\.(q_proj|v_proj|query|value|c_attn|query_key_value|Wqkv|qkv_proj"
+    r"|qkv|q_lin|v_lin|q_b_proj|kv_b_proj|project_q|project_v|query_proj|value_proj)"
+)
+# What a configuration is told, wherever it has the name.
+_SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "n_embd": 32,
+    "d_model": 32,
+    "dim": 32,
+    "emb_dim": 32,
+    "embedding_size": 32,
+    "intermediate_size": 48,
+    "ffn_hidden_size": 48,
+    "ffn_dim": 48,
+    "n_inner": 48,
+    "dff": 48,
+    "d_ff": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_ffn_dim": 48,
+    "num_hidden_layers": 4,
+    "num_layers": 4,
+    "n_layer": 4,
+    "n_layers": 4,
+    "decoder_layers": 2,
+    "encoder_layers": 2,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "num_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "multi_query_group_num": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "n_positions": 64,
+    "n_ctx": 64,
+    "max_seq_len": 64,
+    "sliding_window": WINDOW,
+    "use_sliding_window": True,
+    "max_window_layers": 2,
+    "window_size": WINDOW,
+    "local_attention": WINDOW,
+    "attention_window_size": WINDOW,
+    "attention_chunk_size": WINDOW,
+    "index_topk": 4,
+    "index_n_heads": 2,
+    "index_head_dim": 8,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_ssm": 64,
+    "mamba_d_state": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "ssm_state_size": 8,
+    "state_size": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "pad_token_id": 1,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "is_decoder": True,
+    "rope_scaling": None,
+}
+# What a type needs beside or in place of that.
+_OWN: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "gpt_oss": {"num_attention_heads": 4},
+    "mpt": {"expansion_ratio": 2},
+    "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": [48] * 4, "activation_sparsity_pattern": None},
+    "xlm": {"causal": True},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "codegen": {"rotary_dim": 4},
+    "gptj": {"rotary_dim": 4},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "attention_head_size": 8},
+    "xmod": {"default_language": "en_XX"},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "musicgen": {"dropout": 0.0},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one type with one choice of targets; `error` is the largest relative error of a row."""
+
+    kind: str
+    targets: str
+    verdict: str  # exact, refused, wrong, crash, unbuilt
+    error: float | None = None
+    packs: bool | None = None
+    own_attention: bool | None = None
+    message: str = ""
+
+
+def kinds() -> list[str]:
+    """Return the model types of transformers' causal-LM mapping."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tiny(kind: str, dtype: torch.dtype = torch.float64) -> Any:
+    """Build a random causal LM of type `kind` with four layers, 32 wide, windows and chunks of 8 tokens."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(kind)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        numbers = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if numbers > _MOST_NUMBERS:
+        raise ValueError(f"its tiny configuration has {numbers:,} numbers")
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(dtype).eval()
+    with contextlib.suppress(Exception):
+        model.set_experts_implementation("eager")  # PyTorch's grouped products take no float64
+    return model
+
+
+def tiny_config(kind: str) -> Any:
+    """Build the configuration of `tiny(kind)`."""
+    from transformers import AutoConfig
+
+    default = AutoConfig.for_model(kind)
+    settings = _settings_for(default)
+    if "kv_lora_rank" in settings:
+        settings["num_key_value_heads"] = settings["num_attention_heads"]  # of a latent there are no groups
+    settings |= _OWN.get(kind, {})
+    for name, part in getattr(default, "sub_configs", {}).items():
+        try:
+            settings[name] = _settings_for(part()) | {"model_type": part.model_type}
+        except Exception:  # a part that is built from others
+            continue
+    return AutoConfig.for_model(kind, **settings)
+
+
+def _settings_for(default: Any) -> dict[str, Any]:
+    names = {*vars(default), *getattr(default, "attribute_map", {})}
+    return {name: value for name, value in _SMALL.items() if name in names}
+
+
+def with_adapter(model: Any, targets: str = "all-linear", r: int = 3) -> Any:
+    """Put a LoRA adapter with B factors that are not zero on `targets`: "all-linear", "attention" or peft's own."""
+    from peft import LoraConfig, get_peft_model
+
+    modules = _ATTENTION if targets == "attention" else targets
+    dtype = next(model.parameters()).dtype
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lora = LoraConfig(r=r, lora_alpha=2 * r, target_modules=modules, task_type="CAUSAL_LM")
+        adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+            elif parameter.dim() > 1:
+                parameter.mul_(3)  # so that what tokens see of each other is no rounding
+    return adapted.to(dtype).eval()
+
+
+def examples_for(model: Any, lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, Any]]:
+    """Make random examples of `lengths` tokens, the first third of each without labels."""
+    vocabulary = min(VOCABULARY, model.get_input_embeddings().weight.shape[0])
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for n in lengths:
+        ids = torch.randint(3, vocabulary, (n,), generator=generator)
+        labels = ids.clone()
+        labels[: max(1, n // 3)] = -100
+        made.append({"input_ids": ids, "labels": labels})
+    return made
+
+
+def by_autograd(model: Any, examples: list[dict[str, Any]]) -> torch.Tensor:
+    """Return exact rows [E, k] by one ordinary forward and backward an example of the model as it is."""
+    model = copy.deepcopy(model).eval()
+    layout = inf.gradient_layout(model)
+    parameters = dict(model.named_parameters())
+    factors = [next(p for n, p in parameters.items() if n.startswith(f"{e.module}.{e.factor}.")) for e in layout]
+    rows = []
+    for example in examples:
+        logits = model(input_ids=example["input_ids"][None]).logits[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, example["labels"][1:])
+        grads = torch.autograd.grad(loss, factors, allow_unused=True)
+        flat = [(torch.zeros_like(f) if g is None else g).flatten() for f, g in zip(factors, grads, strict=True)]
+        rows.append(torch.cat(flat))
+    return torch.stack(rows)
+
+
+def rows_against_autograd(kind: str, targets: str = "all-linear") -> Outcome:
+    """Compare the engine's rows of `tiny(kind)` with plain autograd's; never raises."""
+    try:
+        model = with_adapter(tiny(kind), targets)
+        examples = examples_for(model)
+        wanted = by_autograd(model, examples)
+    except Exception as error:
+        return Outcome(kind, targets, "unbuilt", message=f"{type(error).__name__}: {one_line(error, 160)}")
+    try:
+        from influence_fast.gradients.engine import GradientEngine
+
+        rows = inf.per_example_gradients(model, examples)
+        with GradientEngine(model, None) as engine:
+            packs, own = engine.packs_are_separate, getattr(engine, "own_attention", False)
+    except InfluenceFastError as error:
+        return Outcome(kind, targets, "refused", message=one_line(error, 400))
+    except Exception as error:
+        return Outcome(kind, targets, "crash", message=f"{type(error).__name__}: {one_line(error, 160)}")
+    relative = _relative(rows, wanted)
+    exact = relative < EXACT or relative < 10 * _rounding(model, examples, wanted)
+    return Outcome(kind, targets, "exact" if exact else "wrong", relative, packs, own)
+
+
+def _relative(rows: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Return the largest relative norm of a row's error."""
+    return float(((rows - wanted).norm(dim=1) / wanted.norm(dim=1)).max())
+
+
+def _rounding(model: Any, examples: list[dict[str, Any]], wanted: torch.Tensor) -> float:
+    """Return by how much plain rows move with weights by 1e-11: more than 1e-8 where a float64 model computes in
+    float32 inside, and at most 1e-6, so that nothing but that is excused."""
+    moved = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter.mul_(1 + 1e-11 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return min(1e-6, _relative(by_autograd(moved, examples), wanted))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging as theirs
+
+    theirs.set_verbosity_error()
+    logging.getLogger("influence_fast").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _line(outcome: Outcome, seconds: float) -> str:
+    error = "" if outcome.error is None else f"{outcome.error:.1e}"
+    what = f"{outcome.kind:28} {outcome.targets:11} {outcome.verdict:8}"
+    return f"{what} {error:8} {_way(outcome):13} {seconds:5.1f} s  {outcome.message}"
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Write outcomes as a Markdown table, a row a type, and the counts above it."""
+    targets = list(dict.fromkeys(outcome.targets for outcome in outcomes))
+    by_kind: dict[str, dict[str, Outcome]] = {}
+    for outcome in outcomes:
+        by_kind.setdefault(outcome.kind, {})[outcome.targets] = outcome
+    some = sum(any(o.verdict == "exact" for o in row.values()) for row in by_kind.values())
+    counts = [f"with some targets: {some} of {len(by_kind)} exact"]
+    for name in targets:
+        found = Counter(row[name].verdict for row in by_kind.values() if name in row)
+        counts.append(f"{name}: " + ", ".join(f"{n} {verdict}" for verdict, n in found.most_common()))
+    lines = [
+        *(f"- {count}" for count in counts),
+        "",
+        f"| type | {' | '.join(targets)} | called |",
+        "|" + "---|" * (len(targets) + 2),
+    ]
+    for kind, row in sorted(by_kind.items()):
+        ways = {_way(outcome) for outcome in row.values()} - {""}
+        verdicts = " | ".join(row[name].verdict if name in row else "" for name in targets)
+        lines.append(f"| {kind} | {verdicts} | {', '.join(sorted(ways))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _way(outcome: Outcome) -> str:
+    if outcome.packs is None:
+        return ""
+    return "packs" if outcome.packs else "own attention" if outcome.own_attention else "alone"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", help="by default all of the mapping")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS))
+    parser.add_argument("--output", type=Path, help="a JSON file of all outcomes")
+    parser.add_argument("--table", type=Path, help="a Markdown file of their table")
+    args = parser.parse_args()
+    outcomes = []
+    with _quiet():
+        for kind in args.kinds or kinds():
+            for targets in args.targets:
+                start = time.perf_counter()
+                outcome = rows_against_autograd(kind, targets)
+                outcomes.append(outcome)
+                print(_line(outcome, time.perf_counter() - start), flush=True)
+    for targets in args.targets:
+        print(targets, dict(Counter(o.verdict for o in outcomes if o.targets == targets)))
+    if args.output:
+        args.output.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+    if args.table:
+        args.table.write_text(table(outcomes))
+
+
+if __name__ == "__main__":
+    main()
