@@ -39,7 +39,6 @@ from influence_fast.report.explain import DIRECTIONS, EXPLAINED
 from influence_fast.report.page import save_results, write_report
 from influence_fast.report.ranking_plot import plot_ranking_over_training
 from influence_fast.run.inputs import adapter_hashes, hash_files, model_inputs, split_inputs, tokenizer_inputs
-from influence_fast.run.pieces import PRUNED, finished
 from influence_fast.run.results import cell_name, collect, known_harmful
 from influence_fast.run.scoring import explained_scores
 from influence_fast.run.splits import load_splits
@@ -227,7 +226,7 @@ class Pipeline:
             return seconds
 
         if self.folder.has("scoring_seconds") and (damage := self._damaged_table()):
-            if finished(self.folder.path, PRUNED):
+            if any(self.folder.path.glob("cells/*-*-seed*.json")):
                 raise DataError(
                     f"{damage}: delete it, scoring_seconds.json and baselines in {self.folder.path} to have the pool "
                     "scored again, or restore it"

@@ -346,8 +346,12 @@ def test_a_run_of_an_earlier_version_goes_on(world: Path, results: dict[str, Any
         RunFolder(load_config(world / "config.yaml"))
     raw["data"]["pool"]["path"] = "other.jsonl"
     record.write_text(yaml.safe_dump(raw))
+    RunFolder(load_config(world / "config.yaml"))  # the examples are those of its record
+    record.write_text(yaml.safe_dump(raw))
+    inputs = shutil.move(world / "run" / "inputs.json", tmp_path / "inputs.json")
     with pytest.raises(ConfigError, match=r"data.pool.path: 'other.jsonl' against '../pool.jsonl'"):
         RunFolder(load_config(world / "config.yaml"))
+    shutil.move(inputs, world / "run" / "inputs.json")
     record.write_text(whole)
 
 
