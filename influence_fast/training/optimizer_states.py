@@ -194,7 +194,8 @@ def _check_moments(path: Path, name: Any, values: Mapping[str, Any]) -> None:
         step = float(values["step"])
     except (TypeError, ValueError, RuntimeError, NotImplementedError):
         step = -1.0
-    if not 0 <= step < float("inf"):
+    # NaN is refused with the factor's name, where that is known
+    if step < 0 or step == float("inf"):
         raise ModelError(
             f"{path}: the step of parameter {shown(name)} is no number of steps; give a checkpoint of AdamW"
         )

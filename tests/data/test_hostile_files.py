@@ -33,7 +33,7 @@ def test_columns_that_are_no_names_are_refused(columns: Any) -> None:
 def test_a_column_that_comes_twice_is_refused(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_text("prompt,completion,prompt\na,b,c\n".replace(",", "," if suffix == ".csv" else "\t"))
-    with pytest.raises(DataError, match=r"'prompt' comes twice"):
+    with pytest.raises(DataError, match=r"'prompt' twice"):
         load_rows(path)
 
 
@@ -42,7 +42,7 @@ def test_a_parquet_column_that_comes_twice_is_refused(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([values, values, values], ["prompt", "completion", "prompt"])
     with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    with pytest.raises(DataError, match=r"'prompt' comes twice"):
+    with pytest.raises(DataError, match=r"'prompt' twice"):
         load_rows(tmp_path / "a.arrow")
 
 

@@ -15,7 +15,7 @@ from influence_fast.config import DataConfig, RunConfig, Source, load_config
 from influence_fast.data.spooling import TokenSource, _examples, mapped_rows
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.run.dry_run import _local_examples
-from influence_fast.run.splits import _examples as examples_of
+from influence_fast.run.inputs import read_source
 from influence_fast.run.unread import unread_settings
 
 TURNS = [
@@ -34,7 +34,7 @@ def chats(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("turns", "learnt"), [("last", ()), ("all", (1,))])
 def test_a_source_says_which_turns_are_trained_on(chats: Path, turns: str, learnt: tuple[int, ...]) -> None:
     source = Source(str(chats), turns=turns, columns={"answer": None})
-    found = [examples_of(source), _local_examples(source)]
+    found = [read_source(source), _local_examples(source)]
     tokens = TokenSource(chats, turns=turns, columns={"answer": None})
     found.append(list(_examples(mapped_rows(chats, "train", chats.parent), tokens, [])))
     for examples in found:
