@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from numbers import Integral
 from typing import Any
@@ -17,7 +17,7 @@ from influence_fast.data.rendering import render_prompt
 from influence_fast.data.row_files import write_rows
 from influence_fast.data.rows import Row, Rows, load_rows
 from influence_fast.data.schemas import Example, check_trace, check_turns, read_examples
-from influence_fast.data.tokens import TokenizedSet, tokenize
+from influence_fast.data.tokens import TokenizedSet, check_completions, tokenize
 from influence_fast.errors import ConfigError, DataError, listing, shown
 from influence_fast.guards import reading
 
@@ -93,7 +93,7 @@ def load_examples(
             rows.name, len(without), seen, trace, places,
         )  # fmt: skip
     _check_ids(examples, rows)
-    _check_completions(examples, lambda e: f"{e.id} ({rows.place(e.row)})")
+    check_completions(examples, lambda e: f"{e.id} ({rows.place(e.row)})")
     return examples
 
 
@@ -123,12 +123,6 @@ def _check_ids(examples: list[Example], rows: Rows) -> None:
             f"{rows.name}: ids must be unique, repeated are {listing(repeated)}; remove the copies, name "
             'another column with columns={"id": "..."}, or use row numbers with columns={"id": None}'
         )
-
-
-def _check_completions(examples: Iterable[Example], name: Any = lambda e: e.id) -> None:
-    empty = [name(example) for example in examples if not example.completion.strip()]
-    if empty:
-        raise DataError(f"empty completion in {len(empty)} example(s): {listing(empty)}; fill it in or remove the row")
 
 
 def save_examples(

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from influence_fast.data.conversations import with_reasoning
+from influence_fast.data.conversations import REASONING_FIELDS, with_reasoning
 from influence_fast.data.schemas import Example, Turn
 from influence_fast.data.template_limits import check_template
 from influence_fast.data.turn_borders import Border, find_border
@@ -329,8 +329,7 @@ class Renderer:
         if self._parts:
             message["content"] = [{"type": "text", "text": content}]
         if reasoning is not None:
-            # the names that templates read it by: DeepSeek's and Qwen's, gpt-oss's, and OpenRouter's
-            message |= dict.fromkeys(("reasoning_content", "thinking", "reasoning"), reasoning)
+            message |= dict.fromkeys(REASONING_FIELDS, reasoning)  # templates read it by one of these names
         return message
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ def tokenize(
     Raises ModelError: nothing ends a turn, or a template that does not fit (named). DataError: empty completions, by
     id.
     """
-    _check_completions(examples)
+    check_completions(examples)
     if max_length is not None and max_length < 2:
         raise DataError(f"max_length is {max_length}; it must be at least 2, one token to predict another from")
     renderer = Renderer(tokenizer)
@@ -113,8 +113,9 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[lis
     return _called(tokenizer, texts) if texts else []
 
 
-def _check_completions(examples: Sequence[Example]) -> None:
-    empty = [example.id for example in examples if not example.completion.strip() and not example.token_ids]
+def check_completions(examples: Sequence[Example], name: Callable[[Example], str] = lambda example: example.id) -> None:
+    """Raise DataError naming the examples, by `name`, whose completion is empty."""
+    empty = [name(example) for example in examples if not example.completion.strip() and not example.token_ids]
     if empty:
         raise DataError(f"empty completion in {len(empty)} example(s): {listing(empty)}; fill it in or remove the row")
 

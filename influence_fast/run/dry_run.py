@@ -7,7 +7,6 @@ memory for its weights. What cannot be known that way is said to be unknown, and
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import Iterator
@@ -293,11 +292,9 @@ def _seconds(training: int | None, gradients: int | None, speed: float | None) -
 
 def _local_examples(source: Source) -> list[Any] | None:
     """The examples of a source on this machine; None for one on the hub."""
-    from influence_fast.data.examples import load_examples
+    from influence_fast.run.inputs import read_source
 
-    if not os.path.exists(Path(source.path).expanduser()):
-        return None
-    return load_examples(source.path, **{k: v for k, v in dataclasses.asdict(source).items() if k != "path"})
+    return read_source(source) if os.path.exists(Path(source.path).expanduser()) else None
 
 
 def _stops(config: RunConfig, local: dict[str, list[Any]]) -> list[str]:

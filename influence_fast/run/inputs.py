@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from influence_fast.errors import ConfigError
 from influence_fast.gradients.eigen_sketch import FILES as SKETCH_FILES
 from influence_fast.influence.preconditioners import SKETCHES
 from influence_fast.run.pieces import EVERYTHING, QUESTIONS, SCORES, TARGET, TEST, finished, way_out
+from influence_fast.store.checksums import checksum
 
 if TYPE_CHECKING:
     from influence_fast.run.splits import Splits
@@ -315,12 +315,4 @@ def hash_files(paths: Iterable[Path]) -> dict[str, str]:
     single = len({path.parent for path in files}) < 2
     names = [path.name if single else f"{path.parent.name}/{path.name}" for path in files]
     with ThreadPoolExecutor() as pool:  # hashing large buffers lets go of the interpreter
-        return dict(zip(names, pool.map(_file_hash, files), strict=True))
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        if path.stat().st_size == 0:  # cannot be mapped
-            return hashlib.sha256().hexdigest()
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return hashlib.sha256(data).hexdigest()
+        return dict(zip(names, pool.map(checksum, files), strict=True))
