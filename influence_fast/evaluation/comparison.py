@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from influence_fast.evaluation.expressions import Node, contains, exact, number
 from influence_fast.evaluation.units import COUNTED, DEGREE, DOZEN, PERCENT, RADIAN, Unit
@@ -32,6 +32,8 @@ from influence_fast.evaluation.values import (
     Value,
     Words,
 )
+
+_Item = TypeVar("_Item")
 
 MANY = 60  # items of a list without order, compared each with each
 
@@ -231,9 +233,14 @@ def _covers(a: Sequence[Value], b: Sequence[Value], judge: Judge) -> bool:
 def _matched(a: list[Value], b: list[Value], judge: Judge) -> bool:
     if len(a) > MANY:
         return _sorted_exactly(a) == _sorted_exactly(b)
-    rest = list(b)
-    for x in a:
-        at = next((i for i, y in enumerate(rest) if _equal(x, y, judge)), None)
+    return _paired(a, b, lambda x, y: _equal(x, y, judge))
+
+
+def _paired(firsts: Sequence[_Item], seconds: Sequence[_Item], same: Callable[[_Item, _Item], bool]) -> bool:
+    """Whether each of `firsts` has one of `seconds` of its own that is the same."""
+    rest = list(seconds)
+    for first in firsts:
+        at = next((i for i, second in enumerate(rest) if same(first, second)), None)
         if at is None:
             return False
         rest.pop(at)
@@ -253,15 +260,7 @@ def _matrices(a: Matrix, b: Matrix, judge: Judge) -> bool:
 
 def _regions(a: Region, b: Region, judge: Judge) -> bool:
     first, second = _merged(a.spans), _merged(b.spans)
-    if len(first) != len(second):
-        return False
-    rest = list(second)
-    for span in first:
-        at = next((i for i, other in enumerate(rest) if _spans(span, other, judge)), None)
-        if at is None:
-            return False
-        rest.pop(at)
-    return True
+    return len(first) == len(second) and _paired(first, second, lambda x, y: _spans(x, y, judge))
 
 
 def _spans(a: Span, b: Span, judge: Judge) -> bool:
