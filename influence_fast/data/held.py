@@ -69,14 +69,18 @@ class _Rows(Sequence[dict[str, Any]]):
             return [self[i] for i in range(*place.indices(len(self)))]
         place = range(len(self))[place]
         row = _row(self._data[place], place)
-        return {"id": str(place), **row} if self._numbered else row
+        return _with_id(row, place) if self._numbered else row
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[place] for place in range(len(self)))
 
 
 def _numbered(rows: list[dict[str, Any]], numbered: bool) -> list[dict[str, Any]]:
-    return [row if "id" in row else {"id": str(place), **row} for place, row in enumerate(rows)] if numbered else rows
+    return [_with_id(row, place) for place, row in enumerate(rows)] if numbered else rows
+
+
+def _with_id(row: dict[str, Any], place: int) -> dict[str, Any]:
+    return row if row.get("id") is not None else {**row, "id": str(place)}
 
 
 def _split(item: Any, place: int) -> Iterator[dict[str, Any]]:
