@@ -86,9 +86,8 @@ class GradientEngine:
         self.loss_reduction = loss_reduction
         self.precision = precision
         self.linears = in_top_layers(find_lora_linears(model), projection)
-        weight = self.linears[0].weight
-        self.device = weight.device
-        self.backend, self.backend_why = backends.choose(backend, weight.device, weight.dtype)
+        self.device, dtype = self.linears[0].device, self.linears[0].dtype
+        self.backend, self.backend_why = backends.choose(backend, self.device, dtype)
         layout = layout_of(self.linears, projection)
         if reducer is not None:
             self.reducer = reducer(self.linears, layout)
@@ -153,7 +152,7 @@ class GradientEngine:
                 for place, member in enumerate(group.members):
                     stack.enter_context(replaced_forward(member.layer, group, place))
             if self.backend == "triton":
-                self._fused_layers = stack.enter_context(fused(self.base, self.linears[0].weight.dtype))
+                self._fused_layers = stack.enter_context(fused(self.base, self.linears[0].dtype))
             self._given = [(m, own) for m, own in forwards.items() if vars(m).get("forward") is not own]
             self._compare()
             if not self._graphs_wanted and self._kept(1) is None:
@@ -219,7 +218,7 @@ class GradientEngine:
         if not self._layers:
             return None
         columns = max(max(group.columns) for group in self._groups)
-        inputs, w = self.reducer.needs_input, self.linears[0].weight.element_size()
+        inputs, w = self.reducer.needs_input, self.linears[0].dtype.itemsize
         try:
             layer = layer_bytes(
                 text_config(self.base.config),
@@ -307,7 +306,7 @@ class GradientEngine:
             return
         referee.as_given = self.as_given
         if self.precision == fp8.FP8:
-            referee.tolerance = Tolerance.of(self.linears[0].weight.dtype, self.device, fp8=True)
+            referee.tolerance = Tolerance.of(self.linears[0].dtype, self.device, fp8=True)
         seen: list[torch.Tensor] = []
         module = self.base if self._whole_model_logits else self.decoder
         handle = module.register_forward_hook(lambda _, __, output: seen.append(_outputs(output)))
@@ -479,9 +478,9 @@ class GradientEngine:
             # Folding s B A into a 16-bit weight would round the adapter away; on a card the second copy of the
             # weights would cost more than it saves.
             # Sharded weights (FSDP2) are whole only inside their own layer's forward and backward: nothing to fold.
-            weight, triton = members[0].weight, self.backend == "triton"
-            wide = weight.dtype in (torch.float32, torch.float64)
-            fused = wide and weight.device.type == "cpu" and not triton and not members[0].sharded
+            first, triton = members[0], self.backend == "triton"
+            wide = first.dtype in (torch.float32, torch.float64)
+            fused = wide and first.device.type == "cpu" and not triton and not first.sharded
             fused = fused and self.precision != fp8.FP8  # a folded weight would round the adapter too
             eights = [fp8_weights[n] for n in numbers]
             groups.append(InputGroup(members, numbers, self.reducer, fused, triton, eights))
