@@ -15,7 +15,9 @@ from torch import nn
 from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
 from influence_fast.data.fingerprints import active_adapters
 from influence_fast.errors import ModelError, listing, say_once
+from influence_fast.gradients.adapter_kinds import check_active_kinds, check_variant
 from influence_fast.gradients.factors import Columns, Factor, make_factor
+from influence_fast.gradients.lora_parts import AdapterPart, Magnitude, join_adapters, part_factors
 from influence_fast.gradients.projection import Projection
 
 logger = logging.getLogger(__name__)
@@ -43,15 +45,21 @@ class LayoutEntry(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LoraLinear:
-    """One LoRA linear, `y = W x + b + s B (A x)`, as plain tensors; with r = 0 a plain one, whose weight is trained."""
+    """One LoRA linear, `y = W x + b + s B (A x)`, as plain tensors; with r = 0 a plain one, whose weight is trained.
+
+    Several active adapters are one of all their columns (see `lora_parts`).
+    """
 
     name: str
     layer: nn.Module
     weight: torch.Tensor  # [d_out, d_in]
-    bias: torch.Tensor | None  # [d_out]
+    bias: torch.Tensor | None  # [d_out]; none of what a magnitude vector is multiplied with
     a: torch.Tensor  # [r, d_in]
     b: torch.Tensor  # [d_out, r]
     scaling: float
+    parts: tuple[AdapterPart, ...] = ()  # of other adapters than one plain pair
+    added_bias: torch.Tensor | None = None  # [d_out], the part of `bias` that is not the base's own
+    magnitude: Magnitude | None = None  # of DoRA
 
     @property
     def key(self) -> str:
@@ -81,6 +89,8 @@ class LoraLinear:
 
     def factors(self, projection: Projection | None = None) -> tuple[Factor, ...]:
         """Return what this module adds to a row, in the row's order; projected columns stand after those of A and B."""
+        if self.parts:
+            return part_factors(self.key, (self.d_out, self.d_in), self.r, self.parts, projection)
         return tuple(
             make_factor(
                 name,
@@ -113,20 +123,24 @@ class LoraLinear:
         if not self.sharded or self.bias is None:
             return self.bias
         base: Any = self.layer.get_base_layer()  # type: ignore[operator]
-        return base.bias.detach()
+        if base.bias is None:
+            return self.added_bias
+        own: torch.Tensor = base.bias.detach()
+        return own if self.added_bias is None else own + self.added_bias
 
 
 Module = TypeVar("Module", LoraLinear, LayoutEntry)
 
 
 def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
-    """Every LoRA linear of `model` that its active adapter changes, in `named_modules` order.
+    """Every LoRA linear of `model` that its active adapters change, in `named_modules` order.
 
-    Raises ModelError when there is none, one is of a kind whose gradient this package does not compute, or the adapter
-    is merged or disabled.
+    Raises ModelError when there is none, one is of a kind whose gradient this package does not compute, or an adapter
+    is of another kind than LoRA, merged or disabled.
     """
     from peft.tuners.lora import LoraLayer
 
+    check_active_kinds(model)
     layers: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     if not layers:
         raise ModelError(
@@ -147,7 +161,8 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
             f"{refused[0]}: LoRA over {kind} is not supported (linears that are a plain product are); leave that "
             f"module out of target_modules{other_targets([name for name, _, _ in active], refused)}"
         )
-    found = [_as_plain(name, layer, adapters) for name, layer, adapters in active]
+    several = len({adapter for _, _, adapters in active for adapter in adapters}) > 1
+    found = [_as_plain(name, layer, adapters, several) for name, layer, adapters in active]
     if others := _beside_in(model):
         say_once(logger, beside_warning(others))
     if unfrozen := _unfrozen_in(model):
@@ -215,29 +230,42 @@ def _active_in(layer: Any) -> list[str]:
     return [a for a in layer.active_adapters if a in layer.lora_A or a in layer.lora_embedding_A]
 
 
-def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
+def _as_plain(name: str, layer: Any, active: list[str], several: bool) -> LoraLinear:
+    """Take a layer's active adapters as one; `several`: whether more than one is active in the model."""
     base = layer.get_base_layer()
-    if len(active) != 1:
-        raise ModelError(f"{name}: exactly one active LoRA adapter is needed, found {listing(active)}")
-    adapter = active[0]
     if layer.disable_adapters:
         raise ModelError(f"{name}: the adapter is disabled; leave disable_adapter() first, or enable its layers")
-    if adapter in layer.lora_variant:
-        variant = type(layer.lora_variant[adapter]).__name__
-        raise ModelError(f"{name}: {variant} is not plain LoRA; train the adapter without it")
-    if layer.lora_bias.get(adapter):
-        raise ModelError(f"{name}: lora_bias=True is not supported; train the adapter without it")
     if layer.merged:
         raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
-    weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
+    dora = [adapter for adapter in active if adapter in layer.lora_magnitude_vector]
+    for adapter in active:
+        if adapter in layer.lora_variant and adapter not in dora:
+            check_variant(name, layer.lora_variant[adapter])
+    if dora and len(active) > 1:
+        raise ModelError(
+            f"{name}: the adapters {listing(active)} are active together, and {dora[0]!r} (DoRA) would scale the "
+            "others' outputs too: activate one at a time by set_adapter"
+        )
+    weight = (base.weight if isinstance(base, nn.Linear) else base.weight.T).detach()
+    bias = None if base.bias is None else base.bias.detach()
+    joined = join_adapters(layer, active, several)
+    magnitude = None
+    if dora:
+        magnitude, bias = Magnitude.of(name, layer, dora[0], weight, bias, joined), None
+    added = None if joined.added_bias is None else joined.added_bias.to(weight.dtype)
+    if added is not None and not hasattr(bias, "full_tensor"):
+        bias = added if bias is None else bias + added
     return LoraLinear(
         name=name,
         layer=layer,
-        weight=weight.detach(),
-        bias=None if base.bias is None else base.bias.detach(),
-        a=layer.lora_A[adapter].weight.detach(),
-        b=layer.lora_B[adapter].weight.detach(),
-        scaling=float(layer.scaling[adapter]),
+        weight=weight,
+        bias=bias,
+        a=joined.a,
+        b=joined.b,
+        scaling=joined.scaling,
+        parts=joined.parts,
+        added_bias=added,
+        magnitude=magnitude,
     )
 
 
@@ -333,8 +361,11 @@ def gradient_layout(model: nn.Module, projection: Projection | None = None) -> l
     """The order in which `per_example_gradients(model, ..., projection=projection)` lays out a row.
 
     With `projection=None` the row is the exact LoRA gradient: for each LoRA layer in `named_modules` order,
-    `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order. `one_sided` rows hold `dA R_in (r, p)`
-    and `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to `width`
+    `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order, and after a B its bias `lora_bias (d_out, 1)`
+    (lora_bias=True) or at the end `lora_magnitude_vector (d_out, 1)` (DoRA), where the adapter has them. With several
+    adapters active in the model every factor's name ends in its adapter's, as `lora_A.<adapter>`, and a layer's are in
+    the order of `model.named_parameters()`: all its A, then each B. `one_sided` rows hold `dA R_in (r, p)` and
+    `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to `width`
     numbers afterwards; the layout returned is then the one that is sketched. `projection.layers` leaves the modules
     of lower layers out.
 
