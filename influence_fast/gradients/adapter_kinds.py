@@ -19,18 +19,18 @@ _OTHERS: dict[str, tuple[str, str]] = {
     "MULTITASK_PROMPT_TUNING": ("multitask prompt tuning", _PROMPTS),
     "P_TUNING": ("P-tuning", _PROMPTS),
     "PREFIX_TUNING": ("prefix tuning", _PROMPTS),
-    "CPT": ("context-aware prompt tuning (CPT)", _PROMPTS),
+    "CPT": ("context-aware prompt tuning", _PROMPTS),
     "CARTRIDGE": ("a cartridge of keys and values", _PROMPTS),
-    "ADAPTION_PROMPT": ("LLaMA-Adapter (adaption prompts)", _PROMPTS),
+    "ADAPTION_PROMPT": ("LLaMA-Adapter", _PROMPTS),
     "IA3": ("IA3", _SCALES),
-    "LN_TUNING": ("the tuning of norms (LN tuning)", "it trains the norms' own weights"),
+    "LN_TUNING": ("LN tuning", "it trains the norms' own weights"),
     "TRAINABLE_TOKENS": ("trainable tokens alone", "it trains rows of the embedding"),
     "ADALORA": ("AdaLoRA", "its matrices have a third between them, and its ranks change while it is trained"),
     "XLORA": (
         "X-LoRA",
         "it mixes several LoRA adapters by a network of its own: score one of these adapters alone, or",
     ),
-    "POLY": ("Polytropon (poly)", "it mixes several LoRA adapters by the task"),
+    "POLY": ("Polytropon", "it mixes several LoRA adapters by the task"),
     "VERA": ("VeRA", "it trains two vectors beside random matrices that all layers share"),
     "LOHA": ("LoHa", _WEIGHTS),
     "LOKR": ("LoKr", _WEIGHTS),
@@ -49,17 +49,16 @@ _OTHERS: dict[str, tuple[str, str]] = {
     "UNILORA": ("Uni-LoRA", _WEIGHTS),
 }
 
-#: Variants of LoRA by the first letters of peft's class of them, with what in the configuration asks for them.
+#: Variants of LoRA by the first letters of peft's class of them: what they are, and the setting that asks for them.
 _VARIANTS: dict[str, tuple[str, str]] = {
-    "ALora": ("aLoRA, at work only after its invocation tokens", "alora_invocation_tokens"),
-    "Arrow": ("Arrow, which routes each token to some of several adapters", "arrow_config"),
-    "QALora": ("QA-LoRA, whose A reads groups of inputs", "use_qalora"),
-    "BdLora": ("BD-LoRA, whose factors are block-diagonal", "use_bdlora"),
-    "Velora": ("VeLoRA, whose own gradients are approximate", "velora_config"),
-    "Monteclora": ("MonteCLoRA, whose factors are drawn at random", "monteclora_config"),
-    "MiCA": ("MiCA, which trains A alone", "init_lora_weights='mica'"),
-    "Kasa": ("KaSA, which takes components out of the base weight", "kasa_config"),
-    "Dora": ("DoRA over a layer that is no linear", "use_dora"),
+    "ALora": ("aLoRA (at work only after its invocation tokens)", "alora_invocation_tokens"),
+    "Arrow": ("Arrow (routes each token to some of several adapters)", "arrow_config"),
+    "QALora": ("QA-LoRA (its A reads groups of inputs)", "use_qalora"),
+    "BdLora": ("BD-LoRA (its factors are block-diagonal)", "use_bdlora"),
+    "Velora": ("VeLoRA (its own gradients are approximate)", "velora_config"),
+    "Monteclora": ("MonteCLoRA (its factors are drawn at random)", "monteclora_config"),
+    "MiCA": ("MiCA (trains A alone)", "init_lora_weights='mica'"),
+    "Kasa": ("KaSA (takes components out of the base weight)", "kasa_config"),
 }
 
 
@@ -74,10 +73,9 @@ def check_kind(what: str, kind: str) -> None:
     if kind == _LORA:
         return
     name, why = _OTHERS.get(kind, (kind or "of no kind that is named", ""))
-    reason = f" ({why})" if why and not why.endswith(" or") else ""
-    first = f"{why.partition(': ')[2]} " if why.endswith(" or") else ""
+    reason = f" ({why})" if why else ""
     raise ModelError(
-        f"{what} is {name}{reason}, and only gradients of LoRA adapters are computed: {first}train a LoRA adapter "
+        f"{what} is {name}{reason}, and only gradients of LoRA adapters are computed: train a LoRA adapter "
         "(peft.LoraConfig) and score that"
     )
 
@@ -122,5 +120,5 @@ def check_variant(name: str, variant: Any) -> None:
     """Raise ModelError for a layer `name` whose LoRA is of a variant that is no plain product."""
     kind = type(variant).__name__
     found = next((text for start, text in _VARIANTS.items() if kind.startswith(start)), None)
-    called, setting = found or (kind, f"what asks for {kind}")
-    raise ModelError(f"{name}: its LoRA is {called}, which is not supported: train the adapter without {setting}")
+    called, setting = found or (kind, f"the setting that asks for {kind}")
+    raise ModelError(f"{name}: {called} is no plain LoRA, and not supported: train the adapter without {setting}")
