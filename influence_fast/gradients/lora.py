@@ -167,6 +167,11 @@ def beside_warning(others: Sequence[str]) -> str:
     )
 
 
+def unscored_in(model: nn.Module) -> list[str]:
+    """Return what is trained but in no gradient row: what an adapter has beside LoRA factors, and unfrozen weights."""
+    return [*_beside_in(model), *_unfrozen_in(model)]
+
+
 def _beside_in(model: nn.Module) -> list[str]:
     """What else an adapter has than LoRA factors: whole modules saved with it, rows of embeddings, and biases."""
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
