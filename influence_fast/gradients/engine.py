@@ -23,9 +23,9 @@ from torch import nn
 
 from influence_fast.data.packing import IGNORED, Pack, pack_examples, teaches, text_config
 from influence_fast.errors import ConfigError, ModelError, listing, say_once
-from influence_fast.gradients import attention, backends, fp8, graphs
+from influence_fast.gradients import attention, backends, fp8, graphs, quantized
 from influence_fast.gradients.fused_layers import Fused, fused, overridden
-from influence_fast.gradients.input_groups import InputGroup, replaced_forward
+from influence_fast.gradients.input_groups import InputGroup, Product, replaced_forward
 from influence_fast.gradients.lora import (
     LayoutEntry,
     LoraLinear,
@@ -86,9 +86,9 @@ class GradientEngine:
         self.loss_reduction = loss_reduction
         self.precision = precision
         self.linears = in_top_layers(find_lora_linears(model), projection)
-        weight = self.linears[0].weight
-        self.device = weight.device
-        self.backend, self.backend_why = backends.choose(backend, weight.device, weight.dtype)
+        first = self.linears[0]
+        self.device = first.device
+        self.backend, self.backend_why = backends.choose(backend, first.device, first.dtype)
         layout = layout_of(self.linears, projection)
         if reducer is not None:
             self.reducer = reducer(self.linears, layout)
@@ -139,21 +139,24 @@ class GradientEngine:
     def __enter__(self) -> GradientEngine:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_frozen(self.model))
-            weights: list[fp8.Fp8Weight | None] = [None] * len(self.linears)
+            eights: list[fp8.Fp8Weight | None] = [None] * len(self.linears)
             if self.precision == fp8.FP8:
-                weights = fp8.weights_of(self.linears, self.backend == "triton")
+                quantized.check_precision(self.linears)
+                eights = fp8.weights_of(self.linears, self.backend == "triton")
                 self.room = _free_bytes(self.device)  # less the copies
             self._layers = stack.enter_context(_recomputable(self.base)) if self.room is not None else []
             self._given_implementation = self.decoder.config._attn_implementation
             forwards = {module: vars(module).get("forward") for module in self.base.modules()}
+            stack.enter_context(quantized.settled(self.base))
             stack.enter_context(self._settled())
             inputs = self._probe()
-            self._groups = self._group(inputs, weights)
+            layers = quantized.products_of(self.linears, [inputs[n].dtype for n in range(len(self.linears))])
+            self._groups = self._group(inputs, [eight or layer for eight, layer in zip(eights, layers, strict=True)])
             for group in self._groups:
                 for place, member in enumerate(group.members):
                     stack.enter_context(replaced_forward(member.layer, group, place))
             if self.backend == "triton":
-                self._fused_layers = stack.enter_context(fused(self.base, self.linears[0].weight.dtype))
+                self._fused_layers = stack.enter_context(fused(self.base, self.linears[0].dtype))
             self._given = [(m, own) for m, own in forwards.items() if vars(m).get("forward") is not own]
             self._compare()
             if not self._graphs_wanted and self._kept(1) is None:
@@ -195,7 +198,8 @@ class GradientEngine:
         anchor = torch.empty((), device=self.device, requires_grad=True)
         for group in self._groups:
             group.anchor = anchor
-        with torch.enable_grad(), _recomputing(self._layers if recompute else []):
+        bounds = attention.example_bounds(inputs.tokens.cu_seqlens)
+        with torch.enable_grad(), bounds, _recomputing(self._layers if recompute else []):
             loss, losses = self._loss(inputs)
             if not loss.requires_grad:
                 raise ModelError(
@@ -219,7 +223,7 @@ class GradientEngine:
         if not self._layers:
             return None
         columns = max(max(group.columns) for group in self._groups)
-        inputs, w = self.reducer.needs_input, self.linears[0].weight.element_size()
+        inputs, w = self.reducer.needs_input, self.linears[0].dtype.itemsize
         try:
             layer = layer_bytes(
                 text_config(self.base.config),
@@ -307,7 +311,7 @@ class GradientEngine:
             return
         referee.as_given = self.as_given
         if self.precision == fp8.FP8:
-            referee.tolerance = Tolerance.of(self.linears[0].weight.dtype, self.device, fp8=True)
+            referee.tolerance = Tolerance.of(self.linears[0].dtype, self.device, fp8=True)
         seen: list[torch.Tensor] = []
         module = self.base if self._whole_model_logits else self.decoder
         handle = module.register_forward_hook(lambda _, __, output: seen.append(_outputs(output)))
@@ -467,9 +471,11 @@ class GradientEngine:
             return "the base weights are spread over processes (FSDP), which exchange them in every step"
         if not self.reducer.recordable:
             return "these gradients are summed by PyTorch, with each pack's bounds on the host"
+        if any(linear.quantized for linear in self.linears):
+            return "the base is quantised, and its library's products may wait for the host"
         return ""
 
-    def _group(self, inputs: dict[int, torch.Tensor], fp8_weights: list[fp8.Fp8Weight | None]) -> list[InputGroup]:
+    def _group(self, inputs: dict[int, torch.Tensor], products: Sequence[Product | None]) -> list[InputGroup]:
         by_input: dict[int, list[int]] = {}
         for n in range(len(self.linears)):
             by_input.setdefault(id(inputs[n]), []).append(n)
@@ -479,12 +485,15 @@ class GradientEngine:
             # Folding s B A into a 16-bit weight would round the adapter away; on a card the second copy of the
             # weights would cost more than it saves.
             # Sharded weights (FSDP2) are whole only inside their own layer's forward and backward: nothing to fold.
-            weight, triton = members[0].weight, self.backend == "triton"
-            wide = weight.dtype in (torch.float32, torch.float64)
-            fused = wide and weight.device.type == "cpu" and not triton and not members[0].sharded
+            # Quantised ones are not folded: no copy in full precision is ever kept.
+            first, triton = members[0], self.backend == "triton"
+            wide = first.dtype in (torch.float32, torch.float64)
+            fused = wide and first.device.type == "cpu" and not triton and not first.sharded
             fused = fused and self.precision != fp8.FP8  # a folded weight would round the adapter too
-            eights = [fp8_weights[n] for n in numbers]
-            groups.append(InputGroup(members, numbers, self.reducer, fused, triton, eights))
+            quantised = any(member.quantized for member in members)
+            dtype = inputs[numbers[0]].dtype if quantised else first.dtype
+            chosen = [products[n] for n in numbers]
+            groups.append(InputGroup(members, numbers, self.reducer, fused and not quantised, triton, chosen, dtype))
         return groups
 
 

@@ -142,6 +142,10 @@ class Fp8Weight:
         self.rows = to_fp8(weight, triton)  # [d_out, d_in]
         self.columns = to_fp8(weight.T, triton)  # [d_in, d_out]
 
+    def operand(self, matrix: Tensor, triton: bool) -> Rows:
+        """Return what `forward` and `backward` take for a matrix: its rows in 8 bits."""
+        return to_fp8(matrix, triton)
+
     def forward(self, x: Rows, bias: Tensor | None) -> Tensor:
         """x [T, d_in] W^T + bias: [T, d_out] in the weight's dtype."""
         y = self.product(x, self.rows).to(self.dtype)

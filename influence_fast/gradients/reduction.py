@@ -83,8 +83,8 @@ class Reducer:
         self.linears = linears
         self.layout = layout
         self.projection = projection
-        self.dtype = torch.float64 if linears[0].weight.dtype == torch.float64 else torch.float32
-        self.device = linears[0].weight.device
+        self.dtype = torch.float64 if linears[0].dtype == torch.float64 else torch.float32
+        self.device = linears[0].device
         self.examples = 0
         self.segments: Segments | None = None  # the pack's, on the Triton backend
         self._bounds: list[int] | None = None

@@ -138,7 +138,7 @@ class StreamReducer(Reducer):
             raise NumericError(
                 f"query gradients: NaN or infinite numbers in row {listing(map(str, bad))}; leave these queries out"
             )
-        self._wide = linears[0].weight.dtype in (torch.float32, torch.float64)
+        self._wide = linears[0].dtype in (torch.float32, torch.float64)
         self._rank = max(linear.r for linear in linears)
         self._token_scores = torch.empty(0)  # [T, q], while queries ride
         self._scores = torch.empty(0)  # [E, q], else
