@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from influence_fast.errors import ConfigError, ModelError, one_line
+from influence_fast.errors import ModelError, one_line
 from influence_fast.gradients import attention
 from influence_fast.gradients.fused_layers import overridden
 
@@ -265,12 +265,3 @@ def _an_example_at_a_time(forward: Callable[[Tensor], Tensor]) -> Callable[[Tens
         return torch.cat(parts).view(*x.shape[:-1], -1)
 
     return split
-
-
-def check_precision(linears: Sequence[LoraLinear]) -> None:
-    """Raise ConfigError for `precision="fp8"` with a quantised base."""
-    for linear in linears:
-        if linear.quantized:
-            raise ConfigError(
-                f"precision: fp8 rounds the base weights to 8 bits, and {linear.name} is quantised already; use 'auto'"
-            )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import example_name
 from influence_fast.errors import DataError, NumericError, listing
 from influence_fast.gradients.engine import GradientEngine
@@ -41,7 +42,7 @@ _RIDING = 4
 
 def stream_influence(
     model: nn.Module,
-    examples: Sequence[Mapping[str, Any]],
+    examples: Held,
     query_gradients: torch.Tensor,
     *,
     loss_reduction: str = "mean",
@@ -76,6 +77,7 @@ def stream_influence(
     def reducer(linears: list[LoraLinear], layout: list[LayoutEntry]) -> Reducer:
         return StreamReducer(linears, layout, query_gradients)
 
+    examples = as_examples(examples)
     with GradientEngine(model, None, loss_reduction, backend, reducer=reducer, precision=precision) as engine:
         scores = torch.empty(len(examples), engine.width, dtype=engine.reducer.dtype, device=engine.device)
         places = list(range(len(examples)))
