@@ -159,12 +159,13 @@ class Fp8Weight:
 def weights_of(linears: Sequence[LoraLinear], triton: bool = False) -> list[Fp8Weight | None]:
     """The base weight of each linear in 8 bits; None for those whose shape does not fit, which are logged once.
 
-    triton: as in `to_fp8`. Raises ConfigError: a weight is sharded or quantised, the device has no such product, or no weight fits.
+    triton: as in `to_fp8`. Raises ConfigError: a weight is sharded or quantised, the device has no such product, or no
+    weight fits.
     """
     check_precision(FP8, sharded=any(linear.sharded for linear in linears))
     if quantised := listing(linear.name for linear in linears if linear.quantized):
         raise ConfigError(
-            f"precision: fp8 rounds the base weights to 8 bits, and these are quantised already: {quantised}; use 'auto'"
+            f"precision: fp8 rounds base weights to 8 bits, and these are quantised already: {quantised}; use 'auto'"
         )
     first = linears[0].weight
     product = Product.on(first.device, first.dtype)
