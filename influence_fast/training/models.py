@@ -16,6 +16,7 @@ from influence_fast.guards import reading
 from influence_fast.training.adapters import adapter_warnings, attach_adapter, fit_vocabulary
 from influence_fast.training.files import cannot_load, check_folder
 from influence_fast.training.model_sizes import check_model_sizes
+from influence_fast.training.quantized_files import check_installed, quantization_of, quantizing_package
 from influence_fast.training.tokenizers import check_tokenizer, load_tokenizer
 
 __all__ = [
@@ -57,10 +58,14 @@ def load_model(
     target = _device(device)
     source = os.fspath(model_id_or_path)
     with reading(f"the model {source}", ModelError):
-        model = _load_base(source, DTYPES[dtype], attn_implementation, trust_remote_code)
+        model = _load_base(source, DTYPES[dtype], attn_implementation, trust_remote_code, target)
         if adapter is not None:
             model = attach_adapter(model, os.fspath(adapter), source)
-        return model.to(target).eval()
+        if (
+            quantization_of(model.config) is None
+        ):  # else it was loaded to where it belongs: not all such layers can be moved
+            model = model.to(target)
+        return model.eval()
 
 
 def _device(device: str) -> torch.device:
@@ -77,20 +82,33 @@ def _device(device: str) -> torch.device:
     return target
 
 
-def _load_base(source: str, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+def _load_base(
+    source: str,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+    target: torch.device,
+) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     check_folder(source, "config.json", "model")
     check_model_sizes(source)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
+        if package := quantizing_package(AutoConfig.from_pretrained(source, **options)):
+            check_installed(package, source)
+            if target.type != "cpu":
+                options["device_map"] = {"": str(target)}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
+    except ModelError:
+        raise
     except Exception as error:  # of strict configurations, of weights, and whatever a wrong setting leads to
         raise ModelError(cannot_load(source, "model", error)) from error
     model, info = loaded
