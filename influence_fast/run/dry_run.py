@@ -214,7 +214,7 @@ def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
     with reading(f"the model {model.path}", ModelError), quiet_libraries(), torch.device("meta"):
         base = AutoModelForCausalLM.from_config(settings, trust_remote_code=model.trust_remote_code)
         parameters = sum(p.numel() for p in base.parameters())
-        quantized = quantized_weights(settings, base)
+        quantized = quantized_weights(settings, base, model.quantize)
         tuned = attach_lora(base, config.lora, 0)
         trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     row = width_of(config.gradients.projection, config.gradients.sketch, config.influence.preconditioner, tuned)

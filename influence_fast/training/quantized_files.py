@@ -1,15 +1,22 @@
-"""What a model's configuration says of its quantised weights: the package they need, and the bytes they take."""
+"""Quantised weights before they are loaded: how to ask for them, the package they need, and the bytes they take."""
 
 from __future__ import annotations
 
 import importlib.util
 from typing import Any
 
+import torch
 from torch import nn
 
-from influence_fast.errors import ModelError
+from influence_fast.errors import ConfigError, ModelError, did_you_mean
 from influence_fast.gradients.memory import QuantizedWeights
 
+#: How weights can be quantised while they are loaded, by bitsandbytes; what that library calls it.
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
 #: What is imported for a `quant_method` of a configuration, where that is called otherwise.
 _PACKAGES = {
     "gptq": "gptqmodel",
@@ -20,6 +27,27 @@ _PACKAGES = {
 _WITHOUT_PACKAGE = ("fp8", "mxfp4", "bitnet")  # which transformers does itself
 # Bytes of bitsandbytes' scales: fp32 for 64 weights, or one byte and an fp32 for 256 of these (double quantisation).
 _BLOCK, _SCALE, _DOUBLE_SCALE = 64, 4, 1 + 4 / 256
+
+
+def check_quantization(name: str | None, source: str = "quantize") -> None:
+    """Raise ConfigError for a quantisation that does not exist; None is none."""
+    if name is not None and name not in QUANTIZATIONS:
+        raise ConfigError(f"{source}: unknown value {name!r}; {did_you_mean(str(name), QUANTIZATIONS)}")
+
+
+def quantizing(config: Any, name: str, dtype: torch.dtype, source: str) -> Any:
+    """Return transformers' settings that quantise the weights of `source` by a name of `QUANTIZATIONS`.
+
+    dtype: of the products with 4-bit weights. Raises ModelError where bitsandbytes is not installed, or the weights are
+    quantised already.
+    """
+    from transformers import BitsAndBytesConfig
+
+    check_quantization(name)
+    if quantization_of(config) is not None:
+        raise ModelError(f"the weights of {source} are quantised already: leave quantize out")
+    check_installed("bitsandbytes", source, "quantize needs bitsandbytes")
+    return BitsAndBytesConfig(**QUANTIZATIONS[name], bnb_4bit_compute_dtype=dtype)
 
 
 def quantization_of(config: Any) -> dict[str, Any] | None:
@@ -38,25 +66,25 @@ def quantizing_package(config: Any) -> str | None:
     return None if name in _WITHOUT_PACKAGE else _PACKAGES.get(name, name)
 
 
-def check_installed(package: str, source: str) -> None:
-    """Raise ModelError where the weights of `source` need a package that is not installed."""
+def check_installed(package: str, source: str, why: str = "") -> None:
+    """Raise ModelError where the weights of `source` need a package that is not installed; `why` says who needs it."""
     try:
         found = importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # of the package that it is in
         found = False
     if not found:
         name = "'influence-fast[quantized]'" if package == "bitsandbytes" else package.replace(".", "-")
-        raise ModelError(
-            f"the weights of {source} are quantised by {package}, which is not installed: pip install {name}"
-        )
+        why = why or f"the weights of {source} are quantised by {package}"
+        raise ModelError(f"{why}, which is not installed: pip install {name}")
 
 
-def quantized_weights(config: Any, base: Any) -> QuantizedWeights | None:
+def quantized_weights(config: Any, base: Any, quantize: str | None = None) -> QuantizedWeights | None:
     """Return what the quantised linears of `base`, a model without weights made from `config`, take as stored.
 
-    None where the configuration does not quantise. The head stays as it is, as all libraries leave it by default.
+    None where neither the configuration nor `quantize` (of `QUANTIZATIONS`) quantises. The head stays as it is, as all
+    libraries leave it by default.
     """
-    settings = quantization_of(config)
+    settings = quantization_of(config) or QUANTIZATIONS.get(quantize or "")
     if settings is None:
         return None
     skipped = {"lm_head", *(settings.get("llm_int8_skip_modules") or settings.get("modules_to_not_convert") or ())}
