@@ -167,7 +167,7 @@ def weights_of(linears: Sequence[LoraLinear], triton: bool = False) -> list[Fp8W
         raise ConfigError(
             f"precision: fp8 rounds base weights to 8 bits, and these are quantised already: {quantised}; use 'auto'"
         )
-    first = linears[0].weight
+    first = linears[0]
     product = Product.on(first.device, first.dtype)
     others = [linear for linear in linears if not _fits(linear)]
     if others:

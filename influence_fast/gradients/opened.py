@@ -156,19 +156,19 @@ def open_model(
     Raises ModelError where the model cannot be called, or a LoRA layer of it has no gradient of its own.
     """
     base, triton = base_of(model), backend == "triton"
-    decoder, head, weight = decoder_of(base), base.get_output_embeddings(), linears[0].weight
+    decoder, head, first = decoder_of(base), base.get_output_embeddings(), linears[0]
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
         stack.enter_context(quantized.settled(base))
         eights: list[fp8.Fp8Weight | None] = [None] * len(linears)
-        room = free_bytes(weight.device)
+        room = free_bytes(first.device)
         if precision == fp8.FP8:
             eights = fp8.weights_of(list(linears), triton)
-            room = free_bytes(weight.device)  # less the copies
+            room = free_bytes(first.device)  # less the copies
         recomputable = stack.enter_context(recomputable_layers(base)) if room is not None else []
         implementation = decoder.config._attn_implementation
         forwards = {module: vars(module).get("forward") for module in base.modules()}
-        whole, mode, referee = stack.enter_context(_settled(base, decoder, head, weight.device))
+        whole, mode, referee = stack.enter_context(_settled(base, decoder, head, first.device))
         call = functools.partial(_call, base if whole else decoder, decoder.config, mode)
         inputs, why = _probe(call, linears, mode, decoder.config._attn_implementation)
         dtypes = [inputs[n].dtype if n in inputs else linear.dtype for n, linear in enumerate(linears)]
@@ -177,13 +177,13 @@ def open_model(
         for group in groups:
             for place, member in enumerate(group.members):
                 stack.enter_context(replaced_forward(member.layer, group, place))
-        fused_layers = stack.enter_context(fused(base, weight.dtype)) if triton else Fused()
+        fused_layers = stack.enter_context(fused(base, first.dtype)) if triton else Fused()
         replaced = [(module, own) for module, own in forwards.items() if vars(module).get("forward") is not own]
         given = GivenModel(base, decoder, replaced, implementation)
         if referee is not None:
             referee.as_given = given.restored
             if precision == fp8.FP8:
-                referee.tolerance = Tolerance.of(weight.dtype, weight.device, fp8=True)
+                referee.tolerance = Tolerance.of(first.dtype, first.device, fp8=True)
         yield OpenedModel(
             base=base,
             decoder=decoder,
@@ -281,7 +281,7 @@ def _probe(
         for n, member in enumerate(linears)
     ]
     two = torch.zeros(2, dtype=torch.int64)
-    tokens = attention.PackedTokens.of(Pack([0], two, torch.arange(2), two, [0, 2])).to(linears[0].weight.device)
+    tokens = attention.PackedTokens.of(Pack([0], two, torch.arange(2), two, [0, 2])).to(linears[0].device)
     seen: list[bool] = []
     try:
         with torch.no_grad():
@@ -341,10 +341,10 @@ def _groups(
         # a GPU the second copy of the weights would cost more than it saves.
         # Sharded weights (FSDP2) are whole only inside their own layer's forward and backward: nothing to fold; nor is
         # a quantised one ever kept whole.
-        weight, quantised = members[0].weight, any(member.quantized for member in members)
-        wide = weight.dtype in (torch.float32, torch.float64)
-        folds = wide and weight.device.type == "cpu" and not triton and not members[0].sharded and precision != fp8.FP8
+        first, quantised = members[0], any(member.quantized for member in members)
+        wide = first.dtype in (torch.float32, torch.float64)
+        folds = wide and first.device.type == "cpu" and not triton and not first.sharded and precision != fp8.FP8
         given = inputs.get(numbers[0])
-        dtype = given.dtype if quantised and given is not None else weight.dtype
+        dtype = given.dtype if quantised and given is not None else first.dtype
         groups.append(InputGroup(members, numbers, reducer, folds and not quantised, triton, chosen, dtype))
     return groups
