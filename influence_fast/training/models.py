@@ -19,6 +19,7 @@ from influence_fast.training.model_sizes import check_model_sizes
 from influence_fast.training.quantized_files import (
     check_installed,
     check_quantization,
+    keep_as_stored,
     quantization_of,
     quantizing,
     quantizing_package,
@@ -73,10 +74,10 @@ def load_model(
         model = _load_base(source, DTYPES[dtype], attn_implementation, options)
         if adapter is not None:
             model = attach_adapter(model, os.fspath(adapter), source)
-        if (
-            quantization_of(model.config) is None
-        ):  # else it was loaded to where it belongs: not all such layers can be moved
+        if quantization_of(model.config) is None:
             model = model.to(target)
+        else:  # it was loaded to where it belongs: not all such layers can be moved
+            keep_as_stored(model)
         return model.eval()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from typing import Any
 
 import torch
@@ -76,6 +77,18 @@ def check_installed(package: str, source: str, why: str = "") -> None:
         name = "'influence-fast[quantized]'" if package == "bitsandbytes" else package.replace(".", "-")
         why = why or f"the weights of {source} are quantised by {package}"
         raise ModelError(f"{why}, which is not installed: pip install {name}")
+
+
+def keep_as_stored(model: Any) -> None:
+    """Have bitsandbytes leave the codes and scales of a loaded model as they are, and be quiet about each product.
+
+    On CPUs with bf16 arithmetic it reorders 4-bit weights in the first forward and rounds their scales, after which the
+    model would have another hash.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 
 def quantized_weights(config: Any, base: Any, quantize: str | None = None) -> QuantizedWeights | None:
