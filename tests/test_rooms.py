@@ -46,7 +46,7 @@ def test_no_room_imports_a_later_one() -> None:
 
 
 NAMES = {"math_verify": "math-verify", "yaml": "pyyaml"}  # of modules that are not called what installs them
-OPTIONAL = {"triton", "vllm"}  # asked for where they are used, and done without
+OPTIONAL = {"bitsandbytes", "triton", "vllm"}  # asked for where they are used, and done without
 # of transformers, jinja2, math-verify and datasets
 WITHIN = {"tokenizers", "huggingface_hub", "markupsafe", "sympy", "pandas"}
 

@@ -105,7 +105,10 @@ def _eval(args: Any) -> None:
     if args.model is None or args.output is None:
         raise ConfigError("eval needs --model and --output; only --export-lm-eval does without")
     model: Any
-    if choose_engine(config.engine) == "vllm":
+    engine = "transformers" if args.quantize and config.engine == "auto" else choose_engine(config.engine)
+    if engine == "vllm" and args.quantize:
+        raise ConfigError("--engine vllm would load the weights unquantised: use --engine transformers")
+    if engine == "vllm":
         from influence_fast.training.models import load_tokenizer
 
         model = ModelFiles(args.model, args.adapter, args.dtype)

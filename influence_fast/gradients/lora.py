@@ -17,6 +17,7 @@ from influence_fast.data.fingerprints import active_adapters
 from influence_fast.errors import ModelError, listing, say_once
 from influence_fast.gradients.factors import Columns, Factor, make_factor
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.quantized import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +48,12 @@ class LoraLinear:
 
     name: str
     layer: nn.Module
-    weight: torch.Tensor  # [d_out, d_in]
-    bias: torch.Tensor | None  # [d_out]
+    weight: torch.Tensor  # [d_out, d_in]; of a quantised base an empty one, of the activations' dtype
+    bias: torch.Tensor | None  # [d_out]; None where a quantised base adds its own
     a: torch.Tensor  # [r, d_in]
     b: torch.Tensor  # [d_out, r]
     scaling: float
+    quantized: bool = False  # the base layer itself multiplies (see `quantized`)
 
     @property
     def key(self) -> str:
@@ -72,7 +74,7 @@ class LoraLinear:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the products with the base weight."""
+        """The dtype of the products with the base weight; of a quantised base the activations'."""
         return self.weight.dtype
 
     @property
@@ -147,7 +149,8 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
             f"{refused[0]}: LoRA over {kind} is not supported (linears that are a plain product are); leave that "
             f"module out of target_modules{other_targets([name for name, _, _ in active], refused)}"
         )
-    found = [_as_plain(name, layer, adapters) for name, layer, adapters in active]
+    activations = _activation_dtype(model)
+    found = [_as_plain(name, layer, adapters, activations) for name, layer, adapters in active]
     if others := _beside_in(model):
         say_once(logger, beside_warning(others))
     if unfrozen := _unfrozen_in(model):
@@ -220,7 +223,7 @@ def _active_in(layer: Any) -> list[str]:
     return [a for a in layer.active_adapters if a in layer.lora_A or a in layer.lora_embedding_A]
 
 
-def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
+def _as_plain(name: str, layer: Any, active: list[str], activations: torch.dtype) -> LoraLinear:
     base = layer.get_base_layer()
     if len(active) != 1:
         raise ModelError(f"{name}: exactly one active LoRA adapter is needed, found {listing(active)}")
@@ -234,16 +237,43 @@ def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
         raise ModelError(f"{name}: lora_bias=True is not supported; train the adapter without it")
     if layer.merged:
         raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
-    weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
+    a = layer.lora_A[adapter].weight.detach()
+    if quantised := kind_of(base) is not None:
+        weight, bias = a.new_empty(0, dtype=activations), None
+    else:
+        weight = (base.weight if isinstance(base, nn.Linear) else base.weight.T).detach()
+        bias = None if base.bias is None else base.bias.detach()
     return LoraLinear(
         name=name,
         layer=layer,
-        weight=weight.detach(),
-        bias=None if base.bias is None else base.bias.detach(),
-        a=layer.lora_A[adapter].weight.detach(),
+        weight=weight,
+        bias=bias,
+        a=a,
         b=layer.lora_B[adapter].weight.detach(),
         scaling=float(layer.scaling[adapter]),
+        quantized=quantised,
     )
+
+
+def _activation_dtype(model: Any) -> torch.dtype:
+    """Return the widest dtype of the parameters that are neither factors nor quantised: norms and embeddings.
+
+    They make what flows between quantised layers; a head may be wider and changes nothing before it.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    apart = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    apart -= {id(parameter) for parameter in base.get_input_embeddings().parameters()} if apart else set()
+    dtypes = {
+        parameter.dtype
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+        and parameter.element_size() > 1
+        and id(parameter) not in apart
+        and not is_adapter_parameter(name)
+        and not hasattr(parameter, "__tensor_flatten__")
+    }
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)
 
 
 def other_targets(names: Sequence[str], refused: Sequence[str]) -> str:
@@ -267,14 +297,17 @@ def _ending(name: str, parts: int) -> str:
 
 
 def _is_a_product(base: Any) -> bool:
-    """Tell whether a layer computes x W^T + b and nothing else; a subclass of nn.Linear is tried on random tokens."""
+    """Tell whether a layer computes x W^T + b and nothing else; a subclass of nn.Linear is tried on random tokens.
+
+    A quantised one is taken to, and compared with autograd when an engine opens.
+    """
+    if kind_of(base) is not None:
+        return True
     if type(base) is nn.Linear or type(base).__name__ == "Conv1D":
         return True
     if not isinstance(base, nn.Linear):
         return False
     weight = base.weight
-    if not weight.is_floating_point() or weight.shape != (base.out_features, base.in_features):
-        return False  # quantised, and perhaps packed
     if hasattr(weight, "full_tensor"):  # a DTensor, whole only while the layer around it runs
         return type(base).forward is nn.Linear.forward
     if weight.device.type == "meta":

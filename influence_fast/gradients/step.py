@@ -28,7 +28,8 @@ def step(
     anchor = torch.empty((), device=opened.device, requires_grad=True)
     for group in opened.groups:
         group.anchor = anchor
-    with torch.enable_grad(), recomputing(opened.recomputable if recompute else []):
+    bounds = attention.example_bounds(inputs.tokens.cu_seqlens)
+    with torch.enable_grad(), bounds, recomputing(opened.recomputable if recompute else []):
         loss, losses = _loss(opened, inputs)
         if not loss.requires_grad:
             raise ModelError(
