@@ -123,26 +123,88 @@ _SMALL: dict[str, Any] = {
 }
 # What a type needs beside or in place of that.
 _OWN: dict[str, dict[str, Any]] = {
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
-    "gpt_oss": {"num_attention_heads": 4},
-    "mpt": {"expansion_ratio": 2},
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "encoder_hash_byte_group_size": [3, 4],
+        "patching_mode": "static",
+        "use_cache": False,
+        "encoder_config": {"hidden_size_global": 32, "num_hidden_layers": 1},
+        "decoder_config": {"hidden_size_global": 32},
+    },
+    "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "dory": {"n_input_layers": 1, "n_output_layers": 1, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 32, "adapter_out_dim": 32, "mlp_layer_types": ["dense"] * 4},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 8},
+    },
+    "dots3_note_text": {
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "shared_experts_intermediate_size": 16,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 8,
+        "swa_kv_lora_rank": 8,
+        "swa_head_dim": 16,
+        "swa_qk_nope_head_dim": 8,
+        "swa_v_head_dim": 8,
+    },
     "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True},
     "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": [48] * 4, "activation_sparsity_pattern": None},
-    "xlm": {"causal": True},
-    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
-    "codegen": {"rotary_dim": 4},
+    "gemma4_assistant": {
+        "backbone_hidden_size": 32,
+        "text_config": {
+            "model_type": "gemma4_text",
+            "num_hidden_layers": 4,
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+            "num_kv_shared_layers": 4,
+        },
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "gpt_oss": {"num_attention_heads": 4},
     "gptj": {"rotary_dim": 4},
-    "dots1": {"n_shared_experts": 1},
-    "dots3_note_text": {"num_key_value_heads": 4},
-    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "attention_head_size": 8},
-    "xmod": {"default_language": "en_XX"},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    "musicgen": {"dropout": 0.0},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "inkling2_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8},
+    "inkling2_loop_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_dt_rank": 4},
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
+    "moshi": {"audio_vocab_size": 64},
+    "mpt": {"expansion_ratio": 2},
+    "musicgen": {"decoder": {"num_codebooks": 1}},
+    "musicgen_melody": {"decoder": {"num_codebooks": 1}},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 4,
+        "indexer_compress_ratio": 2,
+        "ngram_vocab_size_base": 64,
+        "split_ngram_parts": 2,
+    },
+    "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "attention_head_size": 8},
+    "rwkv": {"use_cache": False},
+    "xlm": {"causal": True},
+    "xlstm": {"chunk_size": 8, "num_blocks": 4, "mode": "train_with_padding", "return_last_states": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 5, "num_key_value_heads": 4, "attn_layer_offset": 1, "attn_layer_period": 2},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"] * 2, "router_hidden_size": 16},
 }
+# Of types whose class for causal LMs is built from one part of their configuration, that part.
+_DECODERS = {"musicgen": "decoder", "musicgen_melody": "decoder"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,16 +231,18 @@ def tiny(kind: str, dtype: torch.dtype = torch.float64) -> Any:
     """Build a random causal LM of type `kind` with four layers, 32 wide, windows and chunks of 8 tokens."""
     from transformers import AutoModelForCausalLM
 
-    config = tiny_config(kind)
+    config, build = tiny_config(kind), AutoModelForCausalLM.from_config
+    if kind in _DECODERS:  # the mapping's class takes a part of the mapping's configuration
+        build, config = AutoModelForCausalLM._model_mapping[type(config)]._from_config, getattr(config, _DECODERS[kind])
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        numbers = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        numbers = sum(p.numel() for p in build(config).parameters())
     if numbers > _MOST_NUMBERS:
         raise ValueError(f"its tiny configuration has {numbers:,} numbers")
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(dtype).eval()
+        model = build(config, dtype=dtype).to(dtype).eval()
     with contextlib.suppress(Exception):
         model.set_experts_implementation("eager")  # PyTorch's grouped products take no float64
     return model
@@ -188,22 +252,36 @@ def tiny_config(kind: str) -> Any:
     """Build the configuration of `tiny(kind)`."""
     from transformers import AutoConfig
 
-    default = AutoConfig.for_model(kind)
-    settings = _settings_for(default)
+    own = _OWN.get(kind, {})
+    try:
+        default = AutoConfig.for_model(kind)
+    except Exception:  # a default that its own checks refuse
+        default = AutoConfig.for_model(kind, **own)
+    return type(default)(**_settings_for(default, own))
+
+
+def _settings_for(default: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """Return the small settings of a configuration by the names that it has, its parts' inside them, and `own` ones."""
+    names = {*vars(default), *getattr(default, "attribute_map", {})}
+    settings = {name: value for name, value in _SMALL.items() if name in names}
     if "kv_lora_rank" in settings:
         settings["num_key_value_heads"] = settings["num_attention_heads"]  # of a latent there are no groups
-    settings |= _OWN.get(kind, {})
-    for name, part in getattr(default, "sub_configs", {}).items():
-        try:
-            settings[name] = _settings_for(part()) | {"model_type": part.model_type}
-        except Exception:  # a part that is built from others
-            continue
-    return AutoConfig.for_model(kind, **settings)
+    for name, part in _parts(default):
+        chosen = own.get(name, _OWN.get(part.model_type, {}))
+        settings[name] = {"model_type": part.model_type} | _settings_for(part, chosen)
+    return settings | {name: value for name, value in own.items() if not isinstance(settings.get(name), dict)}
 
 
-def _settings_for(default: Any) -> dict[str, Any]:
-    names = {*vars(default), *getattr(default, "attribute_map", {})}
-    return {name: value for name, value in _SMALL.items() if name in names}
+def _parts(config: Any) -> Iterator[tuple[str, Any]]:
+    """Give the configurations inside a configuration (of its text, of its images), with the names they have there."""
+    from transformers import PreTrainedConfig
+
+    held = dict(vars(config))
+    for name, kind in getattr(config, "sub_configs", {}).items():
+        if held.get(name) is None:
+            with contextlib.suppress(Exception):  # a part that may be of any type has no default
+                held[name] = kind()
+    yield from ((name, part) for name, part in held.items() if isinstance(part, PreTrainedConfig))
 
 
 def with_adapter(model: Any, targets: str = "all-linear", r: int = 3) -> Any:
@@ -228,7 +306,8 @@ def with_adapter(model: Any, targets: str = "all-linear", r: int = 3) -> Any:
 
 def examples_for(model: Any, lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, Any]]:
     """Make random examples of `lengths` tokens, the first third of each without labels."""
-    vocabulary = min(VOCABULARY, model.get_input_embeddings().weight.shape[0])
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    vocabulary = VOCABULARY if weight is None else min(VOCABULARY, weight.shape[0])
     generator = torch.Generator().manual_seed(1)
     made = []
     for n in lengths:
@@ -255,27 +334,50 @@ def by_autograd(model: Any, examples: list[dict[str, Any]]) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def rows_against_autograd(kind: str, targets: str = "all-linear") -> Outcome:
-    """Compare the engine's rows of `tiny(kind)` with plain autograd's; never raises."""
+def rows_against_autograd(kind: str, targets: str | list[str] = "all-linear") -> Outcome:
+    """Compare the engine's rows of `tiny(kind)` with plain autograd's; never raises.
+
+    In float64, or in float32 where the model itself runs in nothing wider.
+    """
+    outcome = Outcome(kind, targets, "unbuilt")
+    for dtype in (torch.float64, torch.float32):
+        outcome = _rows_against_autograd(kind, targets, dtype)
+        if outcome.verdict not in ("unbuilt", "crash"):
+            break
+    return outcome
+
+
+def _rows_against_autograd(kind: str, targets: str | list[str], dtype: torch.dtype) -> Outcome:
     try:
-        model = with_adapter(tiny(kind), targets)
-        examples = examples_for(model)
-        wanted = by_autograd(model, examples)
+        plain = tiny(kind, dtype)
     except Exception as error:
-        return Outcome(kind, targets, "unbuilt", message=f"{type(error).__name__}: {one_line(error, 160)}")
+        return Outcome(kind, targets, "unbuilt", message=_said(error))
+    try:
+        model = with_adapter(plain, targets)
+    except Exception as error:
+        return Outcome(kind, targets, "no adapter", message=_said(error))
+    examples = examples_for(model)
     try:
         from influence_fast.gradients.engine import GradientEngine
 
         rows = inf.per_example_gradients(model, examples)
         with GradientEngine(model, None) as engine:
-            packs, own = engine.packs_are_separate, getattr(engine, "own_attention", False)
+            packs, own = engine.packs_are_separate, engine.own_attention
     except InfluenceFastError as error:
         return Outcome(kind, targets, "refused", message=one_line(error, 400))
     except Exception as error:
-        return Outcome(kind, targets, "crash", message=f"{type(error).__name__}: {one_line(error, 160)}")
+        return Outcome(kind, targets, "crash", message=_said(error))
+    try:
+        wanted = by_autograd(model, examples)
+    except Exception as error:
+        return Outcome(kind, targets, "unbuilt", message=f"no reference: {_said(error)}")
     relative = _relative(rows, wanted)
     exact = relative < EXACT or relative < 10 * _rounding(model, examples, wanted)
     return Outcome(kind, targets, "exact" if exact else "wrong", relative, packs, own)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error, 200)}"
 
 
 def _relative(rows: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -284,14 +386,18 @@ def _relative(rows: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def _rounding(model: Any, examples: list[dict[str, Any]], wanted: torch.Tensor) -> float:
-    """Return by how much plain rows move with weights by 1e-11: more than 1e-8 where a float64 model computes in
-    float32 inside, and at most 1e-6, so that nothing but that is excused."""
+    """Return by how much plain rows move with the weights by 1e-11 of themselves, or by a float32 model's rounding.
+
+    It is more than 1e-8 in a float64 model that computes in float32 inside. At most 1e-6 (1e-4 in float32), so that
+    nothing but that is excused.
+    """
+    size, most = (1e-11, 1e-6) if wanted.dtype == torch.float64 else (2.0**-24, 1e-4)
     moved = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in moved.parameters():
-            parameter.mul_(1 + 1e-11 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
-    return min(1e-6, _relative(by_autograd(moved, examples), wanted))
+            parameter.mul_(1 + size * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return min(most, _relative(by_autograd(moved, examples), wanted))
 
 
 @contextlib.contextmanager

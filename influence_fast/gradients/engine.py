@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -43,6 +45,8 @@ from influence_fast.gradients.row_sketch import segment_sums
 from influence_fast.gradients.separation import Separation
 from influence_fast.gradients.step_inputs import StepInputs, StepShape
 from influence_fast.gradients.transfer import to_device
+
+logger = logging.getLogger(__name__)
 
 # Share of a card's free memory that kept activations may fill: gradients inside a layer, and fragments, need the rest.
 _ROOM = 0.8
@@ -144,7 +148,7 @@ class GradientEngine:
                 weights = fp8.weights_of(self.linears, self.backend == "triton")
                 self.room = _free_bytes(self.device)  # less the copies
             self._layers = stack.enter_context(_recomputable(self.base)) if self.room is not None else []
-            self._given_implementation = self.decoder.config._attn_implementation
+            self._given_implementations = attention.implementations(self.base)
             forwards = {module: vars(module).get("forward") for module in self.base.modules()}
             stack.enter_context(self._settled())
             inputs = self._probe()
@@ -194,7 +198,7 @@ class GradientEngine:
         self.reducer.begin(inputs.tokens.cu_seqlens, inputs.segments)
         anchor = torch.empty((), device=self.device, requires_grad=True)
         for group in self._groups:
-            group.anchor = anchor
+            group.anchor, group.tokens = anchor, inputs.tokens.input_ids.shape[1]
         with torch.enable_grad(), _recomputing(self._layers if recompute else []):
             loss, losses = self._loss(inputs)
             if not loss.requires_grad:
@@ -385,12 +389,11 @@ class GradientEngine:
     def as_given(self) -> Iterator[None]:
         """While the block runs, the model has the forwards and the attention that it was given with; dropout is off."""
         ours = [(module, vars(module).pop("forward")) for module, _ in self._given]
-        implementation = self.decoder.config._attn_implementation
         try:
             for module, own in self._given:
                 if own is not None:
                     module.forward = own
-            with attention.implementation(self.base, implementation, self._given_implementation):
+            with attention.implementation(self.base, self._given_implementations):
                 yield
         finally:
             for module, forward in ours:
@@ -420,6 +423,7 @@ class GradientEngine:
         finally:
             for handle in handles:
                 handle.remove()
+        self._heed_other_calls(inputs)
         if self.cuda_graphs and not self.packs_are_separate:
             self._leave_graphs("the examples of a pack would see each other in this model")
         if self.cuda_graphs and max(calls) > 1:
@@ -431,21 +435,30 @@ class GradientEngine:
                 "this model's attention runs an example at a time (it takes a 16-bit model, with heads of up to "
                 "256 numbers in multiples of 8)"
             )
-        unused = [m.name for n, m in enumerate(self.linears) if n not in inputs]
-        if unused:
-            targets = other_targets([member.name for member in self.linears], unused)
-            raise ModelError(
-                f"{unused[0]}: the model's forward on text never calls this LoRA layer, which has no gradient; leave "
-                f"it out of target_modules{targets}"
-            )
-        strange = [n for n, x in inputs.items() if x.numel() != 2 * self.linears[n].d_in]
-        if strange:
-            x, names = inputs[strange[0]], [self.linears[n].name for n in strange]
-            raise ModelError(
-                f"{names[0]}: sees {x.numel() // x.shape[-1]} tokens of 2 (a routed expert?); leave it out of "
-                f"target_modules{other_targets([member.name for member in self.linears], names)}"
-            )
         return inputs
+
+    def _heed_other_calls(self, inputs: dict[int, torch.Tensor]) -> None:
+        """Say which LoRA layers text never reaches, and go one example at a time where one sees other tokens.
+
+        inputs: what each of `linears` saw of two tokens, by number. A layer that is not called has no part in the loss:
+        its gradient is zero. One that sees other tokens than the text's (a prompt before it, several streams of it, the
+        first token alone) sees those of one example, and its sums are over all that it sees.
+        """
+        names = [member.name for member in self.linears]
+        unused = [name for n, name in enumerate(names) if n not in inputs]
+        if len(unused) == len(names):
+            raise ModelError(
+                f"{unused[0]}: the model's forward on text calls no LoRA layer, as where they are those of images or of "
+                "an encoder: name layers of the text decoder in target_modules"
+            )
+        if unused:
+            say_once(
+                logger,
+                f"the model's forward on text never calls the LoRA layers {listing(unused)}, whose gradients are zero; "
+                f"rows are shorter without them{other_targets(names, unused)}",
+            )
+        if any(x.numel() != 2 * self.linears[n].d_in for n, x in inputs.items()):
+            self.mode = replace(self.mode, apart=False)
 
     def _leave_graphs(self, why: str) -> None:
         """No CUDA graphs: ConfigError if this call asked for them, a warning if the environment did."""
@@ -472,7 +485,8 @@ class GradientEngine:
     def _group(self, inputs: dict[int, torch.Tensor], fp8_weights: list[fp8.Fp8Weight | None]) -> list[InputGroup]:
         by_input: dict[int, list[int]] = {}
         for n in range(len(self.linears)):
-            by_input.setdefault(id(inputs[n]), []).append(n)
+            # what the probe did not reach shares its input with nothing that is known
+            by_input.setdefault(id(inputs[n]) if n in inputs else -n - 1, []).append(n)
         groups = []
         for numbers in by_input.values():
             members = [self.linears[n] for n in numbers]

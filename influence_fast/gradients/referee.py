@@ -113,10 +113,10 @@ class Referee:
 
     def __init__(self, base: Any, decoder: Any, device: torch.device, tolerance: Tolerance | None = None) -> None:
         self.base, self.decoder, self.device = base, decoder, device
-        self._own_implementation = decoder.config._attn_implementation
+        self._own_implementations = attention.implementations(base)
         self.texts = [self._plain(ids) for ids in _texts(base)]
         if tolerance is None:
-            dtypes = {base.get_input_embeddings().weight.dtype, self.texts[0].logits.dtype}
+            dtypes = {next(base.parameters()).dtype, self.texts[0].logits.dtype}
             # some models give out logits of another dtype than their own
             tolerance = Tolerance.of(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps), device)
         self.tolerance = tolerance
@@ -206,8 +206,7 @@ class Referee:
 
     @contextlib.contextmanager
     def _with_own_attention(self) -> Iterator[None]:
-        now = self.decoder.config._attn_implementation
-        with attention.implementation(self.base, now, self._own_implementation):
+        with attention.implementation(self.base, self._own_implementations):
             yield
 
     @contextlib.contextmanager
@@ -387,7 +386,8 @@ def _texts(base: Any) -> list[torch.Tensor]:
     longest = max([_UNLIMITED, *(2 * n + 3 for n in limits(base.config))])
     context = context_of(base.config)
     longest = max(2, min(longest, _LONGEST, _LONGEST if context is None else context - _ROOM_FOR_OFFSETS))
-    vocabulary = len(base.get_input_embeddings().weight)
+    weight = getattr(base.get_input_embeddings(), "weight", None)  # None for several tables of codes
+    vocabulary = int(text_config(base.config).vocab_size) if weight is None else len(weight)
     allowed = torch.tensor(sorted(set(range(vocabulary)) - _special_tokens(base.config)) or [0])
     generator = torch.Generator().manual_seed(0)
     lengths = (2, longest, 1, longest // 2 + 1)
