@@ -197,7 +197,15 @@ _OWN: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8], "attention_head_size": 8},
     "rwkv": {"use_cache": False},
     "xlm": {"causal": True},
-    "xlstm": {"chunk_size": 8, "num_blocks": 4, "mode": "train_with_padding", "return_last_states": False},
+    "xlstm": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_blocks": 2,
+        "chunk_size": 1,  # in training every length must be a multiple of it
+        "qk_dim_factor": 1.0,
+        "mode": "train",
+        "use_cache": False,
+    },
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 5, "num_key_value_heads": 4, "attn_layer_offset": 1, "attn_layer_period": 2},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},

@@ -15,6 +15,7 @@ handed as an argument cannot be tried, and such a model keeps its own attention.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import re
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from influence_fast.data.packing import IGNORED, Pack, context_of, pack_examples, text_config
 from influence_fast.errors import ModelError, one_line, say_once
@@ -136,7 +138,15 @@ class Referee:
 
     def _plain(self, ids: torch.Tensor) -> PlainText:
         with torch.no_grad(), _captured(self.decoder) as seen:
-            logits = self.base(input_ids=ids[None].to(self.device)).logits[0]
+            try:
+                logits = self.base(input_ids=ids[None].to(self.device)).logits[0]
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise ModelError(
+                    f"{self.name}: the model's own forward of {len(ids)} tokens of text fails ({one_line(error, 160)}): "
+                    "a model is needed that takes input_ids alone"
+                ) from error
         loss, labels = None, ids % logits.shape[-1]
         if len(ids) > 1:
             loss = float(_wide(cross_entropy)(logits[:-1], labels[1:].to(logits.device)))
@@ -191,14 +201,23 @@ class Referee:
         worst = max(errors)
         if worst <= self.tolerance.floor:
             return True
-        return self.tolerance.dtype != torch.float64 and worst <= min(_MOST, _NOISES * self.noise)
+        return worst <= min(_MOST, _NOISES * self.noise)
+
+    @functools.cached_property
+    def unit(self) -> float:
+        """The relative rounding of the coarsest sum that the model makes: many compute norms of float64 in float32."""
+        if self.tolerance.dtype != torch.float64:
+            return self.tolerance.unit
+        with self.as_given(), torch.no_grad(), _Coarsest() as coarsest:
+            self.base(input_ids=max(self.texts, key=lambda text: len(text.ids)).ids[None].to(self.device))
+        return min(coarsest.unit, torch.finfo(torch.float32).eps)
 
     @property
     def noise(self) -> float:
         """The relative change of outputs when every layer's output is rounded once more; measured when first asked."""
         if self._noise is None:
             found = []
-            with self.as_given(), _rounded_layers(self.decoder, self.tolerance.unit):
+            with self.as_given(), _rounded_layers(self.decoder, self.unit):
                 for text in self.texts:
                     found.append(self.tolerance.difference(self._plain(text.ids).outputs(False), text.outputs(False)))
             self._noise = max(found)
@@ -335,9 +354,9 @@ class Referee:
         passed = [
             not math.isfinite(b) or d <= self.tolerance.of_loss(n) for d, b, n in zip(apart, plain, counts, strict=True)
         ]
-        if all(passed) or self.tolerance.dtype == torch.float64:
+        if all(passed):
             return passed
-        with _rounded_layers(self.decoder, self.tolerance.unit):
+        with _rounded_layers(self.decoder, self.unit):
             shaken = self.plain_losses(examples)
         # one shaken forward may leave every token with its experts where another does not
         noise = max(self._noise or 0.0, *(abs(a - b) / (1 + abs(b)) for a, b in zip(shaken, plain, strict=True)))
@@ -350,6 +369,12 @@ def decoder_of(base: Any) -> Any:
     if hasattr(found, "config"):
         return found
     return getattr(base, getattr(base, "base_model_prefix", ""), base)
+
+
+def vocabulary_of(base: Any) -> int:
+    """Return the number of tokens that a causal LM embeds; by its configuration where it has a table for each code."""
+    weight = getattr(base.get_input_embeddings(), "weight", None)
+    return int(text_config(base.config).vocab_size) if weight is None else len(weight)
 
 
 def call(module: Any, config: Any, pack: Pack, device: torch.device, mode: Separation, **kwargs: Any) -> Any:
@@ -386,9 +411,7 @@ def _texts(base: Any) -> list[torch.Tensor]:
     longest = max([_UNLIMITED, *(2 * n + 3 for n in limits(base.config))])
     context = context_of(base.config)
     longest = max(2, min(longest, _LONGEST, _LONGEST if context is None else context - _ROOM_FOR_OFFSETS))
-    weight = getattr(base.get_input_embeddings(), "weight", None)  # None for several tables of codes
-    vocabulary = int(text_config(base.config).vocab_size) if weight is None else len(weight)
-    allowed = torch.tensor(sorted(set(range(vocabulary)) - _special_tokens(base.config)) or [0])
+    allowed = torch.tensor(sorted(set(range(vocabulary_of(base))) - _special_tokens(base.config)) or [0])
     generator = torch.Generator().manual_seed(0)
     lengths = (2, longest, 1, longest // 2 + 1)
     return [allowed[torch.randint(0, len(allowed), (n,), generator=generator)] for n in lengths]
@@ -471,6 +494,18 @@ def _recorded_layers(decoder: nn.Module) -> Iterator[list[tuple[str, torch.Tenso
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Coarsest(TorchDispatchMode):
+    """Watch a forward for the coarsest dtype that floating numbers of float64 are turned into."""
+
+    unit = torch.finfo(torch.float64).eps
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64 and found.is_floating_point():
+            self.unit = max(self.unit, torch.finfo(found.dtype).eps)
+        return found
 
 
 @contextlib.contextmanager
