@@ -189,10 +189,14 @@ class InputGroup:
                 "take one example at a time (max_tokens=1)"
             )
         for start in range(0, n, length):
-            parts = [
-                None if part is None else _padded(part[start : start + length], length) for part in (kept, out_of, g, x)
-            ]
-            self.reducer.add(self.numbers[place], *parts)
+            rest = None if x is None else _padded(x, start, length)
+            self.reducer.add(
+                self.numbers[place],
+                _padded(kept, start, length),
+                _padded(out_of, start, length),
+                _padded(g, start, length),
+                rest,
+            )
 
     def forget(self) -> None:
         """Lets go of what a forward left for calls that did not come."""
@@ -250,9 +254,10 @@ class _GroupedLora(torch.autograd.Function):
         return None if dx is None else dx.view(ctx.x_shape), None, None
 
 
-def _padded(rows: torch.Tensor, length: int) -> torch.Tensor:
-    """rows [n, d] with zeros below, [length, d]."""
-    return torch.nn.functional.pad(rows, (0, 0, 0, length - len(rows)))
+def _padded(rows: torch.Tensor, start: int, length: int) -> torch.Tensor:
+    """Return rows[start : start + length] of rows [n, d], with zeros below where n ends before: [length, d]."""
+    part = rows[start : start + length]
+    return torch.nn.functional.pad(part, (0, 0, 0, length - len(part)))
 
 
 def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -300,7 +300,7 @@ def _probe(
 
 
 def _heed_inputs(inputs: dict[int, torch.Tensor], linears: Sequence[LoraLinear], mode: Separation) -> Separation:
-    """Return how to call a model whose LoRA linears saw `inputs` of two tokens, and say which of them text never reaches.
+    """Return how to call a model whose LoRA linears saw `inputs` of two tokens, and say which of them text leaves out.
 
     A layer that is not called has no part in the loss: its gradient is zero. One that sees other tokens than the text's
     (a prompt before it, several streams of it, the first token alone) has those of one example where examples go one
@@ -318,8 +318,8 @@ def _heed_inputs(inputs: dict[int, torch.Tensor], linears: Sequence[LoraLinear],
     if unused:
         say_once(
             logger,
-            f"the model's forward on text never calls the LoRA layers {listing(unused)}, whose gradients are zero; rows "
-            f"are shorter without them{other_targets(names, unused)}",
+            f"the model's forward on text never calls the LoRA layers {listing(unused)}, whose gradients are zero; "
+            f"rows are shorter without them{other_targets(names, unused)}",
         )
     if any(x.numel() != 2 * linears[n].d_in for n, x in inputs.items()):
         return replace(mode, apart=False)

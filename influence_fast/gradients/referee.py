@@ -98,8 +98,8 @@ class Referee:
                 raise
             except Exception as error:
                 raise ModelError(
-                    f"{self.name}: the model's own forward of {len(ids)} tokens of text fails ({one_line(error, 160)}): "
-                    "a model is needed that takes input_ids alone"
+                    f"{self.name}: the model's own forward of {len(ids)} tokens fails ({one_line(error, 160)}): a "
+                    "model is needed that takes input_ids alone"
                 ) from error
         loss, labels = None, ids % logits.shape[-1]
         if len(ids) > 1:
