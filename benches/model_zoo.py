@@ -1,11 +1,15 @@
 """Rows of the engine against plain autograd, for every model type of transformers' causal-LM mapping.
 
-    python -m benches.model_zoo [--kinds llama gemma2 ...] [--targets all-linear attention] [--output zoo.json]
-        [--table zoo.md]
+    python -m benches.model_zoo [--kinds llama gemma2 ...] [--targets all-linear attention best] [--output zoo.json]
+        [--table docs/supported-models.md]
 
-Every model is tiny and random, its windows and chunks 8 tokens and its texts up to 22, in float64. A type is `exact`
-(the rows are autograd's, one example at a time through the model as transformers gives it), `refused` (a ModelError
-or ConfigError that says why), `wrong` or `crash`; `unbuilt` ones have no tiny configuration here.
+Every model is tiny and random, its windows and chunks 8 tokens and its texts up to 22, in float64 (in float32 where the
+model itself runs in nothing wider). A type is `exact` (the rows are autograd's, one example at a time through the model
+as transformers gives it), `refused` (a ModelError or ConfigError that says why), `wrong` or `crash`. `no adapter`: peft
+puts none on these targets. `unbuilt`: there is no tiny model of it here, or no reference to compare with.
+
+`best` is the first that is exact of all-linear, the targets that its refusal names, attention, and the linears that
+peft takes.
 """
 
 from __future__ import annotations
@@ -13,19 +17,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gc
 import json
 import logging
+import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import influence_fast as inf
+from benches.environment import describe
 from influence_fast.errors import InfluenceFastError, one_line
 
 VOCABULARY = 128
@@ -33,7 +40,7 @@ WINDOW = 8
 LENGTHS = (22, 3, 13, 2, 9)
 EXACT = 1e-8  # relative norm of a row's error in float64
 _MOST_NUMBERS = 50_000_000
-TARGETS = ("all-linear", "attention")
+TARGETS = ("all-linear", "attention", "best")
 # Names of modules that project queries, keys and values, over all types.
 _ATTENTION = (
     r"^(?!.*(encoder_attn|cross|vision|image|audio)).*\.(q_proj|v_proj|query|value|c_attn|query_key_value|Wqkv|qkv_proj"
@@ -221,11 +228,12 @@ class Outcome:
 
     kind: str
     targets: str
-    verdict: str  # exact, refused, wrong, crash, unbuilt
+    verdict: str  # exact, refused, wrong, crash, no adapter, unbuilt
     error: float | None = None
     packs: bool | None = None
     own_attention: bool | None = None
     message: str = ""
+    chosen: str = ""  # of `best`: which targets
 
 
 def kinds() -> list[str]:
@@ -347,23 +355,23 @@ def rows_against_autograd(kind: str, targets: str | list[str] = "all-linear") ->
 
     In float64, or in float32 where the model itself runs in nothing wider.
     """
-    outcome = Outcome(kind, targets, "unbuilt")
-    for dtype in (torch.float64, torch.float32):
-        outcome = _rows_against_autograd(kind, targets, dtype)
-        if outcome.verdict not in ("unbuilt", "crash"):
-            break
-    return outcome
+    wide = _rows_against_autograd(kind, targets, torch.float64)
+    if wide.verdict in ("exact", "no adapter") or "tiny configuration" in wide.message:
+        return wide
+    narrow = _rows_against_autograd(kind, targets, torch.float32)
+    return narrow if narrow.verdict == "exact" and wide.verdict != "wrong" else wide
 
 
 def _rows_against_autograd(kind: str, targets: str | list[str], dtype: torch.dtype) -> Outcome:
+    name = targets if isinstance(targets, str) else ", ".join(targets)
     try:
         plain = tiny(kind, dtype)
     except Exception as error:
-        return Outcome(kind, targets, "unbuilt", message=_said(error))
+        return Outcome(kind, name, "unbuilt", message=_said(error))
     try:
         model = with_adapter(plain, targets)
     except Exception as error:
-        return Outcome(kind, targets, "no adapter", message=_said(error))
+        return Outcome(kind, name, "no adapter", message=_said(error))
     examples = examples_for(model)
     try:
         from influence_fast.gradients.engine import GradientEngine
@@ -372,16 +380,44 @@ def _rows_against_autograd(kind: str, targets: str | list[str], dtype: torch.dty
         with GradientEngine(model, None) as engine:
             packs, own = engine.packs_are_separate, engine.own_attention
     except InfluenceFastError as error:
-        return Outcome(kind, targets, "refused", message=one_line(error, 400))
+        return Outcome(kind, name, "refused", message=one_line(error, 400))
     except Exception as error:
-        return Outcome(kind, targets, "crash", message=_said(error))
+        return Outcome(kind, name, "crash", message=_said(error))
     try:
         wanted = by_autograd(model, examples)
     except Exception as error:
-        return Outcome(kind, targets, "unbuilt", message=f"no reference: {_said(error)}")
+        return Outcome(kind, name, "unbuilt", message=f"no reference: {_said(error)}")
     relative = _relative(rows, wanted)
     exact = relative < EXACT or relative < 10 * _rounding(model, examples, wanted)
-    return Outcome(kind, targets, "exact" if exact else "wrong", relative, packs, own)
+    return Outcome(kind, name, "exact" if exact else "wrong", relative, packs, own)
+
+
+def best_of(kind: str, tried: list[Outcome]) -> Outcome:
+    """Return what some targets give: of those that were tried, that a refusal names, or that peft takes."""
+    by_name = {outcome.targets: outcome for outcome in tried}
+    everything, attention = (by_name.get(name) or rows_against_autograd(kind, name) for name in TARGETS[:2])
+    ways: list[tuple[str, Callable[[], Outcome]]] = [("all-linear", lambda: everything)]
+    named = re.search(r"target_modules=\[([^\]]*)\]", everything.message)
+    if everything.verdict == "refused" and named:
+        names = re.findall(r"'([^']+)'", named[1])
+        ways.append(("as the refusal says", lambda: rows_against_autograd(kind, names)))
+    ways.append(("attention", lambda: attention))
+    if everything.verdict == "no adapter":
+        ways.append(("what peft takes", lambda: rows_against_autograd(kind, _taken(kind, everything.message))))
+    found = everything
+    for chosen, outcome in ways:
+        found = outcome()
+        if found.verdict in ("exact", "wrong", "crash"):
+            return replace(found, targets="best", chosen=chosen)
+    return replace(everything, targets="best")
+
+
+def _taken(kind: str, message: str) -> list[str]:
+    """Return the names of a type's linears, without its head and without those that peft's message names."""
+    model = tiny(kind)
+    head = model.get_output_embeddings()
+    linears = [name for name, module in model.named_modules() if type(module) is torch.nn.Linear and module is not head]
+    return sorted({name.split(".")[-1] for name in linears} - set(re.findall(r"'(\w+)'", message)))
 
 
 def _said(error: Exception) -> str:
@@ -421,35 +457,12 @@ def _quiet() -> Iterator[None]:
 
 def _line(outcome: Outcome, seconds: float) -> str:
     error = "" if outcome.error is None else f"{outcome.error:.1e}"
-    what = f"{outcome.kind:28} {outcome.targets:11} {outcome.verdict:8}"
-    return f"{what} {error:8} {_way(outcome):13} {seconds:5.1f} s  {outcome.message}"
+    what = f"{outcome.kind:28} {outcome.targets:11} {outcome.verdict:10}"
+    return f"{what} {error:8} {way(outcome):13} {seconds:5.1f} s  {outcome.chosen} {outcome.message}"
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """Write outcomes as a Markdown table, a row a type, and the counts above it."""
-    targets = list(dict.fromkeys(outcome.targets for outcome in outcomes))
-    by_kind: dict[str, dict[str, Outcome]] = {}
-    for outcome in outcomes:
-        by_kind.setdefault(outcome.kind, {})[outcome.targets] = outcome
-    some = sum(any(o.verdict == "exact" for o in row.values()) for row in by_kind.values())
-    counts = [f"with some targets: {some} of {len(by_kind)} exact"]
-    for name in targets:
-        found = Counter(row[name].verdict for row in by_kind.values() if name in row)
-        counts.append(f"{name}: " + ", ".join(f"{n} {verdict}" for verdict, n in found.most_common()))
-    lines = [
-        *(f"- {count}" for count in counts),
-        "",
-        f"| type | {' | '.join(targets)} | called |",
-        "|" + "---|" * (len(targets) + 2),
-    ]
-    for kind, row in sorted(by_kind.items()):
-        ways = {_way(outcome) for outcome in row.values()} - {""}
-        verdicts = " | ".join(row[name].verdict if name in row else "" for name in targets)
-        lines.append(f"| {kind} | {verdicts} | {', '.join(sorted(ways))} |")
-    return "\n".join(lines) + "\n"
-
-
-def _way(outcome: Outcome) -> str:
+def way(outcome: Outcome) -> str:
+    """Return how the engine called a model: packs, one example alone, or with its own attention."""
     if outcome.packs is None:
         return ""
     return "packs" if outcome.packs else "own attention" if outcome.own_attention else "alone"
@@ -462,20 +475,29 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a JSON file of all outcomes")
     parser.add_argument("--table", type=Path, help="a Markdown file of their table")
     args = parser.parse_args()
-    outcomes = []
+    outcomes: list[Outcome] = []
+    began = time.perf_counter()
     with _quiet():
         for kind in args.kinds or kinds():
+            tried: list[Outcome] = []
             for targets in args.targets:
                 start = time.perf_counter()
-                outcome = rows_against_autograd(kind, targets)
-                outcomes.append(outcome)
+                outcome = best_of(kind, tried) if targets == "best" else rows_against_autograd(kind, targets)
+                tried.append(outcome)
                 print(_line(outcome, time.perf_counter() - start), flush=True)
+            outcomes += tried
+            gc.collect()
+    minutes = (time.perf_counter() - began) / 60
     for targets in args.targets:
         print(targets, dict(Counter(o.verdict for o in outcomes if o.targets == targets)))
+    print(f"{minutes:.1f} minutes")
     if args.output:
-        args.output.write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+        record = {"environment": describe(), "minutes": round(minutes, 1), "outcomes": [asdict(o) for o in outcomes]}
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
     if args.table:
-        args.table.write_text(table(outcomes))
+        from benches.zoo_table import page
+
+        args.table.write_text(page(outcomes, describe(), minutes))
 
 
 if __name__ == "__main__":
