@@ -71,7 +71,7 @@ def compare_losses(
         return
     texts = first_texts(pack)
     ours = losses[: len(texts)].tolist()
-    if len(texts[0][0]) < pack.lengths[0]:
+    if len(texts[0][0]) < pack.lengths[0] or pack.weights is not None:  # plain losses have no weights
         cut = pack_examples([{"input_ids": ids, "labels": labels} for ids, labels in texts], COMPARED_TOKENS)
         ours = losses_of(opened, cut[0], loss_reduction, dtype).tolist()
     if loss_reduction == "sum":

@@ -67,9 +67,8 @@ class GradientEngine:
         self.loss_reduction = loss_reduction
         self.precision = precision
         self.linears = in_top_layers(find_lora_linears(model), projection)
-        weight = self.linears[0].weight
-        self.device = weight.device
-        self.backend, self.backend_why = backends.choose(backend, weight.device, weight.dtype)
+        self.device = self.linears[0].device
+        self.backend, self.backend_why = backends.choose(backend, self.device, self.linears[0].dtype)
         self.reducer = _reducer(self.linears, projection, reducer)
         self.reducer.triton = self.backend == "triton"
         self.reducer.bf16_rows = bf16_rows

@@ -45,7 +45,7 @@ class InputGroup:
     pending_input: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        dtype, device = self.members[0].weight.dtype, self.members[0].weight.device
+        dtype, device = self.members[0].dtype, self.members[0].device
         skinny, self.backward_weights, self.columns, merged = [], [], [], []
         for number, member in zip(self.numbers, self.members, strict=True):
             r_in, r_out = self.reducer.columns(number)

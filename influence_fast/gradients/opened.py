@@ -104,7 +104,7 @@ class OpenedModel:
     @property
     def device(self) -> torch.device:
         """The device that packs go to."""
-        return self.linears[0].weight.device
+        return self.linears[0].device
 
     @property
     def module(self) -> Any:
@@ -120,7 +120,7 @@ class OpenedModel:
         if not self.recomputable:
             return None
         columns = max(max(group.columns) for group in self.groups)
-        inputs, w = self.groups[0].reducer.needs_input, self.linears[0].weight.element_size()
+        inputs, w = self.groups[0].reducer.needs_input, self.linears[0].dtype.itemsize
         try:
             layer = layer_bytes(
                 text_config(self.base.config),
@@ -157,31 +157,31 @@ def open_model(
     Raises ModelError where the model cannot be called, or a LoRA layer of it has no gradient of its own.
     """
     base, triton = base_of(model), backend == "triton"
-    decoder, head, weight = decoder_of(base), base.get_output_embeddings(), linears[0].weight
+    decoder, head, first = decoder_of(base), base.get_output_embeddings(), linears[0]
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
         weights: list[fp8.Fp8Weight | None] = [None] * len(linears)
-        room = free_bytes(weight.device)
+        room = free_bytes(first.device)
         if precision == fp8.FP8:
             weights = fp8.weights_of(list(linears), triton)
-            room = free_bytes(weight.device)  # less the copies
+            room = free_bytes(first.device)  # less the copies
         recomputable = stack.enter_context(recomputable_layers(base)) if room is not None else []
         implementations = attention.implementations(base)
         forwards = {module: vars(module).get("forward") for module in base.modules()}
-        whole, mode, referee = stack.enter_context(_settled(base, decoder, head, weight.device))
+        whole, mode, referee = stack.enter_context(_settled(base, decoder, head, first.device))
         call = functools.partial(_call, base if whole else decoder, decoder.config, mode)
         inputs, mode, why = _probe(call, linears, mode, decoder.config._attn_implementation)
         groups = _groups(linears, inputs, reducer, weights, triton, precision)
         for group in groups:
             for place, member in enumerate(group.members):
                 stack.enter_context(replaced_forward(member.layer, group, place))
-        fused_layers = stack.enter_context(fused(base, weight.dtype)) if triton else Fused()
+        fused_layers = stack.enter_context(fused(base, first.dtype)) if triton else Fused()
         replaced = [(module, own) for module, own in forwards.items() if vars(module).get("forward") is not own]
         given = GivenModel(base, replaced, implementations)
         if referee is not None:
             referee.as_given = given.restored
             if precision == fp8.FP8:
-                referee.tolerance = Tolerance.of(weight.dtype, weight.device, fp8=True)
+                referee.tolerance = Tolerance.of(first.dtype, first.device, fp8=True)
         yield OpenedModel(
             base=base,
             decoder=decoder,
@@ -206,7 +206,7 @@ def not_recordable(base: Any, linears: Sequence[LoraLinear], reducer: Reducer, b
 
     why: why that backend was chosen.
     """
-    device = linears[0].weight.device
+    device = linears[0].device
     if recomputes(base):
         return "the model has gradient checkpointing switched on, which asks for the state of random numbers"
     if backend != "triton":
@@ -278,7 +278,7 @@ def _probe(
         for n, member in enumerate(linears)
     ]
     two = torch.zeros(2, dtype=torch.int64)
-    tokens = attention.PackedTokens.of(Pack([0], two, torch.arange(2), two, [0, 2])).to(linears[0].weight.device)
+    tokens = attention.PackedTokens.of(Pack([0], two, torch.arange(2), two, [0, 2])).to(linears[0].device)
     seen: list[bool] = []
     try:
         with torch.no_grad():
@@ -346,8 +346,8 @@ def _groups(
         # Folding s B A into a 16-bit weight would round the adapter away, and so would folding it into an 8-bit one; on
         # a GPU the second copy of the weights would cost more than it saves.
         # Sharded weights (FSDP2) are whole only inside their own layer's forward and backward: nothing to fold.
-        weight = members[0].weight
-        wide = weight.dtype in (torch.float32, torch.float64)
-        folds = wide and weight.device.type == "cpu" and not triton and not members[0].sharded and precision != fp8.FP8
+        first = members[0]
+        wide = first.dtype in (torch.float32, torch.float64)
+        folds = wide and first.device.type == "cpu" and not triton and not first.sharded and precision != fp8.FP8
         groups.append(InputGroup(members, numbers, reducer, folds, triton, eights))
     return groups
