@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 import influence_fast as inf
 from benches.environment import describe
@@ -41,10 +42,10 @@ LENGTHS = (22, 3, 13, 2, 9)
 EXACT = 1e-8  # relative norm of a row's error in float64
 _MOST_NUMBERS = 50_000_000
 TARGETS = ("all-linear", "attention", "best")
-# Names of modules that project queries, keys and values, over all types.
-_ATTENTION = (
-    r"^(?!.*(encoder_attn|cross|vision|image|audio)).*\.(q_proj|v_proj|query|value|c_attn|query_key_value|Wqkv|qkv_proj"
-    r"|qkv|q_lin|v_lin|q_b_proj|kv_b_proj|project_q|project_v|query_proj|value_proj)"
+# Names of modules that project queries, keys and values, over all types; the linear may be inside a module so named.
+_ATTENTION = re.compile(
+    r"(?!.*(encoder_attn|cross|vision|image|audio))(.*\.)?(q_proj|v_proj|query|value|c_attn|query_key_value|Wqkv|qkv_proj"
+    r"|qkv|q_lin|v_lin|q_b_proj|kv_b_proj|project_q|project_v|query_proj|value_proj|Wq|Wv)(\.[a-z_]+)?"
 )
 # What a configuration is told, wherever it has the name.
 _SMALL: dict[str, Any] = {
@@ -185,7 +186,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "inkling2_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8},
     "inkling2_loop_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False, "mamba_dt_rank": 4},
-    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "kimi_linear": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "moshi": {"audio_vocab_size": 64},
@@ -304,7 +305,7 @@ def with_adapter(model: Any, targets: str = "all-linear", r: int = 3) -> Any:
     """Put a LoRA adapter with B factors that are not zero on `targets`: "all-linear", "attention" or peft's own."""
     from peft import LoraConfig, get_peft_model
 
-    modules = _ATTENTION if targets == "attention" else targets
+    modules = _attention_linears(model) if targets == "attention" else targets
     dtype = next(model.parameters()).dtype
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -318,6 +319,13 @@ def with_adapter(model: Any, targets: str = "all-linear", r: int = 3) -> Any:
             elif parameter.dim() > 1:
                 parameter.mul_(3)  # so that what tokens see of each other is no rounding
     return adapted.to(dtype).eval()
+
+
+def _attention_linears(model: Any) -> list[str]:
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    if found := [name for name in linears if _ATTENTION.fullmatch(name)]:
+        return found
+    raise ValueError("no linear is named as one of attention's projections")
 
 
 def examples_for(model: Any, lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, Any]]:

@@ -31,8 +31,8 @@ def page(outcomes: Sequence[Outcome], environment: dict[str, Any], minutes: floa
     lines = [
         "# Supported models",
         "",
-        "Every model type of transformers' causal-LM mapping, tiny and random, with a LoRA adapter on all linears or on",
-        "attention's projections alone. Made by",
+        "Every model type of transformers' causal-LM mapping, tiny and random, with a LoRA adapter on all linears or",
+        "on attention's projections alone. Made by",
         "",
         "    python -m benches.model_zoo --table docs/supported-models.md",
         "",
@@ -75,5 +75,4 @@ def _verdict(outcome: Outcome) -> str:
 def _reason(outcome: Outcome) -> str:
     """An outcome's message without what is long or of this model alone, safe in a table."""
     message = re.sub(r"^base_model\.model\.", "", outcome.message)
-    message = re.sub(r"(Target modules ).*?( not found)", r"\1named like attention's are\2", message)
     return re.sub(r"[|*_<>]", lambda mark: "\\" + mark[0], message)

@@ -287,7 +287,9 @@ def _is_a_product(base: Any) -> bool:
             return False
         wanted = nn.functional.linear(x, weight, base.bias)
     most = 1e-5 if weight.dtype in (torch.float32, torch.float64) else 1e-2
-    return found.shape == wanted.shape and bool((found - wanted).norm() <= most * wanted.norm())
+    if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:  # a router, which gives several
+        return False
+    return bool((found - wanted).norm() <= most * wanted.norm())
 
 
 def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -> list[LayoutEntry]:
