@@ -14,8 +14,10 @@ from torch import nn
 
 from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
 from influence_fast.data.fingerprints import active_adapters
+from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ModelError, listing, say_once
 from influence_fast.gradients.factors import Columns, Factor, make_factor
+from influence_fast.gradients.model_kinds import check_fixed_ranks
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.quantized import kind_of
 
@@ -129,6 +131,7 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
     """
     from peft.tuners.lora import LoraLayer
 
+    model = unwrapped(model)
     layers: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     if not layers:
         raise ModelError(
@@ -142,6 +145,8 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
             f"no layer has the active adapter {listing(layers[0][1].active_adapters)}; they have "
             f"{listing(held)}: call set_adapter with one of these"
         )
+    for name, layer, _ in active:
+        check_fixed_ranks(name, layer)
     refused = [name for name, layer, _ in active if not _is_a_product(layer.get_base_layer())]
     if refused:
         kind = type(model.get_submodule(refused[0]).get_base_layer()).__name__  # type: ignore[operator]
@@ -320,7 +325,9 @@ def _is_a_product(base: Any) -> bool:
             return False
         wanted = nn.functional.linear(x, weight, base.bias)
     most = 1e-5 if weight.dtype in (torch.float32, torch.float64) else 1e-2
-    return found.shape == wanted.shape and bool((found - wanted).norm() <= most * wanted.norm())
+    if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:  # a router, which gives several
+        return False
+    return bool((found - wanted).norm() <= most * wanted.norm())
 
 
 def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -> list[LayoutEntry]:
