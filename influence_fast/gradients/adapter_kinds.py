@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from influence_fast.errors import ModelError
+from influence_fast.errors import ModelError, listing
 
 _LORA = "LORA"
 _PROMPTS = "it trains numbers that are put before the text and no weight of a layer"
@@ -25,7 +26,7 @@ _OTHERS: dict[str, tuple[str, str]] = {
     "IA3": ("IA3", _SCALES),
     "LN_TUNING": ("LN tuning", "it trains the norms' own weights"),
     "TRAINABLE_TOKENS": ("trainable tokens alone", "it trains rows of the embedding"),
-    "ADALORA": ("AdaLoRA", "its matrices have a third between them, and its ranks change while it is trained"),
+    "ADALORA": ("AdaLoRA", "B diag(E) A with ranks that change while it trains; rank_pattern gives LoRA ranks that differ"),
     "XLORA": (
         "X-LoRA",
         "it mixes several LoRA adapters by a network of its own: score one of these adapters alone, or",
@@ -116,9 +117,20 @@ def _active_configs(model: Any) -> dict[str, Any]:
     return {name: configs[name] for name in names if name in configs}
 
 
-def check_variant(name: str, variant: Any) -> None:
-    """Raise ModelError for a layer `name` whose LoRA is of a variant that is no plain product."""
-    kind = type(variant).__name__
+def check_together(name: str, layer: Any, active: Sequence[str]) -> None:
+    """Raise ModelError where the adapters `active` of a LoRA layer `name` are no sum of products, DoRA alone aside."""
+    dora = [adapter for adapter in active if adapter in layer.lora_magnitude_vector]
+    for adapter in active:
+        if adapter in layer.lora_variant and adapter not in dora:
+            _refuse_variant(name, type(layer.lora_variant[adapter]).__name__)
+    if dora and len(active) > 1:
+        raise ModelError(
+            f"{name}: the adapters {listing(active)} are active together, and {dora[0]!r} (DoRA) would scale the "
+            "others' outputs too: activate one at a time by set_adapter"
+        )
+
+
+def _refuse_variant(name: str, kind: str) -> None:
     found = next((text for start, text in _VARIANTS.items() if kind.startswith(start)), None)
     called, setting = found or (kind, f"the setting that asks for {kind}")
     raise ModelError(f"{name}: {called} is no plain LoRA, and not supported: train the adapter without {setting}")

@@ -14,11 +14,13 @@ from torch import nn
 
 from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
 from influence_fast.data.fingerprints import active_adapters
+from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ModelError, listing, say_once
-from influence_fast.gradients.adapter_kinds import check_active_kinds, check_variant
+from influence_fast.gradients.adapter_kinds import check_active_kinds, check_together
 from influence_fast.gradients.factors import Columns, Factor, make_factor
 from influence_fast.gradients.lora_parts import AdapterPart, Magnitude, join_adapters, part_factors
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.quantized import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +54,14 @@ class LoraLinear:
 
     name: str
     layer: nn.Module
-    weight: torch.Tensor  # [d_out, d_in]
-    bias: torch.Tensor | None  # [d_out]; none of what a magnitude vector is multiplied with
+    weight: torch.Tensor  # [d_out, d_in]; of a quantised base an empty one, of the activations' dtype
+    bias: torch.Tensor | None  # [d_out]; None where a quantised base adds its own, and under a magnitude vector
     a: torch.Tensor  # [r, d_in]
     b: torch.Tensor  # [d_out, r]
     scaling: float
+    quantized: bool = False  # the base layer itself multiplies (see `quantized`)
     parts: tuple[AdapterPart, ...] = ()  # of other adapters than one plain pair
-    added_bias: torch.Tensor | None = None  # [d_out], the part of `bias` that is not the base's own
+    added_bias: torch.Tensor | None = None  # [d_out] of the adapter, a part of `bias` unless the base is quantised
     magnitude: Magnitude | None = None  # of DoRA
 
     @property
@@ -80,7 +83,7 @@ class LoraLinear:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the products with the base weight."""
+        """The dtype of the products with the base weight; of a quantised base the activations'."""
         return self.weight.dtype
 
     @property
@@ -140,6 +143,7 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
     """
     from peft.tuners.lora import LoraLayer
 
+    model = unwrapped(model)
     check_active_kinds(model)
     layers: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     if not layers:
@@ -161,8 +165,9 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
             f"{refused[0]}: LoRA over {kind} is not supported (linears that are a plain product are); leave that "
             f"module out of target_modules{other_targets([name for name, _, _ in active], refused)}"
         )
+    activations = _activation_dtype(model)
     several = len({adapter for _, _, adapters in active for adapter in adapters}) > 1
-    found = [_as_plain(name, layer, adapters, several) for name, layer, adapters in active]
+    found = [_as_plain(name, layer, adapters, activations, several) for name, layer, adapters in active]
     if others := _beside_in(model):
         say_once(logger, beside_warning(others))
     if unfrozen := _unfrozen_in(model):
@@ -180,6 +185,11 @@ def beside_warning(others: Sequence[str]) -> str:
         f"the adapter trains more than LoRA factors ({listing(others)}); gradients and scores here are of the "
         "factors alone: train without modules_to_save, trainable_token_indices and bias to have all of it scored"
     )
+
+
+def unscored_in(model: nn.Module) -> list[str]:
+    """Return what is trained but in no gradient row: what an adapter has beside LoRA factors, and unfrozen weights."""
+    return [*_beside_in(model), *_unfrozen_in(model)]
 
 
 def _beside_in(model: nn.Module) -> list[str]:
@@ -230,30 +240,25 @@ def _active_in(layer: Any) -> list[str]:
     return [a for a in layer.active_adapters if a in layer.lora_A or a in layer.lora_embedding_A]
 
 
-def _as_plain(name: str, layer: Any, active: list[str], several: bool) -> LoraLinear:
+def _as_plain(name: str, layer: Any, active: list[str], activations: torch.dtype, several: bool) -> LoraLinear:
     """Take a layer's active adapters as one; `several`: whether more than one is active in the model."""
     base = layer.get_base_layer()
     if layer.disable_adapters:
         raise ModelError(f"{name}: the adapter is disabled; leave disable_adapter() first, or enable its layers")
     if layer.merged:
         raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
-    dora = [adapter for adapter in active if adapter in layer.lora_magnitude_vector]
-    for adapter in active:
-        if adapter in layer.lora_variant and adapter not in dora:
-            check_variant(name, layer.lora_variant[adapter])
-    if dora and len(active) > 1:
-        raise ModelError(
-            f"{name}: the adapters {listing(active)} are active together, and {dora[0]!r} (DoRA) would scale the "
-            "others' outputs too: activate one at a time by set_adapter"
-        )
-    weight = (base.weight if isinstance(base, nn.Linear) else base.weight.T).detach()
-    bias = None if base.bias is None else base.bias.detach()
+    check_together(name, layer, active)
     joined = join_adapters(layer, active, several)
+    if quantised := kind_of(base) is not None:
+        weight, bias = joined.a.new_empty(0, dtype=activations), None
+    else:
+        weight = (base.weight if isinstance(base, nn.Linear) else base.weight.T).detach()
+        bias = None if base.bias is None else base.bias.detach()
     magnitude = None
-    if dora:
-        magnitude, bias = Magnitude.of(name, layer, dora[0], weight, bias, joined), None
+    if active[0] in layer.lora_magnitude_vector:
+        magnitude, bias = Magnitude.of(name, layer, active[0], weight, bias, joined), None
     added = None if joined.added_bias is None else joined.added_bias.to(weight.dtype)
-    if added is not None and not hasattr(bias, "full_tensor"):
+    if added is not None and not quantised and not hasattr(bias, "full_tensor"):
         bias = added if bias is None else bias + added
     return LoraLinear(
         name=name,
@@ -263,10 +268,32 @@ def _as_plain(name: str, layer: Any, active: list[str], several: bool) -> LoraLi
         a=joined.a,
         b=joined.b,
         scaling=joined.scaling,
+        quantized=quantised,
         parts=joined.parts,
         added_bias=added,
         magnitude=magnitude,
     )
+
+
+def _activation_dtype(model: Any) -> torch.dtype:
+    """Return the widest dtype of the parameters that are neither factors nor quantised: norms and embeddings.
+
+    They make what flows between quantised layers; a head may be wider and changes nothing before it.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    apart = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    apart -= {id(parameter) for parameter in base.get_input_embeddings().parameters()} if apart else set()
+    dtypes = {
+        parameter.dtype
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+        and parameter.element_size() > 1
+        and id(parameter) not in apart
+        and not is_adapter_parameter(name)
+        and not hasattr(parameter, "__tensor_flatten__")
+    }
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)
 
 
 def other_targets(names: Sequence[str], refused: Sequence[str]) -> str:
@@ -290,14 +317,17 @@ def _ending(name: str, parts: int) -> str:
 
 
 def _is_a_product(base: Any) -> bool:
-    """Tell whether a layer computes x W^T + b and nothing else; a subclass of nn.Linear is tried on random tokens."""
+    """Tell whether a layer computes x W^T + b and nothing else; a subclass of nn.Linear is tried on random tokens.
+
+    A quantised one is taken to, and compared with autograd when an engine opens.
+    """
+    if kind_of(base) is not None:
+        return True
     if type(base) is nn.Linear or type(base).__name__ == "Conv1D":
         return True
     if not isinstance(base, nn.Linear):
         return False
     weight = base.weight
-    if not weight.is_floating_point() or weight.shape != (base.out_features, base.in_features):
-        return False  # quantised, and perhaps packed
     if hasattr(weight, "full_tensor"):  # a DTensor, whole only while the layer around it runs
         return type(base).forward is nn.Linear.forward
     if weight.device.type == "meta":
@@ -310,7 +340,9 @@ def _is_a_product(base: Any) -> bool:
             return False
         wanted = nn.functional.linear(x, weight, base.bias)
     most = 1e-5 if weight.dtype in (torch.float32, torch.float64) else 1e-2
-    return found.shape == wanted.shape and bool((found - wanted).norm() <= most * wanted.norm())
+    if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:  # a router, which gives several
+        return False
+    return bool((found - wanted).norm() <= most * wanted.norm())
 
 
 def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -> list[LayoutEntry]:

@@ -9,25 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from influence_fast.data.packing import Pack, text_config
-from influence_fast.errors import ConfigError, ModelError
-from influence_fast.gradients import attention, fp8
+from influence_fast.errors import ConfigError, ModelError, listing, say_once
+from influence_fast.gradients import attention, fp8, quantized
 from influence_fast.gradients.frozen import frozen, recomputable_layers, recomputes
 from influence_fast.gradients.fused_layers import Fused, fused
-from influence_fast.gradients.input_groups import InputGroup, replaced_forward
+from influence_fast.gradients.input_groups import InputGroup, Product, replaced_forward
 from influence_fast.gradients.lora import LoraLinear, other_targets
 from influence_fast.gradients.memory import layer_bytes
 from influence_fast.gradients.reduction import Reducer
 from influence_fast.gradients.referee import Referee, decoder_of
 from influence_fast.gradients.separation import Separation
 from influence_fast.gradients.tolerance import Tolerance
+
+logger = logging.getLogger(__name__)
 
 # Heads that do more than a matrix product; their logits are taken from the model itself. Named, since two tokens of an
 # untrained model need not show it (softcapping); what has no name here is found by trying.
@@ -42,20 +45,18 @@ class GivenModel:
     """
 
     base: Any
-    decoder: Any
     replaced: Sequence[tuple[Any, Any]]
-    implementation: str | None
+    implementations: list[tuple[Any, str | None]]
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """While the block runs, the model has the forwards and the attention that it was given with; dropout is off."""
         ours = [(module, vars(module).pop("forward")) for module, _ in self.replaced]
-        implementation = self.decoder.config._attn_implementation
         try:
             for module, own in self.replaced:
                 if own is not None:
                     module.forward = own
-            with attention.implementation(self.base, implementation, self.implementation):
+            with attention.implementation(self.base, self.implementations):
                 yield
         finally:
             for module, forward in ours:
@@ -160,24 +161,27 @@ def open_model(
     decoder, head, first = decoder_of(base), base.get_output_embeddings(), linears[0]
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
-        weights: list[fp8.Fp8Weight | None] = [None] * len(linears)
+        stack.enter_context(quantized.settled(base))
+        eights: list[fp8.Fp8Weight | None] = [None] * len(linears)
         room = free_bytes(first.device)
         if precision == fp8.FP8:
-            weights = fp8.weights_of(list(linears), triton)
+            eights = fp8.weights_of(list(linears), triton)
             room = free_bytes(first.device)  # less the copies
         recomputable = stack.enter_context(recomputable_layers(base)) if room is not None else []
-        implementation = decoder.config._attn_implementation
+        implementations = attention.implementations(base)
         forwards = {module: vars(module).get("forward") for module in base.modules()}
         whole, mode, referee = stack.enter_context(_settled(base, decoder, head, first.device))
         call = functools.partial(_call, base if whole else decoder, decoder.config, mode)
-        inputs, why = _probe(call, linears, mode, decoder.config._attn_implementation)
-        groups = _groups(linears, inputs, reducer, weights, triton, precision)
+        inputs, mode, why = _probe(call, linears, mode, decoder.config._attn_implementation)
+        dtypes = [inputs[n].dtype if n in inputs else linear.dtype for n, linear in enumerate(linears)]
+        products = [eight or own for eight, own in zip(eights, quantized.products_of(linears, dtypes), strict=True)]
+        groups = _groups(linears, inputs, reducer, products, triton, precision)
         for group in groups:
             for place, member in enumerate(group.members):
                 stack.enter_context(replaced_forward(member.layer, group, place))
         fused_layers = stack.enter_context(fused(base, first.dtype)) if triton else Fused()
         replaced = [(module, own) for module, own in forwards.items() if vars(module).get("forward") is not own]
-        given = GivenModel(base, decoder, replaced, implementation)
+        given = GivenModel(base, replaced, implementations)
         if referee is not None:
             referee.as_given = given.restored
             if precision == fp8.FP8:
@@ -217,6 +221,8 @@ def not_recordable(base: Any, linears: Sequence[LoraLinear], reducer: Reducer, b
         return "the base weights are spread over processes (FSDP), which exchange them in every step"
     if not reducer.recordable:
         return "these gradients are summed by PyTorch, with each pack's bounds on the host"
+    if any(linear.quantized for linear in linears):
+        return "the base is quantised, and its library's products may wait for the host"
     return ""
 
 
@@ -263,8 +269,9 @@ def _settled(
 
 def _probe(
     call: Callable[..., Any], linears: Sequence[LoraLinear], mode: Separation, implementation: str | None
-) -> tuple[dict[int, torch.Tensor], str]:
-    """Run two tokens to learn which LoRA linears share an input, and why no step can be a CUDA graph."""
+) -> tuple[dict[int, torch.Tensor], Separation, str]:
+    """Run two tokens to learn which LoRA linears share an input, how to call the model for what they see, and why no
+    step can be a CUDA graph."""
     inputs: dict[int, torch.Tensor] = {}
     calls = [0] * len(linears)
 
@@ -285,8 +292,7 @@ def _probe(
     finally:
         for handle in handles:
             handle.remove()
-    _check_inputs(inputs, linears)
-    why = ""
+    mode, why = _heed_inputs(inputs, linears, mode), ""
     if not mode.packs_pay:
         why = "the examples of a pack would see each other in this model"
     elif max(calls) > 1:
@@ -296,48 +302,61 @@ def _probe(
             "this model's attention runs an example at a time (it takes a 16-bit model, with heads of up to 256 "
             "numbers in multiples of 8)"
         )
-    return inputs, why
+    return inputs, mode, why
 
 
-def _check_inputs(inputs: dict[int, torch.Tensor], linears: Sequence[LoraLinear]) -> None:
-    """Raise ModelError for a LoRA layer that saw no tokens, or others than the two that were passed."""
-    unused = [m.name for n, m in enumerate(linears) if n not in inputs]
+def _heed_inputs(inputs: dict[int, torch.Tensor], linears: Sequence[LoraLinear], mode: Separation) -> Separation:
+    """Return how to call a model whose LoRA linears saw `inputs` of two tokens, and say which of them text leaves out.
+
+    A layer that is not called has no part in the loss: its gradient is zero. One that sees other tokens than the text's
+    (a prompt before it, several streams of it, the first token alone) has those of one example where examples go one
+    at a time, and its sums are over all that it sees.
+
+    Raises ModelError where text reaches none.
+    """
+    names = [member.name for member in linears]
+    unused = [name for n, name in enumerate(names) if n not in inputs]
+    if len(unused) == len(names):
+        raise ModelError(
+            f"{unused[0]}: the model's forward on text calls no LoRA layer, as where they are those of images or of an "
+            "encoder: name layers of the text decoder in target_modules"
+        )
     if unused:
-        targets = other_targets([member.name for member in linears], unused)
-        raise ModelError(
-            f"{unused[0]}: the model's forward on text never calls this LoRA layer, which has no gradient; leave "
-            f"it out of target_modules{targets}"
+        say_once(
+            logger,
+            f"the model's forward on text never calls the LoRA layers {listing(unused)}, whose gradients are zero; "
+            f"rows are shorter without them{other_targets(names, unused)}",
         )
-    strange = [n for n, x in inputs.items() if x.numel() != 2 * linears[n].d_in]
-    if strange:
-        x, names = inputs[strange[0]], [linears[n].name for n in strange]
-        raise ModelError(
-            f"{names[0]}: sees {x.numel() // x.shape[-1]} tokens of 2 (a routed expert?); leave it out of "
-            f"target_modules{other_targets([member.name for member in linears], names)}"
-        )
+    if any(x.numel() != 2 * linears[n].d_in for n, x in inputs.items()):
+        return replace(mode, apart=False)
+    return mode
 
 
 def _groups(
     linears: Sequence[LoraLinear],
     inputs: dict[int, torch.Tensor],
     reducer: Reducer,
-    fp8_weights: Sequence[fp8.Fp8Weight | None],
+    products: Sequence[Product | None],
     triton: bool,
     precision: str,
 ) -> list[InputGroup]:
     """Group LoRA linears by the tensor that they read."""
     by_input: dict[int, list[int]] = {}
     for n in range(len(linears)):
-        by_input.setdefault(id(inputs[n]), []).append(n)
+        # what the probe did not reach shares its input with nothing that is known
+        by_input.setdefault(id(inputs[n]) if n in inputs else -n - 1, []).append(n)
     groups = []
     for numbers in by_input.values():
         members = [linears[n] for n in numbers]
-        eights = [fp8_weights[n] for n in numbers]
+        chosen = [products[n] for n in numbers]
         # Folding s B A into a 16-bit weight would round the adapter away, and so would folding it into an 8-bit one; on
         # a GPU the second copy of the weights would cost more than it saves.
-        # Sharded weights (FSDP2) are whole only inside their own layer's forward and backward: nothing to fold.
-        first = members[0]
+        # Sharded weights (FSDP2) are whole only inside their own layer's forward and backward: nothing to fold; nor is
+        # a quantised one ever kept whole.
+        first, quantised = members[0], any(member.quantized for member in members)
         wide = first.dtype in (torch.float32, torch.float64)
         folds = wide and first.device.type == "cpu" and not triton and not first.sharded and precision != fp8.FP8
-        groups.append(InputGroup(members, numbers, reducer, folds, triton, eights))
+        given = inputs.get(numbers[0])
+        dtype = given.dtype if quantised and given is not None else first.dtype
+        groups.append(InputGroup(members, numbers, reducer, folds and not quantised, triton, chosen, dtype))
     return groups
