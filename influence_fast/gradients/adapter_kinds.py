@@ -26,7 +26,7 @@ _OTHERS: dict[str, tuple[str, str]] = {
     "IA3": ("IA3", _SCALES),
     "LN_TUNING": ("LN tuning", "it trains the norms' own weights"),
     "TRAINABLE_TOKENS": ("trainable tokens alone", "it trains rows of the embedding"),
-    "ADALORA": ("AdaLoRA", "B diag(E) A with ranks that change while it trains; rank_pattern gives LoRA ranks that differ"),
+    "ADALORA": ("AdaLoRA", "B diag(E) A, of ranks that change while it trains; LoRA has rank_pattern"),
     "XLORA": (
         "X-LoRA",
         "it mixes several LoRA adapters by a network of its own: score one of these adapters alone, or",

@@ -1,32 +1,34 @@
-"""Adapters beside one plain LoRA pair: several active ones, biases of B, DoRA, other initialisations; other kinds."""
+"""Adapters beside one plain LoRA pair: several active ones, biases of B, DoRA, other first factors."""
 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 import influence_fast as inf
+from influence_fast.data.fingerprints import weight_hashes
 from influence_fast.errors import ModelError
 from influence_fast.gradients.lora import LayoutEntry
 from influence_fast.gradients.projection import Projection, random_matrix
 from influence_fast.gradients.row_sketch import RowSketch
 from influence_fast.gradients.streaming import stream_influence
+from influence_fast.training.adapters import attach_adapter
 
 PROJECTIONS = {
     "exact": None,
-    "one_sided": Projection(dim=6),
     "one_sided to a width": Projection(dim=6, width=64),
     "kron": Projection("kron", dim=3),
     "sjlt": Projection("sjlt", width=64),
-    "rademacher": Projection("rademacher", width=40),
 }
 LENGTHS = (4, 13, 7)
 TARGETS = ["q_proj", "k_proj", "down_proj"]
@@ -48,17 +50,17 @@ def settle(model: Any, dtype: torch.dtype = torch.float64) -> Any:
     return model.to(dtype).eval()
 
 
-def make_model(tiny_model: Callable[..., Any], kind: str = "qwen2", **config: Any) -> Any:
+def make_model(tiny_model: Callable[..., Any], kind: str = "llama", **config: Any) -> Any:
+    """One adapter over a layer whose linears have biases, but for those of the MLP."""
     settings = {"r": 3, "lora_alpha": 6, "target_modules": TARGETS, "lora_dropout": 0.1} | config
-    return settle(get_peft_model(tiny_model(kind), LoraConfig(**settings), autocast_adapter_dtype=False))
+    base = tiny_model(kind, num_hidden_layers=1, attention_bias=True)
+    return settle(get_peft_model(base, LoraConfig(**settings), autocast_adapter_dtype=False))
 
 
 def make_two(tiny_model: Callable[..., Any], *, alpha: int = 4, **second: Any) -> Any:
     """Adapters "default" on q, k and down, and "b" on q, v and down, both active."""
-    first = LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS)
-    model = get_peft_model(tiny_model("llama", attention_bias=True), first, autocast_adapter_dtype=False)
-    targets = ["q_proj", "v_proj", "down_proj"]
-    other = LoraConfig(r=2, lora_alpha=alpha, target_modules=targets, **second)
+    model = make_model(tiny_model)
+    other = LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj", "v_proj", "down_proj"], **second)
     model.add_adapter("b", other, autocast_adapter_dtype=False)
     model.base_model.set_adapter(["b", "default"])
     return settle(model)
@@ -128,33 +130,88 @@ def check_all_rows(model: Any) -> None:
         assert relative(found, expected) < 1e-10, name
     summed = inf.per_example_gradients(model, examples, loss_reduction="sum", max_tokens=1)
     assert relative(summed, by_autograd(model, "sum")) < 1e-10
-    for count in (2, 3):
-        assert relative(stream_influence(model, examples, exact[:count]), exact @ exact[:count].T) < 1e-10
+    assert relative(stream_influence(model, examples, exact), exact @ exact.T) < 1e-10
 
 
 CASES: dict[str, Callable[[Callable[..., Any]], Any]] = {
-    "two adapters": lambda tiny: make_two(tiny),
-    "two adapters of two scalings": lambda tiny: make_two(tiny, alpha=10, use_rslora=True),
-    "two adapters, one with a bias": lambda tiny: make_two(tiny, alpha=10, lora_bias=True),
+    "two adapters": make_two,
+    "two adapters of two scalings": lambda tiny: make_two(tiny, alpha=10, use_rslora=True, lora_bias=True),
     "lora_bias": lambda tiny: make_model(tiny, lora_bias=True),
-    "lora_bias over biases": lambda tiny: settle(
-        get_peft_model(
-            tiny("llama", attention_bias=True),
-            LoraConfig(r=2, target_modules="all-linear", lora_bias=True),
-            autocast_adapter_dtype=False,
-        )
-    ),
-    "DoRA": lambda tiny: make_model(tiny, use_dora=True),
-    "DoRA over biases": lambda tiny: settle(
-        get_peft_model(
-            tiny("llama", attention_bias=True, mlp_bias=True),
-            LoraConfig(r=2, target_modules="all-linear", use_dora=True, use_rslora=True),
-            autocast_adapter_dtype=False,
-        )
-    ),
+    "DoRA": lambda tiny: make_model(tiny, use_dora=True, use_rslora=True),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_rows_of_other_adapters_are_autograds(name: str, tiny_model: Callable[..., Any]) -> None:
     check_all_rows(CASES[name](tiny_model))
+
+
+def test_factors_of_several_adapters_follow_the_parameters(tiny_model: Callable[..., Any]) -> None:
+    """One that changes one layer alone is named there too, and a single active one has the rows that it has alone."""
+    model = make_two(tiny_model, lora_bias=True)
+    layout = inf.gradient_layout(model)
+    names = [f"{entry.module}.{entry.factor}" for entry in layout]
+    expected = []
+    for name, _ in model.named_parameters():
+        if "lora_" in name:
+            name = name.replace("lora_B.b.bias", "lora_bias.b").removesuffix(".weight")
+            expected.append(name)
+    assert names == expected
+    assert [e.factor for e in layout if "v_proj" in e.module] == ["lora_A.b", "lora_B.b", "lora_bias.b"]
+    examples = make_examples()
+    model.set_adapter("default")
+    alone = inf.per_example_gradients(model, examples)
+    assert {entry.factor for entry in inf.gradient_layout(model)} == {"lora_A", "lora_B"}
+    model.delete_adapter("b")
+    assert torch.equal(inf.per_example_gradients(model, examples), alone)
+
+
+def test_an_adapter_activated_twice_counts_twice(tiny_model: Callable[..., Any]) -> None:
+    model = make_model(tiny_model)
+    model.base_model.set_adapter(["default", "default"])
+    assert relative(inf.per_example_gradients(model, make_examples()), by_autograd(model)) < 1e-10
+
+
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True}], ids=["DoRA", "lora_bias"])
+def test_bf16_rows_are_close_where_nothing_is_folded(tiny_model: Callable[..., Any], config: dict[str, Any]) -> None:
+    model = make_model(tiny_model, **config)
+    exact, examples = by_autograd(model), make_examples()
+    for projection, most in ((None, 0.05), (PROJECTIONS["kron"], 0.05)):
+        rows = inf.per_example_gradients(copy.deepcopy(model).bfloat16(), examples, projection=projection)
+        expected = projected(model, exact, projection)
+        assert float((rows.double() - expected).norm() / expected.norm()) < most
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "eva", "orthogonal", "gaussian"])
+def test_other_first_factors_are_plain_lora(start: str, tiny_model: Callable[..., Any]) -> None:
+    config = LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=start, rank_pattern={"k_proj": 2})
+    model = get_peft_model(tiny_model(num_hidden_layers=1), config).double().eval()
+    assert relative(inf.per_example_gradients(model, make_examples()), by_autograd(model)) < 1e-10
+
+
+def test_dora_beside_another_active_adapter_is_refused(tiny_model: Callable[..., Any]) -> None:
+    model = make_two(tiny_model, use_dora=True)
+    with pytest.raises(ModelError, match=r"'?b'? \(DoRA\) would scale the others' outputs too: activate one at a time"):
+        inf.gradient_layout(model)
+
+
+@pytest.mark.parametrize("mark", ["lora_B.bias", "lora_magnitude_vector"])
+def test_stored_biases_and_magnitudes_are_loaded_or_missed(
+    mark: str, tiny_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = make_model(tiny_model, lora_bias="bias" in mark, use_dora="magnitude" in mark)
+    model.save_pretrained(tmp_path)
+    base = tiny_model("llama", torch.float64, num_hidden_layers=1, attention_bias=True)
+    loaded = attach_adapter(copy.deepcopy(base), str(tmp_path), "").double()
+    assert weight_hashes(loaded) == weight_hashes(model)
+    examples = make_examples()
+    assert torch.equal(inf.per_example_gradients(loaded, examples), inf.per_example_gradients(model, examples))
+    parameter = next(p for n, p in loaded.named_parameters() if mark.replace("B.", "B.default.") in n)
+    parameter.data[0] += 1
+    assert weight_hashes(loaded)[0] == weight_hashes(model)[0]
+    assert weight_hashes(loaded)[1] != weight_hashes(model)[1]
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    del stored[next(key for key in stored if mark in key)]
+    save_file(stored, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=rf"has no {re.escape(mark)} for the module 'model\.layers"):
+        attach_adapter(base, str(tmp_path), "")
