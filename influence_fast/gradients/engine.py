@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -34,16 +36,22 @@ from influence_fast.gradients.lora import (
     layout_of,
     other_targets,
 )
+from influence_fast.gradients.lora_parameters import LoraParameter
 from influence_fast.gradients.loss import CompletionLoss, drawn_tokens
 from influence_fast.gradients.memory import layer_bytes
 from influence_fast.gradients.projection import SIDED_KINDS, Projection
 from influence_fast.gradients.reduction import FullReducer, ProjectedReducer, Reducer
 from influence_fast.gradients.referee import Referee, Tolerance, decoder_of
+from influence_fast.gradients.routed import AutogradParameters, RoutedExperts, parameter_parts
+from influence_fast.gradients.routed_modules import routed_modules
 from influence_fast.gradients.row_sketch import segment_sums
 from influence_fast.gradients.separation import Separation
 from influence_fast.gradients.step_inputs import StepInputs, StepShape
 from influence_fast.gradients.transfer import to_device
 
+logger = logging.getLogger(__name__)
+
+_PROBED = 24  # tokens: each of 128 experts of which a token takes 8 meets one or two
 # Share of a card's free memory that kept activations may fill: gradients inside a layer, and fragments, need the rest.
 _ROOM = 0.8
 # Of the user's own data, what is compared with plain forwards. At 2,048 tokens the logits of a vocabulary of 152k take
@@ -112,6 +120,8 @@ class GradientEngine:
         self._graphs: graphs.StepGraphs | None = None
         self._stack = contextlib.ExitStack()
         self._groups: list[InputGroup] = []
+        self._parameters: list[RoutedExperts | AutogradParameters] = []
+        self._routed: set[int] = set()  # places of LoRA linears inside routed experts
         self._fused_layers = Fused()
         self.compared = False  # whether data of the user's own were
         self._given: list[tuple[Any, Any]] = []  # modules whose forward is replaced, and their own
@@ -141,14 +151,22 @@ class GradientEngine:
             stack.enter_context(_frozen(self.model))
             weights: list[fp8.Fp8Weight | None] = [None] * len(self.linears)
             if self.precision == fp8.FP8:
-                weights = fp8.weights_of(self.linears, self.backend == "triton")
+                plain = [n for n, linear in enumerate(self.linears) if not isinstance(linear, LoraParameter)]
+                eights = fp8.weights_of([self.linears[n] for n in plain], self.backend == "triton")
+                for n, eight in zip(plain, eights, strict=True):
+                    weights[n] = eight
                 self.room = _free_bytes(self.device)  # less the copies
             self._layers = stack.enter_context(_recomputable(self.base)) if self.room is not None else []
             self._given_implementation = self.decoder.config._attn_implementation
             forwards = {module: vars(module).get("forward") for module in self.base.modules()}
             stack.enter_context(self._settled())
-            inputs = self._probe()
+            inputs, calls = self._probe()
             self._groups = self._group(inputs, weights)
+            members = [(n, linear) for n, linear in enumerate(self.linears) if isinstance(linear, LoraParameter)]
+            self._parameters = parameter_parts(members, calls, self.reducer)
+            self._take_one_at_a_time()
+            for part in self._parameters:
+                stack.enter_context(part.opened())
             for group in self._groups:
                 for place, member in enumerate(group.members):
                     stack.enter_context(replaced_forward(member.layer, group, place))
@@ -166,7 +184,7 @@ class GradientEngine:
     def __exit__(self, *exc_info: Any) -> None:
         self._graphs = None
         self._stack.close()
-        self._groups, self._given, self.referee = [], [], None
+        self._groups, self._parameters, self._given, self.referee = [], [], [], None
 
     def run(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients and losses of a pack: rows [E, k], losses [E] (reduced as the gradients are).
@@ -193,8 +211,8 @@ class GradientEngine:
         """Rows and losses of inputs on the device; a function of their numbers that reads none on the host."""
         self.reducer.begin(inputs.tokens.cu_seqlens, inputs.segments)
         anchor = torch.empty((), device=self.device, requires_grad=True)
-        for group in self._groups:
-            group.anchor = anchor
+        for part in self._parts:
+            part.anchor = anchor
         with torch.enable_grad(), _recomputing(self._layers if recompute else []):
             loss, losses = self._loss(inputs)
             if not loss.requires_grad:
@@ -205,9 +223,16 @@ class GradientEngine:
                 )
             with attention.unchanged_order():
                 loss.backward()
-        for group in self._groups:
-            group.anchor = None
+        for part in self._parts:
+            part.anchor = None
+        for parameters in self._parameters:
+            parameters.collect()
         return self.reducer.finish(), losses
+
+    @property
+    def _parts(self) -> list[InputGroup | RoutedExperts | AutogradParameters]:
+        """All that computes LoRA modules' products."""
+        return [*self._groups, *self._parameters]
 
     def overflows(self, tokens: int) -> bool:
         """Whether what the layers keep of so many tokens is more than `room`; unknown models are taken to fit."""
@@ -218,7 +243,7 @@ class GradientEngine:
         """Bytes that the layers keep of so many tokens; None where that is not known."""
         if not self._layers:
             return None
-        columns = max(max(group.columns) for group in self._groups)
+        columns = max(max(part.columns) for part in self._parts)
         inputs, w = self.reducer.needs_input, self.linears[0].weight.element_size()
         try:
             layer = layer_bytes(
@@ -258,8 +283,8 @@ class GradientEngine:
         try:
             found = self._call(self.base if self._whole_model_logits else self.decoder, inputs.tokens)
         finally:
-            for group in self._groups:
-                group.forget()
+            for part in self._parts:
+                part.forget()
         if self._whole_model_logits:
             return found.logits[0, inputs.positions], None, None
         hidden = found.last_hidden_state[0, inputs.positions]
@@ -376,8 +401,8 @@ class GradientEngine:
 
         def ours(pack: Pack) -> None:
             self._call(module, attention.PackedTokens.of(pack).to(self.device))
-            for group in self._groups:
-                group.forget()
+            for part in self._parts:
+                part.forget()
 
         return self.referee.refusal(ours, error, self._remedy())
 
@@ -396,23 +421,28 @@ class GradientEngine:
             for module, forward in ours:
                 module.forward = forward
 
-    def _probe(self) -> dict[int, torch.Tensor]:
-        """Runs a few tokens to learn which LoRA linears share an input."""
+    def _probe(self) -> tuple[dict[int, torch.Tensor], dict[nn.Module, tuple[Any, ...]]]:
+        """Run a few tokens; return each LoRA linear's input, and what wrappers of parameters were called with."""
         implementation = self.decoder.config._attn_implementation
         module = self.base if self._whole_model_logits else self.decoder
         inputs: dict[int, torch.Tensor] = {}
         calls = [0] * len(self.linears)
+        wrapped: dict[nn.Module, tuple[Any, ...]] = {}
 
-        def called(n: int, x: torch.Tensor) -> None:
-            inputs[n] = x
+        def called(n: int, layer: nn.Module, args: tuple[Any, ...]) -> None:
             calls[n] += 1
+            if isinstance(self.linears[n], LoraParameter):
+                wrapped[layer] = args
+            else:
+                inputs[n] = args[0]
 
         handles = [
-            member.layer.register_forward_pre_hook(lambda _, args, n=n: called(n, args[0]))
+            member.layer.register_forward_pre_hook(lambda layer, args, n=n: called(n, layer, args))
             for n, member in enumerate(self.linears)
         ]
-        two = torch.zeros(2, dtype=torch.int64)
-        tokens = attention.PackedTokens.of(Pack([0], two, torch.arange(2), two, [0, 2])).to(self.device)
+        ids = self._probe_tokens()
+        pack = Pack([0], ids, torch.arange(len(ids)), ids, [0, len(ids)])
+        tokens = attention.PackedTokens.of(pack).to(self.device)
         seen: list[bool] = []
         try:
             with torch.no_grad():
@@ -420,7 +450,11 @@ class GradientEngine:
         finally:
             for handle in handles:
                 handle.remove()
-        if self.cuda_graphs and not self.packs_are_separate:
+        names = [member.name for member in self.linears]
+        strange = {n for n, x in inputs.items() if x.numel() != len(ids) * self.linears[n].d_in}
+        uncalled = {n for n, count in enumerate(calls) if not count}
+        self._routed = routed_modules(names, strange, uncalled)
+        if self.cuda_graphs and (not self.packs_are_separate or self._routed):
             self._leave_graphs("the examples of a pack would see each other in this model")
         if self.cuda_graphs and max(calls) > 1:
             self._leave_graphs(
@@ -431,21 +465,28 @@ class GradientEngine:
                 "this model's attention runs an example at a time (it takes a 16-bit model, with heads of up to "
                 "256 numbers in multiples of 8)"
             )
-        unused = [m.name for n, m in enumerate(self.linears) if n not in inputs]
+        unused = [names[n] for n in sorted(uncalled - self._routed)]
         if unused:
-            targets = other_targets([member.name for member in self.linears], unused)
             raise ModelError(
                 f"{unused[0]}: the model's forward on text never calls this LoRA layer, which has no gradient; leave "
-                f"it out of target_modules{targets}"
+                f"it out of target_modules{other_targets(names, unused)}"
             )
-        strange = [n for n, x in inputs.items() if x.numel() != 2 * self.linears[n].d_in]
-        if strange:
-            x, names = inputs[strange[0]], [self.linears[n].name for n in strange]
-            raise ModelError(
-                f"{names[0]}: sees {x.numel() // x.shape[-1]} tokens of 2 (a routed expert?); leave it out of "
-                f"target_modules{other_targets([member.name for member in self.linears], names)}"
-            )
-        return inputs
+        return inputs, wrapped
+
+    def _probe_tokens(self) -> torch.Tensor:
+        """The tokens [n] int64 of `_probe`: enough that a router spreads them."""
+        if self.referee is None:
+            return torch.zeros(2, dtype=torch.int64)
+        return max((text.ids for text in self.referee.texts), key=len)[:_PROBED]
+
+    def _take_one_at_a_time(self) -> None:
+        """Pack nothing where it is not known which example a routed row belongs to."""
+        autograd = [part for part in self._parameters if isinstance(part, AutogradParameters)]
+        if not self.mode.apart or not (autograd or self._routed):
+            return
+        self.mode = replace(self.mode, apart=False)
+        name = autograd[0].members[0][1].name if autograd else self.linears[min(self._routed)].name
+        say_once(logger, f"{name}: examples go one at a time (not every token of a pack comes here in its order)")
 
     def _leave_graphs(self, why: str) -> None:
         """No CUDA graphs: ConfigError if this call asked for them, a warning if the environment did."""
@@ -463,6 +504,8 @@ class GradientEngine:
             return f"the backend is not triton but {self.backend} ({self.backend_why})"
         if self.device.type != "cuda":
             return f"the model is not on a CUDA device but on {self.device.type}"
+        if any(isinstance(linear, LoraParameter) for linear in self.linears):
+            return "LoRA on parameters of experts is summed by each pack's own routing"
         if any(linear.sharded for linear in self.linears):
             return "the base weights are spread over processes (FSDP), which exchange them in every step"
         if not self.reducer.recordable:
@@ -471,8 +514,9 @@ class GradientEngine:
 
     def _group(self, inputs: dict[int, torch.Tensor], fp8_weights: list[fp8.Fp8Weight | None]) -> list[InputGroup]:
         by_input: dict[int, list[int]] = {}
-        for n in range(len(self.linears)):
-            by_input.setdefault(id(inputs[n]), []).append(n)
+        for n, linear in enumerate(self.linears):
+            if not isinstance(linear, LoraParameter):  # an expert that no probed token met is a group of its own
+                by_input.setdefault(id(inputs.get(n, linear)), []).append(n)
         groups = []
         for numbers in by_input.values():
             members = [self.linears[n] for n in numbers]
@@ -484,7 +528,8 @@ class GradientEngine:
             fused = wide and weight.device.type == "cpu" and not triton and not members[0].sharded
             fused = fused and self.precision != fp8.FP8  # a folded weight would round the adapter too
             eights = [fp8_weights[n] for n in numbers]
-            groups.append(InputGroup(members, numbers, self.reducer, fused, triton, eights))
+            routed = not self._routed.isdisjoint(numbers)
+            groups.append(InputGroup(members, numbers, self.reducer, fused, triton, eights, routed))
         return groups
 
 

@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from torch.nn.functional import linear as dense
 
+from influence_fast.errors import ModelError
 from influence_fast.gradients import fp8
 from influence_fast.gradients.fused_layers import overridden
 from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.reduction import Reducer
+from influence_fast.gradients.routed_sums import Pairs, add_routed
 
 
 @dataclass(eq=False)
@@ -31,6 +33,7 @@ class InputGroup:
     fused: bool
     triton: bool
     fp8_weights: list[fp8.Fp8Weight | None]  # each member's, None where its own dtype multiplies
+    routed: bool = False  # whether any number of the tokens comes here, all of one example
     forward_weight: torch.Tensor = field(init=False)  # fused: [sum d_out + sum c, d_in], else [sum c, d_in]
     forward_bias: torch.Tensor | None = field(init=False)
     backward_weights: list[torch.Tensor] = field(init=False)  # fused: [d_out, d_in + c], else [d_out, c]
@@ -83,7 +86,7 @@ class InputGroup:
 
         As of W x, the bits of a token's row may depend on T where PyTorch multiplies.
         """
-        if not self.triton:
+        if not self.triton or len(x) == 0:
             return x @ weight
         from influence_fast.kernels.skinny_project import MAX_COLUMNS, MOST_COLUMNS_16_BIT, skinny_project
 
@@ -151,6 +154,27 @@ class InputGroup:
                 beta = 1
         return dx
 
+    def add(
+        self, place: int, kept: torch.Tensor, out_of: torch.Tensor, g: torch.Tensor, tokens: torch.Tensor | None
+    ) -> None:
+        """Hand member `place`'s columns, kept and of the backward, to the reducer.
+
+        Raises ModelError where a module that is not `routed` was called with other tokens than the pack's.
+        """
+        number, member = self.numbers[place], self.members[place]
+        if self.routed:
+            r, x = member.r, tokens
+            u, h = out_of[:, :r], kept[:, :r]
+            a_side, b_side = (u, kept[:, r:]) if x is None else (u, x), (out_of[:, r:] if x is None else g, h)
+            add_routed(self.reducer, number, Pairs.of_one(len(g), g.device), a_side, b_side)
+            return
+        if len(g) != self.reducer.tokens:
+            raise ModelError(
+                f"{member.name}: was called with {len(g)} tokens of a batch of {self.reducer.tokens}, which it was not "
+                "when the model was opened (a routed expert?): leave it out of target_modules"
+            )
+        self.reducer.add(number, kept, out_of, g, tokens)
+
     def call(self, place: int, x: torch.Tensor) -> torch.Tensor:
         """Member `place`'s output; the first member called with a tensor computes them all."""
         if self.pending_input is not x or place not in self.pending:
@@ -182,7 +206,8 @@ class _GroupedLora(torch.autograd.Function):
             parts = kept.split(group.columns, dim=1)
             h = [part[:, : member.r] for member, part in zip(group.members, parts, strict=True)]
             outputs = [_shaped(y, x) for y in group.outputs(tokens, h)]
-        ctx.save_for_backward(kept, *([tokens] if group.reducer.needs_input else []))
+        needs_input = not group.reducer.projected if group.routed else group.reducer.needs_input
+        ctx.save_for_backward(kept, *([tokens] if needs_input else []))
         ctx.group = group
         ctx.x_shape = x.shape
         ctx.set_materialize_grads(False)
@@ -212,7 +237,7 @@ class _GroupedLora(torch.autograd.Function):
             else:
                 out_of = group.skinny(g, weight)
                 flat[i], u[i] = g, out_of[:, : member.r]
-            group.reducer.add(group.numbers[i], parts[i], out_of, g, tokens)
+            group.add(i, parts[i], out_of, g, tokens)
         if wants_dx and not group.fused:
             dx = group.input_gradient(flat, u)
         return None if dx is None else dx.view(ctx.x_shape), None, None

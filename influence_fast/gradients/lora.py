@@ -101,6 +101,7 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
     is merged or disabled.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
     layers: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     if not layers:
@@ -115,7 +116,11 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
             f"no layer has the active adapter {listing(layers[0][1].active_adapters)}; they have "
             f"{listing(held)}: call set_adapter with one of these"
         )
-    refused = [name for name, layer, _ in active if not _is_a_product(layer.get_base_layer())]
+    refused = [
+        name
+        for name, layer, _ in active
+        if not isinstance(layer, ParamWrapper) and not _is_a_product(layer.get_base_layer())
+    ]
     if refused:
         kind = type(model.get_submodule(refused[0]).get_base_layer()).__name__  # type: ignore[operator]
         raise ModelError(
@@ -191,6 +196,8 @@ def _active_in(layer: Any) -> list[str]:
 
 
 def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
+    from peft.tuners.lora.layer import ParamWrapper
+
     base = layer.get_base_layer()
     if len(active) != 1:
         raise ModelError(f"{name}: exactly one active LoRA adapter is needed, found {listing(active)}")
@@ -204,6 +211,10 @@ def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
         raise ModelError(f"{name}: lora_bias=True is not supported; train the adapter without it")
     if layer.merged:
         raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
+    if isinstance(layer, ParamWrapper) or isinstance(layer.base_layer, ParamWrapper):
+        from influence_fast.gradients.lora_parameters import parameter_of
+
+        return parameter_of(name, layer, adapter)
     weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
     return LoraLinear(
         name=name,

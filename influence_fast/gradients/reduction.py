@@ -76,6 +76,11 @@ class Reducer:
         """Whether x itself must be kept for the backward."""
         return False
 
+    @property
+    def projected(self) -> bool:
+        """Whether `add_factors` takes gradients that `columns` have multiplied, and not those of the whole factors."""
+        return False
+
     triton = False  # whether the Triton kernels do the sums
     bf16_rows = False  # whether rows that are final once summed may be bf16
 
@@ -121,6 +126,11 @@ class Reducer:
         self.segments, self._bounds = segments, cu_seqlens
         self.examples = len(self.cu_seqlens) - 1 if segments is None else segments.examples
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the pack."""
+        return self.cu_seqlens[-1] if self.segments is None else self.segments.tokens
+
     def add(
         self,
         number: int,
@@ -129,6 +139,14 @@ class Reducer:
         g: torch.Tensor,  # [T, d_out]
         tokens: torch.Tensor | None,  # [T, d_in], only if needs_input
     ) -> None:
+        raise NotImplementedError
+
+    def add_factors(self, number: int, first: int, grad_a: torch.Tensor, grad_b: torch.Tensor) -> None:
+        """Add gradients of module `number`'s factors, already summed, for the examples from `first` on.
+
+        grad_a: [n, r, d_in] of lora_A, grad_b: [n, d_out, r] of lora_B, in `dtype` and scaled; with `projected`
+        dA R_in [n, r, p] and R_out^T dB [n, p, r].
+        """
         raise NotImplementedError
 
     def finish(self) -> torch.Tensor:
@@ -150,6 +168,7 @@ class ProjectedReducer(Reducer):
         super().__init__(linears, layout, projection)
         assert projection is not None
         self._pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._summed: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []
         self._rank_side: list[torch.Tensor] = []
         if projection.kind == "kron":
             self._rank_side = [
@@ -165,12 +184,16 @@ class ProjectedReducer(Reducer):
         self._tables: dict[tuple[int, ...], tuple[torch.Tensor, list[torch.Tensor]]] = {}
 
     @property
+    def projected(self) -> bool:
+        return True
+
+    @property
     def recordable(self) -> bool:
         return self.triton and not self._rank_side
 
     def begin(self, cu_seqlens: list[int] | None, segments: Segments | None = None) -> None:
         super().begin(cu_seqlens, segments)
-        self._pending = []
+        self._pending, self._summed = [], []
 
     def add(
         self,
@@ -182,11 +205,15 @@ class ProjectedReducer(Reducer):
     ) -> None:
         self._pending.append((number, kept, out_of))
 
+    def add_factors(self, number: int, first: int, grad_a: torch.Tensor, grad_b: torch.Tensor) -> None:
+        self._summed.append((number, first, grad_a, grad_b))
+
     def finish(self) -> torch.Tensor:
         pending = [number for number, _, _ in self._pending]
         once = len(set(pending)) == len(pending)  # else a module is called twice, and its parts are added
         launched = self.triton and not self._rank_side and once
-        final = torch.bfloat16 if launched and self.bf16_rows and self._sketch is None else self.dtype
+        bf16 = launched and self.bf16_rows and self._sketch is None and not self._summed
+        final = torch.bfloat16 if bf16 else self.dtype
         rows = torch.zeros(self.examples, layout_width(self.layout), dtype=final, device=self.device)
         ranks = {self.linears[number].r for number in pending}
         for r in sorted(ranks):
@@ -198,7 +225,9 @@ class ProjectedReducer(Reducer):
                 self._launch(rows, numbers, r, left, right)
             else:
                 self._sum(rows, numbers, r, left.to(self.dtype), right.to(self.dtype))
-        self._pending = []
+        for number, first, grad_a, grad_b in self._summed:
+            self._write(rows[first : first + len(grad_a)], number, grad_a, grad_b, 1.0)
+        self._pending, self._summed = [], []
         return rows if self._sketch is None else self._sketch(rows)
 
     def _launch(self, rows: torch.Tensor, numbers: list[int], r: int, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -228,10 +257,11 @@ class ProjectedReducer(Reducer):
             torch.bmm(u_y[:, :r], h_z[:, :, r:], out=grad_a[:, e])
             torch.bmm(u_y[:, r:], h_z[:, :, :r], out=grad_b[:, e])
         for m, number in enumerate(numbers):
-            self._write(rows, number, grad_a[m], grad_b[m])
+            self._write(rows, number, grad_a[m], grad_b[m], self.linears[number].scaling)
 
-    def _write(self, rows: torch.Tensor, number: int, grad_a: torch.Tensor, grad_b: torch.Tensor) -> None:
-        scaling = self.linears[number].scaling
+    def _write(
+        self, rows: torch.Tensor, number: int, grad_a: torch.Tensor, grad_b: torch.Tensor, scaling: float
+    ) -> None:
         if self._rank_side:
             rank_side = self._rank_side[number]
             grad_a = rank_side.T @ grad_a  # [E, p, p]
@@ -283,6 +313,15 @@ class FullReducer(Reducer):
         scaling = self.linears[number].scaling
         add(2 * number, out_of, tokens, scaling)
         add(2 * number + 1, g, kept, scaling)
+
+    def add_factors(self, number: int, first: int, grad_a: torch.Tensor, grad_b: torch.Tensor) -> None:
+        for side, grads in enumerate((grad_a, grad_b)):
+            block = 2 * number + side
+            for e, flat in enumerate(grads.flatten(1), start=first):
+                if self._sketch is None:
+                    self._rows[e, self.layout[block].columns] += flat
+                else:
+                    self._sketch.add(self._rows[e], block, flat)
 
     def finish(self) -> torch.Tensor:
         rows, self._rows = self._rows, torch.empty(0)

@@ -141,7 +141,7 @@ class StreamReducer(Reducer):
         self._wide = linears[0].weight.dtype in (torch.float32, torch.float64)
         self._rank = max(linear.r for linear in linears)
         self._token_scores = torch.empty(0)  # [T, q], while queries ride
-        self._scores = torch.empty(0)  # [E, q], else
+        self._scores = torch.empty(0)  # [E, q], of all else
         self._some_segments: dict[tuple[int, int], Segments] = {}
 
     @property
@@ -172,9 +172,8 @@ class StreamReducer(Reducer):
     def begin(self, cu_seqlens: list[int] | None, segments: Segments | None = None) -> None:
         super().begin(cu_seqlens, segments)
         self._some_segments = {}
-        if self.needs_input:
-            self._scores = torch.zeros(self.examples, self.width, dtype=self.dtype, device=self.device)
-        else:
+        self._scores = torch.zeros(self.examples, self.width, dtype=self.dtype, device=self.device)
+        if not self.needs_input:
             self._token_scores = torch.zeros(self.cu_seqlens[-1], self.width, dtype=self.dtype, device=self.device)
 
     def add(
@@ -199,10 +198,16 @@ class StreamReducer(Reducer):
             self._form(u, tokens, self._block(number, 0), scaling)
             self._form(g, h, self._block(number, 1), scaling)
 
+    def add_factors(self, number: int, first: int, grad_a: torch.Tensor, grad_b: torch.Tensor) -> None:
+        scores = self._scores[first : first + len(grad_a)]
+        for side, grads in enumerate((grad_a, grad_b)):
+            scores += grads.flatten(1) @ self._block(number, side).T
+
     def finish(self) -> torch.Tensor:
         if self.needs_input:
             return self._scores
-        return torch.stack([self._token_scores[start:end].sum(dim=0) for start, end in pairwise(self.cu_seqlens)])
+        riding = [self._token_scores[start:end].sum(dim=0) for start, end in pairwise(self.cu_seqlens)]
+        return torch.stack(riding).add_(self._scores)
 
     def _block(self, number: int, side: int) -> torch.Tensor:
         """One factor of every query as it lies in their rows: [q, r d], a view."""
