@@ -212,9 +212,22 @@ def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
     if layer.merged:
         raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
     if isinstance(layer, ParamWrapper) or isinstance(layer.base_layer, ParamWrapper):
+        if _is_weight(layer):
+            return _linear_of(name, layer, adapter)
         from influence_fast.gradients.lora_parameters import parameter_of
 
         return parameter_of(name, layer, adapter)
+    return _linear_of(name, layer, adapter)
+
+
+def _is_weight(layer: Any) -> bool:
+    """Whether a wrapper of a parameter is around a linear's weight and nothing else is: it is that linear's LoRA."""
+    base = layer.base_layer
+    return getattr(layer, "parameter_name", "") == "weight" and isinstance(base, nn.Linear) and _is_a_product(base)
+
+
+def _linear_of(name: str, layer: Any, adapter: str) -> LoraLinear:
+    base = layer.get_base_layer()
     weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
     return LoraLinear(
         name=name,

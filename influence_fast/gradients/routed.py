@@ -203,7 +203,8 @@ class RoutedExperts:
             ours, wanted = self.forward(x, chosen, weighted), self.layer(x, chosen, weighted)
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
             return False
-        most = _ROUNDING.get(x.dtype, _ROUNDING_16)
+        # some modules add up in the dtype of the weights
+        most = max(_ROUNDING.get(one.dtype, _ROUNDING_16) for one in (x, weighted))
         return ours.shape == wanted.shape and bool((ours - wanted).norm() <= most * wanted.norm())
 
 
