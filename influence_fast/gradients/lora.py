@@ -95,7 +95,7 @@ Module = TypeVar("Module", LoraLinear, LayoutEntry)
 
 
 def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
-    """Every LoRA linear of `model` that its active adapter changes, in `named_modules` order.
+    """Every LoRA linear of `model` that its active adapter changes, in the order of their parameters in the model.
 
     Raises ModelError when there is none, one is of a kind whose gradient this package does not compute, or the adapter
     is merged or disabled.
@@ -116,17 +116,16 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
             f"no layer has the active adapter {listing(layers[0][1].active_adapters)}; they have "
             f"{listing(held)}: call set_adapter with one of these"
         )
-    refused = [
-        name
-        for name, layer, _ in active
-        if not isinstance(layer, ParamWrapper) and not _is_a_product(layer.get_base_layer())
-    ]
+    refused = [name for name, layer, _ in active if not is_supported(layer)]
     if refused:
         kind = type(model.get_submodule(refused[0]).get_base_layer()).__name__  # type: ignore[operator]
         raise ModelError(
             f"{refused[0]}: LoRA over {kind} is not supported (linears that are a plain product are); leave that "
             f"module out of target_modules{other_targets([name for name, _, _ in active], refused)}"
         )
+    if any(isinstance(layer, ParamWrapper) for _, layer, _ in active):  # inside another's base layer, which is first
+        places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+        active.sort(key=lambda one: min((places[id(p)] for p in one[1].lora_A.parameters()), default=-1))
     found = [_as_plain(name, layer, adapters) for name, layer, adapters in active]
     if others := _beside_in(model):
         say_once(logger, beside_warning(others))
@@ -198,7 +197,6 @@ def _active_in(layer: Any) -> list[str]:
 def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
     from peft.tuners.lora.layer import ParamWrapper
 
-    base = layer.get_base_layer()
     if len(active) != 1:
         raise ModelError(f"{name}: exactly one active LoRA adapter is needed, found {listing(active)}")
     adapter = active[0]
@@ -258,6 +256,13 @@ def other_targets(names: Sequence[str], refused: Sequence[str]) -> str:
 
 def _ending(name: str, parts: int) -> str:
     return ".".join(name.split(".")[-parts:])
+
+
+def is_supported(layer: Any) -> bool:
+    """Tell whether gradients of LoRA on the base of `layer` are computed here: on plain products, and parameters."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return isinstance(layer, ParamWrapper) or _is_a_product(layer.get_base_layer())
 
 
 def _is_a_product(base: Any) -> bool:
@@ -337,9 +342,10 @@ def layout_width(layout: Sequence[LayoutEntry]) -> int:
 def gradient_layout(model: nn.Module, projection: Projection | None = None) -> list[LayoutEntry]:
     """The order in which `per_example_gradients(model, ..., projection=projection)` lays out a row.
 
-    With `projection=None` the row is the exact LoRA gradient: for each LoRA layer in `named_modules` order,
-    `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order. `one_sided` rows hold `dA R_in (r, p)`
-    and `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to `width`
+    With `projection=None` the row is the exact LoRA gradient: for each LoRA layer, in the order of their parameters in
+    the model, `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order; of E experts in one parameter
+    (`target_parameters`) these are `(r E, d_in)` and `(d_out, r E)`, as peft keeps them. `one_sided` rows hold
+    `dA R_in (r, p)` and `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to `width`
     numbers afterwards; the layout returned is then the one that is sketched. `projection.layers` leaves the modules
     of lower layers out.
 

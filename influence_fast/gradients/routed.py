@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Routing:
         edges = torch.searchsorted(chosen[order], torch.arange(experts + 1, device=chosen.device, dtype=chosen.dtype))
         bounds = edges.tolist()
         order = order[bounds[0] : bounds[-1]]
-        counts = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+        counts = [end - start for start, end in pairwise(bounds)]
         return cls(order, order // k, counts, positions * k, positions)
 
     def pairs(self, reducer: Reducer) -> Pairs:
@@ -82,7 +83,10 @@ class RoutedLinear:
         self.a = lora.a.to(dtype).view(experts, rank, lora.d_in)
         self.b = lora.b.to(dtype).view(lora.d_out, rank, experts).permute(2, 0, 1).contiguous()  # [E, d_out, r]
         self.columns = [rank]
-        self.r_in, self.r_out = lora.a.new_empty(lora.d_in, 0, dtype=dtype), lora.a.new_empty(lora.d_out, 0, dtype=dtype)
+        self.r_in, self.r_out = (
+            lora.a.new_empty(lora.d_in, 0, dtype=dtype),
+            lora.a.new_empty(lora.d_out, 0, dtype=dtype),
+        )
         if reducer.projected:
             self.r_in, self.r_out = (one.to(dtype=dtype, device=lora.a.device) for one in reducer.columns(number))
             self.columns = [rank + self.r_in.shape[1]]
@@ -133,10 +137,10 @@ class RoutedExperts:
 
     def __init__(self, numbers: Sequence[int], members: Sequence[LoraParameter], reducer: Reducer) -> None:
         self.module: Any = members[0].module
-        self.layer: Any = members[0].layer  # named_modules gives the outermost wrapper first
+        self.layer: Any = outermost(members)
         self.experts = members[0].experts
         self.parts = {
-            member.parameter: RoutedLinear(number, member, reducer, self.module.is_transposed)
+            member.parameter: RoutedLinear(number, member, reducer, bool(self.module.is_transposed))
             for number, member in zip(numbers, members, strict=True)
         }
         self.anchor: torch.Tensor | None = None  # as of `InputGroup`
@@ -252,6 +256,11 @@ class AutogradParameters:
             self.reducer.add_factors(number, 0, grad_a[None], grad_b[None])
 
 
+def outermost(members: Sequence[LoraParameter]) -> nn.Module:
+    """Of the wrappers around one module, the one that the model calls."""
+    return min(members, key=lambda member: len(member.name)).layer
+
+
 def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
     """Each expert that has tokens, and where these are."""
     start = 0
@@ -292,7 +301,7 @@ def parameter_parts(
         numbers, own = [number for number, _ in held], [member for _, member in held]
         if is_experts(own):
             experts = RoutedExperts(numbers, own, reducer)
-            if experts.agrees(calls.get(own[0].layer, ())):
+            if experts.agrees(calls.get(outermost(own), ())):
                 parts.append(experts)
                 continue
         parts.append(AutogradParameters(numbers, own, reducer))
