@@ -26,6 +26,7 @@ from torch import nn
 from influence_fast.data.packing import IGNORED, Pack, pack_examples, teaches, text_config
 from influence_fast.errors import ConfigError, ModelError, listing, say_once
 from influence_fast.gradients import attention, backends, fp8, graphs
+from influence_fast.gradients.autograd_parameters import AutogradParameters, Part, parameter_parts
 from influence_fast.gradients.fused_layers import Fused, fused, overridden
 from influence_fast.gradients.input_groups import InputGroup, replaced_forward
 from influence_fast.gradients.lora import (
@@ -42,7 +43,6 @@ from influence_fast.gradients.memory import layer_bytes
 from influence_fast.gradients.projection import SIDED_KINDS, Projection
 from influence_fast.gradients.reduction import FullReducer, ProjectedReducer, Reducer
 from influence_fast.gradients.referee import Referee, Tolerance, decoder_of
-from influence_fast.gradients.routed import AutogradParameters, RoutedExperts, parameter_parts
 from influence_fast.gradients.routed_modules import routed_modules
 from influence_fast.gradients.row_sketch import segment_sums
 from influence_fast.gradients.separation import Separation
@@ -120,7 +120,7 @@ class GradientEngine:
         self._graphs: graphs.StepGraphs | None = None
         self._stack = contextlib.ExitStack()
         self._groups: list[InputGroup] = []
-        self._parameters: list[RoutedExperts | AutogradParameters] = []
+        self._parameters: list[Part] = []
         self._routed: set[int] = set()  # places of LoRA linears inside routed experts
         self._fused_layers = Fused()
         self.compared = False  # whether data of the user's own were
@@ -230,7 +230,7 @@ class GradientEngine:
         return self.reducer.finish(), losses
 
     @property
-    def _parts(self) -> list[InputGroup | RoutedExperts | AutogradParameters]:
+    def _parts(self) -> list[InputGroup | Part]:
         """All that computes LoRA modules' products."""
         return [*self._groups, *self._parameters]
 

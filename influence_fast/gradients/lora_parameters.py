@@ -11,6 +11,7 @@ the transpose is added. A parameter of two dimensions is one expert of shape [d_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,3 +85,8 @@ def parameter_of(name: str, layer: Any, adapter: str) -> LoraParameter:
         factors=(a, b),
         experts=layer.num_experts,
     )
+
+
+def outermost(members: Sequence[LoraParameter]) -> nn.Module:
+    """Of the wrappers around one module, return the one that the model calls."""
+    return min(members, key=lambda member: len(member.name)).layer

@@ -19,12 +19,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn.functional import linear
 
 from influence_fast.errors import ModelError
 from influence_fast.gradients.fused_layers import overridden
-from influence_fast.gradients.lora_parameters import LoraParameter
+from influence_fast.gradients.lora_parameters import LoraParameter, outermost
 from influence_fast.gradients.reduction import Reducer
 from influence_fast.gradients.routed_sums import Pairs, add_routed
 
@@ -212,55 +211,6 @@ class RoutedExperts:
         return ours.shape == wanted.shape and bool((ours - wanted).norm() <= most * wanted.norm())
 
 
-class AutogradParameters:
-    """LoRA on parameters of a module of no known kind: their gradients come of the model's own forward, by autograd.
-
-    Right for any module, one example at a time; peft's forward makes the whole updated parameter.
-    """
-
-    columns: Sequence[int] = (0,)
-    anchor: torch.Tensor | None = None
-
-    def __init__(self, numbers: Sequence[int], members: Sequence[LoraParameter], reducer: Reducer) -> None:
-        self.members, self.reducer = list(zip(numbers, members, strict=True)), reducer
-
-    def forget(self) -> None:
-        """Do nothing: a call leaves nothing behind."""
-
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[None]:
-        """While the block runs, the factors ask for a gradient; what they had of one is kept aside."""
-        factors = [factor for _, member in self.members for factor in member.factors]
-        kept = [factor.grad for factor in factors]
-        try:
-            for factor in factors:
-                factor.grad = None
-                factor.requires_grad_(True)
-            yield
-        finally:
-            for factor, grad in zip(factors, kept, strict=True):
-                factor.requires_grad_(False)
-                factor.grad = grad
-
-    def collect(self) -> None:
-        """Add the factors' gradients to the reducer's row, of the one example that there was."""
-        dtype = self.reducer.dtype
-        for number, member in self.members:
-            grads = [torch.zeros_like(one) if one.grad is None else one.grad for one in member.factors]
-            for factor in member.factors:
-                factor.grad = None
-            grad_a, grad_b = (grad.to(dtype) for grad in grads)
-            if self.reducer.projected:
-                r_in, r_out = (one.to(grad_a.device, dtype) for one in self.reducer.columns(number))
-                grad_a, grad_b = grad_a @ r_in, r_out.T @ grad_b
-            self.reducer.add_factors(number, 0, grad_a[None], grad_b[None])
-
-
-def outermost(members: Sequence[LoraParameter]) -> nn.Module:
-    """Of the wrappers around one module, the one that the model calls."""
-    return min(members, key=lambda member: len(member.name)).layer
-
-
 def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
     """Each expert that has tokens, and where these are."""
     start = 0
@@ -281,28 +231,3 @@ def is_experts(members: Sequence[LoraParameter]) -> bool:
     dtypes = {member.weight.dtype for member in members}
     plain = all(m.parameter in names and m.weight.dim() == 3 and m.experts > 1 for m in members)
     return plain and dtypes <= {torch.float64, torch.float32, torch.bfloat16, torch.float16}
-
-
-def parameter_parts(
-    members: Sequence[tuple[int, LoraParameter]],
-    calls: dict[nn.Module, tuple[Any, ...]],
-    reducer: Reducer,
-) -> list[RoutedExperts | AutogradParameters]:
-    """Say for each module with LoRA on parameters how its gradients are made.
-
-    members: each with its place among all LoRA modules. calls: what each of these modules' outermost wrappers was
-    called with.
-    """
-    modules: dict[nn.Module, list[tuple[int, LoraParameter]]] = {}
-    for number, member in members:
-        modules.setdefault(member.module, []).append((number, member))
-    parts: list[RoutedExperts | AutogradParameters] = []
-    for held in modules.values():
-        numbers, own = [number for number, _ in held], [member for _, member in held]
-        if is_experts(own):
-            experts = RoutedExperts(numbers, own, reducer)
-            if experts.agrees(calls.get(outermost(own), ())):
-                parts.append(experts)
-                continue
-        parts.append(AutogradParameters(numbers, own, reducer))
-    return parts

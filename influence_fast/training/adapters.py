@@ -417,6 +417,7 @@ def _check_fit(model: nn.Module, shapes: Shapes, adapter: str, source: str) -> N
         name, factor = _split_key(key)
         if factor is None:
             continue
+        name = name.replace(".base_layer", "")  # of a module with two wrapped parameters (target_parameters)
         if name not in modules:
             raise ModelError(
                 f"the adapter {adapter} does not fit {source}: the model has no module {name!r}; "

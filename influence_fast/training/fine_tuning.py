@@ -407,17 +407,17 @@ def _wrapped(model: torch.nn.Module, lora: LoraSettings, seed: int, exclude: Seq
     try:
         wrapped = get_peft_model(model, settings)  # type: ignore[arg-type]
         for one in wrapped.peft_config.values():
-            for name in ("target_modules", "exclude_modules"):
+            for name in ("target_modules", "exclude_modules", "target_parameters"):
                 names = getattr(one, name, None)
                 if isinstance(names, set):  # its order, which is written, is another in each process
                     setattr(one, name, sorted(names))
         return wrapped
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"LoRA does not fit this model: {reason} Mend lora.target_modules"
-            + (" or lora.target_parameters." if lora.target_parameters else ".")
-        ) from error
+        remedy = "Mend lora.target_modules" + (" or lora.target_parameters." if lora.target_parameters else ".")
+        if "lora_dropout" in reason:  # peft turns names of expert linears into those of their fused parameters
+            remedy = "Set lora.dropout to 0, or leave experts out of lora.target_modules."
+        raise ModelError(f"LoRA does not fit this model: {reason} {remedy}") from error
 
 
 def check_rank(model: torch.nn.Module, rank: int) -> None:
