@@ -1,4 +1,4 @@
-"""LoRA on parameters of modules of no known kind, as of routers: gradients come of the model's own forward, by autograd.
+"""LoRA on parameters of modules of no known kind, as of routers: autograd's gradients through the model's own forward.
 
 Right for any use of the parameter. A module that treats its tokens one by one is called once for each example of a
 pack, with a copy of the factors for each; any other takes one example at a time.
@@ -59,6 +59,12 @@ class AutogradParameters:
                 factor.requires_grad_(False)
                 factor.grad = grad
 
+    def begin(self) -> None:
+        """Drop what a step that failed has left."""
+        for _, member in self.members:
+            for factor in member.factors:
+                factor.grad = None
+
     def collect(self) -> None:
         """Add the factors' gradients to the reducer's row, of the one example that there was."""
         for number, member in self.members:
@@ -90,6 +96,10 @@ class SplitModule:
         """While the block runs, calls of the module come here."""
         with overridden(self.layer, "forward", self.forward):
             yield
+
+    def begin(self) -> None:
+        """Drop what a step that failed has left."""
+        self._copies = []
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the module gives for the tokens of a pack."""

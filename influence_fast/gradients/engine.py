@@ -213,6 +213,8 @@ class GradientEngine:
         anchor = torch.empty((), device=self.device, requires_grad=True)
         for part in self._parts:
             part.anchor = anchor
+        for parameters in self._parameters:
+            parameters.begin()
         with torch.enable_grad(), _recomputing(self._layers if recompute else []):
             loss, losses = self._loss(inputs)
             if not loss.requires_grad:

@@ -346,8 +346,8 @@ def gradient_layout(model: nn.Module, projection: Projection | None = None) -> l
     the model, `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order; of E experts in one parameter
     (`target_parameters`) these are `(r E, d_in)` and `(d_out, r E)`, as peft keeps them. `one_sided` rows hold
     `dA R_in (r, p)` and `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to
-    `width` numbers afterwards; the layout returned is then the one that is sketched. `projection.layers` leaves the modules
-    of lower layers out.
+    `width` numbers afterwards; the layout returned is then the one that is sketched. `projection.layers` leaves the
+    modules of lower layers out.
 
     Raises ModelError when the model has no LoRA layer or an unsupported one.
     """

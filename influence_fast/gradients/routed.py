@@ -149,6 +149,9 @@ class RoutedExperts:
         """Numbers a routed token that each part keeps for the backward."""
         return [column for part in self.parts.values() for column in part.columns]
 
+    def begin(self) -> None:
+        """Do nothing: a step that failed leaves nothing behind."""
+
     def forget(self) -> None:
         """Do nothing: a call leaves nothing behind."""
 
