@@ -33,6 +33,7 @@ lint: install  ## ruff (format and lint) and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/mypy kernels tests/typing/user_code.py
 
 format: install  ## rewrite the sources in the house's format
 	$(BIN)/ruff format

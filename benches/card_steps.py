@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -87,7 +88,7 @@ def without(way: str) -> Iterator[None]:
             stack.enter_context(mock.patch.object(attention, "_is_fused", return_value=False))
         if way == OWN_LAYERS:
             none = contextlib.nullcontext(Fused())
-            stack.enter_context(mock.patch("influence_fast.gradients.engine.fused", return_value=none))
+            stack.enter_context(mock.patch("influence_fast.gradients.opened.fused", return_value=none))
         yield
 
 
@@ -288,8 +289,9 @@ def long_trace(device: torch.device, name: str, shape: tuple[int, ...], tokens: 
     ids = torch.randint(0, shape[4], (tokens,))
     (pack,) = pack_examples([{"input_ids": ids, "labels": ids}], tokens)
     with GradientEngine(model, inf.Projection(dim=DIM), cuda_graphs=False) as engine:
-        if engine.room is not None:  # as on a card of 80 GB that holds nothing else
-            engine.room = min(engine.room, 80 * 10**9 - torch.cuda.memory_allocated())
+        if engine.opened.room is not None:  # as on a card of 80 GB that holds nothing else
+            room = min(engine.opened.room, 80 * 10**9 - torch.cuda.memory_allocated())
+            engine._opened = dataclasses.replace(engine.opened, room=room)
         recomputed = engine.overflows(tokens)
         seconds = summary(timed(device, partial(engine.run, pack), rounds))
         peak = peak_bytes(partial(engine.run, pack)) / 2**30 if device.type == "cuda" else None

@@ -6,7 +6,7 @@ Names are loaded on first use, so that `import influence_fast` costs nothing.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -66,10 +66,67 @@ _EXPORTS: dict[str, str] = {
 __all__ = sorted([*_EXPORTS, "__version__"])
 
 
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(f"influence_fast.{_EXPORTS[name]}"), name)
-    raise AttributeError(f"module 'influence_fast' has no attribute {name!r}")
+# What `__getattr__` gives, for type checkers and completion.
+if TYPE_CHECKING:
+    from influence_fast.data.decontamination import contaminated as contaminated
+    from influence_fast.data.diversity import near_duplicates as near_duplicates
+    from influence_fast.data.examples import Example as Example
+    from influence_fast.data.examples import load_examples as load_examples
+    from influence_fast.data.examples import tokenize as tokenize
+    from influence_fast.distributed.builds import build_distributed as build_distributed
+    from influence_fast.evaluation.evaluate import EvalConfig as EvalConfig
+    from influence_fast.evaluation.evaluate import evaluate as evaluate
+    from influence_fast.evaluation.grading import grade as grade
+    from influence_fast.evaluation.tasks import load_task as load_task
+    from influence_fast.evaluation.tasks import task_examples as task_examples
+    from influence_fast.gradients.fisher_labels import sample_labels as sample_labels
+    from influence_fast.gradients.lora import gradient_layout as gradient_layout
+    from influence_fast.gradients.per_example import per_example_gradients as per_example_gradients
+    from influence_fast.gradients.per_example import per_example_losses as per_example_losses
+    from influence_fast.gradients.projection import Projection as Projection
+    from influence_fast.gradients.streaming import stream_influence as stream_influence
+    from influence_fast.influence.adam import adam_moments as adam_moments
+    from influence_fast.influence.checkpoints import checkpoint_scores as checkpoint_scores
+    from influence_fast.influence.checkpoints import learning_rates as learning_rates
+    from influence_fast.influence.checkpoints import ranking_over_training as ranking_over_training
+    from influence_fast.influence.pool_gradients import query_gradients as query_gradients
+    from influence_fast.influence.scores import ScoreTable as ScoreTable
+    from influence_fast.influence.scoring import influence_matrix as influence_matrix
+    from influence_fast.influence.scoring import influence_scores as influence_scores
+    from influence_fast.influence.scoring import top_influences as top_influences
+    from influence_fast.influence.sketch_fitting import fit_projection as fit_projection
+    from influence_fast.products.inner_products import inner_products as inner_products
+    from influence_fast.products.inner_products import quantize_rows as quantize_rows
+    from influence_fast.proof.validate import validate as validate
+    from influence_fast.report.page import write_report as write_report
+    from influence_fast.report.ranking_plot import plot_ranking_over_training as plot_ranking_over_training
+    from influence_fast.run.planner import plan as plan
+    from influence_fast.selection.embeddings import example_embeddings as example_embeddings
+    from influence_fast.selection.pruning import select as select
+    from influence_fast.store.building import build_shards as build_shards
+    from influence_fast.store.building import build_store as build_store
+    from influence_fast.store.building import identity_of as identity_of
+    from influence_fast.store.importers import import_gradients as import_gradients
+    from influence_fast.store.merge import append_store as append_store
+    from influence_fast.store.merge import merge_stores as merge_stores
+    from influence_fast.store.reader import Store as Store
+    from influence_fast.store.reader import open_store as open_store
+    from influence_fast.store.reader import verify_store as verify_store
+    from influence_fast.training.fine_tuning import LoraSettings as LoraSettings
+    from influence_fast.training.fine_tuning import TrainConfig as TrainConfig
+    from influence_fast.training.fine_tuning import finetune as finetune
+    from influence_fast.training.fine_tuning import load_finetuned as load_finetuned
+    from influence_fast.training.models import load_model as load_model
+    from influence_fast.training.tokenizers import load_tokenizer as load_tokenizer
+
+
+# A checker that sees this function takes every name for one of this package.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in _EXPORTS:
+            return getattr(importlib.import_module(f"influence_fast.{_EXPORTS[name]}"), name)
+        raise AttributeError(f"module 'influence_fast' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,8 +99,9 @@ class Segments:
         if room is not None:
             slots = _fill(tables, *room, chunk)
         on_host = [torch.tensor(table, dtype=torch.int32) for table in tables.values()]
+        on_device: dict[str, Any] = dict(zip(_TABLES, all_to_device(on_host, torch.device(device)), strict=True))
         return cls(
-            *all_to_device(on_host, torch.device(device)),
+            **on_device,
             examples=len(tables["cu_seqlens"]) - 1,
             tokens=tables["cu_seqlens"][-1],
             chunks=len(tables["chunk_start"]),
@@ -115,7 +117,8 @@ class Segments:
 
     def with_tables(self, tables: Sequence[Tensor]) -> Segments:
         """The same with other tensors in that order: copies on another device."""
-        return replace(self, **dict(zip(_TABLES, tables, strict=True)))
+        given: dict[str, Any] = dict(zip(_TABLES, tables, strict=True))
+        return replace(self, **given)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, *, chunk: int = CHUNK) -> Segments:

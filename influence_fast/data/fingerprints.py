@@ -87,13 +87,16 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def dataset_fingerprint(dataset: Iterable[Any]) -> str:
-    """SHA-256 over ids and contents in order: texts of examples, or input_ids and labels of tokenized ones."""
+    """SHA-256 over ids and contents in order: texts of examples, or input_ids, labels and weights of tokenized ones."""
     found = hashlib.sha256()
     for example in dataset:
         if isinstance(example, Mapping):
             found.update(json.dumps([str(example["id"]), len(example["input_ids"])]).encode())
             for name in ("input_ids", "labels"):
                 found.update(np.ascontiguousarray(np.asarray(example[name]), dtype="<i8").tobytes())
+            if "weights" in example:
+                found.update(b"weights")
+                found.update(np.ascontiguousarray(np.asarray(example["weights"]), dtype="<f8").tobytes())
         else:
             text = [example.id, example.prompt, example.completion, getattr(example, "context", ())]
             # what most examples do not have, so that these keep the fingerprints that they have in stores

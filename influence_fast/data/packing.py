@@ -23,7 +23,7 @@ class Pack:
 
     `indices` are the examples' places in the caller's list; example i of the pack owns the tokens
     `cu_seqlens[i]:cu_seqlens[i + 1]`. `targets` is already shifted: `targets[t]` is what token t must predict,
-    or -100; the last token of an example predicts nothing.
+    or -100; the last token of an example predicts nothing. `weights`, shifted alike, multiply the losses of the tokens.
     """
 
     indices: list[int]
@@ -31,15 +31,21 @@ class Pack:
     position_ids: torch.Tensor  # [T] int64, restarting at 0 in each example
     targets: torch.Tensor  # [T] int64
     cu_seqlens: list[int]  # E + 1 ints, from 0 to T
+    weights: torch.Tensor | None = None  # [T] float64; None: all are 1
 
     @property
     def lengths(self) -> list[int]:
         return [end - start for start, end in pairwise(self.cu_seqlens)]
 
     def token_weights(self, loss_reduction: str) -> torch.Tensor:
-        """[T] float64: the weight of each token's loss so that every example has its own `mean` or `sum`."""
+        """[T] float64: the weight of each token's loss so that every example has its own `mean` or `sum`.
+
+        A mean divides by the number of tokens that count, whatever their own weights are: advantages may sum to 0.
+        """
         counted = self.targets != IGNORED
         weights = counted.to(torch.float64)
+        if self.weights is not None:
+            weights = torch.where(counted, self.weights, 0.0)
         if loss_reduction == "mean":
             for start, end in pairwise(self.cu_seqlens):
                 weights[start:end] /= counted[start:end].sum()
@@ -100,6 +106,8 @@ def check_examples(examples: Sequence[Mapping[str, Any]]) -> None:
             )
         if not teaches(labels):
             ignored.append(name)
+        elif "weights" in example and not bool((example["weights"][1:][labels[1:] != IGNORED] != 0).any()):
+            raise DataError(f"{name}: the weights of all its learned tokens are 0; leave it out")
     if ignored:
         raise DataError(
             f"no completion token to learn from (every label is -100) in {listing(ignored)}: "
@@ -148,4 +156,18 @@ def _pack(examples: Sequence[Mapping[str, Any]], members: list[int]) -> Pack:
         position_ids=torch.cat(positions),
         targets=torch.cat(targets),
         cu_seqlens=cu_seqlens,
+        weights=_weights(examples, members),
     )
+
+
+def _weights(examples: Sequence[Mapping[str, Any]], members: list[int]) -> torch.Tensor | None:
+    """Return the weights [T] of a pack's tokens, each where the token before it has its target."""
+    if not any("weights" in examples[i] for i in members):
+        return None
+    parts = []
+    for i in members:
+        part = torch.ones(len(examples[i]["input_ids"]), dtype=torch.float64)
+        if "weights" in examples[i]:
+            part[:-1] = examples[i]["weights"][1:]
+        parts.append(part)
+    return torch.cat(parts)

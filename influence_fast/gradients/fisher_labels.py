@@ -13,12 +13,13 @@ The input is the data's: each completion token is drawn given the tokens before 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import IGNORED
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.per_example import packs_for
@@ -29,7 +30,7 @@ _STREAM = 2  # the fourth word of the counter: 0 and 1 are the signs' and the SJ
 
 def sample_labels(
     model: nn.Module,
-    examples: Sequence[Mapping[str, Any]],
+    examples: Held,
     *,
     seed: int = 0,
     max_tokens: int | None = None,
@@ -48,6 +49,7 @@ def sample_labels(
 
     Returns copies with other `labels`, in the same order; one forward pass. Raises as `per_example_gradients`.
     """
+    examples = as_examples(examples)
     with GradientEngine(model, None, precision=precision) as engine:
         packs = packs_for(engine, examples, max_tokens)
         drawn = [dict(example) for example in examples]

@@ -158,7 +158,7 @@ def weights_of(linears: Sequence[LoraLinear], triton: bool = False) -> list[Fp8W
     triton: as in `to_fp8`. Raises ConfigError: a weight is sharded, the device has no such product, or no weight fits.
     """
     check_precision(FP8, sharded=any(linear.sharded for linear in linears))
-    first = linears[0].weight
+    first = linears[0]
     product = Product.on(first.device, first.dtype)
     others = [linear for linear in linears if not _fits(linear)]
     if others:

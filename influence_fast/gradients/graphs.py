@@ -58,6 +58,35 @@ def wanted() -> bool | None:
     return _SWITCH[value]
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """Say whether CUDA graphs are to be used, and what happens where they cannot be.
+
+    wanted: use them where they can be. asked_for: by the call itself, so that ConfigError is raised where they cannot.
+    said: by the environment, so that a warning is logged.
+    """
+
+    wanted: bool
+    asked_for: bool
+    said: bool
+
+    @classmethod
+    def of(cls, cuda_graphs: bool | None) -> Wish:
+        """Make it of a call's own option; None leaves it to the environment (ConfigError as `wanted`)."""
+        asked = wanted() if cuda_graphs is None else cuda_graphs
+        return cls(asked is not False, cuda_graphs is True, asked is True)
+
+    def granted(self, why_not: str) -> bool:
+        """Tell whether graphs are used, given why they cannot be (empty if they can)."""
+        if not self.wanted or not why_not:
+            return self.wanted
+        if self.asked_for:
+            raise ConfigError(f"cuda_graphs: CUDA graphs cannot be used: {why_not}; leave them off")
+        if self.said:
+            say_once(logger, f"{VARIABLE}: CUDA graphs are not used here: {why_not}")
+        return False
+
+
 class Recorder(Protocol):
     """Records what a function launches."""
 

@@ -20,7 +20,6 @@ from influence_fast.gradients import fp8
 from influence_fast.gradients.fused_layers import overridden
 from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.reduction import Reducer
-from influence_fast.gradients.routed_sums import Pairs, add_routed
 
 
 @dataclass(eq=False)
@@ -33,7 +32,6 @@ class InputGroup:
     fused: bool
     triton: bool
     fp8_weights: list[fp8.Fp8Weight | None]  # each member's, None where its own dtype multiplies
-    routed: bool = False  # whether any number of the tokens comes here, all of one example
     forward_weight: torch.Tensor = field(init=False)  # fused: [sum d_out + sum c, d_in], else [sum c, d_in]
     forward_bias: torch.Tensor | None = field(init=False)
     backward_weights: list[torch.Tensor] = field(init=False)  # fused: [d_out, d_in + c], else [d_out, c]
@@ -42,11 +40,12 @@ class InputGroup:
     # Asks for a gradient, and never gets one: it has the backward reach the lowest of the groups. One for each step: a
     # leaf that lives on would hold the stream of the step that made it, which no recording may meet.
     anchor: torch.Tensor | None = None
+    tokens: int | None = None  # of the step's pack
     pending: dict[int, torch.Tensor] = field(default_factory=dict)
     pending_input: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        dtype, device = self.members[0].weight.dtype, self.members[0].weight.device
+        dtype, device = self.members[0].dtype, self.members[0].device
         skinny, self.backward_weights, self.columns, merged = [], [], [], []
         for number, member in zip(self.numbers, self.members, strict=True):
             r_in, r_out = self.reducer.columns(number)
@@ -154,27 +153,6 @@ class InputGroup:
                 beta = 1
         return dx
 
-    def add(
-        self, place: int, kept: torch.Tensor, out_of: torch.Tensor, g: torch.Tensor, tokens: torch.Tensor | None
-    ) -> None:
-        """Hand member `place`'s columns, kept and of the backward, to the reducer.
-
-        Raises ModelError where a module that is not `routed` was called with other tokens than the pack's.
-        """
-        number, member = self.numbers[place], self.members[place]
-        if self.routed:
-            r, x = member.r, tokens
-            u, h = out_of[:, :r], kept[:, :r]
-            a_side, b_side = (u, kept[:, r:]) if x is None else (u, x), (out_of[:, r:] if x is None else g, h)
-            add_routed(self.reducer, number, Pairs.of_one(len(g), g.device), a_side, b_side)
-            return
-        if len(g) != self.reducer.tokens:
-            raise ModelError(
-                f"{member.name}: was called with {len(g)} tokens of a batch of {self.reducer.tokens}, which it was not "
-                "when the model was opened (a routed expert?): leave it out of target_modules"
-            )
-        self.reducer.add(number, kept, out_of, g, tokens)
-
     def call(self, place: int, x: torch.Tensor) -> torch.Tensor:
         """Member `place`'s output; the first member called with a tensor computes them all."""
         if self.pending_input is not x or place not in self.pending:
@@ -185,6 +163,45 @@ class InputGroup:
         if not self.pending:
             self.pending_input = None
         return output
+
+    def add(
+        self,
+        place: int,
+        kept: torch.Tensor,  # [n, c]
+        out_of: torch.Tensor,  # [n, c]
+        g: torch.Tensor,  # [n, d_out]
+        x: torch.Tensor | None,  # [n, d_in]
+    ) -> None:
+        """Hand member `place`'s tokens to the reducer, which sums them by the bounds of the step's pack.
+
+        A layer that sees n tokens of an example alone, and not the pack's T, has them summed here, or handed over T at
+        a time, the rest filled up with zeros: of one example all sums are over all tokens, in any order.
+
+        Raises ModelError where that happens in a pack of several examples, whose tokens cannot be told apart.
+        """
+        n, length = len(g), self.tokens
+        if length is None or n == length:
+            self.reducer.add(self.numbers[place], kept, out_of, g, x)
+            return
+        if self.reducer.examples != 1:
+            raise ModelError(
+                f"{self.members[place].name}: sees {n} tokens of a pack of {length}, and whose they are is not known: "
+                "take one example at a time (max_tokens=1)"
+            )
+        if x is not None or self.reducer.projected:  # of many experts little is kept so
+            blocks = self.reducer.blocks[self.numbers[place]]
+            grads = [block.factor.sum(kept, out_of, g, x, self.reducer.dtype)[None] for block in blocks]
+            self.reducer.add_factors(self.numbers[place], 0, grads)
+            return
+        for start in range(0, n, length):
+            rest = None if x is None else _padded(x, start, length)
+            self.reducer.add(
+                self.numbers[place],
+                _padded(kept, start, length),
+                _padded(out_of, start, length),
+                _padded(g, start, length),
+                rest,
+            )
 
     def forget(self) -> None:
         """Lets go of what a forward left for calls that did not come."""
@@ -206,8 +223,7 @@ class _GroupedLora(torch.autograd.Function):
             parts = kept.split(group.columns, dim=1)
             h = [part[:, : member.r] for member, part in zip(group.members, parts, strict=True)]
             outputs = [_shaped(y, x) for y in group.outputs(tokens, h)]
-        needs_input = not group.reducer.projected if group.routed else group.reducer.needs_input
-        ctx.save_for_backward(kept, *([tokens] if needs_input else []))
+        ctx.save_for_backward(kept, *([tokens] if group.reducer.needs_input else []))
         ctx.group = group
         ctx.x_shape = x.shape
         ctx.set_materialize_grads(False)
@@ -241,6 +257,12 @@ class _GroupedLora(torch.autograd.Function):
         if wants_dx and not group.fused:
             dx = group.input_gradient(flat, u)
         return None if dx is None else dx.view(ctx.x_shape), None, None
+
+
+def _padded(rows: torch.Tensor, start: int, length: int) -> torch.Tensor:
+    """Return rows[start : start + length] of rows [n, d], with zeros below where n ends before: [length, d]."""
+    part = rows[start : start + length]
+    return torch.nn.functional.pad(part, (0, 0, 0, length - len(part)))
 
 
 def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
 from influence_fast.data.fingerprints import active_adapters
 from influence_fast.errors import ModelError, listing, say_once
+from influence_fast.gradients.factors import Columns, Factor, make_factor
 from influence_fast.gradients.projection import Projection
 
 logger = logging.getLogger(__name__)
@@ -23,10 +24,10 @@ _LAYER_NUMBER = re.compile(r"\.(?:layers|h|blocks|block|layer)\.(\d+)\.")
 
 
 class LayoutEntry(NamedTuple):
-    """One LoRA factor's place in a gradient row.
+    """One factor's place in a gradient row.
 
-    `module` is the name `model.named_modules()` gives the LoRA layer, `factor` is `"lora_A"` or `"lora_B"`,
-    `shape` the factor's shape as stored in the row (C order), `offset` the index of its first number.
+    `module` is the name `model.named_modules()` gives the layer, `factor` what `factors.SIDES` calls it (`"lora_A"`,
+    `"lora_B"`), `shape` the factor's shape as stored in the row (C order), `offset` the index of its first number.
     """
 
     module: str
@@ -42,7 +43,7 @@ class LayoutEntry(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LoraLinear:
-    """One LoRA linear, `y = W x + b + s B (A x)`, as plain tensors."""
+    """One LoRA linear, `y = W x + b + s B (A x)`, as plain tensors; with r = 0 a plain one, whose weight is trained."""
 
     name: str
     layer: nn.Module
@@ -68,6 +69,30 @@ class LoraLinear:
     @property
     def r(self) -> int:
         return self.a.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the products with the base weight."""
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def factors(self, projection: Projection | None = None) -> tuple[Factor, ...]:
+        """Return what this module adds to a row, in the row's order; projected columns stand after those of A and B."""
+        return tuple(
+            make_factor(
+                name,
+                (self.d_out, self.d_in),
+                Columns(0, self.r),
+                projection,
+                (self.r, self.r),
+                self.scaling,
+                f"{self.key}/rank",
+            )
+            for name in (("lora_A", "lora_B") if self.r else ("weight",))
+        )
 
     @property
     def sharded(self) -> bool:
@@ -294,15 +319,9 @@ def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -
     entries: list[LayoutEntry] = []
     offset = 0
     for linear in in_top_layers(linears, projection):
-        if projection is None or projection.flat:
-            shape_a, shape_b = (linear.r, linear.d_in), (linear.d_out, linear.r)
-        elif projection.kind == "one_sided":
-            shape_a, shape_b = (linear.r, projection.dim), (projection.dim, linear.r)
-        else:
-            shape_a = shape_b = (projection.dim, projection.dim)
-        for factor, shape in (("lora_A", shape_a), ("lora_B", shape_b)):
-            entries.append(LayoutEntry(linear.name, factor, shape, offset))
-            offset += shape[0] * shape[1]
+        for factor in linear.factors(projection):
+            entries.append(LayoutEntry(linear.name, factor.name, factor.shape, offset))
+            offset = entries[-1].columns.stop
     return entries
 
 

@@ -31,7 +31,7 @@ class LoraParameter(LoraLinear):
 
     parameter: str  # its name in `module`
     module: nn.Module
-    factors: tuple[nn.Parameter, nn.Parameter]  # of which `a` and `b` are the numbers
+    pair: tuple[nn.Parameter, nn.Parameter]  # of which `a` and `b` are the numbers
     experts: int
 
     @property
@@ -82,7 +82,7 @@ def parameter_of(name: str, layer: Any, adapter: str) -> LoraParameter:
         scaling=float(layer.scaling[adapter]),
         parameter=layer.parameter_name,
         module=layer.get_base_layer(),
-        factors=(a, b),
+        pair=(a, b),
         experts=layer.num_experts,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import (
     IGNORED,
     Pack,
@@ -33,7 +34,7 @@ DEFAULT_MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 def per_example_gradients(
     model: nn.Module,
-    examples: Sequence[Mapping[str, Any]],
+    examples: Held,
     *,
     projection: Projection | None = None,
     loss_reduction: str = "mean",
@@ -46,8 +47,10 @@ def per_example_gradients(
 
     Args:
         model: a peft model (or a model with LoRA layers injected) that transformers can run.
-        examples: `{"input_ids", "labels"}`, 1-D int tensors of one length, labels -100 where ignored and aligned
-            with input_ids (the shift by one happens here); `"id"` is optional and used in messages.
+        examples: `{"input_ids", "labels"}`, 1-D whole numbers of one length, labels -100 where ignored and aligned
+            with input_ids (the shift by one happens here); `"id"` is optional and used in messages. Optional
+            `"weights"`, a float a token, multiply the tokens' losses (a mean still divides by the number of labels).
+            A list of these, a padded batch, a `datasets.Dataset`, a `DataLoader`, ...: see `data.held.as_examples`.
         projection: None for the exact gradient, laid out as `gradient_layout(model)` says; else a `Projection`. For
             queries take `store.projection`, which has the store's own sketch where one was fitted.
         loss_reduction: `"mean"` over the example's completion tokens, or `"sum"`.
@@ -68,6 +71,7 @@ def per_example_gradients(
         ModelError: the model has no LoRA layer, or one this package cannot differentiate.
         NumericError: a gradient is NaN or infinite; the message names the examples.
     """
+    examples = as_examples(examples)
     with GradientEngine(
         model, projection, loss_reduction, backend, precision=precision, cuda_graphs=cuda_graphs
     ) as engine:
@@ -184,13 +188,12 @@ def _received(
     return places, decoded(rows)
 
 
-def per_example_losses(
-    model: nn.Module, examples: Sequence[Mapping[str, Any]], *, loss_reduction: str = "mean"
-) -> torch.Tensor:
-    """(E,) fp32, or fp64 for an fp64 model: each example's completion loss under `model`, with no backward pass.
+def per_example_losses(model: nn.Module, examples: Held, *, loss_reduction: str = "mean") -> torch.Tensor:
+    """Return each example's completion loss under `model`, with no backward pass: (E,) fp32, fp64 for an fp64 model.
 
-    Raises DataError as `per_example_gradients` does.
+    `examples` as for `per_example_gradients`. Raises DataError as that does.
     """
+    examples = as_examples(examples)
     with GradientEngine(model, None, loss_reduction) as engine:
         out = torch.empty(len(examples), dtype=engine.reducer.dtype)
         for pack in packs_for(engine, examples, None):

@@ -6,7 +6,8 @@ The segment sums use fp32 (fp64 for an fp64 model) whatever the products' dtype 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import torch
 
 from influence_fast.errors import ConfigError
 from influence_fast.gradients.eigen_sketch import EigenRows
+from influence_fast.gradients.factors import Block, Columns, Factor, blocks_of, tokens_of
 from influence_fast.gradients.lora import LayoutEntry, LoraLinear, layout_width
 from influence_fast.gradients.projection import Projection, entry_size, random_matrix
 from influence_fast.gradients.row_sketch import RowSketch
@@ -33,8 +35,9 @@ def random_columns(
     """R_in [d_in, p] and R_out [d_out, p] of one module, on the CPU or on its card: fp32, or empty with p = 0 where the
     kind needs none."""
     if projection is None or projection.flat:
-        return linear.a.new_zeros(linear.d_in, 0), linear.b.new_zeros(linear.d_out, 0)
-    device = linear.a.device
+        empty = torch.zeros(0, device=linear.device)
+        return empty.view(linear.d_in, 0), empty.view(linear.d_out, 0)
+    device = linear.device
     return (
         _matrix(projection, f"{linear.key}/in", linear.d_in, device, triton),
         _matrix(projection, f"{linear.key}/out", linear.d_out, device, triton),
@@ -78,7 +81,7 @@ class Reducer:
 
     @property
     def projected(self) -> bool:
-        """Whether `add_factors` takes gradients that `columns` have multiplied, and not those of the whole factors."""
+        """Whether `add_factors` takes gradients whose wide sides `columns` have multiplied, and not whole ones."""
         return False
 
     triton = False  # whether the Triton kernels do the sums
@@ -88,8 +91,9 @@ class Reducer:
         self.linears = linears
         self.layout = layout
         self.projection = projection
-        self.dtype = torch.float64 if linears[0].weight.dtype == torch.float64 else torch.float32
-        self.device = linears[0].weight.device
+        self.blocks = blocks_of(linears, layout, projection)  # of each module
+        self.dtype = torch.float64 if linears[0].dtype == torch.float64 else torch.float32
+        self.device = linears[0].device
         self.examples = 0
         self.segments: Segments | None = None  # the pack's, on the Triton backend
         self._bounds: list[int] | None = None
@@ -126,26 +130,20 @@ class Reducer:
         self.segments, self._bounds = segments, cu_seqlens
         self.examples = len(self.cu_seqlens) - 1 if segments is None else segments.examples
 
-    @property
-    def tokens(self) -> int:
-        """Tokens of the pack."""
-        return self.cu_seqlens[-1] if self.segments is None else self.segments.tokens
-
     def add(
         self,
         number: int,
-        kept: torch.Tensor,  # [T, c] forward columns: h, or [h | z]
-        out_of: torch.Tensor,  # [T, c] backward columns: u, or [u | y]
+        kept: torch.Tensor,  # [T, c_in] forward columns: h, or [h | z]
+        out_of: torch.Tensor,  # [T, c_out] backward columns: u, or [u | y]
         g: torch.Tensor,  # [T, d_out]
         tokens: torch.Tensor | None,  # [T, d_in], only if needs_input
     ) -> None:
         raise NotImplementedError
 
-    def add_factors(self, number: int, first: int, grad_a: torch.Tensor, grad_b: torch.Tensor) -> None:
+    def add_factors(self, number: int, first: int, grads: Sequence[torch.Tensor]) -> None:
         """Add gradients of module `number`'s factors, already summed, for the examples from `first` on.
 
-        grad_a: [n, r, d_in] of lora_A, grad_b: [n, d_out, r] of lora_B, in `dtype` and scaled; with `projected`
-        dA R_in [n, r, p] and R_out^T dB [n, p, r].
+        grads: for each factor [n, a, b] in `dtype`, scaled; with `projected` its wide sides are p columns each.
         """
         raise NotImplementedError
 
@@ -168,20 +166,20 @@ class ProjectedReducer(Reducer):
         super().__init__(linears, layout, projection)
         assert projection is not None
         self._pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
-        self._summed: list[tuple[int, int, torch.Tensor, torch.Tensor]] = []
-        self._rank_side: list[torch.Tensor] = []
-        if projection.kind == "kron":
-            self._rank_side = [
-                random_matrix(projection, f"{linear.key}/rank", linear.r).to(self.device, self.dtype)
-                for linear in linears
-            ]
+        self._summed: list[tuple[Block, int, torch.Tensor]] = []
+        self._rank_sides: dict[str, torch.Tensor] = {}  # [r, p], of "kron" by the name that seeds it
+        for _, factor, _ in itertools.chain.from_iterable(self.blocks):
+            for name, side in ((factor.left_rank, factor.left), (factor.right_rank, factor.right)):
+                if name is not None and isinstance(side, Columns):
+                    matrix = random_matrix(projection, name, side.width)
+                    self._rank_sides[name] = matrix.to(self.device, self.dtype)
         self._sketch: Callable[[torch.Tensor], torch.Tensor] | None = None
         if projection.sketch is not None:
             projection.sketch.check_layout(layout)
             self._sketch = EigenRows(projection.sketch, self.device, self.dtype)
         elif projection.width is not None:
             self._sketch = RowSketch(layout, projection, self.device)
-        self._tables: dict[tuple[int, ...], tuple[torch.Tensor, list[torch.Tensor]]] = {}
+        self._tables: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     @property
     def projected(self) -> bool:
@@ -189,7 +187,7 @@ class ProjectedReducer(Reducer):
 
     @property
     def recordable(self) -> bool:
-        return self.triton and not self._rank_side
+        return self.triton and not self._rank_sides
 
     def begin(self, cu_seqlens: list[int] | None, segments: Segments | None = None) -> None:
         super().begin(cu_seqlens, segments)
@@ -205,70 +203,78 @@ class ProjectedReducer(Reducer):
     ) -> None:
         self._pending.append((number, kept, out_of))
 
-    def add_factors(self, number: int, first: int, grad_a: torch.Tensor, grad_b: torch.Tensor) -> None:
-        self._summed.append((number, first, grad_a, grad_b))
+    def add_factors(self, number: int, first: int, grads: Sequence[torch.Tensor]) -> None:
+        self._summed += [(block, first, grad) for block, grad in zip(self.blocks[number], grads, strict=True)]
 
     def finish(self) -> torch.Tensor:
         pending = [number for number, _, _ in self._pending]
         once = len(set(pending)) == len(pending)  # else a module is called twice, and its parts are added
-        launched = self.triton and not self._rank_side and once
+        launched = self.triton and not self._rank_sides and once
         bf16 = launched and self.bf16_rows and self._sketch is None and not self._summed
         final = torch.bfloat16 if bf16 else self.dtype
         rows = torch.zeros(self.examples, layout_width(self.layout), dtype=final, device=self.device)
-        ranks = {self.linears[number].r for number in pending}
-        for r in sorted(ranks):
-            chosen = [entry for entry in self._pending if self.linears[entry[0]].r == r]
-            left = torch.stack([out_of for _, _, out_of in chosen])  # [M, T, r + p]
-            right = torch.stack([kept for _, kept, _ in chosen])  # [M, T, r + p]
+        for chosen in self._alike():
+            left = torch.stack([out_of for _, _, out_of in chosen])  # [M, T, c_out]
+            right = torch.stack([kept for _, kept, _ in chosen])  # [M, T, c_in]
             numbers = [number for number, _, _ in chosen]
             if launched:
-                self._launch(rows, numbers, r, left, right)
+                self._launch(rows, numbers, left, right)
             else:
-                self._sum(rows, numbers, r, left.to(self.dtype), right.to(self.dtype))
-        for number, first, grad_a, grad_b in self._summed:
-            self._write(rows[first : first + len(grad_a)], number, grad_a, grad_b, 1.0)
+                self._sum(rows, numbers, left.to(self.dtype), right.to(self.dtype))
+        for block, first, grad in self._summed:
+            rows[first : first + len(grad), block.columns] += self._in_rank_sides(block.factor, grad).flatten(1)
         self._pending, self._summed = [], []
         return rows if self._sketch is None else self._sketch(rows)
 
-    def _launch(self, rows: torch.Tensor, numbers: list[int], r: int, left: torch.Tensor, right: torch.Tensor) -> None:
-        """One kernel launch a side for all modules of one rank, straight into the rows."""
+    def _alike(self) -> list[list[tuple[int, torch.Tensor, torch.Tensor]]]:
+        """Return what is pending by modules whose factors have the same shapes and the same places in the columns."""
+        groups: dict[tuple[object, ...], list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
+        for number, kept, out_of in self._pending:
+            factors = tuple((f.left, f.right, f.shape) for _, f, _ in self.blocks[number])
+            groups.setdefault((factors, kept.shape[1], out_of.shape[1]), []).append((number, kept, out_of))
+        return list(groups.values())
+
+    def _factors(self, numbers: list[int]) -> list[tuple[Block, ...]]:
+        """Return the factors of modules that are alike: for each factor, that of every module."""
+        return list(zip(*(self.blocks[number] for number in numbers), strict=True))
+
+    def _launch(self, rows: torch.Tensor, numbers: list[int], left: torch.Tensor, right: torch.Tensor) -> None:
+        """Sum modules that are alike by one kernel launch a factor for all of them, straight into the rows."""
         from influence_fast.kernels.segment_outer import segment_outer
 
         assert self.segments is not None
-        u_y, h_z = left.transpose(0, 1), right.transpose(0, 1)  # [T, M, r + p]
+        u_y, h_z = left.transpose(0, 1), right.transpose(0, 1)  # [T, M, c_out], [T, M, c_in]
+        factors = self._factors(numbers)
         if tuple(numbers) not in self._tables:  # the same in every pack
-            scales = torch.tensor([self.linears[n].scaling for n in numbers], dtype=torch.float32)
-            places = [torch.tensor([self.layout[2 * n + side].offset for n in numbers]) for side in (0, 1)]
-            self._tables[tuple(numbers)] = (
-                to_device(scales, self.device),
-                [to_device(place, self.device) for place in places],
-            )
-        scales, offsets = self._tables[tuple(numbers)]
-        for side, (a, b) in enumerate(((u_y[..., :r], h_z[..., r:]), (u_y[..., r:], h_z[..., :r]))):
-            segment_outer(a, b, self.segments, rows, offsets[side], scale=scales)
+            self._tables[tuple(numbers)] = [
+                (
+                    to_device(torch.tensor([block.columns.start for block in blocks]), self.device),
+                    to_device(torch.tensor([block.factor.scale for block in blocks], dtype=torch.float32), self.device),
+                )
+                for blocks in factors
+            ]
+        for blocks, (offsets, scales) in zip(factors, self._tables[tuple(numbers)], strict=True):
+            a, b = tokens_of(blocks[0].factor.left, u_y), tokens_of(blocks[0].factor.right, h_z)
+            segment_outer(a, b, self.segments, rows, offsets, scale=scales)
 
-    def _sum(self, rows: torch.Tensor, numbers: list[int], r: int, left: torch.Tensor, right: torch.Tensor) -> None:
-        """The same by one batched product an example over all modules of one rank."""
-        examples = rows.shape[0]
-        grad_a = left.new_empty(len(numbers), examples, r, left.shape[2] - r)
-        grad_b = left.new_empty(len(numbers), examples, left.shape[2] - r, r)
-        for e, (start, end) in enumerate(pairwise(self.cu_seqlens)):
-            u_y, h_z = left[:, start:end].transpose(1, 2), right[:, start:end]
-            torch.bmm(u_y[:, :r], h_z[:, :, r:], out=grad_a[:, e])
-            torch.bmm(u_y[:, r:], h_z[:, :, :r], out=grad_b[:, e])
-        for m, number in enumerate(numbers):
-            self._write(rows, number, grad_a[m], grad_b[m], self.linears[number].scaling)
+    def _sum(self, rows: torch.Tensor, numbers: list[int], left: torch.Tensor, right: torch.Tensor) -> None:
+        """Sum modules that are alike by one batched product an example and a factor."""
+        for blocks in self._factors(numbers):
+            a, b = tokens_of(blocks[0].factor.left, left), tokens_of(blocks[0].factor.right, right)
+            grads = left.new_empty(len(numbers), rows.shape[0], a.shape[2], b.shape[2])
+            for e, (start, end) in enumerate(pairwise(self.cu_seqlens)):
+                torch.bmm(a[:, start:end].transpose(1, 2), b[:, start:end], out=grads[:, e])
+            for block, grad in zip(blocks, grads, strict=True):
+                # added, not set: a module that the forward calls twice contributes twice
+                rows[:, block.columns].add_(
+                    self._in_rank_sides(block.factor, grad).flatten(1), alpha=block.factor.scale
+                )
 
-    def _write(
-        self, rows: torch.Tensor, number: int, grad_a: torch.Tensor, grad_b: torch.Tensor, scaling: float
-    ) -> None:
-        if self._rank_side:
-            rank_side = self._rank_side[number]
-            grad_a = rank_side.T @ grad_a  # [E, p, p]
-            grad_b = grad_b @ rank_side  # [E, p, p]
-        for entry, grad in zip(self.layout[2 * number : 2 * number + 2], (grad_a, grad_b), strict=True):
-            # added, not set: a module that the forward calls twice contributes twice
-            rows[:, entry.columns].add_(grad.flatten(1), alpha=scaling)
+    def _in_rank_sides(self, factor: Factor, grad: torch.Tensor) -> torch.Tensor:
+        """Multiply the rank's side of a factor's sums [E, a, b] by its random columns, where "kron" has any."""
+        if factor.left_rank is not None:
+            grad = self._rank_sides[factor.left_rank].T @ grad
+        return grad if factor.right_rank is None else grad @ self._rank_sides[factor.right_rank]
 
 
 class FullReducer(Reducer):
@@ -310,18 +316,16 @@ class FullReducer(Reducer):
         else:
             add = self._launch if self._sketch is None else self._launch_sketch
             tokens, g = tokens.contiguous(), g.contiguous()
-        scaling = self.linears[number].scaling
-        add(2 * number, out_of, tokens, scaling)
-        add(2 * number + 1, g, kept, scaling)
+        for block, factor, _ in self.blocks[number]:
+            add(block, tokens_of(factor.left, out_of, g), tokens_of(factor.right, kept, tokens), factor.scale)
 
-    def add_factors(self, number: int, first: int, grad_a: torch.Tensor, grad_b: torch.Tensor) -> None:
-        for side, grads in enumerate((grad_a, grad_b)):
-            block = 2 * number + side
-            for e, flat in enumerate(grads.flatten(1), start=first):
+    def add_factors(self, number: int, first: int, grads: Sequence[torch.Tensor]) -> None:
+        for block, grad in zip(self.blocks[number], grads, strict=True):
+            for example, flat in enumerate(grad.flatten(1), start=first):
                 if self._sketch is None:
-                    self._rows[e, self.layout[block].columns] += flat
+                    self._rows[example, block.columns] += flat
                 else:
-                    self._sketch.add(self._rows[e], block, flat)
+                    self._sketch.add(self._rows[example], block.number, flat)
 
     def finish(self) -> torch.Tensor:
         rows, self._rows = self._rows, torch.empty(0)

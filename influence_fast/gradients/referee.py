@@ -8,7 +8,7 @@ positions. The ways, fastest first:
     own attention   one example at a time, with the model's own attention, mask and positions left as they are
 
 What agrees in no way is refused by the name of the first layer whose output differs. Texts are longer than the windows,
-chunks and top-k that the configuration names, as far as `_LONGEST` goes; a longer limit that our attention is not
+chunks and top-k that the configuration names, as far as `probe_texts` goes; a longer limit that our attention is not
 handed as an argument cannot be tried, and such a model keeps its own attention.
 """
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,64 +25,20 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
-from influence_fast.data.packing import IGNORED, Pack, context_of, pack_examples, text_config
+from influence_fast.data.packing import IGNORED, Pack, context_of, pack_examples
 from influence_fast.errors import ModelError, one_line, say_once
 from influence_fast.gradients import attention
+from influence_fast.gradients.layer_outputs import as_rows, captured, recorded_layers, rounded_layers
+from influence_fast.gradients.probe_texts import limits, probe_texts
 from influence_fast.gradients.separation import Separation, StatefulModelError, separation
+from influence_fast.gradients.tolerance import FLOOR_16, Tolerance
 
 logger = logging.getLogger(__name__)
 
-# A forward of 512 tokens takes a billion-parameter model some 5 seconds on two CPU cores; windows of real models (4,096
-# tokens) would take a minute at every opening. The user's own data are compared up to 2,048 tokens.
-_LONGEST = 512
-_UNLIMITED = 24  # tokens of the longest text where the configuration names no limit
-_ROOM_FOR_OFFSETS = 4  # positions that some tables spend before the first token (padding_idx + 1)
 _LAST = 16  # tokens whose logits are kept: they depend on all before them
-# Relative errors of hidden states. fp64: 1e-15 was measured; a wrong mask gives 1e-2 and more. fp32: 1e-6 was measured
-# on tiny models and 5e-5 on rows of a real one. Lower precisions round every layer, by some 1e-2 in all.
-_FLOORS = {torch.float64: 1e-9, torch.float32: 1e-4}
-_FLOOR_16 = 0.03
-_FLOOR_8 = 0.15
 _MOST = 0.5  # beyond which no noise excuses a difference
 # Standard deviations of noise, as a plain forward with rounded layer outputs shows it, that count as agreement.
 _NOISES = 4.0
-_OFFSET_LOSS_16 = 0.2  # of one token's loss: logits of 20 are rounded by 0.06 in bf16; divided by the root of the count
-
-
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """Which relative error of outputs is rounding, for a model of `dtype` with products of `unit` relative rounding."""
-
-    dtype: torch.dtype
-    floor: float
-    unit: float
-
-    @classmethod
-    def of(cls, dtype: torch.dtype, device: torch.device, fp8: bool = False) -> Tolerance:
-        """Choose the tolerance for a model's dtype; TF32 products on a GPU round as 16-bit ones do."""
-        if fp8:
-            return cls(torch.bfloat16, _FLOOR_8, 2.0**-4)
-        unit = torch.finfo(dtype).eps
-        if dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-            return cls(dtype, 1e-2, 2.0**-10)
-        return cls(dtype, _FLOORS.get(dtype, _FLOOR_16), unit)
-
-    def difference(self, outputs: torch.Tensor, plain: torch.Tensor) -> float:
-        """Return the relative error of outputs [n, d]: over all of them, or of the median token in low precision.
-
-        A token that a rounded sum sends to another expert differs altogether, with nothing wrong; a dropped mask
-        changes most tokens of a text of twice its length.
-        """
-        if outputs.shape != plain.shape:
-            return math.inf
-        apart, wide = (outputs - plain).double(), plain.double()
-        if self.floor < _FLOOR_16:
-            return float(apart.norm() / wide.norm().clamp_min(torch.finfo(torch.float64).tiny))
-        return float((apart.norm(dim=1) / wide.norm(dim=1).clamp_min(1e-30)).median())
-
-    def of_loss(self, count: int) -> float:
-        """Return the error of a mean loss over `count` tokens, relative to 1 + loss, that is rounding."""
-        return self.floor if self.floor < 1e-2 else self.floor + _OFFSET_LOSS_16 / math.sqrt(max(1, count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +69,7 @@ class Referee:
     def __init__(self, base: Any, decoder: Any, device: torch.device, tolerance: Tolerance | None = None) -> None:
         self.base, self.decoder, self.device = base, decoder, device
         self._own_implementation = decoder.config._attn_implementation
-        self.texts = [self._plain(ids) for ids in _texts(base)]
+        self.texts = [self._plain(ids) for ids in probe_texts(base)]
         if tolerance is None:
             dtypes = {base.get_input_embeddings().weight.dtype, self.texts[0].logits.dtype}
             # some models give out logits of another dtype than their own
@@ -135,7 +90,7 @@ class Referee:
         return all(bool(text.outputs(True).isfinite().all()) for text in self.texts)
 
     def _plain(self, ids: torch.Tensor) -> PlainText:
-        with torch.no_grad(), _captured(self.decoder) as seen:
+        with torch.no_grad(), captured(self.decoder) as seen:
             logits = self.base(input_ids=ids[None].to(self.device)).logits[0]
         loss, labels = None, ids % logits.shape[-1]
         if len(ids) > 1:
@@ -198,7 +153,7 @@ class Referee:
         """The relative change of outputs when every layer's output is rounded once more; measured when first asked."""
         if self._noise is None:
             found = []
-            with self.as_given(), _rounded_layers(self.decoder, self.tolerance.unit):
+            with self.as_given(), rounded_layers(self.decoder, self.tolerance.unit):
                 for text in self.texts:
                     found.append(self.tolerance.difference(self._plain(text.ids).outputs(False), text.outputs(False)))
             self._noise = max(found)
@@ -258,7 +213,7 @@ class Referee:
         if implementation == attention.PACKED:
             longest = max(len(text.ids) for text in self.texts)
             # low precision cannot tell a few tokens that a window should have hidden from its own rounding
-            coarse = self.tolerance.floor >= _FLOOR_16
+            coarse = self.tolerance.floor >= FLOOR_16
             named = [n for n in limits(self.base.config) if n not in windows]
             untried = [n for n in named if coarse or 2 * n >= longest]
             context = context_of(self.base.config)
@@ -296,15 +251,15 @@ class Referee:
         """Make the error that names the first layer whose output differs when `ours` calls the model."""
         text = max(self.texts, key=lambda one: len(one.ids))
         with torch.no_grad():
-            with self.as_given(), _recorded_layers(self.decoder) as wanted:
+            with self.as_given(), recorded_layers(self.decoder) as wanted:
                 self.base(input_ids=text.ids[None].to(self.device))
-            with _recorded_layers(self.decoder) as found:
+            with recorded_layers(self.decoder) as found:
                 ours(self.pack([text]))
         where = next(
             (
                 name
                 for (name, one), (other, two) in zip(found, wanted, strict=False)
-                if name != other or not self.accepts([self.tolerance.difference(_rows(one), _rows(two))])
+                if name != other or not self.accepts([self.tolerance.difference(as_rows(one), as_rows(two))])
             ),
             "the end of the decoder",
         )
@@ -338,7 +293,7 @@ class Referee:
         ]
         if all(passed) or self.tolerance.dtype == torch.float64:
             return passed
-        with _rounded_layers(self.decoder, self.tolerance.unit):
+        with rounded_layers(self.decoder, self.tolerance.unit):
             shaken = self.plain_losses(examples)
         # one shaken forward may leave every token with its experts where another does not
         noise = max(self._noise or 0.0, *(abs(a - b) / (1 + abs(b)) for a, b in zip(shaken, plain, strict=True)))
@@ -366,46 +321,6 @@ def call(module: Any, config: Any, pack: Pack, device: torch.device, mode: Separ
     )
 
 
-_LIMIT = re.compile("window|chunk|index_top_?k|local_att|block_size")
-# Numbers of layers, patterns of them, and pieces that something other than attention is computed in.
-_NO_LIMIT = re.compile("^n_|num_|layer|pattern|feed_forward|mamba|ssm|expert|moe|conv|vision")
-
-
-def limits(config: Any) -> list[int]:
-    """Return the lengths that a configuration sets to what a token attends to: windows, chunks, an indexer's top-k."""
-    found: set[int] = set()
-    for name, value in vars(text_config(config)).items():
-        if not _LIMIT.search(name) or _NO_LIMIT.search(name):
-            continue
-        numbers = value if isinstance(value, list | tuple) else [value]
-        found |= {n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and n > 1}
-    return sorted(found)
-
-
-def _texts(base: Any) -> list[torch.Tensor]:
-    """Make random texts, [n] int64 each: of 2 tokens, longer than the limits, of 1 token, and of about half."""
-    longest = max([_UNLIMITED, *(2 * n + 3 for n in limits(base.config))])
-    context = context_of(base.config)
-    longest = max(2, min(longest, _LONGEST, _LONGEST if context is None else context - _ROOM_FOR_OFFSETS))
-    vocabulary = len(base.get_input_embeddings().weight)
-    allowed = torch.tensor(sorted(set(range(vocabulary)) - _special_tokens(base.config)) or [0])
-    generator = torch.Generator().manual_seed(0)
-    lengths = (2, longest, 1, longest // 2 + 1)
-    return [allowed[torch.randint(0, len(allowed), (n,), generator=generator)] for n in lengths]
-
-
-def _special_tokens(config: Any) -> set[int]:
-    """Return the tokens that a configuration gives a meaning: an image's token with no image is an error."""
-    found: set[int] = set()
-    for name, value in vars(config).items():
-        if hasattr(value, "model_type"):
-            found |= _special_tokens(value)
-        elif "token" in name and ("id" in name or "index" in name):
-            numbers = value if isinstance(value, list | tuple) else [value]
-            found |= {n for n in numbers if isinstance(n, int)}
-    return found
-
-
 def _tensor(output: Any, whole: bool) -> torch.Tensor:
     """Return outputs [T, d] of one row: the last hidden states, or the logits."""
     hidden = getattr(output, "last_hidden_state", None)
@@ -415,88 +330,3 @@ def _tensor(output: Any, whole: bool) -> torch.Tensor:
 def _wide(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Have `function` take logits in fp32 at least."""
     return lambda logits, *rest: function(logits.to(torch.promote_types(logits.dtype, torch.float32)), *rest)
-
-
-@contextlib.contextmanager
-def _captured(module: Any) -> Iterator[list[torch.Tensor]]:
-    """Gather the last hidden states [1, n, d] that `module` gives out while the block runs."""
-    seen: list[torch.Tensor] = []
-
-    def keep(_: Any, __: Any, output: Any) -> None:
-        hidden = getattr(output, "last_hidden_state", None)
-        if isinstance(hidden, torch.Tensor):
-            seen.append(hidden.clone())
-
-    handle = module.register_forward_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def _layers(decoder: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the outermost members of lists of modules, by name; every module where there is no list."""
-    lists = [name for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)]
-    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
-    found = [
-        (f"{name}.{place}" if name else place, layer)
-        for name in outer
-        for place, layer in decoder.get_submodule(name).named_children()
-    ]
-    return found or [(name, module) for name, module in decoder.named_modules() if name]
-
-
-def _first_tensor(output: Any) -> torch.Tensor | None:
-    if isinstance(output, torch.Tensor):
-        return output
-    values = output if isinstance(output, tuple | list) else getattr(output, "values", tuple)()
-    return next((value for value in values if isinstance(value, torch.Tensor)), None)
-
-
-@contextlib.contextmanager
-def _recorded_layers(decoder: nn.Module) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Gather the layers' outputs in the order of their calls."""
-    seen: list[tuple[str, torch.Tensor]] = []
-
-    def keep(name: str, output: Any) -> None:
-        if (tensor := _first_tensor(output)) is not None:
-            seen.append((name, tensor.detach().clone()))
-
-    handles = [
-        layer.register_forward_hook(lambda _, __, output, name=name: keep(name, output))  # type: ignore[misc]
-        for name, layer in _layers(decoder)
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
-def _rounded_layers(decoder: nn.Module, unit: float) -> Iterator[None]:
-    """While the block runs, every number that a layer gives out is moved by `unit` of itself, up or down."""
-    generator = torch.Generator().manual_seed(0)
-
-    def shake(_: Any, __: Any, output: Any) -> Any:
-        tensor = _first_tensor(output)
-        if tensor is None or not tensor.is_floating_point():
-            return output
-        signs = torch.randint(0, 2, tensor.shape, generator=generator).mul_(2).sub_(1)
-        moved = tensor * (1 + unit * signs).to(tensor.device, tensor.dtype)
-        if tensor is output:
-            return moved
-        if isinstance(output, tuple):
-            return tuple(moved if value is tensor else value for value in output)
-        return output
-
-    handles = [layer.register_forward_hook(shake) for _, layer in _layers(decoder)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor[:, None]

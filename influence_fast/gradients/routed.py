@@ -61,10 +61,10 @@ class Routing:
 
     def pairs(self, reducer: Reducer) -> Pairs:
         """The experts and examples of the pack that `reducer` sums; the modules of one call share them."""
-        if self.positions != reducer.tokens:
+        if self.positions != reducer.cu_seqlens[-1]:
             raise ModelError(
-                f"routed experts were called with {self.positions} tokens of a pack of {reducer.tokens}; leave them "
-                "out of target_parameters"
+                f"routed experts were called with {self.positions} tokens of a pack of {reducer.cu_seqlens[-1]}; leave "
+                "them out of target_parameters"
             )
         if self._pairs is None:
             self._pairs = Pairs.of(self.counts, self.tokens, reducer.cu_seqlens)
@@ -81,14 +81,12 @@ class RoutedLinear:
         experts, rank = lora.experts, lora.rank
         self.a = lora.a.to(dtype).view(experts, rank, lora.d_in)
         self.b = lora.b.to(dtype).view(lora.d_out, rank, experts).permute(2, 0, 1).contiguous()  # [E, d_out, r]
-        self.columns = [rank]
         self.r_in, self.r_out = (
             lora.a.new_empty(lora.d_in, 0, dtype=dtype),
             lora.a.new_empty(lora.d_out, 0, dtype=dtype),
         )
         if reducer.projected:
             self.r_in, self.r_out = (one.to(dtype=dtype, device=lora.a.device) for one in reducer.columns(number))
-            self.columns = [rank + self.r_in.shape[1]]
 
     def forward(self, x: torch.Tensor, counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """y [S, d_out] and h [S, r] of routed tokens x [S, d_in]."""
@@ -134,6 +132,8 @@ class _RoutedProduct(torch.autograd.Function):
 class RoutedExperts:
     """An experts module whose fused parameters have LoRA; stands in for the forward of its outermost wrapper."""
 
+    packs = True  # whether it takes packs of several examples
+
     def __init__(self, numbers: Sequence[int], members: Sequence[LoraParameter], reducer: Reducer) -> None:
         self.module: Any = members[0].module
         self.layer: Any = outermost(members)
@@ -142,21 +142,15 @@ class RoutedExperts:
             member.parameter: RoutedLinear(number, member, reducer, bool(self.module.is_transposed))
             for number, member in zip(numbers, members, strict=True)
         }
-        self.anchor: torch.Tensor | None = None  # as of `InputGroup`
+        self.anchor: torch.Tensor | None = None  # of a step, as that of `InputGroup`
 
-    @property
-    def columns(self) -> list[int]:
-        """Numbers a routed token that each part keeps for the backward."""
-        return [column for part in self.parts.values() for column in part.columns]
+    def begin(self, anchor: torch.Tensor) -> None:
+        """A step comes, of that anchor."""
+        self.anchor = anchor
 
-    def begin(self) -> None:
-        """Do nothing: a step that failed leaves nothing behind."""
-
-    def forget(self) -> None:
-        """Do nothing: a call leaves nothing behind."""
-
-    def collect(self) -> None:
-        """Do nothing: the backward has added all."""
+    def finish(self) -> None:
+        """The step is over; its backward has added all to the reducer."""
+        self.anchor = None
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:

@@ -49,11 +49,6 @@ class Pairs:
         places = torch.arange(len(counts) * examples + 1, device=device)
         return cls(len(counts), examples, torch.searchsorted(pair, places).tolist(), device)
 
-    @classmethod
-    def of_one(cls, tokens: int, device: torch.device) -> Pairs:
-        """All tokens of one expert and of one example."""
-        return cls(1, 1, [0, tokens], device)
-
     @property
     def segments(self) -> Segments:
         """Pairs that have tokens, for the kernels."""
@@ -85,8 +80,7 @@ def add_routed(
     if reducer.projected:
         grad_a = _pair_sums(reducer, *a_side, pairs).mul_(scaling)  # [E, X, r, p]
         grad_b = _pair_sums(reducer, *b_side, pairs).mul_(scaling)  # [E, X, p, r]
-        grad_a = grad_a.transpose(0, 1).flatten(1, 2)
-        reducer.add_factors(number, 0, grad_a, grad_b.permute(1, 2, 3, 0).flatten(2))
+        reducer.add_factors(number, 0, [grad_a.transpose(0, 1).flatten(1, 2), grad_b.permute(1, 2, 3, 0).flatten(2)])
         return
     (u, x), (g, h) = (tuple(side.to(reducer.dtype) for side in sides) for sides in (a_side, b_side))
     for example in range(pairs.examples):  # whose factors' gradients alone are in memory
@@ -96,7 +90,7 @@ def add_routed(
             torch.mm(u[rows].T, x[rows], out=grad_a[expert])
             grad_b[:, :, expert] = g[rows].T @ h[rows]
         grad_a, grad_b = grad_a.flatten(0, 1).mul_(scaling), grad_b.flatten(1).mul_(scaling)
-        reducer.add_factors(number, example, grad_a[None], grad_b[None])
+        reducer.add_factors(number, example, [grad_a[None], grad_b[None]])
 
 
 def _pair_sums(reducer: Reducer, left: torch.Tensor, right: torch.Tensor, pairs: Pairs) -> torch.Tensor:

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import example_name
 from influence_fast.errors import DataError, NumericError, listing
 from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.factors import Block, Side, tokens_of
 from influence_fast.gradients.lora import LayoutEntry, LoraLinear, layout_width
 from influence_fast.gradients.per_example import compare_once, packs_for
 from influence_fast.gradients.reduction import Reducer, pack_segments
@@ -41,7 +43,7 @@ _RIDING = 4
 
 def stream_influence(
     model: nn.Module,
-    examples: Sequence[Mapping[str, Any]],
+    examples: Held,
     query_gradients: torch.Tensor,
     *,
     loss_reduction: str = "mean",
@@ -76,6 +78,7 @@ def stream_influence(
     def reducer(linears: list[LoraLinear], layout: list[LayoutEntry]) -> Reducer:
         return StreamReducer(linears, layout, query_gradients)
 
+    examples = as_examples(examples)
     with GradientEngine(model, None, loss_reduction, backend, reducer=reducer, precision=precision) as engine:
         scores = torch.empty(len(examples), engine.width, dtype=engine.reducer.dtype, device=engine.device)
         places = list(range(len(examples)))
@@ -138,8 +141,11 @@ class StreamReducer(Reducer):
             raise NumericError(
                 f"query gradients: NaN or infinite numbers in row {listing(map(str, bad))}; leave these queries out"
             )
-        self._wide = linears[0].weight.dtype in (torch.float32, torch.float64)
-        self._rank = max(linear.r for linear in linears)
+        self._wide = linears[0].dtype in (torch.float32, torch.float64)
+        factors = [block.factor for blocks in self.blocks for block in blocks]
+        self._rank = max(factor.short for factor in factors)
+        # A factor of no short side has nothing to ride on: its columns would be q times the layer's own product.
+        self._formed = any(factor.whole for factor in factors)
         self._token_scores = torch.empty(0)  # [T, q], while queries ride
         self._scores = torch.empty(0)  # [E, q], of all else
         self._some_segments: dict[tuple[int, int], Segments] = {}
@@ -151,6 +157,8 @@ class StreamReducer(Reducer):
     @property
     def way(self) -> str:
         """How the queries are multiplied: "ride", "kernel" or "form"."""
+        if self._formed:
+            return "form"
         if self.triton:
             return "kernel" if self.width * self._rank <= _KERNEL_COLUMNS else "form"
         return "ride" if self._wide and self.width <= _RIDING else "form"
@@ -166,8 +174,14 @@ class StreamReducer(Reducer):
     def columns(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.way != "ride":
             return super().columns(number)
-        m_a, m_b = (self._side(number, side).flatten(0, 1).T for side in (0, 1))
-        return m_a, m_b  # [d_in, q r], [d_out, q r]
+        linear = self.linears[number]
+        into, out_of = [self.queries.new_empty(linear.d_in, 0)], [self.queries.new_empty(linear.d_out, 0)]
+        for block in self.blocks[number]:
+            if block.factor.right is Side.WIDE:
+                into.append(self._long_last(block).flatten(0, 1).T)
+            elif block.factor.left is Side.WIDE:
+                out_of.append(self._long_last(block).flatten(0, 1).T)
+        return torch.cat(into, dim=1), torch.cat(out_of, dim=1)  # of LoRA: [d_in, q r], [d_out, q r]
 
     def begin(self, cu_seqlens: list[int] | None, segments: Segments | None = None) -> None:
         super().begin(cu_seqlens, segments)
@@ -184,24 +198,23 @@ class StreamReducer(Reducer):
         g: torch.Tensor,
         tokens: torch.Tensor | None,
     ) -> None:
-        r, scaling = self.linears[number].r, self.linears[number].scaling
-        h, u = kept[:, :r], out_of[:, :r]
+        if self.way == "ride":
+            self._ride(self.blocks[number], kept, out_of)
+            return
         if self.triton and tokens is not None:
             tokens, g = tokens.contiguous(), g.contiguous()
-        if tokens is None:
-            self._contract(u, kept[:, r:], scaling)
-            self._contract(h, out_of[:, r:], scaling)
-        elif self.way == "kernel":
-            self._launch(tokens, u, self._side(number, 0), scaling)
-            self._launch(g, h, self._side(number, 1), scaling)
-        else:
-            self._form(u, tokens, self._block(number, 0), scaling)
-            self._form(g, h, self._block(number, 1), scaling)
+        for block in self.blocks[number]:
+            factor = block.factor
+            left, right = tokens_of(factor.left, out_of, g), tokens_of(factor.right, kept, tokens)
+            if self.way == "form":
+                self._form(left, right, self.queries[:, block.columns], factor.scale)
+                continue
+            long, short = (left, right) if factor.left_is_long else (right, left)
+            self._launch(long, short, self._long_last(block), factor.scale)
 
-    def add_factors(self, number: int, first: int, grad_a: torch.Tensor, grad_b: torch.Tensor) -> None:
-        scores = self._scores[first : first + len(grad_a)]
-        for side, grads in enumerate((grad_a, grad_b)):
-            scores += grads.flatten(1) @ self._block(number, side).T
+    def add_factors(self, number: int, first: int, grads: Sequence[torch.Tensor]) -> None:
+        for block, grad in zip(self.blocks[number], grads, strict=True):
+            self._scores[first : first + len(grad)] += grad.flatten(1) @ self.queries[:, block.columns].T
 
     def finish(self) -> torch.Tensor:
         if self.needs_input:
@@ -209,14 +222,29 @@ class StreamReducer(Reducer):
         riding = [self._token_scores[start:end].sum(dim=0) for start, end in pairwise(self.cu_seqlens)]
         return torch.stack(riding).add_(self._scores)
 
-    def _block(self, number: int, side: int) -> torch.Tensor:
-        """One factor of every query as it lies in their rows: [q, r d], a view."""
-        return self.queries[:, self.layout[2 * number + side].columns]
-
-    def _side(self, number: int, side: int) -> torch.Tensor:
+    def _long_last(self, block: Block) -> torch.Tensor:
         """A factor of every query with its long side last: [q, r, d], a view."""
-        factor = self._block(number, side).unflatten(1, self.layout[2 * number + side].shape)
-        return factor if side == 0 else factor.transpose(1, 2)
+        factor = self.queries[:, block.columns].unflatten(1, block.factor.shape)
+        return factor.transpose(1, 2) if block.factor.left_is_long else factor
+
+    def _ride(self, blocks: list[Block], kept: torch.Tensor, out_of: torch.Tensor) -> None:
+        """Add a module's token scores; the columns that `columns` gave are the last of `kept` and of `out_of`."""
+        q = self.width
+        before = kept.shape[1] - q * sum(b.factor.short for b in blocks if b.factor.right is Side.WIDE)
+        behind = out_of.shape[1] - q * sum(b.factor.short for b in blocks if b.factor.left is Side.WIDE)
+        for block in blocks:
+            factor = block.factor
+            if factor.right is Side.WIDE:
+                short, long = tokens_of(factor.left, out_of), kept[:, before : before + q * factor.short]
+                before += q * factor.short
+            elif factor.left is Side.WIDE:
+                short, long = tokens_of(factor.right, kept), out_of[:, behind : behind + q * factor.short]
+                behind += q * factor.short
+            else:
+                left, right = tokens_of(factor.left, out_of), tokens_of(factor.right, kept)
+                short, long = (right, left) if factor.left_is_long else (left, right)
+                long = long @ self._long_last(block).flatten(0, 1).T
+            self._contract(short, long, factor.scale)
 
     def _segments_of(self, first: int, stop: int) -> Segments:
         """What the kernels need to know of examples `first` to `stop`; most modules of a pack share it."""

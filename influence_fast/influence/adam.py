@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from influence_fast.data.adapter_names import plain_name
 from influence_fast.errors import ConfigError, ModelError, one_line
+from influence_fast.gradients.factors import projected_axes
 from influence_fast.gradients.lora import LayoutEntry, in_top_layers
 from influence_fast.gradients.projection import Projection, row_name, sjlt_map
 from influence_fast.guards import reading
@@ -190,14 +191,11 @@ def _saved_factors(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _projected(moment: torch.Tensor, entry: LayoutEntry, projection: Projection) -> torch.Tensor:
     """v' of one factor after the side projections, whose entries all have the square 1 / p."""
-    p = projection.dim
-    if projection.flat:
+    axes = [axis for axis, projected in enumerate(projected_axes(entry.factor, projection)) if projected]
+    if not axes:
         return moment
-    if projection.kind == "kron":
-        return (moment.sum() / p**2).expand(p, p)
-    if entry.factor == "lora_A":
-        return moment.sum(dim=1, keepdim=True).div(p).expand(-1, p)  # (r, p)
-    return moment.sum(dim=0, keepdim=True).div(p).expand(p, -1)  # (p, r)
+    shape = [projection.dim if axis in axes else -1 for axis in range(moment.dim())]
+    return moment.sum(dim=axes, keepdim=True).div(projection.dim ** len(axes)).expand(shape)
 
 
 def _sketched(

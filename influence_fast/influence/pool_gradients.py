@@ -13,6 +13,7 @@ import torch
 
 from influence_fast.atomic import beside
 from influence_fast.data.fingerprints import dataset_fingerprint
+from influence_fast.data.held import Held
 from influence_fast.data.packing import teaches
 from influence_fast.errors import StoreError
 from influence_fast.gradients.fisher_labels import sample_labels
@@ -95,10 +96,10 @@ def pool_gradients(
     return PoolGradients(store, rows, fisher, moments)
 
 
-def query_gradients(
-    store: Store, model: Any, queries: Sequence[dict[str, Any]], *, max_tokens: int | None = None
-) -> torch.Tensor:
-    """[Q, k] fp32 on the host: gradients of tokenized examples, made as the store's rows were.
+def query_gradients(store: Store, model: Any, queries: Held, *, max_tokens: int | None = None) -> torch.Tensor:
+    """Return gradients of tokenized examples, [Q, k] fp32 on the host, made as the store's rows were.
+
+    `queries` as the examples of `per_example_gradients`.
 
     Projection (a fitted sketch included), loss reduction and precision are the store's. Raises StoreError where the
     model or its adapter is not the store's: their gradients would have the same width, and mean something else.

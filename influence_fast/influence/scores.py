@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from influence_fast.atomic import replacing
-from influence_fast.errors import DataError, one_line
+from influence_fast.errors import DataError, did_you_mean, one_line
 from influence_fast.guards import check_no_pipe, reading
 
 FINGERPRINT = "fingerprint"  # the text column that holds `text_fingerprint` of each row's example
@@ -24,7 +24,7 @@ def check_format(path: str | Path) -> None:
         raise DataError(f"{path}: a score table is written as .parquet or .csv")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ScoreTable:
     """`ids` in the data's order, float64 `columns` and text columns (`texts`) of the same length.
 
@@ -44,6 +44,47 @@ class ScoreTable:
         for name, column in (self.columns | self.texts).items():
             if len(column) != len(self.ids):
                 raise DataError(f"score column {name!r} has {len(column)} rows for {len(self.ids)} examples")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __bool__(self) -> bool:
+        return True  # a table of no rows is still a table
+
+    def __repr__(self) -> str:
+        return f"ScoreTable({len(self):,} rows: {', '.join(['id', *self.columns, *self.texts])})"
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """Return the column of that name, [N]: float64, or texts as objects (`id` too). Raises DataError where it is
+        not there."""
+        if name in self.columns:
+            return self.columns[name]
+        texts = {"id": self.ids, **self.texts}
+        if name not in texts:
+            raise DataError(f"no score column {name!r}; {did_you_mean(str(name), [*self.columns, *texts])}")
+        return np.array(texts[name], dtype=object)
+
+    def sort(self, by: str, *, ascending: bool = False) -> ScoreTable:
+        """Return a copy in the order of a column, largest first; equal rows keep their order, NaN comes last.
+
+        Raises DataError where the table has no such column.
+        """
+        column = self[by]
+        if column.dtype == object:
+            order = np.array(sorted(range(len(self)), key=lambda row: column[row], reverse=not ascending), np.int64)
+        else:
+            order = np.argsort(column if ascending else -column, kind="stable")
+        return ScoreTable(
+            [self.ids[row] for row in order],
+            {name: column[order] for name, column in self.columns.items()},
+            {name: [text[row] for row in order] for name, text in self.texts.items()},
+        )
+
+    def to_pandas(self) -> Any:
+        """Return a `pandas.DataFrame` with the ids as its index."""
+        import pandas as pd
+
+        return pd.DataFrame({**self.columns, **self.texts}, index=pd.Index(self.ids, name="id"))
 
     def with_columns(
         self, columns: Mapping[str, np.ndarray], *, texts: Mapping[str, list[str]] | None = None

@@ -16,6 +16,7 @@ from torch import nn
 
 import influence_fast
 from influence_fast.data.fingerprints import dataset_fingerprint, tokenizer_hash, weight_hashes
+from influence_fast.data.held import Held, as_examples
 from influence_fast.errors import ConfigError, DataError, NumericError, did_you_mean, listing
 from influence_fast.gradients.fp8 import AUTO, check_precision
 from influence_fast.gradients.projection import Projection
@@ -81,7 +82,7 @@ def build_store(
     path: str | Path,
     model: nn.Module,
     tokenizer: Any,
-    dataset: Sequence[Example | Mapping[str, Any]],
+    dataset: Sequence[Example] | Held,
     *,
     projection: Projection | None,
     dtype: str = "bf16",
@@ -107,7 +108,8 @@ def build_store(
             `merge_stores`, `append_store`) of stores of its pieces, in its order.
         model: a LoRA model (peft).
         tokenizer: the model's own; None when `dataset` is tokenized already.
-        dataset: `data.Example`s, or tokenized examples `{"id", "input_ids", "labels"}`; ids must be unique.
+        dataset: `data.Example`s; or tokenized examples `{"id", "input_ids", "labels"}` in any form that
+            `data.held.as_examples` takes. Ids must be unique; rows without one get their place.
         projection: how a gradient becomes a row; None for exact gradients. A sketch that was fitted is kept in the
             store.
         dtype: "fp32", "bf16" or "int8" (nearest rounding, an fp32 scale a row).
@@ -156,7 +158,7 @@ def build_store(
         gradients=gradients,
     )
     store = writer.finalize()
-    warn_of_set_aside(store, len(dataset))
+    warn_of_set_aside(store, sum(part.examples for part in writer.manifest.parts))
     return store
 
 
@@ -164,7 +166,7 @@ def build_shards(
     path: str | Path,
     model: nn.Module,
     tokenizer: Any,
-    dataset: Sequence[Example | Mapping[str, Any]],
+    dataset: Sequence[Example] | Held,
     *,
     projection: Projection | None,
     dtype: str = "bf16",
@@ -198,6 +200,7 @@ def build_shards(
     check_precision(precision)
     if gradients is not None and precision != AUTO:
         raise ConfigError(f"precision: {precision!r} is for rows made here, not for another source; leave it at 'auto'")
+    dataset = _held(dataset)
     survey = Survey.of(dataset)
     if shard_rows is None and resume and (Path(path) / MANIFEST_NAME).exists():
         shard_rows = Manifest.load(Path(path)).parts[0].shard_rows  # how rows are cut changes none of them
@@ -260,6 +263,13 @@ def build_shards(
                     tokens=dataset_fingerprint(examples[i] for i in kept),
                 )
     return writer
+
+
+def _held(dataset: Any) -> Sequence[Any]:
+    """Return a dataset of texts as it is, tokenized examples in the one form."""
+    if isinstance(dataset, Sequence) and len(dataset) > 0 and not isinstance(dataset[0], Mapping):
+        return dataset
+    return as_examples(dataset, numbered=True)
 
 
 def warn_of_set_aside(store: Store, examples: int) -> None:

@@ -72,6 +72,47 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, rows={len(self)}, width={self.width}, dtype={self.dtype!r})"
 
+    def __getitem__(self, key: str | slice | int | Sequence[int] | Sequence[str] | np.ndarray) -> torch.Tensor:
+        """Return the row of an id or a place, (width,) fp32; for a slice, a list of either or a mask, (n, width).
+
+        Raises StoreError for an id or a place that the store does not have.
+        """
+        if isinstance(key, str):
+            return self.rows(self.positions([key]))[0]
+        if isinstance(key, Sequence) and key and all(isinstance(item, str) for item in key):
+            return self.rows(self.positions([str(item) for item in key]))
+        rows = self.rows(key)  # type: ignore[arg-type]  # no ids any more
+        return rows[0] if isinstance(key, int | np.integer) else rows
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yield the rows in order, (width,) fp32 each, a block of them in memory at a time."""
+        for _, raw, scales in self.blocks():
+            yield from dequantize(raw, scales)
+
+    def __contains__(self, name: object) -> bool:
+        """Tell whether the store has a row for an id."""
+        return name in self._place_of
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return all rows, (N, width) float32 or `dtype`; always a copy (`blocks` gives them without one)."""
+        if copy is False:
+            raise ValueError(f"{self.path}: rows on disk become an array by a copy alone; leave copy=False out")
+        rows = self.rows().numpy()
+        return rows if dtype is None else rows.astype(dtype)
+
+    def to_dataset(self) -> Any:
+        """Return the rows as a `datasets.Dataset`: `id`, `gradient` (float32) and, where known, `loss`."""
+        from influence_fast.store.exports import as_dataset
+
+        return as_dataset(self)
+
+    def to_safetensors(self, path: str | Path) -> None:
+        """Write the rows as they are stored to a safetensors file: `rows`, `scales`, `losses`, and the ids (JSON) in
+        its metadata."""
+        from influence_fast.store.exports import save_safetensors
+
+        save_safetensors(self, Path(path))
+
     @property
     def width(self) -> int:
         """Numbers in a row."""

@@ -133,7 +133,8 @@ def tokenized(
             if max_length is not None and tokens > max_length and not truncate:
                 set_aside[example["id"]] = f"too long: {tokens} tokens, the limit is {max_length}"
                 continue
-            cut = {name: torch.as_tensor(example[name])[:max_length] for name in ("input_ids", "labels")}
+            aligned = [name for name in ("input_ids", "labels", "weights") if name in example]
+            cut = {name: torch.as_tensor(example[name])[:max_length] for name in aligned}
             examples.append({**example, **cut})
     for example in examples:
         if not teaches(example["labels"]):

@@ -14,7 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from varlen import varlen_attn
 
 import influence_fast as inf
-from influence_fast.gradients import attention, graphs
+from influence_fast.gradients import attention, graphs, opened
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.per_example import packs_for
 from influence_fast.gradients.streaming import StreamReducer
@@ -68,7 +68,7 @@ def main() -> None:
     found = {}
     with (
         mock.patch.object(graphs, "CudaRecorder", recorder),
-        mock.patch.object(GradientEngine, "_not_recordable", return_value=""),
+        mock.patch.object(opened, "not_recordable", return_value=""),
         mock.patch.object(attention, "_has_varlen", return_value=True),
         mock.patch.object(attention, "varlen_attention", return_value=causal),
         mock.patch.dict(Segments.from_lengths.__func__.__kwdefaults__, chunk=16),  # so that examples are split

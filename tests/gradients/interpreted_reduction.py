@@ -6,6 +6,7 @@ import json
 from itertools import accumulate
 from typing import Any
 
+import factor_cases
 import torch
 from interpreted_rounding import round_as_cards_do
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 import influence_fast as inf
 from influence_fast.gradients.lora import LoraLinear, layout_of
-from influence_fast.gradients.reduction import FullReducer
+from influence_fast.gradients.reduction import FullReducer, ProjectedReducer
+from influence_fast.gradients.streaming import StreamReducer
 from influence_fast.kernels import project_flat
 
 SHAPES = ((50, 40, 20), (24, 70, 4), (7, 5, 1))  # (d_in, d_out, r)
@@ -94,6 +96,35 @@ def largest(projection: inf.Projection, triton: bool) -> int:
     return seen.numbers
 
 
+def other_factors() -> dict[str, float]:
+    """Errors of modules of one and four factors by the kernels, each called once, against explicit matrices."""
+    errors = {}
+
+    def compare(case: str, kept: list[int], make: Any, projection: inf.Projection | None = None) -> None:
+        modules = factor_cases.make_modules(torch.float32)
+        calls = factor_cases.make_calls(modules, torch.float32)[:-1]
+        calls = [(kept.index(n), *rest) for n, *rest in calls if n in kept]
+        modules = [modules[n] for n in kept]
+        expected = factor_cases.projected_rows(modules, factor_cases.exact_rows(modules, calls), projection)
+        reducer = make(modules, layout_of(modules, projection), projection)
+        reducer.triton = True
+        if isinstance(reducer, StreamReducer):
+            assert reducer.way == "kernel"
+            expected = expected @ reducer.queries.double().T
+        found = factor_cases.run(reducer, calls)
+        errors[case] = float((found - expected).norm() / expected.norm())
+
+    def streamed(modules: Any, layout: Any, projection: None) -> StreamReducer:
+        generator = torch.Generator().manual_seed(1)
+        return StreamReducer(modules, layout, torch.randn(2, layout[-1].columns.stop, generator=generator))
+
+    compare("one_sided", [0, 2, 4], ProjectedReducer, factor_cases.PROJECTIONS["one_sided"])  # two of one shape
+    compare("exact", [0, 2], FullReducer)
+    compare("sjlt", [0, 2], FullReducer, factor_cases.PROJECTIONS["sjlt"])
+    compare("stream", [0], streamed)
+    return errors
+
+
 def main() -> None:
     round_as_cards_do()
     project_flat.SLAB = SLAB
@@ -111,7 +142,7 @@ def main() -> None:
     flat = {name: projection for name, projection in PROJECTIONS.items() if projection is not None}
     held = {name: [largest(projection, triton) for triton in (True, False)] for name, projection in flat.items()}
     d_in, d_out, r = SHAPES[0]
-    print(json.dumps({"errors": errors, "held": held, "factor": r * min(d_in, d_out)}))
+    print(json.dumps({"errors": errors, "held": held, "factor": r * min(d_in, d_out), "others": other_factors()}))
 
 
 if __name__ == "__main__":

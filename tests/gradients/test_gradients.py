@@ -562,10 +562,10 @@ def test_lora_that_was_injected_without_peft_models_is_found(tiny_model: Any) ->
 
 def test_what_is_no_tokens_is_named(tiny_lora: Any) -> None:
     model, ids = tiny_lora(), [1, 2, 3]
-    with pytest.raises(DataError, match="input_ids is a list; give a 1-D int tensor"):
-        inf.per_example_gradients(model, [{"input_ids": ids, "labels": ids}])
+    with pytest.raises(DataError, match="input_ids is no list of whole numbers; give a 1-D int tensor"):
+        inf.per_example_gradients(model, [{"input_ids": "text", "labels": ids}])
     with pytest.raises(DataError, match=r"examples\[0\] is a Example, not tokens: give inf.tokenize"):
-        inf.per_example_gradients(model, [inf.Example("a", "b", "c")])  # type: ignore[list-item]
+        inf.per_example_gradients(model, [inf.Example("a", "b", "c")])
     tokens = {"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)}
     with pytest.raises(ConfigError, match="max_tokens is 0"):
         inf.per_example_gradients(model, [tokens], max_tokens=0)

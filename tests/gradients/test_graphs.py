@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 from unittest import mock
@@ -18,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 import influence_fast as inf
 from influence_fast.data.packing import Pack, pack_examples
 from influence_fast.errors import ConfigError, say_once
-from influence_fast.gradients import attention, graphs
+from influence_fast.gradients import attention, graphs, opened
 from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.step import hidden_of
 from influence_fast.gradients.step_inputs import StepInputs, StepShape
 from influence_fast.kernels.runtime import recording
 from influence_fast.kernels.segments import CHUNK, Segments
@@ -254,7 +256,7 @@ def test_they_are_on_where_they_can_be_and_nothing_is_said_where_not(
     model = tiny_lora()
     with GradientEngine(model, None) as engine:
         assert engine.cuda_graphs is False
-    monkeypatch.setattr(GradientEngine, "_not_recordable", lambda self: "")
+    monkeypatch.setattr(opened, "not_recordable", lambda *_: "")
     assert GradientEngine(model, None).cuda_graphs is True
     with GradientEngine(model, None) as engine:  # attention runs an example at a time here
         assert engine.cuda_graphs is False
@@ -270,7 +272,7 @@ def test_models_that_no_recording_can_have_are_named(
     model.gradient_checkpointing_enable()
     with pytest.raises(ConfigError, match="gradient checkpointing switched on"):
         GradientEngine(model, None, cuda_graphs=True)
-    monkeypatch.setattr(GradientEngine, "_not_recordable", lambda self: "")
+    monkeypatch.setattr(opened, "not_recordable", lambda *_: "")
     model = tiny_lora()
     layers = model.get_base_model().model.layers
     layers[1] = layers[0]
@@ -293,10 +295,10 @@ def test_a_pack_is_padded_whether_it_may_be_recorded_or_not(tiny_lora: Callable[
         return torch.arange(2.0 * shape.examples).view(-1, 2), torch.arange(float(shape.examples))
 
     with GradientEngine(tiny_lora(), None, backend="torch") as engine:
-        engine._layers = engine._layers or list(engine.base.model.layers)
-        kept = engine._kept(shape.tokens)
+        model = replace(engine.opened, recomputable=list(engine.base.model.layers))
+        kept = model.kept_bytes(shape.tokens)
         assert kept is not None
-        engine.room = int((2.1 if twice else 1.1) * kept / 0.8)
+        engine._opened = replace(model, room=int((2.1 if twice else 1.1) * kept / 0.8))
         engine._step = step  # type: ignore[method-assign]
         engine._graphs = graphs.StepGraphs(step, CPU, TapeRecorder())
         rows, losses = engine.run(pack)
@@ -308,7 +310,7 @@ def test_a_pack_is_padded_whether_it_may_be_recorded_or_not(tiny_lora: Callable[
 def test_attention_that_runs_an_example_at_a_time_cannot_be_recorded(
     tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(GradientEngine, "_not_recordable", lambda self: "")
+    monkeypatch.setattr(opened, "not_recordable", lambda *_: "")
     with (
         pytest.raises(ConfigError, match="attention runs an example at a time"),
         GradientEngine(tiny_lora(), None, backend="torch", cuda_graphs=True),
@@ -397,8 +399,8 @@ def test_a_padded_pack_has_the_hidden_states_of_the_pack(tiny_lora: Callable[...
             inputs = engine._inputs(pack, StepShape.of(pack))
             bounds = _without_empty(inputs.tokens.bounds.tolist())
             tokens = attention.PackedTokens(*inputs.tokens.tensors, inputs.tokens.longest, bounds)
-            padded = engine._hidden(StepInputs(tokens, *inputs.tensors[3:7], None))[0]
-            plain = engine._hidden(engine._inputs(pack))[0]
+            padded = hidden_of(engine.opened, StepInputs(tokens, *inputs.tensors[3:7], None))[0]
+            plain = hidden_of(engine.opened, engine._inputs(pack))[0]
         torch.testing.assert_close(padded[: len(plain)], plain)
 
 

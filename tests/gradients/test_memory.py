@@ -188,8 +188,8 @@ def test_the_factors_are_those_of_the_engine(tiny_lora: Callable[..., Any]) -> N
     weights, factors = memory.throughout.values()
     assert weights == 2 * parameters
     with GradientEngine(model, inf.Projection(dim=8), backend="torch") as engine:
-        kept = [g.forward_weight.nbytes + sum(b.nbytes for b in g.backward_weights) for g in engine._groups]
-        kept += [g.factors_a.nbytes for g in engine._groups if len(g.members) > 1]  # else a view
+        kept = [g.forward_weight.nbytes + sum(b.nbytes for b in g.backward_weights) for g in engine.opened.groups]
+        kept += [g.factors_a.nbytes for g in engine.opened.groups if len(g.members) > 1]  # else a view
         lora = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
         assert factors == sum(kept) + lora
 
@@ -265,7 +265,7 @@ def test_a_pack_that_would_not_fit_is_computed_again_with_the_same_bits(
     handle = model.get_base_model().model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
 
     def run(tokens: int, free: int | None) -> tuple[torch.Tensor, int]:
-        monkeypatch.setattr("influence_fast.gradients.engine._free_bytes", lambda device: free)
+        monkeypatch.setattr("influence_fast.gradients.opened.free_bytes", lambda device: free)
         (pack,) = pack_examples([{"input_ids": ids[:tokens], "labels": ids[:tokens]}], tokens)
         with GradientEngine(model, projection) as engine:
             calls.clear()
@@ -291,7 +291,7 @@ def test_what_the_kernels_keep_decides_whether_a_pack_overflows(
     layer = layer_bytes(base.config, columns=12, fused_norms=True, fused_mlp=activation == "silu")
     assert layer < layer_bytes(base.config, columns=12)
     room = int(300 * layer * len(base.model.layers) / 0.8) + 1
-    monkeypatch.setattr("influence_fast.gradients.engine._free_bytes", lambda device: room)
+    monkeypatch.setattr("influence_fast.gradients.opened.free_bytes", lambda device: room)
     with runtime.recording(), GradientEngine(model, inf.Projection(dim=8), backend="triton") as engine:
         assert (engine.overflows(300), engine.overflows(301)) == (False, True)
 

@@ -24,6 +24,12 @@ def test_exact_and_flat_rows_on_the_kernels_are_those_of_torch(found: dict[str, 
         assert error < 1e-5, case
 
 
+def test_modules_of_other_factors_on_the_kernels(found: dict[str, Any]) -> None:
+    assert len(found["others"]) == 4
+    for case, error in found["others"].items():
+        assert error < 1e-5, case
+
+
 @pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
 def test_a_flat_row_on_the_kernels_never_holds_an_exact_factor(found: dict[str, Any], kind: str) -> None:
     triton, torch = found["held"][kind]

@@ -12,7 +12,8 @@ from benches.model_zoo import by_autograd, examples_for, rows_against_autograd, 
 from influence_fast.errors import ModelError
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.per_example import iter_gradient_rows
-from influence_fast.gradients.referee import Referee, limits
+from influence_fast.gradients.probe_texts import limits
+from influence_fast.gradients.referee import Referee
 
 # Model type -> targets, and how it is called: in packs, alone, or with its own attention.
 EXACT = {
@@ -107,7 +108,7 @@ def test_the_first_pack_is_compared_and_its_examples_are_named() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_of_a_long_example_the_beginning_is_compared(monkeypatch: pytest.MonkeyPatch, reduction: str) -> None:
-    monkeypatch.setattr("influence_fast.gradients.engine._COMPARED_TOKENS", 30)
+    monkeypatch.setattr("influence_fast.gradients.comparison.COMPARED_TOKENS", 30)
     model = with_adapter(tiny("llama"))
     mlp = model.get_base_model().model.layers[1].mlp
     examples = examples_for(model, (50, 40))

@@ -272,11 +272,11 @@ def test_bad_input_is_named(tmp_path: Path, model: Any, tiny_model: Callable[...
     examples = make_examples(4)
     with pytest.raises(StoreError, match="more than once: e1"):
         build(tmp_path / "s", model, [*examples, examples[1]])
-    with pytest.raises(DataError, match=r"dataset\[0\]: its id must be a string, not 7"):
-        build(tmp_path / "s", model, [{**examples[0], "id": 7}])
-    with pytest.raises(DataError, match=r"dataset\[1\]: a tokenized example is"):
+    with pytest.raises(DataError, match=r"dataset\[0\]: its id must be a string, not 7.5"):
+        build(tmp_path / "s", model, [{**examples[0], "id": 7.5}])
+    with pytest.raises(DataError, match=r"examples\[1\]: no 'labels'"):
         build(tmp_path / "s", model, [examples[0], {"input_ids": examples[1]["input_ids"]}])
-    with pytest.raises(DataError, match=r"dataset\[1\]: texts and tokenized"):
+    with pytest.raises(DataError, match=r"examples\[1\] is a Example, not tokens"):
         build(tmp_path / "s", model, [examples[0], Example("a", "b", "c")])
     with pytest.raises(ConfigError, match="unknown store dtype"):
         build(tmp_path / "s", model, examples, dtype="float32")

@@ -1,0 +1,69 @@
+"""Freeze a model while it is open, and have its layers recomputed in the backward; everything is put back."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from influence_fast.gradients.fused_layers import overridden
+
+
+@contextlib.contextmanager
+def recomputing(layers: Sequence[Any]) -> Iterator[None]:
+    """While the block runs, `layers` (of `OpenedModel.recomputable`) are recomputed in the backward."""
+    try:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = True
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = False
+
+
+@contextlib.contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """While the block runs, dropout is off and no parameter of the model asks for a gradient."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    training = {module: module.training for module in model.modules()}
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for module in model.modules():
+            # such a layer recomputes only while training; its own flag touches nothing else
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = bool(getattr(module, "gradient_checkpointing", False))
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+        for module, flag in training.items():
+            module.training = flag
+
+
+def recomputes(base: Any) -> bool:
+    """Tell whether the model has its own gradient checkpointing switched on."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+
+
+@contextlib.contextmanager
+def recomputable_layers(base: Any) -> Iterator[list[Any]]:
+    """Yield the layers that `recomputing` can switch; none where the model does so already, or cannot."""
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if recomputes(base) or not getattr(base, "supports_gradient_checkpointing", False):
+        yield []
+        return
+    # Set here and not by the model's own switch, which would make the embedding's output ask for a gradient too and
+    # leave that behind. Nothing is random with dropout off.
+    how = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(overridden(layer, "_gradient_checkpointing_func", how))
+        yield layers
