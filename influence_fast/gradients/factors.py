@@ -95,7 +95,6 @@ class Factor:
         """Columns of the other side than the long one."""
         return self.shape[1] if self.left_is_long else self.shape[0]
 
-
     def sum(
         self,
         kept: torch.Tensor,  # [n, c_in] of the forward

@@ -234,13 +234,11 @@ def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
         raise ModelError(f"{name}: lora_bias=True is not supported; train the adapter without it")
     if layer.merged:
         raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
-    if isinstance(layer, ParamWrapper) or isinstance(layer.base_layer, ParamWrapper):
-        if _is_weight(layer):
-            return _linear_of(name, layer, adapter)
-        from influence_fast.gradients.lora_parameters import parameter_of
+    if not isinstance(layer, ParamWrapper) or _is_weight(layer):
+        return _linear_of(name, layer, adapter)
+    from influence_fast.gradients.lora_parameters import parameter_of
 
-        return parameter_of(name, layer, adapter)
-    return _linear_of(name, layer, adapter)
+    return parameter_of(name, layer, adapter)
 
 
 def _is_weight(layer: Any) -> bool:

@@ -52,19 +52,8 @@ class LoraParameter(LoraLinear):
 def parameter_of(name: str, layer: Any, adapter: str) -> LoraParameter:
     """Describe the wrapper `layer` of a parameter under its active adapter.
 
-    Raises ModelError where the wrapped module has LoRA of its own, or the parameter is spread over processes.
+    Raises ModelError where the parameter is spread over processes.
     """
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora.layer import ParamWrapper
-
-    wrappers = [layer]
-    while isinstance(wrappers[-1].base_layer, LoraLayer):
-        wrappers.append(wrappers[-1].base_layer)
-    if not all(isinstance(one, ParamWrapper) for one in wrappers):
-        raise ModelError(
-            f"{name}: the adapter changes this module both through target_modules and through target_parameters; "
-            "leave it out of one of them"
-        )
     weight = layer.get_param()
     if hasattr(weight, "full_tensor"):  # a DTensor
         raise ModelError(
