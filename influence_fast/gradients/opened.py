@@ -20,7 +20,7 @@ from torch import nn
 from influence_fast.data.packing import Pack, text_config
 from influence_fast.errors import ConfigError, ModelError, listing, say_once
 from influence_fast.gradients import attention, fp8
-from influence_fast.gradients.autograd_parameters import Part, parameter_parts
+from influence_fast.gradients.autograd_parameters import AutogradParameters, Part, SplitModule, parameter_parts
 from influence_fast.gradients.frozen import frozen, recomputable_layers, recomputes
 from influence_fast.gradients.fused_layers import Fused, fused
 from influence_fast.gradients.input_groups import InputGroup, replaced_forward
@@ -29,6 +29,7 @@ from influence_fast.gradients.lora_parameters import LoraParameter
 from influence_fast.gradients.memory import layer_bytes
 from influence_fast.gradients.reduction import Reducer
 from influence_fast.gradients.referee import Referee, decoder_of
+from influence_fast.gradients.routed import RoutedExperts
 from influence_fast.gradients.routed_modules import routed_modules
 from influence_fast.gradients.separation import Separation
 from influence_fast.gradients.tolerance import Tolerance
@@ -187,8 +188,7 @@ def open_model(
         parameters = parameter_parts(members, calls, reducer)
         for part in parameters:
             stack.enter_context(part.opened())
-        if not all(part.packs for part in parameters):
-            mode = replace(mode, apart=False)
+        mode = _heed_parameters(parameters, mode)
         for group in groups:
             for place, member in enumerate(group.members):
                 stack.enter_context(replaced_forward(member.layer, group, place))
@@ -359,7 +359,31 @@ def _heed_calls(linears: Sequence[LoraLinear], calls: Sequence[int], strange: se
             f"the model's forward on text never calls the LoRA layers {listing(unused)}, whose gradients are zero; "
             f"rows are shorter without them{other_targets(names, unused)}",
         )
-    return replace(mode, apart=False) if routed else mode
+    if not routed:
+        return mode
+    if mode.packs_pay:
+        name = names[min(routed)]
+        say_once(logger, f"{name}: sees other tokens than a text's (a routed expert?), so examples go one at a time")
+    return replace(mode, apart=False)
+
+
+def _heed_parameters(parts: Sequence[Part], mode: Separation) -> Separation:
+    """Return how to call a model with LoRA on parameters, and say what of its experts is not scored."""
+    kinds = {type(part) for part in parts}
+    if RoutedExperts in kinds and SplitModule not in kinds:
+        say_once(
+            logger,
+            "routed experts are scored at the model's own choice of experts, which has no gradient; its routers have "
+            "no LoRA and are left out",
+        )
+    alone = [part for part in parts if isinstance(part, AutogradParameters)]
+    if not alone:
+        return mode
+    if mode.packs_pay:
+        _, member = alone[0].members[0]
+        what = f"LoRA on the parameter {member.parameter} of {type(member.module).__name__}"
+        say_once(logger, f"{member.name}: {what} is differentiated as it stands, so examples go one at a time")
+    return replace(mode, apart=False)
 
 
 def _fp8_weights(linears: Sequence[LoraLinear], triton: bool) -> list[fp8.Fp8Weight | None]:
