@@ -124,12 +124,13 @@ Module = TypeVar("Module", LoraLinear, LayoutEntry)
 
 
 def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
-    """Every LoRA linear of `model` that its active adapter changes, in `named_modules` order.
+    """Every LoRA linear of `model` that its active adapter changes, in the order of their parameters in the model.
 
     Raises ModelError when there is none, one is of a kind whose gradient this package does not compute, or the adapter
     is merged or disabled.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
     model = unwrapped(model)
     layers: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
@@ -147,13 +148,16 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
         )
     for name, layer, _ in active:
         check_fixed_ranks(name, layer)
-    refused = [name for name, layer, _ in active if not _is_a_product(layer.get_base_layer())]
+    refused = [name for name, layer, _ in active if not is_supported(layer)]
     if refused:
         kind = type(model.get_submodule(refused[0]).get_base_layer()).__name__  # type: ignore[operator]
         raise ModelError(
             f"{refused[0]}: LoRA over {kind} is not supported (linears that are a plain product are); leave that "
             f"module out of target_modules{other_targets([name for name, _, _ in active], refused)}"
         )
+    if any(isinstance(layer, ParamWrapper) for _, layer, _ in active):  # inside another's base layer, which is first
+        places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+        active.sort(key=lambda one: min((places[id(p)] for p in one[1].lora_A.parameters()), default=-1))
     activations = _activation_dtype(model)
     found = [_as_plain(name, layer, adapters, activations) for name, layer, adapters in active]
     if others := _beside_in(model):
@@ -229,7 +233,8 @@ def _active_in(layer: Any) -> list[str]:
 
 
 def _as_plain(name: str, layer: Any, active: list[str], activations: torch.dtype) -> LoraLinear:
-    base = layer.get_base_layer()
+    from peft.tuners.lora.layer import ParamWrapper
+
     if len(active) != 1:
         raise ModelError(f"{name}: exactly one active LoRA adapter is needed, found {listing(active)}")
     adapter = active[0]
@@ -242,6 +247,21 @@ def _as_plain(name: str, layer: Any, active: list[str], activations: torch.dtype
         raise ModelError(f"{name}: lora_bias=True is not supported; train the adapter without it")
     if layer.merged:
         raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
+    if not isinstance(layer, ParamWrapper) or _is_weight(layer):
+        return _linear_of(name, layer, adapter, activations)
+    from influence_fast.gradients.lora_parameters import parameter_of
+
+    return parameter_of(name, layer, adapter)
+
+
+def _is_weight(layer: Any) -> bool:
+    """Whether a wrapper of a parameter is around a linear's weight and nothing else is: it is that linear's LoRA."""
+    base = layer.base_layer
+    return getattr(layer, "parameter_name", "") == "weight" and isinstance(base, nn.Linear) and _is_a_product(base)
+
+
+def _linear_of(name: str, layer: Any, adapter: str, activations: torch.dtype) -> LoraLinear:
+    base = layer.get_base_layer()
     a = layer.lora_A[adapter].weight.detach()
     if quantised := kind_of(base) is not None:
         weight, bias = a.new_empty(0, dtype=activations), None
@@ -299,6 +319,13 @@ def other_targets(names: Sequence[str], refused: Sequence[str]) -> str:
 
 def _ending(name: str, parts: int) -> str:
     return ".".join(name.split(".")[-parts:])
+
+
+def is_supported(layer: Any) -> bool:
+    """Tell whether gradients of LoRA on the base of `layer` are computed here: on plain products, and parameters."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return isinstance(layer, ParamWrapper) or _is_a_product(layer.get_base_layer())
 
 
 def _is_a_product(base: Any) -> bool:
@@ -377,11 +404,12 @@ def layout_width(layout: Sequence[LayoutEntry]) -> int:
 def gradient_layout(model: nn.Module, projection: Projection | None = None) -> list[LayoutEntry]:
     """The order in which `per_example_gradients(model, ..., projection=projection)` lays out a row.
 
-    With `projection=None` the row is the exact LoRA gradient: for each LoRA layer in `named_modules` order,
-    `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order. `one_sided` rows hold `dA R_in (r, p)`
-    and `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to `width`
-    numbers afterwards; the layout returned is then the one that is sketched. `projection.layers` leaves the modules
-    of lower layers out.
+    With `projection=None` the row is the exact LoRA gradient: for each LoRA layer, in the order of their parameters in
+    the model, `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order; of E experts in one parameter
+    (`target_parameters`) these are `(r E, d_in)` and `(d_out, r E)`, as peft keeps them. `one_sided` rows hold
+    `dA R_in (r, p)` and `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to
+    `width` numbers afterwards; the layout returned is then the one that is sketched. `projection.layers` leaves the
+    modules of lower layers out.
 
     Raises ModelError when the model has no LoRA layer or an unsupported one.
     """
