@@ -27,7 +27,15 @@ def add(verb: NewVerb) -> None:
         ("--seed", int, "seed of initialisation and data order"),
     ):
         sub.add_argument(option, type=kind, help=help)
-    sub.add_argument("--target-modules", nargs="+", metavar="NAME", help="layers that get LoRA (default: all linears)")
+    sub.add_argument(
+        "--target-modules",
+        nargs="*",
+        metavar="NAME",
+        help="layers that get LoRA (default: all linears); none: no layers",
+    )
+    sub.add_argument(
+        "--target-parameters", nargs="+", metavar="NAME", help="parameters that get LoRA, as experts.gate_up_proj"
+    )
     sub.add_argument(
         "--save-checkpoints",
         nargs="?",
@@ -82,6 +90,8 @@ def _train(args: Any) -> None:
     shape: dict[str, Any] = {} if args.rank is None else {"r": args.rank, "alpha": 2.0 * args.rank}
     if args.target_modules is not None:
         shape["target_modules"] = tuple(args.target_modules)
+    if args.target_parameters is not None:
+        shape["target_parameters"] = tuple(args.target_parameters)
     lora = LoraSettings(**shape)
     result = finetune(model, tokenizer, examples, args.output, config=config, lora=lora, progress=options.bars(args))
     last = f", last loss {result.loss_history[-1][1]:.4f}" if result.loss_history else ""

@@ -102,7 +102,7 @@ class InputGroup:
 
         As of W x, the bits of a token's row may depend on T where PyTorch multiplies.
         """
-        if not self.triton:
+        if not self.triton or len(x) == 0:
             return x @ weight
         from influence_fast.kernels.skinny_project import MAX_COLUMNS, MOST_COLUMNS_16_BIT, skinny_project
 
@@ -205,8 +205,8 @@ class InputGroup:
     ) -> None:
         """Hand member `place`'s tokens to the reducer, which sums them by the bounds of the step's pack.
 
-        A layer that sees n tokens of an example alone, and not the pack's T, has them handed over T at a time, the rest
-        filled up with zeros: of one example all sums are over all tokens, in any order.
+        A layer that sees n tokens of an example alone, and not the pack's T, has them summed here, or handed over T at
+        a time, the rest filled up with zeros: of one example all sums are over all tokens, in any order.
 
         Raises ModelError where that happens in a pack of several examples, whose tokens cannot be told apart.
         """
@@ -219,6 +219,11 @@ class InputGroup:
                 f"{self.members[place].name}: sees {n} tokens of a pack of {length}, and whose they are is not known: "
                 "take one example at a time (max_tokens=1)"
             )
+        if x is not None or self.reducer.projected:  # of many experts little is kept so
+            blocks = self.reducer.blocks[self.numbers[place]]
+            grads = [block.factor.sum(kept, out_of, g, x, self.reducer.dtype)[None] for block in blocks]
+            self.reducer.add_factors(self.numbers[place], 0, grads)
+            return
         for start in range(0, n, length):
             rest = None if x is None else _padded(x, start, length)
             self.reducer.add(

@@ -136,12 +136,13 @@ Module = TypeVar("Module", LoraLinear, LayoutEntry)
 
 
 def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
-    """Every LoRA linear of `model` that its active adapters change, in `named_modules` order.
+    """Every LoRA linear of `model` that its active adapters change, in the order of their parameters in the model.
 
     Raises ModelError when there is none, one is of a kind whose gradient this package does not compute, or an adapter
     is of another kind than LoRA, merged or disabled.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
     model = unwrapped(model)
     check_active_kinds(model)
@@ -158,13 +159,16 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
             f"no layer has the active adapter {listing(layers[0][1].active_adapters)}; they have "
             f"{listing(held)}: call set_adapter with one of these"
         )
-    refused = [name for name, layer, _ in active if not _is_a_product(layer.get_base_layer())]
+    refused = [name for name, layer, _ in active if not is_supported(layer)]
     if refused:
         kind = type(model.get_submodule(refused[0]).get_base_layer()).__name__  # type: ignore[operator]
         raise ModelError(
             f"{refused[0]}: LoRA over {kind} is not supported (linears that are a plain product are); leave that "
             f"module out of target_modules{other_targets([name for name, _, _ in active], refused)}"
         )
+    if any(isinstance(layer, ParamWrapper) for _, layer, _ in active):  # inside another's base layer, which is first
+        places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+        active.sort(key=lambda one: min((places[id(p)] for p in one[1].lora_A.parameters()), default=-1))
     activations = _activation_dtype(model)
     several = len({adapter for _, _, adapters in active for adapter in adapters}) > 1
     found = [_as_plain(name, layer, adapters, activations, several) for name, layer, adapters in active]
@@ -242,12 +246,33 @@ def _active_in(layer: Any) -> list[str]:
 
 def _as_plain(name: str, layer: Any, active: list[str], activations: torch.dtype, several: bool) -> LoraLinear:
     """Take a layer's active adapters as one; `several`: whether more than one is active in the model."""
-    base = layer.get_base_layer()
+    from peft.tuners.lora.layer import ParamWrapper
+
     if layer.disable_adapters:
         raise ModelError(f"{name}: the adapter is disabled; leave disable_adapter() first, or enable its layers")
     if layer.merged:
         raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
     check_together(name, layer, active)
+    if not isinstance(layer, ParamWrapper) or _is_weight(layer):
+        return _linear_of(name, layer, active, activations, several)
+    from influence_fast.gradients.lora_parameters import parameter_of
+
+    if several:
+        raise ModelError(
+            f"{name}: several adapters are active ({listing(active)} here), and LoRA on parameters has rows of "
+            "one alone: activate one at a time by set_adapter"
+        )
+    return parameter_of(name, layer, active[0])
+
+
+def _is_weight(layer: Any) -> bool:
+    """Whether a wrapper of a parameter is around a linear's weight and nothing else is: it is that linear's LoRA."""
+    base = layer.base_layer
+    return getattr(layer, "parameter_name", "") == "weight" and isinstance(base, nn.Linear) and _is_a_product(base)
+
+
+def _linear_of(name: str, layer: Any, active: list[str], activations: torch.dtype, several: bool) -> LoraLinear:
+    base = layer.get_base_layer()
     joined = join_adapters(layer, active, several)
     if quantised := kind_of(base) is not None:
         weight, bias = joined.a.new_empty(0, dtype=activations), None
@@ -314,6 +339,13 @@ def other_targets(names: Sequence[str], refused: Sequence[str]) -> str:
 
 def _ending(name: str, parts: int) -> str:
     return ".".join(name.split(".")[-parts:])
+
+
+def is_supported(layer: Any) -> bool:
+    """Tell whether gradients of LoRA on the base of `layer` are computed here: on plain products, and parameters."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return isinstance(layer, ParamWrapper) or _is_a_product(layer.get_base_layer())
 
 
 def _is_a_product(base: Any) -> bool:
@@ -392,14 +424,16 @@ def layout_width(layout: Sequence[LayoutEntry]) -> int:
 def gradient_layout(model: nn.Module, projection: Projection | None = None) -> list[LayoutEntry]:
     """The order in which `per_example_gradients(model, ..., projection=projection)` lays out a row.
 
-    With `projection=None` the row is the exact LoRA gradient: for each LoRA layer in `named_modules` order,
-    `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order, and after a B its bias `lora_bias (d_out, 1)`
-    (lora_bias=True) or at the end `lora_magnitude_vector (d_out, 1)` (DoRA), where the adapter has them. With several
-    adapters active in the model every factor's name ends in its adapter's, as `lora_A.<adapter>`, and a layer's are in
-    the order of `model.named_parameters()`: all its A, then each B. `one_sided` rows hold `dA R_in (r, p)` and
-    `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to `width`
-    numbers afterwards; the layout returned is then the one that is sketched. `projection.layers` leaves the modules
-    of lower layers out.
+    With `projection=None` the row is the exact LoRA gradient: for each LoRA layer, in the order of their parameters in
+    the model, `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order; of E experts in one parameter
+    (`target_parameters`) these are `(r E, d_in)` and `(d_out, r E)`, as peft keeps them. After a B comes its bias
+    `lora_bias (d_out, 1)` (lora_bias=True), and at the end `lora_magnitude_vector (d_out, 1)` (DoRA), where the adapter
+    has them. With several adapters active in the model every factor's name ends in its adapter's, as
+    `lora_A.<adapter>`, and a layer's are in the order of `model.named_parameters()`: all its A, then each B.
+
+    `one_sided` rows hold `dA R_in (r, p)` and `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width`
+    sketch this row to `width` numbers afterwards; the layout returned is then the one that is sketched.
+    `projection.layers` leaves the modules of lower layers out.
 
     Raises ModelError when the model has no LoRA layer or an unsupported one.
     """
