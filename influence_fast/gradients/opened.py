@@ -23,6 +23,7 @@ from influence_fast.gradients import attention, fp8, quantized
 from influence_fast.gradients.autograd_parameters import AutogradParameters, Part, SplitModule, parameter_parts
 from influence_fast.gradients.frozen import frozen, recomputable_layers, recomputes
 from influence_fast.gradients.fused_layers import Fused, fused
+from influence_fast.gradients.given import GivenModel
 from influence_fast.gradients.input_groups import InputGroup, Product, replaced_forward
 from influence_fast.gradients.lora import LoraLinear, other_targets
 from influence_fast.gradients.lora_parameters import LoraParameter
@@ -43,32 +44,6 @@ _HEAD_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", 
 
 
 @dataclass(frozen=True, eq=False)
-class GivenModel:
-    """Remember the forwards and the attention that a model had before it was opened.
-
-    replaced: modules whose forward is another while the model is open, and their own instance's one, or None.
-    """
-
-    base: Any
-    replaced: Sequence[tuple[Any, Any]]
-    implementations: list[tuple[Any, str | None]]
-
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """While the block runs, the model has the forwards and the attention that it was given with; dropout is off."""
-        ours = [(module, vars(module).pop("forward")) for module, _ in self.replaced]
-        try:
-            for module, own in self.replaced:
-                if own is not None:
-                    module.forward = own
-            with attention.implementation(self.base, self.implementations):
-                yield
-        finally:
-            for module, forward in ours:
-                module.forward = forward
-
-
-@dataclass(frozen=True, eq=False)
 class OpenedModel:
     """Hold what is true of a model while it is open.
 
@@ -84,11 +59,9 @@ class OpenedModel:
         recomputable: layers that can be recomputed in the backward, and are not already; none on the CPU.
         why_no_graphs: why no step of it can be a CUDA graph; empty if it may be.
         room: free bytes of its GPU before anything was kept; None for the CPU.
-        given: how to have it as it was given.
-        referee: its own plain outputs; None for a model without numbers (on the meta device).
+        given: how to have it as it was given; referee: its own plain outputs, None on the meta device.
         fused_layers: which kinds of modules the Triton kernels compute.
-        backend: "triton" or "torch".
-        precision: "auto" or "fp8".
+        backend: "triton" or "torch"; precision: "auto" or "fp8".
     """
 
     base: Any
