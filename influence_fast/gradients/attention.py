@@ -169,12 +169,33 @@ def call(
     bounds = {"cu_seq_lens_q": on_host, "cu_seq_lens_k": tokens.bounds, **lengths} if with_bounds else {}
     if with_positions:
         kwargs["position_ids"] = tokens.position_ids
-    return module(
-        input_ids=tokens.input_ids,
-        use_cache=False,
-        **bounds,
-        **kwargs,
-    )
+    with example_bounds(tokens.cu_seqlens):
+        return module(
+            input_ids=tokens.input_ids,
+            use_cache=False,
+            **bounds,
+            **kwargs,
+        )
+
+
+# Of the pack that a model is computing; for the whole process, since the backward on a GPU runs in other threads.
+_bounds: list[int] | None = None
+
+
+@contextlib.contextmanager
+def example_bounds(cu_seqlens: list[int] | None) -> Iterator[None]:
+    """While the block runs, `current_bounds` is `cu_seqlens`."""
+    global _bounds
+    before, _bounds = _bounds, cu_seqlens
+    try:
+        yield
+    finally:
+        _bounds = before
+
+
+def current_bounds() -> list[int] | None:
+    """Return the bounds of the pack that a model is computing now, forward or backward; None outside of one."""
+    return _bounds
 
 
 def packed_attention(

@@ -19,7 +19,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -211,7 +211,7 @@ class Referee:
             verdict, why = self._with_ours(module, whole)
             if verdict is None:
                 stack.close()
-                verdict = Separation(False, takes_bounds=False, own_attention=True)
+                verdict = Separation(False, takes_bounds=False, own_attention=True, why=why)
                 self._require_own(module, whole, verdict)
                 say_once(
                     logger,
@@ -220,6 +220,7 @@ class Referee:
                 )
             elif not verdict.apart:
                 say_once(logger, f"{self.name}: examples go one at a time ({why})")
+                verdict = replace(verdict, why=why)
             yield verdict
 
     def _with_ours(self, module: Any, whole: bool) -> tuple[Separation | None, str]:
