@@ -256,6 +256,9 @@ def settled(base: nn.Module) -> Iterator[None]:
 
 def _an_example_at_a_time(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def split(x: Tensor) -> Tensor:
+        if x.dtype == torch.float16:
+            # not rounded first, x itself has its outliers set to zero and back, which autograd forbids of what is kept
+            x = x.clone()
         bounds = attention.current_bounds()
         tokens = math.prod(x.shape[:-1])
         if bounds is None or len(bounds) <= 2 or bounds[-1] != tokens:
