@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "influence_fast"
 ORDER = (
     *("errors", "isolation", "atomic", "progress", "timing", "guards", "settings", "_native", "kernels"),
-    *("data", "gradients", "products", "doctor", "store", "training", "evaluation", "influence", "selection"),
+    *("data", "gradients", "check", "products", "doctor", "store", "training", "evaluation", "influence", "selection"),
     *("config", "distributed", "report", "run", "proof", "cli", "__main__"),
 )
 

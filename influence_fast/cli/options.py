@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 TURNS_HELP = "assistant turns of a conversation that the loss is on: the last (default) or all"
 
-#: verb(name, work, help): the parser of a new verb, which calls `work` with its arguments.
-NewVerb = Callable[[str, Callable[[Any], None], str], argparse.ArgumentParser]
+#: verb(name, work, help): the parser of a new verb, which calls `work` with its arguments; it may return an exit code.
+NewVerb = Callable[[str, Callable[[Any], int | None], str], argparse.ArgumentParser]
 
 
 def add_model(sub: argparse.ArgumentParser, *, adapter: bool, adapter_needed: bool = True, needed: bool = True) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from influence_fast.data.adapter_names import ADAPTER_MARK, is_adapter_parameter, plain_name
+from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ModelError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def weight_hashes(model: nn.Module) -> tuple[str, str | None]:
 
     Raises ModelError for a parameter without data (on the meta device).
     """
-    base = hashlib.sha256()
+    base, model = hashlib.sha256(), unwrapped(model)
     # bitsandbytes casts the biases of its layers in place to whatever dtype comes in
     cast = {id(module.bias) for module in model.modules() if _is_packed_linear(module) and hasattr(module, "bias")}
     for name, parameter in _by_base_name(model):
@@ -81,6 +82,7 @@ def adapter_hash(model: nn.Module) -> str | None:
 
     With peft only those of the active adapters count. Raises ModelError as `weight_hashes`.
     """
+    model = unwrapped(model)
     active = active_adapters(model)
     found = hashlib.sha256()
     has_adapter = False

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear as dense
 
+from influence_fast.errors import ModelError
 from influence_fast.gradients.fused_layers import overridden
 from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.reduction import Reducer
@@ -54,6 +55,7 @@ class InputGroup:
     # Asks for a gradient, and never gets one: it has the backward reach the lowest of the groups. One for each step: a
     # leaf that lives on would hold the stream of the step that made it, which no recording may meet.
     anchor: torch.Tensor | None = None
+    tokens: int | None = None  # of the step's pack
     pending: dict[int, torch.Tensor] = field(default_factory=dict)
     pending_input: torch.Tensor | None = None
 
@@ -98,7 +100,7 @@ class InputGroup:
 
         As of W x, the bits of a token's row may depend on T where PyTorch multiplies.
         """
-        if not self.triton:
+        if not self.triton or len(x) == 0:
             return x @ weight
         from influence_fast.kernels.skinny_project import MAX_COLUMNS, MOST_COLUMNS_16_BIT, skinny_project
 
@@ -177,6 +179,45 @@ class InputGroup:
             self.pending_input = None
         return output
 
+    def add(
+        self,
+        place: int,
+        kept: torch.Tensor,  # [n, c]
+        out_of: torch.Tensor,  # [n, c]
+        g: torch.Tensor,  # [n, d_out]
+        x: torch.Tensor | None,  # [n, d_in]
+    ) -> None:
+        """Hand member `place`'s tokens to the reducer, which sums them by the bounds of the step's pack.
+
+        A layer that sees n tokens of an example alone, and not the pack's T, has them summed here, or handed over T at
+        a time, the rest filled up with zeros: of one example all sums are over all tokens, in any order.
+
+        Raises ModelError where that happens in a pack of several examples, whose tokens cannot be told apart.
+        """
+        n, length = len(g), self.tokens
+        if length is None or n == length:
+            self.reducer.add(self.numbers[place], kept, out_of, g, x)
+            return
+        if self.reducer.examples != 1:
+            raise ModelError(
+                f"{self.members[place].name}: sees {n} tokens of a pack of {length}, and whose they are is not known: "
+                "take one example at a time (max_tokens=1)"
+            )
+        if x is not None or self.reducer.projected:  # of many experts little is kept so
+            blocks = self.reducer.blocks[self.numbers[place]]
+            grads = [block.factor.sum(kept, out_of, g, x, self.reducer.dtype)[None] for block in blocks]
+            self.reducer.add_factors(self.numbers[place], 0, grads)
+            return
+        for start in range(0, n, length):
+            rest = None if x is None else _padded(x, start, length)
+            self.reducer.add(
+                self.numbers[place],
+                _padded(kept, start, length),
+                _padded(out_of, start, length),
+                _padded(g, start, length),
+                rest,
+            )
+
     def forget(self) -> None:
         """Lets go of what a forward left for calls that did not come."""
         self.pending, self.pending_input = {}, None
@@ -227,10 +268,16 @@ class _GroupedLora(torch.autograd.Function):
             else:
                 out_of = group.skinny(g, weight)
                 flat[i], u[i] = g, out_of[:, : member.r]
-            group.reducer.add(group.numbers[i], parts[i], out_of, g, tokens)
+            group.add(i, parts[i], out_of, g, tokens)
         if wants_dx and not group.fused:
             dx = group.input_gradient(flat, u)
         return None if dx is None else dx.view(ctx.x_shape), None, None
+
+
+def _padded(rows: torch.Tensor, start: int, length: int) -> torch.Tensor:
+    """Return rows[start : start + length] of rows [n, d], with zeros below where n ends before: [length, d]."""
+    part = rows[start : start + length]
+    return torch.nn.functional.pad(part, (0, 0, 0, length - len(part)))
 
 
 def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,10 @@ from torch import nn
 
 from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
 from influence_fast.data.fingerprints import active_adapters
+from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ModelError, listing, say_once
 from influence_fast.gradients.factors import Columns, Factor, make_factor
+from influence_fast.gradients.model_kinds import check_fixed_ranks
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.quantized import kind_of
 
@@ -122,13 +124,15 @@ Module = TypeVar("Module", LoraLinear, LayoutEntry)
 
 
 def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
-    """Every LoRA linear of `model` that its active adapter changes, in `named_modules` order.
+    """Every LoRA linear of `model` that its active adapter changes, in the order of their parameters in the model.
 
     Raises ModelError when there is none, one is of a kind whose gradient this package does not compute, or the adapter
     is merged or disabled.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
+    model = unwrapped(model)
     layers: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     if not layers:
         raise ModelError(
@@ -142,13 +146,18 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
             f"no layer has the active adapter {listing(layers[0][1].active_adapters)}; they have "
             f"{listing(held)}: call set_adapter with one of these"
         )
-    refused = [name for name, layer, _ in active if not _is_a_product(layer.get_base_layer())]
+    for name, layer, _ in active:
+        check_fixed_ranks(name, layer)
+    refused = [name for name, layer, _ in active if not is_supported(layer)]
     if refused:
         kind = type(model.get_submodule(refused[0]).get_base_layer()).__name__  # type: ignore[operator]
         raise ModelError(
             f"{refused[0]}: LoRA over {kind} is not supported (linears that are a plain product are); leave that "
             f"module out of target_modules{other_targets([name for name, _, _ in active], refused)}"
         )
+    if any(isinstance(layer, ParamWrapper) for _, layer, _ in active):  # inside another's base layer, which is first
+        places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+        active.sort(key=lambda one: min((places[id(p)] for p in one[1].lora_A.parameters()), default=-1))
     activations = _activation_dtype(model)
     found = [_as_plain(name, layer, adapters, activations) for name, layer, adapters in active]
     if others := _beside_in(model):
@@ -168,6 +177,11 @@ def beside_warning(others: Sequence[str]) -> str:
         f"the adapter trains more than LoRA factors ({listing(others)}); gradients and scores here are of the "
         "factors alone: train without modules_to_save, trainable_token_indices and bias to have all of it scored"
     )
+
+
+def unscored_in(model: nn.Module) -> list[str]:
+    """Return what is trained but in no gradient row: what an adapter has beside LoRA factors, and unfrozen weights."""
+    return [*_beside_in(model), *_unfrozen_in(model)]
 
 
 def _beside_in(model: nn.Module) -> list[str]:
@@ -219,7 +233,8 @@ def _active_in(layer: Any) -> list[str]:
 
 
 def _as_plain(name: str, layer: Any, active: list[str], activations: torch.dtype) -> LoraLinear:
-    base = layer.get_base_layer()
+    from peft.tuners.lora.layer import ParamWrapper
+
     if len(active) != 1:
         raise ModelError(f"{name}: exactly one active LoRA adapter is needed, found {listing(active)}")
     adapter = active[0]
@@ -232,6 +247,21 @@ def _as_plain(name: str, layer: Any, active: list[str], activations: torch.dtype
         raise ModelError(f"{name}: lora_bias=True is not supported; train the adapter without it")
     if layer.merged:
         raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
+    if not isinstance(layer, ParamWrapper) or _is_weight(layer):
+        return _linear_of(name, layer, adapter, activations)
+    from influence_fast.gradients.lora_parameters import parameter_of
+
+    return parameter_of(name, layer, adapter)
+
+
+def _is_weight(layer: Any) -> bool:
+    """Whether a wrapper of a parameter is around a linear's weight and nothing else is: it is that linear's LoRA."""
+    base = layer.base_layer
+    return getattr(layer, "parameter_name", "") == "weight" and isinstance(base, nn.Linear) and _is_a_product(base)
+
+
+def _linear_of(name: str, layer: Any, adapter: str, activations: torch.dtype) -> LoraLinear:
+    base = layer.get_base_layer()
     a = layer.lora_A[adapter].weight.detach()
     if quantised := kind_of(base) is not None:
         weight, bias = a.new_empty(0, dtype=activations), None
@@ -291,6 +321,13 @@ def _ending(name: str, parts: int) -> str:
     return ".".join(name.split(".")[-parts:])
 
 
+def is_supported(layer: Any) -> bool:
+    """Tell whether gradients of LoRA on the base of `layer` are computed here: on plain products, and parameters."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return isinstance(layer, ParamWrapper) or _is_a_product(layer.get_base_layer())
+
+
 def _is_a_product(base: Any) -> bool:
     """Tell whether a layer computes x W^T + b and nothing else; a subclass of nn.Linear is tried on random tokens.
 
@@ -315,7 +352,9 @@ def _is_a_product(base: Any) -> bool:
             return False
         wanted = nn.functional.linear(x, weight, base.bias)
     most = 1e-5 if weight.dtype in (torch.float32, torch.float64) else 1e-2
-    return found.shape == wanted.shape and bool((found - wanted).norm() <= most * wanted.norm())
+    if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:  # a router, which gives several
+        return False
+    return bool((found - wanted).norm() <= most * wanted.norm())
 
 
 def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -> list[LayoutEntry]:
@@ -365,11 +404,12 @@ def layout_width(layout: Sequence[LayoutEntry]) -> int:
 def gradient_layout(model: nn.Module, projection: Projection | None = None) -> list[LayoutEntry]:
     """The order in which `per_example_gradients(model, ..., projection=projection)` lays out a row.
 
-    With `projection=None` the row is the exact LoRA gradient: for each LoRA layer in `named_modules` order,
-    `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order. `one_sided` rows hold `dA R_in (r, p)`
-    and `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to `width`
-    numbers afterwards; the layout returned is then the one that is sketched. `projection.layers` leaves the modules
-    of lower layers out.
+    With `projection=None` the row is the exact LoRA gradient: for each LoRA layer, in the order of their parameters in
+    the model, `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order; of E experts in one parameter
+    (`target_parameters`) these are `(r E, d_in)` and `(d_out, r E)`, as peft keeps them. `one_sided` rows hold
+    `dA R_in (r, p)` and `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to
+    `width` numbers afterwards; the layout returned is then the one that is sketched. `projection.layers` leaves the
+    modules of lower layers out.
 
     Raises ModelError when the model has no LoRA layer or an unsupported one.
     """

@@ -16,7 +16,7 @@ from torch import nn
 from influence_fast.data.adapter_names import is_adapter_parameter
 from influence_fast.errors import ModelError
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.per_example import packs_for
+from influence_fast.gradients.per_example import compare_once, packs_for
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.quantized import kind_of
 
@@ -97,6 +97,8 @@ class LockstepRows:
                 padded[: len(rows), -1] = own_losses
                 gathered = [torch.empty_like(padded) for _ in range(world)]
                 dist.all_gather(gathered, padded, group=self.group)
+                # The same pack on every process, so that all of them make the same forwards, and raise together.
+                compare_once(engine, turn[0], gathered[0][: sizes[0], -1], examples)
                 for pack, found in zip(turn, gathered, strict=False):
                     mine = found[: len(pack.indices)].cpu()
                     if losses is not None:
