@@ -9,17 +9,31 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn.functional import linear as dense
 
 from influence_fast.errors import ModelError
-from influence_fast.gradients import fp8
 from influence_fast.gradients.fused_layers import overridden
 from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.reduction import Reducer
+
+
+class Product(Protocol):
+    """How a frozen weight is multiplied where that is no plain matrix product in its own dtype."""
+
+    def operand(self, matrix: torch.Tensor, triton: bool) -> Any:
+        """Return what the products take for a matrix; members of a group share that of their input."""
+
+    def forward(self, x: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return x W^T + bias as a new tensor [T, d_out]."""
+        ...
+
+    def backward(self, g: Any) -> torch.Tensor:
+        """Return g W as a new tensor [T, d_in]."""
+        ...
 
 
 @dataclass(eq=False)
@@ -31,7 +45,8 @@ class InputGroup:
     reducer: Reducer
     fused: bool
     triton: bool
-    fp8_weights: list[fp8.Fp8Weight | None]  # each member's, None where its own dtype multiplies
+    products: Sequence[Product | None]  # each member's, None where its own dtype multiplies
+    dtype: torch.dtype  # of what is computed
     forward_weight: torch.Tensor = field(init=False)  # fused: [sum d_out + sum c, d_in], else [sum c, d_in]
     forward_bias: torch.Tensor | None = field(init=False)
     backward_weights: list[torch.Tensor] = field(init=False)  # fused: [d_out, d_in + c], else [d_out, c]
@@ -45,7 +60,7 @@ class InputGroup:
     pending_input: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        dtype, device = self.members[0].dtype, self.members[0].device
+        dtype, device = self.dtype, self.members[0].device
         skinny, self.backward_weights, self.columns, merged = [], [], [], []
         for number, member in zip(self.numbers, self.members, strict=True):
             r_in, r_out = self.reducer.columns(number)
@@ -99,15 +114,15 @@ class InputGroup:
         """Each member's W x + bias + s B h, [T, d_out]; x [T, d_in], h [T, r] of each.
 
         The adapter's part is written first and the base product, which is bound by arithmetic, adds to it: added
-        afterwards, it would read and write all outputs once more. 8-bit products cannot add; they share one rounding
-        of x.
+        afterwards, it would read and write all outputs once more. 8-bit and quantised products cannot add; 8-bit ones
+        share one rounding of x.
         """
-        rounded = None
-        for place, (member, weight) in enumerate(zip(self.members, self.fp8_weights, strict=True)):
+        operand = None
+        for place, (member, product) in enumerate(zip(self.members, self.products, strict=True)):
             b, s = self.factor_b(place).T, member.scaling
-            if weight is not None:
-                rounded = fp8.to_fp8(x, self.triton) if rounded is None else rounded
-                yield weight.forward(rounded, member.bias).addmm_(h[place], b, alpha=s)
+            if product is not None:
+                operand = product.operand(x, self.triton) if operand is None else operand
+                yield product.forward(operand, member.bias).addmm_(h[place], b, alpha=s)
                 continue
             bias = member.live_bias
             if bias is None:
@@ -121,16 +136,16 @@ class InputGroup:
     ) -> torch.Tensor | None:
         """dx [T, d_in] = sum over members of g W + s u A, in the same order; g [T, d_out], u [T, r].
 
-        8-bit products cannot add, so they come first, and all else is added to them.
+        8-bit and quantised products cannot add, so they come first, and all else is added to them.
         """
         dx: torch.Tensor | None = None
-        for weight, g in zip(self.fp8_weights, grads, strict=True):
-            if weight is not None and g is not None:
-                part = weight.backward(fp8.to_fp8(g, self.triton))
+        for product, g in zip(self.products, grads, strict=True):
+            if product is not None and g is not None:
+                part = product.backward(product.operand(g, self.triton))
                 dx = part if dx is None else dx.add_(part)
         dx = self._with_adapters_part(dx, u)
-        for member, weight, g in zip(self.members, self.fp8_weights, grads, strict=True):
-            if weight is None and g is not None and dx is not None:
+        for member, product, g in zip(self.members, self.products, grads, strict=True):
+            if product is None and g is not None and dx is not None:
                 dx.addmm_(g, member.live_weight)
         return dx
 

@@ -22,7 +22,7 @@ from influence_fast.errors import ModelError
 from influence_fast.gradients.lora import LoraLinear
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LoraParameter(LoraLinear):
     """LoRA on one parameter of a module, as peft's `ParamWrapper` has it; all its experts' factors are one pair.
 

@@ -19,11 +19,11 @@ from torch import nn
 
 from influence_fast.data.packing import Pack, text_config
 from influence_fast.errors import ConfigError, ModelError, listing, say_once
-from influence_fast.gradients import attention, fp8
+from influence_fast.gradients import attention, fp8, quantized
 from influence_fast.gradients.autograd_parameters import AutogradParameters, Part, SplitModule, parameter_parts
 from influence_fast.gradients.frozen import frozen, recomputable_layers, recomputes
 from influence_fast.gradients.fused_layers import Fused, fused
-from influence_fast.gradients.input_groups import InputGroup, replaced_forward
+from influence_fast.gradients.input_groups import InputGroup, Product, replaced_forward
 from influence_fast.gradients.lora import LoraLinear, other_targets
 from influence_fast.gradients.lora_parameters import LoraParameter
 from influence_fast.gradients.memory import layer_bytes
@@ -51,20 +51,18 @@ class GivenModel:
     """
 
     base: Any
-    decoder: Any
     replaced: Sequence[tuple[Any, Any]]
-    implementation: str | None
+    implementations: list[tuple[Any, str | None]]
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """While the block runs, the model has the forwards and the attention that it was given with; dropout is off."""
         ours = [(module, vars(module).pop("forward")) for module, _ in self.replaced]
-        implementation = self.decoder.config._attn_implementation
         try:
             for module, own in self.replaced:
                 if own is not None:
                     module.forward = own
-            with attention.implementation(self.base, implementation, self.implementation):
+            with attention.implementation(self.base, self.implementations):
                 yield
         finally:
             for module, forward in ours:
@@ -172,13 +170,14 @@ def open_model(
     decoder, head, first = decoder_of(base), base.get_output_embeddings(), linears[0]
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
-        weights: list[fp8.Fp8Weight | None] = [None] * len(linears)
+        stack.enter_context(quantized.settled(base))
+        eights: list[fp8.Fp8Weight | None] = [None] * len(linears)
         room = free_bytes(first.device)
         if precision == fp8.FP8:
-            weights = _fp8_weights(linears, triton)
+            eights = _fp8_weights(linears, triton)
             room = free_bytes(first.device)  # less the copies
         recomputable = stack.enter_context(recomputable_layers(base)) if room is not None else []
-        implementation = decoder.config._attn_implementation
+        implementations = attention.implementations(base)
         forwards = {module: vars(module).get("forward") for module in base.modules()}
         whole, mode, referee = stack.enter_context(_settled(base, decoder, head, first.device))
         call = functools.partial(_call, base if whole else decoder, decoder.config, mode)
@@ -186,7 +185,10 @@ def open_model(
         inputs, calls, mode, why = _probe(call, linears, mode, decoder.config._attn_implementation, ids)
         if mode.packs_pay and referee is not None and referee.usable:
             mode = _heed_order(base, linears, call, ids, mode)
-        groups = _groups(linears, inputs, reducer, weights, triton, precision)
+            why = why if mode.packs_pay else "the examples of a pack would see each other in this model"
+        dtypes = [inputs[n].dtype if n in inputs else linear.dtype for n, linear in enumerate(linears)]
+        products = [eight or own for eight, own in zip(eights, quantized.products_of(linears, dtypes), strict=True)]
+        groups = _groups(linears, inputs, reducer, products, triton, precision)
         members = [(n, linear) for n, linear in enumerate(linears) if isinstance(linear, LoraParameter)]
         parameters = parameter_parts(members, calls, reducer)
         for part in parameters:
@@ -197,7 +199,7 @@ def open_model(
                 stack.enter_context(replaced_forward(member.layer, group, place))
         fused_layers = stack.enter_context(fused(base, first.dtype)) if triton else Fused()
         replaced = [(module, own) for module, own in forwards.items() if vars(module).get("forward") is not own]
-        given = GivenModel(base, decoder, replaced, implementation)
+        given = GivenModel(base, replaced, implementations)
         if referee is not None:
             referee.as_given = given.restored
             if precision == fp8.FP8:
@@ -240,6 +242,8 @@ def not_recordable(base: Any, linears: Sequence[LoraLinear], reducer: Reducer, b
         return "the base weights are spread over processes (FSDP), which exchange them in every step"
     if not reducer.recordable:
         return "these gradients are summed by PyTorch, with each pack's bounds on the host"
+    if any(linear.quantized for linear in linears):
+        return "the base is quantised, and its library's products may wait for the host"
     return ""
 
 
@@ -413,7 +417,7 @@ def _groups(
     linears: Sequence[LoraLinear],
     inputs: dict[int, torch.Tensor],
     reducer: Reducer,
-    fp8_weights: Sequence[fp8.Fp8Weight | None],
+    products: Sequence[Product | None],
     triton: bool,
     precision: str,
 ) -> list[InputGroup]:
@@ -426,12 +430,15 @@ def _groups(
     groups = []
     for numbers in by_input.values():
         members = [linears[n] for n in numbers]
-        eights = [fp8_weights[n] for n in numbers]
+        chosen = [products[n] for n in numbers]
         # Folding s B A into a 16-bit weight would round the adapter away, and so would folding it into an 8-bit one; on
         # a GPU the second copy of the weights would cost more than it saves.
-        # Sharded weights (FSDP2) are whole only inside their own layer's forward and backward: nothing to fold.
-        first = members[0]
+        # Sharded weights (FSDP2) are whole only inside their own layer's forward and backward: nothing to fold; nor is
+        # a quantised one ever kept whole.
+        first, quantised = members[0], any(member.quantized for member in members)
         wide = first.dtype in (torch.float32, torch.float64)
         folds = wide and first.device.type == "cpu" and not triton and not first.sharded and precision != fp8.FP8
-        groups.append(InputGroup(members, numbers, reducer, folds, triton, eights))
+        given = inputs.get(numbers[0])
+        dtype = given.dtype if quantised and given is not None else first.dtype
+        groups.append(InputGroup(members, numbers, reducer, folds and not quantised, triton, chosen, dtype))
     return groups

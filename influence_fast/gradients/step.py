@@ -30,7 +30,8 @@ def step(
         group.anchor, group.tokens = anchor, inputs.tokens.input_ids.shape[1]
     for part in opened.parameters:
         part.begin(anchor)
-    with torch.enable_grad(), recomputing(opened.recomputable if recompute else []):
+    bounds = attention.example_bounds(inputs.tokens.cu_seqlens)
+    with torch.enable_grad(), bounds, recomputing(opened.recomputable if recompute else []):
         loss, losses = _loss(opened, inputs)
         if not loss.requires_grad:
             raise ModelError(

@@ -459,7 +459,13 @@ def _tokens_of(model: ModelConfig) -> str | None:
 
 def _model(model: ModelConfig) -> Any:
     """The base, with as many embeddings as the adapter that it will carry was trained with."""
-    base = load_model(model.path, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code)
+    base = load_model(
+        model.path,
+        dtype=model.dtype,
+        device=model.device,
+        trust_remote_code=model.trust_remote_code,
+        quantize=model.quantize,
+    )
     if model.adapter is not None:
         fit_vocabulary(base, model.adapter, model.path)
     return base
