@@ -33,6 +33,7 @@ from influence_fast.gradients.referee import Referee, decoder_of
 from influence_fast.gradients.routed import RoutedExperts
 from influence_fast.gradients.routed_modules import routed_modules
 from influence_fast.gradients.separation import Separation
+from influence_fast.gradients.token_order import out_of_order
 from influence_fast.gradients.tolerance import Tolerance
 
 logger = logging.getLogger(__name__)
@@ -155,6 +156,9 @@ def open_model(
         call = functools.partial(_call, base if whole else decoder, decoder.config, mode)
         ids = _probe_tokens(referee)
         inputs, calls, mode, why = _probe(call, linears, mode, decoder.config._attn_implementation, ids)
+        if mode.packs_pay and referee is not None and referee.usable:
+            mode = _heed_order(base, linears, call, ids, mode)
+            why = why if mode.packs_pay else "the examples of a pack would see each other in this model"
         dtypes = [inputs[n].dtype if n in inputs else linear.dtype for n, linear in enumerate(linears)]
         products = [eight or own for eight, own in zip(eights, quantized.products_of(linears, dtypes), strict=True)]
         groups = _groups(linears, inputs, reducer, products, triton, precision)
@@ -340,6 +344,19 @@ def _heed_calls(linears: Sequence[LoraLinear], calls: Sequence[int], strange: se
     if mode.packs_pay:
         name = names[min(routed)]
         say_once(logger, f"{name}: sees other tokens than a text's (a routed expert?), so examples go one at a time")
+    return replace(mode, apart=False)
+
+
+def _heed_order(
+    base: Any, linears: Sequence[LoraLinear], call: Callable[..., Any], ids: torch.Tensor, mode: Separation
+) -> Separation:
+    """Return how to call a model of which some LoRA layer may see a pack's tokens in another order."""
+    layers = {id(member.layer): member.layer for member in linears}
+    found = out_of_order(call, base.get_input_embeddings(), list(layers.values()), ids, linears[0].device)
+    if found is None:
+        return mode
+    name = next(member.name for member in linears if member.layer is found)
+    say_once(logger, f"{name}: sees the tokens of a pack in another order, so examples go one at a time")
     return replace(mode, apart=False)
 
 
