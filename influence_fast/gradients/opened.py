@@ -103,6 +103,7 @@ class OpenedModel:
         if not self.groups:
             return None
         columns = max(max(group.columns) for group in self.groups)
+        columns += max(group.kept_outputs for group in self.groups)
         inputs, w = self.groups[0].reducer.needs_input, self.linears[0].dtype.itemsize
         try:
             layer = layer_bytes(
