@@ -50,6 +50,19 @@ def test_a_model_whose_own_forward_fails_is_refused_with_its_words() -> None:
         inf.per_example_gradients(model, examples_for(model))
 
 
+def test_a_model_whose_forward_fails_with_a_cache_is_asked_without() -> None:
+    model = with_adapter(tiny("llama"))
+    examples = examples_for(model)
+    wanted = inf.per_example_gradients(model, examples)
+
+    def fails(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("use_cache") is not False:
+            raise AttributeError("the configuration has no attribute num_hidden_layers")
+
+    model.get_base_model().register_forward_pre_hook(fails, with_kwargs=True)
+    assert torch.equal(inf.per_example_gradients(model, examples), wanted)
+
+
 def test_reentrant_checkpointing_does_not_change_the_rows() -> None:
     model = with_adapter(tiny("llama"))
     examples = examples_for(model)
