@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -53,6 +53,8 @@ class LoraLinear:
     b: torch.Tensor  # [d_out, r]
     scaling: float
 
+    named_by: ClassVar[str] = "target_modules"  # the setting that chose it, for messages
+
     @property
     def key(self) -> str:
         """The name that seeds the projection: the same with and without the peft wrapper."""
@@ -95,6 +97,11 @@ class LoraLinear:
         )
 
     @property
+    def base(self) -> Any:
+        """The layer that holds the base weight."""
+        return self.layer.get_base_layer()  # type: ignore[operator]
+
+    @property
     def sharded(self) -> bool:
         """Whether FSDP2 holds the weight, which is then whole only while the layer around it runs."""
         return hasattr(self.weight, "full_tensor")  # a DTensor; to import that class costs everybody a second
@@ -104,7 +111,7 @@ class LoraLinear:
         """[d_out, d_in]: `weight`, or what FSDP2 has gathered of it for the layer that is running."""
         if not self.sharded:
             return self.weight
-        base: Any = self.layer.get_base_layer()  # type: ignore[operator]
+        base = self.base
         return base.weight.detach() if isinstance(base, nn.Linear) else base.weight.detach().T
 
     @property
@@ -112,8 +119,7 @@ class LoraLinear:
         """[d_out], as `live_weight`."""
         if not self.sharded or self.bias is None:
             return self.bias
-        base: Any = self.layer.get_base_layer()  # type: ignore[operator]
-        return base.bias.detach()
+        return self.base.bias.detach()  # type: ignore[no-any-return]
 
 
 Module = TypeVar("Module", LoraLinear, LayoutEntry)
@@ -131,7 +137,8 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
     if not layers:
         raise ModelError(
             "the model has no LoRA adapter: load one (peft.PeftModel.from_pretrained) or add a fresh one "
-            "(peft.get_peft_model) before asking for per-example gradients"
+            "(peft.get_peft_model) before asking for per-example gradients; for those of its own weights, as of a "
+            "fully fine-tuned model, name a target: Projection(kind='kron', target='all-linear'), --target all-linear"
         )
     active = [(name, layer, adapters) for name, layer in layers if (adapters := _active_in(layer))]
     if not active:
@@ -140,7 +147,7 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
             f"no layer has the active adapter {listing(layers[0][1].active_adapters)}; they have "
             f"{listing(held)}: call set_adapter with one of these"
         )
-    refused = [name for name, layer, _ in active if not _is_a_product(layer.get_base_layer())]
+    refused = [name for name, layer, _ in active if not is_a_product(layer.get_base_layer())]
     if refused:
         kind = type(model.get_submodule(refused[0]).get_base_layer()).__name__  # type: ignore[operator]
         raise ModelError(
@@ -241,8 +248,8 @@ def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
     )
 
 
-def other_targets(names: Sequence[str], refused: Sequence[str]) -> str:
-    """Return the end of a message that names the targets among LoRA layers `names` that are not `refused`.
+def other_targets(names: Sequence[str], refused: Sequence[str], setting: str = "target_modules") -> str:
+    """Return the end of a message that names values of `setting` for the layers `names` that are not `refused`.
 
     A target is the end of a module's name, as peft takes it: its last part, or its last two where a refused layer has
     the same last part.
@@ -254,14 +261,14 @@ def other_targets(names: Sequence[str], refused: Sequence[str]) -> str:
             working.add(last)
         elif (ending := _ending(name, 2)) not in long:
             working.add(ending)
-    return f", as by target_modules={sorted(working)}" if working else ""
+    return f", as by {setting}={sorted(working)}" if working else ""
 
 
 def _ending(name: str, parts: int) -> str:
     return ".".join(name.split(".")[-parts:])
 
 
-def _is_a_product(base: Any) -> bool:
+def is_a_product(base: Any) -> bool:
     """Tell whether a layer computes x W^T + b and nothing else; a subclass of nn.Linear is tried on random tokens."""
     if type(base) is nn.Linear or type(base).__name__ == "Conv1D":
         return True
@@ -327,17 +334,3 @@ def layout_width(layout: Sequence[LayoutEntry]) -> int:
     """Numbers in a row of this layout."""
     last = layout[-1]
     return int(last.columns.stop)
-
-
-def gradient_layout(model: nn.Module, projection: Projection | None = None) -> list[LayoutEntry]:
-    """The order in which `per_example_gradients(model, ..., projection=projection)` lays out a row.
-
-    With `projection=None` the row is the exact LoRA gradient: for each LoRA layer in `named_modules` order,
-    `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order. `one_sided` rows hold `dA R_in (r, p)`
-    and `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to `width`
-    numbers afterwards; the layout returned is then the one that is sketched. `projection.layers` leaves the modules
-    of lower layers out.
-
-    Raises ModelError when the model has no LoRA layer or an unsupported one.
-    """
-    return layout_of(find_lora_linears(model), projection)

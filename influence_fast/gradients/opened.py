@@ -70,7 +70,7 @@ class OpenedModel:
         base: the causal LM, without a peft wrapper around it.
         decoder: the part of it that gives the last hidden states.
         head: the module that makes logits of them.
-        linears: the LoRA linears whose gradients are taken.
+        linears: the linears whose gradients are taken.
         groups: the same by the tensor that they read.
         whole_model_logits: whether logits come from the whole model; else they are the head's product.
         mode: how the model is called.
@@ -167,7 +167,7 @@ def open_model(
         recomputable = stack.enter_context(recomputable_layers(base)) if room is not None else []
         implementation = decoder.config._attn_implementation
         forwards = {module: vars(module).get("forward") for module in base.modules()}
-        whole, mode, referee = stack.enter_context(_settled(base, decoder, head, first.device))
+        whole, mode, referee = stack.enter_context(_settled(base, decoder, head, linears))
         call = functools.partial(_call, base if whole else decoder, decoder.config, mode)
         inputs, why = _probe(call, linears, mode, decoder.config._attn_implementation)
         groups = _groups(linears, inputs, reducer, weights, triton, precision)
@@ -240,13 +240,15 @@ def _call(module: Any, config: Any, mode: Separation, tokens: attention.PackedTo
 
 @contextlib.contextmanager
 def _settled(
-    base: Any, decoder: Any, head: Any, device: torch.device
+    base: Any, decoder: Any, head: Any, linears: Sequence[LoraLinear]
 ) -> Iterator[tuple[bool, Separation, Referee | None]]:
     """While the block runs, the model's attention is the fastest that agrees with the plain forward.
 
     Yields whether the whole model's logits are needed, how to call it, and the plain outputs.
     """
-    whole = type(head) is not nn.Linear or any(
+    device = linears[0].device
+    asked = any(linear.layer is head for linear in linears)  # whose own forward is to be called
+    whole = type(head) is not nn.Linear or asked or any(
         getattr(text_config(base.config), name, None) not in (None, 1, 1.0) for name in _HEAD_TRANSFORMS
     )
     if device.type == "meta":  # a model without numbers, of which nothing but shapes is asked
@@ -302,17 +304,17 @@ def _check_inputs(inputs: dict[int, torch.Tensor], linears: Sequence[LoraLinear]
     """Raise ModelError for a LoRA layer that saw no tokens, or others than the two that were passed."""
     unused = [m.name for n, m in enumerate(linears) if n not in inputs]
     if unused:
-        targets = other_targets([member.name for member in linears], unused)
+        targets = other_targets([member.name for member in linears], unused, linears[0].named_by)
         raise ModelError(
-            f"{unused[0]}: the model's forward on text never calls this LoRA layer, which has no gradient; leave "
-            f"it out of target_modules{targets}"
+            f"{unused[0]}: the model's forward on text never calls this layer, which has no gradient; leave "
+            f"it out of {linears[0].named_by}{targets}"
         )
     strange = [n for n, x in inputs.items() if x.numel() != 2 * linears[n].d_in]
     if strange:
         x, names = inputs[strange[0]], [linears[n].name for n in strange]
         raise ModelError(
             f"{names[0]}: sees {x.numel() // x.shape[-1]} tokens of 2 (a routed expert?); leave it out of "
-            f"target_modules{other_targets([member.name for member in linears], names)}"
+            f"{linears[0].named_by}{other_targets([member.name for member in linears], names, linears[0].named_by)}"
         )
 
 
