@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import influence_fast as inf
-from influence_fast.errors import ConfigError, ModelError
+from influence_fast.errors import ConfigError, ModelError, StoreError
 from influence_fast.gradients import targets
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.per_example import packs_for, per_example_losses
@@ -59,6 +59,12 @@ def flat(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([block.flatten(1) for block in blocks], dim=1)
 
 
+def projected(block: torch.Tensor, projection: Projection, module: str) -> torch.Tensor:
+    """R_out^T G R_in [E, p, p] of G [E, d_out, d_in], by hand."""
+    left = random_matrix(projection, f"{module}/out", block.shape[1]).double()
+    return left.T @ block @ random_matrix(projection, f"{module}/in", block.shape[2]).double()
+
+
 @pytest.fixture(scope="module")
 def llama(tiny_model: Callable[..., Any]) -> Any:
     return tiny_model("llama", torch.float64)
@@ -74,11 +80,7 @@ def test_rows_of_plain_weights_are_autograds(kind: str, tiny_model: Callable[...
     layout = inf.gradient_layout(model, projection)
     assert {entry.shape for entry in layout} == {(5, 5)}
     assert not any("head" in entry.module for entry in layout)
-    by_hand = []
-    for entry, block in zip(layout, grads, strict=True):
-        right = random_matrix(projection, f"{entry.module}/in", block.shape[2]).double()
-        left = random_matrix(projection, f"{entry.module}/out", block.shape[1]).double()
-        by_hand.append(left.T @ block @ right)
+    by_hand = [projected(block, projection, entry.module) for entry, block in zip(layout, grads, strict=True)]
     rows = inf.per_example_gradients(model, make_examples(), projection=projection)
     assert relative(rows, flat(by_hand)) < 1e-6  # the random columns are fp32
     narrow = Projection("kron", dim=5, seed=3, width=30, target=ALL)
@@ -106,7 +108,10 @@ def test_streamed_scores_of_plain_weights(llama: Any) -> None:
 def test_losses_and_draws_of_a_model_without_an_adapter(llama: Any) -> None:
     from influence_fast.gradients.fisher_labels import sample_labels
 
-    expected = [float(llama(input_ids=e["input_ids"][None], labels=e["labels"][None]).loss) for e in make_examples()]
+    expected = []
+    for ids in (example["input_ids"] for example in make_examples()):
+        logits = llama(input_ids=ids[None]).logits[0, :-1].detach()
+        expected.append(float(torch.nn.functional.cross_entropy(logits, ids[1:])))
     assert per_example_losses(llama, make_examples()).tolist() == pytest.approx(expected, rel=1e-10)
     assert len(sample_labels(llama, make_examples())) == 3
 
@@ -185,17 +190,14 @@ def test_an_unused_linear_is_refused_with_a_target_that_works(tiny_model: Callab
 
 def test_a_linear_called_twice_adds_both_calls(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama", torch.float64)
-    model.model.layers[1].mlp.gate_proj = model.model.layers[1].mlp.up_proj  # one module
-    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+    model.model.layers[1].mlp = model.model.layers[0].mlp  # of two inputs
+    model.model.layers[1].self_attn.k_proj = model.model.layers[1].self_attn.v_proj  # of one input
     for projection in (EXACT, Projection("kron", dim=64, target=ALL)):
         rows = inf.per_example_gradients(model, make_examples(), projection=projection)
         grads = by_autograd(model, make_examples())
         if projection.kind == "kron":
-            sides = [
-                (random_matrix(projection, f"{e.module}/out", g.shape[1]), random_matrix(projection, f"{e.module}/in", g.shape[2]))
-                for e, g in zip(inf.gradient_layout(model, EXACT), grads, strict=True)
-            ]
-            grads = [left.double().T @ g @ right.double() for g, (left, right) in zip(grads, sides, strict=True)]
+            names = [entry.module for entry in inf.gradient_layout(model, EXACT)]
+            grads = [projected(block, projection, name) for block, name in zip(grads, names, strict=True)]
         assert relative(rows, flat(grads)) < (1e-12 if projection.exact else 1e-6)
 
 
@@ -229,7 +231,7 @@ def test_a_projected_step_forms_no_weight_gradient(tiny_model: Callable[..., Any
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and "view" not in str(func) and func is not torch.ops.aten.t.default:
+            if isinstance(out, torch.Tensor) and func._schema.returns[0].alias_info is None:  # no view
                 made.update({tuple(out.shape), tuple(out.shape[1:])})
             return out
 
@@ -239,7 +241,7 @@ def test_a_projected_step_forms_no_weight_gradient(tiny_model: Callable[..., Any
             engine.run(pack)
         assert not any(parameter.requires_grad for parameter in model.parameters())
     assert len(made) > 10
-    assert not made & {shape for shape in shapes if shape[0] != 22 and shape[1] != 22}
+    assert not made & shapes
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -251,18 +253,18 @@ def test_store_and_scores_of_a_fully_trained_model(llama: Any, tmp_path: Path) -
     queries = inf.query_gradients(store, llama, pool[:2])
     assert relative(queries.double(), inf.per_example_gradients(llama, pool[:2], projection=projection)) < 1e-6
     for name in ("default", "fisher_cosine", "ekfac", "less", "datainf"):
-        table = inf.influence_scores(store, {"correct": queries}, preconditioner=name)
+        table = inf.influence_scores(store, queries, {"correct": [0, 1]}, preconditioner=name)
         assert bool(torch.as_tensor(table.columns["s_correct"]).isfinite().all())
     other = Projection("kron", dim=4, target=ALL)
-    with pytest.raises(inf.StoreError, match=r"projection_target is '\[.*down_proj.*' in the store and 'all-linear'"):
+    with pytest.raises(StoreError, match=r"projection_target is '\[.*down_proj.*' in the store and 'all-linear'"):
         inf.build_store(tmp_path / "s", llama, None, pool, projection=other, dtype="fp32", progress=False)
-    with pytest.raises(inf.StoreError, match="projection_target"):
+    with pytest.raises(StoreError, match="projection_target"):
         inf.open_store(tmp_path / "s", expect={"projection": other})
 
 
 def test_a_fitted_sketch_of_plain_weights_is_kept_with_its_target(llama: Any, tmp_path: Path) -> None:
     projection = Projection("kron", dim=3, width=6, target="q_proj")
-    fitted = inf.fit_projection(llama, None, make_examples(8), projection=projection)
+    fitted = inf.fit_projection(llama, make_examples(8), projection=projection)
     options = {"projection": fitted, "dtype": "fp32", "progress": False}
     inf.build_store(tmp_path / "s", llama, None, make_examples(8), **options)
     found = inf.open_store(tmp_path / "s").projection
