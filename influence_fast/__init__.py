@@ -80,11 +80,11 @@ if TYPE_CHECKING:
     from influence_fast.evaluation.tasks import load_task as load_task
     from influence_fast.evaluation.tasks import task_examples as task_examples
     from influence_fast.gradients.fisher_labels import sample_labels as sample_labels
-    from influence_fast.gradients.targets import gradient_layout as gradient_layout
     from influence_fast.gradients.per_example import per_example_gradients as per_example_gradients
     from influence_fast.gradients.per_example import per_example_losses as per_example_losses
     from influence_fast.gradients.projection import Projection as Projection
     from influence_fast.gradients.streaming import stream_influence as stream_influence
+    from influence_fast.gradients.targets import gradient_layout as gradient_layout
     from influence_fast.influence.adam import adam_moments as adam_moments
     from influence_fast.influence.checkpoints import checkpoint_scores as checkpoint_scores
     from influence_fast.influence.checkpoints import learning_rates as learning_rates

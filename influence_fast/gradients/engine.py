@@ -39,8 +39,9 @@ _ROOM = 0.8
 class GradientEngine:
     """Opens a model for per-example gradients; use as a context manager.
 
-    While open, the forwards of the LoRA layers, or of `projection.target`, are replaced, dropout is off and no parameter asks for a gradient;
-    everything is put back on exit. The factors must not change while the engine is open.
+    While open, the forwards of the LoRA layers, or of the linears that `projection.target` names, are replaced, dropout
+    is off and no parameter asks for a gradient; everything is put back on exit. The factors, or these weights, must not
+    change while the engine is open.
 
     `reducer`, a function of the model's LoRA linears and their row layout, makes something else of each module's
     tokens than gradient rows (see `streaming`). With `bf16_rows` the kernels may write rows in bf16.

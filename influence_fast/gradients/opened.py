@@ -248,8 +248,10 @@ def _settled(
     """
     device = linears[0].device
     asked = any(linear.layer is head for linear in linears)  # whose own forward is to be called
-    whole = type(head) is not nn.Linear or asked or any(
-        getattr(text_config(base.config), name, None) not in (None, 1, 1.0) for name in _HEAD_TRANSFORMS
+    whole = (
+        type(head) is not nn.Linear
+        or asked
+        or any(getattr(text_config(base.config), name, None) not in (None, 1, 1.0) for name in _HEAD_TRANSFORMS)
     )
     if device.type == "meta":  # a model without numbers, of which nothing but shapes is asked
         with attention.packed(base, decoder.config):

@@ -22,8 +22,8 @@ from influence_fast.data.packing import (
 from influence_fast.errors import ConfigError, DataError, NumericError, listing
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.fp8 import AUTO
-from influence_fast.gradients.targets import gradient_layout
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.targets import gradient_layout
 from influence_fast.gradients.transfer import WriteBehind, decoded, encoded, to_device
 
 __all__ = ["Projection", "gradient_layout", "iter_gradient_rows", "per_example_gradients"]

@@ -91,7 +91,9 @@ class Projection:
         if self.kind not in (*KINDS, EXACT):
             raise ConfigError(f"unknown projection kind {self.kind!r}; {did_you_mean(str(self.kind), KINDS)}")
         if self.exact and self.width is not None:
-            raise ConfigError(f"projection kind {EXACT!r} has rows of whole gradients: leave out width, or choose 'kron'")
+            raise ConfigError(
+                f"projection kind {EXACT!r} has rows of whole gradients: leave out width, or choose 'kron'"
+            )
         _check_integer("dim", self.dim, 1)
         if not 0 < self.layers <= 1:
             raise ConfigError(f"projection layers is {self.layers}; it is a share, above 0 and at most 1")
@@ -250,7 +252,7 @@ def target_text(target: str | Sequence[str] | None) -> str | None:
 
 def target_of(text: str | None) -> str | Sequence[str] | None:
     """Return the target that `target_text` wrote."""
-    return tuple(json.loads(text)) if text is not None and text.startswith("[\"") else text
+    return tuple(json.loads(text)) if text is not None and text.startswith('["') else text
 
 
 def _checked_target(target: object) -> str | tuple[str, ...]:

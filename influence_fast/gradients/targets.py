@@ -7,8 +7,8 @@ embeddings and, unless it is named, the output head are in no row.
 
 from __future__ import annotations
 
+import itertools
 import logging
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -70,8 +70,10 @@ def find_linears(model: nn.Module, projection: Projection | None = None) -> list
     Raises ModelError as `find_lora_linears`, and where `projection.target` names what has no gradient of its own, or
     the model carries an adapter beside it.
     """
-    target = None if projection is None else projection.target
-    found = find_lora_linears(model) if target is None else _find_plain(model, target)
+    if projection is None or projection.target is None:
+        return in_top_layers(find_lora_linears(model), projection)
+    target = projection.target
+    found = _find_plain(model, target if isinstance(target, str) else tuple(target))
     return in_top_layers(found, projection)
 
 
@@ -102,7 +104,7 @@ def check_exact(projection: Projection | None, layout: Sequence[LayoutEntry]) ->
 
 @torch.no_grad()
 def linear_for_losses(model: nn.Module) -> list[LoraLinear]:
-    """Return linears to open a model with where losses alone are wanted: its adapter's, or any one that sees all tokens.
+    """Return linears to open a model with for losses alone: its adapter's, or a plain one that sees all tokens.
 
     Raises ModelError as `find_lora_linears`, and for a model without an adapter where no plain linear is called.
     """
@@ -254,7 +256,9 @@ def working_targets(names: Sequence[str], refused: Sequence[str]) -> str:
     kept = [name for name in names if name not in refused]
     if endings := other_targets(kept + list(refused), refused, "target"):
         return endings
-    prefix = os.path.commonprefix(kept).rpartition(".")[0] if kept else ""
+    parts = [name.split(".")[:-1] for name in kept]
+    shared = list(itertools.takewhile(lambda same: len(set(same)) == 1, zip(*parts, strict=False)))
+    prefix = ".".join(same[0] for same in shared)
     if prefix and not any(name.startswith(f"{prefix}.") for name in refused):
         return f", as by target='{prefix.replace('.', '[.]')}[.].*'"
     return ""

@@ -162,8 +162,8 @@ def _in_the_models_order(folder: Path, layout: Sequence[LayoutEntry], beta2: flo
         return {_factor_name(name): state for name, state in optimizer.states.items()}
     if _of_weights(layout):
         raise ModelError(
-            f"{folder}: which Adam state is which weight's cannot be told, as transformers' Trainer numbers them: train "
-            "by influence_fast.finetune with lora=None and save_checkpoints set, or score without the optimizer's "
+            f"{folder}: which Adam state is which weight's cannot be told, as transformers' Trainer numbers them: "
+            "train by influence_fast.finetune with lora=None and save_checkpoints set, or score without the optimizer's "
             "moments"
         )
     groups = [group for group in optimizer.groups if group]

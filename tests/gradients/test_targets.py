@@ -146,10 +146,10 @@ def test_targets_of_no_use_are_refused(llama: Any, tiny_model: Callable[..., Any
             inf.gradient_layout(llama, Projection(target=target))
     with pytest.raises(ModelError, match=r"lm_head: its weight is model.embed_tokens's too.*target='all-linear'"):
         inf.gradient_layout(tiny_model("qwen2"), Projection(target="lm_head"))
-    with pytest.raises(ModelError, match="no LoRA adapter.*target='all-linear'"):
+    with pytest.raises(ModelError, match=r"no LoRA adapter.*target='all-linear'"):
         inf.per_example_gradients(llama, make_examples(), projection=Projection())
     monkeypatch.setattr(targets, "MOST_EXACT", 1000)
-    with pytest.raises(ConfigError, match="an exact row of these weights has .*kind 'kron'"):
+    with pytest.raises(ConfigError, match=r"an exact row of these weights has .*kind 'kron'"):
         inf.per_example_gradients(llama, make_examples(), projection=EXACT)
 
 

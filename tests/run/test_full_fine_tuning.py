@@ -42,9 +42,7 @@ def trained(tiny_tokenizer: Callable[..., Any], tmp_path_factory: pytest.TempPat
     """A folder of `finetune(lora=None)` with a checkpoint an epoch; `data.jsonl` beside it."""
     folder = tmp_path_factory.mktemp("full")
     config = TrainConfig(epochs=2, batch_size=4, learning_rate=1e-3, save_checkpoints=True, precision="fp32")
-    finetune(
-        make_gpt2(), tiny_tokenizer(), make_examples(), folder / "model", config=config, lora=None, progress=False
-    )
+    finetune(make_gpt2(), tiny_tokenizer(), make_examples(), folder / "model", config=config, lora=None, progress=False)
     rows = [{"question": f"What is {n} + 1?", "solution": f"{n + 1}", "answer": f"{n + 1}"} for n in range(12)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -134,11 +132,11 @@ def test_a_run_that_trains_adapters_takes_no_target(tmp_path: Path) -> None:
         "output: o\nmodel: {path: m}\ndata: {pool: p.jsonl, holdout_validation: 2, holdout_test: 2}\n"
         "gradients: {target: [q_proj, v_proj]}\n"
     )
-    with pytest.raises(ConfigError, match="gradients.target is of a fully fine-tuned model"):
+    with pytest.raises(ConfigError, match=r"gradients.target is of a fully fine-tuned model"):
         load_config(file)
     file.write_text(file.read_text().replace("{path: m}", "{path: m, adapter: a}"))
     assert load_config(file).gradients.projection == Projection("kron", dim=64, target=("q_proj", "v_proj"))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ConfigError, match="gradients.target is of a fully fine-tuned model"):
+    with pytest.raises(ConfigError, match=r"gradients.target is of a fully fine-tuned model"):
         load_config(file)
