@@ -163,8 +163,8 @@ def _in_the_models_order(folder: Path, layout: Sequence[LayoutEntry], beta2: flo
     if _of_weights(layout):
         raise ModelError(
             f"{folder}: which Adam state is which weight's cannot be told, as transformers' Trainer numbers them: "
-            "train by influence_fast.finetune with lora=None and save_checkpoints set, or score without the optimizer's "
-            "moments"
+            "train by influence_fast.finetune with lora=None and save_checkpoints set, or score without the "
+            "optimizer's moments"
         )
     groups = [group for group in optimizer.groups if group]
     names = [f"{plain_name(entry.module)}.{entry.factor}" for entry in layout]
