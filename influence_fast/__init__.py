@@ -23,6 +23,7 @@ _EXPORTS: dict[str, str] = {
     "build_distributed": "distributed.builds",
     "build_shards": "store.building",
     "build_store": "store.building",
+    "check_model": "check.model_check",
     "checkpoint_scores": "influence.checkpoints",
     "contaminated": "data.decontamination",
     "evaluate": "evaluation.evaluate",
@@ -68,6 +69,7 @@ __all__ = sorted([*_EXPORTS, "__version__"])
 
 # What `__getattr__` gives, for type checkers and completion.
 if TYPE_CHECKING:
+    from influence_fast.check.model_check import check_model as check_model
     from influence_fast.data.decontamination import contaminated as contaminated
     from influence_fast.data.diversity import near_duplicates as near_duplicates
     from influence_fast.data.examples import Example as Example

@@ -18,6 +18,7 @@ from influence_fast.data.schemas import check_turns
 from influence_fast.errors import ConfigError, shown
 from influence_fast.evaluation.evaluate import EvalConfig
 from influence_fast.evaluation.generation_settings import EXPLICIT
+from influence_fast.gradients.fp8 import FP8
 from influence_fast.guards import reading
 from influence_fast.influence.preconditioners import (
     SKETCHES,
@@ -26,6 +27,7 @@ from influence_fast.influence.settings import GradientConfig, InfluenceConfig, c
 from influence_fast.selection.strategies import STRATEGIES, needed_columns
 from influence_fast.settings import from_dict, one_of, read_mapping
 from influence_fast.training.fine_tuning import LoraSettings, TrainConfig
+from influence_fast.training.quantized_files import check_quantization
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class DataConfig:
 class ModelConfig:
     """The base model, and an adapter to start from if there is one.
 
-    `tokenizer`: hub id or folder of one to use in place of the adapter's own, or of the model's.
+    `tokenizer`: hub id or folder of one to use in place of the adapter's own, or of the model's. `quantize`: nf4, fp4
+    or int8 quantises the base weights as they are loaded, by bitsandbytes (docs/quantized.md).
     """
 
     path: str
@@ -81,6 +84,10 @@ class ModelConfig:
     dtype: str = "float32"
     device: str = "auto"
     trust_remote_code: bool = False
+    quantize: str | None = None
+
+    def __post_init__(self) -> None:
+        check_quantization(self.quantize, "model.quantize")
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_influence(self.influence, self.gradients)
+        _check_quantized(self)
         if self.influence.checkpoints and not self.training.save_checkpoints and self.model.adapter is None:
             raise ConfigError("influence.checkpoints: there will be none; set training.save_checkpoints")
         given = self.model.adapter
@@ -214,6 +222,17 @@ class RunConfig:
             raise ConfigError("data: give a validation source, or holdout_validation to hold some of the pool out")
         if self.data.test is None and self.data.holdout_test < 1:
             raise ConfigError("data: give a test source, or holdout_test to hold some of the pool out")
+
+
+def _check_quantized(config: RunConfig) -> None:
+    """ConfigError for what does not go with base weights that are quantised as they are loaded."""
+    models = [config.model, config.target_model or config.model]
+    if all(model.quantize is None for model in models):
+        return
+    if config.gradients.precision == FP8 and config.model.quantize is not None:
+        raise ConfigError("gradients.precision: fp8 rounds base weights that model.quantize has rounded; use 'auto'")
+    if config.evaluation.engine == "vllm":
+        raise ConfigError("evaluation.engine: vllm would load the weights unquantised; use 'transformers'")
 
 
 def check_strategies(names: typing.Iterable[str], influence: InfluenceConfig) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "influence_fast"
 ORDER = (
     *("errors", "isolation", "atomic", "progress", "timing", "guards", "settings", "_native", "kernels"),
-    *("data", "gradients", "products", "doctor", "store", "training", "evaluation", "influence", "selection"),
+    *("data", "gradients", "check", "products", "doctor", "store", "training", "evaluation", "influence", "selection"),
     *("config", "distributed", "report", "run", "proof", "cli", "__main__"),
 )
 
@@ -46,7 +46,7 @@ def test_no_room_imports_a_later_one() -> None:
 
 
 NAMES = {"math_verify": "math-verify", "yaml": "pyyaml"}  # of modules that are not called what installs them
-OPTIONAL = {"triton", "vllm"}  # asked for where they are used, and done without
+OPTIONAL = {"bitsandbytes", "triton", "vllm"}  # asked for where they are used, and done without
 # of transformers, jinja2, math-verify and datasets
 WITHIN = {"tokenizers", "huggingface_hub", "markupsafe", "sympy", "pandas"}
 

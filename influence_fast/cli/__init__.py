@@ -16,7 +16,8 @@ from influence_fast.errors import InfluenceFastError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 2 for an error (told in one line), 130 after Ctrl-C."""
+    """Entry point; returns the exit code: 0, 1 where a check disagrees, 2 for an error (told in one line), 130 after
+    Ctrl-C."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if not hasattr(args, "work"):
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = say_warning
-            args.work(args)
+            return args.work(args) or 0
     except InfluenceFastError as error:
         if args.debug:
             traceback.print_exc()
@@ -50,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {unforeseen(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB")
 
-    def verb(name: str, work: Callable[[Any], None], help: str) -> argparse.ArgumentParser:
+    def verb(name: str, work: Callable[[Any], int | None], help: str) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=help, description=help)
         # SUPPRESS: given before the verb or after it, the flag counts; absent here, it does not overwrite
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show an error's traceback")

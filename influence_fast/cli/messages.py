@@ -46,7 +46,8 @@ def by_flags(text: str, args: Any, of: str = "") -> str:
     return text
 
 
-_ARGUMENTS = "limit|trace|format|device|dtype|fraction|count|seed"  # of functions, at the beginning of a message
+# of functions, at the beginning of a message
+_ARGUMENTS = "limit|trace|format|device|dtype|fraction|count|seed|max_tokens|directions|step"
 
 
 def _own(name: str, args: Any) -> str:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 TURNS_HELP = "assistant turns of a conversation that the loss is on: the last (default) or all"
 
-#: verb(name, work, help): the parser of a new verb, which calls `work` with its arguments.
-NewVerb = Callable[[str, Callable[[Any], None], str], argparse.ArgumentParser]
+#: verb(name, work, help): the parser of a new verb, which calls `work` with its arguments; it may return an exit code.
+NewVerb = Callable[[str, Callable[[Any], int | None], str], argparse.ArgumentParser]
 
 
 def add_model(sub: argparse.ArgumentParser, *, adapter: bool, adapter_needed: bool = True, needed: bool = True) -> None:
@@ -31,6 +31,7 @@ def add_model(sub: argparse.ArgumentParser, *, adapter: bool, adapter_needed: bo
         "--tokenizer", help="hub id or folder (default: the adapter's own where it has one, else the model's)"
     )
     sub.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
+    sub.add_argument("--quantize", help="quantise the base weights: nf4, fp4 or int8 (default: as they are)")
     sub.add_argument("--device", default="auto")
 
 
@@ -165,7 +166,9 @@ def open_model(args: Any) -> tuple[Any, Any]:
     from influence_fast.training.models import load_model, load_tokenizer
 
     adapter = getattr(args, "adapter", None)
-    model = load_model(args.model, adapter=adapter, dtype=args.dtype, device=args.device)
+    model = load_model(
+        args.model, adapter=adapter, dtype=args.dtype, device=args.device, quantize=getattr(args, "quantize", None)
+    )
     return model, load_tokenizer(args.model, adapter=adapter, tokenizer=args.tokenizer, model=model)
 
 

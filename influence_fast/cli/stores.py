@@ -88,7 +88,14 @@ def _build(args: Any) -> None:
     world = processes.World.from_environment()
     store = build_from_source(
         args.output,
-        ModelConfig(args.model, adapter=args.adapter, tokenizer=args.tokenizer, dtype=args.dtype, device=args.device),
+        ModelConfig(
+            args.model,
+            adapter=args.adapter,
+            tokenizer=args.tokenizer,
+            dtype=args.dtype,
+            device=args.device,
+            quantize=args.quantize,
+        ),
         spooling.TokenSource(
             args.data,
             args.split,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from influence_fast.data.adapter_names import ADAPTER_MARK, is_adapter_parameter, plain_name
+from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ModelError
 
 if TYPE_CHECKING:
@@ -29,16 +30,51 @@ _CHUNK_BYTES = 1 << 26
 def weight_hashes(model: nn.Module) -> tuple[str, str | None]:
     """(base, adapter): SHA-256 over name, dtype, shape and bytes of every parameter, in order of name.
 
-    Parameters by `is_adapter_parameter` are the adapter's (see `adapter_hash`). Names are taken without peft's
-    wrapping, so that the base hash is that of the same model before the adapter was added.
+    Of a quantised linear its codes, its scales and how they are to be read count. Parameters by `is_adapter_parameter`
+    are the adapter's (see `adapter_hash`). Names are taken without peft's wrapping, so that the base hash is that of
+    the same model before the adapter was added.
 
     Raises ModelError for a parameter without data (on the meta device).
     """
-    base = hashlib.sha256()
+    base, model = hashlib.sha256(), unwrapped(model)
+    # bitsandbytes casts the biases of its layers in place to whatever dtype comes in
+    cast = {id(module.bias) for module in model.modules() if _is_packed_linear(module) and hasattr(module, "bias")}
     for name, parameter in _by_base_name(model):
         if not is_adapter_parameter(name):
-            _update(base, _base_name(name), parameter)
+            _update(base, _base_name(name), parameter.float() if id(parameter) in cast else parameter)
+    for name, part in sorted(_beside_parameters(model), key=lambda item: item[0]):
+        _update(base, name, part)
     return base.hexdigest(), adapter_hash(model)
+
+
+def _beside_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What quantised linears hold beside parameters: scales, zero points, code books, packed weights in buffers."""
+    for name, module in model.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        state: Any = getattr(parameters.get("weight"), "quant_state", None)
+        if hasattr(state, "as_dict"):  # bitsandbytes in 4 bits
+            held = {f"weight.{key}": part for key, part in state.as_dict(packed=True).items()}
+        elif _is_packed_linear(module):
+            held = {key: part for key, part in module.state_dict().items() if key not in parameters}
+            held["threshold"] = getattr(getattr(module, "state", None), "threshold", None)  # of LLM.int8()'s outliers
+        else:
+            continue
+        tensors = [(key, part) for key, part in held.items() if isinstance(part, torch.Tensor)]
+        plain = {key: part for key, part in held.items() if isinstance(part, str | int | float | bool | list | tuple)}
+        for key, part in tensors:
+            yield _base_name(f"{name}.{key}"), part
+        if plain:
+            told = json.dumps(plain, sort_keys=True, default=str).encode()
+            yield _base_name(f"{name}.settings"), torch.frombuffer(bytearray(told), dtype=torch.uint8)
+
+
+def _is_packed_linear(module: Any) -> bool:
+    """Whether a module has a linear's sizes and no matrix of floating-point weights: its numbers lie elsewhere."""
+    if "base_layer" in module._modules:  # peft's wrapper, whose base comes by itself
+        return False
+    weight = getattr(module, "weight", None)
+    floating = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+    return any(hasattr(module, size) for size in ("in_features", "infeatures")) and not floating
 
 
 def adapter_hash(model: nn.Module) -> str | None:
@@ -46,6 +82,7 @@ def adapter_hash(model: nn.Module) -> str | None:
 
     With peft only those of the active adapters count. Raises ModelError as `weight_hashes`.
     """
+    model = unwrapped(model)
     active = active_adapters(model)
     found = hashlib.sha256()
     has_adapter = False
@@ -126,6 +163,13 @@ def _update(found: _Hash, name: str, tensor: torch.Tensor) -> None:
     found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
     if hasattr(tensor, "full_tensor"):  # sharded by FSDP2: gathered one by one, by all its ranks together
         tensor = tensor.full_tensor()
+    elif hasattr(tensor, "__tensor_flatten__"):  # quantised by torchao: codes and scales behind one tensor
+        parts, settings = tensor.__tensor_flatten__()
+        found.update(json.dumps([type(tensor).__name__, settings], sort_keys=True, default=str).encode())
+        for part in parts:
+            if (held := getattr(tensor, part)) is not None:
+                _update(found, f"{name}.{part}", held)
+        return
     flat = tensor.detach().reshape(-1)
     step = max(1, _CHUNK_BYTES // max(1, tensor.element_size()))
     for start in range(0, flat.numel(), step):

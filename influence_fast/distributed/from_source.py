@@ -64,7 +64,9 @@ def build_from_source(
     place = device if group is None else "cpu"
     trust: dict[str, Any] = {"trust_remote_code": model.trust_remote_code}
     loaded = processes.retried(
-        lambda: load_model(model.path, adapter=model.adapter, dtype=model.dtype, device=place, **trust)
+        lambda: load_model(
+            model.path, adapter=model.adapter, dtype=model.dtype, device=place, quantize=model.quantize, **trust
+        )
     )
     own: dict[str, Any] = {"adapter": model.adapter, "tokenizer": model.tokenizer}
     tokenizer = processes.retried(lambda: load_tokenizer(model.path, model=loaded, **own, **trust))

@@ -46,25 +46,44 @@ def packed(base: Any, config: Any) -> Iterator[None]:
         yield
         return
     register()
-    base.set_attn_implementation(PACKED)
+    given = implementations(base)
     try:
+        base.set_attn_implementation(PACKED)
         with unchanged_order(), _without_cudnn():
             yield
     finally:
-        base.set_attn_implementation(before or "sdpa")
+        _assign(given)
+
+
+def implementations(base: Any) -> list[tuple[Any, str | None]]:
+    """Return the attention of every part of a model, each with the configuration that holds it.
+
+    A model of text, images and sound may have another in each part, and a part refuses to be given that of another.
+    """
+    found: dict[int, Any] = {}
+    unseen = [module.config for module in base.modules() if hasattr(module, "config")]
+    while unseen:
+        config = unseen.pop()
+        if id(config) not in found and hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+            unseen += [value for value in vars(config).values() if hasattr(value, "_attn_implementation_internal")]
+    return [(config, config._attn_implementation_internal) for config in found.values()]
+
+
+def _assign(chosen: list[tuple[Any, str | None]]) -> None:
+    for config, name in chosen:
+        config._attn_implementation_internal = name
 
 
 @contextlib.contextmanager
-def implementation(base: Any, before: str | None, during: str | None) -> Iterator[None]:
-    """While the block runs, the attention of `base` is `during`, and then `before` again."""
-    if before == during:
-        yield
-        return
-    base.set_attn_implementation(during or "sdpa")
+def implementation(base: Any, chosen: list[tuple[Any, str | None]]) -> Iterator[None]:
+    """While the block runs, the parts of `base` have the attention that `implementations` found before."""
+    now = implementations(base)
+    _assign(chosen)
     try:
         yield
     finally:
-        base.set_attn_implementation(before or "sdpa")
+        _assign(now)
 
 
 @contextlib.contextmanager
@@ -150,12 +169,33 @@ def call(
     bounds = {"cu_seq_lens_q": on_host, "cu_seq_lens_k": tokens.bounds, **lengths} if with_bounds else {}
     if with_positions:
         kwargs["position_ids"] = tokens.position_ids
-    return module(
-        input_ids=tokens.input_ids,
-        use_cache=False,
-        **bounds,
-        **kwargs,
-    )
+    with example_bounds(tokens.cu_seqlens):
+        return module(
+            input_ids=tokens.input_ids,
+            use_cache=False,
+            **bounds,
+            **kwargs,
+        )
+
+
+# Of the pack that a model is computing; for the whole process, since the backward on a GPU runs in other threads.
+_bounds: list[int] | None = None
+
+
+@contextlib.contextmanager
+def example_bounds(cu_seqlens: list[int] | None) -> Iterator[None]:
+    """While the block runs, `current_bounds` is `cu_seqlens`."""
+    global _bounds
+    before, _bounds = _bounds, cu_seqlens
+    try:
+        yield
+    finally:
+        _bounds = before
+
+
+def current_bounds() -> list[int] | None:
+    """Return the bounds of the pack that a model is computing now, forward or backward; None outside of one."""
+    return _bounds
 
 
 def packed_attention(

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 
 from influence_fast.data.packing import Pack
+from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ConfigError
 from influence_fast.gradients import backends, comparison, direct_use, fp8, graphs, opened
 from influence_fast.gradients.lora import LayoutEntry, LoraLinear, layout_of
 from influence_fast.gradients.loss import drawn_tokens
+from influence_fast.gradients.model_kinds import check_predicts_tokens
 from influence_fast.gradients.opened import OpenedModel
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.reduction import FullReducer, ProjectedReducer, Reducer
@@ -66,16 +68,17 @@ class GradientEngine:
         fp8.check_precision(precision)
         if loss_reduction not in ("mean", "sum"):
             raise ConfigError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}")
-        self.model = model
+        self.model = unwrapped(model)
         self.loss_reduction = loss_reduction
         self.precision = precision
-        self.linears = linear_for_losses(model) if losses_only else find_linears(model, projection)
+        self.linears = linear_for_losses(self.model) if losses_only else find_linears(self.model, projection)
         self.device = self.linears[0].device
         self.backend, self.backend_why = backends.choose(backend, self.device, self.linears[0].dtype)
         self.reducer = _reducer(self.linears, projection, reducer)
         self.reducer.triton = self.backend == "triton"
         self.reducer.bf16_rows = bf16_rows
-        self.base = opened.base_of(model)
+        self.base = opened.base_of(self.model)
+        check_predicts_tokens(self.base)
         self.compared = False  # whether data of the user's own were
         self._wish = graphs.Wish.of(cuda_graphs)
         self._why_no_graphs = opened.not_recordable(

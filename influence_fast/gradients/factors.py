@@ -95,6 +95,18 @@ class Factor:
         """Columns of the other side than the long one."""
         return self.shape[1] if self.left_is_long else self.shape[0]
 
+    def sum(
+        self,
+        kept: torch.Tensor,  # [n, c_in] of the forward
+        out_of: torch.Tensor,  # [n, c_out] of the backward
+        g: torch.Tensor,  # [n, d_out]
+        x: torch.Tensor | None,  # [n, d_in]
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Return the scaled sum over all tokens, of one example: [a, b], before a projection of the rank's side."""
+        left, right = tokens_of(self.left, out_of, g), tokens_of(self.right, kept, x)
+        return (left.to(dtype).T @ right.to(dtype)).mul_(self.scale)
+
 
 class Block(NamedTuple):
     """A factor and its place in a row: `number` counts the entries of the layout."""

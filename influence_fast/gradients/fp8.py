@@ -142,6 +142,10 @@ class Fp8Weight:
         self.rows = to_fp8(weight, triton)  # [d_out, d_in]
         self.columns = to_fp8(weight.T, triton)  # [d_in, d_out]
 
+    def operand(self, matrix: Tensor, triton: bool) -> Rows:
+        """Return what `forward` and `backward` take for a matrix: its rows in 8 bits."""
+        return to_fp8(matrix, triton)
+
     def forward(self, x: Rows, bias: Tensor | None) -> Tensor:
         """x [T, d_in] W^T + bias: [T, d_out] in the weight's dtype."""
         y = self.product(x, self.rows).to(self.dtype)
@@ -155,9 +159,14 @@ class Fp8Weight:
 def weights_of(linears: Sequence[LoraLinear], triton: bool = False) -> list[Fp8Weight | None]:
     """The base weight of each linear in 8 bits; None for those whose shape does not fit, which are logged once.
 
-    triton: as in `to_fp8`. Raises ConfigError: a weight is sharded, the device has no such product, or no weight fits.
+    triton: as in `to_fp8`. Raises ConfigError: a weight is sharded or quantised, the device has no such product, or no
+    weight fits.
     """
     check_precision(FP8, sharded=any(linear.sharded for linear in linears))
+    if quantised := listing(linear.name for linear in linears if linear.quantized):
+        raise ConfigError(
+            f"precision: fp8 rounds base weights to 8 bits, and these are quantised already: {quantised}; use 'auto'"
+        )
     first = linears[0]
     product = Product.on(first.device, first.dtype)
     others = [linear for linear in linears if not _fits(linear)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from influence_fast.gradients.fused_layers import overridden
@@ -24,25 +24,37 @@ def recomputing(layers: Sequence[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(model: Any) -> Iterator[None]:
-    """While the block runs, dropout is off and no parameter of the model asks for a gradient."""
+    """While the block runs, dropout is off and no parameter of the model asks for a gradient.
+
+    Layers that the model recomputes do so without reentrant checkpointing, which needs inputs that ask for gradients.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     training = {module: module.training for module in model.modules()}
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    stack = contextlib.ExitStack()
     try:
         model.eval()
         for module in model.modules():
             # such a layer recomputes only while training; its own flag touches nothing else
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = bool(getattr(module, "gradient_checkpointing", False))
+            if isinstance(module, GradientCheckpointingLayer) and getattr(module, "gradient_checkpointing", False):
+                module.training = True
+                stack.enter_context(overridden(module, "_gradient_checkpointing_func", _checkpoint()))
         for parameter in asking:
             parameter.requires_grad_(False)
         yield
     finally:
+        stack.close()
         for parameter in asking:
             parameter.requires_grad_(True)
         for module, flag in training.items():
             module.training = flag
+
+
+def _checkpoint() -> Callable[..., Any]:
+    from torch.utils.checkpoint import checkpoint
+
+    return functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def recomputes(base: Any) -> bool:
@@ -53,7 +65,6 @@ def recomputes(base: Any) -> bool:
 @contextlib.contextmanager
 def recomputable_layers(base: Any) -> Iterator[list[Any]]:
     """Yield the layers that `recomputing` can switch; none where the model does so already, or cannot."""
-    from torch.utils.checkpoint import checkpoint
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -62,8 +73,7 @@ def recomputable_layers(base: Any) -> Iterator[list[Any]]:
         return
     # Set here and not by the model's own switch, which would make the embedding's output ask for a gradient too and
     # leave that behind. Nothing is random with dropout off.
-    how = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(overridden(layer, "_gradient_checkpointing_func", how))
+            stack.enter_context(overridden(layer, "_gradient_checkpointing_func", _checkpoint()))
         yield layers

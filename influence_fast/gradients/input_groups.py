@@ -9,16 +9,31 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn.functional import linear as dense
 
-from influence_fast.gradients import fp8
+from influence_fast.errors import ModelError
 from influence_fast.gradients.fused_layers import overridden
 from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.reduction import Reducer
+
+
+class Product(Protocol):
+    """How a frozen weight is multiplied where that is no plain matrix product in its own dtype."""
+
+    def operand(self, matrix: torch.Tensor, triton: bool) -> Any:
+        """Return what the products take for a matrix; members of a group share that of their input."""
+
+    def forward(self, x: Any, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return x W^T + bias as a new tensor [T, d_out]."""
+        ...
+
+    def backward(self, g: Any) -> torch.Tensor:
+        """Return g W as a new tensor [T, d_in]."""
+        ...
 
 
 @dataclass(eq=False)
@@ -30,7 +45,8 @@ class InputGroup:
     reducer: Reducer
     fused: bool
     triton: bool
-    fp8_weights: list[fp8.Fp8Weight | None]  # each member's, None where its own dtype multiplies
+    products: Sequence[Product | None]  # each member's, None where its own dtype multiplies
+    dtype: torch.dtype  # of what is computed
     forward_weight: torch.Tensor = field(init=False)  # fused: [sum d_out + sum c, d_in], else [sum c, d_in]
     forward_bias: torch.Tensor | None = field(init=False)
     backward_weights: list[torch.Tensor] = field(init=False)  # fused: [d_out, d_in + c], else [d_out, c]
@@ -39,11 +55,12 @@ class InputGroup:
     # Asks for a gradient, and never gets one: it has the backward reach the lowest of the groups. One for each step: a
     # leaf that lives on would hold the stream of the step that made it, which no recording may meet.
     anchor: torch.Tensor | None = None
+    tokens: int | None = None  # of the step's pack
     pending: dict[int, torch.Tensor] = field(default_factory=dict)
     pending_input: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        dtype, device = self.members[0].dtype, self.members[0].device
+        dtype, device = self.dtype, self.members[0].device
         skinny, self.backward_weights, self.columns, merged = [], [], [], []
         for number, member in zip(self.numbers, self.members, strict=True):
             r_in, r_out = self.reducer.columns(number)
@@ -83,7 +100,7 @@ class InputGroup:
 
         As of W x, the bits of a token's row may depend on T where PyTorch multiplies.
         """
-        if not self.triton:
+        if not self.triton or len(x) == 0:
             return x @ weight
         from influence_fast.kernels.skinny_project import MAX_COLUMNS, MOST_COLUMNS_16_BIT, skinny_project
 
@@ -97,15 +114,15 @@ class InputGroup:
         """Each member's W x + bias + s B h, [T, d_out]; x [T, d_in], h [T, r] of each.
 
         The adapter's part is written first and the base product, which is bound by arithmetic, adds to it: added
-        afterwards, it would read and write all outputs once more. 8-bit products cannot add; they share one rounding
-        of x.
+        afterwards, it would read and write all outputs once more. 8-bit and quantised products cannot add; 8-bit ones
+        share one rounding of x.
         """
-        rounded = None
-        for place, (member, weight) in enumerate(zip(self.members, self.fp8_weights, strict=True)):
+        operand = None
+        for place, (member, product) in enumerate(zip(self.members, self.products, strict=True)):
             b, s = self.factor_b(place).T, member.scaling
-            if weight is not None:
-                rounded = fp8.to_fp8(x, self.triton) if rounded is None else rounded
-                yield weight.forward(rounded, member.bias).addmm_(h[place], b, alpha=s)
+            if product is not None:
+                operand = product.operand(x, self.triton) if operand is None else operand
+                yield product.forward(operand, member.bias).addmm_(h[place], b, alpha=s)
                 continue
             bias = member.live_bias
             if bias is None:
@@ -119,16 +136,16 @@ class InputGroup:
     ) -> torch.Tensor | None:
         """dx [T, d_in] = sum over members of g W + s u A, in the same order; g [T, d_out], u [T, r].
 
-        8-bit products cannot add, so they come first, and all else is added to them.
+        8-bit and quantised products cannot add, so they come first, and all else is added to them.
         """
         dx: torch.Tensor | None = None
-        for weight, g in zip(self.fp8_weights, grads, strict=True):
-            if weight is not None and g is not None:
-                part = weight.backward(fp8.to_fp8(g, self.triton))
+        for product, g in zip(self.products, grads, strict=True):
+            if product is not None and g is not None:
+                part = product.backward(product.operand(g, self.triton))
                 dx = part if dx is None else dx.add_(part)
         dx = self._with_adapters_part(dx, u)
-        for member, weight, g in zip(self.members, self.fp8_weights, grads, strict=True):
-            if weight is None and g is not None and dx is not None:
+        for member, product, g in zip(self.members, self.products, grads, strict=True):
+            if product is None and g is not None and dx is not None:
                 dx.addmm_(g, member.live_weight)
         return dx
 
@@ -161,6 +178,45 @@ class InputGroup:
         if not self.pending:
             self.pending_input = None
         return output
+
+    def add(
+        self,
+        place: int,
+        kept: torch.Tensor,  # [n, c]
+        out_of: torch.Tensor,  # [n, c]
+        g: torch.Tensor,  # [n, d_out]
+        x: torch.Tensor | None,  # [n, d_in]
+    ) -> None:
+        """Hand member `place`'s tokens to the reducer, which sums them by the bounds of the step's pack.
+
+        A layer that sees n tokens of an example alone, and not the pack's T, has them summed here, or handed over T at
+        a time, the rest filled up with zeros: of one example all sums are over all tokens, in any order.
+
+        Raises ModelError where that happens in a pack of several examples, whose tokens cannot be told apart.
+        """
+        n, length = len(g), self.tokens
+        if length is None or n == length:
+            self.reducer.add(self.numbers[place], kept, out_of, g, x)
+            return
+        if self.reducer.examples != 1:
+            raise ModelError(
+                f"{self.members[place].name}: sees {n} tokens of a pack of {length}, and whose they are is not known: "
+                "take one example at a time (max_tokens=1)"
+            )
+        if x is not None or self.reducer.projected:  # of many experts little is kept so
+            blocks = self.reducer.blocks[self.numbers[place]]
+            grads = [block.factor.sum(kept, out_of, g, x, self.reducer.dtype)[None] for block in blocks]
+            self.reducer.add_factors(self.numbers[place], 0, grads)
+            return
+        for start in range(0, n, length):
+            rest = None if x is None else _padded(x, start, length)
+            self.reducer.add(
+                self.numbers[place],
+                _padded(kept, start, length),
+                _padded(out_of, start, length),
+                _padded(g, start, length),
+                rest,
+            )
 
     def forget(self) -> None:
         """Lets go of what a forward left for calls that did not come."""
@@ -212,10 +268,16 @@ class _GroupedLora(torch.autograd.Function):
             else:
                 out_of = group.skinny(g, weight)
                 flat[i], u[i] = g, out_of[:, : member.r]
-            group.reducer.add(group.numbers[i], parts[i], out_of, g, tokens)
+            group.add(i, parts[i], out_of, g, tokens)
         if wants_dx and not group.fused:
             dx = group.input_gradient(flat, u)
         return None if dx is None else dx.view(ctx.x_shape), None, None
+
+
+def _padded(rows: torch.Tensor, start: int, length: int) -> torch.Tensor:
+    """Return rows[start : start + length] of rows [n, d], with zeros below where n ends before: [length, d]."""
+    part = rows[start : start + length]
+    return torch.nn.functional.pad(part, (0, 0, 0, length - len(part)))
 
 
 def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Hooks on a model's layers: gather their outputs, or round them once more."""
+"""Hooks on a model's layers and sums: gather their outputs, round them once more, or see how they are rounded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextlib.contextmanager
@@ -89,6 +90,21 @@ def rounded_layers(decoder: nn.Module, unit: float) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+class CoarsestRounding(TorchDispatchMode):
+    """Watch a forward for the coarsest dtype that its float64 numbers are turned into; `unit` is that dtype's rounding.
+
+    A model whose norms are computed in float32 rounds there, whatever the dtype of its weights.
+    """
+
+    unit = torch.finfo(torch.float64).eps
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64 and found.is_floating_point():
+            self.unit = max(self.unit, torch.finfo(found.dtype).eps)
+        return found
 
 
 def as_rows(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,12 @@ from torch import nn
 
 from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
 from influence_fast.data.fingerprints import active_adapters
+from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ModelError, listing, say_once
 from influence_fast.gradients.factors import Columns, Factor, make_factor
+from influence_fast.gradients.model_kinds import check_fixed_ranks
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.quantized import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +50,15 @@ class LoraLinear:
 
     name: str
     layer: nn.Module
-    weight: torch.Tensor  # [d_out, d_in]
-    bias: torch.Tensor | None  # [d_out]
+    weight: torch.Tensor  # [d_out, d_in]; of a quantised base an empty one, of the activations' dtype
+    bias: torch.Tensor | None  # [d_out]; None where a quantised base adds its own
     a: torch.Tensor  # [r, d_in]
     b: torch.Tensor  # [d_out, r]
     scaling: float
+    quantized: bool = False  # the base layer itself multiplies (see `quantized`)
 
     named_by: ClassVar[str] = "target_modules"  # the setting that chose it, for messages
+    noun: ClassVar[str] = "LoRA layer"
 
     @property
     def key(self) -> str:
@@ -74,7 +79,7 @@ class LoraLinear:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the products with the base weight."""
+        """The dtype of the products with the base weight; of a quantised base the activations'."""
         return self.weight.dtype
 
     @property
@@ -126,13 +131,15 @@ Module = TypeVar("Module", LoraLinear, LayoutEntry)
 
 
 def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
-    """Every LoRA linear of `model` that its active adapter changes, in `named_modules` order.
+    """Every LoRA linear of `model` that its active adapter changes, in the order of their parameters in the model.
 
     Raises ModelError when there is none, one is of a kind whose gradient this package does not compute, or the adapter
     is merged or disabled.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
+    model = unwrapped(model)
     layers: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     if not layers:
         raise ModelError(
@@ -147,14 +154,20 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
             f"no layer has the active adapter {listing(layers[0][1].active_adapters)}; they have "
             f"{listing(held)}: call set_adapter with one of these"
         )
-    refused = [name for name, layer, _ in active if not is_a_product(layer.get_base_layer())]
+    for name, layer, _ in active:
+        check_fixed_ranks(name, layer)
+    refused = [name for name, layer, _ in active if not is_supported(layer)]
     if refused:
         kind = type(model.get_submodule(refused[0]).get_base_layer()).__name__  # type: ignore[operator]
         raise ModelError(
             f"{refused[0]}: LoRA over {kind} is not supported (linears that are a plain product are); leave that "
             f"module out of target_modules{other_targets([name for name, _, _ in active], refused)}"
         )
-    found = [_as_plain(name, layer, adapters) for name, layer, adapters in active]
+    if any(isinstance(layer, ParamWrapper) for _, layer, _ in active):  # inside another's base layer, which is first
+        places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
+        active.sort(key=lambda one: min((places[id(p)] for p in one[1].lora_A.parameters()), default=-1))
+    activations = _activation_dtype(model)
+    found = [_as_plain(name, layer, adapters, activations) for name, layer, adapters in active]
     if others := _beside_in(model):
         say_once(logger, beside_warning(others))
     if unfrozen := _unfrozen_in(model):
@@ -172,6 +185,11 @@ def beside_warning(others: Sequence[str]) -> str:
         f"the adapter trains more than LoRA factors ({listing(others)}); gradients and scores here are of the "
         "factors alone: train without modules_to_save, trainable_token_indices and bias to have all of it scored"
     )
+
+
+def unscored_in(model: nn.Module) -> list[str]:
+    """Return what is trained but in no gradient row: what an adapter has beside LoRA factors, and unfrozen weights."""
+    return [*_beside_in(model), *_unfrozen_in(model)]
 
 
 def _beside_in(model: nn.Module) -> list[str]:
@@ -222,8 +240,9 @@ def _active_in(layer: Any) -> list[str]:
     return [a for a in layer.active_adapters if a in layer.lora_A or a in layer.lora_embedding_A]
 
 
-def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
-    base = layer.get_base_layer()
+def _as_plain(name: str, layer: Any, active: list[str], activations: torch.dtype) -> LoraLinear:
+    from peft.tuners.lora.layer import ParamWrapper
+
     if len(active) != 1:
         raise ModelError(f"{name}: exactly one active LoRA adapter is needed, found {listing(active)}")
     adapter = active[0]
@@ -236,16 +255,58 @@ def _as_plain(name: str, layer: Any, active: list[str]) -> LoraLinear:
         raise ModelError(f"{name}: lora_bias=True is not supported; train the adapter without it")
     if layer.merged:
         raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
-    weight = base.weight if isinstance(base, nn.Linear) else base.weight.T
+    if not isinstance(layer, ParamWrapper) or _is_weight(layer):
+        return _linear_of(name, layer, adapter, activations)
+    from influence_fast.gradients.lora_parameters import parameter_of
+
+    return parameter_of(name, layer, adapter)
+
+
+def _is_weight(layer: Any) -> bool:
+    """Whether a wrapper of a parameter is around a linear's weight and nothing else is: it is that linear's LoRA."""
+    base = layer.base_layer
+    return getattr(layer, "parameter_name", "") == "weight" and isinstance(base, nn.Linear) and is_a_product(base)
+
+
+def _linear_of(name: str, layer: Any, adapter: str, activations: torch.dtype) -> LoraLinear:
+    base = layer.get_base_layer()
+    a = layer.lora_A[adapter].weight.detach()
+    if quantised := kind_of(base) is not None:
+        weight, bias = a.new_empty(0, dtype=activations), None
+    else:
+        weight = (base.weight if isinstance(base, nn.Linear) else base.weight.T).detach()
+        bias = None if base.bias is None else base.bias.detach()
     return LoraLinear(
         name=name,
         layer=layer,
-        weight=weight.detach(),
-        bias=None if base.bias is None else base.bias.detach(),
-        a=layer.lora_A[adapter].weight.detach(),
+        weight=weight,
+        bias=bias,
+        a=a,
         b=layer.lora_B[adapter].weight.detach(),
         scaling=float(layer.scaling[adapter]),
+        quantized=quantised,
     )
+
+
+def _activation_dtype(model: Any) -> torch.dtype:
+    """Return the widest dtype of the parameters that are neither factors nor quantised: norms and embeddings.
+
+    They make what flows between quantised layers; a head may be wider and changes nothing before it.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    apart = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    apart -= {id(parameter) for parameter in base.get_input_embeddings().parameters()} if apart else set()
+    dtypes = {
+        parameter.dtype
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+        and parameter.element_size() > 1
+        and id(parameter) not in apart
+        and not is_adapter_parameter(name)
+        and not hasattr(parameter, "__tensor_flatten__")
+    }
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)
 
 
 def other_targets(names: Sequence[str], refused: Sequence[str], setting: str = "target_modules") -> str:
@@ -268,15 +329,25 @@ def _ending(name: str, parts: int) -> str:
     return ".".join(name.split(".")[-parts:])
 
 
+def is_supported(layer: Any) -> bool:
+    """Tell whether gradients of LoRA on the base of `layer` are computed here: on plain products, and parameters."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return isinstance(layer, ParamWrapper) or is_a_product(layer.get_base_layer())
+
+
 def is_a_product(base: Any) -> bool:
-    """Tell whether a layer computes x W^T + b and nothing else; a subclass of nn.Linear is tried on random tokens."""
+    """Tell whether a layer computes x W^T + b and nothing else; a subclass of nn.Linear is tried on random tokens.
+
+    A quantised one is taken to, and compared with autograd when an engine opens.
+    """
+    if kind_of(base) is not None:
+        return True
     if type(base) is nn.Linear or type(base).__name__ == "Conv1D":
         return True
     if not isinstance(base, nn.Linear):
         return False
     weight = base.weight
-    if not weight.is_floating_point() or weight.shape != (base.out_features, base.in_features):
-        return False  # quantised, and perhaps packed
     if hasattr(weight, "full_tensor"):  # a DTensor, whole only while the layer around it runs
         return type(base).forward is nn.Linear.forward
     if weight.device.type == "meta":
@@ -289,7 +360,9 @@ def is_a_product(base: Any) -> bool:
             return False
         wanted = nn.functional.linear(x, weight, base.bias)
     most = 1e-5 if weight.dtype in (torch.float32, torch.float64) else 1e-2
-    return found.shape == wanted.shape and bool((found - wanted).norm() <= most * wanted.norm())
+    if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:  # a router, which gives several
+        return False
+    return bool((found - wanted).norm() <= most * wanted.norm())
 
 
 def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -> list[LayoutEntry]:

@@ -44,6 +44,15 @@ class GradientMemory:
         return sum(self.throughout.values()) + self.batch
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedWeights:
+    """Weights of a base that are stored in fewer bits: how many, their bytes with scales, and those of the largest."""
+
+    parameters: int
+    stored: int
+    largest: int
+
+
 def layer_bytes(
     config: Any,
     *,
@@ -83,13 +92,15 @@ def gradient_memory(
     checkpointing: bool = True,
     triton: bool = True,
     fp8: bool = False,
+    quantized: QuantizedWeights | None = None,
 ) -> GradientMemory:
     """The sum for a pack of `tokens` tokens and `examples` examples, projected rows (`one_sided` or `kron`).
 
     config: the model's transformers configuration. parameters: of the base model. row: numbers in a row, by default
     those of the projection without a sketch. completion_tokens: that the loss counts, by default all. weight_bytes:
     2 for bf16. checkpointing: layers are computed again in the backward. triton: else PyTorch adds up in fp32. fp8:
-    products with the frozen weights in 8 bits, on a card.
+    products with the frozen weights in 8 bits, on a card. quantized: those of the parameters that are stored in fewer
+    bits, one of which is dequantised at a time.
 
     Not in it: the CUDA context, what an operation uses inside itself, fragmentation. Raises ConfigError for a
     configuration that names no such sizes.
@@ -99,7 +110,7 @@ def gradient_memory(
     counted = tokens if completion_tokens is None else completion_tokens
     ends = s.layers * s.module_ends
     throughout = {
-        "weights": parameters * w,
+        "weights": parameters * w if quantized is None else (parameters - quantized.parameters) * w + quantized.stored,
         # q, k and v share an input, and so do gate and up: their A's lie together once more
         "LoRA factors, and with their random columns once more for each pass": ends * rank * w
         + ends * columns * w
@@ -118,6 +129,7 @@ def gradient_memory(
     inputs = tokens * s.hidden * w  # one layer's input, or a gradient of that shape
     angles = 2 * tokens * s.head_dim * w
     work = tokens * (3 * s.mlp * w + columns * w) + inputs  # gradients inside the MLP
+    whole = 0 if quantized is None else quantized.largest * w
     if fp8 and not triton:  # the last of them in e4m3, and in fp32 while it is rounded
         work = tokens * (w * s.mlp + 5 * s.mlp + w * (2 * s.hidden + columns) + 8)
         # PyTorch's norms hold on to theirs, but for the input of a layer that is computed again
@@ -136,7 +148,9 @@ def gradient_memory(
     logits = chunk * s.vocabulary * (w if triton else 4 + w)  # the kernel writes the gradient over them
     moments = {
         "the loss": moment(all_layers, final_norm=last_norm, last_hidden=2 * counted * s.hidden * w, logits=logits),
-        "the backward of the top layer": moment(all_layers, one_layer_again=again, gradients_in_it=work),
+        "the backward of the top layer": moment(
+            all_layers, one_layer_again=again, gradients_in_it=work, one_weight_dequantised=whole
+        ),
         "the sums of examples": {
             "kept for the sums: [h | z] and [u | y] of all layers": s.layers * sides,
             "the same, stacked by rank": s.layers * sides,
@@ -145,7 +159,13 @@ def gradient_memory(
         },
     }
     if checkpointing:
-        bottom = moment(inputs, one_layer_again=again, gradients_in_it=work, kept_for_the_sums=(s.layers - 1) * sides)
+        bottom = moment(
+            inputs,
+            one_layer_again=again,
+            gradients_in_it=work,
+            one_weight_dequantised=whole,
+            kept_for_the_sums=(s.layers - 1) * sides,
+        )
         moments["the backward of the bottom layer"] = bottom
     return GradientMemory(throughout, moments)
 

@@ -9,26 +9,34 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from influence_fast.data.packing import Pack, text_config
-from influence_fast.errors import ConfigError, ModelError
-from influence_fast.gradients import attention, fp8
+from influence_fast.errors import ConfigError, ModelError, listing, say_once
+from influence_fast.gradients import attention, fp8, quantized
+from influence_fast.gradients.autograd_parameters import AutogradParameters, Part, SplitModule, parameter_parts
 from influence_fast.gradients.frozen import frozen, recomputable_layers, recomputes
 from influence_fast.gradients.fused_layers import Fused, fused
-from influence_fast.gradients.input_groups import InputGroup, replaced_forward
+from influence_fast.gradients.input_groups import InputGroup, Product, replaced_forward
 from influence_fast.gradients.lora import LoraLinear, other_targets
+from influence_fast.gradients.lora_parameters import LoraParameter
 from influence_fast.gradients.memory import layer_bytes
 from influence_fast.gradients.reduction import Reducer
 from influence_fast.gradients.referee import Referee, decoder_of
+from influence_fast.gradients.routed import RoutedExperts
+from influence_fast.gradients.routed_modules import routed_modules
 from influence_fast.gradients.separation import Separation
 from influence_fast.gradients.tolerance import Tolerance
 
+logger = logging.getLogger(__name__)
+
+_PROBED = 24  # tokens: each of 128 experts of which a token takes 8 meets one or two
 # Heads that do more than a matrix product; their logits are taken from the model itself. Named, since two tokens of an
 # untrained model need not show it (softcapping); what has no name here is found by trying.
 _HEAD_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -42,20 +50,18 @@ class GivenModel:
     """
 
     base: Any
-    decoder: Any
     replaced: Sequence[tuple[Any, Any]]
-    implementation: str | None
+    implementations: list[tuple[Any, str | None]]
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """While the block runs, the model has the forwards and the attention that it was given with; dropout is off."""
         ours = [(module, vars(module).pop("forward")) for module, _ in self.replaced]
-        implementation = self.decoder.config._attn_implementation
         try:
             for module, own in self.replaced:
                 if own is not None:
                     module.forward = own
-            with attention.implementation(self.base, implementation, self.implementation):
+            with attention.implementation(self.base, self.implementations):
                 yield
         finally:
             for module, forward in ours:
@@ -72,6 +78,7 @@ class OpenedModel:
         head: the module that makes logits of them.
         linears: the linears whose gradients are taken.
         groups: the same by the tensor that they read.
+        parameters: those on parameters of modules, by module.
         whole_model_logits: whether logits come from the whole model; else they are the head's product.
         mode: how the model is called.
         recomputable: layers that can be recomputed in the backward, and are not already; none on the CPU.
@@ -89,6 +96,7 @@ class OpenedModel:
     head: Any
     linears: Sequence[LoraLinear]
     groups: Sequence[InputGroup]
+    parameters: Sequence[Part]
     whole_model_logits: bool
     mode: Separation
     recomputable: Sequence[Any]
@@ -117,6 +125,8 @@ class OpenedModel:
     def kept_bytes(self, tokens: int) -> float | None:
         """Return how many bytes the layers keep of so many tokens; None where that is not known."""
         if not self.recomputable:
+            return None
+        if not self.groups:
             return None
         columns = max(max(group.columns) for group in self.groups)
         inputs, w = self.groups[0].reducer.needs_input, self.linears[0].dtype.itemsize
@@ -159,24 +169,33 @@ def open_model(
     decoder, head, first = decoder_of(base), base.get_output_embeddings(), linears[0]
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
-        weights: list[fp8.Fp8Weight | None] = [None] * len(linears)
+        stack.enter_context(quantized.settled(base))
+        eights: list[fp8.Fp8Weight | None] = [None] * len(linears)
         room = free_bytes(first.device)
         if precision == fp8.FP8:
-            weights = fp8.weights_of(list(linears), triton)
+            eights = _fp8_weights(linears, triton)
             room = free_bytes(first.device)  # less the copies
         recomputable = stack.enter_context(recomputable_layers(base)) if room is not None else []
-        implementation = decoder.config._attn_implementation
+        implementations = attention.implementations(base)
         forwards = {module: vars(module).get("forward") for module in base.modules()}
         whole, mode, referee = stack.enter_context(_settled(base, decoder, head, linears))
         call = functools.partial(_call, base if whole else decoder, decoder.config, mode)
-        inputs, why = _probe(call, linears, mode, decoder.config._attn_implementation)
-        groups = _groups(linears, inputs, reducer, weights, triton, precision)
+        ids = _probe_tokens(referee)
+        inputs, calls, mode, why = _probe(call, linears, mode, decoder.config._attn_implementation, ids)
+        dtypes = [inputs[n].dtype if n in inputs else linear.dtype for n, linear in enumerate(linears)]
+        products = [eight or own for eight, own in zip(eights, quantized.products_of(linears, dtypes), strict=True)]
+        groups = _groups(linears, inputs, reducer, products, triton, precision)
+        members = [(n, linear) for n, linear in enumerate(linears) if isinstance(linear, LoraParameter)]
+        parameters = parameter_parts(members, calls, reducer)
+        for part in parameters:
+            stack.enter_context(part.opened())
+        mode = _heed_parameters(parameters, mode)
         for group in groups:
             for place, member in enumerate(group.members):
                 stack.enter_context(replaced_forward(member.layer, group, place))
         fused_layers = stack.enter_context(fused(base, first.dtype)) if triton else Fused()
         replaced = [(module, own) for module, own in forwards.items() if vars(module).get("forward") is not own]
-        given = GivenModel(base, decoder, replaced, implementation)
+        given = GivenModel(base, replaced, implementations)
         if referee is not None:
             referee.as_given = given.restored
             if precision == fp8.FP8:
@@ -187,6 +206,7 @@ def open_model(
             head=head,
             linears=linears,
             groups=groups,
+            parameters=parameters,
             whole_model_logits=whole,
             mode=mode,
             recomputable=recomputable,
@@ -212,10 +232,14 @@ def not_recordable(base: Any, linears: Sequence[LoraLinear], reducer: Reducer, b
         return f"the backend is not triton but {backend} ({why})"
     if device.type != "cuda":
         return f"the model is not on a CUDA device but on {device.type}"
+    if any(isinstance(linear, LoraParameter) for linear in linears):
+        return "LoRA on parameters of experts is summed by each pack's own routing"
     if any(linear.sharded for linear in linears):
         return "the base weights are spread over processes (FSDP), which exchange them in every step"
     if not reducer.recordable:
         return "these gradients are summed by PyTorch, with each pack's bounds on the host"
+    if any(linear.quantized for linear in linears):
+        return "the base is quantised, and its library's products may wait for the host"
     return ""
 
 
@@ -264,23 +288,39 @@ def _settled(
         yield whole, mode, referee
 
 
+def _probe_tokens(referee: Referee | None) -> torch.Tensor:
+    """The tokens [n] int64 of `_probe`: enough that a router spreads them."""
+    if referee is None:
+        return torch.zeros(2, dtype=torch.int64)
+    return max((text.ids for text in referee.texts), key=len)[:_PROBED]
+
+
 def _probe(
-    call: Callable[..., Any], linears: Sequence[LoraLinear], mode: Separation, implementation: str | None
-) -> tuple[dict[int, torch.Tensor], str]:
-    """Run two tokens to learn which LoRA linears share an input, and why no step can be a CUDA graph."""
+    call: Callable[..., Any],
+    linears: Sequence[LoraLinear],
+    mode: Separation,
+    implementation: str | None,
+    ids: torch.Tensor,
+) -> tuple[dict[int, torch.Tensor], dict[nn.Module, tuple[Any, ...]], Separation, str]:
+    """Run the tokens `ids` to learn which LoRA linears share an input, what wrappers of parameters are called with, how
+    to call the model for what its layers see, and why no step can be a CUDA graph."""
     inputs: dict[int, torch.Tensor] = {}
+    wrapped: dict[nn.Module, tuple[Any, ...]] = {}
     calls = [0] * len(linears)
 
-    def called(n: int, x: torch.Tensor) -> None:
-        inputs[n] = x
+    def called(n: int, layer: nn.Module, args: tuple[Any, ...]) -> None:
         calls[n] += 1
+        if isinstance(linears[n], LoraParameter):
+            wrapped[layer] = args
+        else:
+            inputs[n] = args[0]
 
     handles = [
-        member.layer.register_forward_pre_hook(lambda _, args, n=n: called(n, args[0]))
+        member.layer.register_forward_pre_hook(lambda layer, args, n=n: called(n, layer, args))
         for n, member in enumerate(linears)
     ]
-    two = torch.zeros(2, dtype=torch.int64)
-    tokens = attention.PackedTokens.of(Pack([0], two, torch.arange(2), two, [0, 2])).to(linears[0].device)
+    pack = Pack([0], ids, torch.arange(len(ids)), ids, [0, len(ids)])
+    tokens = attention.PackedTokens.of(pack).to(linears[0].device)
     seen: list[bool] = []
     try:
         with torch.no_grad():
@@ -288,8 +328,8 @@ def _probe(
     finally:
         for handle in handles:
             handle.remove()
-    _check_inputs(inputs, linears)
-    why = ""
+    strange = {n for n, x in inputs.items() if x.numel() != len(ids) * linears[n].d_in}
+    mode, why = _heed_calls(linears, calls, strange, mode), ""
     if not mode.packs_pay:
         why = "the examples of a pack would see each other in this model"
     elif max(calls) > 1:
@@ -299,48 +339,93 @@ def _probe(
             "this model's attention runs an example at a time (it takes a 16-bit model, with heads of up to 256 "
             "numbers in multiples of 8)"
         )
-    return inputs, why
+    return inputs, wrapped, mode, why
 
 
-def _check_inputs(inputs: dict[int, torch.Tensor], linears: Sequence[LoraLinear]) -> None:
-    """Raise ModelError for a LoRA layer that saw no tokens, or others than the two that were passed."""
-    unused = [m.name for n, m in enumerate(linears) if n not in inputs]
+def _heed_calls(linears: Sequence[LoraLinear], calls: Sequence[int], strange: set[int], mode: Separation) -> Separation:
+    """Return how to call a model whose LoRA layers were called so often, and say which of them text leaves out.
+
+    A layer that is not called has no part in the loss: its gradient is zero. One that sees other tokens than the text's
+    (some of them, as a routed expert, a prompt before it, several streams of it) has those of one example where
+    examples go one at a time, and its sums are over all that it sees.
+
+    Raises ModelError where text reaches none.
+    """
+    names = [member.name for member in linears]
+    uncalled = {n for n, count in enumerate(calls) if not count}
+    routed = routed_modules(names, strange, uncalled)
+    unused = [names[n] for n in sorted(uncalled - routed)]
+    if len(unused) == len(names):
+        raise ModelError(
+            f"{unused[0]}: the model's forward on text calls no {linears[0].noun}, as where they are those of images "
+            f"or of an encoder: name layers of the text decoder in {linears[0].named_by}"
+        )
     if unused:
-        targets = other_targets([member.name for member in linears], unused, linears[0].named_by)
-        raise ModelError(
-            f"{unused[0]}: the model's forward on text never calls this layer, which has no gradient; leave "
-            f"it out of {linears[0].named_by}{targets}"
+        say_once(
+            logger,
+            f"the model's forward on text never calls the {linears[0].noun}s {listing(unused)}, whose gradients are "
+            f"zero; rows are shorter without them{other_targets(names, unused, linears[0].named_by)}",
         )
-    strange = [n for n, x in inputs.items() if x.numel() != 2 * linears[n].d_in]
-    if strange:
-        x, names = inputs[strange[0]], [linears[n].name for n in strange]
-        raise ModelError(
-            f"{names[0]}: sees {x.numel() // x.shape[-1]} tokens of 2 (a routed expert?); leave it out of "
-            f"{linears[0].named_by}{other_targets([member.name for member in linears], names, linears[0].named_by)}"
+    if not routed:
+        return mode
+    if mode.packs_pay:
+        name = names[min(routed)]
+        say_once(logger, f"{name}: sees other tokens than a text's (a routed expert?), so examples go one at a time")
+    return replace(mode, apart=False)
+
+
+def _heed_parameters(parts: Sequence[Part], mode: Separation) -> Separation:
+    """Return how to call a model with LoRA on parameters, and say what of its experts is not scored."""
+    kinds = {type(part) for part in parts}
+    if RoutedExperts in kinds and SplitModule not in kinds:
+        say_once(
+            logger,
+            "routed experts are scored at the model's own choice of experts, which has no gradient; its routers have "
+            "no LoRA and are left out",
         )
+    alone = [part for part in parts if isinstance(part, AutogradParameters)]
+    if not alone:
+        return mode
+    if mode.packs_pay:
+        _, member = alone[0].members[0]
+        what = f"LoRA on the parameter {member.parameter} of {type(member.module).__name__}"
+        say_once(logger, f"{member.name}: {what} is differentiated as it stands, so examples go one at a time")
+    return replace(mode, apart=False)
+
+
+def _fp8_weights(linears: Sequence[LoraLinear], triton: bool) -> list[fp8.Fp8Weight | None]:
+    """The 8-bit weights of linears; None for LoRA on parameters, which multiply as they are."""
+    plain = [linear for linear in linears if not isinstance(linear, LoraParameter)]
+    made = iter(fp8.weights_of(plain, triton))
+    return [None if isinstance(linear, LoraParameter) else next(made) for linear in linears]
 
 
 def _groups(
     linears: Sequence[LoraLinear],
     inputs: dict[int, torch.Tensor],
     reducer: Reducer,
-    fp8_weights: Sequence[fp8.Fp8Weight | None],
+    products: Sequence[Product | None],
     triton: bool,
     precision: str,
 ) -> list[InputGroup]:
     """Group LoRA linears by the tensor that they read."""
     by_input: dict[int, list[int]] = {}
-    for n in range(len(linears)):
-        by_input.setdefault(id(inputs[n]), []).append(n)
+    for n, linear in enumerate(linears):
+        if not isinstance(linear, LoraParameter):
+            # what the probe did not reach shares its input with nothing that is known
+            by_input.setdefault(id(inputs[n]) if n in inputs else -n - 1, []).append(n)
     groups = []
     for numbers in by_input.values():
         members = [linears[n] for n in numbers]
-        eights = [fp8_weights[n] for n in numbers]
+        chosen = [products[n] for n in numbers]
         # Folding s B A into a 16-bit weight would round the adapter away, and so would folding it into an 8-bit one; on
         # a GPU the second copy of the weights would cost more than it saves.
-        # Sharded weights (FSDP2) are whole only inside their own layer's forward and backward: nothing to fold.
-        first = members[0]
+        # Sharded weights (FSDP2) are whole only inside their own layer's forward and backward: nothing to fold; nor is
+        # a quantised one ever kept whole.
+        first, quantised = members[0], any(member.quantized for member in members)
         wide = first.dtype in (torch.float32, torch.float64)
         folds = wide and first.device.type == "cpu" and not triton and not first.sharded and precision != fp8.FP8
-        groups.append(InputGroup(members, numbers, reducer, folds, triton, eights))
+        given = inputs.get(numbers[0])
+        dtype = given.dtype if quantised and given is not None else first.dtype
+        groups.append(InputGroup(members, numbers, reducer, folds and not quantised, triton, chosen, dtype))
     return groups

@@ -22,6 +22,7 @@ from influence_fast.data.packing import (
 from influence_fast.errors import ConfigError, DataError, NumericError, listing
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.fp8 import AUTO
+from influence_fast.gradients.probe_texts import vocabulary_of
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.gradients.transfer import WriteBehind, decoded, encoded, to_device
@@ -209,7 +210,7 @@ def packs_for(engine: GradientEngine, examples: Sequence[Mapping[str, Any]], max
     check_examples(examples)
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1, or None")
-    vocab = engine.base.get_input_embeddings().weight.shape[0]
+    vocab = vocabulary_of(engine.base)
     for index, example in enumerate(examples):
         ids = example["input_ids"]
         if int(ids.max()) >= vocab or int(ids.min()) < 0:

@@ -31,13 +31,18 @@ def limits(config: Any) -> list[int]:
     return sorted(found)
 
 
+def vocabulary_of(base: Any) -> int:
+    """Return the number of tokens that a causal LM embeds; by its configuration where it has a table for each code."""
+    weight = getattr(base.get_input_embeddings(), "weight", None)
+    return int(text_config(base.config).vocab_size) if weight is None else len(weight)
+
+
 def probe_texts(base: Any) -> list[torch.Tensor]:
     """Make random texts, [n] int64 each: of 2 tokens, longer than the limits, of 1 token, and of about half."""
     longest = max([_UNLIMITED, *(2 * n + 3 for n in limits(base.config))])
     context = context_of(base.config)
     longest = max(2, min(longest, _LONGEST, _LONGEST if context is None else context - _ROOM_FOR_OFFSETS))
-    vocabulary = len(base.get_input_embeddings().weight)
-    allowed = torch.tensor(sorted(set(range(vocabulary)) - _special_tokens(base.config)) or [0])
+    allowed = torch.tensor(sorted(set(range(vocabulary_of(base))) - _special_tokens(base.config)) or [0])
     generator = torch.Generator().manual_seed(0)
     lengths = (2, longest, 1, longest // 2 + 1)
     return [allowed[torch.randint(0, len(allowed), (n,), generator=generator)] for n in lengths]

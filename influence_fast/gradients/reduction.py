@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -79,6 +79,11 @@ class Reducer:
         """Whether x itself must be kept for the backward."""
         return False
 
+    @property
+    def projected(self) -> bool:
+        """Whether `add_factors` takes gradients whose wide sides `columns` have multiplied, and not whole ones."""
+        return False
+
     triton = False  # whether the Triton kernels do the sums
     bf16_rows = False  # whether rows that are final once summed may be bf16
 
@@ -135,6 +140,13 @@ class Reducer:
     ) -> None:
         raise NotImplementedError
 
+    def add_factors(self, number: int, first: int, grads: Sequence[torch.Tensor]) -> None:
+        """Add gradients of module `number`'s factors, already summed, for the examples from `first` on.
+
+        grads: for each factor [n, a, b] in `dtype`, scaled; with `projected` its wide sides are p columns each.
+        """
+        raise NotImplementedError
+
     def finish(self) -> torch.Tensor:
         raise NotImplementedError
 
@@ -154,6 +166,7 @@ class ProjectedReducer(Reducer):
         super().__init__(linears, layout, projection)
         assert projection is not None
         self._pending: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        self._summed: list[tuple[Block, int, torch.Tensor]] = []
         self._rank_sides: dict[str, torch.Tensor] = {}  # [r, p], of "kron" by the name that seeds it
         for _, factor, _ in itertools.chain.from_iterable(self.blocks):
             for name, side in ((factor.left_rank, factor.left), (factor.right_rank, factor.right)):
@@ -169,12 +182,16 @@ class ProjectedReducer(Reducer):
         self._tables: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     @property
+    def projected(self) -> bool:
+        return True
+
+    @property
     def recordable(self) -> bool:
         return self.triton and not self._rank_sides
 
     def begin(self, cu_seqlens: list[int] | None, segments: Segments | None = None) -> None:
         super().begin(cu_seqlens, segments)
-        self._pending = []
+        self._pending, self._summed = [], []
 
     def add(
         self,
@@ -186,11 +203,15 @@ class ProjectedReducer(Reducer):
     ) -> None:
         self._pending.append((number, kept, out_of))
 
+    def add_factors(self, number: int, first: int, grads: Sequence[torch.Tensor]) -> None:
+        self._summed += [(block, first, grad) for block, grad in zip(self.blocks[number], grads, strict=True)]
+
     def finish(self) -> torch.Tensor:
         pending = [number for number, _, _ in self._pending]
         once = len(set(pending)) == len(pending)  # else a module is called twice, and its parts are added
         launched = self.triton and not self._rank_sides and once
-        final = torch.bfloat16 if launched and self.bf16_rows and self._sketch is None else self.dtype
+        bf16 = launched and self.bf16_rows and self._sketch is None and not self._summed
+        final = torch.bfloat16 if bf16 else self.dtype
         rows = torch.zeros(self.examples, layout_width(self.layout), dtype=final, device=self.device)
         for chosen in self._alike():
             left = torch.stack([out_of for _, _, out_of in chosen])  # [M, T, c_out]
@@ -200,7 +221,9 @@ class ProjectedReducer(Reducer):
                 self._launch(rows, numbers, left, right)
             else:
                 self._sum(rows, numbers, left.to(self.dtype), right.to(self.dtype))
-        self._pending = []
+        for block, first, grad in self._summed:
+            rows[first : first + len(grad), block.columns] += self._in_rank_sides(block.factor, grad).flatten(1)
+        self._pending, self._summed = [], []
         return rows if self._sketch is None else self._sketch(rows)
 
     def _alike(self) -> list[list[tuple[int, torch.Tensor, torch.Tensor]]]:
@@ -297,6 +320,14 @@ class FullReducer(Reducer):
             tokens, g = tokens.contiguous(), g.contiguous()
         for block, factor, _ in self.blocks[number]:
             add(block, tokens_of(factor.left, out_of, g), tokens_of(factor.right, kept, tokens), factor.scale)
+
+    def add_factors(self, number: int, first: int, grads: Sequence[torch.Tensor]) -> None:
+        for block, grad in zip(self.blocks[number], grads, strict=True):
+            for example, flat in enumerate(grad.flatten(1), start=first):
+                if self._sketch is None:
+                    self._rows[example, block.columns] += flat
+                else:
+                    self._sketch.add(self._rows[example], block.number, flat)
 
     def finish(self) -> torch.Tensor:
         rows, self._rows = self._rows, torch.empty(0)

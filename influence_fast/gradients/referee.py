@@ -15,10 +15,11 @@ handed as an argument cannot be tried, and such a model keeps its own attention.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch.nn.functional import cross_entropy, linear
 from influence_fast.data.packing import IGNORED, Pack, context_of, pack_examples
 from influence_fast.errors import ModelError, one_line, say_once
 from influence_fast.gradients import attention
-from influence_fast.gradients.layer_outputs import as_rows, captured, recorded_layers, rounded_layers
+from influence_fast.gradients.layer_outputs import CoarsestRounding, as_rows, captured, recorded_layers, rounded_layers
 from influence_fast.gradients.probe_texts import limits, probe_texts
 from influence_fast.gradients.separation import Separation, StatefulModelError, separation
 from influence_fast.gradients.tolerance import FLOOR_16, Tolerance
@@ -68,10 +69,10 @@ class Referee:
 
     def __init__(self, base: Any, decoder: Any, device: torch.device, tolerance: Tolerance | None = None) -> None:
         self.base, self.decoder, self.device = base, decoder, device
-        self._own_implementation = decoder.config._attn_implementation
+        self._own_implementations = attention.implementations(base)
         self.texts = [self._plain(ids) for ids in probe_texts(base)]
         if tolerance is None:
-            dtypes = {base.get_input_embeddings().weight.dtype, self.texts[0].logits.dtype}
+            dtypes = {next(base.parameters()).dtype, self.texts[0].logits.dtype}
             # some models give out logits of another dtype than their own
             tolerance = Tolerance.of(max(dtypes, key=lambda dtype: torch.finfo(dtype).eps), device)
         self.tolerance = tolerance
@@ -91,7 +92,15 @@ class Referee:
 
     def _plain(self, ids: torch.Tensor) -> PlainText:
         with torch.no_grad(), captured(self.decoder) as seen:
-            logits = self.base(input_ids=ids[None].to(self.device)).logits[0]
+            try:
+                logits = self.base(input_ids=ids[None].to(self.device)).logits[0]
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise ModelError(
+                    f"{self.name}: the model's own forward of {len(ids)} tokens fails ({one_line(error, 160)}): a "
+                    "model is needed that takes input_ids alone"
+                ) from error
         loss, labels = None, ids % logits.shape[-1]
         if len(ids) > 1:
             loss = float(_wide(cross_entropy)(logits[:-1], labels[1:].to(logits.device)))
@@ -146,14 +155,24 @@ class Referee:
         worst = max(errors)
         if worst <= self.tolerance.floor:
             return True
-        return self.tolerance.dtype != torch.float64 and worst <= min(_MOST, _NOISES * self.noise)
+        return worst <= min(_MOST, _NOISES * self.noise)
+
+    @functools.cached_property
+    def unit(self) -> float:
+        """The relative rounding of the model's coarsest sums: many float64 models compute norms in float32."""
+        if self.tolerance.dtype != torch.float64:
+            return self.tolerance.unit
+        longest = max(self.texts, key=lambda text: len(text.ids)).ids
+        with self.as_given(), torch.no_grad(), CoarsestRounding() as coarsest:
+            self.base(input_ids=longest[None].to(self.device))
+        return min(coarsest.unit, torch.finfo(torch.float32).eps)
 
     @property
     def noise(self) -> float:
         """The relative change of outputs when every layer's output is rounded once more; measured when first asked."""
         if self._noise is None:
             found = []
-            with self.as_given(), rounded_layers(self.decoder, self.tolerance.unit):
+            with self.as_given(), rounded_layers(self.decoder, self.unit):
                 for text in self.texts:
                     found.append(self.tolerance.difference(self._plain(text.ids).outputs(False), text.outputs(False)))
             self._noise = max(found)
@@ -161,8 +180,7 @@ class Referee:
 
     @contextlib.contextmanager
     def _with_own_attention(self) -> Iterator[None]:
-        now = self.decoder.config._attn_implementation
-        with attention.implementation(self.base, now, self._own_implementation):
+        with attention.implementation(self.base, self._own_implementations):
             yield
 
     @contextlib.contextmanager
@@ -179,7 +197,7 @@ class Referee:
             verdict, why = self._with_ours(module, whole)
             if verdict is None:
                 stack.close()
-                verdict = Separation(False, takes_bounds=False, own_attention=True)
+                verdict = Separation(False, takes_bounds=False, own_attention=True, why=why)
                 self._require_own(module, whole, verdict)
                 say_once(
                     logger,
@@ -188,6 +206,7 @@ class Referee:
                 )
             elif not verdict.apart:
                 say_once(logger, f"{self.name}: examples go one at a time ({why})")
+                verdict = replace(verdict, why=why)
             yield verdict
 
     def _with_ours(self, module: Any, whole: bool) -> tuple[Separation | None, str]:
@@ -291,9 +310,9 @@ class Referee:
         passed = [
             not math.isfinite(b) or d <= self.tolerance.of_loss(n) for d, b, n in zip(apart, plain, counts, strict=True)
         ]
-        if all(passed) or self.tolerance.dtype == torch.float64:
+        if all(passed):
             return passed
-        with rounded_layers(self.decoder, self.tolerance.unit):
+        with rounded_layers(self.decoder, self.unit):
             shaken = self.plain_losses(examples)
         # one shaken forward may leave every token with its experts where another does not
         noise = max(self._noise or 0.0, *(abs(a - b) / (1 + abs(b)) for a, b in zip(shaken, plain, strict=True)))

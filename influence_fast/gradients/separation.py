@@ -34,13 +34,15 @@ class Separation:
     apart: whether the examples of a pack do not see each other. takes_bounds: whether the model takes the bounds of
     one example; those that cannot keep examples apart may refuse even that. masked: apart by a mask over the whole
     pack, as for an attention that could not be replaced. own_attention: whether it is called one example at a time,
-    with its own attention and mask, and makes its own positions.
+    with its own attention and mask, and makes its own positions. why: what keeps it from packs, where
+    anything does.
     """
 
     apart: bool
     takes_bounds: bool = True
     masked: bool = field(default=False, compare=False)  # of what packs cost, not of what they are
     own_attention: bool = False
+    why: str = field(default="", compare=False)
 
     @property
     def packs_pay(self) -> bool:

@@ -16,8 +16,9 @@ from torch import nn
 from influence_fast.data.adapter_names import is_adapter_parameter
 from influence_fast.errors import ModelError
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.per_example import packs_for
+from influence_fast.gradients.per_example import compare_once, packs_for
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.quantized import kind_of
 
 
 def shard_model(model: Any, mesh: Any = None) -> Any:
@@ -27,7 +28,7 @@ def shard_model(model: Any, mesh: Any = None) -> Any:
         model: on the device it is to run on, or on the CPU: each layer moves to the mesh's device as it is sharded.
         mesh: a one-dimensional `DeviceMesh`; by default one of all processes.
 
-    Returns `model`. Raises ModelError: no list of decoder layers is found in it.
+    Returns `model`. Raises ModelError: no list of decoder layers is found in it, or its weights are quantised.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -38,6 +39,11 @@ def shard_model(model: Any, mesh: Any = None) -> Any:
         raise ModelError(
             f"{type(decoder).__name__} has no list of decoder layers (`layers`) to shard one by one; "
             "run it whole, one process a card"
+        )
+    if any(kind_of(module) is not None for module in layers.modules() if "base_layer" not in module._modules):
+        raise ModelError(
+            f"{type(decoder).__name__}: quantised weights cannot be spread over processes (FSDP): run it whole, one "
+            "process a card (without --fsdp), or load it unquantised"
         )
     whole = {parameter for name, parameter in model.named_parameters() if is_adapter_parameter(name)}
     whole |= set(base.get_input_embeddings().parameters())
@@ -91,6 +97,8 @@ class LockstepRows:
                 padded[: len(rows), -1] = own_losses
                 gathered = [torch.empty_like(padded) for _ in range(world)]
                 dist.all_gather(gathered, padded, group=self.group)
+                # The same pack on every process, so that all of them make the same forwards, and raise together.
+                compare_once(engine, turn[0], gathered[0][: sizes[0], -1], examples)
                 for pack, found in zip(turn, gathered, strict=False):
                     mine = found[: len(pack.indices)].cpu()
                     if losses is not None:

@@ -27,8 +27,11 @@ def step(
     reducer.begin(inputs.tokens.cu_seqlens, inputs.segments)
     anchor = torch.empty((), device=opened.device, requires_grad=True)
     for group in opened.groups:
-        group.anchor = anchor
-    with torch.enable_grad(), recomputing(opened.recomputable if recompute else []):
+        group.anchor, group.tokens = anchor, inputs.tokens.input_ids.shape[1]
+    for part in opened.parameters:
+        part.begin(anchor)
+    bounds = attention.example_bounds(inputs.tokens.cu_seqlens)
+    with torch.enable_grad(), bounds, recomputing(opened.recomputable if recompute else []):
         loss, losses = _loss(opened, inputs)
         if not loss.requires_grad:
             raise ModelError(
@@ -40,6 +43,8 @@ def step(
             loss.backward()
     for group in opened.groups:
         group.anchor = None
+    for part in opened.parameters:
+        part.finish()
     return reducer.finish(), losses
 
 

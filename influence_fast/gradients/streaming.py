@@ -153,7 +153,7 @@ class StreamReducer(Reducer):
         # A factor of no short side has nothing to ride on: its columns would be q times the layer's own product.
         self._formed = any(factor.whole for factor in factors)
         self._token_scores = torch.empty(0)  # [T, q], while queries ride
-        self._scores = torch.empty(0)  # [E, q], else
+        self._scores = torch.empty(0)  # [E, q], of all else
         self._some_segments: dict[tuple[int, int], Segments] = {}
 
     @property
@@ -192,9 +192,8 @@ class StreamReducer(Reducer):
     def begin(self, cu_seqlens: list[int] | None, segments: Segments | None = None) -> None:
         super().begin(cu_seqlens, segments)
         self._some_segments = {}
-        if self.needs_input:
-            self._scores = torch.zeros(self.examples, self.width, dtype=self.dtype, device=self.device)
-        else:
+        self._scores = torch.zeros(self.examples, self.width, dtype=self.dtype, device=self.device)
+        if not self.needs_input:
             self._token_scores = torch.zeros(self.cu_seqlens[-1], self.width, dtype=self.dtype, device=self.device)
 
     def add(
@@ -219,10 +218,15 @@ class StreamReducer(Reducer):
             long, short = (left, right) if factor.left_is_long else (right, left)
             self._launch(long, short, self._long_last(block), factor.scale)
 
+    def add_factors(self, number: int, first: int, grads: Sequence[torch.Tensor]) -> None:
+        for block, grad in zip(self.blocks[number], grads, strict=True):
+            self._scores[first : first + len(grad)] += grad.flatten(1) @ self.queries[:, block.columns].T
+
     def finish(self) -> torch.Tensor:
         if self.needs_input:
             return self._scores
-        return torch.stack([self._token_scores[start:end].sum(dim=0) for start, end in pairwise(self.cu_seqlens)])
+        riding = [self._token_scores[start:end].sum(dim=0) for start, end in pairwise(self.cu_seqlens)]
+        return torch.stack(riding).add_(self._scores)
 
     def _long_last(self, block: Block) -> torch.Tensor:
         """A factor of every query with its long side last: [q, r, d], a view."""

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ConfigError, ModelError, did_you_mean, listing, say_once
 from influence_fast.gradients.factors import Columns, Factor, make_factor
 from influence_fast.gradients.lora import (
@@ -30,6 +31,7 @@ from influence_fast.gradients.lora import (
     other_targets,
 )
 from influence_fast.gradients.projection import ALL_LINEAR, Projection
+from influence_fast.gradients.quantized import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class PlainLinear(LoraLinear):
     """A linear without an adapter, whose weight's gradient is asked for: r = 0."""
 
     named_by: ClassVar[str] = "target"
+    noun: ClassVar[str] = "linear"
 
     @classmethod
     def of(cls, name: str, layer: Any) -> PlainLinear:
@@ -73,17 +76,18 @@ def find_linears(model: nn.Module, projection: Projection | None = None) -> list
     if projection is None or projection.target is None:
         return in_top_layers(find_lora_linears(model), projection)
     target = projection.target
-    found = _find_plain(model, target if isinstance(target, str) else tuple(target))
+    found = _find_plain(unwrapped(model), target if isinstance(target, str) else tuple(target))
     return in_top_layers(found, projection)
 
 
 def gradient_layout(model: nn.Module, projection: Projection | None = None) -> list[LayoutEntry]:
     """Return the order in which `per_example_gradients(model, ..., projection=projection)` lays out a row.
 
-    With `projection=None` the row is the exact LoRA gradient: for each LoRA layer in `named_modules` order,
-    `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order. `one_sided` rows hold `dA R_in (r, p)`
-    and `R_out^T dB (p, r)`. Rows of plain linears (`projection.target`) hold `weight (d_out, d_in)` of each, or
-    `R_out^T G R_in (p, p)`; `weight.T` where the layer keeps it as (d_in, d_out). The flat kinds (`sjlt`,
+    With `projection=None` the row is the exact LoRA gradient: for each LoRA layer, in the order of their parameters in
+    the model, `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order; of E experts in one parameter
+    (`target_parameters`) these are `(r E, d_in)` and `(d_out, r E)`, as peft keeps them. `one_sided` rows hold
+    `dA R_in (r, p)` and `R_out^T dB (p, r)`. Rows of plain linears (`projection.target`) hold `weight (d_out, d_in)` of
+    each, or `R_out^T G R_in (p, p)`; `weight.T` where the layer keeps it as (d_in, d_out). The flat kinds (`sjlt`,
     `rademacher`) and a `width` sketch this row to `width` numbers afterwards; the layout returned is then the one that
     is sketched. `projection.layers` leaves the modules of lower layers out.
 
@@ -110,7 +114,9 @@ def linear_for_losses(model: nn.Module) -> list[LoraLinear]:
     """
     if _carries_adapter(model):
         return find_lora_linears(model)
-    linears = [(name, layer) for name, layer in _linears(model) if _fault(layer) is None and is_a_product(layer)]
+    head = _head(model)
+    candidates = [*_linears(model), *((name, m) for name, m in model.named_modules() if m is head and _is_linear(m))]
+    linears = [(name, layer) for name, layer in candidates if _fault(layer) is None]
     seen: dict[str, list[int]] = {name: [] for name, _ in linears}
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0][..., 0].numel()))
@@ -232,6 +238,8 @@ def _tied(model: nn.Module) -> dict[Any, str]:
 def _fault(layer: Any) -> str | None:
     """Tell why the gradient of a linear's weight is not that of a product; None where it is."""
     weight = layer._parameters.get("weight")
+    if kind_of(layer) is not None:
+        return f"its weight is quantised ({type(layer).__name__}), and has no gradient"
     if weight is None:
         return "its weight is computed from other parameters (a parametrization)"
     if not weight.is_floating_point() or not (type(weight) is nn.Parameter or hasattr(weight, "full_tensor")):

@@ -181,7 +181,13 @@ def _proxy(pipeline: Pipeline, path: str) -> _Scorer:
     """The model at `path`, fine-tuned on the pool as the reference was. Raises DataError: it cannot read all of it."""
     config = pipeline.config
     trust = config.model.trust_remote_code
-    base = load_model(path, dtype=config.model.dtype, device=config.model.device, trust_remote_code=trust)
+    base = load_model(
+        path,
+        dtype=config.model.dtype,
+        device=config.model.device,
+        trust_remote_code=trust,
+        quantize=config.model.quantize,
+    )
     tokenizer = load_tokenizer(path, model=base, trust_remote_code=trust)
     tokens = tokenize(pipeline.splits.pool, tokenizer, max_length=config.data.max_length, truncate=config.data.truncate)
     if tokens.too_long:

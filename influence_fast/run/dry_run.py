@@ -18,7 +18,7 @@ from typing import Any
 from influence_fast.config import ModelConfig, RunConfig, Source
 from influence_fast.errors import ConfigError, DataError, ModelError, one_line
 from influence_fast.gradients.fp8 import FP8
-from influence_fast.gradients.memory import GradientMemory, gradient_memory
+from influence_fast.gradients.memory import GradientMemory, QuantizedWeights, gradient_memory
 from influence_fast.gradients.projection import SIDED_KINDS
 from influence_fast.guards import reading
 from influence_fast.influence.settings import fitted_examples
@@ -26,6 +26,7 @@ from influence_fast.run.inputs import changed, examples_hash, source_inputs
 from influence_fast.run.workdir import occupied
 from influence_fast.store.manifest import row_bytes
 from influence_fast.training.model_sizes import check_model_sizes
+from influence_fast.training.quantized_files import quantized_weights
 
 THOUSAND = 1000
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
@@ -47,6 +48,7 @@ class ModelShape:
     trained: int  # LoRA parameters
     row: int
     config: Any = field(default=None, repr=False, compare=False)  # of transformers, for the memory of a batch
+    quantized: QuantizedWeights | None = None  # those of `parameters` that are stored in fewer bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +217,7 @@ def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
     with reading(f"the model {model.path}", ModelError), quiet_libraries(), torch.device("meta"):
         base = AutoModelForCausalLM.from_config(settings, trust_remote_code=model.trust_remote_code)
         parameters = sum(p.numel() for p in base.parameters())
+        quantized = quantized_weights(settings, base, model.quantize)
         row = row_of(base) if config.gradients.target is not None else None
         tuned = attach_lora(base, config.lora, 0)
         trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
@@ -228,6 +231,7 @@ def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
         trained=trained,
         row=row,
         config=text,
+        quantized=quantized,
     )
 
 
@@ -237,8 +241,12 @@ def _memory(config: RunConfig, shape: ModelShape | None, longest: int | None) ->
         return []
     dtype = (config.target_model or config.model).dtype
     weights = WEIGHT_BYTES.get(dtype, 4)
-    parts = [
-        (f"weights: {shape.parameters:,} x {weights} bytes ({dtype})", shape.parameters * weights),
+    plain = shape.parameters - (shape.quantized.parameters if shape.quantized else 0)
+    parts = [(f"weights: {plain:,} x {weights} bytes ({dtype})", plain * weights)]
+    if packed := shape.quantized:
+        parts.append((f"quantised weights: {packed.parameters:,}, with their scales", packed.stored))
+        parts.append((f"one of them dequantised: {packed.largest:,} x {weights} bytes", packed.largest * weights))
+    parts += [
         (
             f"LoRA factors, gradients, Adam: {shape.trained:,} x {TRAINED_BYTES} bytes",
             shape.trained * TRAINED_BYTES,
@@ -280,6 +288,7 @@ def _gradient_memory(config: RunConfig, shape: ModelShape | None, tokens: int) -
         "row": shape.row,
         "weight_bytes": WEIGHT_BYTES.get(config.model.dtype, 4),
         "fp8": gradients.precision == FP8,
+        "quantized": shape.quantized,
     }
     try:
         return {again: gradient_memory(shape.config, tokens, checkpointing=again, **sizes) for again in (False, True)}

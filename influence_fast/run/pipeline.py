@@ -40,13 +40,14 @@ from influence_fast.report.page import save_results, write_report
 from influence_fast.report.ranking_plot import plot_ranking_over_training
 from influence_fast.run.inputs import adapter_hashes, hash_files, model_inputs, split_inputs, tokenizer_inputs
 from influence_fast.run.results import cell_name, collect, known_harmful
+from influence_fast.run.scorable import check_scorable
 from influence_fast.run.scoring import explained_scores
 from influence_fast.run.splits import load_splits
 from influence_fast.run.workdir import RunFolder
 from influence_fast.selection import pruning
 from influence_fast.selection.pool_scores import PoolScores, baseline_columns
 from influence_fast.selection.strategies import BASELINE_COLUMNS, needed_columns
-from influence_fast.training.fine_tuning import TrainResult, finetune, finetuned, list_checkpoints
+from influence_fast.training.fine_tuning import RECORD, TrainResult, finetune, finetuned, list_checkpoints
 from influence_fast.training.models import adapter_warnings, check_tokenizer, fit_vocabulary, load_model, load_tokenizer
 
 SCORES = "scores.parquet"
@@ -90,6 +91,8 @@ class Pipeline:
 
     def run(self) -> dict[str, Any]:
         """Everything, to `report.html` and `results.json`; returns what the report shows."""
+        if not self._has_reference():
+            check_scorable(self.base, self.config)
         # scores first: with two models the one that scored makes room for the one that is fine-tuned
         reference = self.reference_adapter()
         self.warnings += self._once(
@@ -127,9 +130,20 @@ class Pipeline:
 
     def _reference(self) -> TrainResult:
         seed, everything = self.config.pruning.seeds[0], range(len(self.splits.pool))
-        if self.config.target_model is None:
-            return self._train("full", seed, everything)  # the grid's own cell
-        return self._train("reference", seed, everything, scorer=True)
+        return self._train(self._reference_name, seed, everything, scorer=self.config.target_model is not None)
+
+    @property
+    def _reference_name(self) -> str:
+        return "full" if self.config.target_model is None else "reference"  # "full" is the grid's own cell
+
+    def _has_reference(self) -> bool:
+        """Whether the adapter to score is trained, or what it was given for is done."""
+        if self.config.model.adapter is not None:
+            return (self.folder / SCORES).exists()
+        return (self._adapter_folder(self._reference_name, self.config.pruning.seeds[0]) / RECORD).exists()
+
+    def _adapter_folder(self, name: str, seed: int) -> Path:
+        return self.folder / "adapters" / f"{name}-seed{seed}"
 
     def epoch_seconds(self) -> float | None:
         """What one epoch of the fine-tuning behind `reference_adapter` took; None where the adapter was given."""
@@ -147,7 +161,7 @@ class Pipeline:
             self.base if scorer else self.target,
             self.tokenizer if scorer else self.target_tokenizer,
             examples,
-            self.folder / "adapters" / f"{name}-seed{seed}",
+            self._adapter_folder(name, seed),
             config=dataclasses.replace(self.config.training, seed=seed),
             lora=self.config.lora,
             progress=self.progress,
@@ -445,7 +459,13 @@ def _tokens_of(model: ModelConfig) -> str | None:
 
 def _model(model: ModelConfig) -> Any:
     """The base, with as many embeddings as the adapter that it will carry was trained with."""
-    base = load_model(model.path, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code)
+    base = load_model(
+        model.path,
+        dtype=model.dtype,
+        device=model.device,
+        trust_remote_code=model.trust_remote_code,
+        quantize=model.quantize,
+    )
     if model.adapter is not None:
         fit_vocabulary(base, model.adapter, model.path)
     return base

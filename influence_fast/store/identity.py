@@ -91,7 +91,7 @@ class StoreIdentity:
                     "build a new store"
                 )
             how = {
-                "model_hash": " (its dtype counts: bfloat16 weights are another model)",
+                "model_hash": " (dtype and quantisation count: bfloat16 or 4-bit weights are another model)",
                 "dataset_fingerprint": " (max_length, truncate and limit too)",
             }.get(name, "")
             raise StoreError(

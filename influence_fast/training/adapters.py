@@ -25,6 +25,7 @@ from influence_fast.gradients.lora import beside_warning, trained_beside
 from influence_fast.guards import reading
 from influence_fast.training.adapter_settings import check_kinds, check_patterns, check_sizes
 from influence_fast.training.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, cannot_load, check_folder
+from influence_fast.training.listed_experts import ExpertFactors, is_listed
 
 logger = logging.getLogger(__name__)
 
@@ -78,20 +79,29 @@ def _attached(model: nn.Module, adapter: str, source: str, trainable: bool) -> n
     try:
         wrapped = PeftModel.from_pretrained(model, folder, is_trainable=trainable, config=config)  # type: ignore[arg-type]
     except Exception as error:  # peft trusts its settings, and raises whatever they lead to
-        for module in sorted({module for key in shapes for module, factor in [_split_key(key)] if factor}):
+        stored = {module for key in shapes for module, factor in [_split_key(key)] if factor}
+        for module in sorted(() if _listed(model, shapes) else stored):
             if setting := _setting_without(config, module):
                 raise ModelError(_left_out(adapter, module, setting)) from error
         raise ModelError(
             f"the adapter {adapter} does not fit {source} ({one_line(error)}); load it over the model it was trained on"
         ) from error
-    _check_complete(wrapped, shapes, adapter, source)
+    experts = ExpertFactors(wrapped, {_split_key(key) for key in shapes}) if _listed(model, shapes) else None
+    if experts is None:
+        _check_complete(wrapped, shapes, adapter, source)
     bad = [
         name for name, p in wrapped.named_parameters() if is_adapter_parameter(name) and not bool(p.isfinite().all())
     ]
     if bad:
         raise ModelError(f"the adapter {adapter} holds NaN or infinite numbers in {listing(bad)}; train it again")
-    _check_loaded(wrapped, folder, config, adapter)
+    _check_loaded(wrapped, folder, config, adapter, experts)
     return wrapped
+
+
+def _listed(model: nn.Module, shapes: Shapes) -> bool:
+    """Whether an adapter has factors of experts in a list, and the model has experts in one parameter."""
+    modules = {name for name, _ in model.named_modules()}
+    return any(factor and is_listed(module, modules) for module, factor in map(_split_key, shapes))
 
 
 def adapter_warnings(adapter: str, model: nn.Module | None = None, source: str = "") -> list[str]:
@@ -322,6 +332,8 @@ def _same_weights(model: nn.Module, folder: Path) -> bool:
                     if name not in held:
                         return False
                     mine, theirs = held[name], file.get_tensor(name)
+                    if not mine.is_floating_point() and theirs.is_floating_point():
+                        continue  # quantised as it was loaded
                     rows = min(mine.shape[0], theirs.shape[0]) if mine.dim() and theirs.dim() else None
                     if not torch.equal(mine.detach()[:rows].cpu(), theirs[:rows].to(mine.dtype)):
                         return False
@@ -417,6 +429,9 @@ def _check_fit(model: nn.Module, shapes: Shapes, adapter: str, source: str) -> N
         name, factor = _split_key(key)
         if factor is None:
             continue
+        name = name.replace(".base_layer", "")  # of a module with two wrapped parameters (target_parameters)
+        if is_listed(name, modules):
+            continue  # `_check_loaded` looks for it among the experts of one parameter
         if name not in modules:
             raise ModelError(
                 f"the adapter {adapter} does not fit {source}: the model has no module {name!r}; "
@@ -490,8 +505,13 @@ def _check_complete(wrapped: nn.Module, shapes: Shapes, adapter: str, source: st
             )
 
 
-def _check_loaded(wrapped: nn.Module, folder: str, config: Any, adapter: str) -> None:
-    """ModelError where a stored tensor is not in the model, or not with its values."""
+def _check_loaded(
+    wrapped: nn.Module, folder: str, config: Any, adapter: str, experts: ExpertFactors | None = None
+) -> None:
+    """ModelError where a stored tensor is not in the model, or not with its values.
+
+    experts: where those of experts in a list are, for a model that has them in one parameter.
+    """
     loaded: dict[str, torch.Tensor] = {}
     for name, tensor in wrapped.state_dict().items():
         stored_name = re.sub(rf"\.{_NAME}(?=\.|$)", "", name)
@@ -502,6 +522,8 @@ def _check_loaded(wrapped: nn.Module, folder: str, config: Any, adapter: str) ->
             loaded[stored_name.removesuffix(".weight")] = tensor
     for key, values in _stored(folder):
         module, factor = _split_key(key)
+        if key not in loaded and experts is not None and factor and experts.take(module, factor, values):
+            continue
         if key not in loaded:
             if setting := _setting_without(config, module) if factor else _setting_of_key(key):
                 raise ModelError(_left_out(adapter, module if factor else plain_name(key), setting))
@@ -516,6 +538,11 @@ def _check_loaded(wrapped: nn.Module, folder: str, config: Any, adapter: str) ->
                 f"the adapter {adapter} stores other values of {key} than peft loaded; save it again with this version "
                 "of peft"
             )
+    if experts is not None and not experts.whole:
+        raise ModelError(
+            f"the adapter {adapter} does not store the factors of all experts and layers that its {ADAPTER_CONFIG} "
+            "names: put back the settings it was trained with"
+        )
 
 
 def _left_out(adapter: str, module: str, setting: str) -> str:

@@ -24,7 +24,17 @@ from safetensors import SafetensorError
 
 from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.data.packing import context_of, example_name, say_if_beyond, teaches
-from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, listing, one_line
+from influence_fast.errors import (
+    ConfigError,
+    DataError,
+    ModelError,
+    NumericError,
+    did_you_mean,
+    listing,
+    one_line,
+    say_once,
+)
+from influence_fast.gradients.scorable import unscorable_layers
 from influence_fast.guards import reading
 from influence_fast.training import sft
 from influence_fast.training.adapter_settings import check_patterns
@@ -33,6 +43,8 @@ from influence_fast.training.optimizer_states import AdamState, named_adam
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 RECORD = "training.json"
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -87,20 +99,34 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """The peft adapter: `y = W x + (alpha / r) B A x` on `target_modules` (Hu et al., arXiv 2106.09685)."""
+    """The peft adapter: `y = W x + (alpha / r) B A x` on `target_modules` (Hu et al., arXiv 2106.09685).
+
+    `target_modules`: "all-linear" is every linear layer but the head that can be scored. `target_parameters`: names of
+    parameters with an adapter too, as of experts in one tensor ("experts.gate_up_proj"), for which dropout is 0.
+    """
 
     r: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
+    target_parameters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ConfigError(f"lora.r is {self.r}; it must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
+        if tuple(self.target_modules) == ("all-linear",):
+            object.__setattr__(self, "target_modules", "all-linear")
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
+        object.__setattr__(self, "target_parameters", tuple(self.target_parameters))
+        if self.target_parameters and self.dropout:
+            raise ConfigError(f"lora.dropout is {self.dropout}; it must be 0 with lora.target_parameters")
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings as they are written beside a result; those without an effect are left out."""
+        return {name: value for name, value in asdict(self).items() if name != "target_parameters" or value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +178,7 @@ def finetune(
         raise ModelError("the model already carries a LoRA adapter: pass lora=None to train that one further")
     record = {
         "train": asdict(config),
-        "lora": None if lora is None else asdict(lora),
+        "lora": None if lora is None else lora.record(),
         "examples": dataset_fingerprint(examples),
         "model": weight_hashes(model),
     }
@@ -344,7 +370,25 @@ def _finished(path: Path, record: Mapping[str, Any]) -> TrainResult | None:
 
 
 def attach_lora(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.nn.Module:
-    """`model` with a fresh adapter, its A factors drawn from `seed`. Raises ModelError where LoRA does not fit."""
+    """`model` with a fresh adapter, its A factors drawn from `seed`; of "all-linear" those that can be scored.
+
+    Raises ModelError where LoRA does not fit.
+    """
+    wrapped = _wrapped(model, lora, seed)
+    if lora.target_modules != "all-linear":
+        return wrapped
+    if not (left_out := unscorable_layers(wrapped)):
+        return wrapped
+    name, why = next(iter(left_out.items()))
+    say_once(
+        logger,
+        f"lora.target_modules: all-linear leaves out layers that cannot be scored: {listing(left_out)} ({name}: {why})",
+    )
+    wrapped.unload()  # type: ignore[operator]
+    return _wrapped(model, lora, seed, exclude=list(left_out))
+
+
+def _wrapped(model: torch.nn.Module, lora: LoraSettings, seed: int, exclude: Sequence[str] = ()) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
@@ -353,6 +397,8 @@ def attach_lora(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=targets,
+        target_parameters=list(lora.target_parameters) or None,
+        exclude_modules=list(exclude) or None,
         task_type="CAUSAL_LM",
     )
     check_patterns(model, settings, "lora")
@@ -361,13 +407,17 @@ def attach_lora(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.
     try:
         wrapped = get_peft_model(model, settings)  # type: ignore[arg-type]
         for one in wrapped.peft_config.values():
-            names = getattr(one, "target_modules", None)
-            if isinstance(names, set):  # its order, which is written, is another in each process
-                one.target_modules = sorted(names)  # type: ignore[attr-defined]
+            for name in ("target_modules", "exclude_modules", "target_parameters"):
+                names = getattr(one, name, None)
+                if isinstance(names, set):  # its order, which is written, is another in each process
+                    setattr(one, name, sorted(names))
         return wrapped
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"LoRA does not fit this model: {reason} Mend lora.target_modules.") from error
+        remedy = "Mend lora.target_modules" + (" or lora.target_parameters." if lora.target_parameters else ".")
+        if "lora_dropout" in reason:  # peft turns names of expert linears into those of their fused parameters
+            remedy = "Set lora.dropout to 0, or leave experts out of lora.target_modules."
+        raise ModelError(f"LoRA does not fit this model: {reason} {remedy}") from error
 
 
 def check_rank(model: torch.nn.Module, rank: int) -> None:

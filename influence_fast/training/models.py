@@ -16,6 +16,14 @@ from influence_fast.guards import reading
 from influence_fast.training.adapters import adapter_warnings, attach_adapter, fit_vocabulary
 from influence_fast.training.files import cannot_load, check_folder
 from influence_fast.training.model_sizes import check_model_sizes
+from influence_fast.training.quantized_files import (
+    check_installed,
+    check_quantization,
+    keep_as_stored,
+    quantization_of,
+    quantizing,
+    quantizing_package,
+)
 from influence_fast.training.tokenizers import check_tokenizer, load_tokenizer
 
 __all__ = [
@@ -39,28 +47,38 @@ def load_model(
     device: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantize: str | None = None,
 ) -> Any:
     """A causal LM in evaluation mode, with a LoRA adapter where one is asked for.
 
     `adapter`: folder or hub id of a peft LoRA adapter, loaded trainable; without one, the plain model (a
     fresh adapter comes by `fine_tuning.attach_lora`). `dtype`: `"float32"` or `"bfloat16"` for the base weights; peft
-    keeps adapter factors in float32. `device`: `"auto"` is the first CUDA device, else the CPU.
+    keeps adapter factors in float32. `quantize`: `"nf4"`, `"fp4"` or `"int8"` quantises the base weights as they are
+    loaded (QLoRA), by bitsandbytes; a folder whose configuration says how it is quantised needs none. `device`:
+    `"auto"` is the first CUDA device, else the CPU.
 
     Returns a `PreTrainedModel`, or a `PeftModel` around it.
 
     Raises ModelError: model or adapter not found or not loadable, weights missing in the checkpoint, an adapter
-    that does not fit (first mismatching module, both shapes). ConfigError: unknown dtype or device.
+    that does not fit (first mismatching module, both shapes). ConfigError: unknown dtype,
+    quantisation or device.
     """
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not known; {did_you_mean(str(dtype), DTYPES)}")
+    check_quantization(quantize)
     target = _device(device)
     source = os.fspath(model_id_or_path)
     with reading(f"the model {source}", ModelError):
-        model = _load_base(source, DTYPES[dtype], attn_implementation, trust_remote_code)
+        options = _placed(source, DTYPES[dtype], trust_remote_code, target, quantize)
+        model = _load_base(source, DTYPES[dtype], attn_implementation, options)
         if adapter is not None:
             model = attach_adapter(model, os.fspath(adapter), source)
-        return model.to(target).eval()
+        if quantization_of(model.config) is None:
+            model = model.to(target)
+        else:  # it was loaded to where it belongs: not all such layers can be moved
+            keep_as_stored(model)
+        return model.eval()
 
 
 def _device(device: str) -> torch.device:
@@ -77,19 +95,39 @@ def _device(device: str) -> torch.device:
     return target
 
 
-def _load_base(source: str, dtype: torch.dtype, attn_implementation: str | None, trust_remote_code: bool) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+def _placed(
+    source: str, dtype: torch.dtype, trust_remote_code: bool, target: torch.device, quantize: str | None
+) -> dict[str, Any]:
+    """What `from_pretrained` is told of a repository's code, of quantised weights, and of where these go."""
+    from transformers import AutoConfig
 
     check_folder(source, "config.json", "model")
     check_model_sizes(source)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except Exception as error:
+        raise ModelError(cannot_load(source, "model", error)) from error
+    if package := quantizing_package(config):
+        check_installed(package, source)
+    if quantize is not None:
+        options["quantization_config"] = quantizing(config, quantize, dtype, source)
+    if (package or quantize) and target.type != "cpu":
+        options["device_map"] = {"": str(target)}
+    return options
+
+
+def _load_base(source: str, dtype: torch.dtype, attn_implementation: str | None, options: dict[str, Any]) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **options,
         )
     except Exception as error:  # of strict configurations, of weights, and whatever a wrong setting leads to
         raise ModelError(cannot_load(source, "model", error)) from error

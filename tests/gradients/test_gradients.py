@@ -140,7 +140,9 @@ def test_outputs_and_input_gradients_of_a_group(pattern: dict[str, int]) -> None
     model = make_model("llama", rank_pattern=pattern).eval()
     engine = GradientEngine(model, inf.Projection(dim=8))
     q, k, v = engine.linears[:3]
-    group = InputGroup([q, k, v], [0, 1, 2], engine.reducer, fused=False, triton=False, fp8_weights=[None] * 3)
+    group = InputGroup(
+        [q, k, v], [0, 1, 2], engine.reducer, fused=False, triton=False, products=[None] * 3, dtype=q.dtype
+    )
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(9, q.d_in, dtype=torch.float64, generator=generator)
     outputs = list(group.outputs(x, [x @ member.a.T for member in group.members]))

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, {kind}Config
 from influence_fast.cli import main
 from influence_fast.distributed.processes import World, close_group, init_group
 from influence_fast.data.fingerprints import weight_hashes
+from influence_fast.errors import ModelError
 from influence_fast.gradients.per_example import per_example_gradients, per_example_losses
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.sharded import LockstepRows, shard_model
@@ -71,9 +72,17 @@ for name, projection in dict(exact=None, projected=Projection(dim=4), sketched=P
                        losses=float((losses - own_losses).norm() / own_losses.norm()),
                        alone=float((again - expected).norm() / expected.norm()),
                        hashes=weight_hashes(model) == hashes, held=held / whole)
+model = shard_model(make(), mesh)
+mlp = model.get_base_model().model.layers[1].mlp
+mlp.register_forward_hook(lambda _, __, output: output * 2 if output.shape[1] > 40 else output)
+try:
+    list(LockstepRows(group)(model, examples, max_tokens=50))
+    found["fault"] = "none was found"
+except ModelError as error:
+    found["fault"] = str(error)
 if world.rank == 0:
     print(json.dumps(found))
-del model, mesh, group
+del model, mlp, mesh, group
 gc.collect()
 close_group()
 """
@@ -98,6 +107,7 @@ def test_gradients_of_a_sharded_model_are_those_of_the_whole(tmp_path: Path, kin
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(kind=kind))
     found = json.loads(torchrun(2, str(script)).splitlines()[-1])
+    assert "not those of the model's own forward for e" in found.pop("fault")  # on both processes, which then end
     assert found.keys() == {"exact", "projected", "sketched"}
     for values in found.values():
         assert values["lockstep"] < 1e-5
