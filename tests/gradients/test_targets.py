@@ -50,7 +50,7 @@ def by_autograd(model: Any, examples: list[dict[str, Any]], projection: Projecti
     for example in examples:
         ids = example["input_ids"]
         loss = torch.nn.functional.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], ids[1:])
-        rows.append(torch.autograd.grad(loss, weights))
+        rows.append(torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True))
     stacked = [torch.stack(grads) for grads in zip(*rows, strict=True)]
     return [g.transpose(1, 2) if e.factor == "weight.T" else g for g, e in zip(stacked, layout, strict=True)]
 
@@ -201,6 +201,34 @@ def test_a_linear_called_twice_adds_both_calls(tiny_model: Callable[..., Any]) -
             names = [entry.module for entry in inf.gradient_layout(model, EXACT)]
             grads = [projected(block, projection, name) for block, name in zip(grads, names, strict=True)]
         assert relative(rows, flat(grads)) < (1e-12 if projection.exact else 1e-6)
+
+
+class Routed(torch.nn.Module):
+    """Three linears, of which each token takes one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = torch.nn.Linear(32, 3, bias=False)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, 32)
+        share, chosen = self.gate(flat).softmax(-1).max(dim=-1)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero().flatten()
+            if len(rows):
+                out = out.index_add(0, rows, expert(flat[rows]) * share[rows, None])
+        return out.view(x.shape)
+
+
+def test_routed_linears_and_their_router_are_autograds(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model("llama", torch.float64)
+    torch.manual_seed(0)
+    for layer in model.model.layers:
+        layer.mlp = Routed().double()
+    expected = flat(by_autograd(model, make_examples()))
+    assert relative(inf.per_example_gradients(model, make_examples(), projection=EXACT), expected) < 1e-12
 
 
 def test_weights_with_another_use_are_refused_or_left_out(tiny_model: Callable[..., Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from worlds import write_model, write_rows
 
 import influence_fast as inf
 from influence_fast.cli import main
@@ -140,3 +142,25 @@ def test_a_run_that_trains_adapters_takes_no_target(tmp_path: Path) -> None:
     (tmp_path / "a" / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"gradients.target is of a fully fine-tuned model"):
         load_config(file)
+
+
+def test_a_run_scores_a_full_model_that_it_is_given(tmp_path: Path) -> None:
+    from influence_fast.run import dry_run
+    from influence_fast.run.pipeline import Pipeline
+
+    write_model(tmp_path / "full")
+    for name, n in (("pool", 8), ("validation", 4), ("test", 2)):
+        write_rows(tmp_path / f"{name}.jsonl", n, seed=n)
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "output: o\nmodel: {path: full, adapter: full}\nlora: {r: 2}\ngradients: {dim: 4, target: all-linear}\n"
+        "data: {pool: pool.jsonl, validation: validation.jsonl, test: test.jsonl}\ntraining: {max_steps: 1}\n"
+        "influence: {queries: reference}\npruning: {strategies: [random]}\n"
+    )
+    config = dataclasses.replace(load_config(file), output=str(tmp_path / "o"))
+    pipeline = Pipeline(config, progress=False)
+    scores = pipeline.scores(pipeline.reference_adapter(), pipeline.queries(pipeline.reference_adapter()))
+    store = inf.open_store(tmp_path / "o" / "store")
+    assert store.projection == Projection("kron", dim=4, target=ALL)
+    assert store.width == dry_run.plan(config).row
+    assert len(scores.ids) == 8
