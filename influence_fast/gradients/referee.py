@@ -70,6 +70,7 @@ class Referee:
     def __init__(self, base: Any, decoder: Any, device: torch.device, tolerance: Tolerance | None = None) -> None:
         self.base, self.decoder, self.device = base, decoder, device
         self._own_implementations = attention.implementations(base)
+        self._options: dict[str, Any] = {}  # what the plain forward is given beside ids
         self.texts = [self._plain(ids) for ids in probe_texts(base)]
         if tolerance is None:
             dtypes = {next(base.parameters()).dtype, self.texts[0].logits.dtype}
@@ -90,17 +91,30 @@ class Referee:
         """Whether the plain outputs are numbers; NaN weights are found, and named, by their gradients."""
         return all(bool(text.outputs(True).isfinite().all()) for text in self.texts)
 
-    def _plain(self, ids: torch.Tensor) -> PlainText:
-        with torch.no_grad(), captured(self.decoder) as seen:
+    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the logits [n, vocab] of the model's own forward of ids [n], by `input_ids` alone if it can.
+
+        Raises ModelError where that fails, with a cache (as by default) and without.
+        """
+        given = ids[None].to(self.device)
+        for options in [self._options] if self._options else [{}, {"use_cache": False}]:
             try:
-                logits = self.base(input_ids=ids[None].to(self.device)).logits[0]
+                logits: torch.Tensor = self.base(input_ids=given, **options).logits[0]
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                raise ModelError(
-                    f"{self.name}: the model's own forward of {len(ids)} tokens fails ({one_line(error, 160)}): a "
-                    "model is needed that takes input_ids alone"
-                ) from error
+                failure = error
+            else:
+                self._options = options
+                return logits
+        raise ModelError(
+            f"{self.name}: the model's own forward of {len(ids)} tokens fails ({one_line(failure, 160)}): a model is "
+            "needed that takes input_ids alone"
+        ) from failure
+
+    def _plain(self, ids: torch.Tensor) -> PlainText:
+        with torch.no_grad(), captured(self.decoder) as seen:
+            logits = self._forward(ids)
         loss, labels = None, ids % logits.shape[-1]
         if len(ids) > 1:
             loss = float(_wide(cross_entropy)(logits[:-1], labels[1:].to(logits.device)))
@@ -164,7 +178,7 @@ class Referee:
             return self.tolerance.unit
         longest = max(self.texts, key=lambda text: len(text.ids)).ids
         with self.as_given(), torch.no_grad(), CoarsestRounding() as coarsest:
-            self.base(input_ids=longest[None].to(self.device))
+            self._forward(longest)
         return min(coarsest.unit, torch.finfo(torch.float32).eps)
 
     @property
@@ -271,7 +285,7 @@ class Referee:
         text = max(self.texts, key=lambda one: len(one.ids))
         with torch.no_grad():
             with self.as_given(), recorded_layers(self.decoder) as wanted:
-                self.base(input_ids=text.ids[None].to(self.device))
+                self._forward(text.ids)
             with recorded_layers(self.decoder) as found:
                 ours(self.pack([text]))
         where = next(
@@ -292,7 +306,7 @@ class Referee:
         found = []
         with self.as_given(), torch.no_grad():
             for ids, labels in examples:
-                logits = self.base(input_ids=ids[None].to(self.device)).logits[0, :-1]
+                logits = self._forward(ids)[:-1]
                 targets = labels[1:].to(logits.device, torch.int64)
                 counted = targets != IGNORED
                 found.append(float(_wide(cross_entropy)(logits[counted], targets[counted])))

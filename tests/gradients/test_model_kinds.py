@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 
 import influence_fast as inf
 from benches.model_zoo import examples_for, tiny, tiny_config, with_adapter
@@ -39,13 +39,6 @@ def test_a_module_that_is_no_transformers_model_is_refused() -> None:
         inf.per_example_gradients(model, [{"input_ids": ids, "labels": ids}])
 
 
-def test_adalora_is_refused_by_its_name() -> None:
-    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, tinit=1, tfinal=2, target_modules=["q_proj"])
-    model = get_peft_model(tiny("llama"), config)
-    with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.q_proj: AdaLoRA.*train the adapter with LoraConfig"):
-        inf.gradient_layout(model)
-
-
 def test_a_model_whose_own_forward_fails_is_refused_with_its_words() -> None:
     model = with_adapter(tiny("llama"))
 
@@ -55,6 +48,19 @@ def test_a_model_whose_own_forward_fails_is_refused_with_its_words() -> None:
     model.get_base_model().register_forward_pre_hook(fails)
     with pytest.raises(ModelError, match=r"llama: the model's own forward of 2 tokens fails \(shared_kv_states cannot"):
         inf.per_example_gradients(model, examples_for(model))
+
+
+def test_a_model_whose_forward_fails_with_a_cache_is_asked_without() -> None:
+    model = with_adapter(tiny("llama"))
+    examples = examples_for(model)
+    wanted = inf.per_example_gradients(model, examples)
+
+    def fails(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("use_cache") is not False:
+            raise AttributeError("the configuration has no attribute num_hidden_layers")
+
+    model.get_base_model().register_forward_pre_hook(fails, with_kwargs=True)
+    assert torch.equal(inf.per_example_gradients(model, examples), wanted)
 
 
 def test_reentrant_checkpointing_does_not_change_the_rows() -> None:

@@ -10,7 +10,9 @@ import torch
 import influence_fast as inf
 from benches.model_zoo import by_autograd, examples_for, rows_against_autograd, tiny, tiny_config, with_adapter
 from influence_fast.errors import ModelError
+from influence_fast.gradients.attention import implementations
 from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.layer_outputs import CoarsestRounding
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.probe_texts import limits
 from influence_fast.gradients.referee import Referee
@@ -18,7 +20,7 @@ from influence_fast.gradients.referee import Referee
 # Model type -> targets, and how it is called: in packs, alone, or with its own attention.
 EXACT = {
     "llama": ("all-linear", "packs"),
-    "qwen2": ("all-linear", "packs"),
+    "bart": ("all-linear", "alone"),
     "qwen3": ("all-linear", "packs"),
     "gemma": ("all-linear", "packs"),
     "gemma2": ("all-linear", "own"),
@@ -32,7 +34,7 @@ EXACT = {
     "olmo2": ("all-linear", "packs"),
     "cohere": ("all-linear", "packs"),
     "cohere2": ("all-linear", "packs"),
-    "starcoder2": ("all-linear", "packs"),
+    "zaya": ("all-linear", "alone"),
     "llama4_text": ("attention", "own"),
     "doge": ("all-linear", "own"),
     "qwen2_moe": ("attention", "own"),
@@ -42,9 +44,9 @@ EXACT = {
     "opt": ("all-linear", "packs"),
     "roberta": ("all-linear", "own"),
     "xlm-roberta": ("all-linear", "own"),
-    "smollm3": ("all-linear", "packs"),
-    "glm4": ("all-linear", "packs"),
-    "exaone4": ("all-linear", "packs"),
+    "recurrent_gemma": ("all-linear", "alone"),
+    "gemma4": ("attention", "packs"),
+    "musicgen": ("attention", "alone"),
     "modernbert-decoder": ("all-linear", "packs"),
     "roc_bert": ("all-linear", "packs"),
 }
@@ -186,16 +188,64 @@ class _MoreThanAProduct(torch.nn.Linear):
         return super().forward(x) * 1.1
 
 
-@pytest.mark.parametrize("kind", [_Product, _MoreThanAProduct])
-def test_a_linear_by_another_name_is_taken_if_it_is_a_product(kind: type[torch.nn.Linear]) -> None:
+class _Router(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        y = super().forward(x)
+        return y, y.softmax(-1)
+
+
+@pytest.mark.parametrize("kind", [_MoreThanAProduct, _Router])
+def test_a_linear_that_is_no_product_is_refused_with_targets_that_work(kind: type[torch.nn.Linear]) -> None:
     base = tiny("llama")
     for layer in base.model.layers:
         layer.self_attn.q_proj.__class__ = kind
     model = with_adapter(base, ["q_proj", "v_proj"])
+    with pytest.raises(
+        ModelError, match=rf"q_proj: LoRA over {kind.__name__} is not supp.*target_modules=\['v_proj'\]"
+    ):
+        inf.per_example_gradients(model, examples_for(model))
+
+
+def test_a_linear_by_another_name_is_taken_if_it_is_a_product() -> None:
+    base = tiny("llama")
+    for layer in base.model.layers:
+        layer.self_attn.q_proj.__class__ = _Product
+    model = with_adapter(base, ["q_proj", "v_proj"])
     examples = examples_for(model)
-    if kind is _MoreThanAProduct:
-        with pytest.raises(ModelError, match=r"q_proj: LoRA over _MoreThanAProduct is not supported"):
-            inf.per_example_gradients(model, examples)
-        return
     wanted = by_autograd(model, examples)
     assert (inf.per_example_gradients(model, examples) - wanted).norm() < 1e-8 * wanted.norm()
+
+
+def test_every_part_of_a_model_gets_its_own_attention_back() -> None:
+    """gemma4's audio part runs in nothing but eager attention, and refuses that of its text."""
+    model = with_adapter(tiny("gemma4"), "attention")
+    base = model.get_base_model()
+    before = [name for _, name in implementations(base)]
+    assert {"sdpa", "eager"} <= set(before)
+    with GradientEngine(model, None) as engine:
+        assert before != [name for _, name in implementations(base)]
+        with engine.as_given():
+            assert before == [name for _, name in implementations(base)]
+    assert before == [name for _, name in implementations(base)]
+
+
+class _NormIn32(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() / x.float().norm()).to(x.dtype)
+
+
+@pytest.mark.parametrize("module", [torch.nn.LayerNorm(4, dtype=torch.float64), _NormIn32()])
+def test_rounding_inside_a_float64_model_is_seen(module: torch.nn.Module) -> None:
+    with CoarsestRounding() as coarsest:
+        module(torch.randn(3, 4, dtype=torch.float64))
+    inside = torch.float32 if isinstance(module, _NormIn32) else torch.float64
+    assert coarsest.unit == torch.finfo(inside).eps
+
+
+def test_errors_of_rounding_inside_a_float64_model_are_no_refusal() -> None:
+    """llama's norms are of float32, gpt2's of the model's own dtype."""
+    for kind, rounds in (("llama", True), ("gpt2", False)):
+        base = tiny(kind)
+        referee = Referee(base, base.get_decoder(), torch.device("cpu"))
+        assert referee.accepts([1e-7]) == rounds
+        assert not referee.accepts([1e-4])
