@@ -178,7 +178,8 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
     if any(isinstance(layer, ParamWrapper) for _, layer, _ in active):  # inside another's base layer, which is first
         places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
         active.sort(key=lambda one: min((places[id(p)] for p in one[1].lora_A.parameters()), default=-1))
-    activations = _activation_dtype(model)
+    quantised = any(kind_of(layer.get_base_layer()) is not None for _, layer, _ in active)
+    activations = _activation_dtype(model) if quantised else torch.float32  # read of quantised ones alone
     several = len({adapter for _, _, adapters in active for adapter in adapters}) > 1
     found = [_as_plain(name, layer, adapters, activations, several) for name, layer, adapters in active]
     if others := _beside_in(model):
