@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from influence_fast.gradients.frozen import frozen
 from influence_fast.gradients.layer_outputs import rounded_layers
 from influence_fast.gradients.lora import unscored_in
 from influence_fast.gradients.opened import base_of
+from influence_fast.gradients.quantized import unrounded_inputs
 from influence_fast.gradients.referee import decoder_of
 
 # Rows of the data that examples are chosen from.
@@ -159,11 +161,24 @@ def _checks(
         others = []
     else:
         judge = RowJudge(model, examples, numbers, [parameters[name] for name in names], noise, seed)
-        checks += [judge.along_rows(directions, step), judge.along_random(directions)]
+        checks += _rows(judge, directions, step, backend)
     checks.append(_packs(numbers))
     if numbers.noise is not None:
         checks.append(_rounding(model, examples, numbers, backend))
     return checks, others
+
+
+def _rows(judge: RowJudge, directions: int, step: float | None, backend: str | None) -> list[Check]:
+    """Judge the rows; of layers that round their inputs, with these unrounded, since such losses move in steps."""
+    with unrounded_inputs(judge.model) as unrounded:
+        if unrounded:
+            numbers = engine_numbers(judge.model, judge.examples, backend)
+            plain = plain_losses(judge.model, judge.examples)
+            noise = _noise(judge.model, judge.examples, plain, numbers, judge.parameters, judge.seed)
+            judge = replace(judge, numbers=numbers, noise=noise)
+        found = [judge.along_rows(directions, step), judge.along_random(directions)]
+    more = "; inputs of 8-bit layers unrounded" if unrounded else ""
+    return [replace(check, note=check.note + more) for check in found]
 
 
 def _unjudged(why: str) -> list[Check]:

@@ -10,6 +10,9 @@ multiplied out beside the layer's own product, the whole output gradient g or in
     lora_B      g            h = A x      (d_out, r)
     weight      g            x            (d_out, d_in)
     bias        g            1            (d_out, 1)
+    lora_bias   g            1            (d_out, 1), of lora_B
+
+DoRA's `lora_magnitude_vector` (d_out, 1) is a sum of columns of its own, g v / n entry by entry (see `lora_parts`).
 
 A projection of the sides puts columns y = R_out^T g and z = R_in^T x in the place of the wide sides g and x.
 """
@@ -55,6 +58,8 @@ SIDES: dict[str, tuple[Side, Side]] = {
     "lora_B": (Side.WIDE, Side.RANK),
     "weight": (Side.WIDE, Side.WIDE),
     "bias": (Side.WIDE, Side.ONES),
+    "lora_bias": (Side.WIDE, Side.ONES),
+    "lora_magnitude_vector": (Side.WIDE, Side.ONES),
 }
 
 

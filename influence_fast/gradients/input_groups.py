@@ -2,6 +2,8 @@
 
 forward    [h | z] = x [A^T | R_in]      and y = W x + s B h of every member
 backward   [u | y] = g [B | R_out]       and dx = sum of g W + s u A
+
+A member with a magnitude vector (DoRA) has these for v and g' in the place of y and g (see `lora_parts`).
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class InputGroup:
     forward_weight: torch.Tensor = field(init=False)  # fused: [sum d_out + sum c, d_in], else [sum c, d_in]
     forward_bias: torch.Tensor | None = field(init=False)
     backward_weights: list[torch.Tensor] = field(init=False)  # fused: [d_out, d_in + c], else [d_out, c]
-    columns: list[int] = field(init=False)  # c: r, or r + p with a projection
+    columns: list[int] = field(init=False)  # c of the forward: r, or r + p with a projection
     factors_a: torch.Tensor = field(init=False)  # not fused: every member's A, [sum r, d_in]
     # Asks for a gradient, and never gets one: it has the backward reach the lowest of the groups. One for each step: a
     # leaf that lives on would hold the stream of the step that made it, which no recording may meet.
@@ -122,7 +124,9 @@ class InputGroup:
             b, s = self.factor_b(place).T, member.scaling
             if product is not None:
                 operand = product.operand(x, self.triton) if operand is None else operand
-                yield product.forward(operand, member.bias).addmm_(h[place], b, alpha=s)
+                y = product.forward(operand, member.bias).addmm_(h[place], b, alpha=s)
+                # a quantised base adds its own bias and no other
+                yield y.add_(member.added_bias) if member.quantized and member.added_bias is not None else y
                 continue
             bias = member.live_bias
             if bias is None:
@@ -178,6 +182,18 @@ class InputGroup:
         if not self.pending:
             self.pending_input = None
         return output
+
+    def with_magnitude(self, place: int, out_of: torch.Tensor, of_magnitude: torch.Tensor) -> torch.Tensor:
+        """Return [u | m | y] of [u | y]: member `place`'s columns [T, d_out] of its magnitude, projected as g is."""
+        r, projection = self.members[place].r, self.reducer.projection
+        if projection is not None and not projection.flat:
+            of_magnitude = self.skinny(of_magnitude, self.backward_weights[place][:, -projection.dim :])
+        return torch.cat([out_of[:, :r], of_magnitude, out_of[:, r:]], dim=1)
+
+    @property
+    def kept_outputs(self) -> int:
+        """Numbers a token that a member with a magnitude vector keeps beside its columns: the most of any."""
+        return max((member.d_out for member in self.members if member.magnitude is not None), default=0)
 
     def add(
         self,
@@ -238,7 +254,11 @@ class _GroupedLora(torch.autograd.Function):
             parts = kept.split(group.columns, dim=1)
             h = [part[:, : member.r] for member, part in zip(group.members, parts, strict=True)]
             outputs = [_shaped(y, x) for y in group.outputs(tokens, h)]
-        ctx.save_for_backward(kept, *([tokens] if group.reducer.needs_input else []))
+        inner = [y.reshape(-1, m.d_out) for m, y in zip(group.members, outputs, strict=True) if m.magnitude is not None]
+        outputs = [
+            y if m.magnitude is None else m.magnitude.outputs(y) for m, y in zip(group.members, outputs, strict=True)
+        ]
+        ctx.save_for_backward(kept, *inner, *([tokens] if group.reducer.needs_input else []))
         ctx.group = group
         ctx.x_shape = x.shape
         ctx.set_materialize_grads(False)
@@ -248,26 +268,32 @@ class _GroupedLora(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
         group: InputGroup = ctx.group
         kept, *rest = ctx.saved_tensors
-        tokens = rest[0] if rest else None
+        tokens = rest[-1] if group.reducer.needs_input else None
+        inner = iter(rest)  # v of each member with a magnitude vector
         wants_dx = ctx.needs_input_grad[0]
         dx: torch.Tensor | None = None
         parts = kept.split(group.columns, dim=1)
         flat: list[torch.Tensor | None] = [None] * len(group.members)
         u: list[torch.Tensor | None] = [None] * len(group.members)
         for i, (member, grad) in enumerate(zip(group.members, grads, strict=True)):
+            v = None if member.magnitude is None else next(inner)
             if grad is None:
                 continue
             g = grad.reshape(-1, member.d_out)  # [T, d_out]
-            weight = group.backward_weights[i]
+            weight, of_magnitude = group.backward_weights[i], None
+            if member.magnitude is not None and v is not None:
+                g, of_magnitude = member.magnitude.gradients(g, v)
             if group.fused:
                 both = g @ (weight if wants_dx else weight[:, member.d_in :])
-                out_of = both[:, -group.columns[i] :]
+                out_of = both[:, member.d_in :] if wants_dx else both
                 if wants_dx:
                     term = both[:, : member.d_in]
                     dx = term if dx is None else dx + term
             else:
                 out_of = group.skinny(g, weight)
                 flat[i], u[i] = g, out_of[:, : member.r]
+            if of_magnitude is not None:
+                out_of = group.with_magnitude(i, out_of, of_magnitude)
             group.add(i, parts[i], out_of, g, tokens)
         if wants_dx and not group.fused:
             dx = group.input_gradient(flat, u)

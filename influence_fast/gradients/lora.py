@@ -16,8 +16,9 @@ from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
 from influence_fast.data.fingerprints import active_adapters
 from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ModelError, listing, say_once
+from influence_fast.gradients.adapter_kinds import check_active_kinds, check_together
 from influence_fast.gradients.factors import Columns, Factor, make_factor
-from influence_fast.gradients.model_kinds import check_fixed_ranks
+from influence_fast.gradients.lora_parts import AdapterPart, Magnitude, join_adapters, part_factors
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.quantized import kind_of
 
@@ -46,16 +47,22 @@ class LayoutEntry(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LoraLinear:
-    """One LoRA linear, `y = W x + b + s B (A x)`, as plain tensors; with r = 0 a plain one, whose weight is trained."""
+    """One LoRA linear, `y = W x + b + s B (A x)`, as plain tensors; with r = 0 a plain one, whose weight is trained.
+
+    Several active adapters are one of all their columns (see `lora_parts`).
+    """
 
     name: str
     layer: nn.Module
     weight: torch.Tensor  # [d_out, d_in]; of a quantised base an empty one, of the activations' dtype
-    bias: torch.Tensor | None  # [d_out]; None where a quantised base adds its own
+    bias: torch.Tensor | None  # [d_out]; None where a quantised base adds its own, and under a magnitude vector
     a: torch.Tensor  # [r, d_in]
     b: torch.Tensor  # [d_out, r]
     scaling: float
     quantized: bool = False  # the base layer itself multiplies (see `quantized`)
+    parts: tuple[AdapterPart, ...] = ()  # of other adapters than one plain pair
+    added_bias: torch.Tensor | None = None  # [d_out] of the adapter, a part of `bias` unless the base is quantised
+    magnitude: Magnitude | None = None  # of DoRA
 
     @property
     def key(self) -> str:
@@ -85,6 +92,8 @@ class LoraLinear:
 
     def factors(self, projection: Projection | None = None) -> tuple[Factor, ...]:
         """Return what this module adds to a row, in the row's order; projected columns stand after those of A and B."""
+        if self.parts:
+            return part_factors(self.key, (self.d_out, self.d_in), self.r, self.parts, projection)
         return tuple(
             make_factor(
                 name,
@@ -117,22 +126,26 @@ class LoraLinear:
         if not self.sharded or self.bias is None:
             return self.bias
         base: Any = self.layer.get_base_layer()  # type: ignore[operator]
-        return base.bias.detach()
+        if base.bias is None:
+            return self.added_bias
+        own: torch.Tensor = base.bias.detach()
+        return own if self.added_bias is None else own + self.added_bias
 
 
 Module = TypeVar("Module", LoraLinear, LayoutEntry)
 
 
 def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
-    """Every LoRA linear of `model` that its active adapter changes, in the order of their parameters in the model.
+    """Every LoRA linear of `model` that its active adapters change, in the order of their parameters in the model.
 
-    Raises ModelError when there is none, one is of a kind whose gradient this package does not compute, or the adapter
-    is merged or disabled.
+    Raises ModelError when there is none, one is of a kind whose gradient this package does not compute, or an adapter
+    is of another kind than LoRA, merged or disabled.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
     model = unwrapped(model)
+    check_active_kinds(model)
     layers: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)]
     if not layers:
         raise ModelError(
@@ -146,8 +159,6 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
             f"no layer has the active adapter {listing(layers[0][1].active_adapters)}; they have "
             f"{listing(held)}: call set_adapter with one of these"
         )
-    for name, layer, _ in active:
-        check_fixed_ranks(name, layer)
     refused = [name for name, layer, _ in active if not is_supported(layer)]
     if refused:
         kind = type(model.get_submodule(refused[0]).get_base_layer()).__name__  # type: ignore[operator]
@@ -159,7 +170,8 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
         places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
         active.sort(key=lambda one: min((places[id(p)] for p in one[1].lora_A.parameters()), default=-1))
     activations = _activation_dtype(model)
-    found = [_as_plain(name, layer, adapters, activations) for name, layer, adapters in active]
+    several = len({adapter for _, _, adapters in active for adapter in adapters}) > 1
+    found = [_as_plain(name, layer, adapters, activations, several) for name, layer, adapters in active]
     if others := _beside_in(model):
         say_once(logger, beside_warning(others))
     if unfrozen := _unfrozen_in(model):
@@ -232,26 +244,25 @@ def _active_in(layer: Any) -> list[str]:
     return [a for a in layer.active_adapters if a in layer.lora_A or a in layer.lora_embedding_A]
 
 
-def _as_plain(name: str, layer: Any, active: list[str], activations: torch.dtype) -> LoraLinear:
+def _as_plain(name: str, layer: Any, active: list[str], activations: torch.dtype, several: bool) -> LoraLinear:
+    """Take a layer's active adapters as one; `several`: whether more than one is active in the model."""
     from peft.tuners.lora.layer import ParamWrapper
 
-    if len(active) != 1:
-        raise ModelError(f"{name}: exactly one active LoRA adapter is needed, found {listing(active)}")
-    adapter = active[0]
     if layer.disable_adapters:
         raise ModelError(f"{name}: the adapter is disabled; leave disable_adapter() first, or enable its layers")
-    if adapter in layer.lora_variant:
-        variant = type(layer.lora_variant[adapter]).__name__
-        raise ModelError(f"{name}: {variant} is not plain LoRA; train the adapter without it")
-    if layer.lora_bias.get(adapter):
-        raise ModelError(f"{name}: lora_bias=True is not supported; train the adapter without it")
     if layer.merged:
         raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
+    check_together(name, layer, active)
     if not isinstance(layer, ParamWrapper) or _is_weight(layer):
-        return _linear_of(name, layer, adapter, activations)
+        return _linear_of(name, layer, active, activations, several)
     from influence_fast.gradients.lora_parameters import parameter_of
 
-    return parameter_of(name, layer, adapter)
+    if several:
+        raise ModelError(
+            f"{name}: several adapters are active ({listing(active)} here), and LoRA on parameters has rows of "
+            "one alone: activate one at a time by set_adapter"
+        )
+    return parameter_of(name, layer, active[0])
 
 
 def _is_weight(layer: Any) -> bool:
@@ -260,23 +271,32 @@ def _is_weight(layer: Any) -> bool:
     return getattr(layer, "parameter_name", "") == "weight" and isinstance(base, nn.Linear) and _is_a_product(base)
 
 
-def _linear_of(name: str, layer: Any, adapter: str, activations: torch.dtype) -> LoraLinear:
+def _linear_of(name: str, layer: Any, active: list[str], activations: torch.dtype, several: bool) -> LoraLinear:
     base = layer.get_base_layer()
-    a = layer.lora_A[adapter].weight.detach()
+    joined = join_adapters(layer, active, several)
     if quantised := kind_of(base) is not None:
-        weight, bias = a.new_empty(0, dtype=activations), None
+        weight, bias = joined.a.new_empty(0, dtype=activations), None
     else:
         weight = (base.weight if isinstance(base, nn.Linear) else base.weight.T).detach()
         bias = None if base.bias is None else base.bias.detach()
+    magnitude = None
+    if active[0] in layer.lora_magnitude_vector:
+        magnitude, bias = Magnitude.of(name, layer, active[0], weight, bias, joined), None
+    added = None if joined.added_bias is None else joined.added_bias.to(weight.dtype)
+    if added is not None and not quantised and not hasattr(bias, "full_tensor"):
+        bias = added if bias is None else bias + added
     return LoraLinear(
         name=name,
         layer=layer,
         weight=weight,
         bias=bias,
-        a=a,
-        b=layer.lora_B[adapter].weight.detach(),
-        scaling=float(layer.scaling[adapter]),
+        a=joined.a,
+        b=joined.b,
+        scaling=joined.scaling,
         quantized=quantised,
+        parts=joined.parts,
+        added_bias=added,
+        magnitude=magnitude,
     )
 
 
@@ -406,10 +426,14 @@ def gradient_layout(model: nn.Module, projection: Projection | None = None) -> l
 
     With `projection=None` the row is the exact LoRA gradient: for each LoRA layer, in the order of their parameters in
     the model, `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order; of E experts in one parameter
-    (`target_parameters`) these are `(r E, d_in)` and `(d_out, r E)`, as peft keeps them. `one_sided` rows hold
-    `dA R_in (r, p)` and `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to
-    `width` numbers afterwards; the layout returned is then the one that is sketched. `projection.layers` leaves the
-    modules of lower layers out.
+    (`target_parameters`) these are `(r E, d_in)` and `(d_out, r E)`, as peft keeps them. After a B comes its bias
+    `lora_bias (d_out, 1)` (lora_bias=True), and at the end `lora_magnitude_vector (d_out, 1)` (DoRA), where the adapter
+    has them. With several adapters active in the model every factor's name ends in its adapter's, as
+    `lora_A.<adapter>`, and a layer's are in the order of `model.named_parameters()`: all its A, then each B.
+
+    `one_sided` rows hold `dA R_in (r, p)` and `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width`
+    sketch this row to `width` numbers afterwards; the layout returned is then the one that is sketched.
+    `projection.layers` leaves the modules of lower layers out.
 
     Raises ModelError when the model has no LoRA layer or an unsupported one.
     """

@@ -1,4 +1,4 @@
-"""Say of a model that is no causal language model, or of an adapter that is no LoRA, what it is."""
+"""Say of a model that is no causal language model what it is."""
 
 from __future__ import annotations
 
@@ -32,12 +32,3 @@ def check_predicts_tokens(base: Any) -> None:
         )
     if base.get_output_embeddings() is None:
         raise ModelError(f"{kind} has no head that predicts tokens: {remedy}")
-
-
-def check_fixed_ranks(name: str, layer: Any) -> None:
-    """Raise ModelError for AdaLoRA's layers, whose update has singular values of their own, masked while training."""
-    if type(layer).__module__.startswith("peft.tuners.adalora"):
-        raise ModelError(
-            f"{name}: AdaLoRA's update is B diag(E) A with ranks that change while it trains, which is not plain LoRA: "
-            "train the adapter with LoraConfig, with rank_pattern for ranks that differ"
-        )

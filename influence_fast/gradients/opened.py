@@ -23,6 +23,7 @@ from influence_fast.gradients import attention, fp8, quantized
 from influence_fast.gradients.autograd_parameters import AutogradParameters, Part, SplitModule, parameter_parts
 from influence_fast.gradients.frozen import frozen, recomputable_layers, recomputes
 from influence_fast.gradients.fused_layers import Fused, fused
+from influence_fast.gradients.given import GivenModel
 from influence_fast.gradients.input_groups import InputGroup, Product, replaced_forward
 from influence_fast.gradients.lora import LoraLinear, other_targets
 from influence_fast.gradients.lora_parameters import LoraParameter
@@ -32,6 +33,7 @@ from influence_fast.gradients.referee import Referee, decoder_of
 from influence_fast.gradients.routed import RoutedExperts
 from influence_fast.gradients.routed_modules import routed_modules
 from influence_fast.gradients.separation import Separation
+from influence_fast.gradients.token_order import out_of_order
 from influence_fast.gradients.tolerance import Tolerance
 
 logger = logging.getLogger(__name__)
@@ -40,32 +42,6 @@ _PROBED = 24  # tokens: each of 128 experts of which a token takes 8 meets one o
 # Heads that do more than a matrix product; their logits are taken from the model itself. Named, since two tokens of an
 # untrained model need not show it (softcapping); what has no name here is found by trying.
 _HEAD_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-
-
-@dataclass(frozen=True, eq=False)
-class GivenModel:
-    """Remember the forwards and the attention that a model had before it was opened.
-
-    replaced: modules whose forward is another while the model is open, and their own instance's one, or None.
-    """
-
-    base: Any
-    replaced: Sequence[tuple[Any, Any]]
-    implementations: list[tuple[Any, str | None]]
-
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """While the block runs, the model has the forwards and the attention that it was given with; dropout is off."""
-        ours = [(module, vars(module).pop("forward")) for module, _ in self.replaced]
-        try:
-            for module, own in self.replaced:
-                if own is not None:
-                    module.forward = own
-            with attention.implementation(self.base, self.implementations):
-                yield
-        finally:
-            for module, forward in ours:
-                module.forward = forward
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +60,9 @@ class OpenedModel:
         recomputable: layers that can be recomputed in the backward, and are not already; none on the CPU.
         why_no_graphs: why no step of it can be a CUDA graph; empty if it may be.
         room: free bytes of its GPU before anything was kept; None for the CPU.
-        given: how to have it as it was given.
-        referee: its own plain outputs; None for a model without numbers (on the meta device).
+        given: how to have it as it was given; referee: its own plain outputs, None on the meta device.
         fused_layers: which kinds of modules the Triton kernels compute.
-        backend: "triton" or "torch".
-        precision: "auto" or "fp8".
+        backend: "triton" or "torch"; precision: "auto" or "fp8".
     """
 
     base: Any
@@ -129,6 +103,7 @@ class OpenedModel:
         if not self.groups:
             return None
         columns = max(max(group.columns) for group in self.groups)
+        columns += max(group.kept_outputs for group in self.groups)
         inputs, w = self.groups[0].reducer.needs_input, self.linears[0].dtype.itemsize
         try:
             layer = layer_bytes(
@@ -182,6 +157,9 @@ def open_model(
         call = functools.partial(_call, base if whole else decoder, decoder.config, mode)
         ids = _probe_tokens(referee)
         inputs, calls, mode, why = _probe(call, linears, mode, decoder.config._attn_implementation, ids)
+        if mode.packs_pay and referee is not None and referee.usable:
+            mode = _heed_order(base, linears, call, ids, mode)
+            why = why if mode.packs_pay else "the examples of a pack would see each other in this model"
         dtypes = [inputs[n].dtype if n in inputs else linear.dtype for n, linear in enumerate(linears)]
         products = [eight or own for eight, own in zip(eights, quantized.products_of(linears, dtypes), strict=True)]
         groups = _groups(linears, inputs, reducer, products, triton, precision)
@@ -367,6 +345,19 @@ def _heed_calls(linears: Sequence[LoraLinear], calls: Sequence[int], strange: se
     if mode.packs_pay:
         name = names[min(routed)]
         say_once(logger, f"{name}: sees other tokens than a text's (a routed expert?), so examples go one at a time")
+    return replace(mode, apart=False)
+
+
+def _heed_order(
+    base: Any, linears: Sequence[LoraLinear], call: Callable[..., Any], ids: torch.Tensor, mode: Separation
+) -> Separation:
+    """Return how to call a model of which some LoRA layer may see a pack's tokens in another order."""
+    layers = {id(member.layer): member.layer for member in linears}
+    found = out_of_order(call, base.get_input_embeddings(), list(layers.values()), ids, linears[0].device)
+    if found is None:
+        return mode
+    name = next(member.name for member in linears if member.layer is found)
+    say_once(logger, f"{name}: sees the tokens of a pack in another order, so examples go one at a time")
     return replace(mode, apart=False)
 
 

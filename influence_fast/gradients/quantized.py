@@ -254,8 +254,33 @@ def settled(base: nn.Module) -> Iterator[None]:
             quiet.setLevel(level)
 
 
+@contextlib.contextmanager
+def unrounded_inputs(model: nn.Module) -> Iterator[bool]:
+    """While the block runs, LLM.int8() layers multiply x as it is; yields whether the model has any.
+
+    They round x to 8 bits, which their backward passes over: a loss that moves in steps has no difference quotient to
+    compare with a gradient. With the same dequantised weight and x unrounded it has.
+    """
+    layers: list[Any] = [layer for layer in model.modules() if _KINDS[1].matches(layer)]
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(overridden(layer, "forward", _unrounded(layer)))
+        yield bool(layers)
+
+
+def _unrounded(layer: Any) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return nn.functional.linear(x, _weight_8bit(layer, x.dtype), bias)
+
+    return forward
+
+
 def _an_example_at_a_time(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def split(x: Tensor) -> Tensor:
+        if x.dtype == torch.float16:
+            # not rounded first, x itself has its outliers set to zero and back, which autograd forbids of what is kept
+            x = x.clone()
         bounds = attention.current_bounds()
         tokens = math.prod(x.shape[:-1])
         if bounds is None or len(bounds) <= 2 or bounds[-1] != tokens:

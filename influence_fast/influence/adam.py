@@ -16,10 +16,11 @@ LESS's cosines see `whitened`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +35,8 @@ from influence_fast.influence.damping import GRID, Damping, RowBlocks, check_dam
 
 if TYPE_CHECKING:
     from influence_fast.training.optimizer_states import AdamState
+
+_Value = TypeVar("_Value")
 
 # of an adapter that was saved alone, and of accelerate's save_state, which saves the whole model
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
@@ -110,13 +113,13 @@ def adam_moments(
     if optimizer_file(folder) is not None and not (folder / NAMES).exists():
         by_factor = _in_the_models_order(folder, layout, beta2)
     else:
-        by_factor = {_factor_name(name): state for name, state in load_adam_states(folder, beta2).items()}
+        by_factor = _by_factor(load_adam_states(folder, beta2))
     layout = in_top_layers(layout, projection)
     pieces = []
     for entry in layout:
         name = f"{plain_name(entry.module)}.{entry.factor}"
         state = by_factor.get(name)
-        if state is None or tuple(state.second.shape) != tuple(entry.shape):
+        if state is None or _block_shape(state.second.shape) != tuple(entry.shape):
             found = "none" if state is None else f"one of shape {tuple(state.second.shape)}"
             raise ModelError(
                 f"{checkpoint}: needs Adam's state of {name} {tuple(entry.shape)}, holds {found}; "
@@ -127,48 +130,75 @@ def adam_moments(
                 f"{checkpoint}: Adam's state of {name} has {fault}: take another checkpoint, or score without the "
                 "optimizer's moments"
             )
-        moment = state.unbiased
+        moment = state.unbiased.view(entry.shape)
         pieces.append(moment if projection is None else _projected(moment, entry, projection))
     if projection is None or projection.width is None:
         return torch.cat([piece.flatten() for piece in pieces])
     return _sketched(pieces, layout, projection, projection.width)
 
 
+_FACTOR = re.compile(r"(.*\.)(lora_\w+)(?:\.((?!weight$|bias$)[^.]+))?(\.weight|\.bias|)$")
+
+
 def _factor_name(name: str) -> str:
-    """`base_model.model.<module>.lora_A.default.weight`, or without the adapter's name, as `<module>.lora_A`."""
-    return re.sub(r"(\.lora_[AB])(?:\.[^.]+)?\.weight$", r"\1", plain_name(name))
+    """`base_model.model.<module>.lora_A.<adapter>.weight` as `<module>.lora_A.<adapter>`, or both without a name.
+
+    The bias of B is `<module>.lora_bias`, as in a row's layout; names of other parameters stay.
+    """
+    found = _FACTOR.match(plain_name(name))
+    if found is None:
+        return plain_name(name)
+    module, kind, adapter, end = found.groups()
+    return module + ("lora_bias" if end == ".bias" else kind) + (f".{adapter}" if adapter else "")
+
+
+def _by_factor(values: Mapping[str, _Value]) -> dict[str, _Value]:
+    """Return values of parameters by factor: with the adapter's name, and without it where a module has but one."""
+    found = {_factor_name(name): value for name, value in values.items()}
+    short = {name: re.sub(r"(\.lora_\w+)\.[^.]+$", r"\1", name) for name in found}
+    counts = Counter(short.values())
+    return found | {short[name]: value for name, value in found.items() if counts[short[name]] == 1}
+
+
+def _block_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return a parameter's shape as its block in a row has it: a vector is one column."""
+    return tuple(shape) if len(shape) != 1 else (shape[0], 1)
 
 
 def _in_the_models_order(folder: Path, layout: Sequence[LayoutEntry], beta2: float | None) -> dict[str, AdamState]:
     """Adam's states that a trainer numbered, by factor; those that FSDP gathered have names of their own.
 
-    transformers puts parameters into the optimizer in the model's order, those with weight decay first; where all are
-    LoRA factors of one group the numbers follow the layout. Raises ModelError where they need not: the adapter saved
-    beside them has other factors, more is trained, or two groups share them.
+    transformers puts parameters into the optimizer in the model's order, those with weight decay first, which biases
+    have not; where all are LoRA factors the numbers follow the layout. Raises ModelError where they need not: the
+    adapter saved beside them has other factors, more is trained, or two groups share them otherwise.
     """
     from influence_fast.training.optimizer_states import read_adam
 
     optimizer = read_adam(folder, beta2)
     if all(isinstance(member, str) for group in optimizer.groups for member in group):
-        return {_factor_name(name): state for name, state in optimizer.states.items()}
+        return _by_factor({str(name): state for name, state in optimizer.states.items()})
     groups = [group for group in optimizer.groups if group]
-    names = [f"{plain_name(entry.module)}.{entry.factor}" for entry in layout]
-    shapes = [tuple(entry.shape) for entry in layout]
+    biases = [entry for entry in layout if entry.factor.startswith("lora_bias")]
+    grouped = [[entry for entry in layout if entry not in biases], biases] if biases and len(groups) == 2 else [layout]
+    ordered = [entry for group in grouped for entry in group]
+    names = [f"{plain_name(entry.module)}.{entry.factor}" for entry in ordered]
+    shapes = [tuple(entry.shape) for entry in ordered]
     try:
         saved = _saved_factors(folder)
     except (OSError, SafetensorError) as error:
         reason = f"{' or '.join(WEIGHTS)} cannot be read ({one_line(error, 200)})"
     else:
-        if saved != dict(zip(names, shapes, strict=True)):
+        named = _by_factor(saved)
+        if len(saved) != len(layout) or [named.get(name) for name in names] != shapes:
             reason = "the weights saved beside it have another adapter's factors than the model"
-        elif len(groups) != 1 or len(groups[0]) != len(layout):
+        elif [len(group) for group in groups] != [len(group) for group in grouped]:
             sizes = " + ".join(str(len(group)) for group in groups) or "none"
             reason = (
                 f"the optimizer holds {sizes} parameters in groups, and the adapter is {len(layout)} factors in one"
             )
         else:
-            states = [optimizer.states.get(member) for member in groups[0]]
-            if [None if state is None else tuple(state.second.shape) for state in states] == shapes:
+            states = [optimizer.states.get(member) for group in groups for member in group]
+            if [None if state is None else _block_shape(state.second.shape) for state in states] == shapes:
                 return {name: state for name, state in zip(names, states, strict=True) if state is not None}
             reason = "its states are not of these factors in the model's order"
     raise ModelError(
@@ -179,11 +209,11 @@ def _in_the_models_order(folder: Path, layout: Sequence[LayoutEntry], beta2: flo
 
 
 def _saved_factors(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the LoRA factors in the weights that lie beside an optimizer's state."""
+    """Shapes of the LoRA parameters in the weights that lie beside an optimizer's state, as their blocks have them."""
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
     with reading(path, ModelError), safe_open(path, framework="pt") as file:
         return {
-            _factor_name(key): tuple(file.get_slice(key).get_shape())
+            key: _block_shape(file.get_slice(key).get_shape())
             for key in file.keys()  # noqa: SIM118 (not a dict)
             if ".lora_" in key
         }

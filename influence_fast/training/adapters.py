@@ -7,6 +7,7 @@ word, and so does a base model other than the one that was trained on.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from torch import nn
 
 from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
 from influence_fast.errors import ModelError, listing, one_line, say_once
+from influence_fast.gradients.adapter_kinds import check_kind, kind_of
 from influence_fast.gradients.lora import beside_warning, trained_beside
 from influence_fast.guards import reading
 from influence_fast.training.adapter_settings import check_kinds, check_patterns, check_sizes
@@ -145,12 +147,17 @@ def _adapter_folder(adapter: str) -> str:
 def _lora_config(folder: str, adapter: str) -> Any:
     from peft import PeftConfig
 
+    try:  # first, as peft may not know the kind, or not its settings
+        kind = kind_of(json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        kind = ""
+    if kind:
+        check_kind(f"the adapter {adapter}", kind)
     try:
         config = PeftConfig.from_pretrained(folder)
     except Exception as error:  # as many kinds as fields of the wrong kind
         raise ModelError(cannot_load(adapter, "adapter", error)) from error
-    if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
-        raise ModelError(f"the adapter {adapter} is of kind {config.peft_type}; only LoRA adapters are supported")
+    check_kind(f"the adapter {adapter}", kind_of(config))
     check_kinds(config, adapter)
     return config
 
@@ -495,10 +502,13 @@ def _check_ranks(config: Any, shapes: Shapes, adapter: str) -> None:
 
 def _check_complete(wrapped: nn.Module, shapes: Shapes, adapter: str, source: str) -> None:
     """peft leaves a factor that the file lacks at its initial value, with a warning at most."""
-    stored = {_split_key(key) for key in shapes}
     for name, _ in wrapped.named_parameters():
-        module, factor = _split_key(name)
-        if factor is not None and (module, factor) not in stored:
+        if not is_adapter_parameter(name):
+            continue
+        stored_name = re.sub(rf"\.{_NAME}(?=\.|$)", "", name)
+        if stored_name not in shapes and stored_name.removesuffix(".weight") not in shapes:
+            module, mark, factor = plain_name(stored_name).rpartition(".lora_")
+            factor = f"{mark}{factor}".removeprefix(".").removesuffix(".weight")
             raise ModelError(
                 f"the adapter {adapter} does not fit {source}: it has no {factor} for the module {module!r}; "
                 "load it over the model it was trained on"

@@ -6,6 +6,7 @@ parameter holds (gate and up) side by side. Here is checked that all that the fi
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection
 from typing import Any
@@ -38,8 +39,8 @@ class ExpertFactors:
         for name, module in wrapped.named_modules():
             if isinstance(module, ParamWrapper) and (plain_name(name), "lora_A") not in stored:
                 self._layers.setdefault(_layer(name), []).append(module)
-                pairs = [*module.lora_A.values(), *module.lora_B.values()]
-                self._squares += sum(_squares(linear.weight) for linear in pairs)
+                pairs: list[Any] = [*module.lora_A.values(), *module.lora_B.values()]
+                self._squares += math.fsum(_squares(linear.weight) for linear in pairs)
         self._taken = 0.0
 
     def take(self, module: str, factor: str, values: torch.Tensor) -> bool:

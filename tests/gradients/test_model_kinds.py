@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 
 import influence_fast as inf
 from benches.model_zoo import examples_for, tiny, tiny_config, with_adapter
@@ -37,13 +37,6 @@ def test_a_module_that_is_no_transformers_model_is_refused() -> None:
     ids = torch.ones(2, dtype=torch.int64)
     with pytest.raises(ModelError, match="Sequential is no causal language model of transformers"):
         inf.per_example_gradients(model, [{"input_ids": ids, "labels": ids}])
-
-
-def test_adalora_is_refused_by_its_name() -> None:
-    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, tinit=1, tfinal=2, target_modules=["q_proj"])
-    model = get_peft_model(tiny("llama"), config)
-    with pytest.raises(ModelError, match=r"layers\.0\.self_attn\.q_proj: AdaLoRA.*train the adapter with LoraConfig"):
-        inf.gradient_layout(model)
 
 
 def test_a_model_whose_own_forward_fails_is_refused_with_its_words() -> None:

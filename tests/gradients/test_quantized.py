@@ -18,6 +18,7 @@ from influence_fast.errors import ConfigError, ModelError
 from influence_fast.gradients import quantized
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.lora import find_lora_linears
+from influence_fast.gradients.sharded import shard_model
 
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -108,6 +109,14 @@ def test_bf16_rows_carry_no_more_noise_than_unquantised_ones(folder: Path) -> No
         assert worst(inf.per_example_gradients(model, EXAMPLES), plain_rows(model)) < 3 * noise
 
 
+def test_fp16_outliers_are_put_back_before_they_are_kept(folder: Path) -> None:
+    """The library sets them to zero in x itself for a while, and plain autograd through it fails."""
+    model = with_lora(load(folder, "int8 with outliers", torch.float16))
+    with quantized.settled(model):
+        wanted = plain_rows(model)
+    assert worst(inf.per_example_gradients(model, EXAMPLES), wanted) < 0.05
+
+
 def test_a_model_prepared_for_training_computes_between_its_dtypes(folder: Path) -> None:
     """Norms and activations in fp32, products in bf16, the layers recomputed in the backward."""
     base = load(folder, "nf4", torch.bfloat16)
@@ -151,6 +160,11 @@ def test_one_weight_at_a_time_is_dequantised_and_none_is_kept(folder: Path, monk
 def test_fp8_precision_refuses_a_quantised_base(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"quantised already: .*q_proj.*use 'auto'"):
         inf.per_example_gradients(with_lora(load(folder, "nf4")), EXAMPLES, precision="fp8")
+
+
+def test_quantised_weights_are_not_spread_over_processes(folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"quantised weights cannot be spread over processes \(FSDP\)"):
+        shard_model(with_lora(load(folder, "nf4")))
 
 
 # ---- layers of other libraries, as they are written ----------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from routed_cases import (
     EXPERTS,
     BatchedExperts,
+    Expert,
     ListedExperts,
     by_autograd,
     fused_model,
@@ -29,6 +30,13 @@ from influence_fast.gradients.routed_modules import routed_modules
 from influence_fast.gradients.row_sketch import RowSketch
 
 EXACT = 1e-10
+
+
+class Turned(Expert):
+    """An MLP to which the tokens come last first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.flip(1)).flip(1)
 
 
 def parts_of(model: Any) -> tuple[set[type], bool]:
@@ -127,6 +135,13 @@ def test_rows_of_listed_experts_are_exact_one_at_a_time(ordered: bool) -> None:
     r_in = random_matrix(projection, f"{entry.module.removeprefix('base_model.model.')}/in", 16).double()
     d_a = wanted[:, entry.columns].view(-1, *entry.shape)
     assert relative(rows[:, mine.columns], (d_a @ r_in).flatten(1)) < EXACT
+
+
+def test_a_linear_that_sees_the_pack_in_another_order_is_exact() -> None:
+    model = model_of(lambda: Turned(16, 10), target_modules=["up_proj", "q_proj"])
+    examples = make_examples()
+    assert parts_of(model) == (set(), False)
+    assert relative(inf.per_example_gradients(model, examples), by_autograd(model, examples)) < EXACT
 
 
 def test_parameters_of_an_unknown_module_are_exact_by_autograd() -> None:

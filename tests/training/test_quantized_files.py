@@ -18,7 +18,7 @@ from influence_fast.errors import ConfigError, ModelError
 from influence_fast.influence.settings import GradientConfig
 from influence_fast.run.dry_run import model_shape, plan
 from influence_fast.store.reader import open_store
-from influence_fast.training.models import load_model, load_tokenizer
+from influence_fast.training.models import adapter_warnings, load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +135,21 @@ def test_the_dry_run_counts_weights_as_they_are_stored(world: Path, model: str, 
         assert again[True].moments["the backward of the top layer"]["one weight dequantised"] == 4 * max(sizes)
         rest = 4 * (shape.parameters - sum(sizes))
         assert again[True].throughout["weights"] == rest + shape.quantized.stored
+
+
+def test_a_loaded_base_is_left_as_it_is_stored(world: Path) -> None:
+    """Reordered for the CPU in a forward without gradients, it would have other scales, and another hash."""
+    model = load_model(world / "nf4", device="cpu")
+    flags = [vars(m)["support_avx512bf16_for_cpu"] for m in model.modules() if type(m).__name__ == "Linear4bit"]
+    assert flags == [False] * 14
+
+
+def test_a_copy_of_the_adapters_base_is_no_other_base(world: Path, tmp_path: Path) -> None:
+    write_model(tmp_path / "copy", hidden=64)
+    loaded = load_model(tmp_path / "copy", device="cpu", quantize="int8")
+    config = json.loads((world / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(world / "model")
+    assert adapter_warnings(str(world / "adapter"), loaded, str(tmp_path / "copy")) == []
+    write_model(tmp_path / "other", hidden=32)
+    other = load_model(tmp_path / "other", device="cpu", quantize="int8")
+    assert "names another base model" in adapter_warnings(str(world / "adapter"), other, str(tmp_path / "other"))[0]
