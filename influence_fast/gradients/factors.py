@@ -134,7 +134,7 @@ def sides_of(name: str) -> tuple[Side, Side]:
 
 def projected_axes(name: str, projection: Projection | None) -> tuple[bool, bool]:
     """Return whether `projection` multiplies each side of the factor called `name` by random columns."""
-    if projection is None or projection.flat:
+    if projection is None or not projection.sided:
         return False, False
     ones = {Side.WIDE, Side.RANK} if projection.kind == "kron" else {Side.WIDE}
     left, right = sides_of(name)
