@@ -31,7 +31,7 @@ _EXPORTS: dict[str, str] = {
     "finetune": "training.fine_tuning",
     "fit_projection": "influence.sketch_fitting",
     "grade": "evaluation.grading",
-    "gradient_layout": "gradients.lora",
+    "gradient_layout": "gradients.targets",
     "identity_of": "store.building",
     "import_gradients": "store.importers",
     "influence_matrix": "influence.scoring",
@@ -82,11 +82,11 @@ if TYPE_CHECKING:
     from influence_fast.evaluation.tasks import load_task as load_task
     from influence_fast.evaluation.tasks import task_examples as task_examples
     from influence_fast.gradients.fisher_labels import sample_labels as sample_labels
-    from influence_fast.gradients.lora import gradient_layout as gradient_layout
     from influence_fast.gradients.per_example import per_example_gradients as per_example_gradients
     from influence_fast.gradients.per_example import per_example_losses as per_example_losses
     from influence_fast.gradients.projection import Projection as Projection
     from influence_fast.gradients.streaming import stream_influence as stream_influence
+    from influence_fast.gradients.targets import gradient_layout as gradient_layout
     from influence_fast.influence.adam import adam_moments as adam_moments
     from influence_fast.influence.checkpoints import checkpoint_scores as checkpoint_scores
     from influence_fast.influence.checkpoints import learning_rates as learning_rates

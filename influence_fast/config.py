@@ -187,6 +187,14 @@ class RunConfig:
         _check_quantized(self)
         if self.influence.checkpoints and not self.training.save_checkpoints and self.model.adapter is None:
             raise ConfigError("influence.checkpoints: there will be none; set training.save_checkpoints")
+        given = self.model.adapter
+        if self.gradients.target is not None and (
+            given is None or (Path(given).expanduser() / "adapter_config.json").exists()
+        ):
+            raise ConfigError(
+                "gradients.target is of a fully fine-tuned model, and a run fine-tunes LoRA adapters: leave it out, or "
+                "give the folder of a fully fine-tuned model as model.adapter"
+            )
         if self.target_model is not None and self.target_model.adapter is not None:
             raise ConfigError("target_model.adapter: the grid fine-tunes a fresh adapter; leave it out, or merge it")
         if not self.pruning.seeds or len(set(self.pruning.seeds)) < len(self.pruning.seeds):

@@ -37,6 +37,13 @@ def add_model(sub: argparse.ArgumentParser, *, adapter: bool, adapter_needed: bo
 
 def add_gradients(sub: argparse.ArgumentParser) -> None:
     """What `gradients_of` reads."""
+    sub.add_argument(
+        "--target",
+        nargs="+",
+        metavar="NAME",
+        help="for a fully fine-tuned model, without --adapter: the linears whose weights' gradients are taken, by "
+        "all-linear, the ends of their names, or regular expressions",
+    )
     sub.add_argument("--dim", type=int, help="projection dim p (default 64)")
     sub.add_argument("--width", type=int, help="sketch each row to this many numbers")
     sub.add_argument(
@@ -104,7 +111,20 @@ def given(args: Any, *names: str) -> dict[str, Any]:
 def gradients_of(args: Any) -> GradientConfig:
     from influence_fast.influence.settings import GradientConfig
 
-    return GradientConfig(**given(args, "dim", "width", "sketch", "store_dtype", "precision", "max_tokens"))
+    settings = given(args, "dim", "width", "sketch", "store_dtype", "precision", "max_tokens")
+    if args.target is not None:
+        settings["target"] = tuple(args.target)
+    if args.target is not None and args.adapter is not None:
+        raise ConfigError(
+            "--target is of a model without an adapter: leave out --adapter, or leave out --target to take the "
+            "adapter's gradients"
+        )
+    if args.target is None and args.adapter is None:
+        raise ConfigError(
+            "give --adapter, the LoRA adapter whose gradients are taken, or --target all-linear for those of the "
+            "weights of a fully fine-tuned --model"
+        )
+    return GradientConfig(**settings)
 
 
 def evaluation_of(args: Any, settings: Any = None) -> Any:

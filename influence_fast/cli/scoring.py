@@ -18,7 +18,7 @@ from influence_fast.errors import ConfigError
 def add(verb: NewVerb) -> None:
     """Adds these verbs and their options."""
     sub = verb("score", _score, "score training examples by their influence on validation answers")
-    options.add_model(sub, adapter=True)
+    options.add_model(sub, adapter=True, adapter_needed=False)
     options.add_data(sub, "--data", "training examples")
     sub.add_argument("--validation", required=True, help="validation questions: hub id, file or folder")
     _row_options(sub, "validation", "the validation rows")

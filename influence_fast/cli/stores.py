@@ -15,7 +15,7 @@ from influence_fast.guards import check_no_pipe
 def add(verb: NewVerb) -> None:
     """Adds these verbs and their options."""
     sub = verb("build", _build, "build a gradient store; under torchrun and the like, on all processes together")
-    options.add_model(sub, adapter=True)
+    options.add_model(sub, adapter=True, adapter_needed=False)
     options.add_data(sub, "--data", "training examples")
     sub.add_argument("--output", required=True, help="folder of the store, which all processes see")
     options.add_gradients(sub)

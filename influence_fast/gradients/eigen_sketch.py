@@ -127,6 +127,8 @@ class EigenSketch:
     def _about(self) -> dict[str, Any]:
         layout = [[entry.module, entry.factor, list(entry.shape), entry.offset] for entry in self.layout]
         plain = {name: getattr(self.goes_with, name) for name in ("kind", "dim", "seed", "width", "layers")}
+        if self.goes_with.target is not None:  # else as before there was one
+            plain["target"] = self.goes_with.target
         return {"projection": plain, "layout": layout}
 
 
@@ -164,7 +166,7 @@ class EigenRows:
 
 def check_projection(projection: Projection | None) -> None:
     """ConfigError unless rows of `projection` can be sketched by a fitted one."""
-    if projection is None:
+    if projection is None or projection.exact:
         raise ConfigError("exact rows have no sketch; give a projection with a width")
     if projection.flat:
         raise ConfigError(

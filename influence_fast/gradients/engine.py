@@ -21,16 +21,17 @@ import torch
 from influence_fast.data.packing import Pack
 from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ConfigError
-from influence_fast.gradients import backends, comparison, fp8, graphs, opened
-from influence_fast.gradients.lora import LayoutEntry, LoraLinear, find_lora_linears, in_top_layers, layout_of
+from influence_fast.gradients import backends, comparison, direct_use, fp8, graphs, opened
+from influence_fast.gradients.lora import LayoutEntry, LoraLinear, layout_of
 from influence_fast.gradients.loss import drawn_tokens
 from influence_fast.gradients.model_kinds import check_predicts_tokens
 from influence_fast.gradients.opened import OpenedModel
-from influence_fast.gradients.projection import SIDED_KINDS, Projection
+from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.reduction import FullReducer, ProjectedReducer, Reducer
 from influence_fast.gradients.referee import Referee
 from influence_fast.gradients.step import hidden_of, losses_of, step
 from influence_fast.gradients.step_inputs import StepInputs, StepShape
+from influence_fast.gradients.targets import check_exact, find_linears, linear_for_losses
 from influence_fast.gradients.transfer import to_device
 
 # Share of a card's free memory that kept activations may fill: gradients inside a layer, and fragments, need the rest.
@@ -38,10 +39,11 @@ _ROOM = 0.8
 
 
 class GradientEngine:
-    """Opens a peft model for per-example gradients; use as a context manager.
+    """Opens a model for per-example gradients; use as a context manager.
 
-    While open, the LoRA layers' forwards are replaced, dropout is off and no parameter asks for a gradient;
-    everything is put back on exit. The factors must not change while the engine is open.
+    While open, the forwards of the LoRA layers, or of the linears that `projection.target` names, are replaced, dropout
+    is off and no parameter asks for a gradient; everything is put back on exit. The factors, or these weights, must not
+    change while the engine is open.
 
     `reducer`, a function of the model's LoRA linears and their row layout, makes something else of each module's
     tokens than gradient rows (see `streaming`). With `bf16_rows` the kernels may write rows in bf16.
@@ -61,6 +63,7 @@ class GradientEngine:
         bf16_rows: bool = False,
         precision: str = fp8.AUTO,
         cuda_graphs: bool | None = None,
+        losses_only: bool = False,
     ) -> None:
         fp8.check_precision(precision)
         if loss_reduction not in ("mean", "sum"):
@@ -68,7 +71,7 @@ class GradientEngine:
         self.model = unwrapped(model)
         self.loss_reduction = loss_reduction
         self.precision = precision
-        self.linears = in_top_layers(find_lora_linears(self.model), projection)
+        self.linears = linear_for_losses(self.model) if losses_only else find_linears(self.model, projection)
         self.device = self.linears[0].device
         self.backend, self.backend_why = backends.choose(backend, self.device, self.linears[0].dtype)
         self.reducer = _reducer(self.linears, projection, reducer)
@@ -123,6 +126,7 @@ class GradientEngine:
             if self.cuda_graphs:
                 self.cuda_graphs = self._wish.granted(self._opened.why_no_graphs)
             comparison.compare_opened(self._opened, self.loss_reduction, self.reducer.dtype)
+            direct_use.check_weights(self._opened)
             if not self._wish.said and self._opened.kept_bytes(1) is None:
                 self.cuda_graphs = False  # a second pack's activations might not fit, and nothing would say so before
             if self.cuda_graphs:
@@ -197,6 +201,6 @@ def _reducer(
     layout = layout_of(linears, projection)
     if make is not None:
         return make(linears, layout)
-    kind = None if projection is None else projection.kind
-    reducer_class = ProjectedReducer if kind in SIDED_KINDS else FullReducer
+    check_exact(projection, layout)
+    reducer_class = ProjectedReducer if projection is not None and projection.sided else FullReducer
     return reducer_class(linears, layout, projection)

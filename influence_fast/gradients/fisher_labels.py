@@ -50,7 +50,7 @@ def sample_labels(
     Returns copies with other `labels`, in the same order; one forward pass. Raises as `per_example_gradients`.
     """
     examples = as_examples(examples)
-    with GradientEngine(model, None, precision=precision) as engine:
+    with GradientEngine(model, None, precision=precision, losses_only=True) as engine:
         packs = packs_for(engine, examples, max_tokens)
         drawn = [dict(example) for example in examples]
         for pack in packs:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -64,6 +64,9 @@ class LoraLinear:
     added_bias: torch.Tensor | None = None  # [d_out] of the adapter, a part of `bias` unless the base is quantised
     magnitude: Magnitude | None = None  # of DoRA
 
+    named_by: ClassVar[str] = "target_modules"  # the setting that chose it, for messages
+    noun: ClassVar[str] = "LoRA layer"
+
     @property
     def key(self) -> str:
         """The name that seeds the projection: the same with and without the peft wrapper."""
@@ -108,6 +111,11 @@ class LoraLinear:
         )
 
     @property
+    def base(self) -> Any:
+        """The layer that holds the base weight."""
+        return self.layer.get_base_layer()  # type: ignore[operator]
+
+    @property
     def sharded(self) -> bool:
         """Whether FSDP2 holds the weight, which is then whole only while the layer around it runs."""
         return hasattr(self.weight, "full_tensor")  # a DTensor; to import that class costs everybody a second
@@ -117,7 +125,7 @@ class LoraLinear:
         """[d_out, d_in]: `weight`, or what FSDP2 has gathered of it for the layer that is running."""
         if not self.sharded:
             return self.weight
-        base: Any = self.layer.get_base_layer()  # type: ignore[operator]
+        base = self.base
         return base.weight.detach() if isinstance(base, nn.Linear) else base.weight.detach().T
 
     @property
@@ -125,7 +133,7 @@ class LoraLinear:
         """[d_out], as `live_weight`."""
         if not self.sharded or self.bias is None:
             return self.bias
-        base: Any = self.layer.get_base_layer()  # type: ignore[operator]
+        base = self.base
         if base.bias is None:
             return self.added_bias
         own: torch.Tensor = base.bias.detach()
@@ -150,7 +158,8 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
     if not layers:
         raise ModelError(
             "the model has no LoRA adapter: load one (peft.PeftModel.from_pretrained) or add a fresh one "
-            "(peft.get_peft_model) before asking for per-example gradients"
+            "(peft.get_peft_model) before asking for per-example gradients; for those of its own weights, as of a "
+            "fully fine-tuned model, name a target: Projection(kind='kron', target='all-linear'), --target all-linear"
         )
     active = [(name, layer, adapters) for name, layer in layers if (adapters := _active_in(layer))]
     if not active:
@@ -254,6 +263,10 @@ def _as_plain(name: str, layer: Any, active: list[str], activations: torch.dtype
     if layer.merged:
         raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
     check_together(name, layer, active)
+    if layer.lora_embedding_A:
+        from influence_fast.gradients.lora_embedding import embedding_of
+
+        return embedding_of(name, layer, active, several)
     if not isinstance(layer, ParamWrapper) or _is_weight(layer):
         return _linear_of(name, layer, active, activations, several)
     from influence_fast.gradients.lora_parameters import parameter_of
@@ -269,7 +282,7 @@ def _as_plain(name: str, layer: Any, active: list[str], activations: torch.dtype
 def _is_weight(layer: Any) -> bool:
     """Whether a wrapper of a parameter is around a linear's weight and nothing else is: it is that linear's LoRA."""
     base = layer.base_layer
-    return getattr(layer, "parameter_name", "") == "weight" and isinstance(base, nn.Linear) and _is_a_product(base)
+    return getattr(layer, "parameter_name", "") == "weight" and isinstance(base, nn.Linear) and is_a_product(base)
 
 
 def _linear_of(name: str, layer: Any, active: list[str], activations: torch.dtype, several: bool) -> LoraLinear:
@@ -322,8 +335,8 @@ def _activation_dtype(model: Any) -> torch.dtype:
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).bits, default=torch.float32)
 
 
-def other_targets(names: Sequence[str], refused: Sequence[str]) -> str:
-    """Return the end of a message that names the targets among LoRA layers `names` that are not `refused`.
+def other_targets(names: Sequence[str], refused: Sequence[str], setting: str = "target_modules") -> str:
+    """Return the end of a message that names values of `setting` for the layers `names` that are not `refused`.
 
     A target is the end of a module's name, as peft takes it: its last part, or its last two where a refused layer has
     the same last part.
@@ -335,7 +348,7 @@ def other_targets(names: Sequence[str], refused: Sequence[str]) -> str:
             working.add(last)
         elif (ending := _ending(name, 2)) not in long:
             working.add(ending)
-    return f", as by target_modules={sorted(working)}" if working else ""
+    return f", as by {setting}={sorted(working)}" if working else ""
 
 
 def _ending(name: str, parts: int) -> str:
@@ -343,13 +356,17 @@ def _ending(name: str, parts: int) -> str:
 
 
 def is_supported(layer: Any) -> bool:
-    """Tell whether gradients of LoRA on the base of `layer` are computed here: on plain products, and parameters."""
+    """Tell whether gradients of LoRA on the base of `layer` are computed: on products, embeddings, and parameters."""
     from peft.tuners.lora.layer import ParamWrapper
 
-    return isinstance(layer, ParamWrapper) or _is_a_product(layer.get_base_layer())
+    base = layer.get_base_layer()
+    if layer.lora_embedding_A:
+        # else what a token's row is, or its gradient, depends on the other tokens
+        return isinstance(base, nn.Embedding) and base.max_norm is None and not base.scale_grad_by_freq
+    return isinstance(layer, ParamWrapper) or is_a_product(base)
 
 
-def _is_a_product(base: Any) -> bool:
+def is_a_product(base: Any) -> bool:
     """Tell whether a layer computes x W^T + b and nothing else; a subclass of nn.Linear is tried on random tokens.
 
     A quantised one is taken to, and compared with autograd when an engine opens.
@@ -390,7 +407,7 @@ def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -
 
 
 def in_top_layers(modules: Sequence[Module], projection: Projection | None) -> list[Module]:
-    """Those of `modules` that `projection.layers` leaves in a row; modules outside all layers (a head) stay.
+    """Those of `modules` that `projection.layers` leaves in a row; modules above all layers (a head) stay.
 
     Raises ModelError where no module's name has a layer's number to go by.
     """
@@ -404,12 +421,21 @@ def in_top_layers(modules: Sequence[Module], projection: Projection | None) -> l
         )
     count = max(known) + 1
     lowest = count - math.ceil(projection.layers * count - 1e-9)
-    return [module for module, n in zip(modules, numbers, strict=True) if n is None or n >= lowest]
+    return [
+        module
+        for module, n in zip(modules, numbers, strict=True)
+        if not _is_an_embedding(module) and (n is None or n >= lowest)
+    ]
 
 
 def _layer_number(module: LoraLinear | LayoutEntry) -> int | None:
     found = _LAYER_NUMBER.search(_module_name(module))
     return int(found[1]) if found else None
+
+
+def _is_an_embedding(module: LoraLinear | LayoutEntry) -> bool:
+    name = module.factors()[0].name if isinstance(module, LoraLinear) else module.factor
+    return name.startswith("lora_embedding")
 
 
 def _module_name(module: LoraLinear | LayoutEntry) -> str:
@@ -420,22 +446,3 @@ def layout_width(layout: Sequence[LayoutEntry]) -> int:
     """Numbers in a row of this layout."""
     last = layout[-1]
     return int(last.columns.stop)
-
-
-def gradient_layout(model: nn.Module, projection: Projection | None = None) -> list[LayoutEntry]:
-    """The order in which `per_example_gradients(model, ..., projection=projection)` lays out a row.
-
-    With `projection=None` the row is the exact LoRA gradient: for each LoRA layer, in the order of their parameters in
-    the model, `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order; of E experts in one parameter
-    (`target_parameters`) these are `(r E, d_in)` and `(d_out, r E)`, as peft keeps them. After a B comes its bias
-    `lora_bias (d_out, 1)` (lora_bias=True), and at the end `lora_magnitude_vector (d_out, 1)` (DoRA), where the adapter
-    has them. With several adapters active in the model every factor's name ends in its adapter's, as
-    `lora_A.<adapter>`, and a layer's are in the order of `model.named_parameters()`: all its A, then each B.
-
-    `one_sided` rows hold `dA R_in (r, p)` and `R_out^T dB (p, r)`. The flat kinds (`sjlt`, `rademacher`) and a `width`
-    sketch this row to `width` numbers afterwards; the layout returned is then the one that is sketched.
-    `projection.layers` leaves the modules of lower layers out.
-
-    Raises ModelError when the model has no LoRA layer or an unsupported one.
-    """
-    return layout_of(find_lora_linears(model), projection)

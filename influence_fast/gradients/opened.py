@@ -52,7 +52,7 @@ class OpenedModel:
         base: the causal LM, without a peft wrapper around it.
         decoder: the part of it that gives the last hidden states.
         head: the module that makes logits of them.
-        linears: the LoRA linears whose gradients are taken.
+        linears: the linears whose gradients are taken.
         groups: the same by the tensor that they read.
         parameters: those on parameters of modules, by module.
         whole_model_logits: whether logits come from the whole model; else they are the head's product.
@@ -153,7 +153,7 @@ def open_model(
         recomputable = stack.enter_context(recomputable_layers(base)) if room is not None else []
         implementations = attention.implementations(base)
         forwards = {module: vars(module).get("forward") for module in base.modules()}
-        whole, mode, referee = stack.enter_context(_settled(base, decoder, head, first.device))
+        whole, mode, referee = stack.enter_context(_settled(base, decoder, head, linears))
         call = functools.partial(_call, base if whole else decoder, decoder.config, mode)
         ids = _probe_tokens(referee)
         inputs, calls, mode, why = _probe(call, linears, mode, decoder.config._attn_implementation, ids)
@@ -211,7 +211,7 @@ def not_recordable(base: Any, linears: Sequence[LoraLinear], reducer: Reducer, b
     if device.type != "cuda":
         return f"the model is not on a CUDA device but on {device.type}"
     if any(isinstance(linear, LoraParameter) for linear in linears):
-        return "LoRA on parameters of experts is summed by each pack's own routing"
+        return "LoRA on parameters of experts or on embeddings is summed by each pack's own tokens"
     if any(linear.sharded for linear in linears):
         return "the base weights are spread over processes (FSDP), which exchange them in every step"
     if not reducer.recordable:
@@ -242,14 +242,18 @@ def _call(module: Any, config: Any, mode: Separation, tokens: attention.PackedTo
 
 @contextlib.contextmanager
 def _settled(
-    base: Any, decoder: Any, head: Any, device: torch.device
+    base: Any, decoder: Any, head: Any, linears: Sequence[LoraLinear]
 ) -> Iterator[tuple[bool, Separation, Referee | None]]:
     """While the block runs, the model's attention is the fastest that agrees with the plain forward.
 
     Yields whether the whole model's logits are needed, how to call it, and the plain outputs.
     """
-    whole = type(head) is not nn.Linear or any(
-        getattr(text_config(base.config), name, None) not in (None, 1, 1.0) for name in _HEAD_TRANSFORMS
+    device = linears[0].device
+    asked = any(linear.layer is head for linear in linears)  # whose own forward is to be called
+    whole = (
+        type(head) is not nn.Linear
+        or asked
+        or any(getattr(text_config(base.config), name, None) not in (None, 1, 1.0) for name in _HEAD_TRANSFORMS)
     )
     if device.type == "meta":  # a model without numbers, of which nothing but shapes is asked
         with attention.packed(base, decoder.config):
@@ -331,14 +335,14 @@ def _heed_calls(linears: Sequence[LoraLinear], calls: Sequence[int], strange: se
     unused = [names[n] for n in sorted(uncalled - routed)]
     if len(unused) == len(names):
         raise ModelError(
-            f"{unused[0]}: the model's forward on text calls no LoRA layer, as where they are those of images or of an "
-            "encoder: name layers of the text decoder in target_modules"
+            f"{unused[0]}: the model's forward on text calls no {linears[0].noun}, as where they are those of images "
+            f"or of an encoder: name layers of the text decoder in {linears[0].named_by}"
         )
     if unused:
         say_once(
             logger,
-            f"the model's forward on text never calls the LoRA layers {listing(unused)}, whose gradients are zero; "
-            f"rows are shorter without them{other_targets(names, unused)}",
+            f"the model's forward on text never calls the {linears[0].noun}s {listing(unused)}, whose gradients are "
+            f"zero; rows are shorter without them{other_targets(names, unused, linears[0].named_by)}",
         )
     if not routed:
         return mode

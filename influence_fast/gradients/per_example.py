@@ -22,9 +22,9 @@ from influence_fast.data.packing import (
 from influence_fast.errors import ConfigError, DataError, NumericError, listing
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.fp8 import AUTO
-from influence_fast.gradients.lora import gradient_layout
 from influence_fast.gradients.probe_texts import vocabulary_of
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.targets import gradient_layout
 from influence_fast.gradients.transfer import WriteBehind, decoded, encoded, to_device
 
 __all__ = ["Projection", "gradient_layout", "iter_gradient_rows", "per_example_gradients"]
@@ -44,10 +44,11 @@ def per_example_gradients(
     precision: str = AUTO,
     cuda_graphs: bool | None = None,
 ) -> torch.Tensor:
-    """The LoRA gradient of each example's own loss, one row an example.
+    """Return the gradient of each example's own loss by LoRA factors or named weights, one row an example.
 
     Args:
-        model: a peft model (or a model with LoRA layers injected) that transformers can run.
+        model: a peft model (or a model with LoRA layers injected) that transformers can run; one without an adapter
+            where `projection.target` names the linears whose weights' gradients are wanted.
         examples: `{"input_ids", "labels"}`, 1-D whole numbers of one length, labels -100 where ignored and aligned
             with input_ids (the shift by one happens here); `"id"` is optional and used in messages. Optional
             `"weights"`, a float a token, multiply the tokens' losses (a mean still divides by the number of labels).
@@ -195,7 +196,7 @@ def per_example_losses(model: nn.Module, examples: Held, *, loss_reduction: str 
     `examples` as for `per_example_gradients`. Raises DataError as that does.
     """
     examples = as_examples(examples)
-    with GradientEngine(model, None, loss_reduction) as engine:
+    with GradientEngine(model, None, loss_reduction, losses_only=True) as engine:
         out = torch.empty(len(examples), dtype=engine.reducer.dtype)
         for pack in packs_for(engine, examples, None):
             losses = engine.losses(pack)

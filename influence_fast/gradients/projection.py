@@ -18,8 +18,11 @@ rows or more columns leave the ones already there unchanged.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 SIDED_KINDS = ("one_sided", "kron")  # of the sides of each factor
 FLAT_KINDS = ("sjlt", "rademacher")  # of whole factors
 KINDS = (*SIDED_KINDS, *FLAT_KINDS)
+EXACT = "none"  # of a target's weights; for an adapter's factors there is None in the place of a projection
+ALL_LINEAR = "all-linear"
 
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -55,8 +60,14 @@ class Projection:
     layers: share of the decoder's layers, counted from the top, whose LoRA modules are in a row (rounded up to whole
         layers). The backward pass ends at the lowest of them.
     sketch: what makes rows of `width` numbers in place of the SJLT, where one was fitted (`fit_projection`).
+    target: for a model without an adapter, as after full fine-tuning: the linears whose weights' gradients are in a
+        row. "all-linear" (all but the output head), the end of their names ("q_proj"), a regular expression of whole
+        names, or several of these. A weight has two long sides: "one_sided" becomes "kron", whose rows hold
+        `R_out^T G R_in (dim, dim)`. With a target only, kind "none" is the exact gradient.
 
     Raises ConfigError for an unknown kind or a value out of range, or a sketch that was fitted for other ones.
+
+        inf.Projection(kind="kron", dim=32, target="all-linear")
     """
 
     kind: str = "one_sided"
@@ -65,10 +76,24 @@ class Projection:
     width: int | None = None
     layers: float = 1.0
     sketch: EigenSketch | None = None
+    target: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if self.target is not None:
+            object.__setattr__(self, "target", _checked_target(self.target))
+            if self.kind == "one_sided":
+                object.__setattr__(self, "kind", "kron")
+        if self.kind == EXACT and self.target is None:
+            raise ConfigError(
+                f"projection kind {EXACT!r} is of the weights that target names; for exact rows of an adapter give "
+                "None in place of a projection"
+            )
+        if self.kind not in (*KINDS, EXACT):
             raise ConfigError(f"unknown projection kind {self.kind!r}; {did_you_mean(str(self.kind), KINDS)}")
+        if self.exact and self.width is not None:
+            raise ConfigError(
+                f"projection kind {EXACT!r} has rows of whole gradients: leave out width, or choose 'kron'"
+            )
         _check_integer("dim", self.dim, 1)
         if not 0 < self.layers <= 1:
             raise ConfigError(f"projection layers is {self.layers}; it is a share, above 0 and at most 1")
@@ -87,10 +112,30 @@ class Projection:
         """The same without a fitted sketch."""
         return self if self.sketch is None else replace(self, sketch=None)
 
+    def __repr__(self) -> str:
+        # Without a target as before there was one: what was fitted then is found by this text.
+        names = [f.name for f in fields(self) if f.name != "target" or self.target is not None]
+        return f"Projection({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})"
+
+    @property
+    def exact(self) -> bool:
+        """Whether rows are whole gradients, of the weights that `target` names."""
+        return self.kind == EXACT
+
+    @property
+    def sided(self) -> bool:
+        """Whether the sides of each factor are projected."""
+        return self.kind in SIDED_KINDS
+
     @property
     def flat(self) -> bool:
         """Whether whole factors are flattened before they are projected."""
         return self.kind in FLAT_KINDS
+
+
+def exact_rows(projection: Projection | None) -> Projection | None:
+    """Return what gives the exact gradient of what rows of `projection` are of, all layers included."""
+    return None if projection is None or projection.target is None else Projection(EXACT, target=projection.target)
 
 
 def row_name(module: str, factor: str) -> str:
@@ -198,6 +243,33 @@ def _high(product: Tensor) -> Tensor:
 def _as_int32(word: Tensor) -> Tensor:
     """The same 32 bits as a signed number; a right shift then keeps the bit that `& 1` picks."""
     return (word - ((word >> 31) << 32)).to(torch.int32)
+
+
+def target_text(target: str | Sequence[str] | None) -> str | None:
+    """Return a target as one text, as files hold it; `target_of` reads it."""
+    return target if target is None or isinstance(target, str) else json.dumps(list(target))
+
+
+def target_of(text: str | None) -> str | Sequence[str] | None:
+    """Return the target that `target_text` wrote."""
+    return tuple(json.loads(text)) if text is not None and text.startswith('["') else text
+
+
+def _checked_target(target: object) -> str | tuple[str, ...]:
+    """Return a target in its one form: a text, or several in order. Raises ConfigError for anything else."""
+    names = [target] if isinstance(target, str) else list(target) if isinstance(target, Sequence) else []
+    if not names or not all(isinstance(name, str) and name.strip() and '"' not in name for name in names):
+        raise ConfigError(
+            f"projection target is {target!r}; give {ALL_LINEAR!r}, the end of a linear's name, a regular expression, "
+            "or a list of these"
+        )
+    for name in names:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ConfigError(f"projection target {name!r} is no regular expression ({error}); mend it") from None
+    ordered = sorted(set(names))
+    return ordered[0] if len(ordered) == 1 else tuple(ordered)
 
 
 def _check_integer(name: str, value: object, least: int | None) -> None:

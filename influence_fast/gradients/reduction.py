@@ -34,7 +34,7 @@ def random_columns(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """R_in [d_in, p] and R_out [d_out, p] of one module, on the CPU or on its card: fp32, or empty with p = 0 where the
     kind needs none."""
-    if projection is None or projection.flat:
+    if projection is None or not projection.sided:
         empty = torch.zeros(0, device=linear.device)
         return empty.view(linear.d_in, 0), empty.view(linear.d_out, 0)
     device = linear.device
@@ -292,7 +292,9 @@ class FullReducer(Reducer):
     def __init__(self, linears: list[LoraLinear], layout: list[LayoutEntry], projection: Projection | None) -> None:
         super().__init__(linears, layout, projection)
         self._rows = torch.empty(0)
-        self._sketch = None if projection is None else RowSketch(layout, projection, self.device)
+        self._sketch = None
+        if projection is not None and projection.flat:
+            self._sketch = RowSketch(layout, projection, self.device)
         self._flat: dict[int, FlatSketch] = {}
         self._written: set[int] = set()  # blocks of this pack's exact rows that a kernel has written
 

@@ -25,6 +25,7 @@ from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.factors import Block, Side, tokens_of
 from influence_fast.gradients.lora import LayoutEntry, LoraLinear, layout_width
 from influence_fast.gradients.per_example import compare_once, packs_for
+from influence_fast.gradients.projection import EXACT, Projection
 from influence_fast.gradients.reduction import Reducer, pack_segments
 from influence_fast.gradients.transfer import to_device
 from influence_fast.progress import track
@@ -51,19 +52,22 @@ def stream_influence(
     backend: str | None = None,
     precision: str = "auto",
     progress: bool = False,
+    target: str | Sequence[str] | None = None,
 ) -> torch.Tensor:
-    """Inner products of every example's exact LoRA gradient with every query gradient, in one pass over the data.
+    """Return inner products of every example's exact gradient with every query gradient, in one pass over the data.
 
     Args:
         model: a peft model, as for `per_example_gradients`.
         examples: `{"input_ids", "labels"}`, as for `per_example_gradients`.
         query_gradients: (q, k) exact rows, laid out as `gradient_layout(model)`: those of `per_example_gradients`
             with `projection=None`, their mean over a group of queries, or what a preconditioner's `apply` made of them.
+            With a target: those of `Projection("none", target=target)`.
         loss_reduction: `"mean"` over the example's completion tokens, or `"sum"`.
         max_tokens: tokens in one packed batch; changes speed and memory, not the numbers.
         backend: "auto", "triton" (kernel `segment_bilinear`) or "torch" (see `backends`).
         precision: as in `per_example_gradients`; give query gradients of the same one.
         progress: a progress bar on stderr.
+        target: for a model without an adapter, the linears that the gradients are of (see `Projection`).
 
     Returns:
         (E, q) scores on the model's device: fp32, or fp64 for an fp64 model. Positive: more of the example lowers
@@ -79,7 +83,8 @@ def stream_influence(
         return StreamReducer(linears, layout, query_gradients)
 
     examples = as_examples(examples)
-    with GradientEngine(model, None, loss_reduction, backend, reducer=reducer, precision=precision) as engine:
+    exact = None if target is None else Projection(EXACT, target=target)
+    with GradientEngine(model, exact, loss_reduction, backend, reducer=reducer, precision=precision) as engine:
         scores = torch.empty(len(examples), engine.width, dtype=engine.reducer.dtype, device=engine.device)
         places = list(range(len(examples)))
         _score(engine, examples, places, scores, max_tokens, progress)
@@ -133,7 +138,8 @@ class StreamReducer(Reducer):
         if queries.ndim != 2 or queries.shape[0] == 0 or queries.shape[1] != k:
             raise DataError(
                 f"query gradients of shape {tuple(queries.shape)} do not fit this model's exact rows (q, {k}): "
-                "make them by per_example_gradients with projection=None"
+                "make them by per_example_gradients with projection=None, or Projection('none', target=...) where "
+                "there is a target"
             )
         self.queries = queries.detach().to(self.device, self.dtype)  # [q, k]
         bad = _not_finite(self.queries)

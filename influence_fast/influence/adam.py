@@ -30,6 +30,7 @@ from influence_fast.errors import ConfigError, ModelError, one_line
 from influence_fast.gradients.factors import projected_axes
 from influence_fast.gradients.lora import LayoutEntry, in_top_layers
 from influence_fast.gradients.projection import Projection, row_name, sjlt_map
+from influence_fast.gradients.targets import TRANSPOSED, WEIGHT
 from influence_fast.guards import reading
 from influence_fast.influence.damping import GRID, Damping, RowBlocks, check_damping, ridge, split_rows
 
@@ -99,7 +100,9 @@ def adam_moments(
     """Read second moments v / (1 - beta2^step) from a checkpoint's Adam state: (k,) fp64, in a gradient row's order.
 
     checkpoint: a folder of `inf.finetune`, or of a transformers' Trainer that trained the LoRA factors alone.
-    layout: `gradient_layout(model)`, exact. projection: as the rows were projected (see the top of this file).
+    layout: `gradient_layout(model)`, exact; of a fully trained model's weights
+        `gradient_layout(model, Projection("none", target=...))`.
+    projection: as the rows were projected (see the top of this file).
     beta2: the optimizer's, for states that do not hold their own betas; by default 0.999, which is then said.
 
     Raises ModelError when the checkpoint holds no optimizer state, another optimizer's (named), or none for a factor of
@@ -117,24 +120,30 @@ def adam_moments(
     layout = in_top_layers(layout, projection)
     pieces = []
     for entry in layout:
-        name = f"{plain_name(entry.module)}.{entry.factor}"
+        turned = entry.factor == TRANSPOSED
+        name = f"{plain_name(entry.module)}.{WEIGHT if turned else entry.factor}"
         state = by_factor.get(name)
-        if state is None or _block_shape(state.second.shape) != tuple(entry.shape):
+        shape = entry.shape[::-1] if turned else entry.shape
+        if state is None or _block_shape(state.second.shape) != tuple(shape):
             found = "none" if state is None else f"one of shape {tuple(state.second.shape)}"
             raise ModelError(
-                f"{checkpoint}: needs Adam's state of {name} {tuple(entry.shape)}, holds {found}; "
-                "take a checkpoint of this very adapter"
+                f"{checkpoint}: needs Adam's state of {name} {tuple(shape)}, holds {found}; "
+                f"take a checkpoint of this very {'model' if _of_weights(layout) else 'adapter'}"
             )
         if fault := state.fault:
             raise ModelError(
                 f"{checkpoint}: Adam's state of {name} has {fault}: take another checkpoint, or score without the "
                 "optimizer's moments"
             )
-        moment = state.unbiased.view(entry.shape)
+        moment = state.unbiased.T if turned else state.unbiased.view(entry.shape)
         pieces.append(moment if projection is None else _projected(moment, entry, projection))
     if projection is None or projection.width is None:
         return torch.cat([piece.flatten() for piece in pieces])
     return _sketched(pieces, layout, projection, projection.width)
+
+
+def _of_weights(layout: Sequence[LayoutEntry]) -> bool:
+    return any(entry.factor in (WEIGHT, TRANSPOSED) for entry in layout)
 
 
 _FACTOR = re.compile(r"(.*\.)(lora_\w+)(?:\.((?!weight$|bias$)[^.]+))?(\.weight|\.bias|)$")
@@ -177,6 +186,12 @@ def _in_the_models_order(folder: Path, layout: Sequence[LayoutEntry], beta2: flo
     optimizer = read_adam(folder, beta2)
     if all(isinstance(member, str) for group in optimizer.groups for member in group):
         return _by_factor({str(name): state for name, state in optimizer.states.items()})
+    if _of_weights(layout):
+        raise ModelError(
+            f"{folder}: which Adam state is which weight's cannot be told, as transformers' Trainer numbers them: "
+            "train by influence_fast.finetune with lora=None and save_checkpoints set, or score without the "
+            "optimizer's moments"
+        )
     groups = [group for group in optimizer.groups if group]
     biases = [entry for entry in layout if entry.factor.startswith("lora_bias")]
     grouped = [[entry for entry in layout if entry not in biases], biases] if biases and len(groups) == 2 else [layout]

@@ -18,9 +18,9 @@ from influence_fast.data.packing import teaches
 from influence_fast.errors import StoreError
 from influence_fast.gradients.fisher_labels import sample_labels
 from influence_fast.gradients.fp8 import AUTO
-from influence_fast.gradients.lora import gradient_layout
 from influence_fast.gradients.per_example import per_example_gradients
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.projection import Projection, exact_rows
+from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence.adam import adam_moments
 from influence_fast.influence.preconditioners import FROM_MODEL
 from influence_fast.influence.scoring import reads_fisher
@@ -92,7 +92,9 @@ def pool_gradients(
             fisher = _fisher_store(model, pool, folder, gradients.seed, influence, options)
     moments = None
     if influence.optimizer is not None:
-        moments = adam_moments(influence.optimizer, gradient_layout(model), projection=options["projection"])
+        projection = options["projection"]
+        layout = gradient_layout(model, exact_rows(projection))
+        moments = adam_moments(influence.optimizer, layout, projection=projection)
     return PoolGradients(store, rows, fisher, moments)
 
 
@@ -143,7 +145,9 @@ def _fisher_store(
     drawn = sample_labels(model, drawn_unseen(live, influence.fisher_examples), seed=seed, **limits)
     made = {name: value for name, value in options.items() if name != "max_tokens"}
     identity = identity_of(model, **made)
-    digest = hashlib.sha256(f"{identity} {dataset_fingerprint(drawn)}".encode()).hexdigest()[:12]
+    digest = hashlib.sha256(
+        f"{identity}{identity.projection_target or ''} {dataset_fingerprint(drawn)}".encode()
+    ).hexdigest()[:12]
     folder = beside(store, f".fisher-{digest}")
     try:
         return build_store(folder, model, None, drawn, dtype="fp32", progress=False, **options)

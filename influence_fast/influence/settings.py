@@ -9,7 +9,7 @@ from influence_fast.errors import ConfigError, did_you_mean
 from influence_fast.gradients.eigen_sketch import DEFAULT_EXAMPLES, check_projection
 from influence_fast.gradients.fp8 import AUTO as OWN_PRECISION
 from influence_fast.gradients.fp8 import PRECISIONS
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.projection import EXACT, Projection
 from influence_fast.influence.damping import DEFAULT_DAMPING, FEWEST_ROWS, check_width
 from influence_fast.influence.preconditioners import (
     AUTO,
@@ -29,7 +29,7 @@ from influence_fast.settings import one_of
 from influence_fast.store.manifest import DTYPES, MANIFEST_NAME
 
 QUERY_KINDS = ("own_answers", "reference")
-WHOLE = "none"  # in place of a projection's kind
+WHOLE = EXACT  # in place of a projection's kind
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class GradientConfig:
     `sketch` is how rows get to `width` numbers: `random`, or `eigen`, fitted on the gradients of `sketch_examples`
     examples (see `eigen_sketch`), or the folder of a store whose sketch is used again; `auto` is `eigen` where scores
     are to be `ekfac`'s, as they are by default, and leaves rows that are no longer than `width` as they are.
+    `target` names the linears of a fully fine-tuned model whose weights' gradients are in a row (see `Projection`).
     `precision: fp8` multiplies with the frozen base weights in 8 bits (see `fp8`), for the queries' gradients too.
     """
 
@@ -56,6 +57,7 @@ class GradientConfig:
     max_tokens: int | None = None
     sketch: str = AUTO
     sketch_examples: int = DEFAULT_EXAMPLES
+    target: str | tuple[str, ...] | None = None
 
     @property
     def projection(self) -> Projection | None:
@@ -66,8 +68,10 @@ class GradientConfig:
                     f"gradients.kind {WHOLE!r} keeps whole gradients of all layers: leave out gradients.width and "
                     "gradients.layers, or choose a projection"
                 )
-            return None
-        return Projection(self.kind, dim=self.dim, seed=self.seed, width=self.width, layers=self.layers)
+            return None if self.target is None else Projection(EXACT, target=self.target)
+        return Projection(
+            self.kind, dim=self.dim, seed=self.seed, width=self.width, layers=self.layers, target=self.target
+        )
 
     def fits_sketch(self, preconditioner: str) -> bool:
         """Whether a sketch is fitted for rows that are to be scored by `preconditioner`."""

@@ -202,6 +202,9 @@ def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
     from influence_fast.influence.sketch_fitting import width_of
     from influence_fast.training.fine_tuning import attach_lora, quiet_libraries
 
+    def row_of(scored: Any) -> int:
+        return width_of(config.gradients.projection, config.gradients.sketch, config.influence.preconditioner, scored)
+
     check_model_sizes(model.path)
     try:
         settings = AutoConfig.from_pretrained(
@@ -215,9 +218,10 @@ def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
         base = AutoModelForCausalLM.from_config(settings, trust_remote_code=model.trust_remote_code)
         parameters = sum(p.numel() for p in base.parameters())
         quantized = quantized_weights(settings, base, model.quantize)
+        row = row_of(base) if config.gradients.target is not None else None
         tuned = attach_lora(base, config.lora, 0)
         trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-    row = width_of(config.gradients.projection, config.gradients.sketch, config.influence.preconditioner, tuned)
+    row = row_of(tuned) if row is None else row
     text = settings.get_text_config()
     return ModelShape(
         parameters=parameters,
@@ -274,7 +278,7 @@ def _gradient_memory(config: RunConfig, shape: ModelShape | None, tokens: int) -
     """The sum for such a batch, of one example, with all activations kept and with layers computed again; none for
     models, modules or rows that it does not describe."""
     gradients = config.gradients
-    described = gradients.kind in SIDED_KINDS and gradients.layers == 1.0
+    described = gradients.kind in SIDED_KINDS and gradients.layers == 1.0 and gradients.target is None
     if shape is None or not described or config.lora.target_modules != "all-linear":
         return {}
     sizes: dict[str, Any] = {

@@ -336,7 +336,8 @@ def _plan(
     max_length: int | None,
     truncate: bool,
 ) -> Manifest:
-    from influence_fast.gradients.lora import gradient_layout, layout_width
+    from influence_fast.gradients.lora import layout_width
+    from influence_fast.gradients.targets import gradient_layout
 
     layout = gradient_layout(model, projection)
     if projection is not None and projection.sketch is not None:

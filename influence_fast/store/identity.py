@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from influence_fast.errors import StoreError, did_you_mean
 from influence_fast.gradients.fp8 import AUTO
-from influence_fast.gradients.projection import FLAT_KINDS, Projection
+from influence_fast.gradients.projection import EXACT, FLAT_KINDS, Projection, target_of, target_text
 
 _LABELS = {
     "model_id": "model",
@@ -50,6 +50,9 @@ class StoreIdentity:
     projection_sketch: str | None = None  # fingerprint of a fitted sketch; None: a random one, or none
     loss_reduction: str | None = None
     precision: str | None = None
+    # "all-linear", a name or a list of them as JSON; None: of an adapter. Not in the text of an identity, by which rows
+    # to fit on are found.
+    projection_target: str | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, expect: StoreIdentity | Mapping[str, Any]) -> StoreIdentity:
@@ -97,13 +100,15 @@ class StoreIdentity:
             )
 
     def body(self) -> dict[str, Any]:
-        """The fields as the files hold them. Precision "auto" and no fitted sketch are left out: stores that were made
-        before there were others keep their hashes."""
+        """The fields as the files hold them. Precision "auto", no fitted sketch and no target are left out: stores that
+        were made before there were others keep their hashes."""
         fields = asdict(self)
         if self.precision in (None, AUTO):
             del fields["precision"]
         if self.projection_sketch is None:
             del fields["projection_sketch"]
+        if self.projection_target is None:
+            del fields["projection_target"]
         return fields
 
     @property
@@ -113,25 +118,27 @@ class StoreIdentity:
 
         Raises StoreError when it is not known (imported gradients).
         """
-        if self.projection_kind == "none":
+        if self.projection_kind == EXACT and self.projection_target is None:
             return None
         if self.projection_kind is None or self.projection_kind == "unknown":
             raise StoreError("the store does not record its projection; give query gradients made like its rows")
         values = {name: getattr(self, f"projection_{name}") for name in ("dim", "seed", "width", "layers")}
+        values["target"] = target_of(self.projection_target)
         return Projection(self.projection_kind, **{k: v for k, v in values.items() if v is not None})
 
 
 def projection_fields(projection: Projection | None) -> dict[str, Any]:
     """The `projection_*` fields of a StoreIdentity."""
     if projection is None:
-        return {"projection_kind": "none"}
+        return {"projection_kind": EXACT}
     return {
         "projection_kind": projection.kind,
-        "projection_dim": None if projection.kind in FLAT_KINDS else projection.dim,
+        "projection_dim": None if projection.kind in (*FLAT_KINDS, EXACT) else projection.dim,
         "projection_width": projection.width,
-        "projection_seed": projection.seed,
+        "projection_seed": None if projection.exact else projection.seed,
         "projection_layers": None if projection.layers == 1 else projection.layers,
         "projection_sketch": None if projection.sketch is None else projection.sketch.fingerprint,
+        "projection_target": target_text(projection.target),
     }
 
 

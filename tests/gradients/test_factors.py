@@ -146,8 +146,8 @@ def test_a_linear_without_an_adapter_has_the_row_of_its_weight(
 
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
     model = get_peft_model(tiny_model("qwen2", dtype), config, autocast_adapter_dtype=False)
-    monkeypatch.setattr(engine, "find_lora_linears", lambda model: [plain(m) for m in find_lora_linears(model)])
-    linears = engine.find_lora_linears(model)
+    linears = [plain(m) for m in find_lora_linears(model)]
+    monkeypatch.setattr(engine, "find_linears", lambda model, projection: linears)
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(0, 320, (n,), generator=generator) for n in (4, 13)]
     examples = [{"input_ids": i, "labels": i} for i in ids]
