@@ -245,7 +245,7 @@ def _start(folder: Path, arguments: Sequence[str]) -> subprocess.Popen[str]:
 def _finish(process: subprocess.Popen[str]) -> str:
     said, _ = process.communicate(timeout=600)
     if process.returncode:
-        raise RuntimeError(f"{process.args} ended with {process.returncode}:\n{said}")
+        raise RuntimeError(f"{process.args!r} ended with {process.returncode}:\n{said}")
     return said
 
 
