@@ -51,9 +51,9 @@ def load(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **changes:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=BitsAndBytesConfig(**settings))
 
 
-def with_lora(base: Any) -> Any:
+def with_lora(base: Any, **config: Any) -> Any:
     torch.manual_seed(0)
-    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **config))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -62,9 +62,10 @@ def with_lora(base: Any) -> Any:
 
 def plain_rows(model: Any, examples: list[dict[str, torch.Tensor]] = EXAMPLES) -> torch.Tensor:
     """[E, k]: autograd through peft's own layers, an example at a time."""
+    layers = [(model.get_submodule(entry.module), entry.factor) for entry in inf.gradient_layout(model)]
     factors = [
-        getattr(model.get_submodule(entry.module), entry.factor)["default"].weight
-        for entry in inf.gradient_layout(model)
+        layer.lora_B["default"].bias if factor == "lora_bias" else getattr(layer, factor)["default"].weight
+        for layer, factor in layers
     ]
     rows = []
     for example in examples:
@@ -89,6 +90,20 @@ def test_rows_equal_autograd_through_the_quantised_model(folder: Path, kind: str
         assert worst(alone, rows) < 1e-5
     assert worst(plain_rows(model), wanted) == 0  # all is put back
     assert [type(module) for module in model.modules()] == before
+
+
+def test_biases_of_an_adapter_over_a_quantised_base(folder: Path) -> None:
+    model = with_lora(load(folder, "nf4"), lora_bias=True)
+    assert sum(entry.factor == "lora_bias" for entry in inf.gradient_layout(model)) == 14
+    assert worst(inf.per_example_gradients(model, EXAMPLES), plain_rows(model)) < 1e-5
+
+
+def test_dora_over_a_quantised_base_is_refused(folder: Path) -> None:
+    model = with_lora(load(folder, "nf4"), use_dora=True)
+    with pytest.raises(
+        ModelError, match=r"q_proj: DoRA \(use_dora\) needs the norms .* quantised here: load the model"
+    ):
+        inf.gradient_layout(model)
 
 
 def test_outliers_of_a_neighbour_change_int8_products(folder: Path) -> None:
