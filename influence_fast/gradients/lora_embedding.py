@@ -89,9 +89,10 @@ class EmbeddingPart:
         self.anchor: torch.Tensor | None = None
         self.base: Any = member.module
         r_in, r_out = (one.to(member.device, member.dtype) for one in self._columns())
-        self.rows = torch.cat([member.a.T.to(member.dtype), r_in], dim=1)  # [V, r + p], what a token picks
+        # [V, r + p], what a token picks
+        self.rows: torch.Tensor = torch.cat([member.a.T.to(member.dtype), r_in], dim=1)
         if self.base.padding_idx is not None:  # whose A has no gradient in peft; its h is that of any token
-            self.rows[self.base.padding_idx, member.r :] = 0
+            self.rows[self.member.module.padding_idx, member.r :] = 0  # type: ignore[index]
         self.out_of = torch.cat([member.b.to(member.dtype), r_out], dim=1)  # [d, r + p]
         scale = getattr(member.layer, "_get_embed_scale", lambda: None)()
         self.scale = 1.0 if scale is None else float(scale)

@@ -117,7 +117,8 @@ def part_factors(
         if part.magnitude
     ]
     own = sum(factor.shape[0] for factor in magnitudes)
-    firsts, seconds = [], []
+    firsts: list[Factor] = []
+    seconds: list[Factor] = []
     for part in parts:
         seed = f"{key}/rank{part.suffix}"
         for kind in (*pair, "lora_bias") if part.bias else pair:
