@@ -89,7 +89,7 @@ class Verb:
 
 
 MODEL = "--model model --adapter adapter"
-SCORE = f"score {MODEL} --data pool.jsonl --validation validation.jsonl --fallback reference --dim 4"
+SCORE = f"score {MODEL} --data pool.jsonl --validation validation.jsonl --dim 4"
 BUILD = f"build {MODEL} --dim 4 --shard-rows 4"
 TRAIN = "train --model model --data pool.jsonl --epochs 6 --learning-rate 5e-3 --batch-size 8 --rank 4"
 PRUNE = "prune --data pool.jsonl --scores scores.csv --strategy low_benefit --fraction 0.25"
@@ -101,7 +101,7 @@ VERBS = {
     "build --width": Verb(f"{BUILD} --data pool.jsonl --width 64 --sketch eigen --store-dtype int8 --output out/store"),
     "merge": Verb("merge store/a store/b --output out/joined"),
     "import": Verb("import rows.npy --output out/store --dtype int8"),
-    "score": Verb(f"{SCORE} --max-new-tokens 6 --explain 2 --output out/scores.parquet"),
+    "score": Verb(f"{SCORE} --fallback reference --max-new-tokens 6 --explain 2 --output out/scores.parquet"),
     "prune": Verb(f"{PRUNE} --output out/kept.jsonl"),
     "run": Verb("run run.yaml --output out/run"),
     "validate": Verb("validate run.yaml --output out/run", after="run"),
@@ -245,7 +245,7 @@ def _start(folder: Path, arguments: Sequence[str]) -> subprocess.Popen[str]:
 def _finish(process: subprocess.Popen[str]) -> str:
     said, _ = process.communicate(timeout=600)
     if process.returncode:
-        raise RuntimeError(f"{process.args} ended with {process.returncode}:\n{said}")
+        raise RuntimeError(f"{process.args!r} ended with {process.returncode}:\n{said}")
     return said
 
 

@@ -89,9 +89,8 @@ class EmbeddingPart:
         self.anchor: torch.Tensor | None = None
         self.base: Any = member.module
         r_in, r_out = (one.to(member.device, member.dtype) for one in self._columns())
-        self.rows: torch.Tensor = torch.cat(
-            [member.a.T.to(member.dtype), r_in], dim=1
-        )  # [V, r + p], what a token picks
+        # [V, r + p], what a token picks
+        self.rows: torch.Tensor = torch.cat([member.a.T.to(member.dtype), r_in], dim=1)
         self.padding: int | None = self.base.padding_idx
         if self.padding is not None:  # whose A has no gradient in peft; its h is that of any token
             self.rows[self.padding, member.r :] = 0
