@@ -91,7 +91,7 @@ class EmbeddingPart:
         r_in, r_out = (one.to(member.device, member.dtype) for one in self._columns())
         # [V, r + p], what a token picks
         self.rows: torch.Tensor = torch.cat([member.a.T.to(member.dtype), r_in], dim=1)
-        self.padding: int | None = self.base.padding_idx
+        self.padding: int | None = self.base.padding_idx  # type: ignore[assignment]
         if self.padding is not None:  # whose A has no gradient in peft; its h is that of any token
             self.rows[self.padding, member.r :] = 0
         self.out_of = torch.cat([member.b.to(member.dtype), r_out], dim=1)  # [d, r + p]
