@@ -66,6 +66,33 @@ def filled_texts(rng: np.random.Generator, count: int) -> Iterator[str]:
         yield " ".join(row)
 
 
+def digit_texts(rng: np.random.Generator, count: int) -> Iterator[str]:
+    """One form of 160 words with 12 blanks of ten values each: a tenth of all texts shares any one of them."""
+    return _forms(rng, count, length=160, blanks=12, values=10, edits=0)
+
+
+def edited_form_texts(rng: np.random.Generator, count: int) -> Iterator[str]:
+    """The same form with 8 blanks of ten values, and one word of each text replaced by another."""
+    return _forms(rng, count, length=160, blanks=8, values=10, edits=1)
+
+
+def long_form_texts(rng: np.random.Generator, count: int) -> Iterator[str]:
+    """One form of 600 words with 30 blanks of ten values each."""
+    return _forms(rng, count, length=600, blanks=30, values=10, edits=0)
+
+
+def _forms(rng: np.random.Generator, count: int, *, length: int, blanks: int, values: int, edits: int) -> Iterator[str]:
+    form = [f"f{v}" for v in range(length)]
+    places = np.linspace(3, length - 4, blanks).astype(int)
+    for _ in range(count):
+        row = list(form)
+        for place, number in zip(places, rng.integers(0, values, blanks), strict=True):
+            row[place] = str(number)
+        for place in rng.integers(0, length, edits):
+            row[place] = f"w{rng.integers(0, VOCABULARY)}"
+        yield " ".join(row)
+
+
 def switched_texts(rng: np.random.Generator, count: int) -> Iterator[str]:
     """One form of 160 words with 16 blanks of two values each: chains of one change make it one cluster."""
     form = [f"f{v}" for v in range(160)]
@@ -94,6 +121,9 @@ KINDS: dict[str, Callable[[np.random.Generator, int], Iterator[str]]] = {
     "short": short_texts,
     "common": common_texts,
     "filled": filled_texts,
+    "digits": digit_texts,
+    "edited-form": edited_form_texts,
+    "long-form": long_form_texts,
     "switched": switched_texts,
     "edited": edited_texts,
 }

@@ -63,8 +63,6 @@ def _row(kind: str, row: dict[str, Outcome], targets: Sequence[str]) -> str:
     verdicts = [_verdict(row[name]) if name in row else "" for name in targets]
     ways = sorted({way(outcome) for outcome in row.values()} - {""})
     reasons = dict.fromkeys(_reason(outcome) for outcome in row.values() if outcome.verdict != "exact")
-    if any("no adapter" not in row[name].verdict for name in targets if name == "all-linear"):
-        reasons = dict.fromkeys(_reason(o) for o in row.values() if o.verdict not in ("exact", "no adapter"))
     return f"| {kind} | {' | '.join(verdicts)} | {', '.join(ways)} | {'; '.join(reasons)} |"
 
 

@@ -14,7 +14,7 @@ def main() -> None:
     """Limit this process, do the task, and print its result as JSON."""
     work = pickle.loads(sys.stdin.buffer.read())
     _limit(work["memory"], work["seconds"])
-    print(json.dumps({"chat": chat, "prompts": prompts, "patterns": patterns}[work["task"]](work)))
+    print(json.dumps({"chat": chat, "prompts": prompts, "patterns": patterns, "tokens": tokens}[work["task"]](work)))
 
 
 def _limit(memory: int, seconds: int) -> None:
@@ -113,6 +113,28 @@ def patterns(work: dict[str, Any]) -> list[Any]:
         except Exception as error:
             return [number, str(error)[:200] or type(error).__name__]
     return [None, ""]
+
+
+def tokens(work: dict[str, Any]) -> str:
+    """Run a tokenizer's normalizer, pre-tokenizer and decoder on `texts`: empty, or the library's own error."""
+    from tokenizers import Tokenizer
+
+    model = {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}
+    empty: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": []}
+    empty |= {"post_processor": None, "model": model}
+    try:
+        tokenizer = Tokenizer.from_str(json.dumps(empty | work["parts"]))
+        for text in work["texts"]:
+            tokenizer.encode(text)
+            if tokenizer.decoder is not None:
+                tokenizer.decoder.decode([text])
+    except MemoryError:
+        raise
+    except Exception:  # of a file that cannot be loaded; loading it says so
+        return ""
+    except BaseException as error:  # a panic of the library, which is no Exception
+        return str(error)[:200] or type(error).__name__
+    return ""
 
 
 if __name__ == "__main__":

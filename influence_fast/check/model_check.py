@@ -22,7 +22,7 @@ from influence_fast.gradients.frozen import frozen
 from influence_fast.gradients.layer_outputs import rounded_layers
 from influence_fast.gradients.lora import unscored_in
 from influence_fast.gradients.opened import base_of
-from influence_fast.gradients.quantized import unrounded_inputs
+from influence_fast.gradients.quantized import unrounded
 from influence_fast.gradients.referee import decoder_of
 
 # Rows of the data that examples are chosen from.
@@ -169,15 +169,15 @@ def _checks(
 
 
 def _rows(judge: RowJudge, directions: int, step: float | None, backend: str | None) -> list[Check]:
-    """Judge the rows; of layers that round their inputs, with these unrounded, since such losses move in steps."""
-    with unrounded_inputs(judge.model) as unrounded:
-        if unrounded:
+    """Judge the rows; of layers that round inside, with nothing rounded, since such losses move in steps."""
+    with unrounded(judge.model, judge.numbers.tolerance.dtype) as otherwise:
+        if otherwise:
             numbers = engine_numbers(judge.model, judge.examples, backend)
             plain = plain_losses(judge.model, judge.examples)
             noise = _noise(judge.model, judge.examples, plain, numbers, judge.parameters, judge.seed)
             judge = replace(judge, numbers=numbers, noise=noise)
         found = [judge.along_rows(directions, step), judge.along_random(directions)]
-    more = "; inputs of 8-bit layers unrounded" if unrounded else ""
+    more = ", quantised layers as their backward multiplies" if otherwise else ""
     return [replace(check, note=check.note + more) for check in found]
 
 

@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = str(stop) or "what was finished is kept; run the same command again to go on"
         print(f"stopped: {said}", file=sys.stderr)
         return getattr(stop, "exit_code", 130)  # SIGTERM has its own
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+            raise
         if args.debug:
             traceback.print_exc()
         print(f"error: {unforeseen(error)}", file=sys.stderr)

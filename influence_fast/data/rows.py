@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from influence_fast.data.text_files import COMPRESSIONS, file_suffix, has_lines, json_document, numbered_rows
+from influence_fast.data.unpacked_size import check_parquet, check_table
 from influence_fast.errors import DataError, InfluenceFastError, did_you_mean, one_line
 from influence_fast.guards import check_no_pipe, reading
 
@@ -106,6 +107,11 @@ class Rows(Sequence[Row]):
         if not isinstance(self._data, list):
             self._data.validate(full=True)
 
+    def check_size(self) -> None:
+        """Raise DataError where repeated values of an Arrow table take far more memory than the table itself."""
+        if not isinstance(self._data, list):
+            check_table(self.name, self._data)
+
     @property
     def columns(self) -> list[str]:
         """Column names; those of the first row where the format does not fix them."""
@@ -136,6 +142,7 @@ def load_rows(source: Any, *, split: str = "train") -> Rows:
     """
     with reading(source if isinstance(source, str | os.PathLike) else f"the {type(source).__name__} given"):
         rows = _load(source, split)
+        rows.check_size()
     if len(rows) == 0:
         raise DataError(f"{rows.name}: there are no rows in it; give a source with at least one example")
     return rows
@@ -228,7 +235,9 @@ def _read_parquet(path: Path, split: str) -> Rows:
     import pyarrow.parquet as pq
 
     try:
-        check_row_count(path, pq.read_metadata(path).num_rows)
+        with pq.ParquetFile(path, memory_map=True) as file:
+            check_row_count(path, file.metadata.num_rows)
+            check_parquet(path, file)
         return Rows(pq.read_table(path, memory_map=True), str(path), ".parquet")
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: is not a readable parquet file ({one_line(error)}); make it anew") from error

@@ -32,6 +32,7 @@ from influence_fast.data.rows import (
 from influence_fast.data.schemas import Example, check_trace, check_turns, read_examples
 from influence_fast.data.text_files import file_suffix, has_lines, numbered_rows
 from influence_fast.data.tokens import tokenization_hash
+from influence_fast.data.unpacked_size import check_parquet
 from influence_fast.errors import DataError, one_line
 
 _ROWS = 64  # examples in one record batch, which is what reading one of them maps
@@ -202,6 +203,7 @@ def mapped_rows(source: Any, split: str, folder: Path) -> Rows:
                 pa.ipc.new_file(sink, file.schema_arrow) as writer,
             ):
                 check_row_count(path, file.metadata.num_rows)
+                check_parquet(path, file)
                 for batch in file.iter_batches(batch_size=BATCH):
                     writer.write_batch(batch)
         except (pa.ArrowException, OSError) as error:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from influence_fast.gradients.fused_layers import overridden
+from influence_fast.gradients.lora_embedding import EmbeddingPart, LoraEmbedding
 from influence_fast.gradients.lora_parameters import LoraParameter, outermost
 from influence_fast.gradients.reduction import Reducer
 from influence_fast.gradients.routed import RoutedExperts, is_experts
@@ -160,7 +161,7 @@ def _same(one: Any, other: Any, most: float) -> bool:
     return bool((one - other).norm() <= most * one.norm())
 
 
-Part = RoutedExperts | SplitModule | AutogradParameters
+Part = RoutedExperts | SplitModule | AutogradParameters | EmbeddingPart
 
 
 def parameter_parts(
@@ -168,15 +169,18 @@ def parameter_parts(
     calls: dict[nn.Module, tuple[Any, ...]],
     reducer: Reducer,
 ) -> list[Part]:
-    """Say for each module with LoRA on parameters how its gradients are made.
+    """Say for each module with LoRA on parameters, and each embedding, how its gradients are made.
 
     members: each with its place among all LoRA modules. calls: what each of these modules' outermost wrappers was
     called with.
     """
     modules: dict[nn.Module, list[tuple[int, LoraParameter]]] = {}
-    for number, member in members:
-        modules.setdefault(member.module, []).append((number, member))
     parts: list[Part] = []
+    for number, member in members:
+        if isinstance(member, LoraEmbedding):
+            parts.append(EmbeddingPart(number, member, reducer))
+        else:
+            modules.setdefault(member.module, []).append((number, member))
     for held in modules.values():
         numbers, own = [number for number, _ in held], [member for _, member in held]
         called = calls.get(outermost(own), ())

@@ -8,6 +8,7 @@ multiplied out beside the layer's own product, the whole output gradient g or in
     factor      left         right        exact shape
     lora_A      u = B^T g    x            (r, d_in)
     lora_B      g            h = A x      (d_out, r)
+                of an embedding `lora_embedding_A` (r, V) and `lora_embedding_B`, x one-hot (see `lora_embedding`)
     weight      g            x            (d_out, d_in)
     bias        g            1            (d_out, 1)
     lora_bias   g            1            (d_out, 1), of lora_B
@@ -56,6 +57,8 @@ class Columns(NamedTuple):
 SIDES: dict[str, tuple[Side, Side]] = {
     "lora_A": (Side.RANK, Side.WIDE),
     "lora_B": (Side.WIDE, Side.RANK),
+    "lora_embedding_A": (Side.RANK, Side.WIDE),
+    "lora_embedding_B": (Side.WIDE, Side.RANK),
     "weight": (Side.WIDE, Side.WIDE),
     "bias": (Side.WIDE, Side.ONES),
     "lora_bias": (Side.WIDE, Side.ONES),

@@ -178,7 +178,8 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
     if any(isinstance(layer, ParamWrapper) for _, layer, _ in active):  # inside another's base layer, which is first
         places = {id(parameter): place for place, parameter in enumerate(model.parameters())}
         active.sort(key=lambda one: min((places[id(p)] for p in one[1].lora_A.parameters()), default=-1))
-    activations = _activation_dtype(model)
+    quantised = any(kind_of(layer.get_base_layer()) is not None for _, layer, _ in active)
+    activations = _activation_dtype(model) if quantised else torch.float32  # read of quantised ones alone
     several = len({adapter for _, _, adapters in active for adapter in adapters}) > 1
     found = [_as_plain(name, layer, adapters, activations, several) for name, layer, adapters in active]
     if others := _beside_in(model):
@@ -262,6 +263,10 @@ def _as_plain(name: str, layer: Any, active: list[str], activations: torch.dtype
     if layer.merged:
         raise ModelError(f"{name}: the adapter is merged into the base weights; call unmerge_adapter() first")
     check_together(name, layer, active)
+    if layer.lora_embedding_A:
+        from influence_fast.gradients.lora_embedding import embedding_of
+
+        return embedding_of(name, layer, active, several)
     if not isinstance(layer, ParamWrapper) or _is_weight(layer):
         return _linear_of(name, layer, active, activations, several)
     from influence_fast.gradients.lora_parameters import parameter_of
@@ -351,10 +356,14 @@ def _ending(name: str, parts: int) -> str:
 
 
 def is_supported(layer: Any) -> bool:
-    """Tell whether gradients of LoRA on the base of `layer` are computed here: on plain products, and parameters."""
+    """Tell whether gradients of LoRA on the base of `layer` are computed: on products, embeddings, and parameters."""
     from peft.tuners.lora.layer import ParamWrapper
 
-    return isinstance(layer, ParamWrapper) or is_a_product(layer.get_base_layer())
+    base = layer.get_base_layer()
+    if layer.lora_embedding_A:
+        # else what a token's row is, or its gradient, depends on the other tokens
+        return isinstance(base, nn.Embedding) and base.max_norm is None and not base.scale_grad_by_freq
+    return isinstance(layer, ParamWrapper) or is_a_product(base)
 
 
 def is_a_product(base: Any) -> bool:
@@ -398,7 +407,7 @@ def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -
 
 
 def in_top_layers(modules: Sequence[Module], projection: Projection | None) -> list[Module]:
-    """Those of `modules` that `projection.layers` leaves in a row; modules outside all layers (a head) stay.
+    """Those of `modules` that `projection.layers` leaves in a row; modules above all layers (a head) stay.
 
     Raises ModelError where no module's name has a layer's number to go by.
     """
@@ -412,12 +421,21 @@ def in_top_layers(modules: Sequence[Module], projection: Projection | None) -> l
         )
     count = max(known) + 1
     lowest = count - math.ceil(projection.layers * count - 1e-9)
-    return [module for module, n in zip(modules, numbers, strict=True) if n is None or n >= lowest]
+    return [
+        module
+        for module, n in zip(modules, numbers, strict=True)
+        if not _is_an_embedding(module) and (n is None or n >= lowest)
+    ]
 
 
 def _layer_number(module: LoraLinear | LayoutEntry) -> int | None:
     found = _LAYER_NUMBER.search(_module_name(module))
     return int(found[1]) if found else None
+
+
+def _is_an_embedding(module: LoraLinear | LayoutEntry) -> bool:
+    name = module.factors()[0].name if isinstance(module, LoraLinear) else module.factor
+    return name.startswith("lora_embedding")
 
 
 def _module_name(module: LoraLinear | LayoutEntry) -> str:

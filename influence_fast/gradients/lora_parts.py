@@ -21,6 +21,9 @@ from influence_fast.errors import ModelError
 from influence_fast.gradients.factors import Columns, Factor, Side, make_factor
 from influence_fast.gradients.projection import Projection
 
+LINEAR_FACTORS = ("lora_A", "lora_B")
+EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
+
 
 class AdapterPart(NamedTuple):
     """One active adapter of a layer.
@@ -51,22 +54,26 @@ class JoinedAdapters(NamedTuple):
 
 
 def join_adapters(layer: Any, active: Sequence[str], named: bool) -> JoinedAdapters:
-    """Join the adapters called `active` of a peft layer over a linear.
+    """Join the adapters called `active` of a peft layer over a linear or an embedding.
 
     active: an adapter that is there twice is added twice, as peft does. named: whether factors are called by their
     adapter, as where several are active in the model.
     """
     times = Counter(active)
-    names = [name for name in layer.lora_A if name in times]  # in the order of the model's parameters
+    is_embedding = bool(layer.lora_embedding_A)
+    held = layer.lora_embedding_A if is_embedding else layer.lora_A
+    names = [name for name in held if name in times]  # in the order of the model's parameters
     scales = [float(layer.scaling[name]) * times[name] for name in names]
     # of one scaling it is multiplied in as for one adapter, so that B stays as it is to the bit
     common = scales[0] if len(set(scales)) == 1 else 1.0
-    a = [layer.lora_A[name].weight.detach() for name in names]
-    b = [layer.lora_B[name].weight.detach() for name in names]
+    if is_embedding:
+        a, b = ([one[name].detach() for name in names] for one in (layer.lora_embedding_A, layer.lora_embedding_B))
+    else:
+        a, b = ([one[name].weight.detach() for name in names] for one in (layer.lora_A, layer.lora_B))
     added: torch.Tensor | None = None
     parts, start = [], 0
     for place, (name, scale) in enumerate(zip(names, scales, strict=True)):
-        bias = layer.lora_B[name].bias
+        bias = None if is_embedding else layer.lora_B[name].bias
         if bias is not None:
             part = bias.detach() * scale
             added = part if added is None else added + part
@@ -78,7 +85,7 @@ def join_adapters(layer: Any, active: Sequence[str], named: bool) -> JoinedAdapt
             AdapterPart(suffix, columns, (common, scale), bias is not None, name in layer.lora_magnitude_vector)
         )
         start = columns.stop
-    plain = not named and not any(part.bias or part.magnitude for part in parts)
+    plain = not named and not is_embedding and not any(part.bias or part.magnitude for part in parts)
     return JoinedAdapters(
         a[0] if len(a) == 1 else torch.cat(a),
         b[0] if len(b) == 1 else torch.cat(b, dim=1),
@@ -89,7 +96,12 @@ def join_adapters(layer: Any, active: Sequence[str], named: bool) -> JoinedAdapt
 
 
 def part_factors(
-    key: str, ends: tuple[int, int], rank: int, parts: Sequence[AdapterPart], projection: Projection | None
+    key: str,
+    ends: tuple[int, int],
+    rank: int,
+    parts: Sequence[AdapterPart],
+    projection: Projection | None,
+    pair: tuple[str, str] = LINEAR_FACTORS,
 ) -> tuple[Factor, ...]:
     """Return the factors of a layer's adapters in the order of the model's parameters: every A, then every B and bias.
 
@@ -97,6 +109,7 @@ def part_factors(
         key: the module's name that seeds random matrices.
         ends: (d_out, d_in) of the module.
         rank: the sum of all ranks. The backward's columns are those of B^T g, of a magnitude, and the projected ones.
+        pair: what the factors A and B are called.
     """
     magnitudes = [
         make_factor(f"lora_magnitude_vector{part.suffix}", ends, part.columns, projection, (rank, rank), 1.0, "")
@@ -104,16 +117,16 @@ def part_factors(
         if part.magnitude
     ]
     own = sum(factor.shape[0] for factor in magnitudes)
-    pairs: dict[str, list[Factor]] = {"lora_A": [], "lora_B": []}
+    firsts: list[Factor] = []
+    seconds: list[Factor] = []
     for part in parts:
         seed = f"{key}/rank{part.suffix}"
-        kinds = ("lora_A", "lora_B", "lora_bias") if part.bias else ("lora_A", "lora_B")
-        for kind in kinds:
-            name, scale = kind + part.suffix, part.scales[kind != "lora_A"]
+        for kind in (*pair, "lora_bias") if part.bias else pair:
+            name, scale = kind + part.suffix, part.scales[kind != pair[0]]
             made = make_factor(name, ends, part.columns, projection, (rank + own, rank), scale, seed)
-            pairs["lora_A" if kind == "lora_A" else "lora_B"].append(made)
+            (firsts if kind == pair[0] else seconds).append(made)
     sums = [replace(one, left=Columns(rank, rank + own), right=Side.ONES) for one in magnitudes]
-    return (*pairs["lora_A"], *pairs["lora_B"], *sums)
+    return (*firsts, *seconds, *sums)
 
 
 @dataclass(frozen=True, eq=False)

@@ -211,7 +211,7 @@ def not_recordable(base: Any, linears: Sequence[LoraLinear], reducer: Reducer, b
     if device.type != "cuda":
         return f"the model is not on a CUDA device but on {device.type}"
     if any(isinstance(linear, LoraParameter) for linear in linears):
-        return "LoRA on parameters of experts is summed by each pack's own routing"
+        return "LoRA on parameters of experts or on embeddings is summed by each pack's own tokens"
     if any(linear.sharded for linear in linears):
         return "the base weights are spread over processes (FSDP), which exchange them in every step"
     if not reducer.recordable:

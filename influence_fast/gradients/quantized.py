@@ -255,23 +255,37 @@ def settled(base: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def unrounded_inputs(model: nn.Module) -> Iterator[bool]:
-    """While the block runs, LLM.int8() layers multiply x as it is; yields whether the model has any.
+def unrounded(model: nn.Module, dtype: torch.dtype) -> Iterator[bool]:
+    """While the block runs, bitsandbytes' layers multiply as their backward does; yields whether that is another way.
 
-    They round x to 8 bits, which their backward passes over: a loss that moves in steps has no difference quotient to
-    compare with a gradient. With the same dequantised weight and x unrounded it has.
+    dtype: of what goes in. LLM.int8() rounds x to 8 bits, and 4-bit layers may multiply in 16 bits, which the backward
+    passes over: a loss that moves in steps has no difference quotient to compare with a gradient. With the backward's
+    own weight and x as it is, it has.
     """
-    layers: list[Any] = [layer for layer in model.modules() if _KINDS[1].matches(layer)]
+    layers: list[Any] = [layer for layer in model.modules() if _rounds(layer, dtype)]
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(overridden(layer, "forward", _unrounded(layer)))
+            stack.enter_context(overridden(layer, "forward", _as_backward(layer)))
+            if hasattr(layer, "compute_dtype"):
+                stack.enter_context(overridden(layer, "compute_dtype", dtype))
         yield bool(layers)
 
 
-def _unrounded(layer: Any) -> Callable[[Tensor], Tensor]:
+def _rounds(layer: Any, dtype: torch.dtype) -> bool:
+    if not _KINDS[0].matches(layer):
+        return _KINDS[1].matches(layer)
+    inner = (layer.compute_dtype, layer.weight.quant_state.dtype)
+    return any(one is not None and one.itemsize < dtype.itemsize for one in inner)
+
+
+def _as_backward(layer: Any) -> Callable[[Tensor], Tensor]:
+    kind, given = kind_of(layer), layer.forward
+
     def forward(x: Tensor) -> Tensor:
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return nn.functional.linear(x, _weight_8bit(layer, x.dtype), bias)
+        weight = None if kind is None or kind.weight is None else kind.weight(layer, x.dtype)
+        if weight is None:
+            return given(x)  # type: ignore[no-any-return]
+        return nn.functional.linear(x, weight, None if layer.bias is None else layer.bias.to(x.dtype))
 
     return forward
 

@@ -85,16 +85,17 @@ def gradient_layout(model: nn.Module, projection: Projection | None = None) -> l
 
     With `projection=None` the row is the exact LoRA gradient: for each LoRA layer, in the order of their parameters in
     the model, `lora_A (r, d_in)` then `lora_B (d_out, r)`, flattened in C order; of E experts in one parameter
-    (`target_parameters`) these are `(r E, d_in)` and `(d_out, r E)`, as peft keeps them. After a B comes its bias
-    `lora_bias (d_out, 1)` (lora_bias=True), and at the end `lora_magnitude_vector (d_out, 1)` (DoRA), where the adapter
-    has them. With several adapters active in the model every factor's name ends in its adapter's, as
-    `lora_A.<adapter>`, and a layer's are in the order of `model.named_parameters()`: all its A, then each B.
+    (`target_parameters`) these are `(r E, d_in)` and `(d_out, r E)`, as peft keeps them, and of an embedding
+    `lora_embedding_A (r, V)` and `lora_embedding_B (d, r)`. After a B comes its bias `lora_bias (d_out, 1)`
+    (lora_bias=True), and at the end `lora_magnitude_vector (d_out, 1)` (DoRA), where the adapter has them. With several
+    adapters active in the model every factor's name ends in its adapter's, as `lora_A.<adapter>`, and a layer's are in
+    the order of `model.named_parameters()`: all its A, then each B.
 
     `one_sided` rows hold `dA R_in (r, p)` and `R_out^T dB (p, r)`. Rows of plain linears (`projection.target`) hold
     `weight (d_out, d_in)` of each, or `R_out^T G R_in (p, p)`; `weight.T` where the layer keeps it as (d_in, d_out).
 
-    The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to `width` numbers afterwards; the layout is
-    then the one that is sketched. `projection.layers` leaves the modules of lower layers out.
+    The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to `width` numbers afterwards; the layout
+    returned is then the one that is sketched. `projection.layers` leaves the modules of lower layers out.
 
     Raises ModelError when the model has no LoRA layer or an unsupported one (see `find_linears`).
     """

@@ -224,14 +224,21 @@ def _in_the_models_order(folder: Path, layout: Sequence[LayoutEntry], beta2: flo
 
 
 def _saved_factors(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the LoRA parameters in the weights that lie beside an optimizer's state, as their blocks have them."""
+    """Shapes of the LoRA parameters in the weights that lie beside an optimizer's state, as their blocks have them.
+
+    peft saves adapters of other names than "default" in folders of their names beside that one, and none by its name.
+    """
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0])
-    with reading(path, ModelError), safe_open(path, framework="pt") as file:
-        return {
-            key: _block_shape(file.get_slice(key).get_shape())
-            for key in file.keys()  # noqa: SIM118 (not a dict)
-            if ".lora_" in key
-        }
+    others = sorted(folder.glob(f"*/{WEIGHTS[0]}")) if path.name == WEIGHTS[0] else []
+    found = {}
+    for one in (path, *others):
+        adapter = one.parent.name if one is not path else "default" if others else ""
+        with reading(one, ModelError), safe_open(one, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                if ".lora_" in key:
+                    name = _factor_name(key) + (f".{adapter}" if adapter else "")
+                    found[name] = _block_shape(file.get_slice(key).get_shape())
+    return found
 
 
 def _projected(moment: torch.Tensor, entry: LayoutEntry, projection: Projection) -> torch.Tensor:

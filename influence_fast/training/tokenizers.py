@@ -18,6 +18,7 @@ from influence_fast.data.fingerprints import tokenizer_hash
 from influence_fast.errors import ModelError, one_line, say_once, shown
 from influence_fast.guards import reading
 from influence_fast.training.files import cannot_load, check_folder, check_no_pipes, check_place
+from influence_fast.training.tokenizer_limits import check_tokenizer_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -188,6 +189,8 @@ def _open(source: str, trust_remote_code: bool, base: str | None = None) -> Any:
         check_no_pipes(Path(source))
     else:
         check_folder(source, "tokenizer.json", "tokenizer")
+    if (file := _tokenizer_file(source)) is not None:
+        check_tokenizer_file(file)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if base is not None and not (Path(source) / "config.json").is_file():
         options |= _config_of(base, trust_remote_code)
@@ -213,6 +216,19 @@ def _open(source: str, trust_remote_code: bool, base: str | None = None) -> Any:
         )
     _set_padding(tokenizer)
     return tokenizer
+
+
+def _tokenizer_file(source: str) -> Path | None:
+    """The tokenizer.json of a folder or hub id, None where there is none or the hub cannot be asked."""
+    path = Path(source).expanduser() / "tokenizer.json"
+    if os.path.isdir(source):
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(source, "tokenizer.json"))
+    except Exception:  # loading the tokenizer, which asks for the same file, says what is wrong
+        return None
 
 
 def _config_of(base: str, trust_remote_code: bool) -> dict[str, Any]:

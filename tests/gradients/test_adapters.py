@@ -37,6 +37,7 @@ TARGETS = ["q_proj", "k_proj", "down_proj"]
 def make_examples(lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(0, 320, (n,), generator=generator) for n in lengths]
+    ids[1][2:5] = torch.tensor([7, 7, 9])  # once more than once, and the padding of one case
     return [{"id": f"ex-{i}", "input_ids": one, "labels": one} for i, one in enumerate(ids)]
 
 
@@ -52,15 +53,17 @@ def settle(model: Any, dtype: torch.dtype = torch.float64) -> Any:
 
 def make_model(tiny_model: Callable[..., Any], kind: str = "llama", **config: Any) -> Any:
     """One adapter over a layer whose linears have biases, but for those of the MLP."""
+    token = {"pad_token_id": config.pop("pad_token_id")} if "pad_token_id" in config else {}
+    base = tiny_model(kind, num_hidden_layers=1, attention_bias=True, **token)
     settings = {"r": 3, "lora_alpha": 6, "target_modules": TARGETS, "lora_dropout": 0.1} | config
-    base = tiny_model(kind, num_hidden_layers=1, attention_bias=True)
     return settle(get_peft_model(base, LoraConfig(**settings), autocast_adapter_dtype=False))
 
 
 def make_two(tiny_model: Callable[..., Any], *, alpha: int = 4, **second: Any) -> Any:
     """Adapters "default" on q, k and down, and "b" on q, v and down, both active."""
     model = make_model(tiny_model)
-    other = LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj", "v_proj", "down_proj"], **second)
+    settings = {"r": 2, "lora_alpha": alpha, "target_modules": ["q_proj", "v_proj", "down_proj"]} | second
+    other = LoraConfig(**settings)
     model.add_adapter("b", other, autocast_adapter_dtype=False)
     model.base_model.set_adapter(["b", "default"])
     return settle(model)
@@ -103,7 +106,8 @@ def projected(model: Any, exact: torch.Tensor, projection: Projection | None) ->
         key = entry.module.removeprefix("base_model.model.")
         factor, dot, adapter = entry.factor.partition(".")
         rank = f"rank{dot}{adapter}"
-        left, right = {"lora_A": (rank, "in"), "lora_B": ("out", rank)}.get(factor, ("out", ""))
+        pair = {"A": (rank, "in"), "B": ("out", rank)}
+        left, right = pair.get(factor.rpartition("_")[2], ("out", ""))
         block = exact[:, entry.columns].unflatten(1, entry.shape)
         if left != rank or projection.kind == "kron":
             block = random_matrix(projection, f"{key}/{left}", entry.shape[0]).double().T @ block
@@ -137,6 +141,8 @@ CASES: dict[str, Callable[[Callable[..., Any]], Any]] = {
     "two adapters": make_two,
     "two adapters of two scalings": lambda tiny: make_two(tiny, alpha=10, use_rslora=True, lora_bias=True),
     "lora_bias": lambda tiny: make_model(tiny, lora_bias=True),
+    "embedding": lambda tiny: make_model(tiny, "qwen2", target_modules=["embed_tokens", "v_proj"], pad_token_id=7),
+    "embeddings of two adapters": lambda tiny: make_two(tiny, alpha=10, target_modules=["embed_tokens", "q_proj"]),
     "DoRA": lambda tiny: make_model(tiny, use_dora=True, use_rslora=True),
 }
 

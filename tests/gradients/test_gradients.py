@@ -432,8 +432,6 @@ def test_nan_weights_are_an_error_that_names_the_examples() -> None:
 def test_models_that_cannot_be_differentiated_are_refused_by_name() -> None:
     with pytest.raises(ModelError, match="no LoRA adapter"):
         inf.per_example_gradients(SHAPES["qwen2-tied"](), make_examples())
-    with pytest.raises(ModelError, match=r"q_proj.*DoraLinearVariant"):
-        inf.per_example_gradients(make_model(use_dora=True), make_examples())
     merged = make_model()
     merged.merge_adapter()
     with pytest.raises(ModelError, match="merged"):
@@ -442,8 +440,6 @@ def test_models_that_cannot_be_differentiated_are_refused_by_name() -> None:
     for ask in (inf.per_example_gradients, inf.per_example_losses):
         with model.disable_adapter(), pytest.raises(ModelError, match=r"the adapter is disabled; leave"):
             ask(model, make_examples())
-    with pytest.raises(ModelError, match=r"embed_tokens: LoRA over Embedding is not supported .* leave that module"):
-        inf.per_example_gradients(make_model(target_modules=["embed_tokens", "q_proj"]), make_examples())
 
 
 def test_layers_of_another_adapter_are_no_part_of_a_row() -> None:

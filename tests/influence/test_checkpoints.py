@@ -210,6 +210,27 @@ def test_adams_moments_of_a_plain_trainer_are_those_of_its_optimizer(tiny_model:
     assert len(adam_moments(tmp_path / "checkpoint-4", layout, projection=top)) == 4 * 2 * 2 * 3
 
 
+@pytest.mark.parametrize("kind", ["two adapters and a bias", "DoRA", "an embedding"])
+def test_a_plain_trainers_moments_of_other_factors(kind: str, tiny_model: Any, tmp_path: Path) -> None:
+    """Biases are in a group of their own, without weight decay."""
+    from peft import LoraConfig, get_peft_model
+
+    settings: dict[str, Any] = {
+        "two adapters and a bias": {"target_modules": ["q_proj", "down_proj"], "lora_bias": True},
+        "DoRA": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+        "an embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    }
+    model: Any = get_peft_model(tiny_model("qwen2", num_hidden_layers=1), LoraConfig(r=2, **settings[kind]))
+    if kind == "two adapters and a bias":
+        model.add_adapter("b", LoraConfig(r=3, target_modules=["q_proj", "v_proj"]))
+        model.base_model.set_adapter(["default", "b"])
+    trainer = train_plainly(model, tmp_path)
+    live = [trainer.optimizer.state[p]["exp_avg_sq"] for p in model.parameters() if p.requires_grad]
+    expected = torch.cat([v.double().flatten() for v in live]) / (1 - 0.999**4)
+    moments = adam_moments(tmp_path / "checkpoint-4", inf.gradient_layout(model))
+    torch.testing.assert_close(moments, expected, rtol=1e-12, atol=0)
+
+
 def test_moments_that_may_be_of_other_factors_are_refused(tiny_model: Any, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from peft.optimizers import create_loraplus_optimizer

@@ -196,7 +196,7 @@ def test_adapter_of_a_shallower_model(tmp_path: Path, tiny_model: Factory) -> No
 def test_adapter_that_is_not_lora(tmp_path: Path, tiny_model: Factory, model_folder: Path) -> None:
     config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     get_peft_model(tiny_model(), config).save_pretrained(tmp_path / "ia3")
-    with pytest.raises(ModelError, match="only LoRA"):
+    with pytest.raises(ModelError, match=r"ia3 is IA3 .*only gradients of LoRA adapters"):
         load_model(model_folder, adapter=tmp_path / "ia3")
 
 
