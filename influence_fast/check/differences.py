@@ -19,6 +19,7 @@ from torch import nn
 from influence_fast.data.adapter_names import ADAPTER_MARK
 from influence_fast.data.fingerprints import active_adapters
 from influence_fast.data.packing import IGNORED
+from influence_fast.gradients.fused_layers import overridden
 from influence_fast.gradients.lora import LayoutEntry
 
 # Tokens whose logits are in fp64 at a time: with a vocabulary of 152k they take 0.3 GB.
@@ -65,16 +66,46 @@ def scored_parameters(
     """
     names = []
     for entry in layout:
-        start, numbers = f"{entry.module}.{entry.factor}", math.prod(entry.shape)
+        is_bias = entry.factor.startswith("lora_bias")  # which peft keeps in B
+        factor = entry.factor.replace("lora_bias", "lora_B")
+        start, numbers = f"{entry.module}.{factor}", math.prod(entry.shape)
         fitting = [
             name
             for name, parameter in parameters.items()
-            if (name == start or name.startswith(f"{start}.")) and parameter.numel() == numbers
+            if (name == start or name.startswith(f"{start}."))
+            and parameter.numel() == numbers
+            and name.endswith(".bias") == is_bias
         ]
         if len(fitting) != 1:
-            raise KeyError(start)
+            raise KeyError(f"{entry.module}.{entry.factor}")
         names.append(fitting[0])
     return names, sorted(set(parameters) - set(names))
+
+
+@contextlib.contextmanager
+def fixed_norms(model: nn.Module, forward: Callable[[], object]) -> Iterator[bool]:
+    """While the block runs, the norms that DoRA divides by stay as they are; yields whether there are any.
+
+    Its gradients take them for constants, which differences of the losses themselves do not. forward: what calls
+    every such layer once.
+    """
+    norms: dict[Any, torch.Tensor] = {}
+
+    def fixed(layer: Any, own: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def norm(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if layer not in norms:
+                norms[layer] = own(*args, **kwargs)
+            return norms[layer]
+
+        return norm
+
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "get_weight_norm")]
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(overridden(layer, "get_weight_norm", fixed(layer, layer.get_weight_norm)))
+        if layers:
+            forward()
+        yield bool(norms)
 
 
 @contextlib.contextmanager

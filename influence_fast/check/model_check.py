@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from influence_fast.check.differences import adapter_parameters, plain_losses, rounding, scored_parameters
+from influence_fast.check.differences import adapter_parameters, fixed_norms, plain_losses, rounding, scored_parameters
 from influence_fast.check.engine_numbers import EngineNumbers, engine_numbers, relative, rows_in_float32
 from influence_fast.check.row_judge import NOISES, RowJudge
 from influence_fast.check.verdicts import AGREES, REFUSED, UNJUDGED, Check, ModelCheck
@@ -176,8 +176,10 @@ def _rows(judge: RowJudge, directions: int, step: float | None, backend: str | N
             plain = plain_losses(judge.model, judge.examples)
             noise = _noise(judge.model, judge.examples, plain, numbers, judge.parameters, judge.seed)
             judge = replace(judge, numbers=numbers, noise=noise)
-        found = [judge.along_rows(directions, step), judge.along_random(directions)]
+        with fixed_norms(judge.model, lambda: plain_losses(judge.model, judge.examples[:1])) as fixed:
+            found = [judge.along_rows(directions, step), judge.along_random(directions)]
     more = ", quantised layers as their backward multiplies" if otherwise else ""
+    more += ", DoRA's norms held" if fixed else ""
     return [replace(check, note=check.note + more) for check in found]
 
 

@@ -91,8 +91,9 @@ class EmbeddingPart:
         r_in, r_out = (one.to(member.device, member.dtype) for one in self._columns())
         # [V, r + p], what a token picks
         self.rows: torch.Tensor = torch.cat([member.a.T.to(member.dtype), r_in], dim=1)
-        if self.base.padding_idx is not None:  # whose A has no gradient in peft; its h is that of any token
-            self.rows[self.member.module.padding_idx, member.r :] = 0  # type: ignore[index]
+        self.padding: int | None = self.base.padding_idx
+        if self.padding is not None:  # whose A has no gradient in peft; its h is that of any token
+            self.rows[self.padding, member.r :] = 0
         self.out_of = torch.cat([member.b.to(member.dtype), r_out], dim=1)  # [d, r + p]
         scale = getattr(member.layer, "_get_embed_scale", lambda: None)()
         self.scale = 1.0 if scale is None else float(scale)
@@ -149,8 +150,8 @@ class EmbeddingPart:
         if isinstance(factor.right, Columns):
             return (g.T @ tokens_of(factor.right, kept)).mul_(factor.scale)
         learnt = torch.ones(len(ids), dtype=g.dtype, device=g.device)
-        if self.base.padding_idx is not None:
-            learnt[ids == self.base.padding_idx] = 0
+        if self.padding is not None:
+            learnt[ids == self.padding] = 0
         sums = BucketSums.of(ids, learnt, self.member.d_in)
         return sums(tokens_of(factor.left, out_of).T.contiguous()).mul(factor.scale)
 

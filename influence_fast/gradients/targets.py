@@ -94,8 +94,9 @@ def gradient_layout(model: nn.Module, projection: Projection | None = None) -> l
     `one_sided` rows hold `dA R_in (r, p)` and `R_out^T dB (p, r)`. Rows of plain linears (`projection.target`) hold
     `weight (d_out, d_in)` of each, or `R_out^T G R_in (p, p)`; `weight.T` where the layer keeps it as (d_in, d_out).
 
-    The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to `width` numbers afterwards; the layout
-    returned is then the one that is sketched. `projection.layers` leaves the modules of lower layers out.
+    The flat kinds (`sjlt`, `rademacher`) and a `width` sketch this row to `width` numbers afterwards; the layout that
+    is returned is then the one that is sketched. `projection.layers` leaves the modules of lower layers out, and an
+    embedding.
 
     Raises ModelError when the model has no LoRA layer or an unsupported one (see `find_linears`).
     """

@@ -222,6 +222,22 @@ def test_what_no_row_has_is_named(tiny_model: Callable[..., Any]) -> None:
     assert any("bias" in name for name in found.not_scored)
 
 
+@pytest.mark.parametrize("config", [{"use_dora": True}, {"lora_bias": True}], ids=["DoRA", "lora_bias"])
+def test_rows_of_other_adapters_agree_with_differences(tiny_model: Callable[..., Any], config: dict[str, Any]) -> None:
+    """DoRA's gradients take the norms for constants, and so do the differences; with r = 1 a bias is as long as B."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = tiny_model("llama", num_hidden_layers=1)
+    model = get_peft_model(base, LoraConfig(r=1, target_modules=["q_proj", "down_proj"], **config))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    found = inf.check_model(model, make_examples(), **FAST)
+    assert verdicts(found)["rows"] == verdicts(found)["random"] == AGREES
+    assert ("DoRA's norms held" in found["rows"].note) == ("use_dora" in config)
+
+
 def test_only_the_active_adapters_parameters_are_moved(tiny_lora: Callable[..., Any]) -> None:
     from peft import LoraConfig
 
