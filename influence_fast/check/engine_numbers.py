@@ -21,6 +21,7 @@ from influence_fast.gradients.tolerance import Tolerance
 
 # Share of the free memory that a copy of the model in fp32 may take: its gradients and activations need the rest.
 _ROOM = 0.5
+_LEAST = 1e-6  # of the largest row's norm: a row below it has no error of its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +70,7 @@ def relative(rows: torch.Tensor, wanted: torch.Tensor) -> float:
     """Return the largest relative error of a row [E, k]; zero rows that are wanted zero have none."""
     errors = (rows - wanted).double().norm(dim=1)
     norms = wanted.double().norm(dim=1)
+    norms = norms.clamp_min(_LEAST * float(norms.max()))
     return float(torch.where(errors == 0, errors, errors / norms).max())
 
 

@@ -130,12 +130,26 @@ class RowJudge:
         """
         generator = torch.Generator().manual_seed(self.seed + 1)
         rows = self.numbers.rows
+        held = self._without_gradient()
         directions = [
-            _unit(torch.randn(rows.shape[1], generator=generator).to(rows.device, rows.dtype)) for _ in range(count)
+            _unit(torch.randn(rows.shape[1], generator=generator).masked_fill_(held, 0).to(rows.device, rows.dtype))
+            for _ in range(count)
         ]
         size = math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.parameters))
         note = f"rows with central differences along {count} random directions"
         return self._judge("random", directions, self._scale.random * (size or 1.0), True, note)
+
+    def _without_gradient(self) -> torch.Tensor:
+        """Return [k] bool: numbers that the loss depends on and autograd gives no gradient, an embedding's padding."""
+        found = torch.zeros(self.numbers.rows.shape[1], dtype=torch.bool)
+        for entry in self.numbers.layout:
+            if not entry.factor.startswith("lora_embedding_A"):
+                continue
+            layer: Any = self.model.get_submodule(entry.module)
+            padding = getattr(layer.get_base_layer(), "padding_idx", None)
+            if padding is not None:
+                found[entry.columns].view(entry.shape)[:, padding] = True
+        return found
 
     @property
     def _scale(self) -> _Scale:

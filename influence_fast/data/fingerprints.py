@@ -80,10 +80,14 @@ def _is_packed_linear(module: Any) -> bool:
 def adapter_hash(model: nn.Module) -> str | None:
     """The same over the adapter's parameters and its scaling alpha / r; None where there is none.
 
-    With peft only those of the active adapters count. Raises ModelError as `weight_hashes`.
+    With peft only those of the active adapters count; which layer has which of them, in what order and how often,
+    counts where that is not one adapter in all. Raises ModelError as `weight_hashes`.
     """
     model = unwrapped(model)
     active = active_adapters(model)
+    layers = _adapters_of_layers(model)
+    if active is not None:
+        active = active.union(*(names for _, names in layers))
     found = hashlib.sha256()
     has_adapter = False
     for name, parameter in _by_base_name(model):
@@ -101,7 +105,24 @@ def adapter_hash(model: nn.Module) -> str | None:
         if isinstance(scaling, Mapping):
             values = [float(v) for k, v in scaling.items() if active is None or k in active]
             found.update(json.dumps([_base_name(name), "scaling", values]).encode())
+    if active is not None and any(names != [name for name in held if name in active] for held, names in layers):
+        found.update(json.dumps(["active", layers]).encode())  # not all of a layer's, or one of them twice
+    elif active is not None and len(active) > 1:  # the order and the names of several are those of a row's factors
+        found.update(json.dumps(["several", layers]).encode())
     return found.hexdigest()
+
+
+def _adapters_of_layers(model: nn.Module) -> list[tuple[list[str], list[str]]]:
+    """Of each layer that peft has wrapped: the adapters that it has factors of, and the active ones of these."""
+    found = []
+    for module in model.modules():
+        kinds = [getattr(module, kind, None) for kind in ("lora_A", "lora_embedding_A")]
+        active = getattr(module, "active_adapters", None)
+        if not any(isinstance(kind, nn.ModuleDict | nn.ParameterDict) for kind in kinds) or callable(active):
+            continue
+        held = [name for kind in kinds if kind is not None for name in kind.keys()]  # noqa: SIM118
+        found.append((held, [name for name in active or () if name in held]))
+    return found
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from influence_fast.data.packing import IGNORED, example_name
@@ -88,17 +89,20 @@ def _split(item: Any, place: int) -> Iterator[dict[str, Any]]:
     if isinstance(item, Mapping) and _is_batch(item.get("input_ids")):
         rows = len(item["input_ids"])
         for name in _ALIGNED:
-            if name in item and len(item[name]) != rows:
+            if item.get(name) is not None and len(item[name]) != rows:
                 raise DataError(f"a batch of {rows} rows has {len(item[name])} of {name!r}; give one for each row")
-        names = [name for name in ("id", *_ALIGNED) if name in item]
+        names = [name for name in ("id", *_ALIGNED) if item.get(name) is not None]
         for i in range(rows):
-            yield _row({name: _text(item[name][i]) if name == "id" else item[name][i] for name in names}, place + i)
+            yield _row({name: item[name][i] for name in names}, place + i)
     else:
         yield _row(item, place)
 
 
-def _text(name: Any) -> str:
-    return str(name.item() if isinstance(name, torch.Tensor) else name)
+def _text(name: Any) -> Any:
+    """Return a whole number in whatever form as a text, all else as it is."""
+    if isinstance(name, torch.Tensor | np.generic | np.ndarray) and name.ndim == 0:
+        name = name.item()
+    return str(name) if isinstance(name, int) and not isinstance(name, bool) else name
 
 
 def _is_batch(ids: Any) -> bool:
@@ -119,12 +123,14 @@ def _row(item: Any, place: int) -> dict[str, Any]:
     if "input_ids" not in item:
         raise DataError(f"{name}: no 'input_ids'; an example is {{'input_ids', 'labels'}}, 1-D whole numbers")
     row = dict(item)
-    if isinstance(row.get("id"), int) and not isinstance(row["id"], bool):
-        row["id"] = str(row["id"])
+    if "id" in row:
+        row["id"] = _text(row["id"])
     row["input_ids"] = _whole(item["input_ids"], name, "input_ids")
     row["labels"] = _labels(item, row["input_ids"], name)
-    if "weights" in item:
+    if item.get("weights") is not None:
         row["weights"] = _weights(item["weights"], row["labels"], name)
+    else:
+        row.pop("weights", None)
     _check_one_text(item, name)
     if item.get("attention_mask") is None:
         return row
@@ -175,7 +181,9 @@ def _labels(item: Mapping[str, Any], ids: torch.Tensor, name: str) -> torch.Tens
 def _weights(values: Any, labels: torch.Tensor, name: str) -> torch.Tensor:
     """Return a weight for each token [n], float."""
     try:
-        weights = torch.as_tensor(values, device=labels.device)
+        # numbers of Python are doubles, and rounding them would make another dataset of the same one in numpy
+        dtype = None if hasattr(values, "dtype") else torch.float64
+        weights = torch.as_tensor(values, dtype=dtype, device=labels.device)
     except (TypeError, ValueError, RuntimeError):
         raise DataError(f"{name}: weights are no numbers; give a float for each token, or one for all") from None
     if not weights.is_floating_point():

@@ -157,7 +157,9 @@ def open_model(
         call = functools.partial(_call, base if whole else decoder, decoder.config, mode)
         ids = _probe_tokens(referee)
         inputs, calls, mode, why = _probe(call, linears, mode, decoder.config._attn_implementation, ids)
-        if mode.packs_pay and referee is not None and referee.usable:
+        # Weights that are spread over processes are whole inside their own layers' forward and backward alone.
+        sharded = any(linear.sharded for linear in linears)
+        if mode.packs_pay and referee is not None and referee.usable and not sharded:
             mode = _heed_order(base, linears, call, ids, mode)
             why = why if mode.packs_pay else "the examples of a pack would see each other in this model"
         dtypes = [inputs[n].dtype if n in inputs else linear.dtype for n, linear in enumerate(linears)]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from influence_fast.atomic import beside
+from influence_fast.data.adapter_names import plain_name
 from influence_fast.data.fingerprints import dataset_fingerprint
 from influence_fast.data.held import Held
 from influence_fast.data.packing import teaches
@@ -113,7 +114,24 @@ def query_gradients(store: Store, model: Any, queries: Held, *, max_tokens: int 
         "precision": made.precision or AUTO,
     }
     made.check(identity_of(model, **options), store.path)
+    _check_layout(store, model, options["projection"])
     return per_example_gradients(model, queries, max_tokens=max_tokens, **options).cpu()
+
+
+def _check_layout(store: Store, model: Any, projection: Projection | None) -> None:
+    """Raise StoreError where the model's rows have other factors, or in another order, than the store's."""
+    ours, theirs = (
+        [(plain_name(e.module), e.factor, tuple(e.shape), e.offset) for e in entries]
+        for entries in (gradient_layout(model, projection), store.manifest.modules)
+    )
+    if not theirs or ours == theirs or any(factor == "gradient" for _, factor, _, _ in theirs):  # imported
+        return
+    place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    a, b = (f"{e[place][1]} of {e[place][0]}" if place < len(e) else "nothing" for e in (ours, theirs))
+    raise StoreError(
+        f"{store.path}: the model's rows have {a} where the store's have {b} (factor {place}): load the adapters by "
+        "the names and in the order that the store was built with, or build it again"
+    )
 
 
 def sketch_options(gradients: GradientConfig, influence: InfluenceConfig) -> dict[str, Any]:

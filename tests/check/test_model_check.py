@@ -351,3 +351,29 @@ def test_the_engine_is_opened_once_in_wide_dtypes(
     monkeypatch.setattr(GradientEngine, "__enter__", lambda self: (opened.append(1), enter(self))[1])
     inf.check_model(tiny_lora("qwen2"), make_examples(), **FAST)
     assert opened == [1]
+
+
+def test_the_padding_of_an_adapted_embedding_is_not_moved(tiny_model: Callable[..., Any]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = tiny_model("llama", torch.float64, pad_token_id=7)
+    model = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["embed_tokens", "v_proj"]), autocast_adapter_dtype=False
+    )
+    for name, parameter in model.double().named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    examples = make_examples()
+    for example in examples:
+        example["input_ids"][2:4] = 7
+    found = inf.check_model(model, examples, **FAST)
+    assert found["random"].verdict == AGREES, found
+
+
+def test_an_example_of_no_gradient_has_no_relative_error() -> None:
+    from influence_fast.check.engine_numbers import relative
+
+    rows = torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    assert relative(rows + 1e-18, rows) < 1e-11
+    assert relative(rows + 1e-3, rows) > 1e-4

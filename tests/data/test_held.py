@@ -122,6 +122,22 @@ def test_ids_are_kept_and_whole_numbers_become_texts() -> None:
     assert [row["id"] for row in as_examples(batch)] == ["10", "11", "12", "13", "14"]
 
 
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_whole_numbers_of_any_library_are_ids(form: str) -> None:
+    data = Dataset.from_list([{"id": 10 + i, **row} for i, row in enumerate(lists())]).with_format(form)
+    assert [row["id"] for row in as_examples(data, numbered=True)] == ["10", "11", "12", "13", "14"]
+    assert as_examples([{"id": np.int64(4), **lists()[0]}])[0]["id"] == "4"
+    batch = {**padded("left"), "id": [None] * 5}
+    assert as_examples(batch, numbered=True)[0]["id"] == "0"
+
+
+def test_weights_of_python_are_doubles_and_none_are_no_weights() -> None:
+    row = {"input_ids": [1, 2], "labels": [1, 2]}
+    (found,) = as_examples([{**row, "weights": [0.1, 0.2]}])
+    assert found["weights"].tolist() == [0.1, 0.2]
+    assert "weights" not in as_examples([{**row, "weights": None}])[0]
+
+
 ROW = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}
 
 
