@@ -98,9 +98,20 @@ class LockstepRows:
                 gathered = [torch.empty_like(padded) for _ in range(world)]
                 dist.all_gather(gathered, padded, group=self.group)
                 # The same pack on every process, so that all of them make the same forwards, and raise together.
-                compare_once(engine, turn[0], gathered[0][: sizes[0], -1], examples)
+                if not engine.compared:
+                    compare_once(engine, turn[0], gathered[0][: sizes[0], -1], examples)
+                    _reshard(engine.base)
                 for pack, found in zip(turn, gathered, strict=False):
                     mine = found[: len(pack.indices)].cpu()
                     if losses is not None:
                         losses[pack.indices] = mine[:, -1].to(losses.dtype)
                     yield pack.indices, mine[:, :-1]
+
+
+def _reshard(model: nn.Module) -> None:
+    """Spread the weights again that a forward without a backward leaves whole: a hash would be taken of these."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

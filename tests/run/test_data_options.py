@@ -11,7 +11,7 @@ import pytest
 from influence_fast.cli import build_parser, options
 from influence_fast.cli.messages import by_flags
 from influence_fast.cli.scoring import _load_beside
-from influence_fast.config import DataConfig, RunConfig, Source, load_config
+from influence_fast.config import DataConfig, ModelConfig, RunConfig, Source, load_config
 from influence_fast.data.spooling import TokenSource, _examples, mapped_rows
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.run.dry_run import _local_examples
@@ -104,7 +104,7 @@ def test_turns_of_rows_without_conversations_are_unread(chats: Path, tmp_path: P
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"question": "q", "solution": "s", "answer": "1"}\n')
     data = DataConfig(Source(str(pairs), turns="all"), validation=Source(str(chats), turns="all"), holdout_test=1)
-    found = unread_settings(RunConfig("out", Source("m"), data))  # type: ignore[arg-type]
+    found = unread_settings(RunConfig("out", ModelConfig("m"), data))
     assert [line for line in found if "turns" in line] == [
         "data.pool.turns is 'all', which nothing reads here: the file's rows are no conversations"
     ]
