@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from trials import made_up_identity
 
 from influence_fast.errors import InfluenceFastError
 from influence_fast.gradients.eigen_sketch import EigenSketch, file_of
 from influence_fast.gradients.lora import LayoutEntry
 from influence_fast.gradients.projection import Projection
 from influence_fast.products.inner_products import inner_products
-from influence_fast.store.identity import StoreIdentity, projection_fields
 from influence_fast.store.manifest import Manifest, ModuleEntry, Part, digest
 from influence_fast.store.merge import merge_stores
 from influence_fast.store.reader import open_store
@@ -52,16 +52,7 @@ def build(folder: Path, seed: int = 0) -> None:
     """Eight rows of int8 in three shards, with losses, one example set aside and a fitted sketch."""
     rng = np.random.default_rng(seed)
     projection = fitted_projection()
-    identity = StoreIdentity(
-        model_id="tiny",
-        model_hash="a" * 64,
-        adapter_hash="b" * 64,
-        tokenizer_hash="c" * 64,
-        dataset_fingerprint="d" * 64,
-        tokenization="text, max_length=None, truncate=False",
-        loss_reduction="mean",
-        **projection_fields(projection),
-    )
+    identity = made_up_identity(projection)
     part = Part("d" * 64, ROWS, SHARD, 3)
     modules = (ModuleEntry("layer", "lora_A", (2, 2), 0),)
     manifest = Manifest(identity, modules, "int8", WIDTH, (part,), "test", "0")

@@ -13,33 +13,23 @@ from typing import Any, BinaryIO
 import numpy as np
 import pytest
 import torch
-from trials import stored_bytes
+from trials import made_up_identity, stored_bytes
 
 from influence_fast.errors import ConfigError, NumericError, StoreError
 from influence_fast.gradients.projection import Projection
 from influence_fast.products.inner_products import inner_products
 from influence_fast.store import checksums
 from influence_fast.store import writer as store_writer
-from influence_fast.store.identity import projection_fields
 from influence_fast.store.manifest import Manifest, ModuleEntry, Part, digest, row_bytes
 from influence_fast.store.merge import append_store, merge_stores
-from influence_fast.store.reader import Store, StoreIdentity, open_store, verify_store
+from influence_fast.store.reader import Store, open_store, verify_store
 from influence_fast.store.writer import StoreWriter
 
 WIDTH = 37
 # bf16 keeps 8 bits of the mantissa and rounds to nearest: half a unit in the last place. int8: half a step of the row.
 RELATIVE_BF16 = 2.0**-8
 
-IDENTITY = StoreIdentity(
-    model_id="tiny",
-    model_hash="a" * 64,
-    adapter_hash="b" * 64,
-    tokenizer_hash="c" * 64,
-    dataset_fingerprint="d" * 64,
-    tokenization="text, max_length=None, truncate=False",
-    loss_reduction="mean",
-    **projection_fields(Projection(dim=4, seed=3)),
-)
+IDENTITY = made_up_identity(Projection(dim=4, seed=3))
 
 
 def make_rows(n: int, seed: int = 0, width: int = WIDTH) -> np.ndarray:

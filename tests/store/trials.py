@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from influence_fast.gradients.projection import Projection
+from influence_fast.store.identity import StoreIdentity, projection_fields
+
 _WORLD = """
 import torch
 from peft import LoraConfig, get_peft_model
@@ -23,6 +26,20 @@ for i in range(48):
     ids = torch.randint(5, 300, (int(torch.randint(3, LONGEST, (), generator=generator)),), generator=generator)
     examples.append(dict(id=f"e{i}", input_ids=ids, labels=ids.clone()))
 """
+
+
+def made_up_identity(projection: Projection) -> StoreIdentity:
+    """What a store that no model made is said to be of."""
+    return StoreIdentity(
+        model_id="tiny",
+        model_hash="a" * 64,
+        adapter_hash="b" * 64,
+        tokenizer_hash="c" * 64,
+        dataset_fingerprint="d" * 64,
+        tokenization="text, max_length=None, truncate=False",
+        loss_reduction="mean",
+        **projection_fields(projection),
+    )
 
 
 def world(longest: int) -> str:
