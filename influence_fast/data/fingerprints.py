@@ -116,13 +116,17 @@ def _adapters_of_layers(model: nn.Module) -> list[tuple[list[str], list[str]]]:
     """Of each layer that peft has wrapped: the adapters that it has factors of, and the active ones of these."""
     found = []
     for module in model.modules():
-        kinds = [getattr(module, kind, None) for kind in ("lora_A", "lora_embedding_A")]
-        active = getattr(module, "active_adapters", None)
-        if not any(isinstance(kind, nn.ModuleDict | nn.ParameterDict) for kind in kinds) or callable(active):
-            continue
-        held = [name for kind in kinds if kind is not None for name in kind.keys()]  # noqa: SIM118
-        found.append((held, [name for name in active or () if name in held]))
+        active: Any = getattr(module, "active_adapters", None)
+        if (held := held_adapters(module)) is not None and not callable(active):
+            found.append((held, [name for name in active or () if name in held]))
     return found
+
+
+def held_adapters(layer: Any) -> list[str] | None:
+    """Return the adapters that a layer wrapped by peft has LoRA factors of; None for another module."""
+    kinds = [getattr(layer, kind, None) for kind in ("lora_A", "lora_embedding_A")]
+    known: list[Any] = [kind for kind in kinds if isinstance(kind, nn.ModuleDict | nn.ParameterDict)]
+    return [name for kind in known for name in kind.keys()] if known else None  # noqa: SIM118
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 
 from influence_fast.data.packing import IGNORED, Pack, pack_examples, teaches
 from influence_fast.errors import ModelError, listing
 from influence_fast.gradients import attention, fp8
+from influence_fast.gradients.layer_outputs import outputs_of
 from influence_fast.gradients.opened import OpenedModel
 from influence_fast.gradients.referee import Referee
 from influence_fast.gradients.step import losses_of
@@ -30,14 +30,15 @@ def compare_opened(opened: OpenedModel, loss_reduction: str, dtype: torch.dtype)
     if referee is None:
         return
     seen: list[torch.Tensor] = []
-    handle = opened.module.register_forward_hook(lambda _, __, output: seen.append(_outputs(output)))
+    whole = opened.whole_model_logits
+    handle = opened.module.register_forward_hook(lambda _, __, output: seen.append(outputs_of(output, whole)))
     errors, losses, wanted, texts = [], [], [], []
     try:
         for pack in referee.packs(opened.mode.packs_pay):
             if len(pack.input_ids) == 1:
                 continue  # a text of one token has no loss
             found = losses_of(opened, pack, loss_reduction, dtype).tolist()
-            errors += referee.errors(pack, seen.pop(), opened.whole_model_logits)
+            errors += referee.errors(pack, seen.pop(), whole)
             for place, loss in zip(pack.indices, found, strict=True):
                 text = referee.texts[place]
                 if text.loss is not None:
@@ -134,10 +135,3 @@ def _refusal(opened: OpenedModel, referee: Referee, error: float) -> ModelError:
             group.forget()
 
     return referee.refusal(ours, error, _remedy(opened))
-
-
-def _outputs(output: Any) -> torch.Tensor:
-    """[T, d]: the last hidden states, or the logits of a whole model."""
-    hidden = getattr(output, "last_hidden_state", None)
-    found: torch.Tensor = (output.logits if hidden is None else hidden)[0]
-    return found

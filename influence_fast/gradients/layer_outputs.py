@@ -40,6 +40,16 @@ def _layers(decoder: nn.Module) -> list[tuple[str, nn.Module]]:
     return found or [(name, module) for name, module in decoder.named_modules() if name]
 
 
+def outputs_of(output: Any, whole: bool) -> torch.Tensor:
+    """Return what a model or its decoder gives for one row of tokens, [T, d]: the last hidden states, or the logits.
+
+    whole: whether a whole model was called, so that its logits are meant.
+    """
+    hidden = getattr(output, "last_hidden_state", None)
+    found: torch.Tensor = (output.logits if whole or hidden is None else hidden)[0]
+    return found
+
+
 def _first_tensor(output: Any) -> torch.Tensor | None:
     if isinstance(output, torch.Tensor):
         return output

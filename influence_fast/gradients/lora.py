@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
-from influence_fast.data.fingerprints import active_adapters
+from influence_fast.data.fingerprints import active_adapters, held_adapters
 from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ModelError, listing, say_once
 from influence_fast.gradients.adapter_kinds import check_active_kinds, check_together
@@ -163,7 +163,7 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
         )
     active = [(name, layer, adapters) for name, layer in layers if (adapters := _active_in(layer))]
     if not active:
-        held = sorted({adapter for _, layer in layers for adapter in (*layer.lora_A, *layer.lora_embedding_A)})
+        held = sorted({adapter for _, layer in layers for adapter in held_adapters(layer) or ()})
         raise ModelError(
             f"no layer has the active adapter {listing(layers[0][1].active_adapters)}; they have "
             f"{listing(held)}: call set_adapter with one of these"
@@ -251,7 +251,8 @@ def _biases(config: Any) -> list[str]:
 
 def _active_in(layer: Any) -> list[str]:
     """The active adapters that have factors in `layer`; none where it belongs to another adapter."""
-    return [a for a in layer.active_adapters if a in layer.lora_A or a in layer.lora_embedding_A]
+    held = held_adapters(layer) or ()
+    return [name for name in layer.active_adapters if name in held]
 
 
 def _as_plain(name: str, layer: Any, active: list[str], activations: torch.dtype, several: bool) -> LoraLinear:

@@ -29,7 +29,14 @@ from torch.nn.functional import cross_entropy, linear
 from influence_fast.data.packing import IGNORED, Pack, context_of, pack_examples
 from influence_fast.errors import ModelError, one_line, say_once
 from influence_fast.gradients import attention
-from influence_fast.gradients.layer_outputs import CoarsestRounding, as_rows, captured, recorded_layers, rounded_layers
+from influence_fast.gradients.layer_outputs import (
+    CoarsestRounding,
+    as_rows,
+    captured,
+    outputs_of,
+    recorded_layers,
+    rounded_layers,
+)
 from influence_fast.gradients.probe_texts import limits, probe_texts
 from influence_fast.gradients.separation import Separation, StatefulModelError, separation
 from influence_fast.gradients.tolerance import FLOOR_16, Tolerance
@@ -259,7 +266,7 @@ class Referee:
         for pack in self.packs(mode.apart):
             with torch.no_grad():
                 output = call(module, self.decoder.config, pack, self.device, mode, packed_windows=windows)
-            found += self.errors(pack, _tensor(output, whole), whole)
+            found += self.errors(pack, outputs_of(output, whole), whole)
         return found
 
     def _require_own(self, module: Any, whole: bool, mode: Separation) -> None:
@@ -352,12 +359,6 @@ def call(module: Any, config: Any, pack: Pack, device: torch.device, mode: Separ
         with_positions=not mode.own_attention,
         **({} if mode.own_attention else kwargs),
     )
-
-
-def _tensor(output: Any, whole: bool) -> torch.Tensor:
-    """Return outputs [T, d] of one row: the last hidden states, or the logits."""
-    hidden = getattr(output, "last_hidden_state", None)
-    return (output.logits if whole or hidden is None else hidden)[0]
 
 
 def _wide(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
