@@ -9,7 +9,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import date
@@ -589,7 +588,7 @@ def test_one_engine_serves_all_shards_and_none_is_opened_for_a_finished_store(
 BUILDER = (
     world(longest=40)
     + """
-import gc, os, signal, sys, time
+import gc, glob, os, signal, sys, time
 from influence_fast.store.building import build_store
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.projection import Projection
@@ -598,14 +597,19 @@ gc.collect()
 gc.freeze()  # a collection of all that was imported takes as long as a build, and would fall into one and not another
 print("ready", flush=True)
 for line in sys.stdin:
-    path, kill_after = line.rstrip("\\n").split("\\t")
+    path, shards, later = line.rstrip("\\n").split("\\t")
     child = os.fork()
     if child == 0:
         build_store(path, model, None, examples, projection=Projection(dim=4, width=64), dtype="int8",
                     shard_rows=3, progress=False)
         os._exit(0)
-    if kill_after:
-        time.sleep(float(kill_after))
+    if shards:
+        # The moment is counted in shards and not in seconds: on a busy machine a build takes several times as long.
+        while len(glob.glob(path + "/shard-*.json")) < int(shards) and not os.waitid(
+            os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        ):
+            time.sleep(0.0005)
+        time.sleep(float(later))
         os.kill(child, signal.SIGKILL)  # its number is its own until waitpid, even when it has ended
     print(os.waitpid(child, 0)[1], flush=True)
 """
@@ -621,15 +625,15 @@ class Builder:
         self.process: subprocess.Popen[str] = subprocess.Popen([sys.executable, "-c", BUILDER], **pipes)  # type: ignore[call-overload]
         assert self._line() == "ready"
 
-    def run(self, path: Path, kill_after: float | None = None) -> tuple[bool, float]:
-        """(whether the build came to its end, its seconds)."""
+    def run(self, path: Path, kill: tuple[int, float] | None = None) -> bool:
+        """Build a store; False where it was killed `kill[1]` seconds after the first `kill[0]` shards were written."""
         assert self.process.stdin is not None
-        start = time.monotonic()
-        self.process.stdin.write(f"{path}\t{'' if kill_after is None else kill_after}\n")
+        shards, later = kill or ("", "")
+        self.process.stdin.write(f"{path}\t{shards}\t{later}\n")
         self.process.stdin.flush()
         status = int(self._line())
         assert status in (0, signal.SIGKILL)
-        return status == 0, time.monotonic() - start
+        return status == 0
 
     def _line(self) -> str:
         assert self.process.stdout is not None
@@ -652,23 +656,23 @@ def builder() -> Iterator[Builder]:
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_9_at_any_moment_changes_no_bit(tmp_path: Path, builder: Builder, kills: int) -> None:
     """Each trial is killed again and again, at random moments, until `kills` are spent; then it is left to finish."""
-    done, seconds = builder.run(tmp_path / "whole")
-    assert done
+    assert builder.run(tmp_path / "whole")
     expected = stored_bytes(tmp_path / "whole")
     assert len(expected) == 1 + 16 * 5  # the manifest; rows, scales, losses, ids and record of 16 shards
     rng = random.Random(kills)
     killed = in_the_middle = trial = 0
-    while killed < kills:
+    while killed < kills and trial < 5 * kills:
         trial += 1
         folder = tmp_path / f"trial{trial}"
         for _ in range(3):
-            finished, _ = builder.run(folder, kill_after=rng.uniform(0, 0.9) * seconds)
+            finished = builder.run(folder, kill=(rng.randrange(16), rng.uniform(0, 0.03)))
             killed += not finished
             in_the_middle += not finished and 0 < len(list(folder.glob("shard-*.json"))) < 16
             if finished or killed == kills:
                 break
-        assert builder.run(folder)[0]
+        assert builder.run(folder)
         assert stored_bytes(folder) == expected
         assert verify_store(folder) == []
         assert not list(folder.glob(".rows-*"))
+    assert killed == kills
     assert in_the_middle >= kills // 4
