@@ -17,7 +17,7 @@ def main() -> None:
     model, examples = tiny_world()
 
     errors = {}
-    fitted = inf.fit_projection(model, examples, projection=inf.Projection(dim=8, width=60))
+    fitted = inf.fit_projection(model, examples, inf.RowSpec.of(inf.Projection(dim=8, width=60)))
     for name, projection in (
         ("one_sided", inf.Projection(dim=8)),
         ("width", inf.Projection(dim=8, width=64)),

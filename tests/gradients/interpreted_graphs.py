@@ -48,7 +48,7 @@ def world() -> tuple[Any, list[dict[str, torch.Tensor]]]:
 
 def main() -> None:
     model, examples = world()
-    fitted = inf.fit_projection(model, examples, projection=inf.Projection(dim=8, width=60))
+    fitted = inf.fit_projection(model, examples, inf.RowSpec.of(inf.Projection(dim=8, width=60)))
     queries = inf.per_example_gradients(model, examples[:2], backend="torch")
     ways: dict[str, dict[str, Any]] = {
         "one_sided": {"projection": inf.Projection(dim=8)},
