@@ -23,7 +23,8 @@ import torch
 
 from influence_fast.errors import ConfigError, DataError, did_you_mean
 from influence_fast.gradients.lora import LayoutEntry
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.projection import SIDED_KINDS
+from influence_fast.gradients.row_spec import SKETCHES, RowSpec
 from influence_fast.influence.adam import Adam, adam_moments, fit_adam
 from influence_fast.influence.damping import AUTO, DEFAULT_DAMPING, MAX_DENSE, Damping, RowBlocks, check_damping
 from influence_fast.influence.datainf import DataInf, fit_datainf
@@ -68,7 +69,6 @@ __all__ = [
 #: have a block for each LoRA factor or were made by a fitted sketch, "cosine" where they were sketched at random or
 #: imported without blocks.
 DEFAULT = "default"
-SKETCHES = (AUTO, "random", "eigen")  # how rows get to their width
 FROM_MODEL, FROM_DATA = "model", "data"
 FISHER_LABELS = (FROM_MODEL, FROM_DATA)  # whose gradients a Fisher information is of: see `fisher_labels`
 FISHER_EXAMPLES = 1024  # of so many at most; in the small worlds of the proof some hundred do (docs/results.md)
@@ -174,16 +174,14 @@ def after_sketch(name: str) -> str:
     return _AFTER_SKETCH[name]
 
 
-def fits_sketch(sketch: str, projection: Projection | None, name: str) -> bool:
-    """Whether rows of `projection` that are to be scored by the preconditioner `name` are made by a fitted sketch.
+def fits_sketch(spec: RowSpec, name: str) -> bool:
+    """Tell whether rows of `spec` that are to be scored by the preconditioner `name` are made by a fitted sketch.
 
-    sketch: one of `SKETCHES`, or the folder of a store whose sketch is used again; "auto" fits one where that has the
-    preconditioner's H^-1 in it and rows have a width.
+    With `sketch` "auto" they are where a sketch has the preconditioner's H^-1 in it and rows have a width.
     """
-    if sketch != AUTO:
-        return sketch != "random"
-    sketched = projection is not None and projection.width is not None and not projection.flat
-    return sketched and name in _AFTER_SKETCH
+    if isinstance(spec.sketch, str) and spec.sketch == AUTO:
+        return spec.width is not None and spec.kind in SIDED_KINDS and name in _AFTER_SKETCH
+    return spec.sketch != "random"
 
 
 PRECONDITIONERS: dict[str, Callable[[TrainingRows, Damping], Preconditioner]] = {

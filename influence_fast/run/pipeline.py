@@ -32,6 +32,7 @@ from influence_fast.influence.checkpoints import (
     learning_rates,
     ranking_over_training,
 )
+from influence_fast.influence.preconditioners import fits_sketch
 from influence_fast.influence.queries import Queries, make_queries, own_answers, with_tasks
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import InfluenceConfig
@@ -47,6 +48,7 @@ from influence_fast.run.workdir import RunFolder
 from influence_fast.selection import pruning
 from influence_fast.selection.pool_scores import PoolScores, baseline_columns
 from influence_fast.selection.strategies import BASELINE_COLUMNS, needed_columns
+from influence_fast.settings import to_dict
 from influence_fast.training.fine_tuning import RECORD, TrainResult, finetune, finetuned, list_checkpoints
 from influence_fast.training.models import adapter_warnings, check_tokenizer, fit_vocabulary, load_model, load_tokenizer
 
@@ -321,10 +323,10 @@ class Pipeline:
 
     def _made_with(self, influence: InfluenceConfig) -> dict[str, Any]:
         """All settings that the rows of a gradient store depend on."""
-        gradients = dataclasses.asdict(self.config.gradients)
+        gradients = to_dict(self.config.gradients)
         del gradients["max_tokens"]  # a row does not depend on its batch
         fitted = {}
-        if self.config.gradients.fits_sketch(influence.preconditioner):
+        if fits_sketch(self.config.gradients, influence.preconditioner):
             fitted = {"damping": influence.damping, "fisher": influence.fisher}
         kept = self.inputs.get("gradients.sketch")
         return {"gradients": gradients, "fitted": fitted, "sketch": None if kept is None else dict(kept.hashes)}

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from influence_fast.data.examples import Example
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.influence.queries import Queries
-from influence_fast.influence.settings import GradientConfig, InfluenceConfig
+from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.report.explain import explanations, save_explanations
 from influence_fast.selection.pool_scores import PoolScores, score_pool
 
@@ -20,7 +21,7 @@ def explained_scores(
     tokenized: Sequence[dict[str, Any]],
     queries: Queries,
     store_path: Path,
-    gradients: GradientConfig,
+    gradients: RowSpec,
     influence: InfluenceConfig,
     explained: str | Path,
     *,

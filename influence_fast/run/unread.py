@@ -13,11 +13,12 @@ from influence_fast.config import RunConfig, Source
 from influence_fast.data.rows import Rows
 from influence_fast.data.schemas import choose_schema, has_turns
 from influence_fast.data.text_files import file_suffix
+from influence_fast.gradients.projection import FLAT_KINDS
+from influence_fast.gradients.row_spec import RowSpec, is_fitted
 from influence_fast.influence.damping import AUTO
-from influence_fast.influence.preconditioners import FROM_MODEL, SKETCHES
+from influence_fast.influence.preconditioners import FROM_MODEL, fits_sketch
 from influence_fast.influence.settings import (
     WHOLE,
-    GradientConfig,
     InfluenceConfig,
     fitted_examples,
     unsketched_preconditioner,
@@ -32,7 +33,7 @@ def unread_settings(config: RunConfig) -> list[str]:
     return _lines([*_unread(config.gradients, config.influence), *_beside(config)])
 
 
-def unread_influence(gradients: GradientConfig, influence: InfluenceConfig) -> list[str]:
+def unread_influence(gradients: RowSpec, influence: InfluenceConfig) -> list[str]:
     """The same of these two alone."""
     return _lines(_unread(gradients, influence))
 
@@ -47,17 +48,17 @@ def _of(settings: Any, part: str, name: str, why: str) -> Unread:
     return f"{part}.{name}", getattr(settings, name), type(settings).__dataclass_fields__[name].default, why
 
 
-def _unread(gradients: GradientConfig, influence: InfluenceConfig) -> Iterator[Unread]:
+def _unread(gradients: RowSpec, influence: InfluenceConfig) -> Iterator[Unread]:
     """All of the two parts that is not read, whether it was changed or not."""
 
     def of(part: str, name: str, why: str) -> Unread:
         return _of(gradients if part == "gradients" else influence, part, name, why)
 
-    fitted = gradients.fits_sketch(influence.preconditioner)
-    used_again = gradients.sketch not in SKETCHES
+    fitted = fits_sketch(gradients, influence.preconditioner)
+    used_again = is_fitted(gradients.sketch)
     if gradients.kind == WHOLE:
         yield of("gradients", "dim", f"whole gradients (kind: {WHOLE}) are not projected")
-    elif gradients.projection is not None and gradients.projection.flat:
+    elif gradients.kind in FLAT_KINDS:
         yield of("gradients", "dim", f"{gradients.kind} goes from whole factors straight to gradients.width")
     if gradients.width is None:
         yield of("gradients", "sketch", "there is no gradients.width to sketch rows to")
@@ -76,10 +77,10 @@ def _unread(gradients: GradientConfig, influence: InfluenceConfig) -> Iterator[U
         yield of("influence", "fallback", "influence.queries: reference asks for no answers of the model")
 
 
-def _inverts_nothing(gradients: GradientConfig, influence: InfluenceConfig) -> bool:
+def _inverts_nothing(gradients: RowSpec, influence: InfluenceConfig) -> bool:
     """Whether scores are of rows as they are, and no sketch is fitted either."""
-    if gradients.fits_sketch(influence.preconditioner):
-        return gradients.sketch not in SKETCHES  # what is used again was fitted with a damping of its own
+    if fits_sketch(gradients, influence.preconditioner):
+        return is_fitted(gradients.sketch)  # what is used again was fitted with a damping of its own
     return unsketched_preconditioner(influence, gradients) in ("none", "cosine")
 
 

@@ -14,6 +14,7 @@ from scipy import stats
 
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.projection import Projection
+from influence_fast.influence.building import build_store
 from influence_fast.influence.scoring import (
     blocks_of,
     factors_of,
@@ -22,7 +23,6 @@ from influence_fast.influence.scoring import (
     scores_and_top,
     top_influences,
 )
-from influence_fast.store.building import build_store
 from influence_fast.store.reader import Store
 
 N, Q = 37, 6

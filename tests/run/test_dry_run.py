@@ -15,11 +15,11 @@ from influence_fast.cli import main
 from influence_fast.config import DataConfig, ModelConfig, PruningConfig, RunConfig, Source, load_config
 from influence_fast.data.examples import load_examples, tokenize
 from influence_fast.errors import ConfigError, ModelError
+from influence_fast.influence.building import build_store
 from influence_fast.influence.settings import GradientConfig, InfluenceConfig
 from influence_fast.run.dry_run import model_shape, plan
 from influence_fast.run.dry_run_text import describe
 from influence_fast.run.workdir import RunFolder
-from influence_fast.store.building import build_store
 from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune
 from influence_fast.training.models import load_tokenizer
 
