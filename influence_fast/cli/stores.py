@@ -143,7 +143,7 @@ def _inspect(args: Any) -> None:
 
 
 def _inspect_sketch(store: Any) -> None:
-    from influence_fast.gradients.lora import layout_width
+    from influence_fast.gradients.layout import layout_width
     from influence_fast.influence.sketch_fitting import PICKED
 
     sketch = store.projection.sketch

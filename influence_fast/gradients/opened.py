@@ -21,11 +21,13 @@ from influence_fast.data.packing import Pack, text_config
 from influence_fast.errors import ConfigError, ModelError, listing, say_once
 from influence_fast.gradients import attention, fp8, quantized
 from influence_fast.gradients.autograd_parameters import AutogradParameters, Part, SplitModule, parameter_parts
+from influence_fast.gradients.backends import Torch
 from influence_fast.gradients.frozen import frozen, recomputable_layers, recomputes
-from influence_fast.gradients.fused_layers import Fused, fused
+from influence_fast.gradients.fused_layers import Fused
 from influence_fast.gradients.given import GivenModel
 from influence_fast.gradients.input_groups import InputGroup, Product, replaced_forward
-from influence_fast.gradients.lora import LoraLinear, other_targets
+from influence_fast.gradients.lora import LoraLinear
+from influence_fast.gradients.lora_bases import other_targets
 from influence_fast.gradients.lora_parameters import LoraParameter
 from influence_fast.gradients.memory import layer_bytes
 from influence_fast.gradients.reduction import Reducer
@@ -62,7 +64,7 @@ class OpenedModel:
         room: free bytes of its GPU before anything was kept; None for the CPU.
         given: how to have it as it was given; referee: its own plain outputs, None on the meta device.
         fused_layers: which kinds of modules the Triton kernels compute.
-        backend: "triton" or "torch"; precision: "auto" or "fp8".
+        backend: computes what kernels and PyTorch compute differently; precision: "auto" or "fp8".
     """
 
     base: Any
@@ -79,7 +81,7 @@ class OpenedModel:
     given: GivenModel
     referee: Referee | None
     fused_layers: Fused
-    backend: str
+    backend: Torch
     precision: str
 
     @property
@@ -129,7 +131,7 @@ def open_model(
     model: Any,
     linears: Sequence[LoraLinear],
     reducer: Reducer,
-    backend: str,
+    backend: Torch,
     precision: str = fp8.AUTO,
     why_no_graphs: str = "",
 ) -> Iterator[OpenedModel]:
@@ -140,7 +142,7 @@ def open_model(
 
     Raises ModelError where the model cannot be called, or a LoRA layer of it has no gradient of its own.
     """
-    base, triton = base_of(model), backend == "triton"
+    base = base_of(model)
     decoder, head, first = decoder_of(base), base.get_output_embeddings(), linears[0]
     with contextlib.ExitStack() as stack:
         stack.enter_context(frozen(model))
@@ -148,7 +150,7 @@ def open_model(
         eights: list[fp8.Fp8Weight | None] = [None] * len(linears)
         room = free_bytes(first.device)
         if precision == fp8.FP8:
-            eights = _fp8_weights(linears, triton)
+            eights = _fp8_weights(linears, backend)
             room = free_bytes(first.device)  # less the copies
         recomputable = stack.enter_context(recomputable_layers(base)) if room is not None else []
         implementations = attention.implementations(base)
@@ -164,7 +166,7 @@ def open_model(
             why = why if mode.packs_pay else "the examples of a pack would see each other in this model"
         dtypes = [inputs[n].dtype if n in inputs else linear.dtype for n, linear in enumerate(linears)]
         products = [eight or own for eight, own in zip(eights, quantized.products_of(linears, dtypes), strict=True)]
-        groups = _groups(linears, inputs, reducer, products, triton, precision)
+        groups = _groups(linears, inputs, reducer, products, backend, precision)
         members = [(n, linear) for n, linear in enumerate(linears) if isinstance(linear, LoraParameter)]
         parameters = parameter_parts(members, calls, reducer)
         for part in parameters:
@@ -173,7 +175,7 @@ def open_model(
         for group in groups:
             for place, member in enumerate(group.members):
                 stack.enter_context(replaced_forward(member.layer, group, place))
-        fused_layers = stack.enter_context(fused(base, first.dtype)) if triton else Fused()
+        fused_layers = stack.enter_context(backend.fused_layers(base, first.dtype))
         replaced = [(module, own) for module, own in forwards.items() if vars(module).get("forward") is not own]
         given = GivenModel(base, replaced, implementations)
         if referee is not None:
@@ -200,7 +202,7 @@ def open_model(
         )
 
 
-def not_recordable(base: Any, linears: Sequence[LoraLinear], reducer: Reducer, backend: str, why: str) -> str:
+def not_recordable(base: Any, linears: Sequence[LoraLinear], reducer: Reducer, backend: Torch, why: str) -> str:
     """Tell why no step of a model can be a CUDA graph, as far as is known before it is opened; empty if it may be.
 
     why: why that backend was chosen.
@@ -208,8 +210,8 @@ def not_recordable(base: Any, linears: Sequence[LoraLinear], reducer: Reducer, b
     device = linears[0].device
     if recomputes(base):
         return "the model has gradient checkpointing switched on, which asks for the state of random numbers"
-    if backend != "triton":
-        return f"the backend is not triton but {backend} ({why})"
+    if not backend.launches_kernels:
+        return f"the backend is not triton but {backend.name} ({why})"
     if device.type != "cuda":
         return f"the model is not on a CUDA device but on {device.type}"
     if any(isinstance(linear, LoraParameter) for linear in linears):
@@ -386,10 +388,10 @@ def _heed_parameters(parts: Sequence[Part], mode: Separation) -> Separation:
     return replace(mode, apart=False)
 
 
-def _fp8_weights(linears: Sequence[LoraLinear], triton: bool) -> list[fp8.Fp8Weight | None]:
+def _fp8_weights(linears: Sequence[LoraLinear], backend: Torch) -> list[fp8.Fp8Weight | None]:
     """The 8-bit weights of linears; None for LoRA on parameters, which multiply as they are."""
     plain = [linear for linear in linears if not isinstance(linear, LoraParameter)]
-    made = iter(fp8.weights_of(plain, triton))
+    made = iter(fp8.weights_of(plain, backend))
     return [None if isinstance(linear, LoraParameter) else next(made) for linear in linears]
 
 
@@ -398,7 +400,7 @@ def _groups(
     inputs: dict[int, torch.Tensor],
     reducer: Reducer,
     products: Sequence[Product | None],
-    triton: bool,
+    backend: Torch,
     precision: str,
 ) -> list[InputGroup]:
     """Group LoRA linears by the tensor that they read."""
@@ -417,8 +419,9 @@ def _groups(
         # a quantised one ever kept whole.
         first, quantised = members[0], any(member.quantized for member in members)
         wide = first.dtype in (torch.float32, torch.float64)
-        folds = wide and first.device.type == "cpu" and not triton and not first.sharded and precision != fp8.FP8
+        folds = wide and first.device.type == "cpu" and not backend.launches_kernels
+        folds = folds and not first.sharded and precision != fp8.FP8
         given = inputs.get(numbers[0])
         dtype = given.dtype if quantised and given is not None else first.dtype
-        groups.append(InputGroup(members, numbers, reducer, folds and not quantised, triton, chosen, dtype))
+        groups.append(InputGroup(members, numbers, reducer, folds and not quantised, backend, chosen, dtype))
     return groups

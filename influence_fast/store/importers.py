@@ -23,6 +23,7 @@ import torch
 import influence_fast
 from influence_fast.errors import ConfigError, StoreError, did_you_mean, listing, one_line, shown
 from influence_fast.guards import check_no_pipe, reading
+from influence_fast.row_codec import bf16_of_bits
 from influence_fast.store.building import warn_of_set_aside
 from influence_fast.store.identity import StoreIdentity
 from influence_fast.store.ids import check_unique
@@ -348,7 +349,7 @@ def _bergson_piece(folder: Path) -> tuple[torch.Tensor, dict[str, int]]:
     # "c": torch wants memory it may write to; nothing is written, and nothing could reach the file
     array = np.memmap(path, dtype=dtype, mode="c", shape=(rows, width))
     if is_bf16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16), sizes
+        return bf16_of_bits(array), sizes
     return torch.from_numpy(array), sizes
 
 

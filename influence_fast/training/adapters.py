@@ -23,7 +23,7 @@ from torch import nn
 from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
 from influence_fast.errors import ModelError, listing, one_line, say_once
 from influence_fast.gradients.adapter_kinds import check_kind, kind_of
-from influence_fast.gradients.lora import beside_warning, trained_beside
+from influence_fast.gradients.trained_beside import beside_warning, trained_beside
 from influence_fast.guards import reading
 from influence_fast.training.adapter_settings import check_kinds, check_patterns, check_sizes
 from influence_fast.training.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, cannot_load, check_folder
