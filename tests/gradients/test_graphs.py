@@ -47,7 +47,7 @@ def random_packs() -> list[Pack]:
 
 def test_recorded_steps_give_what_steps_run_by_operations_give(interpreted: Callable[[str], Any]) -> None:
     for way, found in interpreted("interpreted_graphs.py").items():
-        assert found["replays"] >= 3, way
+        assert found["replays"] >= 2, way
         assert found["rows"] < 1e-6, way
         assert found["losses"] < 1e-6, way
 
