@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 
 from influence_fast.errors import ConfigError, DataError, did_you_mean
-from influence_fast.gradients.lora import LayoutEntry
+from influence_fast.gradients.layout import LayoutEntry
 from influence_fast.gradients.projection import SIDED_KINDS
 from influence_fast.gradients.row_spec import SKETCHES, RowSpec
 from influence_fast.influence.adam import Adam, adam_moments, fit_adam

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.gradients.lora import LayoutEntry, layout_width
+from influence_fast.gradients.layout import LayoutEntry, layout_width
 from influence_fast.influence import preconditioners
 from influence_fast.influence.ranking import average_ranks
 from influence_fast.influence.rounding import warn_if_coarse
