@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from influence_fast.atomic import replacing
 from influence_fast.errors import ConfigError
 from influence_fast.influence.checkpoints import CheckpointScores, by_checkpoint, ranking_over_training
-from influence_fast.influence.ranking import average_ranks
+from influence_fast.statistics.ranks import average_ranks
 
 FORMATS = (".svg", ".png", ".pdf")
 

@@ -17,7 +17,7 @@ from influence_fast.influence import ranking
 from influence_fast.influence.queries import Queries
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.report.explain import EXPLAINED
-from influence_fast.report.statistics import grid_statistics
+from influence_fast.report.grid_statistics import grid_statistics
 from influence_fast.run.splits import Splits
 from influence_fast.run.workdir import RunFolder
 from influence_fast.selection import pruning

@@ -18,7 +18,7 @@ import pytest
 from influence_fast.errors import DataError
 from influence_fast.report import page as report
 from influence_fast.report import summary, view
-from influence_fast.report.statistics import grid_statistics
+from influence_fast.report.grid_statistics import grid_statistics
 from influence_fast.report.words import headline, p_value
 from influence_fast.selection.strategies import STRATEGIES
 

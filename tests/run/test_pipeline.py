@@ -236,7 +236,7 @@ def test_scores_of_one_model_prune_the_data_of_another(world: Path, crossed: tup
 
 
 def test_the_reports_statistics_are_those_of_the_transcripts(crossed: tuple[Path, dict[str, Any]]) -> None:
-    from influence_fast.report.statistics import compare
+    from influence_fast.statistics.paired_tests import compare
 
     run, results = crossed
 
