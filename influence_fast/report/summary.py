@@ -16,7 +16,7 @@ import numpy as np
 from influence_fast.errors import DataError
 from influence_fast.selection.strategies import STRATEGIES, reads_influence
 from influence_fast.statistics.intervals import t_quantile
-from influence_fast.statistics.ranks import mid_ranks
+from influence_fast.statistics.ranks import average_ranks, mid_ranks
 
 Row = Mapping[str, Any]
 
@@ -186,6 +186,14 @@ def score_arrays(scores: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
         np.array([number(s.get("s_correct")) for s in scores], dtype=np.float64),
         np.array([number(s.get("s_incorrect")) for s in scores], dtype=np.float64),
     )
+
+
+def ranks_of(values: np.ndarray) -> list[float | None]:
+    """Return the ranks of the finite values [N], 1 = lowest, ties averaged; None for the others."""
+    finite = np.isfinite(values)
+    ranks = np.full(len(values), np.nan)
+    ranks[finite] = average_ranks(values[finite])
+    return [float(rank) if math.isfinite(rank) else None for rank in ranks]
 
 
 def balance(scores: Sequence[Row]) -> np.ndarray:

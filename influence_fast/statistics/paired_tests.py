@@ -12,7 +12,9 @@ from influence_fast.statistics.two_level import DRAWS, DRAWS_AT_A_TIME, two_leve
 
 
 def sign_flip_test(differences: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> float:
-    """Return the two-sided p of paired `differences` [N] under the null hypothesis that each is as likely with either sign.
+    """Return the two-sided p of paired `differences` [N].
+
+    The null hypothesis is that each is as likely with either sign.
 
     The sign-flip (paired permutation) test of Fisher (1935); for the right-or-wrong answers of one seed it is McNemar's
     exact test. All 2^n flips of the n differences that are not zero where these are at most `draws`, else `draws`
@@ -50,7 +52,10 @@ def tolerance(values: np.ndarray) -> float:
 
 
 def compare(first: np.ndarray, second: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
-    """Compare `first` with `second`, both [S, N] over the same seeds and questions; see `report.grid_statistics` for the keys."""
+    """Compare `first` with `second`, both [S, N] over the same seeds and questions.
+
+    Returns the keys that `report.grid_statistics` documents for its comparisons.
+    """
     if first.shape != second.shape or first.ndim != 2 or first.size == 0:
         raise DataError(f"answers of shapes {first.shape} and {second.shape} cannot be paired: both must be [S, N]")
     tables = np.stack([first, second]).astype(np.float64)  # [2, S, N]

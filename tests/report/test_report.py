@@ -429,6 +429,17 @@ def test_extreme_traces_stand_side_by_side_with_their_text(results: dict[str, An
             assert f"{results['scores'][i]['s_correct']:+.4g}".replace("-", "−", 1) in side
 
 
+def test_shown_ranks_are_of_the_scores_whatever_the_file_says(results: dict[str, Any]) -> None:
+    """Earlier versions wrote 1 for the largest score."""
+    backwards = copy.deepcopy(results)
+    for trace in backwards["scores"]:
+        trace["rank_correct"] = len(backwards["scores"]) + 1 - trace["rank_correct"]
+    assert report.render(backwards) == report.render(results)
+    s_correct = summary.score_arrays(results["scores"])[0]
+    assert summary.ranks_of(s_correct)[int(np.argmin(s_correct))] == 1
+    assert summary.ranks_of(np.array([2.0, np.nan, -1.0, 2.0])) == [2.5, None, 1.0, 2.5]
+
+
 def _hostile(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _hostile(v) for k, v in value.items()}

@@ -65,6 +65,9 @@ def test_every_piece_is_there(world: Path, results: dict[str, Any]) -> None:
     table = ScoreTable.load(run / "scores.csv")
     assert table.ids == [f"pool-{i}" for i in range(40)]
     assert {"s_correct", "s_incorrect", "rank_correct", "mean_rank_incorrect", "loss", "tokens"} <= set(table.columns)
+    for column in ("rank_correct", "rank_incorrect"):  # 1 = lowest in every file
+        assert [trace[column] for trace in results["scores"]] == table.columns[column].tolist()
+        assert table.columns[column].argmin() == table.columns[column.replace("rank", "s")].argmin()
     page = (run / "report.html").read_text()
     assert "<html" in page
     assert "perplexity_high" in page
