@@ -13,11 +13,11 @@ __version__ = "0.1.0"
 _EXPORTS: dict[str, str] = {
     "Example": "data.examples",
     "EvalConfig": "evaluation.evaluate",
-    "LoraSettings": "training.fine_tuning",
+    "LoraSettings": "training.settings",
     "Projection": "gradients.projection",
     "ScoreTable": "influence.scores",
     "Store": "store.reader",
-    "TrainConfig": "training.fine_tuning",
+    "TrainConfig": "training.settings",
     "adam_moments": "influence.adam",
     "append_store": "store.merge",
     "build_distributed": "distributed.builds",
@@ -114,11 +114,11 @@ if TYPE_CHECKING:
     from influence_fast.store.reader import Store as Store
     from influence_fast.store.reader import open_store as open_store
     from influence_fast.store.reader import verify_store as verify_store
-    from influence_fast.training.fine_tuning import LoraSettings as LoraSettings
-    from influence_fast.training.fine_tuning import TrainConfig as TrainConfig
     from influence_fast.training.fine_tuning import finetune as finetune
     from influence_fast.training.fine_tuning import load_finetuned as load_finetuned
     from influence_fast.training.models import load_model as load_model
+    from influence_fast.training.settings import LoraSettings as LoraSettings
+    from influence_fast.training.settings import TrainConfig as TrainConfig
     from influence_fast.training.tokenizers import load_tokenizer as load_tokenizer
 
 

@@ -81,7 +81,8 @@ def add(verb: NewVerb) -> None:
 
 
 def _train(args: Any) -> None:
-    from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune
+    from influence_fast.training.fine_tuning import finetune
+    from influence_fast.training.settings import LoraSettings, TrainConfig
 
     model, tokenizer = options.open_model(args)
     examples = options.tokenized(args, options.read_examples(args), tokenizer)

@@ -26,7 +26,7 @@ from influence_fast.gradients.referee import Referee, decoder_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from influence_fast.training.fine_tuning import TrainConfig
+    from influence_fast.training.settings import TrainConfig
 
 NAMES = "optimizer_names.json"  # the last file of a checkpoint
 _SECONDS = "seconds.json"
