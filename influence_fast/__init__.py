@@ -15,6 +15,7 @@ _EXPORTS: dict[str, str] = {
     "EvalConfig": "evaluation.evaluate",
     "LoraSettings": "training.settings",
     "Projection": "gradients.projection",
+    "RowSpec": "gradients.row_spec",
     "ScoreTable": "influence.scores",
     "Store": "store.reader",
     "TrainConfig": "training.settings",
@@ -85,6 +86,7 @@ if TYPE_CHECKING:
     from influence_fast.gradients.per_example import per_example_gradients as per_example_gradients
     from influence_fast.gradients.per_example import per_example_losses as per_example_losses
     from influence_fast.gradients.projection import Projection as Projection
+    from influence_fast.gradients.row_spec import RowSpec as RowSpec
     from influence_fast.gradients.streaming import stream_influence as stream_influence
     from influence_fast.gradients.targets import gradient_layout as gradient_layout
     from influence_fast.influence.adam import adam_moments as adam_moments
