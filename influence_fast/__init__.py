@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _EXPORTS: dict[str, str] = {
     "Example": "data.examples",
     "EvalConfig": "evaluation.evaluate",
+    "InfluenceCallback": "influence.callback",
     "LoraSettings": "training.settings",
     "Projection": "gradients.projection",
     "RowSpec": "gradients.row_spec",
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from influence_fast.gradients.streaming import stream_influence as stream_influence
     from influence_fast.gradients.targets import gradient_layout as gradient_layout
     from influence_fast.influence.adam import adam_moments as adam_moments
+    from influence_fast.influence.callback import InfluenceCallback as InfluenceCallback
     from influence_fast.influence.checkpoints import checkpoint_scores as checkpoint_scores
     from influence_fast.influence.checkpoints import learning_rates as learning_rates
     from influence_fast.influence.checkpoints import ranking_over_training as ranking_over_training
