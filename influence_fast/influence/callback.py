@@ -1,4 +1,4 @@
-"""Influence along a training by transformers' `Trainer` or trl's `SFTTrainer`, which goes on as if nothing had been asked.
+"""Influence along a training by transformers' `Trainer` or trl's `SFTTrainer`, which goes on as if it were alone.
 
 At each moment the gradients of the validation examples are taken with the adapter as it is then, averaged over each
 group, and multiplied with the gradient of every training example (`stream_influence`). Nothing of the training is
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ class InfluenceCallback(TrainerCallback):
         with undisturbed(kwargs["model"]):
             rows = TrainedRows.of(kwargs["train_dataloader"]) if self._given is None else self._given
             self._examples = _scorable(rows)
-            first = self._query_rows(kwargs["model"], self._exact, self._queries[:1])
+            ((_, first),) = self._batches(kwargs["model"], self._queries[:1], self._exact)
             self._stream(kwargs["model"], self._examples[:1], first)
         self._make_room(resumed=state.global_step > 0)
 
@@ -168,7 +168,7 @@ class InfluenceCallback(TrainerCallback):
         """Return float64 scores [N, G] and the ids of their rows."""
         if self.store is not None:
             return self._stored(model, self.store / f"step-{step:06d}")
-        groups = torch.stack([self._query_rows(model, self._exact, self._of(name)).mean(0) for name in self._groups])
+        groups = self._group_gradients(model)
         if self.apply is not None:
             groups = self.apply(groups)
         scores = self._stream(model, self._examples, groups)
@@ -191,41 +191,42 @@ class InfluenceCallback(TrainerCallback):
             max_tokens=self.spec.max_tokens,
             progress=False,
         )
-        rows = self._query_rows(model, projection, self._queries, mean=False)
+        rows = torch.empty(len(self._queries), store.width)
+        for places, found in self._batches(model, self._queries, projection):
+            rows[places] = found.float()
         with replacing(folder.with_name(f"{folder.name}.queries.safetensors")) as temporary:
             save_file({"rows": rows}, temporary, {"groups": json.dumps(self._groups)})
         self.stores[int(folder.name.rpartition("-")[2])] = folder
         groups = torch.stack([rows[members].mean(0) for members in self._groups.values()])
         return np.asarray(inner_products(store, groups), np.float64), list(store.ids)
 
-    def _of(self, group: str) -> list[dict[str, Any]]:
-        return [self._queries[place] for place in self._groups[group]]
-
-    def _query_rows(
-        self, model: Any, projection: Projection | None, queries: Sequence[dict[str, Any]], *, mean: bool = True
-    ) -> torch.Tensor:
-        """Return gradients of `queries` [Q, k] fp32 on the host, or their mean [1, k].
-
-        The mean is summed up pack by pack in fp64: exact rows of hundreds of queries would be gigabytes.
-        """
-        total: torch.Tensor | None = None
-        kept: list[torch.Tensor] = [torch.empty(0)] * len(queries)
-        strange: list[str] = []
+    def _batches(
+        self, model: Any, queries: Sequence[dict[str, Any]], projection: Projection | None
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Yield gradients of `queries`, a pack at a time: places, rows [n, k] on the host. Raises NumericError."""
         settings = {n: getattr(self.spec, n) for n in ("loss_reduction", "precision", "max_tokens")}
         for places, rows in iter_gradient_rows(model, queries, projection=projection, **settings):
             finite = rows.isfinite().all(dim=1).tolist()
-            strange += [example_name(queries[i], i) for i, ok in zip(places, finite, strict=True) if not ok]
-            if mean:
-                summed = rows.sum(0, dtype=torch.float64)
-                total = summed if total is None else total + summed
-            else:
-                for place, row in zip(places, rows, strict=True):
-                    kept[place] = row.float()
-        if strange:
-            raise NumericError(f"the gradient is NaN or infinite for the validation examples {listing(strange)}")
-        if total is None:
-            return torch.stack(kept)
-        return (total / len(queries))[None].to(torch.float64 if rows.dtype == torch.float64 else torch.float32)
+            strange = [example_name(queries[i], i) for i, ok in zip(places, finite, strict=True) if not ok]
+            if strange:
+                raise NumericError(
+                    f"the gradient is NaN or infinite for the validation examples {listing(strange)}: lower the "
+                    "learning rate, or leave them out"
+                )
+            yield places, rows
+
+    def _group_gradients(self, model: Any) -> torch.Tensor:
+        """Return the mean exact gradient of each group [G, k] on the host.
+
+        Summed up pack by pack in fp64: exact rows of hundreds of validation examples would be gigabytes.
+        """
+        shares = torch.zeros(len(self._groups), len(self._queries), dtype=torch.float64)
+        for g, members in enumerate(self._groups.values()):
+            shares[g, members] = 1 / len(members)
+        total, dtype = torch.zeros(()), torch.float32
+        for places, rows in self._batches(model, self._queries, self._exact):
+            total, dtype = total + shares[:, places] @ rows.double(), rows.dtype
+        return total.to(dtype)
 
     def _stream(self, model: Any, examples: Sequence[dict[str, Any]], queries: torch.Tensor) -> torch.Tensor:
         return stream_influence(
