@@ -13,11 +13,11 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from safetensors import SafetensorError
@@ -28,12 +28,13 @@ from influence_fast.errors import ConfigError, DataError, ModelError, NumericErr
 from influence_fast.guards import reading
 from influence_fast.training import sft
 from influence_fast.training.fresh_adapter import attach_lora
+from influence_fast.training.memory import TrainingMemory, check_memory, training_memory
 from influence_fast.training.model_sizes import check_model_sizes
 from influence_fast.training.optimizer_states import AdamState, named_adam
 from influence_fast.training.settings import LoraSettings, TrainConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 RECORD = "training.json"
 
@@ -56,6 +57,23 @@ class TrainResult:
     reused: bool = False
 
 
+class FinetuneOptions(TypedDict, total=False):
+    """What `finetune` takes beside what decides the result.
+
+    progress: a progress bar on stderr (default True).
+    overwrite: replace another result in `output_dir` (default False).
+    callbacks: of transformers' `TrainerCallback`, such as an `InfluenceCallback`, whose scores are then kept in the
+        folder `influence` of the result. They are not called where a finished result is returned at once.
+    on_memory: called with the `TrainingMemory` that is expected, before the training; by default `check_memory`, which
+        refuses what clearly does not fit. None estimates nothing.
+    """
+
+    progress: bool
+    overwrite: bool
+    callbacks: Sequence[TrainerCallback]
+    on_memory: Callable[[TrainingMemory], None] | None
+
+
 def finetune(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -64,21 +82,23 @@ def finetune(
     *,
     config: TrainConfig,
     lora: LoraSettings | None,
-    progress: bool = True,
-    overwrite: bool = False,
+    **options: Unpack[FinetuneOptions],
 ) -> TrainResult:
     """Fine-tunes `model` on tokenized examples {"id", "input_ids" (n,), "labels" (n,)}, -100 labels ignored.
 
     With `lora` a fresh adapter is trained and saved, and `model` comes back as it was given: attach the adapter
     by `load_finetuned`. Without it every weight of `model` is trained in place, or, where `model` is a PeftModel,
     the adapter that it carries. `output_dir` is written under a temporary name and renamed when it is whole.
+    `options` are `progress`, `overwrite`, `callbacks` and `on_memory`: see `FinetuneOptions`.
 
     Raises DataError (no examples, malformed or fully masked ones), ConfigError (`output_dir` holds something else
-    and `overwrite` is False, or the arguments come in another order), ModelError (unknown target modules) and
+    and `overwrite` is False, the arguments come in another order, or the training clearly does not fit in memory),
+    ModelError (unknown target modules) and
     NumericError (the loss became NaN).
     """
     from peft import PeftModel
 
+    chosen = _with_defaults(options)
     _check_order(model, tokenizer, examples)
     final = Path(output_dir)
     _check(examples)
@@ -95,7 +115,7 @@ def finetune(
     found = _finished(final, record)
     if found is not None:
         return found
-    if final.exists() and any(final.iterdir()) and not overwrite:
+    if final.exists() and any(final.iterdir()) and not chosen["overwrite"]:
         if not (final / RECORD).exists():  # not ours, so nothing that we tell anybody to delete
             raise ConfigError(
                 f"{final} is not empty and holds no fine-tuning of this tool: choose another output folder"
@@ -113,8 +133,11 @@ def finetune(
     with quiet_libraries():
         trained = model if lora is None else attach_lora(model, lora, config.seed)
         try:
+            if chosen["on_memory"] is not None and (memory := training_memory(trained, examples, config)):
+                chosen["on_memory"](memory)
+            callbacks = [*chosen["callbacks"], *([sft.progress_bar()] if chosen["progress"] else [])]
             with _writing(partial, "a checkpoint"):
-                history, seconds, tokens = sft.train(trained, tokenizer, examples, partial, config, progress)
+                history, seconds, tokens = sft.train(trained, tokenizer, examples, partial, config, callbacks)
             with _writing(partial, "the result"):
                 trained.save_pretrained(partial)  # type: ignore[operator]
             tokenizer.save_pretrained(partial)  # beside an adapter too: it goes with these tokens alone
@@ -221,6 +244,15 @@ def load_adam_states(checkpoint: str | Path, beta2: float | None = None) -> dict
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; name a checkpoint-* folder that a fine-tuning has saved")
     return named_adam(folder, folder / sft.NAMES, beta2)
+
+
+def _with_defaults(options: FinetuneOptions) -> FinetuneOptions:
+    """Return all options. Raises TypeError for one that there is not."""
+    known: FinetuneOptions = {"progress": True, "overwrite": False, "callbacks": (), "on_memory": check_memory}
+    strange = sorted(options.keys() - known.keys())
+    if strange:
+        raise TypeError(f"finetune() got an unexpected keyword argument {strange[0]!r}")
+    return {**known, **options}
 
 
 def _check_order(model: Any, tokenizer: Any, examples: Any) -> None:

@@ -24,7 +24,7 @@ from influence_fast.errors import ConfigError, NumericError, listing, one_line
 from influence_fast.gradients.referee import Referee, decoder_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from influence_fast.training.settings import TrainConfig
 
@@ -40,7 +40,7 @@ def train(
     examples: Sequence[Mapping[str, Any]],
     folder: Path,
     config: TrainConfig,
-    progress: bool,
+    callbacks: Sequence[TrainerCallback],
 ) -> tuple[list[tuple[int, float]], float, int]:
     """Trains what of `model` asks for gradients, from the last checkpoint in `folder` where there is one.
 
@@ -52,8 +52,8 @@ def train(
 
     with _no_data_bars(), _left_as_it_was(model), _packs_apart(model, config):
         trainer = make_trainer(model, tokenizer, examples, folder, config)
-        if progress:
-            trainer.add_callback(_progress_bar())
+        for callback in callbacks:
+            trainer.add_callback(callback)
         # a checkpoint that a killed run was still writing has no names yet
         kept = [checkpoint for checkpoint in list_checkpoints(folder) if (checkpoint / NAMES).exists()]
         spent = _read_seconds(kept[-1]) if kept else 0.0
@@ -344,7 +344,8 @@ def _read_seconds(checkpoint: Path) -> float:
     return float(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else 0.0
 
 
-def _progress_bar() -> Any:
+def progress_bar() -> Any:
+    """Return a callback that shows the steps on stderr."""
     from rich.console import Console
     from rich.progress import Progress
     from transformers import TrainerCallback
