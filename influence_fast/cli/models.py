@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def _train(args: Any) -> None:
     lora = LoraSettings(**shape)
     model, tokenizer = options.open_model(args)
     examples = options.tokenized(args, options.read_examples(args), tokenizer)
-    callbacks = [] if args.influence is None else [_influence(args, tokenizer)]
+    callbacks = [] if args.influence is None else [_influence(args, tokenizer, examples)]
 
     def on_memory(memory: Any) -> None:
         from influence_fast.training.memory import IGNORE, check_memory
@@ -156,18 +157,18 @@ _TRAINING = (
 )
 
 
-def _influence(args: Any, tokenizer: Any) -> Any:
-    """Return the callback that scores the training examples on those of `--influence`."""
+def _influence(args: Any, tokenizer: Any, trained: Sequence[Any]) -> Any:
+    """Return the callback that scores the examples `trained` on by their influence on those of `--influence`."""
     from influence_fast.data.examples import load_examples, tokenize
     from influence_fast.errors import DataError
     from influence_fast.influence.callback import EPOCH, InfluenceCallback
 
-    examples = load_examples(args.influence, format=args.format, columns=args.columns, turns=args.turns)
-    found = tokenize(examples, tokenizer, max_length=args.max_length, truncate=args.truncate)
+    validation = load_examples(args.influence, format=args.format, columns=args.columns, turns=args.turns)
+    found = tokenize(validation, tokenizer, max_length=args.max_length, truncate=args.truncate)
     if not found.examples:
         raise DataError(f"{args.influence}: no validation example is left: raise --max-length")
     every = EPOCH if args.influence_every is None else args.influence_every
-    return InfluenceCallback(found.examples, every=every, store=args.influence_store)
+    return InfluenceCallback(found.examples, every=every, store=args.influence_store, examples=trained)
 
 
 def _say_influence(result: Any) -> None:

@@ -44,6 +44,8 @@ class TrainedRows(Sequence[dict[str, Any]]):
             return [self[i] for i in range(*place.indices(len(self)))]
         place = range(len(self))[place]
         row = self._dataset[place]
+        if isinstance(row, Mapping) and row.get("seq_lengths") is not None and len(row["seq_lengths"]) > 1:
+            raise DataError(f"row {place} of the training set holds several examples (packing): {_REMEDY}")
         name = row.get("id") if isinstance(row, Mapping) else None
         batch = row if self._collate is None else self._collate([row])
         if isinstance(batch, Mapping):

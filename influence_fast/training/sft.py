@@ -148,7 +148,11 @@ def make_trainer(
     if not packing:
         # trl wants a Dataset, and then does nothing to rows that are tokenized; plain rows are not copied into Arrow
         # and read 0.2 ms each faster, at every step and for every length that batches are grouped by
-        trainer.train_dataset = [{key: torch.as_tensor(e[key]) for key in FIELDS} for e in examples]
+        # (ids are for callbacks that name examples)
+        trainer.train_dataset = [
+            {key: torch.as_tensor(e[key]) for key in FIELDS} | {key: e[key] for key in ("id",) if key in e}
+            for e in examples
+        ]
     steps = config.max_steps
     if steps <= 0:  # known only now: packing makes fewer rows
         rows = len(trainer.train_dataset)  # type: ignore[arg-type]
