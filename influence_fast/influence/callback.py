@@ -27,10 +27,10 @@ from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.projection import EXACT, Projection
 from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.streaming import stream_influence
-from influence_fast.influence.ranking import average_ranks
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.trained_rows import TrainedRows
 from influence_fast.products.inner_products import inner_products
+from influence_fast.statistics.ranks import average_ranks
 from influence_fast.store.building import build_store
 from influence_fast.training.undisturbed import random_states_kept, undisturbed
 
