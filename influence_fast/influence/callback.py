@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -122,7 +123,7 @@ class InfluenceCallback(TrainerCallback):
             self._examples = _scorable(rows)
             ((_, first),) = self._batches(kwargs["model"], self._queries[:1], self._exact)
             self._stream(kwargs["model"], self._examples[:1], first)
-        self._make_room(resumed=state.global_step > 0)
+        self._make_room(int(state.global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Score where the step is one of every so many."""
@@ -196,7 +197,7 @@ class InfluenceCallback(TrainerCallback):
             rows[places] = found.float()
         with replacing(folder.with_name(f"{folder.name}.queries.safetensors")) as temporary:
             save_file({"rows": rows}, temporary, {"groups": json.dumps(self._groups)})
-        self.stores[int(folder.name.rpartition("-")[2])] = folder
+        self.stores[_step_of(folder)] = folder
         groups = torch.stack([rows[members].mean(0) for members in self._groups.values()])
         return np.asarray(inner_products(store, groups), np.float64), list(store.ids)
 
@@ -239,19 +240,37 @@ class InfluenceCallback(TrainerCallback):
             target=self.spec.target,
         )
 
-    def _make_room(self, resumed: bool) -> None:
-        """Take up the scores of a training that goes on; those of another one are replaced, its stores are not."""
+    def _make_room(self, begun: int) -> None:
+        """Take up the moments of a training that goes on at step `begun`; later ones are of steps that it makes again.
+
+        A training from its beginning replaces the scores of another one, and not its stores.
+        """
         assert self.output is not None
-        found = sorted(self.output.glob("step-*.parquet"))
-        if resumed:
-            self.scores = {int(path.stem.rpartition("-")[2]): ScoreTable.load(path) for path in found}
-            return
-        if self.store is not None and (there := sorted(self.store.glob("step-*"))):
+        if begun == 0 and self.store is not None and (there := sorted(self.store.glob("step-*"))):
             raise ConfigError(
                 f"{self.store} holds {there[0].name} of another training: delete it, or give another folder as store"
             )
-        for path in found:
-            path.unlink()
+        for path in self.output.glob("step-*.parquet"):
+            if (step := _step_of(path)) > begun:
+                path.unlink()
+            else:
+                self.scores[step] = ScoreTable.load(path)
+        for path in sorted(self.store.glob("step-*")) if self.store is not None else []:
+            if path.is_dir() and _step_of(path) <= begun:
+                self.stores[_step_of(path)] = path
+            elif path.is_dir():
+                shutil.rmtree(path)
+            elif _step_of(path) > begun:
+                path.unlink()
+        self.scores = dict(sorted(self.scores.items()))
+
+
+def _step_of(path: Path) -> int:
+    """Return the optimizer step in the name of a moment's file or folder. Raises DataError for another name."""
+    number = path.name.partition(".")[0].removeprefix("step-")
+    if not number.isdecimal():
+        raise DataError(f"{path} is named as a moment of an influence callback, and is none: move it away")
+    return int(number)
 
 
 def _queries_of(validation: Any) -> tuple[list[dict[str, Any]], dict[str, list[int]]]:

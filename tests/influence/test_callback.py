@@ -53,7 +53,14 @@ class Recorder(TrainerCallback):
 
 
 def train(
-    kind: str, base: Any, tokenizer: Any, folder: Path, callbacks: list[Any], data: Any = None, **settings: Any
+    kind: str,
+    base: Any,
+    tokenizer: Any,
+    folder: Path,
+    callbacks: list[Any],
+    data: Any = None,
+    resume: Any = None,
+    **settings: Any,
 ) -> tuple[Any, Any, Recorder]:
     """Train a LoRA adapter with dropout, accumulation and gradient checkpointing."""
     torch.manual_seed(0)
@@ -82,7 +89,7 @@ def train(
     else:
         collate = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
         trainer = Trainer(args=TrainingArguments(**{**options, **settings}), data_collator=collate, **common)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if resume is None else str(folder / resume))
     return trainer, model, recorder
 
 
@@ -167,7 +174,7 @@ def test_a_store_a_moment_holds_what_scores_are_made_of(base: Any, tokenizer: An
     table = inf.influence_scores(store, rows, {"validation": range(3)}, preconditioner="none")
     assert np.allclose(table["s_validation"], callback.scores[1]["s_validation"], rtol=1e-4, atol=1e-9)
     with pytest.raises(ConfigError, match=r"stores holds step-000001 of another training: delete it"):
-        callback._make_room(resumed=False)
+        callback._make_room(0)
 
 
 def test_moments_at_epochs_and_scores_of_a_pool_of_ones_own(base: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -228,3 +235,17 @@ def test_what_cannot_be_scored_is_said_before_training(
         else:
             train("transformers", base, tokenizer, tmp_path, [callback], data=data, max_steps=1)
     assert "\n" not in str(raised.value)
+
+
+def test_a_resumed_training_takes_up_its_scores(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    whole, resumed = (InfluenceCallback(QUERIES, every=1, spec=inf.RowSpec(dim=2), store=tmp_path / "s") for _ in "ab")
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+    train("transformers", tiny(tiny_model), tokenizer, tmp_path, [whole], **settings)
+    changed = ScoreTable(["x"], {"s_validation": np.zeros(1)})
+    changed.save(tmp_path / "influence" / "step-000002.parquet")  # of a step that is made again
+    settings["resume"] = "checkpoint-1"
+    trainer, _, _ = train("transformers", tiny(tiny_model), tokenizer, tmp_path, [resumed], **settings)
+    assert list(resumed.scores) == list(resumed.stores) == [1, 2]
+    for step in (1, 2):
+        assert (resumed.scores[step]["s_validation"] == whole.scores[step]["s_validation"]).all()
+    assert [log["step"] for log in trainer.state.log_history if "influence_validation_mean" in log] == [1, 2]
