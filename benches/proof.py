@@ -34,7 +34,8 @@ from influence_fast.proof.validate import validate
 from influence_fast.run import planner
 from influence_fast.run.demo import WorldConfig, demo_config, make_world
 from influence_fast.run.pipeline import Pipeline
-from influence_fast.training.fine_tuning import TrainConfig, finetune, list_checkpoints
+from influence_fast.training.fine_tuning import finetune, list_checkpoints
+from influence_fast.training.settings import TrainConfig
 
 RESULTS = Path(__file__).parent / "results"
 POOL, QUERIES = 160, 40  # of the math500 world: the shortest problems, so that retraining is a matter of seconds

@@ -15,13 +15,14 @@ _EXPORTS: dict[str, str] = {
     "BuildOptions": "store.building",
     "DistributedOptions": "distributed.builds",
     "EvalConfig": "evaluation.evaluate",
-    "LoraSettings": "training.fine_tuning",
+    "InfluenceCallback": "influence.callback",
+    "LoraSettings": "training.settings",
     "Projection": "gradients.projection",
     "RowSpec": "gradients.row_spec",
     "ScoreTable": "influence.scores",
     "SketchFit": "influence.sketch_fitting",
     "Store": "store.reader",
-    "TrainConfig": "training.fine_tuning",
+    "TrainConfig": "training.settings",
     "adam_moments": "influence.adam",
     "append_store": "store.merge",
     "build_distributed": "distributed.builds",
@@ -95,6 +96,7 @@ if TYPE_CHECKING:
     from influence_fast.gradients.targets import gradient_layout as gradient_layout
     from influence_fast.influence.adam import adam_moments as adam_moments
     from influence_fast.influence.building import build_store as build_store
+    from influence_fast.influence.callback import InfluenceCallback as InfluenceCallback
     from influence_fast.influence.checkpoints import checkpoint_scores as checkpoint_scores
     from influence_fast.influence.checkpoints import learning_rates as learning_rates
     from influence_fast.influence.checkpoints import ranking_over_training as ranking_over_training
@@ -122,11 +124,11 @@ if TYPE_CHECKING:
     from influence_fast.store.reader import Store as Store
     from influence_fast.store.reader import open_store as open_store
     from influence_fast.store.verification import verify_store as verify_store
-    from influence_fast.training.fine_tuning import LoraSettings as LoraSettings
-    from influence_fast.training.fine_tuning import TrainConfig as TrainConfig
     from influence_fast.training.fine_tuning import finetune as finetune
     from influence_fast.training.fine_tuning import load_finetuned as load_finetuned
     from influence_fast.training.models import load_model as load_model
+    from influence_fast.training.settings import LoraSettings as LoraSettings
+    from influence_fast.training.settings import TrainConfig as TrainConfig
     from influence_fast.training.tokenizers import load_tokenizer as load_tokenizer
 
 

@@ -24,8 +24,8 @@ from influence_fast.guards import reading
 from influence_fast.influence.settings import InfluenceConfig, check_influence
 from influence_fast.selection.strategies import STRATEGIES, needed_columns
 from influence_fast.settings import from_dict, one_of, read_mapping
-from influence_fast.training.fine_tuning import LoraSettings, TrainConfig
 from influence_fast.training.quantized_files import check_quantization
+from influence_fast.training.settings import LoraSettings, TrainConfig
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ def add(verb: NewVerb) -> None:
     for option, kind, help in (
         ("--epochs", float, "passes over the data"),
         ("--learning-rate", float, "peak learning rate"),
-        ("--batch-size", int, "examples a step"),
+        ("--batch-size", int, "examples in a batch (default 16)"),
+        ("--gradient-accumulation-steps", int, "batches a step: smaller ones, and the same update (default 1)"),
         ("--max-steps", int, "optimizer steps, in place of epochs"),
         ("--packing", int, "tokens of a row that examples are packed into"),
-        ("--rank", int, "LoRA rank r"),
+        ("--rank", int, "LoRA rank r (default 16)"),
+        ("--alpha", float, "LoRA alpha: the adapter is scaled by alpha / r (default 2 r)"),
         ("--seed", int, "seed of initialisation and data order"),
     ):
         sub.add_argument(option, type=kind, help=help)
@@ -43,6 +46,26 @@ def add(verb: NewVerb) -> None:
         type=int,
         metavar="STEPS",
         help="keep a checkpoint each epoch, or every STEPS steps, with the optimizer's state (for adam and less)",
+    )
+
+    sub.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        default=None,
+        help="keep layers' inputs alone and compute the rest again: less memory, about a third more time",
+    )
+    sub.add_argument("--ignore-memory", action="store_true", help="train even where memory clearly does not suffice")
+    sub.add_argument(
+        "--influence",
+        metavar="VALIDATION",
+        help="score the training examples by their influence on these along the training, which it leaves as it is; "
+        "written to the folder influence in --output",
+    )
+    sub.add_argument(
+        "--influence-every", type=int, metavar="STEPS", help="with --influence: every STEPS steps (default: each epoch)"
+    )
+    sub.add_argument(
+        "--influence-store", metavar="FOLDER", help="with --influence: keep a gradient store of each moment there"
     )
 
     sub = verb("eval", _eval, "answer questions and grade the answers")
@@ -81,21 +104,82 @@ def add(verb: NewVerb) -> None:
 
 
 def _train(args: Any) -> None:
-    from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune
+    from influence_fast.training.fine_tuning import finetune
+    from influence_fast.training.settings import LoraSettings, TrainConfig
 
-    model, tokenizer = options.open_model(args)
-    examples = options.tokenized(args, options.read_examples(args), tokenizer)
-    names = ("epochs", "learning_rate", "batch_size", "max_steps", "packing", "save_checkpoints", "seed")
-    config = TrainConfig(**options.given(args, *names))
+    for option in ("influence_every", "influence_store"):
+        if getattr(args, option) is not None and args.influence is None:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} goes with --influence, the validation examples: give these"
+            )
+    config = TrainConfig(**options.given(args, *_TRAINING))
     shape: dict[str, Any] = {} if args.rank is None else {"r": args.rank, "alpha": 2.0 * args.rank}
+    shape |= options.given(args, "alpha")
     if args.target_modules is not None:
         shape["target_modules"] = tuple(args.target_modules)
     if args.target_parameters is not None:
         shape["target_parameters"] = tuple(args.target_parameters)
     lora = LoraSettings(**shape)
-    result = finetune(model, tokenizer, examples, args.output, config=config, lora=lora, progress=options.bars(args))
+    model, tokenizer = options.open_model(args)
+    examples = options.tokenized(args, options.read_examples(args), tokenizer)
+    callbacks = [] if args.influence is None else [_influence(args, tokenizer, examples)]
+
+    def on_memory(memory: Any) -> None:
+        from influence_fast.training.memory import IGNORE, check_memory
+
+        print(memory, flush=True)
+        try:
+            if not args.ignore_memory:
+                check_memory(memory)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(f"set {IGNORE}=1", "give --ignore-memory")) from None
+
+    result = finetune(
+        model,
+        tokenizer,
+        examples,
+        args.output,
+        config=config,
+        lora=lora,
+        progress=options.bars(args),
+        callbacks=callbacks,
+        on_memory=on_memory,
+    )
     last = f", last loss {result.loss_history[-1][1]:.4f}" if result.loss_history else ""
     print(f"adapter: {result.path} ({len(examples)} examples, {result.seconds:.1f} s{last})")
+    if callbacks:
+        _say_influence(result)
+
+
+_TRAINING = (
+    *("epochs", "learning_rate", "batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+    *("max_steps", "packing", "save_checkpoints", "seed"),
+)
+
+
+def _influence(args: Any, tokenizer: Any, trained: Sequence[Any]) -> Any:
+    """Return the callback that scores the examples `trained` on by their influence on those of `--influence`."""
+    from influence_fast.data.examples import load_examples, tokenize
+    from influence_fast.errors import DataError
+    from influence_fast.influence.callback import EPOCH, InfluenceCallback
+
+    validation = load_examples(args.influence, format=args.format, columns=args.columns, turns=args.turns)
+    found = tokenize(validation, tokenizer, max_length=args.max_length, truncate=args.truncate)
+    if not found.examples:
+        raise DataError(f"{args.influence}: no validation example is left: raise --max-length")
+    every = EPOCH if args.influence_every is None else args.influence_every
+    return InfluenceCallback(found.examples, every=every, store=args.influence_store, examples=trained)
+
+
+def _say_influence(result: Any) -> None:
+    from influence_fast.influence.callback import FOLDER
+
+    files = sorted((result.path / FOLDER).glob("step-*.parquet"))
+    if not files:
+        raise ConfigError(
+            f"{result.path} was trained before, without --influence, and is not trained again: give another --output"
+        )
+    print(f"influence: {result.path / FOLDER} ({len(files)} moments, the last {files[-1].name})")
 
 
 def _eval(args: Any) -> None:

@@ -200,7 +200,8 @@ def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from influence_fast.influence.sketch_fitting import width_of
-    from influence_fast.training.fine_tuning import attach_lora, quiet_libraries
+    from influence_fast.training.fine_tuning import quiet_libraries
+    from influence_fast.training.fresh_adapter import attach_lora
 
     def row_of(scored: Any) -> int:
         return width_of(config.gradients, config.influence.preconditioner, scored)

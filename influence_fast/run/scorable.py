@@ -13,7 +13,8 @@ from influence_fast.config import RunConfig
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.projection import SIDED_KINDS
 from influence_fast.influence.sketch_fitting import width_of
-from influence_fast.training.fine_tuning import attach_lora, finetuned, quiet_libraries
+from influence_fast.training.fine_tuning import finetuned, quiet_libraries
+from influence_fast.training.fresh_adapter import attach_lora
 
 
 def check_scorable(base: Any, config: RunConfig) -> None:

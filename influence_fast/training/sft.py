@@ -24,9 +24,9 @@ from influence_fast.errors import ConfigError, NumericError, listing, one_line
 from influence_fast.gradients.referee import Referee, decoder_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-    from influence_fast.training.fine_tuning import TrainConfig
+    from influence_fast.training.settings import TrainConfig
 
 NAMES = "optimizer_names.json"  # the last file of a checkpoint
 _SECONDS = "seconds.json"
@@ -40,7 +40,7 @@ def train(
     examples: Sequence[Mapping[str, Any]],
     folder: Path,
     config: TrainConfig,
-    progress: bool,
+    callbacks: Sequence[TrainerCallback],
 ) -> tuple[list[tuple[int, float]], float, int]:
     """Trains what of `model` asks for gradients, from the last checkpoint in `folder` where there is one.
 
@@ -52,8 +52,8 @@ def train(
 
     with _no_data_bars(), _left_as_it_was(model), _packs_apart(model, config):
         trainer = make_trainer(model, tokenizer, examples, folder, config)
-        if progress:
-            trainer.add_callback(_progress_bar())
+        for callback in callbacks:
+            trainer.add_callback(callback)
         # a checkpoint that a killed run was still writing has no names yet
         kept = [checkpoint for checkpoint in list_checkpoints(folder) if (checkpoint / NAMES).exists()]
         spent = _read_seconds(kept[-1]) if kept else 0.0
@@ -149,7 +149,11 @@ def make_trainer(
     if not packing:
         # trl wants a Dataset, and then does nothing to rows that are tokenized; plain rows are not copied into Arrow
         # and read 0.2 ms each faster, at every step and for every length that batches are grouped by
-        trainer.train_dataset = [{key: torch.as_tensor(e[key]) for key in FIELDS} for e in examples]
+        # (ids are for callbacks that name examples)
+        trainer.train_dataset = [
+            {key: torch.as_tensor(e[key]) for key in FIELDS} | {key: e[key] for key in ("id",) if key in e}
+            for e in examples
+        ]
     steps = config.max_steps
     if steps <= 0:  # known only now: packing makes fewer rows
         rows = len(trainer.train_dataset)  # type: ignore[arg-type]
@@ -356,7 +360,8 @@ def _read_seconds(checkpoint: Path) -> float:
     return float(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else 0.0
 
 
-def _progress_bar() -> Any:
+def progress_bar() -> Any:
+    """Return a callback that shows the steps on stderr."""
     from rich.console import Console
     from rich.progress import Progress
     from transformers import TrainerCallback

@@ -26,14 +26,13 @@ from influence_fast.influence.scores import ScoreTable
 from influence_fast.report.ranking_plot import plot_ranking_over_training
 from influence_fast.statistics.ranks import average_ranks
 from influence_fast.training.fine_tuning import (
-    LoraSettings,
-    TrainConfig,
     TrainResult,
     finetune,
     list_checkpoints,
     load_adam_moments,
     load_finetuned,
 )
+from influence_fast.training.settings import LoraSettings, TrainConfig
 
 RATE, EPOCHS, BATCH = 3e-2, 3, 4
 

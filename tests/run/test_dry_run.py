@@ -22,8 +22,9 @@ from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.run.dry_run import model_shape, plan
 from influence_fast.run.dry_run_text import describe
 from influence_fast.run.workdir import RunFolder
-from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune
+from influence_fast.training.fine_tuning import finetune
 from influence_fast.training.models import load_tokenizer
+from influence_fast.training.settings import LoraSettings, TrainConfig
 
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
 LORA = LoraSettings(r=4)

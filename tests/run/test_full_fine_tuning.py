@@ -19,7 +19,8 @@ from influence_fast.errors import ConfigError, ModelError
 from influence_fast.gradients.projection import Projection
 from influence_fast.influence.adam import adam_moments
 from influence_fast.influence.checkpoints import checkpoint_scores, learning_rates
-from influence_fast.training.fine_tuning import TrainConfig, finetune, load_adam_states, load_finetuned
+from influence_fast.training.fine_tuning import finetune, load_adam_states, load_finetuned
+from influence_fast.training.settings import TrainConfig
 
 ALL = "all-linear"
 EXACT = Projection("none", target=ALL)

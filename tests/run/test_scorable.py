@@ -16,7 +16,8 @@ from influence_fast.errors import ModelError, say_once
 from influence_fast.run import pipeline
 from influence_fast.run.scorable import check_scorable
 from influence_fast.settings import from_dict
-from influence_fast.training.fine_tuning import LoraSettings, attach_lora
+from influence_fast.training.fresh_adapter import attach_lora
+from influence_fast.training.settings import LoraSettings
 
 SIZES = {
     "vocab_size": 61,

@@ -11,7 +11,8 @@ import torch
 import influence_fast as inf
 from benches.text_fidelity import templates, tokenizer_for
 from influence_fast.influence.queries import make_queries, own_answers
-from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune, load_finetuned
+from influence_fast.training.fine_tuning import finetune, load_finetuned
+from influence_fast.training.settings import LoraSettings, TrainConfig
 
 FAMILIES = ("deepseek_r1_distill", "deepseekv3", "nemotron_3_nano", "qwen3_5_think")
 

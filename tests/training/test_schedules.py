@@ -18,8 +18,9 @@ import torch
 
 from influence_fast.errors import ModelError, say_once
 from influence_fast.influence.checkpoints import learning_rates
-from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune, list_checkpoints
+from influence_fast.training.fine_tuning import finetune, list_checkpoints
 from influence_fast.training.schedules import group_rates, read_arguments
+from influence_fast.training.settings import LoraSettings, TrainConfig
 
 Factory = Callable[..., Any]
 SCHEDULES = ["constant", "constant_with_warmup", "cosine", "linear"]

@@ -13,7 +13,8 @@ import pytest
 
 from influence_fast.data.fingerprints import tokenizer_hash
 from influence_fast.errors import ModelError, say_once
-from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune
+from influence_fast.training.fine_tuning import finetune
+from influence_fast.training.settings import LoraSettings, TrainConfig
 from influence_fast.training.tokenizers import load_tokenizer
 
 Factory = Callable[..., Any]

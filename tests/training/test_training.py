@@ -15,15 +15,9 @@ from influence_fast.errors import ConfigError, DataError, ModelError, NumericErr
 from influence_fast.gradients import attention
 from influence_fast.run.demo import make_tokenizer
 from influence_fast.training import sft
-from influence_fast.training.fine_tuning import (
-    LoraSettings,
-    TrainConfig,
-    attach_lora,
-    finetune,
-    list_checkpoints,
-    load_adam_moments,
-    load_finetuned,
-)
+from influence_fast.training.fine_tuning import finetune, list_checkpoints, load_adam_moments, load_finetuned
+from influence_fast.training.fresh_adapter import attach_lora
+from influence_fast.training.settings import LoraSettings, TrainConfig
 
 LORA = LoraSettings(r=4, alpha=8)
 CONFIG = TrainConfig(epochs=3, learning_rate=3e-2, batch_size=4, precision="fp32")
