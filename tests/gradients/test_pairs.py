@@ -39,7 +39,7 @@ def test_rows_of_pairs_are_the_gradients_of_the_dpo_loss(tiny_lora: Any) -> None
     pairs = pair_examples(CHOSEN, REJECTED, weights)
     rows = pair_sums(inf.per_example_gradients(model, pairs, loss_reduction="sum"))
     query = torch.randn(1, rows.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    streamed = pair_sums(inf.stream_influence(model, pairs, query, loss_reduction="sum"))
+    streamed = pair_sums(inf.stream_influence(model, pairs, query, inf.RowSpec("none", loss_reduction="sum")))
     layout = inf.gradient_layout(model)
     parameters = dict(model.named_parameters())
     for place, (one, other) in enumerate(zip(CHOSEN, REJECTED, strict=True)):
