@@ -29,10 +29,10 @@ from influence_fast.gradients.input_groups import InputGroup, Product, replaced_
 from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.lora_parameters import LoraParameter
 from influence_fast.gradients.memory import layer_bytes
+from influence_fast.gradients.pack_isolation import Separation
 from influence_fast.gradients.probing import call_packed, heed_order, heed_parameters, probe, probe_tokens
 from influence_fast.gradients.reduction import Reducer
 from influence_fast.gradients.referee import Referee, decoder_of
-from influence_fast.gradients.separation import Separation
 from influence_fast.gradients.tolerance import Tolerance
 
 logger = logging.getLogger(__name__)
