@@ -32,7 +32,8 @@ from influence_fast.influence.settings import WHOLE, InfluenceConfig
 from influence_fast.run import planner
 from influence_fast.run.demo import WorldConfig, demo_config, make_world
 from influence_fast.run.pipeline import Pipeline
-from influence_fast.training.fine_tuning import TrainConfig, finetune, list_checkpoints
+from influence_fast.training.files import list_checkpoints
+from influence_fast.training.fine_tuning import TrainConfig, finetune
 from influence_fast.validation.page import text_tables, write_page
 from influence_fast.validation.validate import validate
 

@@ -32,8 +32,6 @@ STILL_LONG = {
 STILL_CIRCULAR: set[str] = {
     "influence_fast.products.cuda",
     "influence_fast.products.native",
-    "influence_fast.training.fine_tuning",
-    "influence_fast.training.sft",
 }
 
 

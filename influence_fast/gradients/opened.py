@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +33,6 @@ from influence_fast.gradients.probing import call_packed, heed_order, heed_param
 from influence_fast.gradients.reduction import Reducer
 from influence_fast.gradients.referee import Referee, decoder_of
 from influence_fast.gradients.tolerance import Tolerance
-
-logger = logging.getLogger(__name__)
 
 # Heads that do more than a matrix product; their logits are taken from the model itself. Named, since two tokens of an
 # untrained model need not show it (softcapping); what has no name here is found by trying.

@@ -165,9 +165,6 @@ def harmful_chart(settings: Sequence[Setting]) -> Chart | None:
     return Chart(render_chart("harmful", draw, _rows_size(len(strategies), len(fractions)), alt), keys)
 
 
-# --- scores ----------------------------------------------------------------------------------------------------
-
-
 # --- curves ----------------------------------------------------------------------------------------------------
 
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), "-", (0, (5, 2)))
