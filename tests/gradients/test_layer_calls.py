@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 import influence_fast as inf
 from benches.model_zoo import by_autograd, examples_for, tiny, with_adapter
 from influence_fast.errors import ModelError
+from influence_fast.gradients.backends import TORCH
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.gradients.input_groups import InputGroup
@@ -77,7 +78,7 @@ def test_projected_rows_of_such_layers_are_the_rows_projected() -> None:
     projection = inf.Projection(kind="one_sided", dim=5)
     exact, rows = (inf.per_example_gradients(model, examples, projection=kind) for kind in (None, projection))
     layouts = [inf.gradient_layout(model, kind) for kind in (None, projection)]
-    sides = [side for linear in find_lora_linears(model) for side in random_columns(projection, linear, False)]
+    sides = [side for linear in find_lora_linears(model) for side in random_columns(projection, linear, TORCH)]
     for wide, narrow, side in zip(*layouts, sides, strict=True):
         factors = exact[:, wide.columns].view(-1, *wide.shape)
         wanted = factors @ side.double() if wide.factor == "lora_A" else side.double().T @ factors

@@ -15,7 +15,8 @@ from influence_fast.errors import ConfigError, DataError, ModelError, NumericErr
 from influence_fast.gradients import attention
 from influence_fast.run.demo import make_tokenizer
 from influence_fast.training import sft
-from influence_fast.training.fine_tuning import finetune, list_checkpoints, load_adam_moments, load_finetuned
+from influence_fast.training.files import list_checkpoints
+from influence_fast.training.fine_tuning import finetune, load_adam_moments, load_finetuned
 from influence_fast.training.fresh_adapter import attach_lora
 from influence_fast.training.settings import LoraSettings, TrainConfig
 
