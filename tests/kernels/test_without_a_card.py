@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from influence_fast.errors import ConfigError
 from influence_fast.gradients.fp8 import LOWEST_CAPABILITY
+from influence_fast.gradients.projection import sjlt_map
 from influence_fast.kernels import (
+    flat_sketch,
     fp8_rows,
     gated_silu,
     project_flat,
@@ -191,8 +193,8 @@ def test_scatter_rounds_never_meet() -> None:
     """Within one tile and one round every bucket is named at most once, and the rounds are as few as can be."""
     d, r, width = 200, 20, 50
     sketch = project_flat.FlatSketch.of("sjlt", 0, "m/row", d, r, width)
-    bucket, _ = project_flat.sjlt_map(0, "m/row", d * r, width)
-    block_d, block_r = project_flat.tile_sides(d, r)
+    bucket, _ = sjlt_map(0, "m/row", d * r, width)
+    block_d, block_r = flat_sketch.tile_sides(d, r)
     tile = (torch.arange(d)[:, None] // block_d) * -(-r // block_r) + torch.arange(r)[None, :] // block_r
     tile = tile.flatten()
     for t in range(int(tile.max()) + 1):
