@@ -14,6 +14,7 @@ _EXPORTS: dict[str, str] = {
     "Example": "data.examples",
     "EvalConfig": "evaluation.evaluate",
     "LoraSettings": "training.fine_tuning",
+    "ProductOptions": "products.options",
     "Projection": "gradients.projection",
     "ScoreTable": "influence.scores",
     "Store": "store.reader",
@@ -99,6 +100,7 @@ if TYPE_CHECKING:
     from influence_fast.influence.sketch_fitting import fit_projection as fit_projection
     from influence_fast.products.inner_products import inner_products as inner_products
     from influence_fast.products.inner_products import quantize_rows as quantize_rows
+    from influence_fast.products.options import ProductOptions as ProductOptions
     from influence_fast.proof.validate import validate as validate
     from influence_fast.report.page import write_report as write_report
     from influence_fast.report.ranking_plot import plot_ranking_over_training as plot_ranking_over_training

@@ -1,5 +1,6 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Multiply per-example gradients with a dense matrix of signs: rows[e, j] = sum_i S[j, i] G[e, i], S = +-1 / sqrt(width).
+"""Multiply per-example gradients by a dense matrix of signs: rows[e, j] = sum_i S[j, i] G[e, i], S = 1 or -1 over
+sqrt(width).
 
 The rows of S go through in slabs of at most SLAB coordinates, a block of d x r: `segment_outer` sums that slab of G
 (E x SLAB float32, all that ever exists of the gradient), a kernel writes the slab's bits of S (width / 8 bytes a

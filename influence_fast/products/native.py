@@ -39,6 +39,7 @@ def engine(isa: str | None = None) -> tuple[ModuleType, str]:
     isa: one of `available()`, "torch" for the fallback, or None: the variable INFLUENCE_FAST_ISA, else the best.
     Warns once where the native module is missing. Raises ConfigError for a path that is not available.
     """
+    from influence_fast.products import cpp
     from influence_fast.products import pytorch as inner_products_torch
 
     name = isa or os.environ.get(ISA_VARIABLE, "")
@@ -52,7 +53,7 @@ def engine(isa: str | None = None) -> tuple[ModuleType, str]:
         return inner_products_torch, TORCH
     if name and name not in available():
         raise ConfigError(f"instruction set {name!r} is not available here; {did_you_mean(name, available())}")
-    return module, name or available()[0]
+    return cpp, name or available()[0]
 
 
 def device_engine(device: torch.device, rows: str, isa: str | None = None) -> tuple[ModuleType, str]:
