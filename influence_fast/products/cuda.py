@@ -1,5 +1,6 @@
-"""The operations of `influence_fast._native` on a CUDA device, for int8 and bf16 rows (csrc/cuda/): the same names and
-arguments as `pytorch`, whose Queries and TopK it shares.
+"""Inner products of int8 and bf16 rows by the mma kernel of csrc/cuda, with the names and arguments of `pytorch`.
+
+Rows that lie on the GPU go to cuBLAS where Triton is there (`gpu`, which says when they come here all the same).
 
 Rows may lie on the device, or be numpy arrays (memory-mapped shards), which are streamed through two pinned buffers.
 Products, cosines, group sums and the search for NaN are one kernel; the sort of whole columns for ranks and that of a
@@ -18,6 +19,7 @@ from torch import Tensor
 from influence_fast.products import native, pytorch
 from influence_fast.products.blocks import Block, Wanted
 from influence_fast.products.pytorch import TopK, rank
+from influence_fast.products.terms import Terms
 
 __all__ = ["KINDS", "Queries", "TopK", "finish", "rank", "score"]
 
@@ -34,23 +36,9 @@ class Queries:
     """
 
     def __init__(self, values: Tensor, rows: str, high: bool = False, isa: str = "", threads: int = 1) -> None:
-        rounded = pytorch.Queries(values, rows, high)
-        self.rows, self.count, self.width = rows, rounded.count, values.shape[1]
-        self.device = values.device
-        first, second, step = _terms(rounded.values, rows)
-        terms = [first, second] if high else [first]
-        exact = sum((term.double() * step**t for t, term in enumerate(terms)), torch.zeros((), device=self.device))
-        norm = torch.linalg.vector_norm(exact, dim=1)  # [Q]
-        steps = torch.tensor([step**t for t in range(len(terms))], dtype=torch.float64, device=self.device)
-        self.factor = (steps[:, None] * rounded.factor.double()).float().contiguous()  # [terms, Q]
-        self.cosine = (steps[:, None] * torch.where(norm == 0, 0.0, 1.0 / norm)).float().contiguous()
-        # Zeros up to whole granules of 16 bytes.
-        stride = _native().cuda_padded_row(self.width * first.element_size())
-        self.terms = torch.zeros(
-            (len(terms), self.count, stride // first.element_size()), dtype=first.dtype, device=self.device
-        )
-        for t, term in enumerate(terms):
-            self.terms[t, :, : self.width] = term
+        made = Terms(values, rows, high)
+        self.rows, self.count, self.width, self.device = rows, made.count, made.width, values.device
+        self.terms, self.factor, self.cosine = made.terms, made.factor, made.cosine
         self.flags: list[tuple[int, Tensor]] = []  # (first row, int32 [n]: 1 where a score is not finite)
         self._stream: Any = None
         self._lists: tuple[Any, Any, Tensor, Tensor] | None = None
@@ -167,15 +155,6 @@ def _queue(queries: Queries, packed: Any, part: Block, out: Any, block: int, thr
     else:
         scales = scales.cpu().numpy() if isinstance(scales, Tensor) else scales
         queries.stream(block).push(packed, rows, scales, out, threads, stream)
-
-
-def _terms(values: Tensor, rows: str) -> tuple[Tensor, Tensor, float]:
-    """Rounded queries (of `pytorch.Queries`) as first + step * second, both of the rows' dtype."""
-    if rows == "int8":
-        first = values.round()
-        return first.to(torch.int8), ((values - first) * 254.0).round().to(torch.int8), 1.0 / 254.0
-    first = values.bfloat16()
-    return first, (values - first.float()).bfloat16(), 1.0
 
 
 def _native() -> Any:

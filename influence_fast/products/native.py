@@ -15,7 +15,8 @@ from influence_fast.errors import ConfigError, did_you_mean
 
 ISA_VARIABLE = "INFLUENCE_FAST_ISA"
 TORCH = "torch"  # the name that asks for the fallback
-CUDA = "cuda"  # the kernels of csrc/cuda, chosen where rows or the call name a CUDA device
+CUDA = "cuda"  # cuBLAS and the passes of kernels/, chosen where rows or the call name a CUDA device
+MMA = "mma"  # the kernel of csrc/cuda
 
 _REINSTALL = "install g++ or clang++ and reinstall influence-fast"
 
@@ -57,20 +58,21 @@ def engine(isa: str | None = None) -> tuple[ModuleType, str]:
 
 
 def device_engine(device: torch.device, rows: str, isa: str | None = None) -> tuple[ModuleType, str]:
-    """What computes inner products on `device`: our CUDA kernels where they can be used, else PyTorch.
+    """Return what computes inner products on `device`: cuBLAS with fused passes, the mma kernel, or PyTorch.
 
-    rows: "float32", "bfloat16" or "int8". isa: "torch" (or the variable INFLUENCE_FAST_ISA) asks for PyTorch; names
-    of instruction sets say nothing about a device.
+    rows: "float32", "bfloat16" or "int8". isa: "torch" (or the variable INFLUENCE_FAST_ISA) asks for PyTorch, "mma" for
+    the kernel of csrc/cuda where it was compiled; names of instruction sets say nothing about a device.
     """
-    from influence_fast.products import cuda as inner_products_cuda
-    from influence_fast.products import pytorch as inner_products_torch
+    from influence_fast.products import cuda, gpu, pytorch
 
     name = isa or os.environ.get(ISA_VARIABLE, "")
-    if name != TORCH and device.type == "cuda" and rows in inner_products_cuda.KINDS and not cuda_why():
-        major, _ = torch.cuda.get_device_capability(device)
-        if major >= 8:
-            return inner_products_cuda, CUDA
-    return inner_products_torch, TORCH
+    if name == TORCH or device.type != "cuda" or rows not in cuda.KINDS:
+        return pytorch, TORCH
+    if name != MMA and not gpu.why_not(device):
+        return gpu, CUDA
+    if not cuda_why() and torch.cuda.get_device_capability(device)[0] >= 8:
+        return cuda, MMA
+    return pytorch, TORCH
 
 
 def cuda_why() -> str:
