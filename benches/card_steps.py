@@ -21,9 +21,10 @@ from influence_fast.gradients import attention, fp8
 from influence_fast.gradients import streaming as stream
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.fused_layers import Fused
-from influence_fast.gradients.lora import layout_width
+from influence_fast.gradients.layout import layout_width
 from influence_fast.gradients.memory import gradient_memory
 from influence_fast.gradients.per_example import iter_gradient_rows
+from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY
 
 # hidden, intermediate, heads, key/value heads, vocabulary, layers run here (the 7B is repeated layers of its shape)
 SHAPES = {
@@ -75,7 +76,7 @@ def ways_of(device: torch.device) -> dict[str, dict[str, Any]]:
         return ways
     ways |= {way: {"backend": "triton"} for way in ("triton", OWN_LAYERS, ANY_ORDER)}
     ways[NO_GRAPHS] = {"backend": "triton", "cuda_graphs": False}
-    if torch.cuda.get_device_capability(device) >= fp8.LOWEST_CAPABILITY:
+    if torch.cuda.get_device_capability(device) >= LOWEST_CAPABILITY:
         ways["triton fp8"] = {"backend": "triton", "precision": fp8.FP8}
     return ways
 
@@ -166,7 +167,7 @@ def _step(row: dict[str, Any], device: torch.device, shape: tuple[int, ...], rou
                 if engine.cuda_graphs:
                     run()  # a shape is recorded when it is seen again, which the warm-up then is
                 found = timed(device, run, 2)
-                if engine.cuda_graphs and not (engine._graphs and engine._graphs.most_tokens):
+                if engine.cuda_graphs and not (engine.runner.graphs and engine.runner.graphs.most_tokens):
                     raise RuntimeError("no step was recorded, so there is no time for graphs")
                 if device.type == "cuda":
                     launching.setdefault(way, []).append(launching_share(run))
@@ -217,7 +218,7 @@ def batch_memory(device: torch.device, model: Any, projection: inf.Projection, p
             completion_tokens=int((pack.targets >= 0).sum()),
             weight_bytes=engine.linears[0].weight.element_size(),
             checkpointing=checkpointing,
-            triton=engine.backend == "triton",
+            triton=engine.backend.launches_kernels,
         )
     return measured, summed.batch / 2**30
 
@@ -303,7 +304,7 @@ def long_trace(device: torch.device, name: str, shape: tuple[int, ...], tokens: 
             dim=DIM,
             weight_bytes=engine.linears[0].weight.element_size(),
             checkpointing=recomputed,
-            triton=engine.backend == "triton",
+            triton=engine.backend.launches_kernels,
         )
     found = {"model": name, "layers": shape[5], "tokens": tokens, "seconds": seconds, "recomputed": recomputed}
     found |= {"peak_gib": peak, "peak_sum_gib": summed.peak / 2**30, "tokens_per_second": tokens / seconds["p50"]}

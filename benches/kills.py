@@ -179,7 +179,26 @@ def differences(whole: Files, again: Files) -> list[str]:
     found = [f"{name} is missing" for name in sorted(whole.keys() - again.keys())]
     found += [f"{name} is left over" for name in sorted(again.keys() - whole.keys())]
     both = sorted(whole.keys() & again.keys())
-    return found + [f"{name} differs" for name in both if stable(name, whole[name]) != stable(name, again[name])]
+    for name in both:
+        one, other = stable(name, whole[name]), stable(name, again[name])
+        if one != other:
+            found.append(f"{name} differs{_first_difference(one, other) if name.endswith('.json') else ''}")
+    return found
+
+
+def _first_difference(one: bytes, other: bytes) -> str:
+    """Where two JSON documents differ first, and both values."""
+
+    def search(left: Any, right: Any, place: str) -> str | None:
+        if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
+            inner = [search(left[key], right[key], f"{place}.{key}") for key in left]
+        elif isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+            inner = [search(*pair, f"{place}[{i}]") for i, pair in enumerate(zip(left, right, strict=True))]
+        else:
+            return None if left == right else f" at {place}: {str(left)[:80]} against {str(right)[:80]}"
+        return next(filter(None, inner), None)
+
+    return search(json.loads(one), json.loads(other), "") or ""
 
 
 def write_inputs(folder: Path) -> None:
@@ -275,10 +294,11 @@ def run_whole(folder: Path, verb: Verb, start_from: Path | None = None) -> Whole
 
 def kill_once(folder: Path, verb: Verb, whole: Whole, rng: random.Random, start_from: Path | None) -> list[str]:
     """Kill the verb at a random moment, run it again to its end, and return what differs from the whole run."""
-    for _ in range(TRIES):
+    for trial in range(TRIES):
         _empty(folder, start_from)
         process = _start(folder, verb.arguments)
-        if _killed(process, folder / OUTPUT, whole, rng):
+        # The whole run may have been slowed down by other work: waits shrink until one ends before the process.
+        if _killed(process, folder / OUTPUT, whole, rng, 0.75**trial):
             break
         _finish(process)
     else:
@@ -297,16 +317,19 @@ def _resumed(folder: Path, verb: Verb, whole: Whole) -> list[str]:
     return differences(whole.files, files_of(folder / OUTPUT))
 
 
-def _killed(process: subprocess.Popen[str], output: Path, whole: Whole, rng: random.Random) -> bool:
-    """Kill the process at a moment that `rng` draws; False where it ended by itself before."""
+def _killed(process: subprocess.Popen[str], output: Path, whole: Whole, rng: random.Random, share: float) -> bool:
+    """Kill the process at a moment that `rng` draws from the first `share` of the whole run's time.
+
+    Returns False where the process ended by itself before.
+    """
     before = _state(output)
     if rng.random() < 0.2:
-        wait = rng.random() * whole.first
+        wait = share * rng.random() * whole.first
     else:
         # counted from the first file of this very run, as starting takes longer on a busy machine
         while process.poll() is None and _state(output) == before:
             time.sleep(POLL)
-        wait = rng.random() * (whole.seconds - whole.first)
+        wait = share * rng.random() * (whole.seconds - whole.first)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(wait)
         return False

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import ConfigError
-from influence_fast.gradients.projection import FLAT_KINDS, key, sjlt_map
 from influence_fast.kernels.runtime import ceil_div, padded
+from influence_fast.philox import FLAT_KINDS, key, sjlt_map
 
 
 def tile_sides(d_size: int, r_size: int) -> tuple[int, int]:

@@ -17,7 +17,6 @@ from typing import Any
 from torch import Tensor
 
 from influence_fast.errors import ConfigError
-from influence_fast.gradients.projection import sign_matrix, sjlt_map
 from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels.flat_sketch import FlatSketch
 from influence_fast.kernels.runtime import (
@@ -31,6 +30,7 @@ from influence_fast.kernels.runtime import (
 from influence_fast.kernels.segments import Segments, as_segments, check_tokens
 from influence_fast.kernels.sign_product import project_rademacher
 from influence_fast.kernels.sjlt_scatter import project_sjlt
+from influence_fast.philox import sign_matrix, sjlt_map
 
 __all__ = ["FlatSketch", "cost", "project_flat", "reference", "sketch_rows"]
 

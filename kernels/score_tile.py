@@ -9,8 +9,8 @@ what this pass costs beside the product is a read of that cache, and the full (N
 
 A program owns some rows and goes through the queries block by block, so no other one adds to the group sums of its
 rows: they need no atomics and have the same bits in every run. For the top k a score that beats the k-th best so far is
-written to a list of candidates, in any order; `_merge_kernel` puts them in their places among the best. Score and row make one
-64-bit key, of which no two are equal, so the order in which candidates came does not show.
+written to a list of candidates, in any order; `_merge_kernel` puts them in their places among the best. Score and row
+make one 64-bit key, of which no two are equal, so the order in which candidates came does not show.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from influence_fast.kernels.runtime import Cost, ceil_div, check_device, check_s
 
 # A merge compares each new key with as many as are kept; PyTorch sorts where more are asked for.
 MOST_KEPT = 1024
-_TILE = 4096  # scores of a program at a time
+# Scores of a program at a time, 8 a thread; with 16 a thread has no registers left, or spills for 4 planes.
+_TILE = 2048
+_COMPARED = 2048  # pairs of keys that a merge compares at a time, for the same reason
 LOWEST = -(2**63)  # key of a place that no row has taken
 LAST_ROW = 2**32 - 1
 
@@ -324,7 +326,7 @@ def _merge(top: RunningTop, device: torch.device) -> None:
             "keep": top.keep,
             "capacity": top.candidates.shape[1],
         },
-        {"KEPT": top.keys.shape[1], "STEP": 32, "LOWEST": LOWEST},
+        {"KEPT": top.keys.shape[1], "STEP": max(2, min(32, _COMPARED // top.keys.shape[1])), "LOWEST": LOWEST},
         device=device,
         num_warps=4,
         num_stages=1,

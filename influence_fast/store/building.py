@@ -336,7 +336,7 @@ def _plan(
     max_length: int | None,
     truncate: bool,
 ) -> Manifest:
-    from influence_fast.gradients.lora import layout_width
+    from influence_fast.gradients.layout import layout_width
     from influence_fast.gradients.targets import gradient_layout
 
     layout = gradient_layout(model, projection)

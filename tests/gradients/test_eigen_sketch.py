@@ -17,16 +17,16 @@ from safetensors.torch import save_file
 from influence_fast.data.examples import Example, tokenize
 from influence_fast.errors import ConfigError, DataError, StoreError
 from influence_fast.gradients.eigen_sketch import EigenRows, EigenSketch, file_of
-from influence_fast.gradients.lora import LayoutEntry, layout_width
+from influence_fast.gradients.layout import LayoutEntry, layout_width
 from influence_fast.gradients.per_example import iter_gradient_rows, per_example_gradients
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import sketch_fitting
 from influence_fast.influence.ekfac import fit_ekfac
-from influence_fast.influence.ranking import spearman
 from influence_fast.influence.scoring import influence_matrix, influence_scores
 from influence_fast.influence.settings import GradientConfig, InfluenceConfig, check_influence
 from influence_fast.influence.sketch_fitting import fit_projection, leading, resolved, width_of
+from influence_fast.statistics.ranks import spearman
 from influence_fast.store.building import build_shards, build_store, identity_of
 from influence_fast.store.merge import append_store, merge_stores
 from influence_fast.store.reader import open_store, verify_store

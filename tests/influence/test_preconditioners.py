@@ -15,13 +15,14 @@ from scipy import stats
 from influence_fast.config import RunConfig
 from influence_fast.data.adapter_names import plain_name
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError
-from influence_fast.gradients.lora import LayoutEntry
-from influence_fast.gradients.projection import Projection, random_matrix, sjlt_map
+from influence_fast.gradients.layout import LayoutEntry
+from influence_fast.gradients.projection import Projection, random_matrix
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import preconditioners
 from influence_fast.influence.adam import adam_moments
 from influence_fast.influence.damping import GRID
 from influence_fast.influence.scoring import factors_of, influence_scores, module_blocks
+from influence_fast.philox import sjlt_map
 from influence_fast.settings import from_dict
 from influence_fast.store.building import build_store
 

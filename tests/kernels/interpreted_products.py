@@ -48,10 +48,10 @@ def tile_of(planes: int, rows: int, queries: int, dtype: torch.dtype, start: int
     [
         (1, 1, 1, torch.int32),
         (1, 1, 3, torch.float32),
-        (2, 513, 8, torch.int32),
+        (2, 257, 8, torch.int32),
         (4, 37, 19, torch.float32),
-        (1, 33, 131, torch.int32),
-        (2, 31, 128, torch.float32),
+        (1, 17, 131, torch.int32),
+        (2, 17, 128, torch.float32),
     ],
 )
 def test_every_result_of_a_tile_agrees_with_float64(planes: int, rows: int, queries: int, dtype: torch.dtype) -> None:
@@ -93,15 +93,15 @@ def test_rows_with_a_score_that_is_not_finite_are_marked(value: float) -> None:
 @pytest.mark.parametrize("keep", [1, 7, 40])
 @pytest.mark.parametrize("kind", ["random", "ties", "ascending"])
 def test_the_top_k_over_tiles_is_that_of_a_stable_sort(keep: int, kind: str) -> None:
-    scores = normal(103, 3, dtype=torch.float32, device=CPU)
+    scores = normal(63, 3, dtype=torch.float32, device=CPU)
     if kind == "ties":
         scores = scores.round()
         scores[::2] *= -1  # zeros of both signs
     elif kind == "ascending":
         scores = scores.sort(dim=0).values
-    top = score_tile.RunningTop.of(3, keep, 50, CPU)
-    for first in range(0, 103, 50):
-        part = scores[first : first + 50]
+    top = score_tile.RunningTop.of(3, keep, 40, CPU)
+    for first in range(0, 63, 40):
+        part = scores[first : first + 40]
         tile = score_tile.Tile(part[None], torch.ones(1, 3), torch.zeros(len(part), dtype=torch.int32), first)
         score_tile.score_tile(tile, score_tile.TileResults(top=top))
     ordered = scores.T.contiguous().sort(dim=1, descending=True, stable=True)
@@ -121,13 +121,13 @@ def test_places_that_no_row_took_are_named_so() -> None:
 
 def test_ranks_of_columns_share_ties_in_every_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(column_ranks, "_SORT_BYTES", 1)  # a column at a time
-    columns = normal(4, 1030, dtype=torch.float32, device=CPU)
+    columns = normal(4, 630, dtype=torch.float32, device=CPU)
     columns[1] = columns[1].round()
     columns[2] = 3.0
     columns[3, ::2] = 0.0
     columns[3, 1::4] = -0.0
     ranks = rankdata(columns.numpy(), axis=1)
-    sums = torch.ones(1030, 4, dtype=torch.float64)
+    sums = torch.ones(630, 4, dtype=torch.float64)
     lists = [torch.from_numpy(part).int() for part in lists_of([[3], [], [0, 1, 2, 3], [2, 0]])]
     column_ranks.add_column_ranks(columns, *lists, sums)
     expected = 1 + np.stack([ranks[group].sum(0) for group in ([3], [], [0, 1, 2, 3], [2, 0])], 1)
@@ -172,12 +172,13 @@ def made(kind: str, n: int, q: int, k: int) -> tuple[torch.Tensor, torch.Tensor 
 
 
 @pytest.mark.parametrize("kind", ["int8", "bf16"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (129, 3, 64), (131, 11, 77)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (33, 3, 64), (35, 11, 77)], ids=str)
 @pytest.mark.parametrize("precision", ["fast", "high"])
 def test_fused_calls_agree_with_pytorch(
     kind: str, shape: tuple[int, int, int], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "_TILE_BYTES", 1)  # tiles of 128 rows
+    monkeypatch.setattr(gpu, "_TILE_BYTES", 1)
+    monkeypatch.setattr(gpu, "_ROW_MULTIPLE", 32)  # and so the rows of a tile
     monkeypatch.setattr(gpu, "_INT8_COLUMNS", 48)
     monkeypatch.setattr(gpu, "_BF16_COLUMNS", {1: 40, 2: 32})
     rows, scales, queries = made(kind, *shape)
@@ -201,7 +202,8 @@ def test_fused_calls_agree_with_pytorch(
 def test_a_top_k_beyond_what_a_pass_keeps_is_sorted_by_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(score_tile, "MOST_KEPT", 3)
     monkeypatch.setattr(gpu, "_TILE_BYTES", 1)
-    rows, scales, queries = made("int8", 200, 2, 16)
+    monkeypatch.setattr(gpu, "_ROW_MULTIPLE", 32)
+    rows, scales, queries = made("int8", 70, 2, 16)
     found = on_a_gpu(monkeypatch, rows, queries, row_scales=scales, topk=9)
     scores = on_a_gpu(monkeypatch, rows, queries, row_scales=scales)
     best = scores.T.contiguous().sort(dim=1, descending=True, stable=True)
@@ -210,19 +212,19 @@ def test_a_top_k_beyond_what_a_pass_keeps_is_sorted_by_pytorch(monkeypatch: pyte
 
 @pytest.mark.parametrize("kind", ["int8", "bf16"])
 def test_rows_that_are_not_finite_are_named_after_all_blocks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, scales, queries = made(kind, 140, 2, 16)
-    for i in (3, 139):
+    rows, scales, queries = made(kind, 40, 2, 16)
+    for i in (3, 39):
         if scales is None:
             rows[i, 1] = torch.inf
         else:
             scales[i] = torch.nan
-    with pytest.raises(NumericError, match="rows 3, 139 have NaN"):
+    with pytest.raises(NumericError, match="rows 3, 39 have NaN"):
         on_a_gpu(monkeypatch, rows, queries, row_scales=scales, topk=2, normalize=True)
 
 
 def test_rows_on_the_device_are_read_where_they_lie() -> None:
-    rows, scales, queries = made("int8", 300, 4, 32)
-    packed, out = gpu.Queries(queries, "int8"), torch.empty(300, 4)
+    rows, scales, queries = made("int8", 50, 4, 32)
+    packed, out = gpu.Queries(queries, "int8"), torch.empty(50, 4)
     gpu.score(packed, Block(0, rows, scales), Wanted(scores=out))
     assert gpu.finish(packed) == []
     assert scales is not None

@@ -464,14 +464,14 @@ def test_native_calls_let_other_threads_run() -> None:
 INTERRUPTED = """
 import os, signal, threading, time
 import numpy as np
-from influence_fast import inner_products
+from influence_fast import ProductOptions, inner_products
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process of a background job is born ignoring it
 rows = np.ones((4000, 4096), np.float32)
 queries = np.ones((20000, 4096), np.float32)  # minutes of work
 threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 start = time.monotonic()
 try:
-    inner_products(rows, queries, groups=[[0]], isa="portable", threads=2)
+    inner_products(rows, queries, groups=[[0]], options=ProductOptions(isa="portable", threads=2))
 except KeyboardInterrupt:
     print("interrupted")
 """
