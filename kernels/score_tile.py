@@ -27,9 +27,10 @@ from influence_fast.kernels.runtime import Cost, ceil_div, check_device, check_s
 
 # A merge compares each new key with as many as are kept; PyTorch sorts where more are asked for.
 MOST_KEPT = 1024
-# Scores of a program at a time, 8 a thread; with 16 a thread has no registers left, or spills for 4 planes.
-_TILE = 2048
-_COMPARED = 2048  # pairs of keys that a merge compares at a time, for the same reason
+# Scores of a program at a time, 4 a thread, which load as 16 bytes. With 8 or 16 a thread spills registers where every
+# result is wanted: the addresses of each are 64 bits.
+_TILE = 1024
+_COMPARED = 2048  # pairs of keys that a merge compares at a time, without spills either
 LOWEST = -(2**63)  # key of a place that no row has taken
 LAST_ROW = 2**32 - 1
 
