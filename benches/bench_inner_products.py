@@ -70,7 +70,7 @@ def main() -> None:
         "rows": args.rows,
         "width": args.width,
         "threads": args.threads,
-        "path": native.engine()[1],
+        "path": native.chosen(),
         "targets": TARGETS,
     }
     cases = {

@@ -275,7 +275,7 @@ def main() -> None:
         "width": args.width,
         "queries": args.queries,
         "threads": args.threads,
-        "path": native.engine()[1],
+        "path": native.chosen(),
         "load before": os.getloadavg()[0],
         "targets": TARGETS,
     }

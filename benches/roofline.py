@@ -266,7 +266,7 @@ def measure(device: torch.device, quick: bool, rounds: int, threads: int) -> dic
         "command": COMMAND,
         "device": device.type,
         "threads": threads,
-        "path": native.engine()[1],
+        "path": native.chosen(),
         "rounds": rounds,
         "ceilings": {name: spread(values)._asdict() for name, values in rates.items()},
         "stages": shares([(s.name, s.cost, s.dtype) for s in stages], seconds, bandwidth, rates),

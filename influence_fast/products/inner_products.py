@@ -23,7 +23,7 @@ import torch
 
 from influence_fast.errors import DataError
 from influence_fast.philox import key
-from influence_fast.products import native
+from influence_fast.products import engines, native
 from influence_fast.products.blocks import Block, Wanted
 from influence_fast.products.inputs import (
     Array,
@@ -151,7 +151,7 @@ def inner_products(
     threads = native.default_threads() if choices.threads is None else positive("threads", choices.threads)
     target = scoring_device(source, choices.device)
     engine, path = (
-        native.engine(choices.isa) if target is None else native.device_engine(target, source.kind, choices.isa)
+        engines.engine(choices.isa) if target is None else engines.device_engine(target, source.kind, choices.isa)
     )
     call = _Call(source, queries, members, keep, normalize, choices.precision == "high", threads, target, engine, path)
     results = _new_results(call, choices.out, groups is not None, topk is not None, ranks)
@@ -287,7 +287,7 @@ def quantize_rows(
     source = source_of(rows, None)
     if source.kind != "float32" or source.array is None:
         raise DataError(f"quantize_rows takes fp32 rows, not {source.kind}; convert them first")
-    engine, _ = native.engine()
+    engine, _ = engines.engine()
     key0, key1 = key(seed, "quantize")
     quantized, scales, bad = engine.quantize(
         source.array, stochastic, key0, key1, first_row, threads or native.default_threads()
@@ -303,7 +303,7 @@ def to_bf16(rows: Array, *, threads: int | None = None) -> Array:
     source = source_of(rows, None)
     if source.kind != "float32":
         raise DataError(f"to_bf16 takes fp32 rows, not {source.kind}; convert them first")
-    engine, _ = native.engine()
+    engine, _ = engines.engine()
     return engine.to_bf16(source.array, threads or native.default_threads())
 
 

@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 from influence_fast.errors import DataError, NumericError
 from influence_fast.kernels.runtime import WHY_NO_TRITON
 from influence_fast.products import cuda as inner_products_cuda
-from influence_fast.products import gpu, native
+from influence_fast.products import engines, gpu, native
 from influence_fast.products.inner_products import ProductOptions, inner_products, quantize_rows
 
 pytestmark = [
@@ -91,11 +91,11 @@ def test_the_path_that_is_meant_runs() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     if torch.cuda.get_device_capability(device)[0] >= 8 and shutil.which("nvcc"):
         assert native.cuda_why() == "", "there is an nvcc here, and the CUDA part was not built"
-        assert native.device_engine(device, "int8", "mma")[0] is inner_products_cuda
+        assert engines.device_engine(device, "int8", "mma")[0] is inner_products_cuda
     if not gpu.why_not(device):
-        assert native.device_engine(device, "int8") == (gpu, native.CUDA)
-    assert native.device_engine(device, "int8", "torch")[1] == native.TORCH
-    assert native.device_engine(device, "float32")[1] == native.TORCH
+        assert engines.device_engine(device, "int8") == (gpu, native.CUDA)
+    assert engines.device_engine(device, "int8", "torch")[1] == native.TORCH
+    assert engines.device_engine(device, "float32")[1] == native.TORCH
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -14,7 +14,7 @@ from tolerances import TOLERANCES, relative_norm
 
 from influence_fast.errors import ConfigError, NumericError
 from influence_fast.kernels import column_ranks, row_factors, score_tile
-from influence_fast.products import gpu, inner_products, native
+from influence_fast.products import engines, gpu, inner_products, native
 from influence_fast.products.blocks import Block, Wanted
 from influence_fast.products.inner_products import ProductOptions, quantize_rows
 
@@ -161,7 +161,7 @@ def test_results_that_do_not_fit_a_tile_are_refused(change: dict[str, Any], mess
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, *args: Any, **asked: Any) -> Any:
     """`inner_products` by the engine of GPUs, on the CPU's memory."""
     monkeypatch.setattr(inner_products, "scoring_device", lambda source, device: CPU)
-    monkeypatch.setattr(native, "device_engine", lambda *_: (gpu, native.CUDA))
+    monkeypatch.setattr(engines, "device_engine", lambda *_: (gpu, native.CUDA))
     return inner_products.inner_products(*args, **asked)
 
 
