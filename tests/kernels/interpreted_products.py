@@ -90,7 +90,7 @@ def test_rows_with_a_score_that_is_not_finite_are_marked(value: float) -> None:
     assert tile.bad.nonzero().flatten().tolist() == [4]
 
 
-@pytest.mark.parametrize("keep", [1, 7, 40])
+@pytest.mark.parametrize("keep", [1, 40])
 @pytest.mark.parametrize("kind", ["random", "ties", "ascending"])
 def test_the_top_k_over_tiles_is_that_of_a_stable_sort(keep: int, kind: str) -> None:
     scores = normal(63, 3, dtype=torch.float32, device=CPU)
@@ -172,8 +172,9 @@ def made(kind: str, n: int, q: int, k: int) -> tuple[torch.Tensor, torch.Tensor 
 
 
 @pytest.mark.parametrize("kind", ["int8", "bf16"])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (33, 3, 64), (35, 11, 77)], ids=str)
-@pytest.mark.parametrize("precision", ["fast", "high"])
+@pytest.mark.parametrize(
+    ("shape", "precision"), [((1, 1, 1), "high"), ((33, 3, 64), "fast"), ((35, 11, 77), "high")], ids=str
+)
 def test_fused_calls_agree_with_pytorch(
     kind: str, shape: tuple[int, int, int], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
