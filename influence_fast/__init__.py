@@ -15,6 +15,7 @@ _EXPORTS: dict[str, str] = {
     "EvalConfig": "evaluation.evaluate",
     "InfluenceCallback": "influence.callback",
     "LoraSettings": "training.settings",
+    "ProductOptions": "products.options",
     "Projection": "gradients.projection",
     "RowSpec": "gradients.row_spec",
     "ScoreTable": "influence.scores",
@@ -103,6 +104,7 @@ if TYPE_CHECKING:
     from influence_fast.influence.sketch_fitting import fit_projection as fit_projection
     from influence_fast.products.inner_products import inner_products as inner_products
     from influence_fast.products.inner_products import quantize_rows as quantize_rows
+    from influence_fast.products.options import ProductOptions as ProductOptions
     from influence_fast.report.page import write_report as write_report
     from influence_fast.report.ranking_plot import plot_ranking_over_training as plot_ranking_over_training
     from influence_fast.run.planner import plan as plan

@@ -15,7 +15,7 @@ from influence_fast.influence import preconditioners
 from influence_fast.influence.rounding import warn_if_coarse
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.whitened import UnitNorm
-from influence_fast.products.inner_products import inner_products
+from influence_fast.products.inner_products import ProductOptions, inner_products
 from influence_fast.statistics.ranks import average_ranks
 from influence_fast.store.reader import Store
 
@@ -194,7 +194,11 @@ def _prepared(
     rows = _Divided(store, fitted) if isinstance(fitted, UnitNorm) else store
     # H^-1 q spreads over decades where the rows are small: 8 bits of it would be too few
     precision = "fast" if isinstance(fitted, preconditioners.Identity) else "high"
-    return rows, fitted.apply(queries.float()), {"normalize": fitted.normalize, "precision": precision}
+    return (
+        rows,
+        fitted.apply(queries.float()),
+        {"normalize": fitted.normalize, "options": ProductOptions(precision=precision)},
+    )
 
 
 def reads_fisher(store: Store, preconditioner: str) -> bool:

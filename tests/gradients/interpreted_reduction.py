@@ -18,7 +18,7 @@ from influence_fast.gradients.layout import layout_of
 from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.reduction import FullReducer, ProjectedReducer
 from influence_fast.gradients.streaming import StreamReducer
-from influence_fast.kernels import project_flat
+from influence_fast.kernels import sign_product, sjlt_scatter
 
 SHAPES = ((50, 40, 20), (24, 70, 4), (7, 5, 1))  # (d_in, d_out, r)
 SLAB = 512  # in the place of 32,768: factors this small then have several, in both directions
@@ -129,8 +129,8 @@ def other_factors() -> dict[str, float]:
 
 def main() -> None:
     round_as_cards_do()
-    project_flat.SLAB = SLAB
-    project_flat.TILES_A_PROGRAM, project_flat.MOST_SPLITS = 1, 2  # so that a program has several tiles
+    sign_product.SLAB = SLAB
+    sjlt_scatter.TILES_A_PROGRAM, sjlt_scatter.MOST_SPLITS = 1, 2  # so that a program has several tiles
     errors = {}
     for name, projection in PROJECTIONS.items():
         for dtype in (torch.float32, torch.bfloat16):
