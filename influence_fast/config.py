@@ -23,7 +23,8 @@ from influence_fast.guards import reading
 from influence_fast.influence.preconditioners import (
     SKETCHES,
 )
-from influence_fast.influence.settings import GradientConfig, InfluenceConfig, check_influence
+from influence_fast.influence.recipe import Recipe
+from influence_fast.influence.settings import GradientConfig, InfluenceConfig
 from influence_fast.selection.strategies import STRATEGIES, needed_columns
 from influence_fast.settings import from_dict, one_of, read_mapping
 from influence_fast.training.fine_tuning import LoraSettings, TrainConfig
@@ -183,7 +184,7 @@ class RunConfig:
     validate: ValidateConfig = field(default_factory=ValidateConfig)
 
     def __post_init__(self) -> None:
-        check_influence(self.influence, self.gradients)
+        Recipe.of(self.gradients, self.influence).check()
         _check_quantized(self)
         if self.influence.checkpoints and not self.training.save_checkpoints and self.model.adapter is None:
             raise ConfigError("influence.checkpoints: there will be none; set training.save_checkpoints")

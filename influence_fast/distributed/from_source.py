@@ -17,7 +17,7 @@ from influence_fast.distributed.claims import LEASE, check_lease
 from influence_fast.distributed.processes import World
 from influence_fast.gradients import sharded
 from influence_fast.gradients.projection import Projection
-from influence_fast.influence.pool_gradients import sketch_options
+from influence_fast.influence.recipe import Recipe
 from influence_fast.influence.settings import GradientConfig, InfluenceConfig
 from influence_fast.influence.sketch_fitting import resolved
 from influence_fast.store.reader import Store
@@ -90,7 +90,7 @@ def build_from_source(
     shared["loss_reduction"] = gradients.loss_reduction
 
     def fit(projection: Projection) -> Projection:
-        how = sketch_options(gradients, influence)
+        how = Recipe.of(gradients, influence).sketch_options
         return distributed.fit_projection(folder, loaded, tokens, projection=projection, **how, **shared)
 
     projection = resolved(gradients.projection, gradients.sketch, influence.preconditioner, loaded, fit)

@@ -21,10 +21,11 @@ from influence_fast.data.packing import IGNORED
 from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
 from influence_fast.gradients.per_example import per_example_losses
 from influence_fast.influence.damping import Damping
-from influence_fast.influence.pool_gradients import fisher_folders, pool_gradients
-from influence_fast.influence.preconditioners import FROM_DATA
-from influence_fast.influence.scoring import influence_matrix
-from influence_fast.influence.settings import WHOLE, GradientConfig, InfluenceConfig, check_influence
+from influence_fast.influence.fisher_rows import fisher_folders
+from influence_fast.influence.pool_gradients import pool_gradients
+from influence_fast.influence.preconditioners import FROM_DATA, PRECONDITIONERS
+from influence_fast.influence.recipe import Recipe
+from influence_fast.influence.settings import WHOLE, GradientConfig, InfluenceConfig
 from influence_fast.timing import timed
 from influence_fast.training.fine_tuning import finetuned
 
@@ -64,12 +65,12 @@ class Method:
     def __post_init__(self) -> None:
         if not 0 < self.tokens <= 1:
             raise ConfigError(f"method {self.name}: tokens is {self.tokens}; it is a share, above 0 and at most 1")
-        if self.moments and self.preconditioner not in ("adam", "less"):
+        if self.moments and self.preconditioner in PRECONDITIONERS and not self.recipe().reads_moments:
             raise ConfigError(f"method {self.name}: moments are read by 'adam' and 'less' only")
         if self.proxy is not None and (self.moments or self.checkpoints):
             raise ConfigError(f"method {self.name}: a proxy has one adapter, and neither checkpoints nor moments")
         try:
-            check_influence(self.influence(), self.gradients())
+            self.recipe().check()
         except ConfigError as error:
             raise ConfigError(f"method {self.name}: {re.sub(r'(gradients|influence)[.]', '', str(error))}") from None
 
@@ -85,6 +86,10 @@ class Method:
             sketch_examples=self.sketch_examples,
             store_dtype=self.store_dtype,
         )
+
+    def recipe(self) -> Recipe:
+        """What goes together in it."""
+        return Recipe.of(self.gradients(), self.influence())
 
     def influence(self, adapter: Path | None = None) -> InfluenceConfig:
         """What its scores under one adapter are made of."""
@@ -179,7 +184,7 @@ def score_by(
                 names = listing(name for name, _ in made.store.set_aside)
                 raise DataError(f"method {method.name}: no gradient for {names}; leave these examples out of the pool")
             with timed(seconds, "scores"):
-                matrix = influence_matrix(made.store, made.queries, **made.scored_by(influence))
+                matrix = made.scorer(influence).matrix(made.queries)
             total += np.float32(weight) * matrix
             size = sum(file.stat().st_size for file in scratch.glob("rows-*"))
             bytes_per_example += size // max(1, len(made.store))

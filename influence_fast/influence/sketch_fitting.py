@@ -20,7 +20,8 @@ from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence.damping import AUTO, DEFAULT_DAMPING, Damping, check_damping
 from influence_fast.influence.ekfac import Ekfac, fit_ekfac
-from influence_fast.influence.preconditioners import FISHER_LABELS, FROM_DATA, FROM_MODEL, SKETCHES, fits_sketch
+from influence_fast.influence.preconditioners import FISHER_LABELS, FROM_DATA, FROM_MODEL, SKETCHES
+from influence_fast.influence.recipe import sketch_for
 from influence_fast.store.manifest import MANIFEST_NAME, Manifest
 from influence_fast.store.reader import fitted_sketch, open_store
 from influence_fast.store.shard_rows import GradientSource, tokenized
@@ -151,7 +152,7 @@ def resolved(
     With "auto", rows that are no longer than the width are left as they are. Raises as `fit_projection`, and
     ConfigError for a store of another projection.
     """
-    if projection is None or not fits_sketch(sketch, projection, preconditioner):
+    if projection is None or sketch_for(sketch, projection, preconditioner) is None:
         return projection
     if sketch not in SKETCHES:
         found = open_store(sketch).projection
@@ -168,7 +169,7 @@ def width_of(projection: Projection | None, sketch: str, preconditioner: str, mo
     """Numbers in a row of what `resolved` makes of the same arguments."""
     if projection is None or projection.width is None:
         return layout_width(gradient_layout(model, projection))
-    if sketch != AUTO or not fits_sketch(sketch, projection, preconditioner):
+    if sketch != AUTO or sketch_for(sketch, projection, preconditioner) is None:
         return projection.width
     return min(projection.width, layout_width(gradient_layout(model, replace(projection.plain, width=None))))
 
