@@ -16,7 +16,7 @@ from influence_fast.data.examples import Example, tokenize
 from influence_fast.gradients.per_example import per_example_gradients
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.streaming import stream_influence
-from influence_fast.influence.scoring import influence_scores
+from influence_fast.influence.scorer import Scorer
 from influence_fast.store.building import build_store
 
 
@@ -56,7 +56,7 @@ def build(scale: Scale) -> Variants:
         shutil.rmtree(path, ignore_errors=True)
         store = build_store(path, model, tokenizer, train, projection=projection, progress=False)
         queries = per_example_gradients(model, asked_tokens, projection=projection)
-        influence_scores(store, queries, groups, preconditioner="cosine")
+        Scorer.fit(store, preconditioner="cosine").scores(queries, groups)
 
     def stream() -> None:
         queries = per_example_gradients(model, asked_tokens)

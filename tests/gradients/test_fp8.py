@@ -23,6 +23,7 @@ from influence_fast.errors import ConfigError, StoreError, say_once
 from influence_fast.gradients import fp8
 from influence_fast.gradients.lora import find_lora_linears
 from influence_fast.gradients.per_example import iter_gradient_rows
+from influence_fast.gradients.projection import Projection
 from influence_fast.kernels import fp8_rows
 from influence_fast.settings import from_dict
 from influence_fast.store.building import build_store, identity_of
@@ -219,9 +220,9 @@ def test_rows_of_zeros_beside_too_few_change_no_product(tokens: int, rows: int, 
 # ---- gradient rows ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("projection", [None, inf.Projection(dim=8), inf.Projection("kron", dim=4)])
+@pytest.mark.parametrize("projection", [None, Projection(dim=8), Projection("kron", dim=4)])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
-def test_rows_are_8_bit_ones(tiny_lora: Callable[..., Any], kind: str, projection: inf.Projection | None) -> None:
+def test_rows_are_8_bit_ones(tiny_lora: Callable[..., Any], kind: str, projection: Projection | None) -> None:
     model, examples = tiny_lora(kind, **FITS), make_examples()
     exact = inf.per_example_gradients(model, examples, projection=projection)
     rows = inf.per_example_gradients(model, examples, projection=projection, precision="fp8")
@@ -328,7 +329,7 @@ def test_the_command_line_refuses_it_before_any_work(capsys: pytest.CaptureFixtu
 
 def test_the_store_records_it_and_keeps_its_rows_apart(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
     model, examples = tiny_lora("qwen2", **FITS), make_examples()
-    settings: dict[str, Any] = {"projection": inf.Projection(dim=4), "dtype": "fp32", "progress": False}
+    settings: dict[str, Any] = {"projection": Projection(dim=4), "dtype": "fp32", "progress": False}
 
     def build(name: str, precision: str, few: list[dict[str, Any]] = examples) -> Any:
         return build_store(tmp_path / name, model, None, few, precision=precision, **settings)
@@ -361,7 +362,7 @@ def test_the_store_records_it_and_keeps_its_rows_apart(tiny_lora: Callable[..., 
 def test_a_store_without_8_bits_says_nothing_new(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
     """Its files are those of a version that knew no precision: such stores are read, and gone on with."""
     model, examples = tiny_lora("qwen2", **FITS), make_examples()
-    build_store(tmp_path / "s", model, None, examples, projection=inf.Projection(dim=4), progress=False)
+    build_store(tmp_path / "s", model, None, examples, projection=Projection(dim=4), progress=False)
     manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
     assert "loss_reduction" in manifest["identity"]
     assert "precision" not in manifest["identity"]
