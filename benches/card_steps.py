@@ -21,9 +21,10 @@ from influence_fast.gradients import streaming as stream
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.fused_layers import Fused
 from influence_fast.gradients.lora import layout_width
-from influence_fast.gradients.memory import gradient_memory
+from influence_fast.gradients.memory import BaseWeights, PackSize, gradient_memory
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.targets import gradient_layout
 
 # hidden, intermediate, heads, key/value heads, vocabulary, layers run here (the 7B is repeated layers of its shape)
@@ -210,13 +211,10 @@ def batch_memory(device: torch.device, model: Any, projection: Projection, pack:
             measured = (peak_bytes(partial(engine.run, pack)) - before) / 2**30
         summed = gradient_memory(
             engine.base.config,
-            len(pack.input_ids),
-            parameters=0,
+            PackSize(len(pack.input_ids), len(pack.indices), int((pack.targets >= 0).sum())),
+            BaseWeights(0, engine.linears[0].weight.element_size()),
+            RowSpec(dim=DIM),
             rank=RANK,
-            dim=DIM,
-            examples=len(pack.indices),
-            completion_tokens=int((pack.targets >= 0).sum()),
-            weight_bytes=engine.linears[0].weight.element_size(),
             checkpointing=checkpointing,
             triton=engine.backend == "triton",
         )
@@ -298,11 +296,13 @@ def long_trace(device: torch.device, name: str, shape: tuple[int, ...], tokens: 
         peak = peak_bytes(partial(engine.run, pack)) / 2**30 if device.type == "cuda" else None
         summed = gradient_memory(
             engine.base.config,
-            tokens,
-            parameters=sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n),
+            PackSize(tokens),
+            BaseWeights(
+                sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n),
+                engine.linears[0].weight.element_size(),
+            ),
+            RowSpec(dim=DIM),
             rank=RANK,
-            dim=DIM,
-            weight_bytes=engine.linears[0].weight.element_size(),
             checkpointing=recomputed,
             triton=engine.backend == "triton",
         )

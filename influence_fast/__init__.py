@@ -19,7 +19,7 @@ _EXPORTS: dict[str, str] = {
     "Scorer": "influence.scorer",
     "Store": "store.reader",
     "TrainConfig": "training.fine_tuning",
-    "build_store": "store.building",
+    "build_store": "influence.building",
     "check_model": "check.model_check",
     "evaluate": "evaluation.evaluate",
     "finetune": "training.fine_tuning",
@@ -52,7 +52,7 @@ _MOVED: dict[str, str] = {
     "fit_projection": "influence.sketch_fitting",
     "grade": "evaluation.grading",
     "gradient_layout": "gradients.targets",
-    "identity_of": "store.building",
+    "identity_of": "store.planning",
     "import_gradients": "store.importers",
     "learning_rates": "influence.checkpoints",
     "load_task": "evaluation.tasks",
@@ -61,11 +61,11 @@ _MOVED: dict[str, str] = {
     "plan": "run.planner",
     "plot_ranking_over_training": "report.ranking_plot",
     "quantize_rows": "products.inner_products",
-    "query_gradients": "influence.pool_gradients",
+    "query_gradients": "store.queries",
     "ranking_over_training": "influence.checkpoints",
     "sample_labels": "gradients.fisher_labels",
     "task_examples": "evaluation.tasks",
-    "verify_store": "store.reader",
+    "verify_store": "store.verification",
 }
 
 # As `_MOVED`, but these warn when they are called: `Scorer` replaces them.
@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     from influence_fast.data.examples import Example as Example
     from influence_fast.data.examples import load_examples as load_examples
     from influence_fast.data.examples import tokenize as tokenize
+    from influence_fast.distributed.builds import DistributedOptions as DistributedOptions
     from influence_fast.distributed.builds import build_distributed as build_distributed
     from influence_fast.evaluation.evaluate import EvalConfig as EvalConfig
     from influence_fast.evaluation.evaluate import evaluate as evaluate
@@ -100,15 +101,16 @@ if TYPE_CHECKING:
     from influence_fast.gradients.streaming import stream_influence as stream_influence
     from influence_fast.gradients.targets import gradient_layout as gradient_layout
     from influence_fast.influence.adam import adam_moments as adam_moments
+    from influence_fast.influence.building import build_store as build_store
     from influence_fast.influence.checkpoints import checkpoint_scores as checkpoint_scores
     from influence_fast.influence.checkpoints import learning_rates as learning_rates
     from influence_fast.influence.checkpoints import ranking_over_training as ranking_over_training
-    from influence_fast.influence.pool_gradients import query_gradients as query_gradients
     from influence_fast.influence.scorer import Scorer as Scorer
     from influence_fast.influence.scores import ScoreTable as ScoreTable
     from influence_fast.influence.scoring import influence_matrix as influence_matrix
     from influence_fast.influence.scoring import influence_scores as influence_scores
     from influence_fast.influence.scoring import top_influences as top_influences
+    from influence_fast.influence.sketch_fitting import SketchFit as SketchFit
     from influence_fast.influence.sketch_fitting import fit_projection as fit_projection
     from influence_fast.products.inner_products import inner_products as inner_products
     from influence_fast.products.inner_products import quantize_rows as quantize_rows
@@ -118,15 +120,16 @@ if TYPE_CHECKING:
     from influence_fast.run.planner import plan as plan
     from influence_fast.selection.embeddings import example_embeddings as example_embeddings
     from influence_fast.selection.pruning import select as select
+    from influence_fast.store.building import BuildOptions as BuildOptions
     from influence_fast.store.building import build_shards as build_shards
-    from influence_fast.store.building import build_store as build_store
-    from influence_fast.store.building import identity_of as identity_of
     from influence_fast.store.importers import import_gradients as import_gradients
     from influence_fast.store.merge import append_store as append_store
     from influence_fast.store.merge import merge_stores as merge_stores
+    from influence_fast.store.planning import identity_of as identity_of
+    from influence_fast.store.queries import query_gradients as query_gradients
     from influence_fast.store.reader import Store as Store
     from influence_fast.store.reader import open_store as open_store
-    from influence_fast.store.reader import verify_store as verify_store
+    from influence_fast.store.verification import verify_store as verify_store
     from influence_fast.training.fine_tuning import LoraSettings as LoraSettings
     from influence_fast.training.fine_tuning import TrainConfig as TrainConfig
     from influence_fast.training.fine_tuning import finetune as finetune

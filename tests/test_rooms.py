@@ -10,7 +10,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "influence_fast"
 ORDER = (
-    *("errors", "isolation", "atomic", "progress", "timing", "guards", "settings", "_native", "kernels"),
+    *("errors", "deprecation", "isolation", "atomic", "progress", "timing", "guards", "settings", "_native", "kernels"),
     *("data", "gradients", "check", "products", "doctor", "store", "training", "evaluation", "influence", "selection"),
     *("config", "distributed", "report", "run", "proof", "cli", "__main__"),
 )

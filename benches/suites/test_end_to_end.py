@@ -16,8 +16,7 @@ from influence_fast.data.examples import Example, tokenize
 from influence_fast.gradients.per_example import per_example_gradients
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.streaming import stream_influence
-from influence_fast.influence.scorer import Scorer
-from influence_fast.store.building import build_store
+from influence_fast.influence.building import build_store
 
 
 def texts(count: int, words: int, first: int) -> list[Example]:

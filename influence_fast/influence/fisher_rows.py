@@ -14,10 +14,12 @@ from influence_fast.data.fingerprints import dataset_fingerprint
 from influence_fast.data.packing import teaches
 from influence_fast.errors import ConfigError, DataError, StoreError, listing
 from influence_fast.gradients.fisher_labels import sample_labels
-from influence_fast.gradients.fp8 import AUTO
 from influence_fast.influence.sketch_fitting import drawn_unseen
-from influence_fast.store.building import build_store, identity_of
+from influence_fast.store.building import BuildOptions, build_rows
+from influence_fast.store.planning import identity_of
 from influence_fast.store.reader import Store, open_store
+from influence_fast.store.shard_rows import AS_TOKENS
+from influence_fast.store.survey import held
 
 _OF_DATA: dict[str, Any] = {"dataset_fingerprint": None, "tokenization": None, "tokenizer_hash": None}
 
@@ -37,12 +39,8 @@ def check_fisher(store: Store, fisher: object) -> None:
 
 def made_like(store: Store) -> dict[str, Any]:
     """Return the options of `per_example_gradients` that make rows as those of `store` were made."""
-    made = store.identity
-    return {
-        "projection": store.projection,
-        "loss_reduction": made.loss_reduction or "mean",
-        "precision": made.precision or AUTO,
-    }
+    spec = store.spec
+    return {"projection": spec.projection(), "loss_reduction": spec.loss_reduction, "precision": spec.precision}
 
 
 def fisher_rows(
@@ -72,17 +70,17 @@ def fisher_rows(
             f"{store.path} has rows of {listing(sorted(strangers))}, which are not among the examples: give the "
             "tokenized examples that it was built of"
         )
-    options = made_like(store)
-    limits = {"max_tokens": max_tokens, "precision": options["precision"]}
+    spec = replace(store.spec, dtype="fp32", max_tokens=max_tokens)
     live = [example for example in examples if teaches(example["labels"])]
+    limits: dict[str, Any] = {"max_tokens": max_tokens, "precision": spec.precision}
     drawn = sample_labels(model, drawn_unseen(live, count), seed=seed, **limits)
-    identity = identity_of(model, **options)
+    identity = identity_of(model, **made_like(store))
     digest = hashlib.sha256(
         f"{identity}{identity.projection_target or ''} {dataset_fingerprint(drawn)}".encode()
     ).hexdigest()[:12]
     folder = beside(store.path, f".fisher-{digest}")
     try:
-        return build_store(folder, model, None, drawn, dtype="fp32", progress=False, max_tokens=max_tokens, **options)
+        return build_rows(folder, model, held(drawn), spec, AS_TOKENS, BuildOptions(progress=False))
     except StoreError as error:
         raise StoreError(f"{error} ({folder} is made of what is at hand: it may be deleted)") from error
 

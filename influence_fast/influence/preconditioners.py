@@ -46,7 +46,6 @@ __all__ = [
     "MAX_DENSE",
     "MOMENTS",
     "PRECONDITIONERS",
-    "SKETCHES",
     "Adam",
     "Damping",
     "DataInf",
@@ -73,7 +72,6 @@ __all__ = [
 #: have a block for each LoRA factor or were made by a fitted sketch, "cosine" where they were sketched at random or
 #: imported without blocks.
 DEFAULT = "default"
-SKETCHES = (AUTO, "random", "eigen")  # how rows get to their width
 FROM_MODEL, FROM_DATA = "model", "data"
 FISHER_LABELS = (FROM_MODEL, FROM_DATA)  # whose gradients a Fisher information is of: see `fisher_labels`
 FISHER_EXAMPLES = 1024  # of so many at most; in the small worlds of the proof some hundred do (docs/results.md)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from influence_fast.errors import ConfigError, did_you_mean
-from influence_fast.gradients.eigen_sketch import EigenSketch, check_projection
+from influence_fast.gradients.eigen_sketch import check_projection
 from influence_fast.gradients.lora import LayoutEntry, layout_width
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.projection import FLAT_KINDS, SIDED_KINDS
+from influence_fast.gradients.row_spec import SKETCHES, RowSpec, is_fitted, names_store
 from influence_fast.influence import preconditioners
 from influence_fast.influence.damping import FEWEST_ROWS, check_width
 from influence_fast.influence.preconditioners import (
@@ -29,17 +29,15 @@ from influence_fast.influence.preconditioners import (
     FROM_MODEL,
     MOMENTS,
     PRECONDITIONERS,
-    SKETCHES,
     Kind,
     check_damping,
 )
-from influence_fast.influence.settings import QUERY_KINDS, WHOLE, GradientConfig, InfluenceConfig, check_rows
+from influence_fast.influence.settings import QUERY_KINDS, WHOLE, InfluenceConfig
 from influence_fast.settings import one_of
 from influence_fast.store.manifest import MANIFEST_NAME
 from influence_fast.store.reader import Store
 
 FITTED, KEPT = "fitted", "kept"  # a sketch that is to be fitted for the rows, or one that was
-RowSettings = RowSpec | GradientConfig
 
 
 class Unused(NamedTuple):
@@ -76,30 +74,28 @@ class Recipe:
         Recipe.of(inf.RowSpec(width=8192), InfluenceConfig("ekfac_cosine")).fitted_examples  # 256
     """
 
-    rows: RowSettings | None
+    rows: RowSpec | None
     influence: InfluenceConfig
     sketch: str | None
     blocks: bool
     certain: bool = True
 
     @classmethod
-    def of(cls, rows: RowSettings, influence: InfluenceConfig, layout: Sequence[LayoutEntry] | None = None) -> Recipe:
+    def of(cls, rows: RowSpec, influence: InfluenceConfig, layout: Sequence[LayoutEntry] | None = None) -> Recipe:
         """Return the recipe for rows that are to be made.
 
         layout: of these rows before a sketch, where a model is at hand (`gradient_layout`). Without it, "auto" counts
         as a fitted sketch wherever it may be one, and `certain` is False.
 
-        Raises ConfigError where the settings of the rows do not fit together; `check` looks at the rest.
+        Nothing is checked yet: see `check`.
         """
-        projection = _projection_of(rows)
-        sketch = sketch_for(rows.sketch, projection, influence.preconditioner)
-        width = None if projection is None else projection.width
+        sketch = sketch_for(rows, influence.preconditioner)
         if sketch == FITTED and rows.sketch == AUTO:
             if layout is None:
                 return cls(rows, influence, sketch, blocks=False, certain=False)
-            if width is not None and layout_width(layout) <= width:
+            if rows.width is not None and layout_width(layout) <= rows.width:
                 return cls(rows, influence, None, blocks=True)
-        return cls(rows, influence, sketch, blocks=width is None)
+        return cls(rows, influence, sketch, blocks=rows.width is None)
 
     @classmethod
     def of_store(cls, store: Store, influence: InfluenceConfig) -> Recipe:
@@ -179,17 +175,8 @@ class Recipe:
         """
         return self.rows.sketch_examples if self.fits_sketch and self.rows is not None else self.fisher_examples
 
-    @property
-    def sketch_options(self) -> dict[str, Any]:
-        """What `fit_projection` is told of how to fit the sketch."""
-        assert self.rows is not None
-        examples, influence = self.rows.sketch_examples, self.influence
-        return {"examples": examples, "damping": influence.damping, "labels": influence.fisher}
-
     def check(self) -> None:
         """Raise ConfigError for settings that are unknown or do not fit together, before any work is done for them."""
-        assert self.rows is not None
-        check_rows(self.rows)
         self._check_values()
         self._check_moments()
         self._check_sketch()
@@ -239,17 +226,15 @@ class Recipe:
                 check_width("Fisher", rows.width)
             except ConfigError as error:
                 raise ConfigError(f"influence.preconditioner: {error}") from None
-        if _folder_of(rows.sketch) and not (Path(str(rows.sketch)) / MANIFEST_NAME).exists():
+        if names_store(rows.sketch) and not (Path(str(rows.sketch)) / MANIFEST_NAME).exists():
             known = did_you_mean(str(rows.sketch), SKETCHES)
             raise ConfigError(f"gradients.sketch: {str(rows.sketch)!r} is no store's folder; {known}")
         if self.sketch is not None:
             try:
-                check_projection(_projection_of(rows))
+                check_projection(rows.projection())
                 _ = self.applied
             except ConfigError as error:
                 raise ConfigError(f"gradients.sketch: {error}") from None
-            if rows.sketch_examples < 1:
-                raise ConfigError(f"gradients.sketch_examples must be at least 1, not {rows.sketch_examples}")
         elif FACTORS in needs and not self.blocks:
             raise ConfigError(
                 f"influence.preconditioner: {self.name!r} needs a block for each LoRA factor, which a random sketch to "
@@ -265,10 +250,9 @@ class Recipe:
         rows = self.rows
         if rows is None:
             return
-        projection = _projection_of(rows)
         if rows.kind == WHOLE:
             yield unused_field(rows, "gradients", "dim", f"whole gradients (kind: {WHOLE}) are not projected")
-        elif projection is not None and projection.flat:
+        elif rows.kind in FLAT_KINDS:
             why = f"{rows.kind} goes from whole factors straight to gradients.width"
             yield unused_field(rows, "gradients", "dim", why)
         if rows.width is None:
@@ -300,24 +284,16 @@ class Recipe:
         return replace(self, influence=replace(self.influence, fisher=fisher))
 
 
-def sketch_for(sketch: object, projection: Projection | None, preconditioner: str) -> str | None:
-    """Return whether rows of `projection` that are to be scored by `preconditioner` are made by a fitted sketch.
+def sketch_for(rows: RowSpec, preconditioner: str) -> str | None:
+    """Return whether rows that are to be scored by `preconditioner` are made by a fitted sketch: FITTED for them, KEPT
+    from before, or None.
 
-    sketch: one of `SKETCHES`, the folder of a store whose sketch is used again, or a fitted sketch. "auto" fits one
-    where that has the preconditioner's H^-1 in it and rows have a width. Returns FITTED, KEPT or None.
+    With `sketch` "auto" they are where a sketch has the preconditioner's H^-1 in it and rows have a width.
     """
-    if isinstance(sketch, EigenSketch) or _folder_of(sketch):
+    if is_fitted(rows.sketch):
         return KEPT
-    if sketch != AUTO:
-        return FITTED if sketch == "eigen" else None
-    sketched = projection is not None and projection.width is not None and not projection.flat
+    if rows.sketch != AUTO:
+        return FITTED if rows.sketch == "eigen" else None
     kind = PRECONDITIONERS.get(CANDIDATES[0] if preconditioner == DEFAULT else preconditioner)
+    sketched = rows.width is not None and rows.kind in SIDED_KINDS
     return FITTED if sketched and kind is not None and kind.after_sketch is not None else None
-
-
-def _folder_of(sketch: object) -> bool:
-    return isinstance(sketch, str) and sketch not in SKETCHES
-
-
-def _projection_of(rows: RowSettings) -> Projection | None:
-    return rows.projection() if isinstance(rows, RowSpec) else rows.projection

@@ -38,7 +38,7 @@ from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.influence.whitened import UnitNorm
 from influence_fast.products.inner_products import inner_products
 from influence_fast.settings import one_of
-from influence_fast.store.building import identity_of
+from influence_fast.store.planning import identity_of
 from influence_fast.store.reader import Store
 
 GIVEN = "a store"  # whose gradients a Fisher information is of, beside `FISHER_LABELS`

@@ -48,6 +48,7 @@ from influence_fast.run.workdir import RunFolder
 from influence_fast.selection import pruning
 from influence_fast.selection.pool_scores import PoolScores, ScoredPool, baseline_columns
 from influence_fast.selection.strategies import BASELINE_COLUMNS, needed_columns
+from influence_fast.settings import to_dict
 from influence_fast.training.fine_tuning import RECORD, TrainResult, finetune, finetuned, list_checkpoints
 from influence_fast.training.models import adapter_warnings, check_tokenizer, fit_vocabulary, load_model, load_tokenizer
 
@@ -321,7 +322,7 @@ class Pipeline:
 
     def _made_with(self, influence: InfluenceConfig) -> dict[str, Any]:
         """All settings that the rows of a gradient store depend on."""
-        gradients = dataclasses.asdict(self.config.gradients)
+        gradients = to_dict(self.config.gradients)
         del gradients["max_tokens"]  # a row does not depend on its batch
         fitted = {}
         if Recipe.of(self.config.gradients, influence).sketch is not None:

@@ -80,8 +80,8 @@ def plan(
     for row in fidelity_table():
         method = method_of(row["settings"])
         gradients = method.gradients()
-        width = width_of(gradients.projection, gradients.sketch, method.preconditioner, model)
-        size = row_bytes(width, gradients.store_dtype)
+        width = width_of(gradients, method.preconditioner, model)
+        size = row_bytes(width, gradients.dtype)
         # once, and with labels that the model draws: a forward pass is a third of a gradient
         recipe = method.recipe()
         extra = min(len(dataset), recipe.fitted_examples)
@@ -115,11 +115,11 @@ def measure(model: nn.Module, dataset: Sequence[Mapping[str, Any]]) -> float:
         tokens += len(sample[-1]["input_ids"])
         if tokens >= SAMPLE_TOKENS:
             break
-    projection = method_of("ekfac-cosine").gradients().projection
+    spec = method_of("ekfac-cosine").gradients()
     elapsed = []
     for _ in range(2):
         start = time.perf_counter()
-        for _ in iter_gradient_rows(model, sample, projection=projection):
+        for _ in iter_gradient_rows(model, sample, spec):
             pass
         elapsed.append(time.perf_counter() - start)
     return tokens / min(elapsed)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from influence_fast.influence.settings import GradientConfig, InfluenceConfig
+from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.report.explain import explanations, save_explanations
 from influence_fast.selection.pool_scores import PoolScores, ScoredPool, score_pool
 
@@ -12,7 +13,7 @@ from influence_fast.selection.pool_scores import PoolScores, ScoredPool, score_p
 def explained_scores(
     asked: ScoredPool,
     store_path: Path,
-    gradients: GradientConfig,
+    gradients: RowSpec,
     influence: InfluenceConfig,
     explained: str | Path,
     *,

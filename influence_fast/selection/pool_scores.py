@@ -13,11 +13,12 @@ from influence_fast.data.examples import Example, tokenize
 from influence_fast.data.packing import IGNORED
 from influence_fast.evaluation.evaluate import EvalConfig
 from influence_fast.gradients.per_example import per_example_losses
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.influence.pool_gradients import pool_gradients
 from influence_fast.influence.queries import Queries
 from influence_fast.influence.scorer import TopInfluences
 from influence_fast.influence.scores import ScoreTable
-from influence_fast.influence.settings import GradientConfig, InfluenceConfig
+from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.selection.difficulty import pass_rates
 from influence_fast.selection.embeddings import embedding_ranks
 from influence_fast.selection.strategies import EMBEDDING_RANK, PASS_RATE
@@ -83,7 +84,7 @@ class PoolScores:
 def score_pool(
     asked: ScoredPool,
     store_path: Path,
-    gradients: GradientConfig,
+    gradients: RowSpec,
     influence: InfluenceConfig,
     *,
     top: int = 0,

@@ -23,7 +23,8 @@ from influence_fast.distributed.claims import Claims, Owner, WaitNotice
 from influence_fast.distributed.metrics import Follower, board, folder_of, peak_flops, rates_text, summary, time_left
 from influence_fast.distributed.processes import Preempted, World, once, retried
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.store.reader import open_store, verify_store
+from influence_fast.store.reader import open_store
+from influence_fast.store.verification import verify_store
 
 EXAMPLES = 48
 SHARDS = 16
@@ -33,7 +34,7 @@ NURSERY = (
     world(longest=60)
     + """
 import json, os, signal, sys, time
-from influence_fast.store.building import build_store
+from influence_fast.influence.building import build_store
 from influence_fast.distributed.builds import build_distributed
 from influence_fast.distributed.processes import Preempted, World
 from influence_fast.gradients import per_example as gradients
@@ -326,7 +327,7 @@ def test_alone_it_shows_one_bar_keeps_metrics_and_a_trace(
 
     from influence_fast.distributed.builds import build_distributed
     from influence_fast.gradients.projection import Projection
-    from influence_fast.store.building import build_store
+    from influence_fast.influence.building import build_store
 
     model, generator = tiny_lora(), torch.Generator().manual_seed(0)
     examples = []

@@ -20,17 +20,21 @@ from influence_fast.gradients.eigen_sketch import EigenRows, EigenSketch, file_o
 from influence_fast.gradients.lora import LayoutEntry, layout_width
 from influence_fast.gradients.per_example import iter_gradient_rows, per_example_gradients
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import sketch_fitting
+from influence_fast.influence.building import build_store
 from influence_fast.influence.ekfac import fit_ekfac
 from influence_fast.influence.ranking import spearman
 from influence_fast.influence.recipe import Recipe
 from influence_fast.influence.scorer import Scorer
-from influence_fast.influence.settings import GradientConfig, InfluenceConfig
+from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.influence.sketch_fitting import fit_projection, leading, resolved, width_of
-from influence_fast.store.building import build_shards, build_store, identity_of
+from influence_fast.store.building import build_shards
 from influence_fast.store.merge import append_store, merge_stores
-from influence_fast.store.reader import open_store, verify_store
+from influence_fast.store.planning import identity_of
+from influence_fast.store.reader import open_store
+from influence_fast.store.verification import verify_store
 
 WHOLE = Projection(dim=6, seed=3)
 NARROW = replace(WHOLE, width=40)
@@ -488,7 +492,7 @@ def test_a_build_that_stopped_before_its_manifest_starts_anew(
     ],
 )
 def test_when_a_sketch_is_fitted(gradients: dict[str, Any], preconditioner: str, fits: bool) -> None:
-    config = GradientConfig(**gradients)
+    config = RowSpec(**gradients)
     recipe = Recipe.of(config, InfluenceConfig(preconditioner=preconditioner))
     recipe.check()
     assert recipe.fits_sketch is fits
@@ -511,7 +515,7 @@ def test_when_a_sketch_is_fitted(gradients: dict[str, Any], preconditioner: str,
 )
 def test_settings_that_do_not_fit_together(gradients: Any, influence: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        Recipe.of(GradientConfig(**gradients), InfluenceConfig(**influence)).check()
+        Recipe.of(RowSpec(**gradients), InfluenceConfig(**influence)).check()
 
 
 def test_short_rows_are_left_as_they_are_and_a_store_lends_its_sketch(

@@ -18,13 +18,14 @@ from influence_fast.gradients.fisher_labels import sample_labels
 from influence_fast.gradients.loss import drawn_tokens
 from influence_fast.gradients.per_example import per_example_losses
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.influence.fisher_rows import fisher_folders
 from influence_fast.influence.pool_gradients import pool_gradients
 from influence_fast.influence.preconditioners import fit
 from influence_fast.influence.recipe import Recipe
 from influence_fast.influence.row_access import blocks_of, factors_of
 from influence_fast.influence.scorer import Scorer
-from influence_fast.influence.settings import GradientConfig, InfluenceConfig
+from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.influence.sketch_fitting import fit_projection
 
 
@@ -116,7 +117,7 @@ def test_preconditioners_are_fitted_on_the_rows_that_are_given(
     tiny_lora: Callable[..., Any], tmp_path: Path, name: str
 ) -> None:
     model, pool, queries = tiny_lora(), make_examples(12), make_examples(3, 1)
-    settings = GradientConfig(dim=4, store_dtype="fp32")
+    settings = RowSpec(dim=4, dtype="fp32")
     influence = InfluenceConfig(name, fisher_examples=7)
     seconds: dict[str, float] = {}
     made = pool_gradients(model, pool, queries, tmp_path / "s", settings, influence, seconds, progress=False)
@@ -151,7 +152,7 @@ def test_preconditioners_are_fitted_on_the_rows_that_are_given(
 def test_no_labels_are_drawn_where_nothing_reads_them(
     tiny_lora: Callable[..., Any], tmp_path: Path, influence: dict[str, Any], gradients: dict[str, Any]
 ) -> None:
-    settings, how = GradientConfig(dim=4, **gradients), InfluenceConfig(**influence)
+    settings, how = RowSpec(dim=4, **gradients), InfluenceConfig(**influence)
     made = pool_gradients(tiny_lora(), make_examples(), make_examples(2, 1), tmp_path / "s", settings, how, {})
     assert made.fisher is None
     assert not fisher_folders(tmp_path / "s")
@@ -162,19 +163,19 @@ def test_rows_of_other_draws_or_settings_lie_beside_each_other(tiny_lora: Callab
     silent = {"id": "silent", "input_ids": torch.arange(4), "labels": torch.full((4,), -100)}
     pool = [*make_examples(), silent]  # which teaches nothing, and for which none are drawn
     asked = (model, pool, queries, tmp_path / "s")
-    first = pool_gradients(*asked, GradientConfig(dim=4), InfluenceConfig(fisher_examples=5), {}, progress=False)
+    first = pool_gradients(*asked, RowSpec(dim=4), InfluenceConfig(fisher_examples=5), {}, progress=False)
     assert first.store.set_aside
     assert first.fisher is not None
     (folder,) = fisher_folders(tmp_path / "s")
     stamp = (folder / "manifest.json").stat().st_mtime_ns
-    pool_gradients(*asked, GradientConfig(dim=4), InfluenceConfig(fisher_examples=5), {}, progress=False)
+    pool_gradients(*asked, RowSpec(dim=4), InfluenceConfig(fisher_examples=5), {}, progress=False)
     assert (folder / "manifest.json").stat().st_mtime_ns == stamp
-    more = pool_gradients(*asked, GradientConfig(dim=4), InfluenceConfig(fisher_examples=600), {}, progress=False)
+    more = pool_gradients(*asked, RowSpec(dim=4), InfluenceConfig(fisher_examples=600), {}, progress=False)
     assert more.fisher is not None
     assert (len(first.fisher), len(more.fisher)) == (5, len(pool) - 1)
     assert len(fisher_folders(tmp_path / "s")) == 2
     shutil.rmtree(tmp_path / "s")
-    wider = pool_gradients(*asked, GradientConfig(dim=5), InfluenceConfig(fisher_examples=5), {}, progress=False)
+    wider = pool_gradients(*asked, RowSpec(dim=5), InfluenceConfig(fisher_examples=5), {}, progress=False)
     assert wider.fisher is not None
     assert wider.fisher.width > first.fisher.width
 
@@ -183,7 +184,7 @@ def test_a_store_keeps_its_shards_and_may_be_the_folder_one_is_in(
     tiny_lora: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, pool, queries = tiny_lora(), make_examples(), make_examples(2, 1)
-    settings = GradientConfig(dim=4)
+    settings = RowSpec(dim=4)
     (tmp_path / "s").mkdir()
     built = inf.build_store(
         tmp_path / "s", model, None, pool, projection=settings.projection, shard_rows=2, progress=False
@@ -265,4 +266,4 @@ def test_mistakes_in_settings_are_named() -> None:
         ),
     ):
         with pytest.raises(ConfigError, match=message):
-            Recipe.of(GradientConfig(), dataclasses.replace(InfluenceConfig(), **settings)).check()
+            Recipe.of(RowSpec(), dataclasses.replace(InfluenceConfig(), **settings)).check()

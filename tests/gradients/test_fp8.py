@@ -24,10 +24,11 @@ from influence_fast.gradients import fp8
 from influence_fast.gradients.lora import find_lora_linears
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.projection import Projection
+from influence_fast.influence.building import build_store
 from influence_fast.kernels import fp8_rows
 from influence_fast.settings import from_dict
-from influence_fast.store.building import build_store, identity_of
 from influence_fast.store.merge import merge_stores
+from influence_fast.store.planning import identity_of
 from influence_fast.store.reader import open_store
 
 CPU = torch.device("cpu")

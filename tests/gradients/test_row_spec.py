@@ -15,7 +15,8 @@ from influence_fast.errors import ConfigError
 from influence_fast.gradients.eigen_sketch import EigenSketch
 from influence_fast.gradients.lora import LayoutEntry
 from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import ROW_DTYPES, in_section
+from influence_fast.gradients.row_spec import ROW_DTYPES
+from influence_fast.settings import from_dict, to_dict
 from influence_fast.store.manifest import DTYPES
 
 
@@ -99,10 +100,20 @@ def test_a_folder_of_a_store_is_a_text(tmp_path: Path) -> None:
     assert inf.RowSpec(width=8, sketch=tmp_path).sketch == str(tmp_path)
 
 
-def test_errors_name_the_keys_of_a_file() -> None:
-    with pytest.raises(ConfigError) as caught:
-        inf.RowSpec(dtype="int7")
-    assert str(in_section(caught.value)).startswith("gradients.store_dtype: unknown value")
+def test_files_call_the_dtype_store_dtype() -> None:
+    spec = inf.RowSpec(dtype="int8", target=("v_proj", "q_proj"))
+    assert from_dict(inf.RowSpec, to_dict(spec)) == spec
+    assert to_dict(spec)["store_dtype"] == "int8"
+    with pytest.raises(ConfigError, match=r"^gradients.store_dtype: unknown value 'int7'"):
+        from_dict(inf.RowSpec, {"store_dtype": "int7"}, "gradients.")
+    with pytest.raises(ConfigError, match=r"unknown key 'gradients.dtype'"):
+        from_dict(inf.RowSpec, {"dtype": "int8"}, "gradients.")
+
+
+def test_specs_of_the_same_rows_are_equal() -> None:
+    assert inf.RowSpec(max_tokens=64) == inf.RowSpec()
+    assert inf.RowSpec(target=["v_proj", "q_proj"]) == inf.RowSpec("kron", target=("q_proj", "v_proj"))
+    assert inf.RowSpec(dim=16) != inf.RowSpec()
 
 
 def test_its_dtypes_are_those_of_stores() -> None:

@@ -12,9 +12,10 @@ import torch
 import influence_fast as inf
 from influence_fast.errors import StoreError
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.influence.pool_gradients import pool_gradients, query_gradients
 from influence_fast.influence.scorer import Scorer
-from influence_fast.influence.settings import GradientConfig, InfluenceConfig
+from influence_fast.influence.settings import InfluenceConfig
 
 
 def make_examples(count: int, seed: int) -> list[dict[str, Any]]:
@@ -28,7 +29,7 @@ def test_the_store_and_the_queries_have_rows_of_one_projection(
     tiny_lora: Callable[..., Any], tmp_path: Path, kind: str
 ) -> None:
     model, pool, queries = tiny_lora(), make_examples(6, 0), make_examples(3, 1)
-    settings = GradientConfig(kind=kind, dim=4, store_dtype="fp32", loss_reduction="sum")
+    settings = RowSpec(kind=kind, dim=4, dtype="fp32", loss_reduction="sum")
     seconds: dict[str, float] = {}
     influence = InfluenceConfig("none")
     made = pool_gradients(model, pool, queries, tmp_path / "store", settings, influence, seconds, progress=False)
@@ -44,7 +45,7 @@ def test_the_store_and_the_queries_have_rows_of_one_projection(
 
 def test_a_sketch_is_fitted_once_and_kept_beside_the_rows(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
     model, pool, queries = tiny_lora(), make_examples(6, 0), make_examples(3, 1)
-    settings, influence = GradientConfig(dim=4, width=24, store_dtype="fp32"), InfluenceConfig("ekfac_cosine")
+    settings, influence = RowSpec(dim=4, width=24, dtype="fp32"), InfluenceConfig("ekfac_cosine")
     first: dict[str, float] = {}
     made = pool_gradients(model, pool, queries, tmp_path / "store", settings, influence, first, progress=False)
     assert next(iter(first)) == "fitting the sketch"
@@ -57,7 +58,7 @@ def test_a_sketch_is_fitted_once_and_kept_beside_the_rows(tiny_lora: Callable[..
 
 def test_query_gradients_are_made_as_the_stores_rows_were(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
     model, pool, queries = tiny_lora(), make_examples(6, 0), make_examples(3, 1)
-    settings = GradientConfig(dim=4, width=24, store_dtype="fp32", loss_reduction="sum")
+    settings = RowSpec(dim=4, width=24, dtype="fp32", loss_reduction="sum")
     influence = InfluenceConfig("ekfac_cosine")
     made = pool_gradients(model, pool, queries, tmp_path / "store", settings, influence, {}, progress=False)
     assert torch.equal(query_gradients(made.store, model, queries), made.queries)

@@ -20,11 +20,11 @@ from influence_fast.gradients.projection import Projection, random_matrix, sjlt_
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import preconditioners
 from influence_fast.influence.adam import adam_moments
+from influence_fast.influence.building import build_store
 from influence_fast.influence.damping import GRID
 from influence_fast.influence.row_access import factors_of, module_blocks
 from influence_fast.influence.scorer import Scorer
 from influence_fast.settings import from_dict
-from influence_fast.store.building import build_store
 
 # two modules, ranks 2 and 1, p = 3 and 5
 FACTORS = [

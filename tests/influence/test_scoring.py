@@ -14,9 +14,9 @@ from scipy import stats
 
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.projection import Projection
+from influence_fast.influence.building import build_store
 from influence_fast.influence.row_access import blocks_of, factors_of
 from influence_fast.influence.scorer import Scorer
-from influence_fast.store.building import build_store
 from influence_fast.store.reader import Store
 
 N, Q = 37, 6

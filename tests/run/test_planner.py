@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from influence_fast.errors import ConfigError, DataError
+from influence_fast.influence.building import build_store
 from influence_fast.influence.methods import Method
 from influence_fast.run import planner
-from influence_fast.store.building import build_store
 
 
 def row(cost: float, lds: float, **settings: Any) -> dict[str, Any]:

@@ -25,10 +25,13 @@ from influence_fast.errors import ConfigError, DataError, ModelError, NumericErr
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.per_example import iter_gradient_rows, per_example_gradients, per_example_losses
 from influence_fast.gradients.projection import Projection
+from influence_fast.influence.building import build_store
 from influence_fast.store import writer as store_writer
-from influence_fast.store.building import build_shards, build_store, identity_of
+from influence_fast.store.building import build_shards
 from influence_fast.store.merge import merge_stores
-from influence_fast.store.reader import open_store, verify_store
+from influence_fast.store.planning import identity_of
+from influence_fast.store.reader import open_store
+from influence_fast.store.verification import verify_store
 
 PROJECTION = Projection(dim=4, seed=3, width=64)
 # fp32 gradients of one example in different packs: rounding only, summed in another order
@@ -141,7 +144,7 @@ def test_a_shard_does_not_depend_on_the_others(tmp_path: Path, model: Any) -> No
 
 
 def test_wide_rows_make_short_shards(tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("influence_fast.store.building._SHARD_BYTES", 4 * 64 * 5)
+    monkeypatch.setattr("influence_fast.store.planning._SHARD_BYTES", 4 * 64 * 5)
     store = build(tmp_path / "s", model, make_examples(), shard_rows=None)
     assert [part.shard_rows for part in store.manifest.parts] == [5]
     assert store.manifest.shard_count == 3
@@ -589,7 +592,7 @@ BUILDER = (
     world(longest=40)
     + """
 import gc, glob, os, signal, sys, time
-from influence_fast.store.building import build_store
+from influence_fast.influence.building import build_store
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.projection import Projection
 
