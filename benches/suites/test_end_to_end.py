@@ -17,6 +17,7 @@ from influence_fast.gradients.per_example import per_example_gradients
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.streaming import stream_influence
 from influence_fast.influence.building import build_store
+from influence_fast.influence.scorer import Scorer
 
 
 def texts(count: int, words: int, first: int) -> list[Example]:

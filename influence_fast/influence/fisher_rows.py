@@ -11,6 +11,7 @@ from typing import Any
 
 from influence_fast.atomic import beside
 from influence_fast.data.fingerprints import dataset_fingerprint
+from influence_fast.data.held import Held
 from influence_fast.data.packing import teaches
 from influence_fast.errors import ConfigError, DataError, StoreError, listing
 from influence_fast.gradients.fisher_labels import sample_labels
@@ -18,7 +19,7 @@ from influence_fast.influence.sketch_fitting import drawn_unseen
 from influence_fast.store.building import BuildOptions, build_rows
 from influence_fast.store.planning import identity_of
 from influence_fast.store.reader import Store, open_store
-from influence_fast.store.shard_rows import AS_TOKENS
+from influence_fast.store.shard_rows import AS_TOKENS, Texts, id_of, tokenized
 from influence_fast.store.survey import held
 
 _OF_DATA: dict[str, Any] = {"dataset_fingerprint": None, "tokenization": None, "tokenizer_hash": None}
@@ -62,14 +63,8 @@ def fisher_rows(
         examples: tokens that the store's rows were made of (`{"id", "input_ids", "labels"}`).
         count: how many are drawn at most. seed: of the labels. max_tokens: as for `per_example_gradients`.
 
-    Raises DataError where the store has rows of other examples, and as `build_store`.
+    Raises as `build_store`.
     """
-    strangers = set(store.ids) - {str(example["id"]) for example in examples}
-    if strangers:
-        raise DataError(
-            f"{store.path} has rows of {listing(sorted(strangers))}, which are not among the examples: give the "
-            "tokenized examples that it was built of"
-        )
     spec = replace(store.spec, dtype="fp32", max_tokens=max_tokens)
     live = [example for example in examples if teaches(example["labels"])]
     limits: dict[str, Any] = {"max_tokens": max_tokens, "precision": spec.precision}
@@ -83,6 +78,23 @@ def fisher_rows(
         return build_rows(folder, model, held(drawn), spec, AS_TOKENS, BuildOptions(progress=False))
     except StoreError as error:
         raise StoreError(f"{error} ({folder} is made of what is at hand: it may be deleted)") from error
+
+
+def drawn_examples(store: Store, data: Held, count: int, texts: Texts = AS_TOKENS) -> list[dict[str, Any]]:
+    """Return up to `count` of the examples that a store has rows of, drawn unseen, as tokens.
+
+    data: what the store was built of. texts: how it becomes tokens.
+
+    Raises DataError where the store has rows of other examples, or texts have no tokenizer.
+    """
+    stored = set(store.ids)
+    live = {id_of(example): example for example in held(data) if id_of(example) in stored}
+    if strangers := stored - live.keys():
+        raise DataError(
+            f"{store.path} has rows of {listing(sorted(strangers))}, which are not among the examples: give the "
+            "tokenized examples that it was built of"
+        )
+    return tokenized(drawn_unseen(list(live.values()), count), texts)[0]
 
 
 def kept_fisher_rows(store: Store, count: int) -> Store | None:

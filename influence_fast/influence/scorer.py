@@ -11,13 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_fast.data.held import Held, as_examples
+from influence_fast.data.held import Held
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.lora import LayoutEntry
 from influence_fast.gradients.projection import exact_rows
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import preconditioners
-from influence_fast.influence.fisher_rows import check_fisher, fisher_rows, kept_fisher_rows, made_like
+from influence_fast.influence.fisher_rows import (
+    check_fisher,
+    drawn_examples,
+    fisher_rows,
+    kept_fisher_rows,
+    made_like,
+)
 from influence_fast.influence.lifting import exact_coordinates
 from influence_fast.influence.preconditioners import (
     DEFAULT,
@@ -40,6 +46,7 @@ from influence_fast.products.inner_products import inner_products
 from influence_fast.settings import one_of
 from influence_fast.store.planning import identity_of
 from influence_fast.store.reader import Store
+from influence_fast.store.shard_rows import AS_TOKENS
 
 GIVEN = "a store"  # whose gradients a Fisher information is of, beside `FISHER_LABELS`
 
@@ -107,8 +114,8 @@ class Scorer:
                 gradients. What reads no Fisher information ignores it.
             fisher_examples: for "model", of how many examples at most.
             model: what the store was built with. "model" draws labels from it; `apply` takes the shapes of its layers.
-            examples: the tokenized examples that the store was built of, which "model" draws labels for. The rows are
-                kept beside the store: without examples, those that are there already are taken.
+            examples: the tokenized examples that the store was built of, which "model" draws labels for. A store that
+                this process built knows them. The rows are kept beside the store, and taken again from there.
             moments: [k] second moments for "adam" and "less" (see `adam_moments`); by default those of the rows.
 
         Raises:
@@ -340,10 +347,11 @@ def _fisher_store(store: Store, fisher: str | Store, count: int, model: Any, exa
     if not isinstance(fisher, str):
         check_fisher(store, fisher)
         return fisher
-    if model is not None and examples is not None:
-        seed = store.identity.projection_seed or 0
-        return fisher_rows(store, model, as_examples(examples, numbered=True), count=count, seed=seed)
     found = kept_fisher_rows(store, count) if examples is None else None
+    data, texts = (examples, AS_TOKENS) if examples is not None else store.built_of or (None, AS_TOKENS)
+    if found is None and model is not None and data is not None:
+        drawn = drawn_examples(store, data, count, texts)
+        return fisher_rows(store, model, drawn, count=count, seed=store.identity.projection_seed or 0)
     if found is None:
         raise ConfigError(
             "fisher: 'model' fits on gradients of labels that the model draws: give the model and the tokenized "

@@ -240,6 +240,7 @@ def build_rows(
     build = _own_shards(path, model, dataset, spec, texts, options)
     store = build.writer.finalize()
     warn_of_set_aside(store, build.examples)
+    store.built_of = dataset, texts
     return store
 
 

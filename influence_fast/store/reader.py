@@ -57,6 +57,8 @@ class Store:
         self._small = [_small_arrays(path, record) for record in records]
         self.set_aside: list[tuple[str, str]] = [item for record in records for item in record.set_aside]
         self._unread = set(range(len(self._records))) if check_rows else set()  # shards whose rows are to be checked
+        #: The data that it was built of and how that became tokens, in the process that built it.
+        self.built_of: tuple[Sequence[Any], Any] | None = None
         self._mapped = functools.lru_cache(maxsize=_MAPPED_SHARDS)(self._map)
 
     def __len__(self) -> int:

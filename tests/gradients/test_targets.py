@@ -19,8 +19,8 @@ from influence_fast.gradients.projection import Projection, random_matrix
 from influence_fast.gradients.row_sketch import RowSketch
 from influence_fast.gradients.streaming import stream_influence
 from influence_fast.gradients.targets import gradient_layout
-from influence_fast.influence.pool_gradients import query_gradients
 from influence_fast.influence.sketch_fitting import fit_projection
+from influence_fast.store.queries import query_gradients
 
 ALL = "all-linear"
 EXACT = Projection("none", target=ALL)

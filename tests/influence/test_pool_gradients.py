@@ -13,9 +13,10 @@ import influence_fast as inf
 from influence_fast.errors import StoreError
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.row_spec import RowSpec
-from influence_fast.influence.pool_gradients import pool_gradients, query_gradients
+from influence_fast.influence.pool_gradients import pool_gradients
 from influence_fast.influence.scorer import Scorer
 from influence_fast.influence.settings import InfluenceConfig
+from influence_fast.store.queries import query_gradients
 
 
 def make_examples(count: int, seed: int) -> list[dict[str, Any]]:

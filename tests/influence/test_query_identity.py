@@ -13,7 +13,7 @@ import influence_fast as inf
 from influence_fast.data.fingerprints import adapter_hash
 from influence_fast.errors import StoreError
 from influence_fast.gradients.projection import Projection
-from influence_fast.influence.pool_gradients import query_gradients
+from influence_fast.store.queries import query_gradients
 
 KINDS = {
     "exact": None,

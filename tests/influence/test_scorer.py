@@ -17,7 +17,6 @@ from influence_fast.errors import ConfigError, DataError, StoreError
 from influence_fast.gradients.projection import Projection
 from influence_fast.influence import preconditioners
 from influence_fast.influence.fisher_rows import fisher_folders
-from influence_fast.influence.pool_gradients import query_gradients
 from influence_fast.influence.preconditioners import PRECONDITIONERS
 from influence_fast.influence.scorer import Scorer
 from influence_fast.influence.scoring import influence_matrix, influence_scores, top_influences
@@ -58,10 +57,9 @@ def stores(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
         if name not in made:
             projection = PROJECTIONS.get(name)
             if name == "fitted":
-                projection = fit_projection(model, POOL, projection=Projection(dim=4, width=30), examples=12)
-            options: dict[str, Any] = {"projection": projection, "dtype": "fp32", "progress": False}
-            store = inf.build_store(folder / name, model, None, POOL, **options)
-            made[name] = store, query_gradients(store, model, ASKED)
+                projection = fit_projection(model, POOL, inf.RowSpec(dim=4, width=30, sketch_examples=12))
+            store = inf.build_store(folder / name, model, POOL, inf.RowSpec.of(projection, dtype="fp32"))
+            made[name] = store, store.query_gradients(model, ASKED)
         return made[name]
 
     return of
@@ -169,6 +167,19 @@ def test_fisher_rows_are_made_kept_and_taken_again(stores: Callable[..., Any], m
     assert not np.allclose(first.matrix(queries), Scorer.fit(store, fisher="data").matrix(queries), rtol=1e-2)
     with pytest.raises(DataError, match="not among the examples"):
         Scorer.fit(store, model=model, examples=POOL[1:], fisher_examples=9)
+
+
+def test_a_store_of_this_process_knows_what_it_was_built_of(
+    tiny_lora: Callable[..., Any], tiny_tokenizer: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, tokenizer = tiny_lora(), tiny_tokenizer()
+    texts = [inf.Example(id=f"t{i}", prompt=f"{i} + 1 =", completion=f" {i + 1}") for i in range(6)]
+    store = inf.build_store(tmp_path / "s", model, texts, inf.RowSpec(dim=4), tokenizer=tokenizer)
+    queries = store.query_gradients(model, inf.tokenize(texts[:2], tokenizer).examples)
+    scorer = inf.Scorer.fit(store, preconditioner="ekfac", model=model)
+    shutil.rmtree(fisher_folders(store.path)[0])
+    told = Scorer.fit(store, preconditioner="ekfac", model=model, examples=inf.tokenize(texts, tokenizer).examples)
+    np.testing.assert_array_equal(scorer.matrix(queries), told.matrix(queries))
 
 
 def test_what_reads_no_fisher_information_asks_for_none(stores: Callable[..., Any]) -> None:

@@ -20,7 +20,7 @@ from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence.adam import adam_moments
 from influence_fast.influence.checkpoints import checkpoint_scores, learning_rates
-from influence_fast.influence.pool_gradients import query_gradients
+from influence_fast.store.queries import query_gradients
 from influence_fast.training.fine_tuning import TrainConfig, finetune, load_adam_states, load_finetuned
 
 ALL = "all-linear"

@@ -12,8 +12,8 @@ import influence_fast as inf
 from benches.text_fidelity import templates, tokenizer_for
 from influence_fast.evaluation.evaluate import EvalConfig
 from influence_fast.gradients.projection import Projection
-from influence_fast.influence.pool_gradients import query_gradients
 from influence_fast.influence.queries import make_queries, own_answers
+from influence_fast.store.queries import query_gradients
 from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune, load_finetuned
 
 FAMILIES = ("deepseek_r1_distill", "deepseekv3", "nemotron_3_nano", "qwen3_5_think")
