@@ -126,7 +126,7 @@ def test_preconditioners_are_fitted_on_the_rows_that_are_given(
     assert len(made.fisher) == 7
     by_id = {example["id"]: example for example in pool}
     drawn = sample_labels(model, [by_id[i] for i in made.fisher.ids])
-    rows = inf.per_example_gradients(model, drawn, projection=settings.projection)
+    rows = inf.per_example_gradients(model, drawn, projection=settings.projection())
     assert torch.equal(made.fisher.rows(), rows)
     got = Scorer.fit(made.store, preconditioner=name, fisher=made.fisher).matrix(made.queries)
     applied = Recipe.of_store(made.store, influence).applied
@@ -187,7 +187,7 @@ def test_a_store_keeps_its_shards_and_may_be_the_folder_one_is_in(
     settings = RowSpec(dim=4)
     (tmp_path / "s").mkdir()
     built = inf.build_store(
-        tmp_path / "s", model, None, pool, projection=settings.projection, shard_rows=2, progress=False
+        tmp_path / "s", model, None, pool, projection=settings.projection(), shard_rows=2, progress=False
     )
     monkeypatch.chdir(tmp_path / "s")
     made = pool_gradients(model, pool, queries, Path(), settings, InfluenceConfig(), {}, progress=False)
