@@ -25,6 +25,7 @@ from benches.models import qwen2_model, train_tokenizer, with_lora
 from influence_fast.data.examples import load_examples, tokenize
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
 
 
 def padded(model: Any, examples: list[dict[str, Any]], batch_size: int) -> None:
@@ -49,7 +50,7 @@ def one_by_one(model: Any, examples: list[dict[str, Any]]) -> None:
 
 
 def ours(model: Any, examples: list[dict[str, Any]], projection: Projection) -> None:
-    for _ in iter_gradient_rows(model, examples, projection=projection):
+    for _ in iter_gradient_rows(model, examples, RowSpec.of(projection, dtype="fp32")):
         pass
 
 

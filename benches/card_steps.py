@@ -248,7 +248,7 @@ def crossing(
                 engine.run(pack)[0].cpu()
 
     def behind(dtype: str) -> None:
-        for _ in iter_gradient_rows(model, examples, projection=projection, max_tokens=tokens, row_dtype=dtype):
+        for _ in iter_gradient_rows(model, examples, RowSpec.of(projection, dtype=dtype, max_tokens=tokens)):
             pass
 
     ways: dict[str, Callable[[], Any]] = {"waited for": waiting}

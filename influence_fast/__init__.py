@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS: dict[str, str] = {
+    "BuildOptions": "store.building",
     "Example": "data.examples",
     "LoraSettings": "training.fine_tuning",
     "RowSpec": "gradients.row_spec",
@@ -86,7 +87,6 @@ if TYPE_CHECKING:
     from influence_fast.data.examples import Example as Example
     from influence_fast.data.examples import load_examples as load_examples
     from influence_fast.data.examples import tokenize as tokenize
-    from influence_fast.distributed.builds import DistributedOptions as DistributedOptions
     from influence_fast.distributed.builds import build_distributed as build_distributed
     from influence_fast.evaluation.evaluate import EvalConfig as EvalConfig
     from influence_fast.evaluation.evaluate import evaluate as evaluate
@@ -110,7 +110,6 @@ if TYPE_CHECKING:
     from influence_fast.influence.scoring import influence_matrix as influence_matrix
     from influence_fast.influence.scoring import influence_scores as influence_scores
     from influence_fast.influence.scoring import top_influences as top_influences
-    from influence_fast.influence.sketch_fitting import SketchFit as SketchFit
     from influence_fast.influence.sketch_fitting import fit_projection as fit_projection
     from influence_fast.products.inner_products import inner_products as inner_products
     from influence_fast.products.inner_products import quantize_rows as quantize_rows

@@ -36,7 +36,11 @@ def stored(preconditioner: str, projection: Projection) -> Callable[[Work], Scor
         def score(work: Work, run: Run) -> np.ndarray:
             with run.stage("gradients"):
                 store = inf.build_store(
-                    run.temporary / "store", model, None, work.pool, projection=projection, progress=False
+                    run.temporary / "store",
+                    model,
+                    work.pool,
+                    inf.RowSpec.of(projection),
+                    options=inf.BuildOptions(progress=False),
                 )
                 queries = inf.per_example_gradients(model, work.queries, projection=projection)
             run.width = store.width

@@ -77,7 +77,7 @@ class RowSpec:
         check_precision(self.precision, f"{self.PREFIX}precision")
         self._check_count("sketch_examples", self.sketch_examples)
         if self.max_tokens is not None:
-            self._check_count("max_tokens", self.max_tokens)
+            self._check_count("max_tokens", self.max_tokens, ", or left out")
         if self.kind == EXACT and (self.width is not None or self.layers != 1):
             raise ConfigError(
                 f"{self.PREFIX}kind {EXACT!r} keeps whole gradients of all layers: leave out {self.PREFIX}width and "
@@ -146,9 +146,11 @@ class RowSpec:
         if value not in known:
             raise ConfigError(f"{self.PREFIX}{name}: unknown value {shown(value)}; {did_you_mean(str(value), known)}")
 
-    def _check_count(self, name: str, value: object) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{self.PREFIX}{name} must be a whole number of at least 1, not {shown(value)}")
+    def _check_count(self, name: str, value: object, otherwise: str = "") -> None:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{self.PREFIX}{name} is {shown(value)}; it must be a whole number{otherwise}")
+        if value < 1:
+            raise ConfigError(f"{self.PREFIX}{name} is {value}; it must be at least 1{otherwise}")
 
     def _check_sketch(self, projection: Projection | None) -> None:
         """Raise ConfigError for a sketch that is none, or that rows of `projection` cannot be made by."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def test_rows_repeat_bit_for_bit_and_cross_the_bus_unchanged(
     options: dict[str, Any] = {"projection": projection, "max_tokens": 300, "backend": backend}
     whole = inf.per_example_gradients(model, examples, **options)
     assert torch.equal(whole, inf.per_example_gradients(model, examples, **options))
-    for places, rows in iter_gradient_rows(model, examples, **options):
+    spec = inf.RowSpec.of(projection, dtype="fp32", max_tokens=300)
+    for places, rows in iter_gradient_rows(model, examples, spec, backend=backend):
         assert rows.device.type == "cpu"
         assert torch.equal(rows, whole[places].cpu())
 
@@ -141,7 +143,7 @@ def test_a_fitted_sketch_makes_the_rows_of_the_cpu(tiny_lora: Callable[..., Any]
     if recorded and backend == "torch":
         pytest.skip("only the Triton kernels are recorded")
     model, examples = tiny_lora(), make_examples()
-    projection = fit_projection(model, examples, projection=Projection(dim=8, width=100))
+    projection = fit_projection(model, examples, inf.RowSpec.of(Projection(dim=8, width=100)))
     truth = inf.per_example_gradients(copy.deepcopy(model).double(), examples, projection=projection)
     dtype, bound = (torch.bfloat16, 0.15) if recorded else (torch.float32, 3e-5)  # 16-bit models alone are recorded
     results = []
@@ -207,15 +209,18 @@ def test_a_store_has_the_bits_of_one_whose_rows_crossed_as_fp32(
     dtype: str,
 ) -> None:
     model, examples = tiny_lora().to(CUDA, torch.bfloat16), make_examples()
-    given = {"projection": projection, "dtype": dtype, "max_tokens": 300}
-    built = inf.build_store(tmp_path / "short", model, None, examples, **given).path
+    given = replace(inf.RowSpec.of(projection, dtype=dtype, max_tokens=300), sketch="random")
+
+    def in_fp32(model: Any, examples: Any, spec: inf.RowSpec, **more: Any) -> Any:
+        return iter_gradient_rows(model, examples, replace(spec, dtype="fp32"), **more)
+
+    built = inf.build_store(tmp_path / "short", model, examples, given).path
     as_fp32 = inf.build_store(
         tmp_path / "fp32",
         model,
-        None,
         examples,
-        **given,
-        gradients=lambda *args, **options: iter_gradient_rows(*args, **options),  # asked for no dtype
+        given,
+        options=inf.BuildOptions(gradients=in_fp32),
     ).path
     for path in Path(built).iterdir():
         assert (Path(as_fp32) / path.name).read_bytes() == path.read_bytes()

@@ -19,7 +19,7 @@ def main() -> None:
     model, examples = tiny_world()
 
     errors = {}
-    fitted = fit_projection(model, examples, projection=Projection(dim=8, width=60))
+    fitted = fit_projection(model, examples, inf.RowSpec.of(Projection(dim=8, width=60)))
     for name, projection in (
         ("one_sided", Projection(dim=8)),
         ("width", Projection(dim=8, width=64)),

@@ -50,7 +50,7 @@ def world() -> tuple[Any, list[dict[str, torch.Tensor]]]:
 
 def main() -> None:
     model, examples = world()
-    fitted = fit_projection(model, examples, projection=Projection(dim=8, width=60))
+    fitted = fit_projection(model, examples, inf.RowSpec.of(Projection(dim=8, width=60)))
     queries = inf.per_example_gradients(model, examples[:2], backend="torch")
     ways: dict[str, dict[str, Any]] = {
         "one_sided": {"projection": Projection(dim=8)},

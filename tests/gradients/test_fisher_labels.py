@@ -26,7 +26,7 @@ from influence_fast.influence.recipe import Recipe
 from influence_fast.influence.row_access import blocks_of, factors_of
 from influence_fast.influence.scorer import Scorer
 from influence_fast.influence.settings import InfluenceConfig
-from influence_fast.influence.sketch_fitting import fit_projection
+from influence_fast.influence.sketch_fitting import SketchFit, fit_projection
 
 
 def make_examples(count: int = 9, seed: int = 0) -> list[dict[str, Any]]:
@@ -187,7 +187,11 @@ def test_a_store_keeps_its_shards_and_may_be_the_folder_one_is_in(
     settings = RowSpec(dim=4)
     (tmp_path / "s").mkdir()
     built = inf.build_store(
-        tmp_path / "s", model, None, pool, projection=settings.projection(), shard_rows=2, progress=False
+        tmp_path / "s",
+        model,
+        pool,
+        inf.RowSpec.of(settings.projection()),
+        options=inf.BuildOptions(shard_rows=2, progress=False),
     )
     monkeypatch.chdir(tmp_path / "s")
     made = pool_gradients(model, pool, queries, Path(), settings, InfluenceConfig(), {}, progress=False)
@@ -203,7 +207,9 @@ def test_what_is_no_tokens_or_no_store_is_named(tiny_lora: Callable[..., Any], t
     model, examples = tiny_lora(), make_examples()
     with pytest.raises(DataError, match=r"examples\[0\] is a str, not tokens"):
         sample_labels(model, ["hello"])  # type: ignore[list-item]
-    store = inf.build_store(tmp_path / "s", model, None, examples, projection=Projection(dim=4), progress=False)
+    store = inf.build_store(
+        tmp_path / "s", model, examples, inf.RowSpec.of(Projection(dim=4)), options=inf.BuildOptions(progress=False)
+    )
     with pytest.raises(ConfigError, match="fisher: unknown value 's'"):
         inf.Scorer.fit(store, fisher="s")
     with pytest.raises(ConfigError, match=r"fisher must be a store .*, not a int"):
@@ -213,7 +219,7 @@ def test_what_is_no_tokens_or_no_store_is_named(tiny_lora: Callable[..., Any], t
 def test_a_sketch_that_does_not_say_whose_labels_is_of_the_datas(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
     """As all were before labels were drawn: with a store, and of a build that was stopped before it had one."""
     model, examples, plain = tiny_lora(), make_examples(30), Projection(dim=4, width=40)
-    made = fit_projection(model, examples, projection=plain, labels="data")
+    made = fit_projection(model, examples, inf.RowSpec.of(plain), fit=SketchFit(labels="data"))
     assert made.sketch is not None
     older = {name: value for name, value in made.sketch.purpose.items() if name != "labels"}
     old = dataclasses.replace(made, sketch=dataclasses.replace(made.sketch, purpose=older))
@@ -221,17 +227,25 @@ def test_a_sketch_that_does_not_say_whose_labels_is_of_the_datas(tiny_lora: Call
     assert old.sketch is not None
     old.sketch.save(tmp_path / "s")
     for _ in range(2):
-        found = fit_projection(model, examples, projection=plain, labels="data", folder=tmp_path / "s")
+        found = fit_projection(
+            model, examples, inf.RowSpec.of(plain), fit=SketchFit(labels="data"), folder=tmp_path / "s"
+        )
         assert found == old
-        inf.build_store(tmp_path / "s", model, None, examples, projection=found, progress=False)
+        inf.build_store(
+            tmp_path / "s", model, examples, inf.RowSpec.of(found), options=inf.BuildOptions(progress=False)
+        )
     with pytest.raises(StoreError, match=r"another setting of labels .*: data there and model here"):
-        fit_projection(model, examples, projection=plain, folder=tmp_path / "s")
+        fit_projection(model, examples, inf.RowSpec.of(plain), folder=tmp_path / "s")
 
 
 def test_rows_of_another_adapter_or_projection_are_refused(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
     model, examples = tiny_lora(), make_examples()
-    store = inf.build_store(tmp_path / "s", model, None, examples, projection=Projection(dim=4), progress=False)
-    wrong = inf.build_store(tmp_path / "w", model, None, examples, projection=Projection(dim=5), progress=False)
+    store = inf.build_store(
+        tmp_path / "s", model, examples, inf.RowSpec.of(Projection(dim=4)), options=inf.BuildOptions(progress=False)
+    )
+    wrong = inf.build_store(
+        tmp_path / "w", model, examples, inf.RowSpec.of(Projection(dim=5)), options=inf.BuildOptions(progress=False)
+    )
     queries = inf.per_example_gradients(model, examples[:2], projection=Projection(dim=4))
     with pytest.raises(StoreError, match="projection_dim"):
         inf.Scorer.fit(store, preconditioner="ekfac", fisher=wrong).scores(queries, {"correct": [0]})
@@ -243,17 +257,17 @@ def test_a_sketch_is_fitted_on_drawn_labels_unless_told_otherwise(
 ) -> None:
     model, examples = tiny_lora(), make_examples(30)
     plain = Projection(dim=4, width=40)
-    drawn = fit_projection(model, examples, projection=plain)
-    given = fit_projection(model, examples, projection=plain, labels="data")
-    again = fit_projection(model, sample_labels(model, examples), projection=plain, labels="data")
+    drawn = fit_projection(model, examples, inf.RowSpec.of(plain))
+    given = fit_projection(model, examples, inf.RowSpec.of(plain), fit=SketchFit(labels="data"))
+    again = fit_projection(model, sample_labels(model, examples), inf.RowSpec.of(plain), fit=SketchFit(labels="data"))
     assert drawn.sketch is not None
     assert given.sketch is not None
     assert again.sketch is not None
     assert torch.equal(drawn.sketch.scale, again.sketch.scale)
     assert not torch.equal(drawn.sketch.scale, given.sketch.scale)
-    fit_projection(model, examples, projection=plain, folder=tmp_path / "s")
+    fit_projection(model, examples, inf.RowSpec.of(plain), folder=tmp_path / "s")
     with pytest.raises(ConfigError, match="did you mean 'data'"):
-        fit_projection(model, examples, projection=plain, labels="date")
+        fit_projection(model, examples, inf.RowSpec.of(plain), fit=SketchFit(labels="date"))
 
 
 def test_mistakes_in_settings_are_named() -> None:

@@ -27,6 +27,7 @@ from influence_fast.gradients.input_groups import InputGroup
 from influence_fast.gradients.lora import LayoutEntry, in_top_layers
 from influence_fast.gradients.per_example import KeptEngine, iter_gradient_rows, per_example_losses
 from influence_fast.gradients.projection import Projection, random_matrix
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.targets import gradient_layout
 
 VOCAB = 97
@@ -172,7 +173,7 @@ def test_a_kept_engine_serves_several_calls_and_closes_at_the_end() -> None:
             assert all(torch.equal(one, other) for one, other in zip(again, fresh, strict=True))
             assert "forward" in vars(layer)
         with pytest.raises(ValueError, match="one set of settings"):
-            next(iter_gradient_rows(model, examples, engine=kept, loss_reduction="sum"))
+            next(iter_gradient_rows(model, examples, RowSpec("none", dtype="fp32", loss_reduction="sum"), engine=kept))
         with pytest.raises(ValueError, match="one model"):
             next(iter_gradient_rows(make_model(), examples, engine=kept))
     assert "forward" not in vars(layer)
@@ -375,7 +376,7 @@ def test_rows_come_once_each_with_their_indices() -> None:
     model, examples = make_model(dtype=torch.float32), make_examples()
     whole = inf.per_example_gradients(model, examples)
     seen = []
-    for indices, rows in iter_gradient_rows(model, examples, max_tokens=33):
+    for indices, rows in iter_gradient_rows(model, examples, RowSpec("none", dtype="fp32", max_tokens=33)):
         assert relative(rows, whole[indices]) < 1e-5
         seen += indices
     assert sorted(seen) == list(range(len(examples)))

@@ -12,6 +12,7 @@ import torch
 import influence_fast as inf
 from influence_fast.errors import DataError, NumericError
 from influence_fast.gradients import streaming
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.streaming import StreamReducer, stream_influence
 from influence_fast.gradients.targets import gradient_layout
 
@@ -86,7 +87,9 @@ def test_summed_losses_and_small_packs(model: Any, count: int, monkeypatch: pyte
     expected = truth(model, queries, "sum")
     for max_tokens, chunk in ((1, 1 << 24), (33, 1), (None, 400)):
         monkeypatch.setattr(streaming, "_CHUNK", chunk)  # examples one by one, and a few at a time
-        scores = stream_influence(model, make_examples(), queries, loss_reduction="sum", max_tokens=max_tokens)
+        scores = stream_influence(
+            model, make_examples(), queries, RowSpec("none", loss_reduction="sum", max_tokens=max_tokens)
+        )
         assert relative(scores, expected) < 1e-10
 
 

@@ -17,6 +17,7 @@ from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.per_example import packs_for, per_example_losses
 from influence_fast.gradients.projection import Projection, random_matrix
 from influence_fast.gradients.row_sketch import RowSketch
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.streaming import stream_influence
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence.sketch_fitting import fit_projection
@@ -105,7 +106,9 @@ def test_flat_kinds_sketch_whole_weights(kind: str, llama: Any) -> None:
 
 def test_streamed_scores_of_plain_weights(llama: Any) -> None:
     exact = flat(by_autograd(llama, make_examples()))
-    assert relative(stream_influence(llama, make_examples(), exact, target=ALL), exact @ exact.T) < 1e-12
+    assert (
+        relative(stream_influence(llama, make_examples(), exact, RowSpec("none", target=ALL)), exact @ exact.T) < 1e-12
+    )
 
 
 def test_losses_and_draws_of_a_model_without_an_adapter(llama: Any) -> None:
@@ -281,7 +284,9 @@ def test_a_projected_step_forms_no_weight_gradient(tiny_model: Callable[..., Any
 def test_store_and_scores_of_a_fully_trained_model(llama: Any, tmp_path: Path) -> None:
     projection = Projection("kron", dim=4, target=["q_proj", "down_proj"])
     pool = make_examples(12)
-    store = inf.build_store(tmp_path / "s", llama, None, pool, projection=projection, dtype="fp32", progress=False)
+    store = inf.build_store(
+        tmp_path / "s", llama, pool, inf.RowSpec.of(projection, dtype="fp32"), options=inf.BuildOptions(progress=False)
+    )
     assert (store.identity.adapter_hash, store.projection) == (None, projection)
     queries = query_gradients(store, llama, pool[:2])
     assert relative(queries.double(), inf.per_example_gradients(llama, pool[:2], projection=projection)) < 1e-6
@@ -290,16 +295,17 @@ def test_store_and_scores_of_a_fully_trained_model(llama: Any, tmp_path: Path) -
         assert bool(torch.as_tensor(table.columns["s_correct"]).isfinite().all())
     other = Projection("kron", dim=4, target=ALL)
     with pytest.raises(StoreError, match=r"projection_target is '\[.*down_proj.*' in the store and 'all-linear'"):
-        inf.build_store(tmp_path / "s", llama, None, pool, projection=other, dtype="fp32", progress=False)
+        inf.build_store(
+            tmp_path / "s", llama, pool, inf.RowSpec.of(other, dtype="fp32"), options=inf.BuildOptions(progress=False)
+        )
     with pytest.raises(StoreError, match="projection_target"):
         inf.open_store(tmp_path / "s", expect={"projection": other})
 
 
 def test_a_fitted_sketch_of_plain_weights_is_kept_with_its_target(llama: Any, tmp_path: Path) -> None:
     projection = Projection("kron", dim=3, width=6, target="q_proj")
-    fitted = fit_projection(llama, make_examples(8), projection=projection)
-    options = {"projection": fitted, "dtype": "fp32", "progress": False}
-    inf.build_store(tmp_path / "s", llama, None, make_examples(8), **options)
+    fitted = fit_projection(llama, make_examples(8), inf.RowSpec.of(projection))
+    inf.build_store(tmp_path / "s", llama, make_examples(8), inf.RowSpec.of(fitted, dtype="fp32"))
     found = inf.open_store(tmp_path / "s").projection
     assert found == fitted
     assert found.target == "q_proj"

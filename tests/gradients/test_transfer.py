@@ -182,7 +182,7 @@ def test_a_store_built_on_a_card_has_the_bits_of_one_whose_rows_came_as_fp32(
     model, examples = tiny_lora(), make_examples()
 
     def build(name: str) -> dict[str, bytes]:
-        inf.build_store(tmp_path / name, model, None, examples, projection=None, dtype=dtype, max_tokens=20)
+        inf.build_store(tmp_path / name, model, examples, inf.RowSpec("none", dtype=dtype, max_tokens=20))
         return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
 
     crossed = build("card")
@@ -195,8 +195,8 @@ def test_an_interrupted_build_on_a_card_goes_on_to_the_same_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, card: list[str], tiny_lora: Callable[..., Any]
 ) -> None:
     model, examples = tiny_lora(), make_examples()
-    options: dict[str, Any] = {"projection": None, "dtype": "int8", "max_tokens": 20}
-    inf.build_store(tmp_path / "whole", model, None, examples, **options)
+    spec = inf.RowSpec("none", dtype="int8", max_tokens=20)
+    inf.build_store(tmp_path / "whole", model, examples, spec)
     launch = GradientEngine.run
     launched: list[int] = []
 
@@ -209,9 +209,9 @@ def test_an_interrupted_build_on_a_card_goes_on_to_the_same_store(
     with monkeypatch.context() as patch:
         patch.setattr(GradientEngine, "run", stop_at_the_third)
         with pytest.raises(KeyboardInterrupt, match="0 of 1 shards"):
-            inf.build_store(tmp_path / "s", model, None, examples, **options)
+            inf.build_store(tmp_path / "s", model, examples, spec)
     card.clear()
-    inf.build_store(tmp_path / "s", model, None, examples, **options)
+    inf.build_store(tmp_path / "s", model, examples, spec)
     assert card.count("launch") == 2  # the first pack was kept
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "s" / path.name).read_bytes() == path.read_bytes()
@@ -266,7 +266,7 @@ def test_no_batch_after_the_first_waits_for_the_device(
     """On the meta device, which has no numbers: a host that asks for one fails, and its other copies are listed."""
     model = tiny_lora()
     if fitted and projection:
-        projection = fit_projection(model, make_examples(), projection=projection)
+        projection = fit_projection(model, make_examples(), inf.RowSpec.of(projection))
     model = model.to("meta")
     with GradientEngine(model, projection) as engine:
         first, *others = gradients.packs_for(engine, make_examples(), 20)

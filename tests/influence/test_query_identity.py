@@ -49,7 +49,7 @@ def test_renamed_or_reordered_adapters_are_refused(
     tmp_path: Path, tiny_model: Any, kind: str, names: tuple[str, ...], values: tuple[int, ...]
 ) -> None:
     model = with_adapters(tiny_model, ("one", "two"), (0, 1))
-    store = inf.build_store(tmp_path / "s", model, None, examples(), projection=KINDS[kind], dtype="fp32")
+    store = inf.build_store(tmp_path / "s", model, examples(), inf.RowSpec.of(KINDS[kind], dtype="fp32"))
     same = with_adapters(tiny_model, ("one", "two"), (0, 1))
     assert torch.allclose(query_gradients(store, same, examples()), store.rows(), rtol=1e-5, atol=1e-6)
     with pytest.raises(StoreError, match="adapter"):
@@ -70,10 +70,8 @@ def test_one_adapter_by_another_name_is_the_same(tmp_path: Path, tiny_model: Any
     store = inf.build_store(
         tmp_path / "s",
         with_adapters(tiny_model, ("one",), (0,)),
-        None,
         examples(),
-        projection=KINDS["kron"],
-        dtype="fp32",
+        inf.RowSpec.of(KINDS["kron"], dtype="fp32"),
     )
     rows = query_gradients(store, with_adapters(tiny_model, ("other",), (0,)), examples())
     assert torch.allclose(rows, store.rows(), rtol=1e-5, atol=1e-6)

@@ -14,9 +14,11 @@ from scipy import stats
 
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.influence.building import build_store
 from influence_fast.influence.row_access import blocks_of, factors_of
 from influence_fast.influence.scorer import Scorer
+from influence_fast.store.building import BuildOptions
 from influence_fast.store.reader import Store
 
 N, Q = 37, 6
@@ -33,13 +35,13 @@ def exact(tiny_lora: Any) -> torch.Tensor:
 
 
 def store_of(path: Path, model: Any, exact: torch.Tensor, dtype: str = "fp32") -> Store:
-    def rows(model: Any, examples: list[dict[str, Any]], **_: Any) -> Any:
+    def rows(model: Any, examples: list[dict[str, Any]], spec: RowSpec) -> Any:
         yield list(range(len(examples))), torch.stack([exact[int(e["id"][1:])] for e in examples])
 
     ids = torch.tensor([1, 2, 3])
     examples = [{"id": f"d{i}", "input_ids": ids, "labels": ids} for i in range(N)]
-    options = {"projection": Projection(dim=4), "dtype": dtype, "shard_rows": 10, "progress": False}
-    return build_store(path, model, None, examples, gradients=rows, **options)
+    options = BuildOptions(shard_rows=10, gradients=rows)
+    return build_store(path, model, examples, RowSpec(dim=4, dtype=dtype), options=options)
 
 
 @pytest.fixture

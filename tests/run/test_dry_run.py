@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def config_of(folder: Path, **changes: Any) -> RunConfig:
     return RunConfig(**{**settings, **changes})
 
 
-@pytest.mark.parametrize("gradients", [{}, {"width": 50}, {"store_dtype": "int8"}, {"kind": "kron"}, {"layers": 0.5}])
+@pytest.mark.parametrize("gradients", [{}, {"width": 50}, {"dtype": "int8"}, {"kind": "kron"}, {"layers": 0.5}])
 def test_rows_tokens_and_bytes_are_those_of_the_run(
     folder: Path, tmp_path: Path, tiny_model: Any, tiny_lora: Any, gradients: dict[str, Any]
 ) -> None:
@@ -62,8 +63,7 @@ def test_rows_tokens_and_bytes_are_those_of_the_run(
     tokenizer = load_tokenizer(folder / "model")
     examples = tokenize(load_examples(folder / "pool.jsonl"), tokenizer).examples
     tuned = tiny_lora("llama")
-    options = {"projection": config.gradients.projection, "dtype": config.gradients.store_dtype}
-    store = build_store(tmp_path / "store", tuned, None, examples, **options)
+    store = build_store(tmp_path / "store", tuned, examples, replace(config.gradients, sketch="random"))
     size = sum(p.stat().st_size for name in ("rows", "scales") for p in (tmp_path / "store").glob(f"{name}-*.bin"))
     assert found.row == store.width
     assert found.store_bytes == size

@@ -84,9 +84,8 @@ def test_scores_over_full_checkpoints_are_their_weighted_sum(trained: Path, tmp_
         return inf.per_example_gradients(load_finetuned(base, path), pool, projection=EXACT)
 
     def score(path: Path) -> inf.ScoreTable:
-        options = {"projection": EXACT, "dtype": "fp32", "progress": False}
         model = load_finetuned(base, path)
-        store = inf.build_store(tmp_path / path.name, model, None, pool, **options)
+        store = inf.build_store(tmp_path / path.name, model, pool, inf.RowSpec.of(EXACT, dtype="fp32"))
         queries = query_gradients(store, model, pool[:2])
         return inf.Scorer.fit(store, preconditioner="none").scores(queries, {"correct": [0, 1]})
 

@@ -45,7 +45,7 @@ def test_reasoning_families_train_answer_and_score(tiny_model: Any, tmp_path: Pa
         for i, (answer, text) in enumerate(zip(answers, ["and 1 is 2</think>2"] * 6, strict=True))
     ]
     queries = make_queries(examples, said, None, needed=())
-    store = inf.build_store(tmp_path / "store", tuned, tokenizer, examples, projection=Projection(dim=4))
+    store = inf.build_store(tmp_path / "store", tuned, examples, inf.RowSpec.of(Projection(dim=4)), tokenizer=tokenizer)
     asked = query_gradients(store, tuned, inf.tokenize(queries.examples, tokenizer).examples)
     table = inf.Scorer.fit(store, preconditioner="cosine").scores(asked, queries.groups)
     assert len(table.ids) == 6
