@@ -37,7 +37,8 @@ def add(verb: NewVerb) -> None:
     sub.add_argument("--fallback", help="reference: let the solutions stand in where no own answer is correct")
     sub.add_argument(
         "--preconditioner",
-        help="ekfac_cosine (the default; cosine where rows are sketched at random), cosine, fisher, less, none, ...",
+        help="ekfac_cosine (the default: Shampoo's eigenbasis with EK-FAC's corrected eigenvalues, between unit-norm "
+        "rows; cosine where rows are sketched at random), cosine, fisher, less, none, ...",
     )
     sub.add_argument("--damping", type=options.damping, help="share of the mean eigenvalue (0.1), or auto")
     sub.add_argument(

@@ -102,7 +102,8 @@ class Method:
         )
 
 
-#: What can be named in a configuration; anything else is spelt out as a mapping.
+#: What can be named in a configuration; anything else is spelt out as a mapping. "ekfac" is Shampoo's eigenbasis with
+#: EK-FAC's corrected eigenvalues, as everywhere here.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from influence_fast.atomic import beside, replacing
-from influence_fast.errors import StoreError, one_line, shown
+from influence_fast.errors import ConfigError, StoreError, one_line, shown
 from influence_fast.gradients.lora import LayoutEntry
 from influence_fast.influence.preconditioners import (
     Adam,
@@ -66,7 +66,10 @@ def store_digest(store: Store) -> str:
 
 
 def save_parts(store: Store, recipe: Recipe, parts: Parts, folder: str | Path | None) -> Path:
-    """Write a scorer to `folder`, by default beside its store. Raises StoreError: the disk refuses."""
+    """Write a scorer to `folder`, by default beside its store.
+
+    Raises StoreError: the disk refuses; ConfigError for a preconditioner of one's own that has no form in a file.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -221,7 +224,10 @@ def _taken_apart(fitted: Preconditioner) -> tuple[dict[str, torch.Tensor], dict[
         return tensors, {"damping": fitted.damping, "ridges": fitted.ridges}
     if isinstance(fitted, DataInf):
         return {}, {"damping": fitted.damping, "ridges": fitted.ridges}
-    assert isinstance(fitted, Identity), "a preconditioner of one's own has no file"
+    if not isinstance(fitted, Identity):
+        raise ConfigError(
+            f"a {type(fitted).__name__} has no form in a file (scorer_files): fit it again in each process"
+        )
     return {}, asdict(fitted)
 
 

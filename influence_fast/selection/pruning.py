@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 
 from influence_fast.data.fingerprints import text_fingerprint
 from influence_fast.data.schemas import Example
+from influence_fast.deprecation import OldCall, also_called_as
 from influence_fast.errors import ConfigError, DataError, listing, shown
 from influence_fast.influence.scores import FINGERPRINT, ScoreTable
 from influence_fast.selection.strategies import STRATEGIES, check_columns, find
@@ -55,31 +54,21 @@ class Clusters:
     keep: int = 1
 
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+def _with_clusters(values: dict[str, Any]) -> dict[str, Any]:
+    """Translate `select(..., clusters=numbers, keep_similar=2)`."""
+    keep, numbers = values.pop("keep_similar"), values.pop("clusters", None)
+    return values | {"clusters": None if numbers is None else Clusters(numbers, keep)}
 
 
-def _takes_keep_similar(work: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let `work` be called with `clusters` and `keep_similar` apart, as before there were `Clusters`."""
-
-    @functools.wraps(work)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if "keep_similar" in kwargs:
-            warnings.warn(
-                "keep_similar is deprecated: give clusters=Clusters(numbers, keep=...), from "
-                "influence_fast.selection.pruning",
-                DeprecationWarning,
-                stacklevel=2,
-            )
-            keep: Any = kwargs.pop("keep_similar")
-            numbers: Any = kwargs.get("clusters")
-            kwargs["clusters"] = None if numbers is None else Clusters(numbers, keep)
-        return work(*args, **kwargs)
-
-    return call
-
-
-@_takes_keep_similar
+@also_called_as(
+    OldCall(
+        positional=("table", "strategy"),
+        keywords=("fraction", "count", "seed", "groups", "clusters", "keep_similar", "exclude"),
+        marks=("keep_similar",),
+        translate=_with_clusters,
+        instead="select(..., clusters=Clusters(numbers, keep=...)), from influence_fast.selection.pruning",
+    )
+)
 def select(
     table: ScoreTable,
     strategy: str,

@@ -164,6 +164,15 @@ def test_of_near_duplicates_the_best_stay() -> None:
     assert select(line(8), "low_benefit", count=1, clusters=Clusters(clusters, keep=2)).drop.tolist() == [0]
 
 
+def test_keep_similar_still_works_and_says_what_replaces_it() -> None:
+    clusters = [0, 1, 0, 2, 0, 3, 1, 4]
+    with pytest.warns(DeprecationWarning, match=r"Clusters\(numbers, keep=...\)") as said:
+        old = select(line(8), "low_benefit", count=1, clusters=clusters, keep_similar=2)  # type: ignore[call-arg]
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    assert old.drop.tolist() == [0]
+
+
 @pytest.mark.parametrize("strategy", ["random", "combined", "embedding", "easy"])
 def test_no_two_of_a_cluster_stay_whatever_the_strategy(strategy: str) -> None:
     clusters = np.random.default_rng(3).integers(0, 12, 40)
