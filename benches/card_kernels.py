@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch._functorch import config as functorch
 
-from influence_fast.gradients.fp8 import LOWEST_CAPABILITY
 from influence_fast.gradients.loss import CARD_TOKENS, by_pytorch
 from influence_fast.kernels import fp8_rows as eight
 from influence_fast.kernels import gated_silu as gated
@@ -23,8 +22,10 @@ from influence_fast.kernels import rotary as rotate
 from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels import skinny_project as skinny
 from influence_fast.kernels import token_loss
+from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY
 from influence_fast.kernels.segments import Segments
 from influence_fast.products.inner_products import inner_products, quantize_rows
+from influence_fast.row_codec import to_int8
 
 RANK = DIM = 16
 MODULES = 196  # LoRA linears of Qwen2.5-7B
@@ -241,7 +242,7 @@ def _projected_sums(table: Table, tokens: int, modules: int) -> None:
 def _quantization(table: Table, modules: int) -> None:
     for width in (8192, 2 * DIM * RANK * modules):  # sketched rows, and the whole ones of a 7B model
         made = torch.randn(16, width, device=table.device)
-        variants: Variants = {"pytorch": lambda: quantize.reference(made)}  # noqa: B023
+        variants: Variants = {"pytorch": lambda: to_int8(made)}  # noqa: B023
         if table.device.type == "cuda":
             variants["triton"] = lambda: quantize.quantize_rows(made)  # noqa: B023
         table.add("quantize_rows", f"E=16 K={width}", quantize.cost(16, width), variants)

@@ -20,12 +20,13 @@ from influence_fast.gradients import attention, fp8
 from influence_fast.gradients import streaming as stream
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.fused_layers import Fused
-from influence_fast.gradients.lora import layout_width
+from influence_fast.gradients.layout import layout_width
 from influence_fast.gradients.memory import BaseWeights, PackSize, gradient_memory
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.targets import gradient_layout
+from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY
 
 # hidden, intermediate, heads, key/value heads, vocabulary, layers run here (the 7B is repeated layers of its shape)
 SHAPES = {
@@ -77,7 +78,7 @@ def ways_of(device: torch.device) -> dict[str, dict[str, Any]]:
         return ways
     ways |= {way: {"backend": "triton"} for way in ("triton", OWN_LAYERS, ANY_ORDER)}
     ways[NO_GRAPHS] = {"backend": "triton", "cuda_graphs": False}
-    if torch.cuda.get_device_capability(device) >= fp8.LOWEST_CAPABILITY:
+    if torch.cuda.get_device_capability(device) >= LOWEST_CAPABILITY:
         ways["triton fp8"] = {"backend": "triton", "precision": fp8.FP8}
     return ways
 
@@ -168,7 +169,7 @@ def _step(row: dict[str, Any], device: torch.device, shape: tuple[int, ...], rou
                 if engine.cuda_graphs:
                     run()  # a shape is recorded when it is seen again, which the warm-up then is
                 found = timed(device, run, 2)
-                if engine.cuda_graphs and not (engine._graphs and engine._graphs.most_tokens):
+                if engine.cuda_graphs and not (engine.runner.graphs and engine.runner.graphs.most_tokens):
                     raise RuntimeError("no step was recorded, so there is no time for graphs")
                 if device.type == "cuda":
                     launching.setdefault(way, []).append(launching_share(run))
@@ -216,7 +217,7 @@ def batch_memory(device: torch.device, model: Any, projection: Projection, pack:
             RowSpec(dim=DIM),
             rank=RANK,
             checkpointing=checkpointing,
-            triton=engine.backend == "triton",
+            triton=engine.backend.launches_kernels,
         )
     return measured, summed.batch / 2**30
 
@@ -304,7 +305,7 @@ def long_trace(device: torch.device, name: str, shape: tuple[int, ...], tokens: 
             RowSpec(dim=DIM),
             rank=RANK,
             checkpointing=recomputed,
-            triton=engine.backend == "triton",
+            triton=engine.backend.launches_kernels,
         )
     found = {"model": name, "layers": shape[5], "tokens": tokens, "seconds": seconds, "recomputed": recomputed}
     found |= {"peak_gib": peak, "peak_sum_gib": summed.peak / 2**30, "tokens_per_second": tokens / seconds["p50"]}

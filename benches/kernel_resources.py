@@ -23,10 +23,9 @@ from typing import Any
 
 import torch
 
-from influence_fast.gradients.fp8 import LOWEST_CAPABILITY
 from influence_fast.kernels import project_flat, rms_norm, segment_bilinear, segment_outer, skinny_project
 from influence_fast.kernels.counter import fill_signs, fill_sjlt
-from influence_fast.kernels.fp8_rows import fp8_rows
+from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY, fp8_rows
 from influence_fast.kernels.gated_silu import gated_silu, gated_silu_backward
 from influence_fast.kernels.quantize_rows import quantize_rows
 from influence_fast.kernels.rotary import rotary

@@ -179,7 +179,26 @@ def differences(whole: Files, again: Files) -> list[str]:
     found = [f"{name} is missing" for name in sorted(whole.keys() - again.keys())]
     found += [f"{name} is left over" for name in sorted(again.keys() - whole.keys())]
     both = sorted(whole.keys() & again.keys())
-    return found + [f"{name} differs" for name in both if stable(name, whole[name]) != stable(name, again[name])]
+    for name in both:
+        one, other = stable(name, whole[name]), stable(name, again[name])
+        if one != other:
+            found.append(f"{name} differs{_first_difference(one, other) if name.endswith('.json') else ''}")
+    return found
+
+
+def _first_difference(one: bytes, other: bytes) -> str:
+    """Where two JSON documents differ first, and both values."""
+
+    def search(left: Any, right: Any, place: str) -> str | None:
+        if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
+            inner = [search(left[key], right[key], f"{place}.{key}") for key in left]
+        elif isinstance(left, list) and isinstance(right, list) and len(left) == len(right):
+            inner = [search(*pair, f"{place}[{i}]") for i, pair in enumerate(zip(left, right, strict=True))]
+        else:
+            return None if left == right else f" at {place}: {str(left)[:80]} against {str(right)[:80]}"
+        return next(filter(None, inner), None)
+
+    return search(json.loads(one), json.loads(other), "") or ""
 
 
 def write_inputs(folder: Path) -> None:

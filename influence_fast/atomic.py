@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import glob
+import hashlib
 import os
+import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +23,14 @@ def beside(path: str | Path, suffix: str) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is removed if not."""
+    """Yield a temporary path beside `path` that takes its place when the block ends well, and is removed if not.
+
+    Temporary files of the same `path` that killed processes of this host left behind are removed first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # the process number alone is not unique where several hosts or containers share the folder
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    _sweep(path)
+    # The process number alone is not unique where several hosts or containers share the folder.
+    temporary = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         if temporary.is_file():
@@ -37,6 +46,44 @@ def replacing(path: Path) -> Iterator[Path]:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+@functools.cache
+def _host() -> str:
+    """Return a name of the host, its boot and its process numbers: only under the same name can a number be looked up.
+
+    Containers of one host number their processes apart, and a restarted host numbers them anew.
+    """
+    known = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        known.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:8]
+
+
+def _sweep(path: Path) -> None:
+    """Remove the temporary files of `path` whose processes ran under this host's name and are gone."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{_host()}-*-*.tmp"):
+        number = re.search(r"-(\d+)-[0-9a-f]+\.tmp$", left.name)
+        if number is None or _runs(int(number[1])):
+            continue
+        with contextlib.suppress(OSError):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":  # where `os.kill` has no signal that only asks
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it runs, under another user
+        return True
+    return True
 
 
 @contextlib.contextmanager

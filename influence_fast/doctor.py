@@ -69,14 +69,14 @@ def _gradients() -> list[tuple[str, bool, str]]:
     }
     rows = []
     for name, note in notes.items():
-        active = name == chosen
+        active = name == chosen.name
         reason = why if name == "triton" or active else "the other backend was chosen"
         rows.append((f"gradients: {name}", active, f"{note} ({reason})"))
     off = graphs.wanted() is False
-    note = "steps seen twice are replayed" if chosen == "triton" else "they need the triton backend"
+    note = "steps seen twice are replayed" if chosen.launches_kernels else "they need the triton backend"
     if off:
         note = f"off by {graphs.VARIABLE}=0"
-    rows.append(("gradients: CUDA graphs", chosen == "triton" and not off, note))
+    rows.append(("gradients: CUDA graphs", chosen.launches_kernels and not off, note))
     return [*rows, (f"gradients: {backends.NATIVE}", False, backends.NOT_NATIVE)]
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from influence_fast.gradients.projection import key
 from influence_fast.kernels.runtime import ceil_div, check_device, jit, launch, tl
+from influence_fast.philox import key
 
 
 @jit
@@ -78,7 +78,7 @@ def fill_signs(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cuda",
 ) -> Tensor:
-    """`projection.sign_matrix` made by a kernel on `device`: the same (rows, columns) of ±1."""
+    """`philox.sign_matrix` made by a kernel on `device`: the same (rows, columns) of ±1."""
     out = torch.empty(rows, columns, dtype=dtype, device=device)
     keys = torch.tensor(key(seed, name), dtype=torch.int64, device=device)
     check_device("fill_signs", out=out)
@@ -98,7 +98,7 @@ def fill_signs(
 def fill_sjlt(
     seed: int, name: str, n: int, width: int, *, start: int = 0, device: torch.device | str = "cuda"
 ) -> tuple[Tensor, Tensor]:
-    """`projection.sjlt_map` made by a kernel on `device`: bucket (n,) int64 and sign (n,) float32."""
+    """`philox.sjlt_map` made by a kernel on `device`: bucket (n,) int64 and sign (n,) float32."""
     bucket = torch.empty(n, dtype=torch.int64, device=device)
     sign = torch.empty(n, dtype=torch.float32, device=device)
     keys = torch.tensor((*key(seed, name), width), dtype=torch.int64, device=device)

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import ConfigError
-from influence_fast.gradients.fp8 import LOWEST_CAPABILITY
 from influence_fast.kernels.runtime import (
     Cost,
     ceil_div,
@@ -37,6 +36,7 @@ from influence_fast.kernels.runtime import (
     tl,
 )
 
+LOWEST_CAPABILITY = (8, 9)  # of GPUs that round to e4m3, and multiply it
 FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
 TINY = torch.finfo(torch.float32).tiny

@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import ConfigError
-from influence_fast.gradients.projection import FLAT_KINDS, key, sign_matrix, sjlt_map
 from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels.counter import sign_words, sjlt_entry
 from influence_fast.kernels.runtime import (
@@ -52,6 +51,7 @@ from influence_fast.kernels.runtime import (
     tl,
 )
 from influence_fast.kernels.segments import Segments, as_segments, check_tokens
+from influence_fast.philox import FLAT_KINDS, key, sign_matrix, sjlt_map
 
 SLAB = 32_768
 TILES_A_PROGRAM = 8  # at least

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from influence_fast.errors import ConfigError
 from influence_fast.kernels.runtime import Cost, check_device, check_last_stride, check_shape, jit, launch, padded, tl
+from influence_fast.row_codec import TINY
 
-TINY = torch.finfo(torch.float32).tiny
 # 1.5 * 2^23: a number below 2^22 added to it loses exactly its fraction, to nearest even.
 ROUNDER = 12582912.0
 BLOCK = 4096
@@ -93,18 +93,6 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
             num_stages=2,
         )
     return out, scales
-
-
-def reference(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The same numbers in PyTorch: (int8 (E, K), float32 scales (E,))."""
-    peak = rows.abs().amax(dim=1)
-    finite = torch.isfinite(peak)
-    scales = peak / torch.full_like(peak, 127.0)  # by a plain number PyTorch multiplies with 1 / 127 on a card
-    scales = torch.where(scales < TINY, 0.0, scales)
-    usable = (scales > 0) & finite
-    divisor = torch.where(usable, scales, 1.0)
-    t = torch.where(usable[:, None], rows / divisor[:, None], 0.0).clamp(-127, 127)
-    return t.round().to(torch.int8), torch.where(finite, scales, torch.nan)
 
 
 def cost(examples: int, width: int) -> Cost:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.gradients.transfer import all_to_device
+from influence_fast.transfer import all_to_device
 
 # 512 tokens of two (16,) bfloat16 operands are 32 KB read for one 1 KB partial sum: 6 % more traffic, and 32 programs
 # a module for one 16k-token trace.

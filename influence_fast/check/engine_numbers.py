@@ -14,7 +14,7 @@ import torch
 from influence_fast.data.packing import pack_examples
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.layer_outputs import rounded_layers
-from influence_fast.gradients.lora import LayoutEntry, layout_of
+from influence_fast.gradients.layout import LayoutEntry, layout_of
 from influence_fast.gradients.opened import free_bytes
 from influence_fast.gradients.per_example import packs_for
 from influence_fast.gradients.tolerance import Tolerance

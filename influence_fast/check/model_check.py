@@ -20,10 +20,10 @@ from influence_fast.data.packing import IGNORED, check_examples, example_name, t
 from influence_fast.errors import ConfigError, DataError, ModelError, one_line
 from influence_fast.gradients.frozen import frozen
 from influence_fast.gradients.layer_outputs import rounded_layers
-from influence_fast.gradients.lora import unscored_in
 from influence_fast.gradients.opened import base_of
 from influence_fast.gradients.quantized import unrounded
 from influence_fast.gradients.referee import decoder_of
+from influence_fast.gradients.trained_beside import unscored_in
 
 # Rows of the data that examples are chosen from.
 _CONSIDERED = 256

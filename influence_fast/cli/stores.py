@@ -148,7 +148,7 @@ def _inspect(args: Any) -> None:
 
 
 def _inspect_sketch(store: Any) -> None:
-    from influence_fast.gradients.lora import layout_width
+    from influence_fast.gradients.layout import layout_width
     from influence_fast.influence.sketch_fitting import PICKED
 
     sketch = store.projection.sketch
@@ -184,7 +184,8 @@ def _option(text: str) -> tuple[str, str]:
 
 
 def _import(args: Any) -> None:
-    from influence_fast.store.importers import FORMATS, import_gradients, options_of
+    from influence_fast.store.import_formats import FORMATS
+    from influence_fast.store.importers import import_gradients, options_of
 
     known = {option for name in FORMATS for option in options_of(name)}
     given: dict[str, Any] = {}

@@ -38,9 +38,10 @@ from influence_fast.data import layouts
 from influence_fast.data.cells import Cells, Turn, whole_number
 from influence_fast.data.conversations import TURN_CHOICES, Draft
 from influence_fast.data.layouts import TRACE_CHOICES, Converter, Reading, Trace
+from influence_fast.data.read_warnings import ReadWarnings
 from influence_fast.data.rows import Rows
 from influence_fast.data.unread_columns import UnreadColumns, likely_columns
-from influence_fast.errors import ConfigError, DataError, did_you_mean, listing, shown
+from influence_fast.errors import ConfigError, DataError, did_you_mean, shown
 
 __all__ = [
     "SCHEMAS", "TRACE_CHOICES", "TURN_CHOICES", "Cells", "Example", "Schema", "Trace", "Turn", "check_trace",
@@ -54,7 +55,6 @@ ID_COLUMNS = ("id", "uuid", "unique_id")
 # What pandas reads as null from CSV, in lower case.
 _CSV_NULLS = ("", "nan", "-nan", "na", "n/a", "#n/a", "#na", "<na>", "none", "null", "nat")
 
-_REPEATED = 16  # characters: an answer may begin with a shorter prompt by chance
 _SAMPLE = 32  # rows that tell apart schemas of the same columns
 
 
@@ -265,69 +265,6 @@ def id_column(rows: Rows, columns: Mapping[str, str | None]) -> str | None:
     return next((name for name in ID_COLUMNS if name in rows.columns), None)
 
 
-class _Warnings:
-    """What a reader leaves out of the rows, said once for a source when it has read them."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-        self.cut: list[int] = []
-        self.passed_over: list[int] = []
-        self.blank: list[tuple[int, int]] = []
-        self.fields: dict[str, None] = {}
-        self.verdicts: list[tuple[int, str]] = []
-        self.repeating: list[int] = []
-        self.seen = 0
-
-    def see(self, cells: Cells, drafts: list[Draft]) -> None:
-        """Take note of one row and of what was made of it."""
-        if any(draft.cut for draft in drafts):
-            self.cut.append(cells.index)
-        if any(draft.passed_over for draft in drafts):
-            self.passed_over.append(cells.index)
-        self.seen += bool(drafts)
-        if any(len(draft.prompt) >= _REPEATED and draft.completion.startswith(draft.prompt) for draft in drafts):
-            self.repeating.append(cells.index)
-        self.fields.update(dict.fromkeys(name for draft in drafts for name in draft.unread))
-
-    def _places(self, indices: Sequence[int]) -> str:
-        return listing(self.rows.place(i).removeprefix(f"{self.rows.name}, ") for i in indices)
-
-    def say(self) -> None:
-        """Log what was noted, a line for each kind."""
-        name = self.rows.name
-        if self.cut:
-            logger.warning(
-                "%s: %d conversations do not end with an assistant turn that is trained on; what comes after their "
-                "last one is left out: %s", name, len(self.cut), self._places(self.cut),
-            )  # fmt: skip
-        if self.passed_over:
-            logger.warning(
-                "%s: %d conversations have earlier assistant turns with weight 1, which turns='last' puts no loss on; "
-                "turns='all' does: %s", name, len(self.passed_over), self._places(self.passed_over),
-            )  # fmt: skip
-        if 2 * len(self.repeating) > self.seen:  # a few may restate their question
-            logger.warning(
-                "%s: %d completions begin with their own prompt, which is then trained on; take it off them where it "
-                "is no part of the answer: %s", name, len(self.repeating), self._places(self.repeating),
-            )  # fmt: skip
-        if self.verdicts:
-            logger.warning(
-                "%s: %d labels are truths or numbers (%s), which name no kind of corruption, and are not read: %s; "
-                "write 'clean' or the kind as text", name, len(self.verdicts),
-                listing(dict.fromkeys(label for _, label in self.verdicts)),
-                self._places([index for index, _ in self.verdicts]),
-            )  # fmt: skip
-        if self.fields:
-            logger.warning(
-                "%s: messages have fields with text that is not read: %s; rename one that holds reasoning to "
-                "'reasoning', or write the text into 'content'", name, listing(self.fields),
-            )  # fmt: skip
-        if self.blank:
-            place = self.rows.place
-            traces = listing(f"trace {j} of {place(i).removeprefix(f'{name}, ')}" for i, j in self.blank)
-            logger.warning("%s: %d traces are null or blank and are left out: %s", name, len(self.blank), traces)
-
-
 def read_examples(
     rows: Rows, format: str, trace: Trace, columns: Mapping[str, str | None], turns: str = "last"
 ) -> Iterator[list[Example]]:
@@ -342,7 +279,7 @@ def read_examples(
     ids = id_column(rows, columns)
     wanted = schema.read(columns) | ({ids} if ids else set())
     unread = UnreadColumns(rows, wanted, {columns.get(name, name) for name in schema.ignored})
-    warnings, reading = _Warnings(rows), Reading(trace, turns)
+    warnings, reading = ReadWarnings(rows), Reading(trace, turns)
     try:
         for index, row in enumerate(rows.read(wanted | unread.suspects)):
             cells = Cells(row, index, rows, columns)

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Protocol, TypeVar
 
-from influence_fast.evaluation.expressions import Node, contains, exact, number
+from influence_fast.evaluation.expression_values import contains, exact
+from influence_fast.evaluation.expressions import Node, number
 from influence_fast.evaluation.units import COUNTED, DEGREE, DOZEN, PERCENT, RADIAN, Unit
 from influence_fast.evaluation.values import (
     Clock,

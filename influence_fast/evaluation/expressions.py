@@ -6,7 +6,6 @@ numbers, factorials, binomials and the usual functions. Whatever it does not kno
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -16,8 +15,6 @@ from influence_fast.evaluation.answer_tokens import DEPTH, OPENING, Token, Unpar
 
 Node = tuple[Any, ...]  # ("num", value, decimals), ("var", name), ("const", name), or (operation, operand, ...)
 
-BITS = 200_000  # of an exact number; 2006! has 19,000
-FACTORIALS = 5000  # the largest n whose n! is evaluated
 HEIGHT = 150  # levels of a tree
 
 FUNCTIONS = frozenset(
@@ -346,88 +343,3 @@ def _repeating(text: str, period: str) -> Node:
     whole, _, decimals = text.partition(".")
     fixed = Fraction(f"{whole}.{decimals or 0}")
     return ("num", fixed + Fraction(int(period), (10 ** len(period) - 1) * 10 ** len(decimals)), 0)
-
-
-def contains(node: Any, *names: str) -> bool:
-    """Return whether an operation or kind of the given names occurs in a tree."""
-    if not isinstance(node, tuple):
-        return False
-    return node[0] in names or any(contains(child, *names) for child in node[1:])
-
-
-def signs_expanded(node: Node) -> list[Node]:
-    r"""Return the two values of an expression with `\pm`, the upper signs first; itself where it has none."""
-    if not contains(node, "pm", "mp"):
-        return [node]
-    return [_with_sign(node, upper) for upper in (True, False)]
-
-
-def _with_sign(node: Any, upper: bool) -> Any:
-    if not isinstance(node, tuple):
-        return node
-    if node[0] in ("pm", "mp"):
-        inner = _with_sign(node[1], upper)
-        return inner if (node[0] == "pm") == upper else ("neg", inner)
-    return tuple(_with_sign(child, upper) for child in node)
-
-
-def exact(node: Node) -> Fraction | None:
-    """Evaluate a tree to the rational number that it is; None for one that is none, or too large to hold.
-
-    Example:
-        >>> from influence_fast.evaluation.answer_tokens import tokens_of
-        >>> exact(parse(tokens_of("1/2^98"))) == exact(parse(tokens_of("1/2^99")))
-        False
-    """
-    try:
-        return _exact(node)
-    except (_NotRational, ZeroDivisionError, OverflowError):
-        return None
-
-
-class _NotRational(Exception):
-    pass
-
-
-def _exact(node: Node) -> Fraction:
-    kind = node[0]
-    if kind == "num":
-        return Fraction(node[1])
-    if kind in ("var", "const", "call", "pm", "mp", "fact2"):
-        raise _NotRational
-    operands = [_exact(child) for child in node[1:]]
-    if kind == "neg":
-        return -operands[0]
-    if kind == "fact":
-        return Fraction(math.factorial(_whole(operands[0], FACTORIALS)))
-    if kind == "binom":
-        return Fraction(math.comb(_whole(operands[0], FACTORIALS), _whole(operands[1], FACTORIALS)))
-    value = _OPERATIONS[kind](*operands)
-    if value.numerator.bit_length() + value.denominator.bit_length() > BITS:
-        raise _NotRational
-    return value
-
-
-def _whole(value: Fraction, largest: int) -> int:
-    if value.denominator != 1 or not 0 <= value <= largest:
-        raise _NotRational
-    return int(value)
-
-
-def _power(base: Fraction, exponent: Fraction) -> Fraction:
-    if exponent.denominator != 1:
-        raise _NotRational
-    if base in (1, 0) and exponent >= 0:
-        return base if exponent else Fraction(1)
-    bits = max(base.numerator.bit_length(), base.denominator.bit_length())
-    if bits * abs(exponent) > BITS:
-        raise _NotRational
-    return Fraction(base ** int(exponent))
-
-
-_OPERATIONS = {
-    "add": lambda a, b: a + b,
-    "mul": lambda a, b: a * b,
-    "div": lambda a, b: a / b,
-    "pow": _power,
-}

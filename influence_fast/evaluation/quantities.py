@@ -5,16 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from influence_fast.evaluation.answer_tokens import Token, Unparsed
-from influence_fast.evaluation.expressions import (
-    CONSTANTS,
-    FUNCTIONS,
-    Node,
-    contains,
-    exact,
-    number,
-    parse,
-    signs_expanded,
-)
+from influence_fast.evaluation.expression_values import contains, exact, signs_expanded
+from influence_fast.evaluation.expressions import CONSTANTS, FUNCTIONS, Node, number, parse
 from influence_fast.evaluation.plain_forms import SCALES
 from influence_fast.evaluation.units import CURRENCIES, UNITS, Unit, is_unit, parse_units
 from influence_fast.evaluation.values import Items, Scalar, Value

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from influence_fast.evaluation.answer_text import MAX_ANSWER, clean, without_comma_groups
 from influence_fast.evaluation.answer_tokens import Token, Unparsed, split, tokens_of
-from influence_fast.evaluation.expressions import exact, parse
+from influence_fast.evaluation.expression_values import exact
+from influence_fast.evaluation.expressions import parse
 from influence_fast.evaluation.plain_forms import plain_words, special_form, words_or_unread
 from influence_fast.evaluation.quantities import compound, node_of, prose, quantities
 from influence_fast.evaluation.regions import ORDER, inequality, infinite, intersection, union, without_points

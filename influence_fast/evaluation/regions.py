@@ -7,7 +7,8 @@ import re
 from collections.abc import Sequence
 
 from influence_fast.evaluation.answer_tokens import Token
-from influence_fast.evaluation.expressions import Node, contains, exact
+from influence_fast.evaluation.expression_values import contains, exact
+from influence_fast.evaluation.expressions import Node
 from influence_fast.evaluation.quantities import node_of
 from influence_fast.evaluation.values import Items, Region, Scalar, Span, Unread, Value, Words
 

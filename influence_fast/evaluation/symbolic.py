@@ -13,7 +13,8 @@ from typing import Any
 
 from influence_fast.evaluation.answer_text import clean
 from influence_fast.evaluation.comparison import Exact, Undecided, equal_values
-from influence_fast.evaluation.expressions import Node, exact
+from influence_fast.evaluation.expression_values import exact
+from influence_fast.evaluation.expressions import Node
 from influence_fast.evaluation.readings import readings
 
 DIGITS = (60, 400)

@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from influence_fast.data.packing import Pack
 from influence_fast.errors import ModelError
-from influence_fast.gradients.transfer import all_to_device
+from influence_fast.transfer import all_to_device
 
 PACKED = "influence_fast_packed"
 REPLACED = ("eager", "sdpa", None)  # these see a pack as one text, or mask all of it

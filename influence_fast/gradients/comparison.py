@@ -114,18 +114,14 @@ def first_texts(pack: Pack) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def _referee_of(opened: OpenedModel) -> Referee | None:
     """The plain outputs to compare with; None where there are no numbers, as of kernels that are only recorded."""
-    if opened.referee is None or opened.backend != "triton":
-        return opened.referee
-    from influence_fast.kernels.runtime import is_recording
-
-    return None if is_recording() else opened.referee
+    return None if opened.backend.only_recorded else opened.referee
 
 
 def _remedy(opened: OpenedModel) -> str:
     """What to change where the engine's numbers are not the model's; empty where it is not known."""
     if opened.precision == fp8.FP8:
         return "leave precision at 'auto'"
-    return "pass backend='torch'" if opened.backend == "triton" else ""
+    return opened.backend.remedy
 
 
 def _refusal(opened: OpenedModel, referee: Referee, error: float) -> ModelError:

@@ -22,7 +22,7 @@ def check_weights(opened: OpenedModel) -> None:
     if not linears or any(linear.sharded for linear in linears) or opened.device.type == "meta":
         return
     two = torch.zeros(2, dtype=torch.int64)
-    inputs = StepInputs.of(Pack([0], two, torch.arange(2), two, [0, 2]), "mean", torch.float32, triton=False)
+    inputs = StepInputs.of(Pack([0], two, torch.arange(2), two, [0, 2]), "mean", torch.float32)
     weights = [linear.base.weight for linear in linears]
     try:
         for weight in weights:

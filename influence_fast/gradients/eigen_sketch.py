@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 from influence_fast.atomic import replacing
 from influence_fast.errors import ConfigError, StoreError
-from influence_fast.gradients.lora import LayoutEntry, layout_width
+from influence_fast.gradients.layout import LayoutEntry, layout_width
 from influence_fast.gradients.projection import Projection
 
 DEFAULT_EXAMPLES = 256  # LDS of 64 is that of 512 on both worlds of benches.proof, to 0.002

@@ -22,20 +22,19 @@ from influence_fast.data.packing import Pack
 from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ConfigError
 from influence_fast.gradients import backends, comparison, direct_use, fp8, graphs, opened
-from influence_fast.gradients.lora import LayoutEntry, LoraLinear, layout_of
+from influence_fast.gradients.layout import LayoutEntry, layout_of
+from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.loss import drawn_tokens
 from influence_fast.gradients.model_kinds import check_predicts_tokens
 from influence_fast.gradients.opened import OpenedModel
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.reduction import FullReducer, ProjectedReducer, Reducer
 from influence_fast.gradients.referee import Referee
-from influence_fast.gradients.step import hidden_of, losses_of, step
-from influence_fast.gradients.step_inputs import StepInputs, StepShape
+from influence_fast.gradients.runner import Runner
+from influence_fast.gradients.step import hidden_of, losses_of
+from influence_fast.gradients.step_inputs import StepInputs
 from influence_fast.gradients.targets import check_exact, find_linears, linear_for_losses
-from influence_fast.gradients.transfer import to_device
-
-# Share of a card's free memory that kept activations may fill: gradients inside a layer, and fragments, need the rest.
-_ROOM = 0.8
+from influence_fast.transfer import to_device
 
 
 class GradientEngine:
@@ -74,7 +73,7 @@ class GradientEngine:
         self.device = self.linears[0].device
         self.backend, self.backend_why = backends.choose(backend, self.device, self.linears[0].dtype)
         self.reducer = _reducer(self.linears, projection, reducer)
-        self.reducer.triton = self.backend == "triton"
+        self.reducer.backend = self.backend
         self.reducer.bf16_rows = bf16_rows
         self.base = opened.base_of(self.model)
         check_predicts_tokens(self.base)
@@ -84,7 +83,7 @@ class GradientEngine:
             self.base, self.linears, self.reducer, self.backend, self.backend_why
         )
         self.cuda_graphs = self._wish.granted(self._why_no_graphs)
-        self._graphs: graphs.StepGraphs | None = None
+        self._runner: Runner | None = None
         self._stack = contextlib.ExitStack()
         self._opened: OpenedModel | None = None
 
@@ -132,17 +131,25 @@ class GradientEngine:
             direct_use.check_weights(self._opened)
             if not self._wish.said and self._opened.kept_bytes(1) is None:
                 self.cuda_graphs = False  # a second pack's activations might not fit, and nothing would say so before
-            if self.cuda_graphs:
-                self._graphs = graphs.StepGraphs(self._step, self.device, graphs.CudaRecorder(self.device))
+            recorder = graphs.CudaRecorder(self.device) if self.cuda_graphs else None
+            self._runner = Runner(self._opened, self.reducer, self.loss_reduction, self.backend, recorder)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        self._graphs = None
+        self._runner = None
         self._stack.close()
 
     def _forget(self) -> None:
         self._opened = None
+        self._runner = None
+
+    @property
+    def runner(self) -> Runner:
+        """What runs packs; RuntimeError unless the engine is open."""
+        if self._runner is None:
+            raise RuntimeError("the engine is not open: use it in a with block")
+        return self._runner
 
     def run(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients and losses of a pack: rows [E, k], losses [E] (reduced as the gradients are).
@@ -150,28 +157,11 @@ class GradientEngine:
         On a card it returns as soon as all is queued; nothing in it waits for the card. A pack whose activations would
         not fit in the card's free memory has its layers computed again in the backward (docs/memory.md).
         """
-        if self._graphs is None:
-            return self._step(self._inputs(pack).to(self.device), self.overflows(len(pack.input_ids)))
-        shape, examples = StepShape.of(pack), len(pack.indices)
-        inputs = self._inputs(pack, shape)
-        if not self.overflows(2 * shape.tokens):  # the memory of recorded steps is theirs alone
-            return self._graphs.run(shape, inputs, examples)
-        rows, losses = self._step(inputs.to(self.device), self.overflows(shape.tokens + self._graphs.most_tokens))
-        return rows[:examples], losses[:examples]
-
-    def _inputs(self, pack: Pack, shape: StepShape | None = None) -> StepInputs:
-        """What `_step` needs of a pack, on the host."""
-        return StepInputs.of(
-            pack, self.loss_reduction, self.reducer.dtype, triton=self.backend == "triton", shape=shape
-        )
-
-    def _step(self, inputs: StepInputs, recompute: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        return step(self.opened, self.reducer, inputs, recompute)
+        return self.runner.run(pack)
 
     def overflows(self, tokens: int) -> bool:
-        """Whether what the layers keep of so many tokens is more than `room`; unknown models are taken to fit."""
-        kept, room = self.opened.kept_bytes(tokens), self.opened.room
-        return kept is not None and room is not None and kept > _ROOM * room
+        """Whether what the layers keep of so many tokens is more than there is room for."""
+        return self.runner.overflows(tokens)
 
     def losses(self, pack: Pack) -> torch.Tensor:
         """Losses of a pack [E], without a backward pass."""
@@ -180,7 +170,7 @@ class GradientEngine:
     @torch.no_grad()
     def draw(self, pack: Pack, uniform: torch.Tensor) -> torch.Tensor:
         """A token from the model's prediction of each that the loss counts [n] int64, by uniform numbers [n]."""
-        inputs = StepInputs.of(pack, self.loss_reduction, self.reducer.dtype, triton=False).to(self.device)
+        inputs = StepInputs.of(pack, self.loss_reduction, self.reducer.dtype).to(self.device)
         return drawn_tokens(*hidden_of(self.opened, inputs), to_device(uniform, self.device))
 
     def compare_losses(self, pack: Pack, losses: torch.Tensor, names: Sequence[str]) -> None:

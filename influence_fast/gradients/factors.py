@@ -31,7 +31,8 @@ from influence_fast.errors import ModelError, listing
 from influence_fast.gradients.projection import Projection
 
 if TYPE_CHECKING:
-    from influence_fast.gradients.lora import LayoutEntry, LoraLinear
+    from influence_fast.gradients.layout import LayoutEntry
+    from influence_fast.gradients.lora import LoraLinear
 
 
 class Side(enum.Enum):

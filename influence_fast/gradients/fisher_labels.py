@@ -23,7 +23,7 @@ from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import IGNORED
 from influence_fast.gradients.engine import LossEngine
 from influence_fast.gradients.per_example import packs_for
-from influence_fast.gradients.projection import key, philox4x32
+from influence_fast.philox import key, philox4x32
 
 _STREAM = 2  # the fourth word of the counter: 0 and 1 are the signs' and the SJLT's
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import ConfigError, did_you_mean, listing, say_once
+from influence_fast.gradients.backends import TORCH, Torch
 from influence_fast.gradients.lora import LoraLinear
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ AUTO, FP8 = "auto", "fp8"
 PRECISIONS = (AUTO, FP8)
 MULTIPLE = 16
 FEWEST_ROWS = 272  # in multiples of 16 too
-LOWEST_CAPABILITY = (8, 9)  # of cards that round to e4m3, and multiply it
 
 
 def check_precision(name: str, source: str = "precision", *, sharded: bool = False) -> None:
@@ -58,21 +58,14 @@ class Rows:
     count: int
 
 
-def to_fp8(matrix: Tensor, triton: bool = False) -> Rows:
+def to_fp8(matrix: Tensor, backend: Torch = TORCH) -> Rows:
     """Rounds the rows of a matrix [n, k] of any float dtype; a row with a NaN or infinite number has such a scale. On a
     card as many rows as it multiplies.
 
-    triton: whether our kernel can run where the matrix is, and is of its dtypes. The bits are the same.
+    backend: what rounds it; the bits are the same by all.
     """
-    from influence_fast.kernels import fp8_rows
-
     count = len(matrix)
-    rows = padded(count) if matrix.is_cuda else count
-    if not triton:
-        values, scales = fp8_rows.reference(matrix, rows)
-    else:
-        whole = matrix if matrix.stride(-1) == 1 else matrix.contiguous()  # W^T, once
-        values, scales = fp8_rows.fp8_rows(whole, rows)
+    values, scales = backend.fp8_rows(matrix, padded(count) if matrix.is_cuda else count)
     return Rows(values, scales, count)
 
 
@@ -100,6 +93,8 @@ class Product:
         name = str(device)
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
+            from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY
+
             capability = torch.cuda.get_device_capability(device)
             if torch.version.hip is None and capability < LOWEST_CAPABILITY:
                 raise ConfigError(
@@ -136,15 +131,15 @@ def _dotted(capability: tuple[int, int]) -> str:
 class Fp8Weight:
     """A frozen weight [d_out, d_in] in 8 bits, for products with its rows and with its columns."""
 
-    def __init__(self, weight: Tensor, product: Product, triton: bool = False) -> None:
+    def __init__(self, weight: Tensor, product: Product, backend: Torch = TORCH) -> None:
         self.dtype = weight.dtype
         self.product = product
-        self.rows = to_fp8(weight, triton)  # [d_out, d_in]
-        self.columns = to_fp8(weight.T, triton)  # [d_in, d_out]
+        self.rows = to_fp8(weight, backend)  # [d_out, d_in]
+        self.columns = to_fp8(weight.T, backend)  # [d_in, d_out]
 
-    def operand(self, matrix: Tensor, triton: bool) -> Rows:
+    def operand(self, matrix: Tensor, backend: Torch) -> Rows:
         """Return what `forward` and `backward` take for a matrix: its rows in 8 bits."""
-        return to_fp8(matrix, triton)
+        return to_fp8(matrix, backend)
 
     def forward(self, x: Rows, bias: Tensor | None) -> Tensor:
         """x [T, d_in] W^T + bias: [T, d_out] in the weight's dtype."""
@@ -156,10 +151,10 @@ class Fp8Weight:
         return self.product(g, self.columns).to(self.dtype)
 
 
-def weights_of(linears: Sequence[LoraLinear], triton: bool = False) -> list[Fp8Weight | None]:
+def weights_of(linears: Sequence[LoraLinear], backend: Torch = TORCH) -> list[Fp8Weight | None]:
     """The base weight of each linear in 8 bits; None for those whose shape does not fit, which are logged once.
 
-    triton: as in `to_fp8`. Raises ConfigError: a weight is sharded or quantised, the device has no such product, or no
+    backend: as in `to_fp8`. Raises ConfigError: a weight is sharded or quantised, the device has no such product, or no
     weight fits.
     """
     check_precision(FP8, sharded=any(linear.sharded for linear in linears))
@@ -178,7 +173,7 @@ def weights_of(linears: Sequence[LoraLinear], triton: bool = False) -> list[Fp8W
                 "use 'auto'"
             )
         say_once(logger, f"precision fp8: sides are no multiples of {MULTIPLE}, multiplied in {first.dtype}: {names}")
-    return [Fp8Weight(linear.weight, product, triton) if _fits(linear) else None for linear in linears]
+    return [Fp8Weight(linear.weight, product, backend) if _fits(linear) else None for linear in linears]
 
 
 def _fits(linear: LoraLinear) -> bool:

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from influence_fast.errors import ConfigError, say_once
 from influence_fast.gradients.step_inputs import StepInputs, StepShape
-from influence_fast.gradients.transfer import joined, to_device
+from influence_fast.transfer import joined, to_device
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.functional import linear as dense
 
 from influence_fast.errors import ModelError
+from influence_fast.gradients.backends import Torch
 from influence_fast.gradients.fused_layers import overridden
 from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.reduction import Reducer
@@ -26,7 +27,7 @@ from influence_fast.gradients.reduction import Reducer
 class Product(Protocol):
     """How a frozen weight is multiplied where that is no plain matrix product in its own dtype."""
 
-    def operand(self, matrix: torch.Tensor, triton: bool) -> Any:
+    def operand(self, matrix: torch.Tensor, backend: Torch) -> Any:
         """Return what the products take for a matrix; members of a group share that of their input."""
 
     def forward(self, x: Any, bias: torch.Tensor | None) -> torch.Tensor:
@@ -46,7 +47,7 @@ class InputGroup:
     numbers: list[int]  # each member's place among all LoRA linears
     reducer: Reducer
     fused: bool
-    triton: bool
+    backend: Torch
     products: Sequence[Product | None]  # each member's, None where its own dtype multiplies
     dtype: torch.dtype  # of what is computed
     forward_weight: torch.Tensor = field(init=False)  # fused: [sum d_out + sum c, d_in], else [sum c, d_in]
@@ -98,19 +99,8 @@ class InputGroup:
         return self.backward_weights[place][:, : self.members[place].r]
 
     def skinny(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x [T, d] @ weight [d, c] for a small c: one pass over x.
-
-        As of W x, the bits of a token's row may depend on T where PyTorch multiplies.
-        """
-        if not self.triton or len(x) == 0:
-            return x @ weight
-        from influence_fast.kernels.skinny_project import MAX_COLUMNS, MOST_COLUMNS_16_BIT, skinny_project
-
-        if x.element_size() == 2 and weight.shape[1] > MOST_COLUMNS_16_BIT:
-            return x @ weight
-        x = x.contiguous()
-        parts = [skinny_project(x, part) for part in weight.split(MAX_COLUMNS, dim=1)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        """x [T, d] @ weight [d, c] for a small c."""
+        return self.backend.skinny_product(x, weight)
 
     def outputs(self, x: torch.Tensor, h: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Each member's W x + bias + s B h, [T, d_out]; x [T, d_in], h [T, r] of each.
@@ -123,7 +113,7 @@ class InputGroup:
         for place, (member, product) in enumerate(zip(self.members, self.products, strict=True)):
             b, s = self.factor_b(place).T, member.scaling
             if product is not None:
-                operand = product.operand(x, self.triton) if operand is None else operand
+                operand = product.operand(x, self.backend) if operand is None else operand
                 y = product.forward(operand, member.bias).addmm_(h[place], b, alpha=s)
                 # a quantised base adds its own bias and no other
                 yield y.add_(member.added_bias) if member.quantized and member.added_bias is not None else y
@@ -145,7 +135,7 @@ class InputGroup:
         dx: torch.Tensor | None = None
         for product, g in zip(self.products, grads, strict=True):
             if product is not None and g is not None:
-                part = product.backward(product.operand(g, self.triton))
+                part = product.backward(product.operand(g, self.backend))
                 dx = part if dx is None else dx.add_(part)
         dx = self._with_adapters_part(dx, u)
         for member, product, g in zip(self.members, self.products, grads, strict=True):

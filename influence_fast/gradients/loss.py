@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+# (logits [m, vocab], targets [m], losses [m], weights [m] or None) -> d loss / d logits, or None without weights.
+TokenLosses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor | None]
 
 # Logits held at once on a CPU, in numbers: 4M fp32 numbers are 16 MiB, which stays near its caches.
 _CPU_LOGITS = 1 << 22
@@ -36,7 +40,7 @@ class CompletionLoss(torch.autograd.Function):
         bias: torch.Tensor | None,  # [vocab]
         targets: torch.Tensor,  # [n] int64
         token_weights: torch.Tensor,  # [n] fp32 (fp64 for an fp64 model)
-        triton: bool,  # whether the kernel `token_loss` makes gradients of logits
+        compute: TokenLosses,  # `by_kernel` or `by_pytorch`
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (the weighted sum of the losses, the unweighted loss of each token [n])."""
         n = hidden.shape[0]
@@ -44,7 +48,6 @@ class CompletionLoss(torch.autograd.Function):
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         losses = torch.empty(n, dtype=wide, device=hidden.device)
         wants_grad = ctx.needs_input_grad[0]
-        compute = by_kernel if triton else by_pytorch
         grad = torch.empty_like(hidden) if wants_grad else hidden.new_empty(0)
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))

@@ -27,7 +27,8 @@ from influence_fast.gradients.probe_texts import vocabulary_of
 from influence_fast.gradients.projection import EXACT, Projection
 from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.targets import gradient_layout
-from influence_fast.gradients.transfer import WriteBehind, decoded, encoded, to_device
+from influence_fast.row_codec import decoded, encoded
+from influence_fast.transfer import WriteBehind, to_device
 
 __all__ = ["Projection", "gradient_layout", "iter_gradient_rows", "per_example_gradients"]
 
@@ -180,7 +181,7 @@ def iter_gradient_rows(
                 continue
             rows, found = opened.run(pack)
             compare_once(opened, pack, found, examples)
-            sent = encoded(rows, spec.dtype, opened.backend == "triton") if behind.crosses else [rows]
+            sent = encoded(rows, spec.dtype, opened.backend.int8_rows) if behind.crosses else [rows]
             for batch in behind.push(pack.indices, [*sent, found]):
                 yield _received(batch, losses)
         for batch in behind.flush():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from influence_fast.errors import ModelError, one_line
 from influence_fast.gradients import attention
+from influence_fast.gradients.backends import Torch
 from influence_fast.gradients.fused_layers import overridden
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class QuantizedProduct:
         # bitsandbytes multiplies in a dtype of its own, forward and backward
         self._inner: torch.dtype = getattr(layer, "compute_dtype", None) or dtype
 
-    def operand(self, matrix: Tensor, triton: bool) -> Tensor:
+    def operand(self, matrix: Tensor, backend: Torch) -> Tensor:
         """Return what `forward` and `backward` take for a matrix: itself."""
         return matrix
 

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from influence_fast.errors import ConfigError
+from influence_fast.gradients.backends import TORCH, Torch
 from influence_fast.gradients.eigen_sketch import EigenRows
 from influence_fast.gradients.factors import Block, Columns, Factor, blocks_of, tokens_of
-from influence_fast.gradients.lora import LayoutEntry, LoraLinear, layout_width
+from influence_fast.gradients.layout import LayoutEntry, layout_width
+from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.projection import Projection, entry_size, random_matrix
 from influence_fast.gradients.row_sketch import RowSketch
-from influence_fast.gradients.transfer import to_device
+from influence_fast.transfer import to_device
 
 if TYPE_CHECKING:
     from influence_fast.kernels.project_flat import FlatSketch
@@ -30,7 +32,7 @@ _KEPT_NUMBERS = 1 << 15
 
 
 def random_columns(
-    projection: Projection | None, linear: LoraLinear, triton: bool
+    projection: Projection | None, linear: LoraLinear, backend: Torch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """R_in [d_in, p] and R_out [d_out, p] of one module, on the CPU or on its card: fp32, or empty with p = 0 where the
     kind needs none."""
@@ -39,21 +41,20 @@ def random_columns(
         return empty.view(linear.d_in, 0), empty.view(linear.d_out, 0)
     device = linear.device
     return (
-        _matrix(projection, f"{linear.key}/in", linear.d_in, device, triton),
-        _matrix(projection, f"{linear.key}/out", linear.d_out, device, triton),
+        _matrix(projection, f"{linear.key}/in", linear.d_in, device, backend),
+        _matrix(projection, f"{linear.key}/out", linear.d_out, device, backend),
     )
 
 
-def _matrix(projection: Projection, name: str, rows: int, device: torch.device, triton: bool) -> torch.Tensor:
+def _matrix(projection: Projection, name: str, rows: int, device: torch.device, backend: Torch) -> torch.Tensor:
     """`random_matrix`, made where it is used.
 
     For the CPU small ones are kept: drawing them is half of what opening an engine of a small model takes.
     """
     plain = projection.plain
-    if device.type == "cuda" and triton:
-        from influence_fast.kernels.counter import fill_signs
-
-        return fill_signs(plain.seed, name, rows, plain.dim, device=device).mul_(entry_size(plain.dim))
+    signs = backend.sign_matrix(plain.seed, name, rows, plain.dim, device)
+    if signs is not None:
+        return signs.mul_(entry_size(plain.dim))
     if device.type == "cuda":
         return random_matrix(plain, name, rows, device=device)
     return (_kept_matrix if rows * plain.dim <= _KEPT_NUMBERS else random_matrix)(plain, name, rows)
@@ -84,7 +85,7 @@ class Reducer:
         """Whether `add_factors` takes gradients whose wide sides `columns` have multiplied, and not whole ones."""
         return False
 
-    triton = False  # whether the Triton kernels do the sums
+    backend: Torch = TORCH
     bf16_rows = False  # whether rows that are final once summed may be bf16
 
     def __init__(self, linears: list[LoraLinear], layout: list[LayoutEntry], projection: Projection | None) -> None:
@@ -107,7 +108,7 @@ class Reducer:
 
     def columns(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What one module's input [d_in, p] and output gradient [d_out, p] are multiplied by beside A^T and B."""
-        return random_columns(self.projection, self.linears[number], self.triton)
+        return random_columns(self.projection, self.linears[number], self.backend)
 
     @property
     def cu_seqlens(self) -> list[int]:
@@ -121,11 +122,11 @@ class Reducer:
     @property
     def recordable(self) -> bool:
         """Whether a step can be a CUDA graph: what it launches depends on nothing but the sizes of `segments`."""
-        return self.triton
+        return self.backend.launches_kernels
 
     def begin(self, cu_seqlens: list[int] | None, segments: Segments | None = None) -> None:
         """A pack of the bounds `cu_seqlens` comes; `segments` are the same for the kernels, where already made."""
-        if segments is None and self.triton and cu_seqlens is not None:
+        if segments is None and self.backend.launches_kernels and cu_seqlens is not None:
             segments = pack_segments(cu_seqlens, self.device)
         self.segments, self._bounds = segments, cu_seqlens
         self.examples = len(self.cu_seqlens) - 1 if segments is None else segments.examples
@@ -187,7 +188,7 @@ class ProjectedReducer(Reducer):
 
     @property
     def recordable(self) -> bool:
-        return self.triton and not self._rank_sides
+        return self.backend.launches_kernels and not self._rank_sides
 
     def begin(self, cu_seqlens: list[int] | None, segments: Segments | None = None) -> None:
         super().begin(cu_seqlens, segments)
@@ -209,7 +210,7 @@ class ProjectedReducer(Reducer):
     def finish(self) -> torch.Tensor:
         pending = [number for number, _, _ in self._pending]
         once = len(set(pending)) == len(pending)  # else a module is called twice, and its parts are added
-        launched = self.triton and not self._rank_sides and once
+        launched = self.backend.launches_kernels and not self._rank_sides and once
         bf16 = launched and self.bf16_rows and self._sketch is None and not self._summed
         final = torch.bfloat16 if bf16 else self.dtype
         rows = torch.zeros(self.examples, layout_width(self.layout), dtype=final, device=self.device)
@@ -312,7 +313,7 @@ class FullReducer(Reducer):
         tokens: torch.Tensor | None,
     ) -> None:
         assert tokens is not None
-        if not self.triton:
+        if not self.backend.launches_kernels:
             add = self._sum
             out_of, tokens, g, kept = (tensor.to(self.dtype) for tensor in (out_of, tokens, g, kept))
         else:

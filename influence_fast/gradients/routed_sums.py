@@ -14,7 +14,7 @@ import torch
 
 from influence_fast.gradients.reduction import Reducer, pack_segments
 from influence_fast.gradients.row_sketch import segment_sums
-from influence_fast.gradients.transfer import to_device
+from influence_fast.transfer import to_device
 
 if TYPE_CHECKING:
     from influence_fast.kernels.segments import Segments
@@ -99,7 +99,7 @@ def _pair_sums(reducer: Reducer, left: torch.Tensor, right: torch.Tensor, pairs:
     sums = torch.zeros(count, a * b, dtype=reducer.dtype, device=left.device)
     if len(left) == 0:
         pass
-    elif reducer.triton:
+    elif reducer.backend.launches_kernels:
         filled = [place for place, (start, end) in enumerate(pairwise(pairs.edges)) if end > start]
         found = sums.new_empty(len(filled), a * b)
         reducer.launch_outer(left.contiguous(), right.contiguous(), pairs.segments, found)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from influence_fast.gradients.lora import LayoutEntry
-from influence_fast.gradients.projection import Projection, row_name, sign_matrix, sjlt_map
-from influence_fast.gradients.transfer import to_device
+from influence_fast.gradients.layout import LayoutEntry
+from influence_fast.gradients.projection import Projection, row_name
+from influence_fast.philox import sign_matrix, sjlt_map
+from influence_fast.transfer import to_device
 
 if TYPE_CHECKING:
     from influence_fast.kernels.project_flat import FlatSketch

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from influence_fast.gradients.lora import is_supported
+from influence_fast.gradients.lora_bases import is_supported
 from influence_fast.gradients.routed_modules import routed_modules
 
 _TOKENS = 24  # so that every router spreads them

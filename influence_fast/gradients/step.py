@@ -51,7 +51,7 @@ def step(
 @torch.no_grad()
 def losses_of(opened: OpenedModel, pack: Pack, loss_reduction: str, dtype: torch.dtype) -> torch.Tensor:
     """Return the losses of a pack [E] without a backward pass, weighted in `dtype`."""
-    inputs = StepInputs.of(pack, loss_reduction, dtype, triton=False)  # nothing is summed
+    inputs = StepInputs.of(pack, loss_reduction, dtype)  # nothing is summed
     return _loss(opened, inputs.to(opened.device))[1]
 
 
@@ -74,6 +74,6 @@ def hidden_of(opened: OpenedModel, inputs: StepInputs) -> Hidden:
 def _loss(opened: OpenedModel, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """The pack's summed loss, to differentiate, and the loss of each example [E]."""
     hidden, weight, bias = hidden_of(opened, inputs)
-    triton = opened.backend == "triton"
-    loss, token_losses = CompletionLoss.apply(hidden, weight, bias, inputs.targets, inputs.weights, triton)
+    compute = opened.backend.token_losses
+    loss, token_losses = CompletionLoss.apply(hidden, weight, bias, inputs.targets, inputs.weights, compute)
     return loss, segment_sums(token_losses * inputs.weights, inputs.edges)

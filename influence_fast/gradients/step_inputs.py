@@ -10,7 +10,8 @@ import torch
 
 from influence_fast.data.packing import IGNORED, Pack
 from influence_fast.gradients.attention import PackedTokens
-from influence_fast.gradients.transfer import all_to_device, parted
+from influence_fast.gradients.backends import TORCH, Torch
+from influence_fast.transfer import all_to_device, parted
 
 if TYPE_CHECKING:
     from influence_fast.kernels.segments import Segments
@@ -67,9 +68,15 @@ class StepInputs:
 
     @classmethod
     def of(
-        cls, pack: Pack, loss_reduction: str, dtype: torch.dtype, *, triton: bool, shape: StepShape | None = None
+        cls,
+        pack: Pack,
+        loss_reduction: str,
+        dtype: torch.dtype,
+        *,
+        backend: Torch = TORCH,
+        shape: StepShape | None = None,
     ) -> StepInputs:
-        """On the host, weights in `dtype`; padded to `shape` if there is one.
+        """On the host, weights in `dtype`; padded to `shape` if there is one. `backend` makes the tables of `segments`.
 
         Padding is token 0, in an example of its own after some of no tokens; its losses weigh nothing, so its rows are
         zeros.
@@ -93,11 +100,7 @@ class StepInputs:
             edges = _filled(edges, shape.examples + 1, len(positions))
             positions = _filled(positions, shape.counted, shape.tokens - 1)
             targets, weights = _filled(targets, shape.counted, 0), _filled(weights, shape.counted, 0)
-        segments = None
-        if triton:
-            from influence_fast.kernels.segments import Segments
-
-            segments = Segments.from_lengths(pack.lengths, room=room, longest=tokens.longest)
+        segments = backend.segments(pack.lengths, room=room, longest=tokens.longest)
         return cls(tokens, positions, targets, weights, edges, segments)
 
     @property

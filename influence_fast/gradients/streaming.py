@@ -24,13 +24,14 @@ from influence_fast.deprecation import OldCall, also_called_as, moved
 from influence_fast.errors import ConfigError, DataError, NumericError, listing
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.factors import Block, Side, tokens_of
-from influence_fast.gradients.lora import LayoutEntry, LoraLinear, layout_width
+from influence_fast.gradients.layout import LayoutEntry, layout_width
+from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.per_example import EXACT_ROWS, compare_once, packs_for
 from influence_fast.gradients.projection import EXACT
 from influence_fast.gradients.reduction import Reducer, pack_segments
 from influence_fast.gradients.row_spec import RowSpec
-from influence_fast.gradients.transfer import to_device
 from influence_fast.progress import track
+from influence_fast.transfer import to_device
 
 if TYPE_CHECKING:
     from influence_fast.kernels.segments import Segments
@@ -184,7 +185,7 @@ class StreamReducer(Reducer):
         """How the queries are multiplied: "ride", "kernel" or "form"."""
         if self._formed:
             return "form"
-        if self.triton:
+        if self.backend.launches_kernels:
             return "kernel" if self.width * self._rank <= _KERNEL_COLUMNS else "form"
         return "ride" if self._wide and self.width <= _RIDING else "form"
 
@@ -226,7 +227,7 @@ class StreamReducer(Reducer):
         if self.way == "ride":
             self._ride(self.blocks[number], kept, out_of)
             return
-        if self.triton and tokens is not None:
+        if self.backend.launches_kernels and tokens is not None:
             tokens, g = tokens.contiguous(), g.contiguous()
         for block in self.blocks[number]:
             factor = block.factor
@@ -297,7 +298,7 @@ class StreamReducer(Reducer):
     def _sum(self, left: torch.Tensor, right: torch.Tensor, grads: torch.Tensor, first: int, stop: int) -> None:
         """grads [stop - first, a b] = left^T right of examples `first` to `stop`."""
         tokens = slice(self.cu_seqlens[first], self.cu_seqlens[stop])
-        if self.triton:
+        if self.backend.launches_kernels:
             self.launch_outer(left[tokens], right[tokens], self._segments_of(first, stop), grads)
             return
         for e, (start, end) in enumerate(pairwise(self.cu_seqlens[first : stop + 1])):

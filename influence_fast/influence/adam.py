@@ -28,11 +28,12 @@ from safetensors import SafetensorError, safe_open
 from influence_fast.data.adapter_names import plain_name
 from influence_fast.errors import ConfigError, ModelError, one_line
 from influence_fast.gradients.factors import projected_axes
-from influence_fast.gradients.lora import LayoutEntry, in_top_layers
-from influence_fast.gradients.projection import Projection, row_name, sjlt_map
+from influence_fast.gradients.layout import LayoutEntry, in_top_layers
+from influence_fast.gradients.projection import Projection, row_name
 from influence_fast.gradients.targets import TRANSPOSED, WEIGHT
 from influence_fast.guards import reading
 from influence_fast.influence.damping import GRID, Damping, RowBlocks, check_damping, ridge, split_rows
+from influence_fast.philox import sjlt_map
 
 if TYPE_CHECKING:
     from influence_fast.training.optimizer_states import AdamState

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from influence_fast.errors import listing
-from influence_fast.gradients.lora import LayoutEntry
-from influence_fast.store.reader import Store, dequantize
+from influence_fast.gradients.layout import LayoutEntry
+from influence_fast.row_codec import decoded_arrays
+from influence_fast.store.reader import Store
 
 _ROWS = 1024  # looked at
 _SHARE = 0.1  # of a factor's squares, above which rounding shows in the scores
@@ -29,7 +30,7 @@ def warn_if_coarse(
         return
     _, rows, scales = next(iter(store.blocks()))
     assert scales is not None  # int8 rows have them
-    squares = dequantize(rows[:_ROWS], scales[:_ROWS]).double().square().mean(dim=0)
+    squares = decoded_arrays(rows[:_ROWS], scales[:_ROWS]).double().square().mean(dim=0)
     noise = float(np.square(scales[:_ROWS], dtype=np.float64).mean()) / 12
     asked = queries.any(dim=0)
     lost = [

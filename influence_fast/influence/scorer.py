@@ -13,7 +13,7 @@ import torch
 
 from influence_fast.data.held import Held
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.gradients.lora import LayoutEntry
+from influence_fast.gradients.layout import LayoutEntry
 from influence_fast.gradients.projection import exact_rows
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import preconditioners

@@ -15,7 +15,7 @@ from influence_fast.deprecation import OldCall, also_called_as, moved
 from influence_fast.errors import ConfigError, DataError, StoreError, did_you_mean
 from influence_fast.gradients.eigen_sketch import DEFAULT_EXAMPLES, FILES, EigenSketch, check_projection, file_of
 from influence_fast.gradients.fisher_labels import sample_labels
-from influence_fast.gradients.lora import layout_width
+from influence_fast.gradients.layout import layout_width
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.row_spec import RowSpec, names_store

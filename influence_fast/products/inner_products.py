@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from influence_fast.errors import DataError
-from influence_fast.gradients.projection import key
+from influence_fast.philox import key
 from influence_fast.products import cuda as inner_products_cuda
 from influence_fast.products import native
 from influence_fast.products.inputs import (

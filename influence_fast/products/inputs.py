@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from influence_fast.errors import ConfigError, DataError, NumericError, listing, shown
+from influence_fast.row_codec import bf16_bits
 
 Array = Any  # numpy array or torch tensor
 Block = tuple[int, Array, Array | None]
@@ -121,7 +122,7 @@ def _row_array(rows: Array) -> tuple[Array, str]:
         kind = _TORCH_KINDS.get(rows.dtype)
         if kind is not None and rows.device.type == "cpu":
             rows = rows.detach()
-            rows = rows.view(torch.int16).numpy().view(np.uint16) if kind == "bfloat16" else rows.numpy()
+            rows = bf16_bits(rows) if kind == "bfloat16" else rows.numpy()
     else:
         kind = _NUMPY_KINDS.get(rows.dtype.name)
         if rows.dtype.name == "bfloat16":  # of ml_dtypes

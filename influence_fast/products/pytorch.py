@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from influence_fast.philox import philox4x32
+from influence_fast.row_codec import bf16_bits, int8_scales
+
 _SLAB_BYTES = 1 << 26  # of fp32 rows or scores held at a time
 
 
@@ -132,14 +135,11 @@ def quantize(
     rows: Any, stochastic: bool, key0: int, key1: int, first_row: int, threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
     """See `csrc/quantize.h`; the same bytes as the native path."""
-    from influence_fast.gradients.projection import philox4x32
-
     x = tensor(rows).float()
     n, k = x.shape
     peak = x.abs().amax(1) if k else torch.zeros(n)
     finite = torch.isfinite(peak)
-    scale = torch.where(finite, peak / 127.0, 0.0)
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
+    scale = torch.where(finite, int8_scales(peak), 0.0)
     t = torch.where(scale[:, None] > 0, x / torch.where(scale > 0, scale, 1.0)[:, None], 0.0).clamp(-127, 127)
     if stochastic:
         row = torch.arange(first_row, first_row + n, dtype=torch.int64)[:, None]
@@ -155,8 +155,7 @@ def quantize(
 
 def to_bf16(values: Any, threads: int = 1) -> np.ndarray:
     """fp32 [N, k] -> bf16 bits as uint16, to nearest even."""
-    bits: np.ndarray = tensor(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-    return bits
+    return bf16_bits(tensor(values))
 
 
 def tensor(array: Any) -> Tensor:

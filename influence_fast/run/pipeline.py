@@ -6,7 +6,6 @@ again when the run is repeated after an interruption.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -20,13 +19,13 @@ from typing import Any
 import numpy as np
 
 from influence_fast.atomic import write_text
-from influence_fast.config import ModelConfig, RunConfig
+from influence_fast.config import RunConfig
 from influence_fast.data.diversity import near_duplicates
 from influence_fast.data.examples import load_rows, save_examples
 from influence_fast.data.grouping import row_groups
-from influence_fast.errors import ConfigError, DataError, listing, one_line
+from influence_fast.errors import ConfigError, DataError
 from influence_fast.evaluation.evaluate import evaluate
-from influence_fast.evaluation.generation import ModelFiles, choose_engine
+from influence_fast.evaluation.generation import choose_engine
 from influence_fast.influence.checkpoints import (
     checkpoint_scores,
     learning_rates,
@@ -36,24 +35,22 @@ from influence_fast.influence.queries import Queries, make_queries, own_answers,
 from influence_fast.influence.recipe import Recipe
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import InfluenceConfig
-from influence_fast.report.explain import DIRECTIONS, EXPLAINED
+from influence_fast.report.explain import EXPLAINED
 from influence_fast.report.page import save_results, write_report
 from influence_fast.report.ranking_plot import plot_ranking_over_training
 from influence_fast.run.inputs import adapter_hashes, hash_files, model_inputs, split_inputs, tokenizer_inputs
 from influence_fast.run.results import cell_name, collect, known_harmful
+from influence_fast.run.run_models import answering_model, evaluation_record, model_of, tokenizer_of, tokens_of
 from influence_fast.run.scorable import check_scorable
+from influence_fast.run.score_files import EXPLAINED_COUNT, SCORES, damaged_table, explained_count, made_with
 from influence_fast.run.scoring import explained_scores
 from influence_fast.run.splits import load_splits
 from influence_fast.run.workdir import RunFolder
 from influence_fast.selection import pruning
 from influence_fast.selection.pool_scores import PoolScores, ScoredPool, baseline_columns
 from influence_fast.selection.strategies import BASELINE_COLUMNS, needed_columns
-from influence_fast.settings import to_dict
 from influence_fast.training.fine_tuning import RECORD, TrainResult, finetune, finetuned, list_checkpoints
-from influence_fast.training.models import adapter_warnings, check_tokenizer, fit_vocabulary, load_model, load_tokenizer
-
-SCORES = "scores.parquet"
-EXPLAINED_COUNT = "explained_count"
+from influence_fast.training.models import adapter_warnings, check_tokenizer
 
 
 class Pipeline:
@@ -69,12 +66,12 @@ class Pipeline:
         inputs = model_inputs(config)
         self.folder.check(inputs)  # before any of them is loaded, which a changed one may not let happen
         self.needs = needed_columns(config.pruning.strategies)
-        self.tokenizer = _tokenizer(config.model)
-        self.target_tokenizer = self.tokenizer if config.target_model is None else _tokenizer(config.target_model)
+        self.tokenizer = tokenizer_of(config.model)
+        self.target_tokenizer = self.tokenizer if config.target_model is None else tokenizer_of(config.target_model)
         inputs |= tokenizer_inputs(config, self.tokenizer, self.target_tokenizer)
         self.folder.check(inputs)
-        self.base = _model(config.model)
-        check_tokenizer(self.base, self.tokenizer, adapter=_tokens_of(config.model))
+        self.base = model_of(config.model)
+        check_tokenizer(self.base, self.tokenizer, adapter=tokens_of(config.model))
         self.splits = load_splits(config, self.tokenizer, self.target_tokenizer)
         self.folder.take(inputs | split_inputs(config, self.splits))
         self.warnings = [*self.folder.warnings, *self.splits.warnings]
@@ -120,7 +117,7 @@ class Pipeline:
         if self.config.target_model is None:
             return self.base
         self.base.to("cpu")
-        model = _model(self.config.target_model)
+        model = model_of(self.config.target_model)
         check_tokenizer(model, self.target_tokenizer)
         return model
 
@@ -174,7 +171,7 @@ class Pipeline:
 
         def work() -> dict[str, Any]:
             files = self.config.target_model or self.config.model
-            with _answering(self.target, adapter, files, self.config.evaluation.engine) as model:
+            with answering_model(self.target, adapter, files, self.config.evaluation.engine) as model:
                 result = evaluate(
                     model,
                     self.target_tokenizer,
@@ -183,17 +180,7 @@ class Pipeline:
                     transcripts=self.folder / "transcripts" / f"{name}.jsonl",
                     progress=self.progress,
                 )
-            low, high = result.interval
-            return {
-                "accuracy": result.accuracy,
-                "low": low,
-                "high": high,
-                "n": len(self.splits.test),
-                "samples": self.config.evaluation.samples,
-                "majority": result.majority,
-                "pass_at": [dataclasses.asdict(found) for found in result.pass_at],
-                "cut": result.truncated / len(result.items),
-            }
+            return evaluation_record(result, len(self.splits.test), self.config.evaluation.samples)
 
         # A process may have ended after the evaluation and before its cell, and the selection have become another. The
         # weights alone tell: peft writes the lists of an adapter's settings in any order.
@@ -209,7 +196,7 @@ class Pipeline:
             return self._by_task(make_queries(validation, None, None))
 
         def work() -> list[dict[str, Any]]:
-            with _answering(self.base, adapter, self.config.model, self.config.evaluation.engine) as model:
+            with answering_model(self.base, adapter, self.config.model, self.config.evaluation.engine) as model:
                 transcripts = self.folder / "transcripts" / "validation.jsonl"
                 return own_answers(
                     model, self.tokenizer, validation, self.config.evaluation, transcripts, progress=self.progress
@@ -241,7 +228,7 @@ class Pipeline:
             self._save(pruning.with_fingerprints(table, self.splits.pool))
             return seconds
 
-        if self.folder.has("scoring_seconds") and (damage := self._damaged_table()):
+        if self.folder.has("scoring_seconds") and (damage := damaged_table(self.folder, self.splits.pool)):
             if any(self.folder.path.glob("cells/*-*-seed*.json")):
                 raise DataError(
                     f"{damage}: delete it, scoring_seconds.json and baselines in {self.folder.path} to have the pool "
@@ -265,39 +252,11 @@ class Pipeline:
         if wanted == 0:
             for file in files:
                 file.unlink(missing_ok=True)
-        elif not all(file.exists() for file in files) or self._explained_count() != wanted:
+        elif not all(file.exists() for file in files) or explained_count(self.folder) != wanted:
             self.folder.forget(EXPLAINED_COUNT)
             self._score_under(adapter, queries, "store", influence)
         self.folder.forget_other(EXPLAINED_COUNT, str(wanted), unsaid=False)
         self.folder.once(EXPLAINED_COUNT, lambda: wanted, str(wanted))
-
-    def _explained_count(self) -> int | None:
-        """How many examples the lists of single answers were asked for: as recorded, or before there was a record the
-        longest one's. None where they are damaged."""
-        try:
-            lines = (self.folder / f"{EXPLAINED}.jsonl").read_text(encoding="utf-8").splitlines()
-            longest = max((len(one[name]) for one in map(json.loads, lines) for name in DIRECTIONS), default=0)
-        except (ValueError, KeyError, TypeError):
-            return None
-        found: int = self.folder.value(EXPLAINED_COUNT, longest)
-        return found if lines else None
-
-    def _damaged_table(self) -> str:
-        """Why the score table is not one of this pool; empty where it is."""
-        path = self.folder / SCORES
-        try:
-            table = ScoreTable.load(path)
-        except DataError as error:
-            return str(error)
-        except OSError as error:  # what pyarrow makes of some damage
-            return f"{path} cannot be read ({one_line(error, 200)})"
-        strangers = set(table.ids) - {example.id for example in self.splits.pool}
-        missing = [column for column in sorted(BASELINE_COLUMNS) if self.folder.has(f"baselines/{column}")]
-        missing = [column for column in missing if column not in table.columns]
-        if strangers or missing:
-            what = f"has {listing(sorted(strangers))}, not in the pool" if strangers else f"has no {listing(missing)}"
-            return f"{path} is not the run's score table ({what})"
-        return ""
 
     def _save(self, table: ScoreTable) -> None:
         table.save(self.folder / "scores.csv")
@@ -307,7 +266,7 @@ class Pipeline:
         with finetuned(self.base, adapter) as model:
             scored, _ = explained_scores(
                 self._scored_pool(model, queries),
-                self.folder.store(store, self._made_with(influence)),
+                self.folder.store(store, made_with(self.config.gradients, influence, self.inputs)),
                 self.config.gradients,
                 influence,
                 self.folder / EXPLAINED,
@@ -319,16 +278,6 @@ class Pipeline:
 
     def _scored_pool(self, model: Any, queries: Queries) -> ScoredPool:
         return ScoredPool(model, self.tokenizer, self.splits.pool, self.splits.tokenized.examples, queries)
-
-    def _made_with(self, influence: InfluenceConfig) -> dict[str, Any]:
-        """All settings that the rows of a gradient store depend on."""
-        gradients = to_dict(self.config.gradients)
-        del gradients["max_tokens"]  # a row does not depend on its batch
-        fitted = {}
-        if Recipe.of(self.config.gradients, influence).sketch is not None:
-            fitted = {"damping": influence.damping, "fisher": influence.fisher}
-        kept = self.inputs.get("gradients.sketch")
-        return {"gradients": gradients, "fitted": fitted, "sketch": None if kept is None else dict(kept.hashes)}
 
     def _over_checkpoints(self, reference: Path, queries: Queries) -> tuple[ScoreTable, dict[str, float]]:
         """Scores summed over the reference's checkpoints, and how the ranking moved, as a table and a plot."""
@@ -442,37 +391,3 @@ def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     pipeline = Pipeline(config, progress=progress)
     with pipeline.folder.alone():
         return pipeline.run()
-
-
-def _tokenizer(model: ModelConfig) -> Any:
-    own: dict[str, Any] = {"adapter": model.adapter, "tokenizer": model.tokenizer}
-    return load_tokenizer(model.path, **own, trust_remote_code=model.trust_remote_code)
-
-
-def _tokens_of(model: ModelConfig) -> str | None:
-    """The adapter whose tokenizer may be in use."""
-    return model.adapter if model.tokenizer is None else None
-
-
-def _model(model: ModelConfig) -> Any:
-    """The base, with as many embeddings as the adapter that it will carry was trained with."""
-    base = load_model(
-        model.path,
-        dtype=model.dtype,
-        device=model.device,
-        trust_remote_code=model.trust_remote_code,
-        quantize=model.quantize,
-    )
-    if model.adapter is not None:
-        fit_vocabulary(base, model.adapter, model.path)
-    return base
-
-
-def _answering(
-    base: Any, adapter: str | Path | None, files: ModelConfig, engine: str
-) -> contextlib.AbstractContextManager[Any]:
-    """What answers questions: the model in memory with its adapter, or for vLLM the files of both."""
-    if engine == "vllm":
-        folder = None if adapter is None else str(adapter)
-        return contextlib.nullcontext(ModelFiles(files.path, folder, files.dtype, files.trust_remote_code))
-    return contextlib.nullcontext(base) if adapter is None else finetuned(base, adapter)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from influence_fast.atomic import replacing
+from influence_fast.row_codec import bf16_of_bits
 
 if TYPE_CHECKING:
     from influence_fast.store.reader import Store
@@ -54,5 +55,5 @@ def save_safetensors(store: Store, path: Path) -> None:
 def _tensor(raw: np.ndarray) -> torch.Tensor:
     """Give bf16 bits, which numpy holds as uint16, their type."""
     if raw.dtype == np.uint16:
-        return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16)
+        return bf16_of_bits(raw)
     return torch.from_numpy(raw)

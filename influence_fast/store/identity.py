@@ -9,7 +9,8 @@ from typing import Any
 
 from influence_fast.errors import StoreError, did_you_mean
 from influence_fast.gradients.fp8 import AUTO
-from influence_fast.gradients.projection import EXACT, FLAT_KINDS, Projection, target_of, target_text
+from influence_fast.gradients.projection import EXACT, Projection, target_of, target_text
+from influence_fast.philox import FLAT_KINDS
 
 _LABELS = {
     "model_id": "model",

@@ -20,9 +20,9 @@ import influence_fast
 from influence_fast.errors import ConfigError, StoreError, did_you_mean, shown
 from influence_fast.guards import check_no_pipe, reading
 from influence_fast.store.building import warn_of_set_aside
-from influence_fast.store.foreign_rows import FORMATS, Source, detect
 from influence_fast.store.identity import StoreIdentity
 from influence_fast.store.ids import check_unique
+from influence_fast.store.import_formats import FORMATS, Source, detect
 from influence_fast.store.manifest import Manifest, Part, check_dtype, digest
 from influence_fast.store.reader import Store
 from influence_fast.store.writer import StoreWriter

@@ -12,7 +12,7 @@ from torch import nn
 import influence_fast
 from influence_fast.data.fingerprints import dataset_fingerprint, tokenizer_hash, weight_hashes
 from influence_fast.gradients.fp8 import AUTO
-from influence_fast.gradients.lora import layout_width
+from influence_fast.gradients.layout import layout_width
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.targets import gradient_layout

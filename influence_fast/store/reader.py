@@ -23,6 +23,7 @@ from influence_fast.errors import StoreError, listing
 from influence_fast.gradients.fp8 import AUTO
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.row_codec import decoded_arrays
 from influence_fast.store.checksums import file_damage, read_checked
 from influence_fast.store.identity import StoreIdentity
 from influence_fast.store.ids import check_unique, read_ids
@@ -82,7 +83,7 @@ class Store:
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Yield the rows in order, (width,) fp32 each, a block of them in memory at a time."""
         for _, raw, scales in self.blocks():
-            yield from dequantize(raw, scales)
+            yield from decoded_arrays(raw, scales)
 
     def __contains__(self, name: object) -> bool:
         """Tell whether the store has a row for an id."""
@@ -169,7 +170,7 @@ class Store:
             at = np.flatnonzero(shard_of == shard)
             raw, scales = self._mapped(int(shard))
             local = places[at] - self._starts[shard]
-            out[torch.from_numpy(at)] = dequantize(raw[local], None if scales is None else scales[local])
+            out[torch.from_numpy(at)] = decoded_arrays(raw[local], None if scales is None else scales[local])
         return out
 
     @functools.cached_property
@@ -310,14 +311,6 @@ def open_store(
     if verify:
         store.verify()
     return store
-
-
-def dequantize(raw: np.ndarray, scales: np.ndarray | None) -> torch.Tensor:
-    """[n, width] float32, bf16 bits (uint16) or int8 with scales [n] -> [n, width] fp32 tensor, a copy."""
-    if raw.dtype == np.uint16:
-        return torch.from_numpy(np.array(raw).view(np.int16)).view(torch.bfloat16).float()
-    values = torch.from_numpy(np.array(raw)).float()
-    return values if scales is None else values * torch.from_numpy(np.array(scales))[:, None]
 
 
 def _small_arrays(folder: Path, record: ShardRecord) -> dict[str, np.ndarray]:

@@ -26,6 +26,7 @@ from influence_fast.atomic import replacing
 from influence_fast.errors import NumericError, StoreError, listing
 from influence_fast.gradients.eigen_sketch import FILES, EigenSketch, file_of
 from influence_fast.products.inner_products import quantize_rows
+from influence_fast.row_codec import bf16_bits
 from influence_fast.store.checksums import damage
 from influence_fast.store.ids import UniqueIds, read_ids
 from influence_fast.store.manifest import (
@@ -332,8 +333,7 @@ def _encoded(values: torch.Tensor, dtype: str) -> dict[str, memoryview]:
     if dtype == "fp32":
         return {"rows": _bytes_of(values.numpy(), DTYPES[dtype])}
     if dtype == "bf16":
-        bits = values.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-        return {"rows": _bytes_of(bits, DTYPES[dtype])}
+        return {"rows": _bytes_of(bf16_bits(values), DTYPES[dtype])}
     if len(values) == 0:
         return {"rows": memoryview(b""), "scales": memoryview(b"")}
     quantized, scales = quantize_rows(values.numpy())

@@ -258,7 +258,8 @@ def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool 
     """
     from transformers import AutoModelForCausalLM
 
-    from influence_fast.training.adapters import attach_adapter, name_of
+    from influence_fast.training.adapter_bases import name_of
+    from influence_fast.training.adapters import attach_adapter
 
     folder = Path(path)
     with quiet_libraries():
@@ -277,7 +278,7 @@ def finetuned(base: torch.nn.Module, path: str | Path) -> Iterator[Any]:
 
     Embeddings that came with it are put back too; a vocabulary that it resized stays resized.
     """
-    from influence_fast.training.adapters import kept_embeddings
+    from influence_fast.training.vocabulary import kept_embeddings
 
     with kept_embeddings(base, str(path)):
         model: Any = load_finetuned(base, path)

@@ -13,7 +13,8 @@ from torch import nn
 
 from influence_fast.errors import ConfigError, ModelError, did_you_mean, listing
 from influence_fast.guards import reading
-from influence_fast.training.adapters import adapter_warnings, attach_adapter, fit_vocabulary
+from influence_fast.training.adapter_bases import adapter_warnings
+from influence_fast.training.adapters import attach_adapter
 from influence_fast.training.files import cannot_load, check_folder
 from influence_fast.training.model_sizes import check_model_sizes
 from influence_fast.training.quantized_files import (
@@ -25,6 +26,7 @@ from influence_fast.training.quantized_files import (
     quantizing_package,
 )
 from influence_fast.training.tokenizers import check_tokenizer, load_tokenizer
+from influence_fast.training.vocabulary import fit_vocabulary
 
 __all__ = [
     "DTYPES",

@@ -58,6 +58,7 @@ def train(
         kept = [checkpoint for checkpoint in list_checkpoints(folder) if (checkpoint / NAMES).exists()]
         spent = _read_seconds(kept[-1]) if kept else 0.0
         trainer.add_callback(_end_checkpoints(spent))
+        trainer.add_callback(_count_on(trainer))
         trainer.add_callback(_stop_at_nan())
         start = time.perf_counter()
         trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
@@ -322,6 +323,17 @@ def _end_checkpoints(spent: float) -> Any:
                 temporary.write_text(json.dumps(ordered), encoding="utf-8")
 
     return EndCheckpoints()
+
+
+def _count_on(trainer: Any) -> Any:
+    """Make a callback that lets trl's `num_tokens` go on from a checkpoint, where trl would begin at zero again."""
+    from transformers import TrainerCallback
+
+    class CountOn(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer._total_train_tokens = state.num_input_tokens_seen
+
+    return CountOn()
 
 
 def _stop_at_nan() -> Any:

@@ -199,11 +199,12 @@ def test_a_run_by_vllm_gives_it_files_and_says_at_once_where_it_is_missing(
 ) -> None:
     from influence_fast.config import DataConfig, ModelConfig, RunConfig, Source
     from influence_fast.run import pipeline
+    from influence_fast.run.run_models import answering_model
 
     base = ModelConfig("absent/model", dtype="bfloat16", trust_remote_code=True)
-    with pipeline._answering(model, tmp_path, base, "vllm") as answering:
+    with answering_model(model, tmp_path, base, "vllm") as answering:
         assert answering == ModelFiles("absent/model", str(tmp_path), "bfloat16", True)
-    with pipeline._answering(model, None, base, "auto") as answering:
+    with answering_model(model, None, base, "auto") as answering:
         assert answering is model
     data = DataConfig(Source("absent.jsonl"), holdout_validation=1, holdout_test=1)
     config = RunConfig(str(tmp_path / "run"), base, data, evaluation=EvalConfig(engine="vllm"))

@@ -10,21 +10,23 @@ import torch
 
 import influence_fast as inf
 from influence_fast.gradients import fp8
+from influence_fast.gradients.backends import TORCH, TRITON
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.per_example import packs_for
+from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY
 from influence_fast.kernels.runtime import INTERPRETED, unavailable
 
 pytestmark = [
     pytest.mark.requires_gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-WHY_NO_KERNEL = "TRITON_INTERPRET=1 is set" if INTERPRETED else unavailable("cuda", fp8.LOWEST_CAPABILITY)
-TRITON = [False, pytest.param(True, marks=pytest.mark.skipif(bool(WHY_NO_KERNEL), reason=WHY_NO_KERNEL))]
+WHY_NO_KERNEL = "TRITON_INTERPRET=1 is set" if INTERPRETED else unavailable("cuda", LOWEST_CAPABILITY)
+WITH_TRITON = [False, pytest.param(True, marks=pytest.mark.skipif(bool(WHY_NO_KERNEL), reason=WHY_NO_KERNEL))]
 
 
 @pytest.fixture(autouse=True)
 def _a_card_with_8_bit_products() -> None:
-    if torch.cuda.get_device_capability() < fp8.LOWEST_CAPABILITY:
+    if torch.cuda.get_device_capability() < LOWEST_CAPABILITY:
         pytest.skip("this card has no 8-bit products")
 
 
@@ -40,7 +42,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("triton", TRITON, ids=["torch", "triton"])
+@pytest.mark.parametrize("triton", WITH_TRITON, ids=["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("tokens", "d_in", "d_out"),
@@ -51,8 +53,9 @@ def test_a_card_multiplies_any_number_of_tokens(
 ) -> None:
     x, weight = random(tokens, d_in, seed=0, dtype=dtype), random(d_out, d_in, seed=1, dtype=dtype)
     g = random(tokens, d_out, seed=2, dtype=dtype)
-    eight = fp8.Fp8Weight(weight, fp8.Product.on(weight.device, dtype), triton)
-    rounded_x, rounded_g = fp8.to_fp8(x, triton), fp8.to_fp8(g, triton)
+    backend = TRITON if triton else TORCH
+    eight = fp8.Fp8Weight(weight, fp8.Product.on(weight.device, dtype), backend)
+    rounded_x, rounded_g = fp8.to_fp8(x, backend), fp8.to_fp8(g, backend)
     for made, matrix in ((rounded_x, x), (rounded_g, g), (eight.rows, weight), (eight.columns, weight.T)):
         on_cpu = fp8.to_fp8(matrix.cpu())
         assert torch.equal(made.scales[: made.count].cpu(), on_cpu.scales)
@@ -61,7 +64,7 @@ def test_a_card_multiplies_any_number_of_tokens(
     assert relative(eight.backward(rounded_g), wide(rounded_g) @ wide(eight.columns).T) < 4e-3
 
 
-@pytest.mark.parametrize("triton", TRITON, ids=["torch", "triton"])
+@pytest.mark.parametrize("triton", WITH_TRITON, ids=["torch", "triton"])
 def test_rows_are_8_bit_ones(tiny_lora: Callable[..., Any], triton: bool) -> None:
     model = tiny_lora("qwen2", intermediate_size=64)
     generator = torch.Generator().manual_seed(0)
@@ -87,7 +90,7 @@ def test_recorded_steps_have_8_bit_products_too(tiny_lora: Callable[..., Any]) -
     for recorded in (False, True):
         with GradientEngine(model, None, precision="fp8", backend="triton", cuda_graphs=recorded) as engine:
             rows[recorded] = torch.cat([engine.run(pack)[0] for pack in packs_for(engine, examples, 320)])
-            assert bool(engine._graphs and engine._graphs.most_tokens) == recorded
+            assert bool(engine.runner.graphs and engine.runner.graphs.most_tokens) == recorded
     exact = inf.per_example_gradients(model, examples, max_tokens=320).double()
     # a number rounded otherwise may move an e4m3 one
     assert relative(rows[True], rows[False].double()) < 0.5 * relative(rows[False], exact)

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 import influence_fast as inf
-from influence_fast.gradients import transfer
+from influence_fast.gradients.backends import TORCH, TRITON
 from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.gradients.fisher_labels import sample_labels
-from influence_fast.gradients.lora import find_lora_linears
 from influence_fast.gradients.per_example import iter_gradient_rows, packs_for
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.reduction import random_columns
 from influence_fast.influence.sketch_fitting import fit_projection
 from influence_fast.kernels.runtime import INTERPRETED, unavailable
+from influence_fast.row_codec import encoded
 
 WHY_NOT = "TRITON_INTERPRET=1 is set, so nothing would be launched" if INTERPRETED else unavailable("cuda")
 pytestmark = [
@@ -112,7 +113,7 @@ def test_recorded_steps_give_the_rows_of_steps_run_by_operations(
             packs = packs_for(engine, examples, 1024)
             every = [engine.run(pack) for pack in packs * 3]
             results = every[-len(packs) :]
-            shapes = [] if engine._graphs is None else list(engine._graphs._graphs)
+            shapes = [] if engine.runner.graphs is None else list(engine.runner.graphs._graphs)
         rows[recorded], losses[recorded] = (torch.cat(parts) for parts in zip(*results, strict=True))
         # the bits of a row do not depend on whether its step was replayed
         assert all(torch.equal(a[0], b[0]) for a, b in zip(every, results, strict=False))
@@ -130,8 +131,9 @@ def test_random_columns_made_on_the_card_are_those_of_the_cpu(
     tiny_lora: Callable[..., Any], backend: str, dim: int
 ) -> None:
     projection, model = Projection(dim=dim), tiny_lora()
-    here = [random_columns(projection, linear, triton=False) for linear in find_lora_linears(model)]
-    there = [random_columns(projection, linear, backend == "triton") for linear in find_lora_linears(model.to(CUDA))]
+    here = [random_columns(projection, linear, TORCH) for linear in find_lora_linears(model)]
+    chosen = TRITON if backend == "triton" else TORCH
+    there = [random_columns(projection, linear, chosen) for linear in find_lora_linears(model.to(CUDA))]
     for pair in zip(here, there, strict=True):
         for cpu, card in zip(*pair, strict=True):
             assert card.is_cuda
@@ -188,13 +190,13 @@ def test_no_batch_after_the_first_waits_for_the_card(
     with GradientEngine(model, projection, backend=backend, cuda_graphs=recorded) as engine:
         packs = packs_for(engine, make_examples(), 300)
         for pack in packs * 3:  # compiles, records, brings the tables over, and fills the cache of pinned memory
-            transfer.encoded(engine.run(pack)[0], "int8", backend == "triton")
+            encoded(engine.run(pack)[0], "int8", engine.backend.int8_rows)
         torch.cuda.synchronize()
         try:
             torch.cuda.set_sync_debug_mode("error")
             for pack in packs:
                 rows, _ = engine.run(pack)
-                transfer.encoded(rows, "int8", backend == "triton")
+                encoded(rows, "int8", engine.backend.int8_rows)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

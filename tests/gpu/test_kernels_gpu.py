@@ -8,12 +8,11 @@ import torch
 from kernel_cases import Case, cases, normal
 from tolerances import TOLERANCES, relative_norm
 
-from influence_fast.gradients.fp8 import LOWEST_CAPABILITY
 from influence_fast.kernels import project_flat as flat
 from influence_fast.kernels import segment_bilinear as bilinear
 from influence_fast.kernels import segment_outer as outer
 from influence_fast.kernels import skinny_project as skinny
-from influence_fast.kernels.fp8_rows import fp8_rows
+from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY, fp8_rows
 from influence_fast.kernels.fp8_rows import reference as fp8_reference
 from influence_fast.kernels.runtime import INTERPRETED, unavailable
 from influence_fast.kernels.segments import Segments

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from influence_fast.gradients.factors import Columns, Factor, Side, make_factor
-from influence_fast.gradients.lora import LoraLinear, layout_of
+from influence_fast.gradients.layout import layout_of
+from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.projection import Projection, random_matrix
 from influence_fast.gradients.reduction import Reducer
 from influence_fast.gradients.row_sketch import RowSketch

@@ -42,7 +42,7 @@ def world() -> tuple[Any, list[dict[str, torch.Tensor]]]:
             torch.nn.init.normal_(parameter, std=0.2)
     generator = torch.Generator().manual_seed(1)
     examples = []
-    for n in torch.randint(14, 33, (24,), generator=generator).tolist():
+    for n in (14, 30, 18, 22, 25, 16, 29, 20, 14, 17, 26, 20):
         ids = torch.randint(0, 61, (n,), generator=generator)
         examples.append({"input_ids": ids, "labels": torch.where(torch.arange(n) < n // 3, -100, ids)})
     return model, examples

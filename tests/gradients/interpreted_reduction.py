@@ -12,7 +12,9 @@ from interpreted_rounding import round_as_cards_do
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from influence_fast.gradients.lora import LoraLinear, layout_of
+from influence_fast.gradients.backends import TORCH, TRITON
+from influence_fast.gradients.layout import layout_of
+from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.reduction import FullReducer, ProjectedReducer
 from influence_fast.gradients.streaming import StreamReducer
@@ -62,7 +64,7 @@ def calls_of(tokens: int, dtype: torch.dtype) -> list[tuple[Any, ...]]:
 def reducer_of(projection: Projection | None, dtype: torch.dtype, triton: bool) -> FullReducer:
     linears = linears_of(dtype)
     reducer = FullReducer(linears, layout_of(linears, projection), projection)
-    reducer.triton = reducer.bf16_rows = triton
+    reducer.backend, reducer.bf16_rows = TRITON if triton else TORCH, triton
     return reducer
 
 
@@ -107,7 +109,7 @@ def other_factors() -> dict[str, float]:
         modules = [modules[n] for n in kept]
         expected = factor_cases.projected_rows(modules, factor_cases.exact_rows(modules, calls), projection)
         reducer = make(modules, layout_of(modules, projection), projection)
-        reducer.triton = True
+        reducer.backend = TRITON
         if isinstance(reducer, StreamReducer):
             assert reducer.way == "kernel"
             expected = expected @ reducer.queries.double().T

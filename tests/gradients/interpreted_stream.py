@@ -25,7 +25,8 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         cast = copy.deepcopy(model).to(dtype)
         # all queries (or examples) in one launch, and one by one; `segment_bilinear`, or `segment_outer` and a product
-        for chunk, columns in itertools.product((1 << 24, 1), (256, 0)):
+        ways = list(itertools.product((1 << 24, 1), (256, 0)))
+        for chunk, columns in ways if dtype == torch.float32 else ways[1:3]:
             streaming._CHUNK, streaming._KERNEL_COLUMNS = chunk, columns
             found = {}
             for backend in ("triton", "torch"):

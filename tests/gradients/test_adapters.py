@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import influence_fast as inf
 from influence_fast.data.fingerprints import weight_hashes
 from influence_fast.errors import ModelError
-from influence_fast.gradients.lora import LayoutEntry
+from influence_fast.gradients.layout import LayoutEntry
 from influence_fast.gradients.projection import Projection, random_matrix
 from influence_fast.gradients.row_sketch import RowSketch
 from influence_fast.gradients.streaming import stream_influence

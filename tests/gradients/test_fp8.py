@@ -23,7 +23,7 @@ from influence_fast.distributed import builds as distributed
 from influence_fast.distributed.builds import DistributedOptions
 from influence_fast.errors import ConfigError, StoreError, say_once
 from influence_fast.gradients import fp8
-from influence_fast.gradients.lora import find_lora_linears
+from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.row_spec import RowSpec

@@ -15,8 +15,8 @@ import influence_fast as inf
 from benches.model_zoo import by_autograd, examples_for, tiny, with_adapter
 from influence_fast.errors import ModelError
 from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.gradients.input_groups import InputGroup
-from influence_fast.gradients.lora import find_lora_linears
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.reduction import random_columns
 from influence_fast.gradients.targets import gradient_layout

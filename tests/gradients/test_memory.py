@@ -17,8 +17,8 @@ from influence_fast.data.packing import pack_examples
 from influence_fast.errors import ConfigError
 from influence_fast.gradients import attention
 from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.gradients.fp8 import weights_of
-from influence_fast.gradients.lora import find_lora_linears
 from influence_fast.gradients.memory import BaseWeights, GradientMemory, PackSize, gradient_memory, layer_bytes
 from influence_fast.gradients.projection import Projection
 from influence_fast.kernels import runtime

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from influence_fast.gradients import reduction
+from influence_fast.gradients.backends import TORCH
 from influence_fast.gradients.projection import Projection, random_matrix
 
 
@@ -41,7 +42,7 @@ def test_kept_matrices_are_those_that_are_drawn() -> None:
     projection = Projection(dim=8, seed=3)
     for rows in (40, 5000):  # kept, and too large to be
         for _ in range(2):
-            made = reduction._matrix(projection, "m/in", rows, torch.device("cpu"), triton=False)
+            made = reduction._matrix(projection, "m/in", rows, torch.device("cpu"), TORCH)
             assert torch.equal(made, random_matrix(projection, "m/in", rows))
-    other = reduction._matrix(Projection(dim=8, seed=4), "m/in", 40, torch.device("cpu"), triton=False)
+    other = reduction._matrix(Projection(dim=8, seed=4), "m/in", 40, torch.device("cpu"), TORCH)
     assert not torch.equal(other, random_matrix(projection, "m/in", 40))

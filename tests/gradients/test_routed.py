@@ -23,7 +23,8 @@ from torch import nn
 import influence_fast as inf
 from influence_fast.gradients.autograd_parameters import AutogradParameters, SplitModule
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.lora import find_lora_linears, layout_of
+from influence_fast.gradients.find_lora import find_lora_linears
+from influence_fast.gradients.layout import layout_of
 from influence_fast.gradients.projection import Projection, random_matrix
 from influence_fast.gradients.routed import RoutedExperts, Routing
 from influence_fast.gradients.routed_modules import routed_modules

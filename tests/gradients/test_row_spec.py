@@ -13,7 +13,7 @@ import torch
 import influence_fast as inf
 from influence_fast.errors import ConfigError
 from influence_fast.gradients.eigen_sketch import EigenSketch
-from influence_fast.gradients.lora import LayoutEntry
+from influence_fast.gradients.layout import LayoutEntry
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.row_spec import ROW_DTYPES
 from influence_fast.settings import from_dict, to_dict

@@ -71,7 +71,8 @@ def test_scores_are_inner_products_of_exact_gradients(tiny_lora: Any, kind: str,
 
 def test_both_ways_of_multiplying_are_taken(model: Any) -> None:
     """Few queries need no x in the backward, many do: what the parameters above stand for."""
-    from influence_fast.gradients.lora import find_lora_linears, layout_of
+    from influence_fast.gradients.find_lora import find_lora_linears
+    from influence_fast.gradients.layout import layout_of
 
     linears = find_lora_linears(model)
     for count, way in ((FEW, "ride"), (MANY, "form")):
@@ -182,7 +183,7 @@ def test_a_nan_is_pinned_on_its_own_example(model: Any) -> None:
 
 def test_the_kernel_agrees_with_float64(interpreted: Callable[[str], Any]) -> None:
     errors = interpreted("interpreted_stream.py")
-    assert len(errors) == 8
+    assert len(errors) == 6
     for case, found in errors.items():
         if case.startswith("float32"):
             assert found["triton"] < 1e-5, case

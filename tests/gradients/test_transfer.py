@@ -14,15 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import influence_fast as inf
+from influence_fast import transfer
 from influence_fast.gradients import per_example as gradients
-from influence_fast.gradients import reduction, row_sketch, transfer
+from influence_fast.gradients import reduction, row_sketch
+from influence_fast.gradients.backends import TRITON
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.row_sketch import BucketSums
-from influence_fast.gradients.transfer import CudaCopier, WriteBehind, decoded, encoded
 from influence_fast.influence.sketch_fitting import fit_projection
 from influence_fast.kernels.runtime import recording
 from influence_fast.products.inner_products import quantize_rows, to_bf16
+from influence_fast.row_codec import decoded, encoded
+from influence_fast.transfer import CudaCopier, WriteBehind
 
 CPU = torch.device("cpu")
 
@@ -137,14 +140,14 @@ def test_decoded_rows_are_encoded_to_the_same_bits() -> None:
     rows[3] = 0
     rows[10] = torch.finfo(torch.float32).max
     quantized, scales = quantize_rows(rows)
-    sent = encoded(rows, "int8", triton=False)
+    sent = encoded(rows, "int8")
     assert torch.equal(sent[0], quantized)
     assert torch.equal(sent[1], scales)
     again = quantize_rows(decoded(sent))
     assert torch.equal(again[0], quantized)
     assert torch.equal(again[1], scales)
-    assert torch.equal(to_bf16(decoded(encoded(rows, "bf16", triton=False))), to_bf16(rows))
-    assert decoded(encoded(rows, "fp32", triton=False)) is rows
+    assert torch.equal(to_bf16(decoded(encoded(rows, "bf16"))), to_bf16(rows))
+    assert decoded(encoded(rows, "fp32")) is rows
 
 
 def test_rows_that_come_by_columns_are_encoded_too() -> None:
@@ -152,7 +155,7 @@ def test_rows_that_come_by_columns_are_encoded_too() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     by_columns = torch.randn(7, 5).T
     with recording() as launches:
-        encoded(by_columns, "int8", triton=True)
+        encoded(by_columns, "int8", TRITON.int8_rows)
     (launch,) = launches
     assert torch.equal(launch.arguments["rows"], by_columns)
     assert launch.arguments["rows"].stride() == (7, 1)
@@ -172,7 +175,7 @@ def test_rows_that_are_not_finite_stay_so() -> None:
     rows[1, 2] = float("nan")
     rows[2, 0] = float("inf")
     for dtype in ("fp32", "bf16", "int8"):
-        assert decoded(encoded(rows, dtype, triton=False)).isfinite().all(dim=1).tolist() == [True, False, False]
+        assert decoded(encoded(rows, dtype)).isfinite().all(dim=1).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
@@ -275,7 +278,7 @@ def test_no_batch_after_the_first_waits_for_the_device(
         for pack in others:
             rows, _ = engine.run(pack)
             assert rows.device.type == "meta"
-            encoded(rows, "int8", triton=False)
+            encoded(rows, "int8")
     assert no_waiting_copies.found == []
 
 

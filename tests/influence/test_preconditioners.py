@@ -15,8 +15,8 @@ from scipy import stats
 from influence_fast.config import RunConfig
 from influence_fast.data.adapter_names import plain_name
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError
-from influence_fast.gradients.lora import LayoutEntry
-from influence_fast.gradients.projection import Projection, random_matrix, sjlt_map
+from influence_fast.gradients.layout import LayoutEntry
+from influence_fast.gradients.projection import Projection, random_matrix
 from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import preconditioners
@@ -25,6 +25,7 @@ from influence_fast.influence.building import build_store
 from influence_fast.influence.damping import GRID
 from influence_fast.influence.row_access import factors_of, module_blocks
 from influence_fast.influence.scorer import Scorer
+from influence_fast.philox import sjlt_map
 from influence_fast.settings import from_dict
 from influence_fast.store.building import BuildOptions
 
@@ -176,9 +177,8 @@ def test_scores_from_a_store(tmp_path: Path, tiny_lora: Any, name: str) -> None:
     store = build_store(tmp_path / "store", model, examples, RowSpec(dim=3, dtype="fp32"), options=options)
     assert factors_of(store) == entries
     moments = torch.rand(width) if name == "adam" else None
-    found = Scorer.fit(store, preconditioner=name, damping=0.3, moments=moments, fisher="data").scores(
-        queries, {"all": [0, 1]}
-    )
+    scorer = Scorer.fit(store, preconditioner=name, damping=0.3, moments=moments, fisher="data")
+    found = scorer.scores(queries, {"all": [0, 1]})
     h = preconditioners.fit(
         name, lambda: [data.double()], module_blocks(entries), damping=0.3, factors=entries, moments=moments
     )

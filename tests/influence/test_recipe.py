@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from influence_fast.gradients.lora import LayoutEntry
+from influence_fast.gradients.layout import LayoutEntry
 from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.influence.preconditioners import PRECONDITIONERS, Identity, register
 from influence_fast.influence.recipe import Recipe

@@ -26,7 +26,7 @@ N, Q = 37, 6
 
 @pytest.fixture
 def exact(tiny_lora: Any) -> torch.Tensor:
-    from influence_fast.gradients.lora import layout_width
+    from influence_fast.gradients.layout import layout_width
     from influence_fast.gradients.targets import gradient_layout
 
     width = layout_width(gradient_layout(tiny_lora(), Projection(dim=4)))

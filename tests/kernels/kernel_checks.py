@@ -15,13 +15,13 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from influence_fast.data.packing import pack_examples
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.projection import Projection, sign_matrix, sjlt_map
+from influence_fast.gradients.projection import Projection
 from influence_fast.kernels.counter import fill_signs, fill_sjlt
 from influence_fast.kernels.fp8_rows import fp8_rows
 from influence_fast.kernels.fp8_rows import reference as fp8_reference
 from influence_fast.kernels.gated_silu import gated_silu, gated_silu_backward
 from influence_fast.kernels.project_flat import FlatSketch, project_flat
-from influence_fast.kernels.quantize_rows import quantize_rows, reference
+from influence_fast.kernels.quantize_rows import quantize_rows
 from influence_fast.kernels.rms_norm import MAX_FEATURES, rms_norm, rms_norm_backward
 from influence_fast.kernels.rotary import rotary
 from influence_fast.kernels.segment_bilinear import segment_bilinear
@@ -30,7 +30,9 @@ from influence_fast.kernels.segment_outer import segment_outer
 from influence_fast.kernels.segments import Segments
 from influence_fast.kernels.skinny_project import skinny_project
 from influence_fast.kernels.token_loss import token_loss
+from influence_fast.philox import sign_matrix, sjlt_map
 from influence_fast.products.inner_products import quantize_rows as quantize_for_the_store
+from influence_fast.row_codec import to_int8
 
 Check = Callable[[torch.device], None]
 BF16 = torch.bfloat16
@@ -171,7 +173,7 @@ def quantized_rows_are_those_of_the_store(device: torch.device) -> None:
         expected = quantize_for_the_store(rows.cpu().contiguous())
         assert torch.equal(made.cpu(), expected[0])
         assert torch.equal(scales.cpu(), expected[1])
-        by_hand = reference(rows)
+        by_hand = to_int8(rows)
         assert torch.equal(by_hand[0], made)
         assert torch.equal(by_hand[1], scales)
     assert quantize_rows(torch.empty(0, 5, device=device))[0].shape == (0, 5)
@@ -187,7 +189,7 @@ def quantized_rows_that_are_not_finite_have_no_scale(device: torch.device) -> No
         assert not made[1].any()
         assert torch.equal(made[[0, 2]], good[0][[0, 2]])
         assert torch.equal(scales[[0, 2]], good[1][[0, 2]])
-        by_hand = reference(rows)
+        by_hand = to_int8(rows)
         assert torch.equal(by_hand[0], made)
         assert torch.equal(by_hand[1].isnan(), scales.isnan())
 

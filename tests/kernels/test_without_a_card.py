@@ -11,7 +11,6 @@ from tolerances import TOLERANCES, relative_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from influence_fast.errors import ConfigError
-from influence_fast.gradients.fp8 import LOWEST_CAPABILITY
 from influence_fast.kernels import (
     fp8_rows,
     gated_silu,
@@ -24,9 +23,11 @@ from influence_fast.kernels import (
     skinny_project,
     token_loss,
 )
+from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY
 from influence_fast.kernels.runtime import INTERPRETED, WHY_NO_TRITON, unavailable
 from influence_fast.kernels.segments import Segments
 from influence_fast.products import inner_products as products
+from influence_fast.row_codec import to_int8
 
 LENGTHS = [3, 64, 1, 129]
 
@@ -165,7 +166,7 @@ def test_flat_reference_keeps_inner_products_in_the_mean(kind: str) -> None:
 def test_quantized_reference_has_the_bits_of_the_store() -> None:
     rows = _normal(40, 77).float() * torch.logspace(-44, 38, 40)[:, None]
     rows[7] = 0
-    made, scales = quantize_rows.reference(rows)
+    made, scales = to_int8(rows)
     expected = products.quantize_rows(rows)
     assert torch.equal(made, expected[0])
     assert torch.equal(scales, expected[1])

@@ -15,10 +15,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from influence_fast.errors import ModelError, say_once
-from influence_fast.gradients.lora import find_lora_linears
-from influence_fast.training.adapters import adapter_warnings, fit_vocabulary
+from influence_fast.gradients.find_lora import find_lora_linears
+from influence_fast.training.adapter_bases import adapter_warnings
 from influence_fast.training.fine_tuning import finetuned, load_finetuned
 from influence_fast.training.models import load_model
+from influence_fast.training.vocabulary import fit_vocabulary
 
 Factory = Callable[..., Any]
 IDS = torch.tensor([[5, 9, 100, 42, 7, 300]])

@@ -320,6 +320,12 @@ def test_orders_follow_from_seed_and_epoch_alone() -> None:
     assert spread(order(0, 1, grouped=True)) < spread(order(0, 1)) / 1.5
 
 
+def counts_of(checkpoint: Path) -> list[Any]:
+    """The tokens that a checkpoint's log counts at every step, as trl and as transformers do."""
+    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [(entry["num_tokens"], entry["num_input_tokens_seen"]) for entry in log]
+
+
 @pytest.mark.parametrize("packing", [None, 48], ids=["padded", "packed"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_run_killed_in_any_epoch_goes_on_to_the_very_adapter(
@@ -365,6 +371,7 @@ def test_a_run_killed_in_any_epoch_goes_on_to_the_very_adapter(
             found = run(model, tokenizer, examples, tmp_path / f"to{found}", config, lora=lora)
         adapter = load_file(found.path / "adapter_model.safetensors")
         assert [name for name, value in wanted.items() if not torch.equal(value, adapter[name])] == []
+        assert counts_of(found.checkpoints[-1]) == counts_of(whole.checkpoints[-1])
 
 
 def test_packs_whose_examples_see_each_other_are_refused(

@@ -1,7 +1,4 @@
-"""Gradient rows as other tools write them: LESS folders, TRAK memory maps, bergson indices, .npy, .safetensors.
-
-Formats as written by LESS (its only release), traker 0.1 to 0.3, bergson up to 2.5.
-"""
+"""Read the gradients of other tools' files: LESS, TRAK, bergson, plain numpy arrays and safetensors."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ import torch
 
 from influence_fast.errors import ConfigError, StoreError, did_you_mean, listing, one_line, shown
 from influence_fast.guards import check_no_pipe
+from influence_fast.row_codec import bf16_of_bits
 from influence_fast.store.manifest import ModuleEntry
 
 _MOST_TIMES = 100  # the size of a file that its tensor may have: the zip format packs nothing
@@ -36,9 +34,6 @@ class Source:
     read: Callable[[int, int], torch.Tensor]
     modules: tuple[ModuleEntry, ...] = ()
     absent: dict[int, str] = field(default_factory=dict)
-
-
-# ---- LESS: <output>/dim8192/{grads-160.pt, grads-320.pt, ..., all_orig.pt, all_unormalized.pt} ---------------------
 
 
 def less(path: Path, *, file: str | None = None) -> Source:
@@ -125,9 +120,6 @@ def _concatenated(tensors: list[torch.Tensor], where: Path, note: str) -> Source
     return Source(int(starts[-1]), tensors[0].shape[1], note, read)
 
 
-# ---- TRAK: <save_dir>/metadata.json, <save_dir>/<model id>/{grads,features,_is_featurized}.mmap (npy files) --------
-
-
 def trak(path: Path, *, model_id: int | str | None = None, kind: str = "grads") -> Source:
     """A TRAK save_dir: for one checkpoint the projected gradients ("grads") or features ("features",
     `grads (grads^T grads)^-1`); TRAK's default deletes neither, but `del_grads=True` does the first."""
@@ -158,9 +150,6 @@ def trak(path: Path, *, model_id: int | str | None = None, kind: str = "grads") 
         raise StoreError(f"{flags} has {done.shape[0]} flags for {source.rows} rows; they do not belong together")
     absent = {int(i): "TRAK did not featurize it" for i in np.flatnonzero(done == 0)}
     return replace(source, absent=absent)
-
-
-# ---- bergson: {info.json, gradients.bin}, or one folder with these for each shard ----------------------------------
 
 
 def bergson(path: Path) -> Source:
@@ -212,11 +201,8 @@ def _bergson_piece(folder: Path) -> tuple[torch.Tensor, dict[str, int]]:
     # "c": torch wants memory it may write to; nothing is written, and nothing could reach the file
     array = np.memmap(path, dtype=dtype, mode="c", shape=(rows, width))
     if is_bf16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16), sizes
+        return bf16_of_bits(array), sizes
     return torch.from_numpy(array), sizes
-
-
-# ---- plain files ---------------------------------------------------------------------------------------------------
 
 
 def npy(path: Path) -> Source:
@@ -242,15 +228,6 @@ def safetensors(path: Path, *, key: str | None = None) -> Source:
     shape = tuple(part.get_shape())
     _check_matrix(shape, part.get_dtype() in ("F64", "F32", "F16", "BF16"), part.get_dtype(), path)
     return Source(shape[0], shape[1], f"{path.name}: {name}", lambda start, stop: part[start:stop])
-
-
-FORMATS: dict[str, Callable[..., Source]] = {
-    "less": less,
-    "trak": trak,
-    "bergson": bergson,
-    "npy": npy,
-    "safetensors": safetensors,
-}
 
 
 def detect(path: Path) -> str:
@@ -314,3 +291,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _line(error: BaseException) -> str:
     return one_line(error)
+
+
+FORMATS: dict[str, Callable[..., Source]] = {
+    "less": less,
+    "trak": trak,
+    "bergson": bergson,
+    "npy": npy,
+    "safetensors": safetensors,
+}

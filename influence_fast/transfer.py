@@ -3,7 +3,6 @@
     to_device     small tables and token ids go through pinned memory, behind the work that is already queued
     all_to_device several of them in one copy, end to end (`joined`) and taken apart again (`parted`)
     WriteBehind   rows come back on a stream of their own while the next pack is computed
-    encoded       what crosses the bus: rows as the store keeps them, so that a quarter of the bytes do for int8
 
 On the CPU nothing is copied, and all pass things through.
 """
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 _ALIGNED = 16  # bytes: Triton compiles one more variant for a pointer that does not begin at a multiple of them
-_LARGEST = torch.finfo(torch.float32).max
 
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -123,28 +121,3 @@ def _arrived(
 def copier_for(device: torch.device) -> Copier | None:
     """What copies from this device, None where the host reads its memory."""
     return CudaCopier(device) if device.type == "cuda" else None
-
-
-def encoded(rows: Tensor, dtype: str, triton: bool) -> list[Tensor]:
-    """Rows [E, k] as a store of `dtype` keeps them: [rows], or for int8 [int8 [E, k], fp32 scales [E]].
-
-    triton: whether our kernel can run where the rows are. A row that is not finite has the scale NaN.
-    """
-    if dtype == "bf16":
-        return [rows.to(torch.bfloat16)]
-    if dtype == "int8":
-        from influence_fast.kernels import quantize_rows
-
-        rows = rows.to(torch.float32).contiguous()  # a sketch's product may come by columns
-        return list(quantize_rows.quantize_rows(rows) if triton else quantize_rows.reference(rows))
-    return [rows]
-
-
-def decoded(tensors: Sequence[Tensor]) -> Tensor:
-    """`encoded`, backwards: fp32 rows [E, k] that a store of that dtype encodes to the same bits once more."""
-    if len(tensors) == 1:
-        return tensors[0].float() if tensors[0].dtype == torch.bfloat16 else tensors[0]
-    quantized, scales = tensors
-    # The largest number of a row, m, gives the scale s = fl(m / 127), and fl(fl(127 s) / 127) is s again for every s
-    # that comes of some m; only 127 s may be beyond fp32 where m was not.
-    return (quantized.float() * scales[:, None]).clamp(-_LARGEST, _LARGEST)
