@@ -34,7 +34,6 @@ from influence_fast.influence.preconditioners import (
     FROM_MODEL,
     Damping,
 )
-from influence_fast.influence.ranking import average_ranks
 from influence_fast.influence.recipe import Recipe
 from influence_fast.influence.rounding import warn_if_coarse
 from influence_fast.influence.row_access import DividedRows, blocks_of, factors_of, row_blocks
@@ -44,6 +43,7 @@ from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.influence.whitened import UnitNorm
 from influence_fast.products.inner_products import inner_products
 from influence_fast.settings import one_of
+from influence_fast.statistics.ranks import average_ranks
 from influence_fast.store.planning import identity_of
 from influence_fast.store.reader import Store
 from influence_fast.store.shard_rows import AS_TOKENS

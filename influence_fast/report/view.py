@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jinja2.utils import htmlsafe_json_dumps
 
-from influence_fast.report import plots, summary, svg
+from influence_fast.report import plots, score_plots, summary, svg
 from influence_fast.report.summary import jsonable, number
 from influence_fast.report.words import decimal, headline, moment, signed
 
@@ -183,7 +183,7 @@ def _scatter(
             if text:
                 point[key] = text if len(text) <= clip else text[:clip] + f" … [{len(text) - clip:,} more characters]"
         points.append(point)
-    chart = plots.scatter_chart(
+    chart = score_plots.scatter_chart(
         s_correct,
         s_incorrect,
         drawn,
@@ -219,6 +219,8 @@ def _traces(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     helpful, harmful = summary.extremes(scores, EXTREME_TRACES)
     if not helpful:
         return None
+    # By the scores and not as stored: files of earlier versions count ranks from the other end.
+    ranks = [summary.ranks_of(column) for column in summary.score_arrays(scores)]
 
     def card(i: int) -> dict[str, Any]:
         s = scores[i]
@@ -227,8 +229,8 @@ def _traces(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             "label": None if s.get("label") is None else str(s["label"]),
             "s_correct": s["s_correct"],
             "s_incorrect": s["s_incorrect"],
-            "rank_correct": s.get("rank_correct"),
-            "rank_incorrect": s.get("rank_incorrect"),
+            "rank_correct": ranks[0][i],
+            "rank_incorrect": ranks[1][i],
             "loss": s.get("loss"),
             "dropped_by": [str(name) for name in s.get("dropped_by") or []],
             "texts": [(name, *clipped(str(s[name]))) for name in ("prompt", "completion") if s.get(name)],
@@ -255,7 +257,7 @@ def _distribution(scores: Sequence[Mapping[str, Any]], labels: Mapping[str, int]
         if here.any():
             name = label if label is not None else ("no label" if any(own) else "all traces")
             groups.append((name, labels.get(label or "clean", 0), s_correct[here], s_incorrect[here]))
-    return plots.distribution_chart(groups)
+    return score_plots.distribution_chart(groups)
 
 
 def _detection(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

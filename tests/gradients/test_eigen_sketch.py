@@ -26,11 +26,11 @@ from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import sketch_fitting
 from influence_fast.influence.building import build_store
 from influence_fast.influence.ekfac import fit_ekfac
-from influence_fast.influence.ranking import spearman
 from influence_fast.influence.recipe import Recipe
 from influence_fast.influence.scorer import Scorer
 from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.influence.sketch_fitting import SketchFit, fit_projection, leading, resolved, width_of
+from influence_fast.statistics.ranks import spearman
 from influence_fast.store.building import BuildOptions, build_shards
 from influence_fast.store.merge import append_store, merge_stores
 from influence_fast.store.planning import identity_of
