@@ -7,7 +7,7 @@ stands for, what is fitted on what and on how many examples, and which settings 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -278,10 +278,6 @@ class Recipe:
             yield of("explain", "scores that are summed over checkpoints are not explained")
         if influence.queries == "reference":
             yield of("fallback", "influence.queries: reference asks for no answers of the model")
-
-    def with_fisher(self, fisher: str) -> Recipe:
-        """Return the same with labels of "model" or "data"."""
-        return replace(self, influence=replace(self.influence, fisher=fisher))
 
 
 def sketch_for(rows: RowSpec, preconditioner: str) -> str | None:
