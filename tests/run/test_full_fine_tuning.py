@@ -138,7 +138,7 @@ def test_a_run_that_trains_adapters_takes_no_target(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gradients.target is of a fully fine-tuned model"):
         load_config(file)
     file.write_text(file.read_text().replace("{path: m}", "{path: m, adapter: a}"))
-    assert load_config(file).gradients.projection == Projection("kron", dim=64, target=("q_proj", "v_proj"))
+    assert load_config(file).gradients.projection() == Projection("kron", dim=64, target=("q_proj", "v_proj"))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"gradients.target is of a fully fine-tuned model"):

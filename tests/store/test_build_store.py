@@ -455,14 +455,14 @@ def test_ctrl_c_says_what_is_done_and_the_build_goes_on(tmp_path: Path, model: A
     build(tmp_path / "whole", model, make_examples())
     computed: list[str] = []
 
-    def interrupted(model: Any, examples: Any, spec: RowSpec) -> Iterator[tuple[list[int], torch.Tensor]]:
+    def interrupted(model: Any, examples: Any, spec: RowSpec, **more: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
         if examples[0]["id"] == "e4":
             raise KeyboardInterrupt
-        yield from iter_gradient_rows(model, examples, spec)
+        yield from iter_gradient_rows(model, examples, spec, **more)
 
-    def counted(model: Any, examples: Any, spec: RowSpec) -> Iterator[tuple[list[int], torch.Tensor]]:
+    def counted(model: Any, examples: Any, spec: RowSpec, **more: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
         computed.extend(example["id"] for example in examples)
-        yield from iter_gradient_rows(model, examples, spec)
+        yield from iter_gradient_rows(model, examples, spec, **more)
 
     with pytest.raises(KeyboardInterrupt, match=r"1 of 3 shards of .* are done"):
         build(tmp_path / "s", model, make_examples(), gradients=interrupted)
@@ -509,9 +509,9 @@ def test_a_damaged_shard_is_computed_again(tmp_path: Path, model: Any, name: str
         file.write(b"\x55\xaa")
     computed = []
 
-    def counted(model: Any, examples: Any, spec: RowSpec) -> Iterator[tuple[list[int], torch.Tensor]]:
+    def counted(model: Any, examples: Any, spec: RowSpec, **more: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
         computed.extend(example["id"] for example in examples)
-        yield from iter_gradient_rows(model, examples, spec)
+        yield from iter_gradient_rows(model, examples, spec, **more)
 
     with pytest.warns(UserWarning, match=rf"computed again: .*{name} is not what was written"):
         build(tmp_path / "s", model, make_examples(), gradients=counted)
