@@ -19,11 +19,10 @@ from influence_fast.errors import ConfigError, shown
 from influence_fast.evaluation.evaluate import EvalConfig
 from influence_fast.evaluation.generation_settings import EXPLICIT
 from influence_fast.gradients.fp8 import FP8
+from influence_fast.gradients.row_spec import SKETCHES, RowSpec
 from influence_fast.guards import reading
-from influence_fast.influence.preconditioners import (
-    SKETCHES,
-)
-from influence_fast.influence.settings import GradientConfig, InfluenceConfig, check_influence
+from influence_fast.influence.recipe import Recipe
+from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.selection.strategies import STRATEGIES, needed_columns
 from influence_fast.settings import from_dict, one_of, read_mapping
 from influence_fast.training.quantized_files import check_quantization
@@ -176,14 +175,16 @@ class RunConfig:
     seed: int = 0
     lora: LoraSettings = field(default_factory=LoraSettings)
     training: TrainConfig = field(default_factory=TrainConfig)
-    gradients: GradientConfig = field(default_factory=GradientConfig)
+    gradients: RowSpec = field(default_factory=RowSpec)
     influence: InfluenceConfig = field(default_factory=InfluenceConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
 
     def __post_init__(self) -> None:
-        check_influence(self.influence, self.gradients)
+        Recipe.of(self.gradients, self.influence).check()
+        if not isinstance(self.gradients.sketch, str):
+            raise ConfigError("gradients.sketch: a run names a fitted sketch by the folder of its store")
         _check_quantized(self)
         if self.influence.checkpoints and not self.training.save_checkpoints and self.model.adapter is None:
             raise ConfigError("influence.checkpoints: there will be none; set training.save_checkpoints")

@@ -133,11 +133,11 @@ def from_dict(kind: type[Any], raw: dict[str, Any], where: str = "") -> Any:
     Raises ConfigError: unknown or missing key, a value of the wrong kind.
     """
     hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
+    fields = {key_of(f): f for f in dataclasses.fields(kind)}
     for key in raw:
         if key not in fields:
             raise ConfigError(f"unknown key {shown(where + str(key))}; {did_you_mean(str(key), fields)}")
-    values = {key: _convert(hints[key], value, f"{where}{key}") for key, value in raw.items()}
+    values = {fields[key].name: _convert(hints[fields[key].name], value, f"{where}{key}") for key, value in raw.items()}
     missing = [
         name
         for name, f in fields.items()
@@ -145,12 +145,34 @@ def from_dict(kind: type[Any], raw: dict[str, Any], where: str = "") -> Any:
     ]
     if missing:
         raise ConfigError(f"missing key {where + missing[0]!r}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise in_section(error, kind, where) from None
+
+
+def key_of(field: dataclasses.Field[Any]) -> str:
+    """Return the key of a file that a field of a settings class is read from."""
+    return str(field.metadata.get("key", field.name))
+
+
+def in_section(error: ConfigError, kind: type[Any], where: str) -> ConfigError:
+    """Return an error of a settings class that has a `PREFIX`, with its fields named as keys of a file.
+
+    where: what comes before the keys there ("gradients."). Errors of other classes are returned as they are.
+    """
+    prefix = getattr(kind, "PREFIX", None)
+    if prefix is None:
+        return error
+    text = str(error)
+    for field in sorted(dataclasses.fields(kind), key=lambda f: -len(f.name)):
+        text = text.replace(f"{prefix}{field.name}", f"{where}{key_of(field)}")
+    return ConfigError(text)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain values, as YAML and JSON can hold them."""
-    return _plain(dataclasses.asdict(config))
+    return _plain(config)
 
 
 def difference(one: dict[str, Any], other: dict[str, Any], where: str = "") -> str | None:
@@ -214,6 +236,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {key_of(f): _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

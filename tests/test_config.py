@@ -85,7 +85,7 @@ def test_values_arrive_where_they_belong(tmp_path: Path) -> None:
     assert config.training.learning_rate == 1e-4
     assert config.pruning.fractions == (0.2,)
     assert config.pruning.seeds == (3, 4)
-    assert config.gradients.projection.dim == 8
+    assert config.gradients.dim == 8
     assert config.data.pool.path == "pool.jsonl"
     assert config.data.validation is not None
     assert config.data.validation.limit == 5

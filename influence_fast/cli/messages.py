@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from influence_fast.errors import one_line
+from influence_fast.settings import key_of
 
 
 def by_flags(text: str, args: Any, of: str = "") -> str:
@@ -79,7 +80,7 @@ def _settings_of(part: str) -> set[str]:
     from influence_fast import config
 
     parts = {
-        "gradients": config.GradientConfig,
+        "gradients": config.RowSpec,
         "influence": config.InfluenceConfig,
         "training": config.TrainConfig,
         "lora": config.LoraSettings,
@@ -88,7 +89,7 @@ def _settings_of(part: str) -> set[str]:
     }
     if part == "data":
         return {"max_length", "truncate", "limit"}
-    return {f.name for f in dataclasses.fields(parts[part])} if part in parts else set()
+    return {key_of(f) for f in dataclasses.fields(parts[part])} if part in parts else set()
 
 
 def say_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:

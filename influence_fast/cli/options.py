@@ -15,7 +15,7 @@ from influence_fast.data.conversations import TURN_CHOICES
 from influence_fast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from influence_fast.influence.settings import GradientConfig
+    from influence_fast.gradients.row_spec import RowSpec
 
 TURNS_HELP = "assistant turns of a conversation that the loss is on: the last (default) or all"
 
@@ -108,8 +108,9 @@ def given(args: Any, *names: str) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
-def gradients_of(args: Any) -> GradientConfig:
-    from influence_fast.influence.settings import GradientConfig
+def gradients_of(args: Any) -> RowSpec:
+    from influence_fast.gradients.row_spec import RowSpec
+    from influence_fast.settings import from_dict
 
     settings = given(args, "dim", "width", "sketch", "store_dtype", "precision", "max_tokens")
     if args.target is not None:
@@ -124,7 +125,7 @@ def gradients_of(args: Any) -> GradientConfig:
             "give --adapter, the LoRA adapter whose gradients are taken, or --target all-linear for those of the "
             "weights of a fully fine-tuned --model"
         )
-    return GradientConfig(**settings)
+    return from_dict(RowSpec, settings, "gradients.")
 
 
 def evaluation_of(args: Any, settings: Any = None) -> Any:

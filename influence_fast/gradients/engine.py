@@ -63,7 +63,6 @@ class GradientEngine:
         bf16_rows: bool = False,
         precision: str = fp8.AUTO,
         cuda_graphs: bool | None = None,
-        losses_only: bool = False,
     ) -> None:
         fp8.check_precision(precision)
         if loss_reduction not in ("mean", "sum"):
@@ -71,7 +70,7 @@ class GradientEngine:
         self.model = unwrapped(model)
         self.loss_reduction = loss_reduction
         self.precision = precision
-        self.linears = linear_for_losses(self.model) if losses_only else find_linears(self.model, projection)
+        self.linears = self._find_linears(projection)
         self.device = self.linears[0].device
         self.backend, self.backend_why = backends.choose(backend, self.device, self.linears[0].dtype)
         self.reducer = _reducer(self.linears, projection, reducer)
@@ -88,6 +87,10 @@ class GradientEngine:
         self._runner: Runner | None = None
         self._stack = contextlib.ExitStack()
         self._opened: OpenedModel | None = None
+
+    def _find_linears(self, projection: Projection | None) -> list[LoraLinear]:
+        """Return the linears whose gradients are in a row. Raises ModelError where there is none."""
+        return find_linears(self.model, projection)
 
     @property
     def opened(self) -> OpenedModel:
@@ -181,6 +184,16 @@ class GradientEngine:
     def as_given(self) -> contextlib.AbstractContextManager[None]:
         """While the block runs, the model has the forwards and the attention that it was given with; dropout is off."""
         return self.opened.given.restored()
+
+
+class LossEngine(GradientEngine):
+    """Opens a model for the losses of examples alone, where it may have no LoRA layer."""
+
+    def __init__(self, model: Any, loss_reduction: str = "mean", precision: str = fp8.AUTO) -> None:
+        super().__init__(model, None, loss_reduction, precision=precision)
+
+    def _find_linears(self, projection: Projection | None) -> list[LoraLinear]:
+        return linear_for_losses(self.model)
 
 
 def _reducer(

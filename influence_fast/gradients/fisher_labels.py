@@ -21,7 +21,7 @@ from torch import nn
 
 from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import IGNORED
-from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.engine import LossEngine
 from influence_fast.gradients.per_example import packs_for
 from influence_fast.philox import key, philox4x32
 
@@ -50,7 +50,7 @@ def sample_labels(
     Returns copies with other `labels`, in the same order; one forward pass. Raises as `per_example_gradients`.
     """
     examples = as_examples(examples)
-    with GradientEngine(model, None, precision=precision, losses_only=True) as engine:
+    with LossEngine(model, precision=precision) as engine:
         packs = packs_for(engine, examples, max_tokens)
         drawn = [dict(example) for example in examples]
         for pack in packs:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from influence_fast.errors import ConfigError, did_you_mean, shown
 from influence_fast.gradients.eigen_sketch import DEFAULT_EXAMPLES, EigenSketch, check_projection
 from influence_fast.gradients.fp8 import AUTO, check_precision
-from influence_fast.gradients.projection import EXACT, KINDS, Projection
+from influence_fast.gradients.projection import EXACT, KINDS, SIDED_KINDS, Projection
 
 SKETCHES = (AUTO, "random", "eigen")  # or the folder of a store, or a fitted sketch
 ROW_DTYPES = ("fp32", "bf16", "int8")
@@ -40,6 +40,8 @@ class RowSpec:
     max_tokens: tokens in one packed batch; by default what suits the device. It changes speed and memory, not what the
         rows are of.
 
+    Two specs are equal where they say the same of the rows, whatever their `max_tokens`.
+
     Raises ConfigError for values that do not exist or do not fit together. What the rows of a finished store are made
     by is `store.spec`.
 
@@ -59,7 +61,7 @@ class RowSpec:
     seed: int = 0
     target: str | tuple[str, ...] | None = None
     sketch_examples: int = DEFAULT_EXAMPLES
-    max_tokens: int | None = None
+    max_tokens: int | None = field(default=None, compare=False)
 
     #: What messages put before the name of a field; files and the command line put their own in its place.
     PREFIX: ClassVar[str] = "RowSpec."
@@ -75,13 +77,16 @@ class RowSpec:
         check_precision(self.precision, f"{self.PREFIX}precision")
         self._check_count("sketch_examples", self.sketch_examples)
         if self.max_tokens is not None:
-            self._check_count("max_tokens", self.max_tokens)
+            self._check_count("max_tokens", self.max_tokens, ", or left out")
         if self.kind == EXACT and (self.width is not None or self.layers != 1):
             raise ConfigError(
                 f"{self.PREFIX}kind {EXACT!r} keeps whole gradients of all layers: leave out {self.PREFIX}width and "
                 f"{self.PREFIX}layers, or choose a projection"
             )
         projection = self.projection()
+        if projection is not None and self.target is not None:  # in their one form, as stores record them
+            object.__setattr__(self, "kind", projection.kind)
+            object.__setattr__(self, "target", _one_form(projection.target))
         self._check_sketch(projection)
 
     @classmethod
@@ -105,6 +110,13 @@ class RowSpec:
             target=_one_form(projection.target),
             **others,
         )
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether `projection` is what makes the rows, with no sketch left to fit or to look up."""
+        if self.sketch == AUTO:
+            return self.width is None or self.kind not in SIDED_KINDS
+        return isinstance(self.sketch, EigenSketch) or self.sketch == "random"
 
     def projection(self) -> Projection | None:
         """Return what makes a row of a gradient, None for exact rows of an adapter.
@@ -134,15 +146,17 @@ class RowSpec:
         if value not in known:
             raise ConfigError(f"{self.PREFIX}{name}: unknown value {shown(value)}; {did_you_mean(str(value), known)}")
 
-    def _check_count(self, name: str, value: object) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{self.PREFIX}{name} must be a whole number of at least 1, not {shown(value)}")
+    def _check_count(self, name: str, value: object, otherwise: str = "") -> None:
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{self.PREFIX}{name} is {shown(value)}; it must be a whole number{otherwise}")
+        if value < 1:
+            raise ConfigError(f"{self.PREFIX}{name} is {value}; it must be at least 1{otherwise}")
 
     def _check_sketch(self, projection: Projection | None) -> None:
         """Raise ConfigError for a sketch that is none, or that rows of `projection` cannot be made by."""
         if self.sketch in (AUTO, "random"):
             return
-        if isinstance(self.sketch, str) and self.sketch not in SKETCHES and not os.path.isdir(self.sketch):
+        if isinstance(self.sketch, str) and names_store(self.sketch) and not os.path.isdir(self.sketch):
             raise ConfigError(
                 f"{self.PREFIX}sketch: {shown(self.sketch)} is no store's folder; {did_you_mean(self.sketch, SKETCHES)}"
             )
@@ -157,12 +171,14 @@ class RowSpec:
             raise ConfigError(f"{self.PREFIX}sketch: {error}") from None
 
 
-def in_section(error: ConfigError, section: str = "gradients") -> ConfigError:
-    """Return the error of a `RowSpec` with its fields named as keys of a configuration file's section."""
-    text = str(error)
-    for f in fields(RowSpec):
-        text = text.replace(f"{RowSpec.PREFIX}{f.name}", f"{section}.{f.metadata.get('key', f.name)}")
-    return ConfigError(text)
+def names_store(sketch: str | Path | EigenSketch) -> bool:
+    """Tell whether a spec's `sketch` is the folder of a store whose sketch is used again."""
+    return not isinstance(sketch, EigenSketch) and str(sketch) not in SKETCHES
+
+
+def is_fitted(sketch: str | Path | EigenSketch) -> bool:
+    """Tell whether a spec's `sketch` is there already, so that none is fitted."""
+    return isinstance(sketch, EigenSketch) or names_store(sketch)
 
 
 def _one_form(target: str | Sequence[str] | None) -> str | tuple[str, ...] | None:

@@ -12,6 +12,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import check_examples, example_name, teaches
 from influence_fast.errors import ConfigError, DataError, NumericError, listing, say_once, shown
 from influence_fast.gradients.per_example import iter_gradient_rows
-from influence_fast.gradients.projection import EXACT, Projection
+from influence_fast.gradients.projection import EXACT
 from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.streaming import stream_influence
+from influence_fast.influence.building import build_store
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.trained_rows import TrainedRows
 from influence_fast.products.inner_products import inner_products
 from influence_fast.statistics.ranks import average_ranks
-from influence_fast.store.building import build_store
+from influence_fast.store.building import BuildOptions
 from influence_fast.training.undisturbed import random_states_kept, undisturbed
 
 logger = logging.getLogger(__name__)
@@ -141,8 +143,10 @@ class InfluenceCallback(TrainerCallback):
             self._score(args, state, kwargs["model"])
 
     @property
-    def _exact(self) -> Projection | None:
-        return None if self.spec.target is None else Projection(EXACT, target=self.spec.target)
+    def _exact(self) -> RowSpec:
+        """How whole gradients are made, with the settings of `spec` that count for them."""
+        kept = {n: getattr(self.spec, n) for n in ("loss_reduction", "precision", "max_tokens", "target")}
+        return RowSpec(EXACT, dtype="fp32", **kept)
 
     def _score(self, args: Any, state: Any, model: Any) -> None:
         """Score the training examples with the model as it is, unless this step has been scored."""
@@ -179,21 +183,9 @@ class InfluenceCallback(TrainerCallback):
         """Keep the rows of all training examples in `folder`, and those of the queries beside it."""
         from safetensors.torch import save_file
 
-        projection = self.spec.projection()
-        store = build_store(
-            folder,
-            model,
-            None,
-            self._examples,
-            projection=projection,
-            dtype=self.spec.dtype,
-            loss_reduction=self.spec.loss_reduction,
-            precision=self.spec.precision,
-            max_tokens=self.spec.max_tokens,
-            progress=False,
-        )
+        store = build_store(folder, model, self._examples, self.spec, options=BuildOptions(progress=False))
         rows = torch.empty(len(self._queries), store.width)
-        for places, found in self._batches(model, self._queries, projection):
+        for places, found in self._batches(model, self._queries, replace(store.spec, dtype="fp32")):
             rows[places] = found.float()
         with replacing(folder.with_name(f"{folder.name}.queries.safetensors")) as temporary:
             save_file({"rows": rows}, temporary, {"groups": json.dumps(self._groups)})
@@ -202,11 +194,10 @@ class InfluenceCallback(TrainerCallback):
         return np.asarray(inner_products(store, groups), np.float64), list(store.ids)
 
     def _batches(
-        self, model: Any, queries: Sequence[dict[str, Any]], projection: Projection | None
+        self, model: Any, queries: Sequence[dict[str, Any]], spec: RowSpec
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Yield gradients of `queries`, a pack at a time: places, rows [n, k] on the host. Raises NumericError."""
-        settings = {n: getattr(self.spec, n) for n in ("loss_reduction", "precision", "max_tokens")}
-        for places, rows in iter_gradient_rows(model, queries, projection=projection, **settings):
+        for places, rows in iter_gradient_rows(model, queries, spec):
             finite = rows.isfinite().all(dim=1).tolist()
             strange = [example_name(queries[i], i) for i, ok in zip(places, finite, strict=True) if not ok]
             if strange:
@@ -230,15 +221,7 @@ class InfluenceCallback(TrainerCallback):
         return total.to(dtype)
 
     def _stream(self, model: Any, examples: Sequence[dict[str, Any]], queries: torch.Tensor) -> torch.Tensor:
-        return stream_influence(
-            model,
-            examples,
-            queries,
-            loss_reduction=self.spec.loss_reduction,
-            max_tokens=self.spec.max_tokens,
-            precision=self.spec.precision,
-            target=self.spec.target,
-        )
+        return stream_influence(model, examples, queries, self._exact)
 
     def _make_room(self, begun: int) -> None:
         """Take up the moments of a training that goes on at step `begun`; later ones are of steps that it makes again.

@@ -58,7 +58,7 @@ def learning_rates(checkpoints: str | Path | Sequence[str | Path], *, average: b
     Raises ModelError where a checkpoint has no such file or no rate can be known, its groups of parameters have rates
     of their own (LoRA+), or the folder has no checkpoint, ConfigError for steps out of order.
 
-        rates = inf.learning_rates("run", average=True)
+        rates = learning_rates("run", average=True)
     """
     from influence_fast.training.files import list_checkpoints
     from influence_fast.training.schedules import checkpoint_rates, group_rates

@@ -2,7 +2,7 @@
 
 What a foreign file does not record (model, tokenizer, projection) is "not recorded" in the store; say it with
 `identity` where you know it. Rows are imported as they are: query gradients must be made by the same tool, with the
-same projection. Formats as written by LESS (its only release), traker 0.1 to 0.3, bergson up to 2.5.
+same projection.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from influence_fast.store.building import warn_of_set_aside
 from influence_fast.store.identity import StoreIdentity
 from influence_fast.store.ids import check_unique
 from influence_fast.store.import_formats import FORMATS, Source, detect
-from influence_fast.store.manifest import Manifest, Part, digest
-from influence_fast.store.reader import Store, check_dtype
+from influence_fast.store.manifest import Manifest, Part, check_dtype, digest
+from influence_fast.store.reader import Store
 from influence_fast.store.writer import StoreWriter
 
 __all__ = ["FORMATS", "import_gradients"]

@@ -11,7 +11,8 @@ from influence_fast.errors import StoreError, listing
 from influence_fast.store.identity import StoreIdentity
 from influence_fast.store.ids import check_unique, read_ids
 from influence_fast.store.manifest import Manifest, ShardRecord, file_name, joined_fingerprint
-from influence_fast.store.reader import Store, fitted_sketch, open_store
+from influence_fast.store.reader import Store, open_store
+from influence_fast.store.verification import fitted_sketch
 from influence_fast.store.writer import StoreWriter, load_records
 
 __all__ = ["append_store", "merge_stores"]

@@ -38,10 +38,11 @@ from influence_fast.store.manifest import (
     ForeignShardError,
     Manifest,
     ShardRecord,
+    check_dtype,
     file_name,
     inside,
 )
-from influence_fast.store.reader import Store, check_dtype, open_store
+from influence_fast.store.reader import Store, open_store
 
 _COPY_CHUNK = 1 << 24
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

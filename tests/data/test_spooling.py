@@ -165,7 +165,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
-from influence_fast.store.building import build_store
+from influence_fast.influence.building import build_store
 from influence_fast.gradients.projection import Projection
 from influence_fast.data.spooling import Tokens, TokenSource, spool
 

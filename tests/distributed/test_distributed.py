@@ -23,7 +23,8 @@ from influence_fast.distributed.claims import Claims, Owner, WaitNotice
 from influence_fast.distributed.metrics import Follower, board, folder_of, peak_flops, rates_text, summary, time_left
 from influence_fast.distributed.processes import Preempted, World, once, retried
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.store.reader import open_store, verify_store
+from influence_fast.store.reader import open_store
+from influence_fast.store.verification import verify_store
 
 EXAMPLES = 48
 SHARDS = 16
@@ -33,16 +34,18 @@ NURSERY = (
     world(longest=60)
     + """
 import json, os, signal, sys, time
-from influence_fast.store.building import build_store
-from influence_fast.distributed.builds import build_distributed
+from influence_fast.influence.building import build_store
+from influence_fast.distributed.builds import DistributedOptions, build_distributed
 from influence_fast.distributed.processes import Preempted, World
 from influence_fast.gradients import per_example as gradients
 from influence_fast.store import writer as store_writer
 from influence_fast.gradients.per_example import iter_gradient_rows
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.store.building import BuildOptions
 
 examples[25]["labels"] = torch.full_like(examples[25]["labels"], -100)
-options = dict(projection=Projection(dim=4, width=64), dtype="int8", shard_rows=3, progress=False)
+spec = RowSpec(dim=4, width=64, sketch="random", dtype="int8")
+options = dict(shard_rows=3, progress=False)
 
 def slow(*args, pause, **more):
     for batch in iter_gradient_rows(*args, **more):
@@ -63,11 +66,12 @@ def child(task):
         store_writer._write = full
     try:
         if task["world"] == 0:
-            build_store(task["path"], model, None, examples, **settings)
+            build_store(task["path"], model, examples, spec, options=BuildOptions(**settings))
         else:
             world = World(task["rank"], task["world"])
-            build_distributed(task["path"], model, None, examples, world=world, time_limit=task["time_limit"],
-                              lease=task.get("lease", 60.0), profile=task.get("profile", False), **settings)
+            how = DistributedOptions(world=world, time_limit=task["time_limit"], lease=task.get("lease", 60.0),
+                                     profile=task.get("profile", False), **settings)
+            build_distributed(task["path"], model, examples, spec, options=how)
     except Preempted as stop:
         print("stopped:", stop, file=sys.stderr)
         os._exit(stop.exit_code)
@@ -324,26 +328,31 @@ def test_alone_it_shows_one_bar_keeps_metrics_and_a_trace(
 ) -> None:
     import torch
 
-    from influence_fast.distributed.builds import build_distributed
-    from influence_fast.gradients.projection import Projection
-    from influence_fast.store.building import build_store
+    from influence_fast.distributed.builds import DistributedOptions, build_distributed
+    from influence_fast.gradients.row_spec import RowSpec
+    from influence_fast.influence.building import build_store
+    from influence_fast.store.building import BuildOptions
 
     model, generator = tiny_lora(), torch.Generator().manual_seed(0)
     examples = []
     for i in range(12):
         ids = torch.randint(5, 300, (int(torch.randint(3, 40, (), generator=generator)),), generator=generator)
         examples.append({"id": f"e{i}", "input_ids": ids, "labels": ids.clone()})
-    options: dict[str, Any] = {"projection": Projection(dim=4), "dtype": "fp32", "shard_rows": 4, "max_tokens": 30}
+    spec = RowSpec(dim=4, dtype="fp32", max_tokens=30)
     before = signal.getsignal(signal.SIGTERM)
     build_distributed(
-        tmp_path / "s", model, None, examples, world=World(), progress=True, profile=True, peak=1e9, **options
+        tmp_path / "s",
+        model,
+        examples,
+        spec,
+        options=DistributedOptions(shard_rows=4, world=World(), progress=True, profile=True, peak=1e9),
     )
     assert signal.getsignal(signal.SIGTERM) is before
     said = capsys.readouterr().err
     assert "12/12" in said
     assert "tokens/s" in said
     assert "MFU" in said
-    build_store(tmp_path / "whole", model, None, examples, **options)
+    build_store(tmp_path / "whole", model, examples, spec, options=BuildOptions(shard_rows=4))
     assert stored_bytes(tmp_path / "s") == stored_bytes(tmp_path / "whole")
     totals = summary(folder_of(tmp_path / "s"))
     assert (totals.examples, totals.tokens) == (12, sum(len(e["input_ids"]) for e in examples))

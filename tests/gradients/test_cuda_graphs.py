@@ -23,6 +23,7 @@ from influence_fast.gradients import attention, opened
 from influence_fast.gradients import cuda_graphs as graphs
 from influence_fast.gradients.backends import TRITON
 from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.runner import Runner
 from influence_fast.gradients.step import hidden_of
 from influence_fast.gradients.step_inputs import StepInputs, StepShape
@@ -148,11 +149,11 @@ class OnDeviceOnly(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "projection",
-    [None, inf.Projection(dim=8), inf.Projection(dim=8, width=64), inf.Projection("rademacher", width=32)],
+    [None, Projection(dim=8), Projection(dim=8, width=64), Projection("rademacher", width=32)],
     ids=str,
 )
 @pytest.mark.skipif(attention.varlen_attention() is None, reason="this PyTorch has no varlen_attn with windows")
-def test_a_step_has_nothing_of_the_host_in_it(tiny_lora: Callable[..., Any], projection: inf.Projection | None) -> None:
+def test_a_step_has_nothing_of_the_host_in_it(tiny_lora: Callable[..., Any], projection: Projection | None) -> None:
     """On the meta device, where reading a number raises too."""
     pytest.importorskip("triton", reason="triton is not installed")
     model = tiny_lora("qwen2", torch.bfloat16).to("meta")
@@ -385,13 +386,13 @@ def test_a_capture_that_fails_leaves_the_stream_and_says_why(monkeypatch: pytest
 
 def test_gradients_that_need_bounds_on_the_host_are_not_recorded(tiny_lora: Callable[..., Any]) -> None:
     model = tiny_lora()
-    for projection, recordable in ((inf.Projection(dim=8), True), (inf.Projection("kron", dim=8), False)):
+    for projection, recordable in ((Projection(dim=8), True), (Projection("kron", dim=8), False)):
         engine = GradientEngine(model, projection, backend="torch")
         assert not engine.reducer.recordable
         engine.reducer.backend = TRITON
         assert engine.reducer.recordable is recordable
     (pack,) = packs_of([5, 6], 100)
-    engine = GradientEngine(model, inf.Projection(dim=8), backend="torch")
+    engine = GradientEngine(model, Projection(dim=8), backend="torch")
     with engine, pytest.raises(ConfigError, match="bounds on the host"):
         engine.runner.step(engine.runner.inputs(pack, StepShape.of(pack)))
 

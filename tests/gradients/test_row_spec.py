@@ -13,12 +13,14 @@ import torch
 import influence_fast as inf
 from influence_fast.errors import ConfigError
 from influence_fast.gradients.eigen_sketch import EigenSketch
-from influence_fast.gradients.lora import LayoutEntry
-from influence_fast.gradients.row_spec import ROW_DTYPES, in_section
+from influence_fast.gradients.layout import LayoutEntry
+from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import ROW_DTYPES
+from influence_fast.settings import from_dict, to_dict
 from influence_fast.store.manifest import DTYPES
 
 
-def a_sketch(projection: inf.Projection) -> EigenSketch:
+def a_sketch(projection: Projection) -> EigenSketch:
     layout = (LayoutEntry("layer", "A", (2, 3), 0),)
     bases = {(2, 3): (torch.eye(2)[None], torch.eye(3)[None])}
     return EigenSketch(projection, layout, bases, torch.arange(4), torch.ones(4))
@@ -26,7 +28,7 @@ def a_sketch(projection: inf.Projection) -> EigenSketch:
 
 def test_its_defaults_are_those_of_a_configuration() -> None:
     spec = inf.RowSpec()
-    assert spec.projection() == inf.Projection("one_sided", dim=64)
+    assert spec.projection() == Projection("one_sided", dim=64)
     assert (spec.dtype, spec.loss_reduction, spec.precision, spec.sketch) == ("bf16", "mean", "auto", "auto")
 
 
@@ -37,21 +39,21 @@ def test_it_cannot_be_changed() -> None:
 
 def test_exact_rows_have_no_projection() -> None:
     assert inf.RowSpec("none").projection() is None
-    assert inf.RowSpec("none", target="all-linear").projection() == inf.Projection("none", target="all-linear")
+    assert inf.RowSpec("none", target="all-linear").projection() == Projection("none", target="all-linear")
 
 
 @pytest.mark.parametrize(
     "projection",
     [
         None,
-        inf.Projection("one_sided", dim=8),
-        inf.Projection("kron", dim=4, width=32, layers=0.5, seed=3),
-        inf.Projection("sjlt", width=32),
-        inf.Projection("kron", dim=4, target=["q_proj", "v_proj"]),
-        inf.Projection("none", target="all-linear"),
+        Projection("one_sided", dim=8),
+        Projection("kron", dim=4, width=32, layers=0.5, seed=3),
+        Projection("sjlt", width=32),
+        Projection("kron", dim=4, target=["q_proj", "v_proj"]),
+        Projection("none", target="all-linear"),
     ],
 )
-def test_a_projection_goes_there_and_back(projection: inf.Projection | None) -> None:
+def test_a_projection_goes_there_and_back(projection: Projection | None) -> None:
     spec = inf.RowSpec.of(projection, dtype="int8")
     assert spec.projection() == projection
     assert spec.dtype == "int8"
@@ -59,7 +61,7 @@ def test_a_projection_goes_there_and_back(projection: inf.Projection | None) -> 
 
 
 def test_a_fitted_sketch_is_in_the_projection() -> None:
-    plain = inf.Projection("one_sided", dim=3, width=4)
+    plain = Projection("one_sided", dim=3, width=4)
     spec = inf.RowSpec(dim=3, width=4, sketch=a_sketch(plain))
     projection = spec.projection()
     assert projection is not None
@@ -85,8 +87,8 @@ def test_a_fitted_sketch_is_in_the_projection() -> None:
         ({"dim": 0}, "projection dim must be at least 1"),
         ({"dim": 1.5}, "projection dim must be an integer"),
         ({"layers": 0}, "projection layers is 0"),
-        ({"max_tokens": 0}, "RowSpec.max_tokens must be a whole number of at least 1, not 0"),
-        ({"sketch_examples": True}, "RowSpec.sketch_examples must be a whole number of at least 1, not True"),
+        ({"max_tokens": 0}, "RowSpec.max_tokens is 0; it must be at least 1, or left out"),
+        ({"sketch_examples": True}, "RowSpec.sketch_examples is True; it must be a whole number"),
     ],
 )
 def test_a_wrong_value_is_refused_at_once(values: dict[str, Any], message: str) -> None:
@@ -98,10 +100,20 @@ def test_a_folder_of_a_store_is_a_text(tmp_path: Path) -> None:
     assert inf.RowSpec(width=8, sketch=tmp_path).sketch == str(tmp_path)
 
 
-def test_errors_name_the_keys_of_a_file() -> None:
-    with pytest.raises(ConfigError) as caught:
-        inf.RowSpec(dtype="int7")
-    assert str(in_section(caught.value)).startswith("gradients.store_dtype: unknown value")
+def test_files_call_the_dtype_store_dtype() -> None:
+    spec = inf.RowSpec(dtype="int8", target=("v_proj", "q_proj"))
+    assert from_dict(inf.RowSpec, to_dict(spec)) == spec
+    assert to_dict(spec)["store_dtype"] == "int8"
+    with pytest.raises(ConfigError, match=r"^gradients\.store_dtype: unknown value 'int7'"):
+        from_dict(inf.RowSpec, {"store_dtype": "int7"}, "gradients.")
+    with pytest.raises(ConfigError, match=r"unknown key 'gradients\.dtype'"):
+        from_dict(inf.RowSpec, {"dtype": "int8"}, "gradients.")
+
+
+def test_specs_of_the_same_rows_are_equal() -> None:
+    assert inf.RowSpec(max_tokens=64) == inf.RowSpec()
+    assert inf.RowSpec(target=["v_proj", "q_proj"]) == inf.RowSpec("kron", target=("q_proj", "v_proj"))
+    assert inf.RowSpec(dim=16) != inf.RowSpec()
 
 
 def test_its_dtypes_are_those_of_stores() -> None:

@@ -18,7 +18,8 @@ from influence_fast.distributed.processes import World, init_group
 from influence_fast.errors import ConfigError, ModelError
 from influence_fast.gradients.eigen_sketch import FILES
 from influence_fast.gradients.sharded import shard_model
-from influence_fast.store.reader import open_store, verify_store
+from influence_fast.store.reader import open_store
+from influence_fast.store.verification import verify_store
 
 WORKER = """
 import gc, json, sys
