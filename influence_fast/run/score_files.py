@@ -58,6 +58,8 @@ def made_with(gradients: RowSpec, influence: InfluenceConfig, inputs: Mapping[st
     """Return all settings that the rows of a run's gradient store depend on."""
     settings = to_dict(gradients)
     del settings["max_tokens"]  # a row does not depend on its batch
+    if gradients.target is not None and gradients.kind == "kron":
+        settings["kind"] = "one_sided"  # the same rows: stores of earlier versions are recorded by this name
     fitted = {}
     if sketch_for(gradients, influence.preconditioner) is not None:
         fitted = {"damping": influence.damping, "fisher": influence.fisher}

@@ -34,6 +34,7 @@ NURSERY = (
     world(longest=60)
     + """
 import json, os, signal, sys, time
+from dataclasses import replace
 from influence_fast.influence.building import build_store
 from influence_fast.distributed.builds import DistributedOptions, build_distributed
 from influence_fast.distributed.processes import Preempted, World
@@ -56,6 +57,7 @@ def child(task):
     torch.set_num_threads(1)
     settings = dict(options)
     settings.update(task.get("options", {}))
+    made = replace(spec, max_tokens=settings.pop("max_tokens", None))
     if task.get("pause"):
         gradients.iter_gradient_rows = lambda *args, **more: slow(*args, pause=task["pause"], **more)
     if task.get("full"):
@@ -66,12 +68,12 @@ def child(task):
         store_writer._write = full
     try:
         if task["world"] == 0:
-            build_store(task["path"], model, examples, spec, options=BuildOptions(**settings))
+            build_store(task["path"], model, examples, made, options=BuildOptions(**settings))
         else:
             world = World(task["rank"], task["world"])
             how = DistributedOptions(world=world, time_limit=task["time_limit"], lease=task.get("lease", 60.0),
                                      profile=task.get("profile", False), **settings)
-            build_distributed(task["path"], model, examples, spec, options=how)
+            build_distributed(task["path"], model, examples, made, options=how)
     except Preempted as stop:
         print("stopped:", stop, file=sys.stderr)
         os._exit(stop.exit_code)

@@ -554,7 +554,7 @@ def test_a_partial_shard_that_does_not_fit_is_left_aside(tmp_path: Path, model: 
 
 
 def test_a_finished_store_is_opened_and_nothing_computed(tmp_path: Path, model: Any) -> None:
-    def never(*args: Any, **options: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
+    def never(model: Any, examples: Any, spec: RowSpec) -> Iterator[tuple[list[int], torch.Tensor]]:
         raise AssertionError("computed again")
 
     build(tmp_path / "s", model, make_examples())
