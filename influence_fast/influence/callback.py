@@ -24,7 +24,7 @@ from transformers.trainer_callback import CallbackHandler
 from influence_fast.atomic import replacing
 from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import check_examples, example_name, teaches
-from influence_fast.errors import ConfigError, DataError, NumericError, listing, say_once, shown
+from influence_fast.errors import ConfigError, DataError, NumericError, shown, truncated_list, warn_once
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.projection import EXACT
 from influence_fast.gradients.row_spec import RowSpec
@@ -202,7 +202,7 @@ class InfluenceCallback(TrainerCallback):
             strange = [example_name(queries[i], i) for i, ok in zip(places, finite, strict=True) if not ok]
             if strange:
                 raise NumericError(
-                    f"the gradient is NaN or infinite for the validation examples {listing(strange)}: lower the "
+                    f"the gradient is NaN or infinite for the validation examples {truncated_list(strange)}: lower the "
                     "learning rate, or leave them out"
                 )
             yield places, rows
@@ -289,7 +289,10 @@ def _scorable(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
         else:
             without.append(name)
     if without:
-        say_once(logger, f"training examples without a token to learn from have no influence score: {listing(without)}")
+        warn_once(
+            logger,
+            f"training examples without a token to learn from have no influence score: {truncated_list(without)}",
+        )
     if not live:
         raise DataError("no training example has a token to learn from (every label is -100)")
     chosen = rows if not without else Chosen(rows, live)

@@ -13,7 +13,7 @@ from influence_fast.atomic import beside
 from influence_fast.data.fingerprints import dataset_fingerprint
 from influence_fast.data.held import Held
 from influence_fast.data.packing import teaches
-from influence_fast.errors import ConfigError, DataError, StoreError, listing
+from influence_fast.errors import ConfigError, DataError, StoreError, truncated_list
 from influence_fast.gradients.fisher_labels import sample_labels
 from influence_fast.influence.sketch_fitting import drawn_unseen
 from influence_fast.store.building import BuildOptions, build_rows
@@ -91,7 +91,7 @@ def drawn_examples(store: Store, data: Held, count: int, texts: Texts = AS_TOKEN
     live = {id_of(example): example for example in held(data) if id_of(example) in stored}
     if strangers := stored - live.keys():
         raise DataError(
-            f"{store.path} has rows of {listing(sorted(strangers))}, which are not among the examples: give the "
+            f"{store.path} has rows of {truncated_list(sorted(strangers))}, which are not among the examples: give the "
             "tokenized examples that it was built of"
         )
     return tokenized(drawn_unseen(list(live.values()), count), texts)[0]

@@ -14,7 +14,7 @@ from torch import nn
 from influence_fast.data.fingerprints import dataset_fingerprint
 from influence_fast.data.held import Held
 from influence_fast.deprecation import OldCall, also_called_as, moved
-from influence_fast.errors import ConfigError, DataError, NumericError, did_you_mean, listing
+from influence_fast.errors import ConfigError, DataError, NumericError, did_you_mean, truncated_list
 from influence_fast.gradients.fp8 import AUTO
 from influence_fast.gradients.per_example import KeptEngine
 from influence_fast.gradients.row_spec import RowSpec
@@ -154,7 +154,7 @@ class ShardBuild:
             raise
         kept, bad = work.finite(rows)
         if bad and self.on_nonfinite == "error":
-            names = listing(examples[i]["id"] for i in bad)
+            names = truncated_list(examples[i]["id"] for i in bad)
             raise NumericError(
                 f"the gradient is NaN or infinite for {names}: look at these examples and the adapter's weights, "
                 'or set them aside (on_nonfinite="set_aside")'
@@ -272,7 +272,7 @@ def check_some(store: Store, examples: int) -> None:
 
 
 def _without_row(store: Store) -> str:
-    return listing(f"{name} ({reason})" for name, reason in store.set_aside)
+    return truncated_list(f"{name} ({reason})" for name, reason in store.set_aside)
 
 
 @contextmanager

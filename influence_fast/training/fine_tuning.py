@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 
 from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.data.packing import context_of, example_name, say_if_beyond, teaches
-from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, listing, one_line
+from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, one_line, truncated_list
 from influence_fast.guards import reading
 from influence_fast.training import sft
 from influence_fast.training.files import list_checkpoints
@@ -280,7 +280,7 @@ def _check(examples: Sequence[Mapping[str, Any]]) -> None:
             masked.append(name)
     if masked:
         raise DataError(
-            f"no completion token to learn from (every label is -100) in {listing(masked)}: drop these examples"
+            f"no completion token to learn from (every label is -100) in {truncated_list(masked)}: drop these examples"
         )
 
 
