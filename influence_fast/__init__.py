@@ -6,52 +6,60 @@ Names are loaded on first use, so that `import influence_fast` costs nothing.
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 _EXPORTS: dict[str, str] = {
-    "Example": "data.examples",
     "BuildOptions": "store.building",
-    "DistributedOptions": "distributed.builds",
-    "EvalConfig": "evaluation.evaluate",
+    "Example": "data.examples",
     "InfluenceCallback": "influence.callback",
     "LoraSettings": "training.settings",
-    "Projection": "gradients.projection",
+    "ProductOptions": "products.options",
     "RowSpec": "gradients.row_spec",
     "ScoreTable": "influence.scores",
-    "SketchFit": "influence.sketch_fitting",
+    "Scorer": "influence.scorer",
     "Store": "store.reader",
     "TrainConfig": "training.settings",
+    "build_store": "influence.building",
+    "check_model": "check.model_check",
+    "evaluate": "evaluation.evaluate",
+    "finetune": "training.fine_tuning",
+    "inner_products": "products.inner_products",
+    "load_examples": "data.examples",
+    "load_finetuned": "training.fine_tuning",
+    "load_model": "training.models",
+    "load_tokenizer": "training.tokenizers",
+    "merge_stores": "store.merge",
+    "open_store": "store.reader",
+    "per_example_gradients": "gradients.per_example",
+    "select": "selection.pruning",
+    "stream_influence": "gradients.streaming",
+    "tokenize": "data.examples",
+    "validate": "validation.validate",
+    "write_report": "report.page",
+}
+
+# Reachable here for one release more, with a warning that names the submodule.
+_MOVED: dict[str, str] = {
+    "EvalConfig": "evaluation.evaluate",
+    "Projection": "gradients.projection",
     "adam_moments": "influence.adam",
     "append_store": "store.merge",
     "build_distributed": "distributed.builds",
     "build_shards": "store.building",
-    "build_store": "influence.building",
-    "check_model": "check.model_check",
     "checkpoint_scores": "influence.checkpoints",
     "contaminated": "data.decontamination",
-    "evaluate": "evaluation.evaluate",
     "example_embeddings": "selection.embeddings",
-    "finetune": "training.fine_tuning",
     "fit_projection": "influence.sketch_fitting",
     "grade": "evaluation.grading",
     "gradient_layout": "gradients.targets",
     "identity_of": "store.planning",
     "import_gradients": "store.importers",
-    "influence_matrix": "influence.scoring",
-    "influence_scores": "influence.scoring",
-    "inner_products": "products.inner_products",
     "learning_rates": "influence.checkpoints",
-    "load_examples": "data.examples",
-    "load_finetuned": "training.fine_tuning",
-    "load_model": "training.models",
     "load_task": "evaluation.tasks",
-    "load_tokenizer": "training.tokenizers",
-    "merge_stores": "store.merge",
     "near_duplicates": "data.diversity",
-    "open_store": "store.reader",
-    "per_example_gradients": "gradients.per_example",
     "per_example_losses": "gradients.per_example",
     "plan": "run.planner",
     "plot_ranking_over_training": "report.ranking_plot",
@@ -59,14 +67,15 @@ _EXPORTS: dict[str, str] = {
     "query_gradients": "store.queries",
     "ranking_over_training": "influence.checkpoints",
     "sample_labels": "gradients.fisher_labels",
-    "select": "selection.pruning",
-    "stream_influence": "gradients.streaming",
     "task_examples": "evaluation.tasks",
-    "tokenize": "data.examples",
-    "top_influences": "influence.scoring",
-    "validate": "proof.validate",
     "verify_store": "store.verification",
-    "write_report": "report.page",
+}
+
+# As `_MOVED`, but these warn when they are called: `Scorer` replaces them.
+_REPLACED: dict[str, str] = {
+    "influence_matrix": "influence.scoring",
+    "influence_scores": "influence.scoring",
+    "top_influences": "influence.scoring",
 }
 
 __all__ = sorted([*_EXPORTS, "__version__"])
@@ -80,7 +89,6 @@ if TYPE_CHECKING:
     from influence_fast.data.examples import Example as Example
     from influence_fast.data.examples import load_examples as load_examples
     from influence_fast.data.examples import tokenize as tokenize
-    from influence_fast.distributed.builds import DistributedOptions as DistributedOptions
     from influence_fast.distributed.builds import build_distributed as build_distributed
     from influence_fast.evaluation.evaluate import EvalConfig as EvalConfig
     from influence_fast.evaluation.evaluate import evaluate as evaluate
@@ -100,15 +108,15 @@ if TYPE_CHECKING:
     from influence_fast.influence.checkpoints import checkpoint_scores as checkpoint_scores
     from influence_fast.influence.checkpoints import learning_rates as learning_rates
     from influence_fast.influence.checkpoints import ranking_over_training as ranking_over_training
+    from influence_fast.influence.scorer import Scorer as Scorer
     from influence_fast.influence.scores import ScoreTable as ScoreTable
     from influence_fast.influence.scoring import influence_matrix as influence_matrix
     from influence_fast.influence.scoring import influence_scores as influence_scores
     from influence_fast.influence.scoring import top_influences as top_influences
-    from influence_fast.influence.sketch_fitting import SketchFit as SketchFit
     from influence_fast.influence.sketch_fitting import fit_projection as fit_projection
     from influence_fast.products.inner_products import inner_products as inner_products
     from influence_fast.products.inner_products import quantize_rows as quantize_rows
-    from influence_fast.proof.validate import validate as validate
+    from influence_fast.products.options import ProductOptions as ProductOptions
     from influence_fast.report.page import write_report as write_report
     from influence_fast.report.ranking_plot import plot_ranking_over_training as plot_ranking_over_training
     from influence_fast.run.planner import plan as plan
@@ -130,15 +138,23 @@ if TYPE_CHECKING:
     from influence_fast.training.settings import LoraSettings as LoraSettings
     from influence_fast.training.settings import TrainConfig as TrainConfig
     from influence_fast.training.tokenizers import load_tokenizer as load_tokenizer
+    from influence_fast.validation.validate import validate as validate
 
 
 # A checker that sees this function takes every name for one of this package.
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        if name in _EXPORTS:
-            return getattr(importlib.import_module(f"influence_fast.{_EXPORTS[name]}"), name)
-        raise AttributeError(f"module 'influence_fast' has no attribute {name!r}")
+        where = (_EXPORTS | _MOVED | _REPLACED).get(name)
+        if where is None:
+            raise AttributeError(f"module 'influence_fast' has no attribute {name!r}")
+        if name in _MOVED:
+            warnings.warn(
+                f"influence_fast.{name} is deprecated: write 'from influence_fast.{where} import {name}'",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        return getattr(importlib.import_module(f"influence_fast.{where}"), name)
 
 
 def __dir__() -> list[str]:

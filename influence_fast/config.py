@@ -21,7 +21,8 @@ from influence_fast.evaluation.generation_settings import EXPLICIT
 from influence_fast.gradients.fp8 import FP8
 from influence_fast.gradients.row_spec import SKETCHES, RowSpec
 from influence_fast.guards import reading
-from influence_fast.influence.settings import InfluenceConfig, check_influence
+from influence_fast.influence.recipe import Recipe
+from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.selection.strategies import STRATEGIES, needed_columns
 from influence_fast.settings import from_dict, one_of, read_mapping
 from influence_fast.training.quantized_files import check_quantization
@@ -181,7 +182,7 @@ class RunConfig:
     validate: ValidateConfig = field(default_factory=ValidateConfig)
 
     def __post_init__(self) -> None:
-        check_influence(self.influence, self.gradients)
+        Recipe.of(self.gradients, self.influence).check()
         if not isinstance(self.gradients.sketch, str):
             raise ConfigError("gradients.sketch: a run names a fitted sketch by the folder of its store")
         _check_quantized(self)

@@ -64,7 +64,7 @@ def shown(value: Any) -> str:
 
 
 @functools.cache
-def say_once(logger: logging.Logger, message: str) -> None:
+def warn_once(logger: logging.Logger, message: str) -> None:
     """A warning, the first time: an engine opens for every call."""
     logger.warning(message)
 
@@ -82,7 +82,7 @@ def one_line(error: BaseException, limit: int | None = 300) -> str:
     return " ".join(str(error).split())[:limit]
 
 
-def listing(items: Iterable[str], limit: int = 5) -> str:
+def truncated_list(items: Iterable[str], limit: int = 5) -> str:
     """`a, b, c and 7 more`: names the first few of many ids in one line."""
     names = list(items)
     head = ", ".join(names[:limit])

@@ -12,10 +12,14 @@ import pytest
 import torch
 
 import influence_fast as inf
+from influence_fast.distributed.builds import build_distributed
 from influence_fast.distributed.processes import World
 from influence_fast.errors import ConfigError
 from influence_fast.gradients.per_example import iter_gradient_rows
+from influence_fast.gradients.projection import Projection
+from influence_fast.influence.sketch_fitting import SketchFit, fit_projection
 from influence_fast.store import shard_rows
+from influence_fast.store.building import build_shards
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-PROJECTION = inf.Projection(dim=4, width=24)
+PROJECTION = Projection(dim=4, width=24)
 SPEC = inf.RowSpec(dim=4, width=24, sketch="random", dtype="int8", loss_reduction="sum")
 OLD: dict[str, Any] = {"projection": PROJECTION, "dtype": "int8", "loss_reduction": "sum", "shard_rows": 2}
 
@@ -43,22 +47,22 @@ def test_an_old_build_gives_the_same_bytes_and_warns_once(tmp_path: Path, model:
     assert len(said) == 1
     assert said[0].filename == __file__
     with pytest.warns(DeprecationWarning, match=r"DistributedOptions"):
-        inf.build_distributed(  # type: ignore[call-arg]
+        build_distributed(  # type: ignore[call-arg]
             tmp_path / "many", model, None, dataset=make_examples(), world=World(), metrics=False, **OLD
         )
     with pytest.warns(DeprecationWarning, match="build_shards"):
-        writer = inf.build_shards(tmp_path / "part", model, None, make_examples(), part=(0, 1), **OLD)  # type: ignore[call-arg]
+        writer = build_shards(tmp_path / "part", model, None, make_examples(), part=(0, 1), **OLD)  # type: ignore[call-arg]
     writer.finalize()
     assert files(tmp_path / "old") == files(tmp_path / "many") == files(tmp_path / "part") == files(tmp_path / "new")
 
 
 def test_old_fits_rows_and_streams_are_the_same(model: Any) -> None:
     examples = make_examples()
-    new = inf.fit_projection(
-        model, examples, inf.RowSpec(dim=4, width=24, sketch_examples=4), fit=inf.SketchFit(damping=0.3, labels="data")
+    new = fit_projection(
+        model, examples, inf.RowSpec(dim=4, width=24, sketch_examples=4), fit=SketchFit(damping=0.3, labels="data")
     )
     with pytest.warns(DeprecationWarning, match="SketchFit"):
-        old = inf.fit_projection(  # type: ignore[call-arg]
+        old = fit_projection(  # type: ignore[call-arg]
             model, examples, projection=PROJECTION, examples=4, damping=0.3, labels="data"
         )
     assert old == new

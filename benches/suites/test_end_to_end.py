@@ -18,7 +18,7 @@ from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.streaming import stream_influence
 from influence_fast.influence.building import build_store
-from influence_fast.influence.scoring import influence_scores
+from influence_fast.influence.scorer import Scorer
 from influence_fast.store.building import BuildOptions
 
 
@@ -60,7 +60,7 @@ def build(scale: Scale) -> Variants:
             path, model, train, RowSpec.of(projection), tokenizer=tokenizer, options=BuildOptions(progress=False)
         )
         queries = per_example_gradients(model, asked_tokens, projection=projection)
-        influence_scores(store, queries, groups, preconditioner="cosine")
+        Scorer.fit(store, preconditioner="cosine").scores(queries, groups)
 
     def stream() -> None:
         queries = per_example_gradients(model, asked_tokens)

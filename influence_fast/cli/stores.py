@@ -67,14 +67,16 @@ def _build(args: Any) -> None:
     from influence_fast.distributed.builds import DistributedOptions
     from influence_fast.distributed.from_source import build_from_source
     from influence_fast.gradients.fp8 import check_precision
-    from influence_fast.influence.settings import InfluenceConfig, check_influence, fitted_examples
+    from influence_fast.influence.recipe import Recipe
+    from influence_fast.influence.settings import InfluenceConfig
 
     options.quiet_libraries()
     gradients, influence = options.gradients_of(args), InfluenceConfig(**options.given(args, "damping", "fisher"))
-    check_influence(influence, gradients)
+    recipe = Recipe.of(gradients, influence)
+    recipe.check()
     check_precision(gradients.precision, "--precision", sharded=args.fsdp != 1)
     for flag in ("damping", "fisher"):
-        if getattr(args, flag) is not None and not fitted_examples(influence, gradients):
+        if getattr(args, flag) is not None and not recipe.fits_sketch:
             raise ConfigError(
                 f"--{flag} is that of a fitted sketch, and none is fitted here: give a --width, or leave it out"
             )

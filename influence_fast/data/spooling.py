@@ -139,8 +139,8 @@ def is_spooled(folder: Path, source: TokenSource, tokenizer: Any) -> bool:
     return made_of["source"] is not None and bool(about.get("made_of") == made_of)
 
 
-def spool(folder: Path, source: TokenSource, tokenizer: Any, beat: Callable[[], None] = lambda: None) -> None:
-    """Tokenizes `source` into `folder`; `beat` is called as it gets on.
+def spool(folder: Path, source: TokenSource, tokenizer: Any, heartbeat: Callable[[], None] = lambda: None) -> None:
+    """Tokenizes `source` into `folder`; `heartbeat` is called as it gets on.
 
     Raises DataError as `load_examples` and `tokenize` do, naming the row, and where no example is left; `folder` is
     then as it was.
@@ -169,7 +169,7 @@ def spool(folder: Path, source: TokenSource, tokenizer: Any, beat: Callable[[], 
                 writer.write_batch(_batch(pa, held[:_ROWS], schema))
                 del held[:_ROWS]
                 count += _ROWS
-            beat()
+            heartbeat()
         if held:
             writer.write_batch(_batch(pa, held, schema))
             count += len(held)

@@ -227,9 +227,9 @@ class ClaimedTurns:
 
     def advance(self, lengths: Sequence[int]) -> None:
         self.meter.add(lengths)
-        self.watch.beat()
+        self.watch.heartbeat()
         if self._claims is not None:
-            self._claims.beat()
+            self._claims.heartbeat()
         if self._board is not None:
             self._board.update()
         if lengths:
@@ -352,7 +352,14 @@ def fit_projection(
     path = Path(path)
 
     def by_claim(find: Find, anew: Fit, keep: Keep) -> EigenSketch:
-        once(path, world, lambda: find() is not None, lambda beat: keep(anew(beat)), options.time_limit, options.lease)
+        once(
+            path,
+            world,
+            lambda: find() is not None,
+            lambda heartbeat: keep(anew(heartbeat)),
+            options.time_limit,
+            options.lease,
+        )
         return kept(find)
 
     def together(find: Find, anew: Fit, keep: Keep) -> EigenSketch:

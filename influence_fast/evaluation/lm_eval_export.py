@@ -17,7 +17,7 @@ from influence_fast.evaluation.evaluate import EvalConfig
 GRADER = '''\
 """Grades by influence-fast, so that the figures can be compared; lm-eval finds this by the task's `!function`."""
 
-from influence_fast import grade
+from influence_fast.evaluation.grading import grade
 
 
 def process_results(doc, results):

@@ -20,7 +20,7 @@ from influence_fast.data.packing import (
     say_if_beyond,
 )
 from influence_fast.deprecation import OldCall, also_called_as, moved
-from influence_fast.errors import ConfigError, DataError, NumericError, listing
+from influence_fast.errors import ConfigError, DataError, NumericError, truncated_list
 from influence_fast.gradients.engine import GradientEngine, LossEngine
 from influence_fast.gradients.fp8 import AUTO
 from influence_fast.gradients.probe_texts import vocabulary_of
@@ -65,7 +65,7 @@ def per_example_gradients(
         backend: "auto", "triton" or "torch" (see `backends`); by default what INFLUENCE_FAST_BACKEND says, or "auto".
         precision: "auto", the model's own dtype throughout, or "fp8": the LoRA linears' products with their frozen
             weights in 8 bits (see `fp8`). That changes the numbers: compare with rows of the same precision alone.
-        cuda_graphs: replay recorded steps on a card (see `graphs`); by default wherever they can be, unless
+        cuda_graphs: replay recorded steps on a card (see `cuda_graphs`); by default wherever they can be, unless
             INFLUENCE_FAST_CUDA_GRAPHS is 0.
 
     Returns:
@@ -90,7 +90,7 @@ def per_example_gradients(
             out.index_copy_(0, to_device(torch.tensor(pack.indices), device), rows)
     bad = out.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist()
     if bad:
-        names = listing(example_name(examples[i], i) for i in bad)
+        names = truncated_list(example_name(examples[i], i) for i in bad)
         raise NumericError(
             f"the gradient is NaN or infinite for {names}: look at these examples and the adapter's weights, "
             "or run the model in float32"

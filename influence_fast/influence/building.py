@@ -50,7 +50,7 @@ def build_store(
             `data.held.as_examples` takes. Ids must be unique; rows without one get their place.
         spec: how a gradient becomes a row. The sketch that it asks for is fitted first, with `SketchFit`'s own damping
             and labels, and kept in the store; `store.spec` has it. For others give
-            `spec.with_projection(inf.fit_projection(model, data, spec, fit=...))`.
+            `spec.with_projection(fit_projection(model, data, spec, fit=...))`.
         tokenizer: the model's own; None when `data` is tokenized already.
         max_length: longer examples are set aside, or cut when `truncate`.
         options: how shards are cut, what resumes, what is shown, what is done about gradients that are not finite.

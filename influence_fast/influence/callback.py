@@ -24,17 +24,17 @@ from transformers.trainer_callback import CallbackHandler
 from influence_fast.atomic import replacing
 from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import check_examples, example_name, teaches
-from influence_fast.errors import ConfigError, DataError, NumericError, listing, say_once, shown
+from influence_fast.errors import ConfigError, DataError, NumericError, shown, truncated_list, warn_once
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.projection import EXACT
 from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.streaming import stream_influence
+from influence_fast.influence.building import build_store
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.trained_rows import TrainedRows
 from influence_fast.products.inner_products import inner_products
 from influence_fast.statistics.ranks import average_ranks
-from influence_fast.store.building import BuildOptions, build_rows
-from influence_fast.store.shard_rows import AS_TOKENS
+from influence_fast.store.building import BuildOptions
 from influence_fast.training.undisturbed import random_states_kept, undisturbed
 
 logger = logging.getLogger(__name__)
@@ -144,9 +144,9 @@ class InfluenceCallback(TrainerCallback):
 
     @property
     def _exact(self) -> RowSpec:
-        """How whole gradients are made of what the rows are of."""
-        others = {n: getattr(self.spec, n) for n in ("target", "loss_reduction", "precision", "max_tokens")}
-        return RowSpec(EXACT, dtype="fp32", **others)
+        """How whole gradients are made, with the settings of `spec` that count for them."""
+        kept = {n: getattr(self.spec, n) for n in ("loss_reduction", "precision", "max_tokens", "target")}
+        return RowSpec(EXACT, dtype="fp32", **kept)
 
     def _score(self, args: Any, state: Any, model: Any) -> None:
         """Score the training examples with the model as it is, unless this step has been scored."""
@@ -183,11 +183,9 @@ class InfluenceCallback(TrainerCallback):
         """Keep the rows of all training examples in `folder`, and those of the queries beside it."""
         from safetensors.torch import save_file
 
-        # the curvature that a sketch would be fitted on moves from one moment to the next
-        spec = self.spec if self.spec.is_settled else replace(self.spec, sketch="random")
-        store = build_rows(folder, model, self._examples, spec, AS_TOKENS, BuildOptions(progress=False))
+        store = build_store(folder, model, self._examples, self.spec, options=BuildOptions(progress=False))
         rows = torch.empty(len(self._queries), store.width)
-        for places, found in self._batches(model, self._queries, replace(spec, dtype="fp32")):
+        for places, found in self._batches(model, self._queries, replace(store.spec, dtype="fp32")):
             rows[places] = found.float()
         with replacing(folder.with_name(f"{folder.name}.queries.safetensors")) as temporary:
             save_file({"rows": rows}, temporary, {"groups": json.dumps(self._groups)})
@@ -204,7 +202,7 @@ class InfluenceCallback(TrainerCallback):
             strange = [example_name(queries[i], i) for i, ok in zip(places, finite, strict=True) if not ok]
             if strange:
                 raise NumericError(
-                    f"the gradient is NaN or infinite for the validation examples {listing(strange)}: lower the "
+                    f"the gradient is NaN or infinite for the validation examples {truncated_list(strange)}: lower the "
                     "learning rate, or leave them out"
                 )
             yield places, rows
@@ -291,7 +289,10 @@ def _scorable(rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
         else:
             without.append(name)
     if without:
-        say_once(logger, f"training examples without a token to learn from have no influence score: {listing(without)}")
+        warn_once(
+            logger,
+            f"training examples without a token to learn from have no influence score: {truncated_list(without)}",
+        )
     if not live:
         raise DataError("no training example has a token to learn from (every label is -100)")
     chosen = rows if not without else Chosen(rows, live)

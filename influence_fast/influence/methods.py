@@ -18,14 +18,15 @@ import numpy as np
 import torch
 
 from influence_fast.data.packing import IGNORED
-from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
+from influence_fast.errors import ConfigError, DataError, did_you_mean, truncated_list
 from influence_fast.gradients.per_example import per_example_losses
 from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.influence.damping import Damping
-from influence_fast.influence.pool_gradients import fisher_folders, pool_gradients
-from influence_fast.influence.preconditioners import FROM_DATA
-from influence_fast.influence.scoring import influence_matrix
-from influence_fast.influence.settings import WHOLE, InfluenceConfig, check_influence
+from influence_fast.influence.fisher_rows import fisher_folders
+from influence_fast.influence.pool_gradients import pool_gradients
+from influence_fast.influence.preconditioners import FROM_DATA, PRECONDITIONERS
+from influence_fast.influence.recipe import Recipe
+from influence_fast.influence.settings import WHOLE, InfluenceConfig
 from influence_fast.settings import in_section
 from influence_fast.timing import timed
 from influence_fast.training.fine_tuning import finetuned
@@ -66,12 +67,12 @@ class Method:
     def __post_init__(self) -> None:
         if not 0 < self.tokens <= 1:
             raise ConfigError(f"method {self.name}: tokens is {self.tokens}; it is a share, above 0 and at most 1")
-        if self.moments and self.preconditioner not in ("adam", "less"):
+        if self.moments and self.preconditioner in PRECONDITIONERS and not self.recipe().reads_moments:
             raise ConfigError(f"method {self.name}: moments are read by 'adam' and 'less' only")
         if self.proxy is not None and (self.moments or self.checkpoints):
             raise ConfigError(f"method {self.name}: a proxy has one adapter, and neither checkpoints nor moments")
         try:
-            check_influence(self.influence(), self.gradients())
+            self.recipe().check()
         except ConfigError as error:
             text = re.sub(r"(gradients|influence)[.]", "", str(in_section(error, RowSpec, "")))
             raise ConfigError(f"method {self.name}: {text}") from None
@@ -89,6 +90,10 @@ class Method:
             dtype=self.store_dtype,
         )
 
+    def recipe(self) -> Recipe:
+        """What goes together in it."""
+        return Recipe.of(self.gradients(), self.influence())
+
     def influence(self, adapter: Path | None = None) -> InfluenceConfig:
         """What its scores under one adapter are made of."""
         optimizer = str(adapter) if self.moments else None
@@ -97,7 +102,8 @@ class Method:
         )
 
 
-#: What can be named in a configuration; anything else is spelt out as a mapping.
+#: What can be named in a configuration; anything else is spelt out as a mapping. "ekfac" is Shampoo's eigenbasis with
+#: EK-FAC's corrected eigenvalues, as everywhere here.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -179,10 +185,10 @@ def score_by(
             settings = (method.gradients(gradients), influence)
             made = pool_gradients(model, shortened, queries, scratch, *settings, seconds, progress=False)
             if made.store.set_aside:
-                names = listing(name for name, _ in made.store.set_aside)
+                names = truncated_list(name for name, _ in made.store.set_aside)
                 raise DataError(f"method {method.name}: no gradient for {names}; leave these examples out of the pool")
             with timed(seconds, "scores"):
-                matrix = influence_matrix(made.store, made.queries, **made.scored_by(influence))
+                matrix = made.scorer(influence).matrix(made.queries)
             total += np.float32(weight) * matrix
             size = sum(file.stat().st_size for file in scratch.glob("rows-*"))
             bytes_per_example += size // max(1, len(made.store))

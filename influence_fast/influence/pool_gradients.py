@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import glob
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from influence_fast.atomic import beside
-from influence_fast.data.fingerprints import dataset_fingerprint
-from influence_fast.data.packing import teaches
-from influence_fast.errors import StoreError
-from influence_fast.gradients.fisher_labels import sample_labels
 from influence_fast.gradients.per_example import per_example_gradients
 from influence_fast.gradients.projection import Projection, exact_rows
 from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence.adam import adam_moments
-from influence_fast.influence.preconditioners import FROM_MODEL
-from influence_fast.influence.scoring import reads_fisher
+from influence_fast.influence.fisher_rows import fisher_rows
+from influence_fast.influence.preconditioners import FROM_DATA
+from influence_fast.influence.recipe import Recipe
+from influence_fast.influence.scorer import Scorer
 from influence_fast.influence.settings import InfluenceConfig
-from influence_fast.influence.sketch_fitting import SketchFit, drawn_unseen, fit_projection, resolved
+from influence_fast.influence.sketch_fitting import SketchFit, fit_projection, resolved
 from influence_fast.store.building import BuildOptions, build_rows
-from influence_fast.store.planning import identity_of
 from influence_fast.store.reader import Store
 from influence_fast.store.shard_rows import Texts
 from influence_fast.store.survey import held
@@ -46,14 +40,11 @@ class PoolGradients:
     fisher: Store | None
     moments: torch.Tensor | None
 
-    def scored_by(self, influence: InfluenceConfig) -> dict[str, Any]:
-        """What `influence_scores` and `influence_matrix` take beside the store and the queries."""
-        return {
-            "preconditioner": influence.preconditioner,
-            "damping": influence.damping,
-            "moments": self.moments,
-            "fisher": self.fisher,
-        }
+    def scorer(self, influence: InfluenceConfig) -> Scorer:
+        """Fit the scorer of these rows, for all questions about them."""
+        fisher = FROM_DATA if self.fisher is None else self.fisher
+        how: dict[str, Any] = {"preconditioner": influence.preconditioner, "damping": influence.damping}
+        return Scorer.fit(self.store, fisher=fisher, moments=self.moments, **how)
 
 
 def pool_gradients(
@@ -91,50 +82,12 @@ def pool_gradients(
             precision=spec.precision,
         ).cpu()
     fisher = None
-    if influence.fisher == FROM_MODEL and reads_fisher(store, influence.preconditioner):
+    if count := Recipe.of_store(store, influence).fisher_examples:
         with timed(seconds, "fisher gradients"):
-            fisher = _fisher_store(model, pool, folder, replace(spec, dtype="fp32"), influence)
+            draws: dict[str, Any] = {"seed": spec.seed, "max_tokens": spec.max_tokens}
+            fisher = fisher_rows(store, model, pool, count=count, **draws)
     moments = None
     if influence.optimizer is not None:
         layout = gradient_layout(model, exact_rows(projection))
         moments = adam_moments(influence.optimizer, layout, projection=projection)
     return PoolGradients(store, rows, fisher, moments)
-
-
-def fisher_folders(store: str | Path) -> list[Path]:
-    """Where rows lie that the preconditioner of a store was fitted on: a folder for each set of draws."""
-    first = beside(store, ".fisher-")
-    return sorted(first.parent.glob(f"{glob.escape(first.name)}*"))
-
-
-def _fisher_store(
-    model: Any,
-    pool: Sequence[dict[str, Any]],
-    store: Path,
-    spec: RowSpec,
-    influence: InfluenceConfig,
-) -> Store:
-    """Gradients of some of the pool with labels drawn from the model, beside `store`.
-
-    The folder is named by the draws and by how rows are made of them: a rounding on another machine can draw another
-    label, and several processes may score one store at a time, each by settings of its own.
-    """
-    live = [example for example in pool if teaches(example["labels"])]
-    drawn = sample_labels(
-        model,
-        drawn_unseen(live, influence.fisher_examples),
-        seed=spec.seed,
-        max_tokens=spec.max_tokens,
-        precision=spec.precision,
-    )
-    identity = identity_of(
-        model, projection=spec.projection(), loss_reduction=spec.loss_reduction, precision=spec.precision
-    )
-    digest = hashlib.sha256(
-        f"{identity}{identity.projection_target or ''} {dataset_fingerprint(drawn)}".encode()
-    ).hexdigest()[:12]
-    folder = beside(store, f".fisher-{digest}")
-    try:
-        return build_rows(folder, model, held(drawn), spec, Texts(), BuildOptions(progress=False))
-    except StoreError as error:
-        raise StoreError(f"{error} ({folder} is made of what is at hand: it may be deleted)") from error

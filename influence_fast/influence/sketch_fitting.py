@@ -22,7 +22,8 @@ from influence_fast.gradients.row_spec import RowSpec, names_store
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence.damping import AUTO, DEFAULT_DAMPING, Damping, check_damping
 from influence_fast.influence.ekfac import Ekfac, fit_ekfac
-from influence_fast.influence.preconditioners import FISHER_LABELS, FROM_DATA, FROM_MODEL, fits_sketch
+from influence_fast.influence.preconditioners import FISHER_LABELS, FROM_DATA, FROM_MODEL
+from influence_fast.influence.recipe import sketch_for
 from influence_fast.store.manifest import MANIFEST_NAME, Manifest
 from influence_fast.store.reader import open_store
 from influence_fast.store.shard_rows import GradientSource, Texts, called_with_spec, tokenized
@@ -122,8 +123,8 @@ def fit_projection(
     sample = _sample(data, spec, Texts(tokenizer, max_length, truncate))
     purpose = _purpose(model, sample, spec, fit)
 
-    def anew(beat: Callable[[], None]) -> EigenSketch:
-        return _fitted(model, sample, spec, fit, purpose, beat)
+    def anew(heartbeat: Callable[[], None]) -> EigenSketch:
+        return _fitted(model, sample, spec, fit, purpose, heartbeat)
 
     if folder is None:
         return replace(projection, sketch=anew(lambda: None))
@@ -172,9 +173,9 @@ def _fitted(
     spec: RowSpec,
     fit: SketchFit,
     purpose: dict[str, Any],
-    beat: Callable[[], None],
+    heartbeat: Callable[[], None],
 ) -> EigenSketch:
-    """Fit a sketch on the unsketched rows of a sample; `beat` is called after each batch."""
+    """Fit a sketch on the unsketched rows of a sample; `heartbeat` is called after each batch."""
     projection = _plain(spec)
     whole = replace(projection, width=None)
     rows_of = replace(spec.with_projection(whole), dtype="fp32")
@@ -182,9 +183,14 @@ def _fitted(
     asked = sample
     if fit.labels == FROM_MODEL:
         asked = sample_labels(
-            model, sample, seed=projection.seed, max_tokens=spec.max_tokens, precision=spec.precision, beat=beat
+            model,
+            sample,
+            seed=projection.seed,
+            max_tokens=spec.max_tokens,
+            precision=spec.precision,
+            heartbeat=heartbeat,
         )
-    rows = _finite(source(model, asked, spec=rows_of), beat)
+    rows = _finite(source(model, asked, spec=rows_of), heartbeat)
     piece = max(1, _PIECE // rows.shape[1])
     found = fit_ekfac(lambda: rows.split(piece), gradient_layout(model, whole), fit.damping)
     picked = {PICKED: found.damping} if isinstance(fit.damping, str) else {}
@@ -216,7 +222,7 @@ def resolved(spec: RowSpec, preconditioner: str, model: Any, fit: Callable[[RowS
         preconditioner: what the rows are to be scored by.
         fit: `fit_projection` with all but the spec given.
     """
-    if not fits_sketch(spec, preconditioner):
+    if sketch_for(spec, preconditioner) is None:
         return spec if spec.is_settled else replace(spec, sketch="random")
     if spec.is_settled:
         return spec
@@ -237,7 +243,7 @@ def width_of(spec: RowSpec, preconditioner: str, model: Any) -> int:
     projection = spec.projection()
     if projection is None or projection.width is None:
         return layout_width(gradient_layout(model, projection))
-    if spec.sketch != AUTO or not fits_sketch(spec, preconditioner):
+    if spec.sketch != AUTO or sketch_for(spec, preconditioner) is None:
         return projection.width
     return min(projection.width, layout_width(gradient_layout(model, replace(projection.plain, width=None))))
 
@@ -338,7 +344,7 @@ def _sample(data: Sequence[Any], spec: RowSpec, texts: Texts) -> list[dict[str, 
     return examples
 
 
-def _finite(batches: Iterable[tuple[list[int], torch.Tensor]], beat: Callable[[], None]) -> torch.Tensor:
+def _finite(batches: Iterable[tuple[list[int], torch.Tensor]], heartbeat: Callable[[], None]) -> torch.Tensor:
     """The finite ones of the gradient rows [n, K] in `batches`, in the order of their examples: which of them are held
     out for damping "auto" follows from it, and batches come by length."""
     parts, places = [], []
@@ -346,7 +352,7 @@ def _finite(batches: Iterable[tuple[list[int], torch.Tensor]], beat: Callable[[]
         finite = batch.isfinite().all(dim=1)
         parts.append(batch[finite].to("cpu", torch.float32))
         places += [index for index, kept in zip(indices, finite.tolist(), strict=True) if kept]
-        beat()
+        heartbeat()
     rows = torch.cat(parts)[torch.tensor(places, dtype=torch.int64).argsort()]
     if not len(rows):
         raise DataError(

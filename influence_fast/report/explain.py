@@ -16,10 +16,10 @@ import numpy as np
 from influence_fast.atomic import replacing
 from influence_fast.data.examples import Example
 from influence_fast.influence.queries import Queries
-from influence_fast.influence.scoring import TopInfluences
+from influence_fast.influence.scorer import TopInfluences
+from influence_fast.report.context import clipped
 from influence_fast.report.page import templates
-from influence_fast.report.view import clipped
-from influence_fast.report.words import percent, signed
+from influence_fast.report.text import percent, signed
 
 EXPLAINED = "explained"  # .html and .jsonl of a run
 SHOWN_ANSWERS = 100  # on a page, of each group

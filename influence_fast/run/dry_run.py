@@ -20,8 +20,7 @@ from influence_fast.errors import ConfigError, DataError, ModelError, one_line
 from influence_fast.gradients.memory import BaseWeights, GradientMemory, PackSize, QuantizedWeights, gradient_memory
 from influence_fast.gradients.projection import SIDED_KINDS
 from influence_fast.guards import reading
-from influence_fast.influence.preconditioners import fits_sketch
-from influence_fast.influence.settings import fitted_examples
+from influence_fast.influence.recipe import Recipe
 from influence_fast.run.inputs import changed, examples_hash, source_inputs
 from influence_fast.run.workdir import occupied
 from influence_fast.store.manifest import row_bytes
@@ -150,8 +149,8 @@ def plan(
         training = round(tokens * epochs * (kept * len(grid.seeds) + own))
     row = shape.row if shape else config.gradients.width
     stores = _stores(config, examples)
-    fitted = min(examples, fitted_examples(config.influence, config.gradients))
-    kept = 0 if fits_sketch(config.gradients, config.influence.preconditioner) else fitted
+    recipe = Recipe.of(config.gradients, config.influence)
+    fitted, kept = (min(examples, count) for count in (recipe.fitted_examples, recipe.fisher_examples))
     gradients = None if tokens is None else stores * (tokens + tokens * fitted // max(1, examples))
     return Plan(
         pool=pool,

@@ -22,8 +22,7 @@ from torch import nn
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.influence.methods import Method, method_of
-from influence_fast.influence.preconditioners import FROM_MODEL, fits_sketch
-from influence_fast.influence.settings import fitted_examples
+from influence_fast.influence.preconditioners import FROM_MODEL
 from influence_fast.influence.sketch_fitting import width_of
 from influence_fast.store.manifest import row_bytes
 
@@ -84,9 +83,10 @@ def plan(
         width = width_of(gradients, method.preconditioner, model)
         size = row_bytes(width, gradients.dtype)
         # once, and with labels that the model draws: a forward pass is a third of a gradient
-        extra = min(len(dataset), fitted_examples(method.influence(), gradients))
+        recipe = method.recipe()
+        extra = min(len(dataset), recipe.fitted_examples)
         passes = row["cost"] + extra / len(dataset) * (4 / 3 if method.fisher == FROM_MODEL else 1)
-        beside = 0 if fits_sketch(gradients, method.preconditioner) else extra * row_bytes(width, "fp32")
+        beside = min(extra, recipe.fisher_examples) * row_bytes(width, "fp32")
         proposals.append(
             Proposal(
                 method,

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from influence_fast.data.examples import Example
-from influence_fast.errors import DataError, listing, one_line
+from influence_fast.errors import DataError, one_line, truncated_list
 from influence_fast.gradients.row_spec import RowSpec
-from influence_fast.influence.preconditioners import fits_sketch
+from influence_fast.influence.recipe import sketch_for
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.report.explain import DIRECTIONS, EXPLAINED
@@ -49,7 +49,11 @@ def damaged_table(folder: RunFolder, pool: Sequence[Example]) -> str:
     missing = [column for column in sorted(BASELINE_COLUMNS) if folder.has(f"baselines/{column}")]
     missing = [column for column in missing if column not in table.columns]
     if strangers or missing:
-        what = f"has {listing(sorted(strangers))}, not in the pool" if strangers else f"has no {listing(missing)}"
+        what = (
+            f"has {truncated_list(sorted(strangers))}, not in the pool"
+            if strangers
+            else f"has no {truncated_list(missing)}"
+        )
         return f"{path} is not the run's score table ({what})"
     return ""
 
@@ -61,7 +65,7 @@ def made_with(gradients: RowSpec, influence: InfluenceConfig, inputs: Mapping[st
     if gradients.target is not None and gradients.kind == "kron":
         settings["kind"] = "one_sided"  # the same rows: stores of earlier versions are recorded by this name
     fitted = {}
-    if fits_sketch(gradients, influence.preconditioner):
+    if sketch_for(gradients, influence.preconditioner) is not None:
         fitted = {"damping": influence.damping, "fisher": influence.fisher}
     kept = inputs.get("gradients.sketch")
     return {"gradients": settings, "fitted": fitted, "sketch": None if kept is None else dict(kept.hashes)}

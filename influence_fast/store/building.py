@@ -14,7 +14,7 @@ from torch import nn
 from influence_fast.data.fingerprints import dataset_fingerprint
 from influence_fast.data.held import Held
 from influence_fast.deprecation import OldCall, also_called_as, moved
-from influence_fast.errors import ConfigError, DataError, NumericError, did_you_mean, listing
+from influence_fast.errors import ConfigError, DataError, NumericError, did_you_mean, truncated_list
 from influence_fast.gradients.fp8 import AUTO
 from influence_fast.gradients.per_example import KeptEngine
 from influence_fast.gradients.row_spec import RowSpec
@@ -100,7 +100,7 @@ class ShardBuild:
         if not spec.is_settled:
             raise ConfigError(
                 f"sketch: {spec.sketch!r} is fitted before shards are built: give "
-                "spec.with_projection(inf.fit_projection(model, data, spec)), or sketch='random'"
+                "spec.with_projection(fit_projection(model, data, spec)), or sketch='random'"
             )
         if options.gradients is not None and spec.precision != AUTO:
             raise ConfigError(
@@ -154,7 +154,7 @@ class ShardBuild:
             raise
         kept, bad = work.finite(rows)
         if bad and self.on_nonfinite == "error":
-            names = listing(examples[i]["id"] for i in bad)
+            names = truncated_list(examples[i]["id"] for i in bad)
             raise NumericError(
                 f"the gradient is NaN or infinite for {names}: look at these examples and the adapter's weights, "
                 'or set them aside (on_nonfinite="set_aside")'
@@ -222,7 +222,7 @@ def build_shards(
     With `options.part` (rank, world) these are the shards rank, rank + world, ... All processes give the same
     arguments, and either one shared folder (then any of them calls `finalize()` of the writer returned, once all are
     done) or a folder each (then `merge_stores`). A sketch is fitted before, by one of them:
-    `spec.with_projection(inf.fit_projection(model, data, spec))`. Raises as `build_store`.
+    `spec.with_projection(fit_projection(model, data, spec))`. Raises as `build_store`.
     """
     build = _own_shards(path, model, held(data), spec, Texts(tokenizer, max_length, truncate), options)
     return build.writer
@@ -240,6 +240,7 @@ def build_rows(
     build = _own_shards(path, model, dataset, spec, texts, options)
     store = build.writer.finalize()
     warn_of_set_aside(store, build.examples)
+    store.built_of = dataset, texts
     return store
 
 
@@ -271,7 +272,7 @@ def check_some(store: Store, examples: int) -> None:
 
 
 def _without_row(store: Store) -> str:
-    return listing(f"{name} ({reason})" for name, reason in store.set_aside)
+    return truncated_list(f"{name} ({reason})" for name, reason in store.set_aside)
 
 
 @contextmanager

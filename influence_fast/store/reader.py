@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from influence_fast.data.held import Held
-from influence_fast.errors import StoreError, listing
+from influence_fast.errors import StoreError, truncated_list
 from influence_fast.gradients.fp8 import AUTO
 from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.row_spec import RowSpec
@@ -58,6 +58,8 @@ class Store:
         self._small = [_small_arrays(path, record) for record in records]
         self.set_aside: list[tuple[str, str]] = [item for record in records for item in record.set_aside]
         self._unread = set(range(len(self._records))) if check_rows else set()  # shards whose rows are to be checked
+        #: The data that it was built of and how that became tokens, in the process that built it.
+        self.built_of: tuple[Sequence[Any], Any] | None = None
         self._mapped = functools.lru_cache(maxsize=_MAPPED_SHARDS)(self._map)
 
     def __len__(self) -> int:
@@ -209,7 +211,7 @@ class Store:
         if missing:
             reasons = dict(self.set_aside)
             names = [f"{i} (set aside: {reasons[i]})" if i in reasons else str(i) for i in missing]
-            raise StoreError(f"{self.path} has no row for {listing(names)}; build it over a dataset with them")
+            raise StoreError(f"{self.path} has no row for {truncated_list(names)}; build it over a dataset with them")
         return [self._place_of[i] for i in ids]
 
     def verify(self) -> None:
@@ -238,7 +240,7 @@ class Store:
         places = places.astype(np.int64)
         outside = places[(places < -n) | (places >= n)]
         if outside.size:
-            raise StoreError(f"{self.path} has {n} rows; there is no row {listing(map(str, outside.tolist()))}")
+            raise StoreError(f"{self.path} has {n} rows; there is no row {truncated_list(map(str, outside.tolist()))}")
         return np.where(places < 0, places + n, places)
 
     def _check_rows(self, shards: Iterable[int]) -> None:

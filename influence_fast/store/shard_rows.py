@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from influence_fast.data.packing import teaches
-from influence_fast.errors import DataError, ModelError, listing
+from influence_fast.errors import DataError, ModelError, truncated_list
 from influence_fast.gradients.per_example import KeptEngine
 from influence_fast.gradients.row_spec import RowSpec
 
@@ -148,7 +148,7 @@ class ShardWork:
             advance(self._lengths(new))
         missing = [i for i in range(len(self.examples)) if i not in self.done]
         if missing:
-            names = listing(self.examples[i]["id"] for i in missing)
+            names = truncated_list(self.examples[i]["id"] for i in missing)
             raise ModelError(f"the gradient source gave no row for {names}; it must give one for each example")
 
     def finite(self, maker: RowMaker) -> tuple[list[int], list[int]]:

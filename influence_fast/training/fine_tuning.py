@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +23,10 @@ from safetensors import SafetensorError
 
 from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.data.packing import context_of, example_name, say_if_beyond, teaches
-from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, listing, one_line
+from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, one_line, truncated_list
 from influence_fast.guards import reading
 from influence_fast.training import sft
+from influence_fast.training.files import list_checkpoints
 from influence_fast.training.fresh_adapter import attach_lora
 from influence_fast.training.memory import TrainingMemory, check_memory, training_memory
 from influence_fast.training.model_sizes import check_model_sizes
@@ -221,12 +221,6 @@ def finetuned(base: torch.nn.Module, path: str | Path) -> Iterator[Any]:
                 model.unload()
 
 
-def list_checkpoints(path: str | Path) -> list[Path]:
-    """The checkpoints kept in a result's folder, `checkpoint-<step>`, in the order of training."""
-    saved = [p for p in Path(path).glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", p.name) and p.is_dir()]
-    return sorted(saved, key=lambda p: int(p.name.rpartition("-")[2]))
-
-
 def load_adam_moments(checkpoint: str | Path) -> dict[str, dict[str, torch.Tensor]]:
     """Adam's state of a checkpoint by parameter name: {name: {"exp_avg", "exp_avg_sq", "step"}}.
 
@@ -286,7 +280,7 @@ def _check(examples: Sequence[Mapping[str, Any]]) -> None:
             masked.append(name)
     if masked:
         raise DataError(
-            f"no completion token to learn from (every label is -100) in {listing(masked)}: drop these examples"
+            f"no completion token to learn from (every label is -100) in {truncated_list(masked)}: drop these examples"
         )
 
 

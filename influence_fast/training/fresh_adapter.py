@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from influence_fast.errors import ConfigError, ModelError, listing, say_once
+from influence_fast.errors import ConfigError, ModelError, truncated_list, warn_once
 from influence_fast.gradients.scorable import unscorable_layers
 from influence_fast.training.adapter_settings import check_patterns
 from influence_fast.training.settings import LoraSettings
@@ -28,9 +28,9 @@ def attach_lora(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.
     if not (left_out := unscorable_layers(wrapped)):
         return wrapped
     name, why = next(iter(left_out.items()))
-    say_once(
+    warn_once(
         logger,
-        f"lora.target_modules: all-linear leaves out layers that cannot be scored: {listing(left_out)} ({name}: {why})",
+        f"lora.target_modules: all-linear leaves out layers that cannot be scored: {truncated_list(left_out)} ({name}: {why})",
     )
     wrapped.unload()  # type: ignore[operator]
     return _wrapped(model, lora, seed, exclude=list(left_out))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from influence_fast.data.packing import text_config
-from influence_fast.errors import ConfigError, say_once
+from influence_fast.errors import ConfigError, warn_once
 from influence_fast.gradients.opened import base_of, free_bytes
 from influence_fast.gradients.referee import decoder_of
 from influence_fast.training.settings import TrainConfig
@@ -132,7 +132,7 @@ def check_memory(memory: TrainingMemory) -> None:
     if memory.refused and os.environ.get(IGNORE, "0") in ("", "0"):
         raise ConfigError(f"{memory.remedy()} (to try it all the same, set {IGNORE}=1)")
     if not memory.fits:
-        say_once(logger, memory.remedy())
+        warn_once(logger, memory.remedy())
 
 
 def _kept_bytes(model: Any, length: int) -> int | None:

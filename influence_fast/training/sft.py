@@ -20,8 +20,9 @@ import torch
 
 from influence_fast.atomic import replacing
 from influence_fast.data.packing import IGNORED, example_name
-from influence_fast.errors import ConfigError, NumericError, listing, one_line
+from influence_fast.errors import ConfigError, NumericError, one_line, truncated_list
 from influence_fast.gradients.referee import Referee, decoder_of
+from influence_fast.training.files import list_checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -48,8 +49,6 @@ def train(
     tokens seen (padding not counted).
     Raises ConfigError (packs that cannot be kept apart, or settings that trl refuses) and NumericError (NaN loss).
     """
-    from influence_fast.training.fine_tuning import list_checkpoints
-
     with _no_data_bars(), _left_as_it_was(model), _packs_apart(model, config):
         trainer = make_trainer(model, tokenizer, examples, folder, config)
         for callback in callbacks:
@@ -97,7 +96,9 @@ def make_trainer(
     if config.packing is not None:
         long = [example_name(e, i) for i, e in enumerate(examples) if len(e["input_ids"]) > config.packing]
         if long:
-            raise ConfigError(f"training.packing is {config.packing} tokens, and longer are {listing(long)}: raise it")
+            raise ConfigError(
+                f"training.packing is {config.packing} tokens, and longer are {truncated_list(long)}: raise it"
+            )
     save_steps = 0 if isinstance(config.save_checkpoints, bool) else config.save_checkpoints
     saving = "no" if not config.save_checkpoints else ("steps" if save_steps else "epoch")
     cuda = torch.cuda.is_available() and next(model.parameters()).is_cuda

@@ -15,6 +15,7 @@ from transformers import BatchEncoding, DataCollatorForSeq2Seq
 import influence_fast as inf
 from influence_fast.data.held import as_examples
 from influence_fast.errors import DataError
+from influence_fast.gradients.per_example import per_example_losses
 
 LENGTHS = (5, 3, 7, 2, 4)
 
@@ -199,7 +200,7 @@ def weighted() -> list[dict[str, Any]]:
 def test_rows_of_weighted_tokens_are_autograds(tiny_lora: Callable[..., Any], reduction: str) -> None:
     model = tiny_lora(dtype=torch.float64)
     rows = inf.per_example_gradients(model, weighted(), loss_reduction=reduction)
-    losses = inf.per_example_losses(model, weighted(), loss_reduction=reduction)
+    losses = per_example_losses(model, weighted(), loss_reduction=reduction)
     factors = [p for name, p in model.named_parameters() if "lora_" in name]
     for place, row in enumerate(weighted()):
         logits = model(input_ids=row["input_ids"][None]).logits[0, :-1]

@@ -26,9 +26,9 @@ from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import sketch_fitting
 from influence_fast.influence.building import build_store
 from influence_fast.influence.ekfac import fit_ekfac
-from influence_fast.influence.preconditioners import fits_sketch
-from influence_fast.influence.scoring import influence_matrix, influence_scores
-from influence_fast.influence.settings import InfluenceConfig, check_influence
+from influence_fast.influence.recipe import Recipe
+from influence_fast.influence.scorer import Scorer
+from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.influence.sketch_fitting import SketchFit, fit_projection, leading, resolved, width_of
 from influence_fast.statistics.ranks import spearman
 from influence_fast.store.building import BuildOptions, build_shards
@@ -127,7 +127,7 @@ def test_at_full_width_scores_are_those_of_ekfac(tmp_path: Path, model: Any, exa
         matrices = []
         for store in (plain, fitted):
             queries = per_example_gradients(model, asked, projection=store.projection)
-            matrices.append(influence_matrix(store, queries, preconditioner=name, damping=0.3))
+            matrices.append(Scorer.fit(store, preconditioner=name, damping=0.3, fisher="data").matrix(queries))
         assert np.linalg.norm(matrices[1] - matrices[0]) < 1e-4 * np.linalg.norm(matrices[0])
 
 
@@ -337,11 +337,11 @@ def test_scores_of_its_rows(tmp_path: Path, model: Any, examples: list[dict[str,
     dot = rows @ queries.double().T
     cosine = dot / rows.norm(dim=1, keepdim=True) / queries.double().norm(dim=1)
     for name, expected in (("default", cosine), ("ekfac_cosine", cosine), ("ekfac", dot)):
-        table = influence_scores(store, queries, {"all": range(4)}, preconditioner=name)
+        table = Scorer.fit(store, preconditioner=name, fisher="data").scores(queries, {"all": range(4)})
         assert np.allclose(table.columns["s_all"], expected.mean(dim=1).numpy(), rtol=1e-4, atol=1e-6)
     for name in ("none", "cosine", "fisher", "adam"):
         with pytest.raises(ConfigError, match=f"cannot be scored by '{name}'"):
-            influence_matrix(store, queries, preconditioner=name)
+            Scorer.fit(store, preconditioner=name, fisher="data").matrix(queries)
 
 
 def test_merged_and_appended_stores_keep_it(
@@ -501,8 +501,9 @@ def test_a_build_that_stopped_before_its_manifest_starts_anew(
 )
 def test_when_a_sketch_is_fitted(gradients: dict[str, Any], preconditioner: str, fits: bool) -> None:
     config = RowSpec(**gradients)
-    check_influence(InfluenceConfig(preconditioner=preconditioner), config)
-    assert fits_sketch(config, preconditioner) is fits
+    recipe = Recipe.of(config, InfluenceConfig(preconditioner=preconditioner))
+    recipe.check()
+    assert recipe.fits_sketch is fits
 
 
 @pytest.mark.parametrize(
@@ -522,7 +523,7 @@ def test_when_a_sketch_is_fitted(gradients: dict[str, Any], preconditioner: str,
 )
 def test_settings_that_do_not_fit_together(gradients: Any, influence: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_influence(InfluenceConfig(**influence), RowSpec(**gradients))
+        Recipe.of(RowSpec(**gradients), InfluenceConfig(**influence)).check()
 
 
 def test_short_rows_are_left_as_they_are_and_a_store_lends_its_sketch(

@@ -21,10 +21,11 @@ from influence_fast import cli
 from influence_fast.config import RunConfig
 from influence_fast.distributed import builds as distributed
 from influence_fast.distributed.builds import DistributedOptions
-from influence_fast.errors import ConfigError, StoreError, say_once
+from influence_fast.errors import ConfigError, StoreError, warn_once
 from influence_fast.gradients import fp8
 from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.gradients.per_example import iter_gradient_rows
+from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.influence.building import build_store
 from influence_fast.kernels import fp8_rows
@@ -226,9 +227,9 @@ def test_rows_of_zeros_beside_too_few_change_no_product(tokens: int, rows: int, 
 # ---- gradient rows ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("projection", [None, inf.Projection(dim=8), inf.Projection("kron", dim=4)])
+@pytest.mark.parametrize("projection", [None, Projection(dim=8), Projection("kron", dim=4)])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
-def test_rows_are_8_bit_ones(tiny_lora: Callable[..., Any], kind: str, projection: inf.Projection | None) -> None:
+def test_rows_are_8_bit_ones(tiny_lora: Callable[..., Any], kind: str, projection: Projection | None) -> None:
     model, examples = tiny_lora(kind, **FITS), make_examples()
     exact = inf.per_example_gradients(model, examples, projection=projection)
     rows = inf.per_example_gradients(model, examples, projection=projection, precision="fp8")
@@ -249,7 +250,7 @@ def test_shapes_that_do_not_fit_keep_their_own_product_and_are_reported_once(
     tiny_lora: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     model, examples = tiny_lora("qwen2", intermediate_size=56), make_examples()
-    say_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="influence_fast.gradients.fp8"):
         rows = inf.per_example_gradients(model, examples, precision="fp8")
         inf.per_example_gradients(model, examples, precision="fp8")
@@ -335,7 +336,7 @@ def test_the_command_line_refuses_it_before_any_work(capsys: pytest.CaptureFixtu
 
 def test_the_store_records_it_and_keeps_its_rows_apart(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
     model, examples = tiny_lora("qwen2", **FITS), make_examples()
-    settings: dict[str, Any] = {"projection": inf.Projection(dim=4), "dtype": "fp32", "progress": False}
+    settings: dict[str, Any] = {"projection": Projection(dim=4), "dtype": "fp32", "progress": False}
 
     def build(name: str, precision: str, few: list[dict[str, Any]] = examples) -> Any:
         return build_store(tmp_path / name, model, few, **built_by(precision=precision, **settings))
@@ -368,9 +369,7 @@ def test_the_store_records_it_and_keeps_its_rows_apart(tiny_lora: Callable[..., 
 def test_a_store_without_8_bits_says_nothing_new(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
     """Its files are those of a version that knew no precision: such stores are read, and gone on with."""
     model, examples = tiny_lora("qwen2", **FITS), make_examples()
-    build_store(
-        tmp_path / "s", model, examples, RowSpec.of(inf.Projection(dim=4)), options=BuildOptions(progress=False)
-    )
+    build_store(tmp_path / "s", model, examples, RowSpec.of(Projection(dim=4)), options=BuildOptions(progress=False))
     manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
     assert "loss_reduction" in manifest["identity"]
     assert "precision" not in manifest["identity"]

@@ -20,6 +20,7 @@ from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.gradients.fp8 import weights_of
 from influence_fast.gradients.memory import BaseWeights, GradientMemory, PackSize, gradient_memory, layer_bytes
+from influence_fast.gradients.projection import Projection
 from influence_fast.kernels import runtime
 
 # The sum leaves out ids, positions and losses: some tens of bytes a token of some thousands.
@@ -70,7 +71,7 @@ class Forgetful(list[Any]):
 
 
 def measured(
-    model: Any, lengths: list[int], projection: inf.Projection, precision: str = "auto", triton: bool = False
+    model: Any, lengths: list[int], projection: Projection, precision: str = "auto", triton: bool = False
 ) -> int:
     """Peak bytes of one batch, weights and what the engine keeps of them not counted; kernels are not run."""
     vocabulary = model.get_base_model().config.vocab_size
@@ -120,7 +121,7 @@ def test_the_sum_is_the_measured_peak(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     spec = inf.RowSpec(dim=dim, precision=precision)
     memory = summed(model, lengths, spec, rank=rank, checkpointing=checkpointing, triton=False)
-    found = measured(model, lengths, inf.Projection(dim=dim), precision)
+    found = measured(model, lengths, Projection(dim=dim), precision)
     assert memory.batch == pytest.approx(found, rel=TOLERANCE), memory.fullest
 
 
@@ -141,7 +142,7 @@ def test_the_sum_for_the_kernels(
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     memory = summed(model, lengths, inf.RowSpec(dim=dim), rank=rank)
     assert memory.fullest == fullest
-    assert memory.batch == pytest.approx(measured(model, lengths, inf.Projection(dim=dim), triton=True), rel=TOLERANCE)
+    assert memory.batch == pytest.approx(measured(model, lengths, Projection(dim=dim), triton=True), rel=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_the_sum_for_the_kernels_of_every_kind(
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     memory = summed(model, lengths, inf.RowSpec(dim=16, precision=precision), checkpointing=checkpointing)
-    found = measured(model, lengths, inf.Projection(dim=16), precision, triton=True)
+    found = measured(model, lengths, Projection(dim=16), precision, triton=True)
     assert memory.batch == pytest.approx(found, rel=TOLERANCE), memory.fullest
 
 
@@ -176,7 +177,7 @@ def test_short_layers_and_many_columns_fill_up_at_the_sums(tiny_lora: Callable[.
         model.get_base_model().config, PackSize(600, 2), BaseWeights(1), inf.RowSpec(dim=64), triton=False
     )
     assert memory.fullest == "the sums of examples"
-    assert memory.batch == pytest.approx(measured(model, [400, 200], inf.Projection(dim=64)), rel=TOLERANCE)
+    assert memory.batch == pytest.approx(measured(model, [400, 200], Projection(dim=64)), rel=TOLERANCE)
 
 
 def test_the_factors_are_those_of_the_engine(tiny_lora: Callable[..., Any]) -> None:
@@ -186,7 +187,7 @@ def test_the_factors_are_those_of_the_engine(tiny_lora: Callable[..., Any]) -> N
     memory = gradient_memory(config, PackSize(100), BaseWeights(parameters), inf.RowSpec(dim=8), rank=4)
     weights, factors = memory.throughout.values()
     assert weights == 2 * parameters
-    with GradientEngine(model, inf.Projection(dim=8), backend="torch") as engine:
+    with GradientEngine(model, Projection(dim=8), backend="torch") as engine:
         kept = [g.forward_weight.nbytes + sum(b.nbytes for b in g.backward_weights) for g in engine.opened.groups]
         kept += [g.factors_a.nbytes for g in engine.opened.groups if len(g.members) > 1]  # else a view
         lora = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
@@ -249,13 +250,13 @@ def test_the_shape_of_a_7b_model_with_no_numbers_in_it(
     memory = gradient_memory(
         config, PackSize(tokens), weights, inf.RowSpec(dim=16), checkpointing=checkpointing, triton=triton
     )
-    found = measured(model, [tokens], inf.Projection(dim=16), triton=triton)
+    found = measured(model, [tokens], Projection(dim=16), triton=triton)
     assert memory.batch == pytest.approx(found, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("projection", [inf.Projection(dim=8), None], ids=str)
+@pytest.mark.parametrize("projection", [Projection(dim=8), None], ids=str)
 def test_a_pack_that_would_not_fit_is_computed_again_with_the_same_bits(
-    tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, projection: inf.Projection | None
+    tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, projection: Projection | None
 ) -> None:
     """On a pretended card of which so much is free that a pack of 300 tokens fits, and one of 301 does not."""
     model = tiny_lora("qwen2", torch.bfloat16, **BASE)
@@ -294,7 +295,7 @@ def test_what_the_kernels_keep_decides_whether_a_pack_overflows(
     assert layer < layer_bytes(base.config, columns=12)
     room = int(300 * layer * len(base.model.layers) / 0.8) + 1
     monkeypatch.setattr("influence_fast.gradients.opened.free_bytes", lambda device: room)
-    with runtime.recording(), GradientEngine(model, inf.Projection(dim=8), backend="triton") as engine:
+    with runtime.recording(), GradientEngine(model, Projection(dim=8), backend="triton") as engine:
         assert (engine.overflows(300), engine.overflows(301)) == (False, True)
 
 

@@ -14,12 +14,13 @@ import influence_fast as inf
 from influence_fast.errors import ConfigError
 from influence_fast.gradients.eigen_sketch import EigenSketch
 from influence_fast.gradients.layout import LayoutEntry
+from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.row_spec import ROW_DTYPES
 from influence_fast.settings import from_dict, to_dict
 from influence_fast.store.manifest import DTYPES
 
 
-def a_sketch(projection: inf.Projection) -> EigenSketch:
+def a_sketch(projection: Projection) -> EigenSketch:
     layout = (LayoutEntry("layer", "A", (2, 3), 0),)
     bases = {(2, 3): (torch.eye(2)[None], torch.eye(3)[None])}
     return EigenSketch(projection, layout, bases, torch.arange(4), torch.ones(4))
@@ -27,7 +28,7 @@ def a_sketch(projection: inf.Projection) -> EigenSketch:
 
 def test_its_defaults_are_those_of_a_configuration() -> None:
     spec = inf.RowSpec()
-    assert spec.projection() == inf.Projection("one_sided", dim=64)
+    assert spec.projection() == Projection("one_sided", dim=64)
     assert (spec.dtype, spec.loss_reduction, spec.precision, spec.sketch) == ("bf16", "mean", "auto", "auto")
 
 
@@ -38,21 +39,21 @@ def test_it_cannot_be_changed() -> None:
 
 def test_exact_rows_have_no_projection() -> None:
     assert inf.RowSpec("none").projection() is None
-    assert inf.RowSpec("none", target="all-linear").projection() == inf.Projection("none", target="all-linear")
+    assert inf.RowSpec("none", target="all-linear").projection() == Projection("none", target="all-linear")
 
 
 @pytest.mark.parametrize(
     "projection",
     [
         None,
-        inf.Projection("one_sided", dim=8),
-        inf.Projection("kron", dim=4, width=32, layers=0.5, seed=3),
-        inf.Projection("sjlt", width=32),
-        inf.Projection("kron", dim=4, target=["q_proj", "v_proj"]),
-        inf.Projection("none", target="all-linear"),
+        Projection("one_sided", dim=8),
+        Projection("kron", dim=4, width=32, layers=0.5, seed=3),
+        Projection("sjlt", width=32),
+        Projection("kron", dim=4, target=["q_proj", "v_proj"]),
+        Projection("none", target="all-linear"),
     ],
 )
-def test_a_projection_goes_there_and_back(projection: inf.Projection | None) -> None:
+def test_a_projection_goes_there_and_back(projection: Projection | None) -> None:
     spec = inf.RowSpec.of(projection, dtype="int8")
     assert spec.projection() == projection
     assert spec.dtype == "int8"
@@ -60,7 +61,7 @@ def test_a_projection_goes_there_and_back(projection: inf.Projection | None) -> 
 
 
 def test_a_fitted_sketch_is_in_the_projection() -> None:
-    plain = inf.Projection("one_sided", dim=3, width=4)
+    plain = Projection("one_sided", dim=3, width=4)
     spec = inf.RowSpec(dim=3, width=4, sketch=a_sketch(plain))
     projection = spec.projection()
     assert projection is not None

@@ -14,6 +14,7 @@ from influence_fast.errors import DataError, NumericError
 from influence_fast.gradients import streaming
 from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.streaming import StreamReducer, stream_influence
+from influence_fast.gradients.targets import gradient_layout
 
 LENGTHS = (7, 2, 13, 31, 5, 17)
 FEW, MANY = 2, 9  # queries that ride along as columns, and queries that do not
@@ -35,7 +36,7 @@ def make_queries(model: Any, count: int, **options: Any) -> torch.Tensor:
     lengths = tuple(3 + 5 * i % 19 for i in range(count))
     rows = inf.per_example_gradients(copy.deepcopy(model).double(), make_examples(lengths, seed=1), **options)
     generator = torch.Generator().manual_seed(2)
-    for entry in inf.gradient_layout(model):
+    for entry in gradient_layout(model):
         rows[:, entry.offset : entry.offset + entry.shape[0] * entry.shape[1]] *= torch.rand(1, generator=generator) + 1
     return rows
 
@@ -142,10 +143,10 @@ def test_an_example_scores_the_same_whatever_it_is_packed_with(model: Any) -> No
 def test_a_preconditioner_folds_into_the_queries(model: Any) -> None:
     """Stream mode with H^-1 on the query side equals the stored rows' own scores."""
     from influence_fast.influence import preconditioners
-    from influence_fast.influence.scoring import module_blocks
+    from influence_fast.influence.row_access import module_blocks
 
     rows = inf.per_example_gradients(model, make_examples())
-    fitted = preconditioners.fit("fisher", lambda: [rows], module_blocks(inf.gradient_layout(model)))
+    fitted = preconditioners.fit("fisher", lambda: [rows], module_blocks(gradient_layout(model)))
     queries = fitted.apply(make_queries(model, FEW))
     assert relative(stream_influence(model, make_examples(), queries), rows @ queries.T) < 1e-10
 

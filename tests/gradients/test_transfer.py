@@ -19,7 +19,9 @@ from influence_fast.gradients import per_example as gradients
 from influence_fast.gradients import reduction, row_sketch
 from influence_fast.gradients.backends import TRITON
 from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.row_sketch import BucketSums
+from influence_fast.influence.sketch_fitting import fit_projection
 from influence_fast.kernels.runtime import recording
 from influence_fast.products.inner_products import quantize_rows, to_bf16
 from influence_fast.row_codec import decoded, encoded
@@ -253,21 +255,21 @@ def no_waiting_copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostCopies]:
     ("projection", "fitted"),
     [
         (None, False),
-        (inf.Projection(dim=4), False),
-        (inf.Projection(dim=4, width=64), False),
-        (inf.Projection(dim=4, width=64), True),
-        (inf.Projection("kron", dim=4), False),
-        (inf.Projection("sjlt", width=64), False),
+        (Projection(dim=4), False),
+        (Projection(dim=4, width=64), False),
+        (Projection(dim=4, width=64), True),
+        (Projection("kron", dim=4), False),
+        (Projection("sjlt", width=64), False),
     ],
     ids=str,
 )
 def test_no_batch_after_the_first_waits_for_the_device(
-    no_waiting_copies: HostCopies, tiny_lora: Callable[..., Any], projection: inf.Projection | None, fitted: bool
+    no_waiting_copies: HostCopies, tiny_lora: Callable[..., Any], projection: Projection | None, fitted: bool
 ) -> None:
     """On the meta device, which has no numbers: a host that asks for one fails, and its other copies are listed."""
     model = tiny_lora()
     if fitted and projection:
-        projection = inf.fit_projection(model, make_examples(), inf.RowSpec.of(projection))
+        projection = fit_projection(model, make_examples(), inf.RowSpec.of(projection))
     model = model.to("meta")
     with GradientEngine(model, projection) as engine:
         first, *others = gradients.packs_for(engine, make_examples(), 20)

@@ -23,7 +23,8 @@ from influence_fast.influence import preconditioners
 from influence_fast.influence.adam import adam_moments
 from influence_fast.influence.building import build_store
 from influence_fast.influence.damping import GRID
-from influence_fast.influence.scoring import factors_of, influence_scores, module_blocks
+from influence_fast.influence.row_access import factors_of, module_blocks
+from influence_fast.influence.scorer import Scorer
 from influence_fast.philox import sjlt_map
 from influence_fast.settings import from_dict
 from influence_fast.store.building import BuildOptions
@@ -176,7 +177,8 @@ def test_scores_from_a_store(tmp_path: Path, tiny_lora: Any, name: str) -> None:
     store = build_store(tmp_path / "store", model, examples, RowSpec(dim=3, dtype="fp32"), options=options)
     assert factors_of(store) == entries
     moments = torch.rand(width) if name == "adam" else None
-    found = influence_scores(store, queries, {"all": [0, 1]}, preconditioner=name, damping=0.3, moments=moments)
+    scorer = Scorer.fit(store, preconditioner=name, damping=0.3, moments=moments, fisher="data")
+    found = scorer.scores(queries, {"all": [0, 1]})
     h = preconditioners.fit(
         name, lambda: [data.double()], module_blocks(entries), damping=0.3, factors=entries, moments=moments
     )
@@ -191,8 +193,8 @@ def test_a_sketched_store_has_no_factor_blocks(tmp_path: Path, tiny_lora: Any) -
     store = build_store(tmp_path / "store", tiny_lora("qwen2"), examples, spec)
     assert factors_of(store) is None
     with pytest.raises(ConfigError, match="'ekfac' needs rows with a block for each LoRA factor"):
-        influence_scores(store, rows(2, 40), {"all": [0, 1]}, preconditioner="ekfac")
-    table = influence_scores(store, rows(2, 40), {"all": [0, 1]}, preconditioner="datainf")
+        Scorer.fit(store, preconditioner="ekfac", fisher="data").scores(rows(2, 40), {"all": [0, 1]})
+    table = Scorer.fit(store, preconditioner="datainf", fisher="data").scores(rows(2, 40), {"all": [0, 1]})
     assert np.isfinite(table.columns["s_all"]).all()
 
 

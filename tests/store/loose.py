@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import influence_fast as inf
+from influence_fast.influence.sketch_fitting import SketchFit
 
 _OF_SPEC = ("dtype", "loss_reduction", "precision", "max_tokens", "sketch_examples")
 
@@ -27,6 +28,6 @@ def built_by(**settings: Any) -> dict[str, Any]:
 def fitted_by(**settings: Any) -> dict[str, Any]:
     """Return `spec`, `fit` and what else `fit_projection` takes."""
     spec = spec_of(settings)
-    names = [f.name for f in dataclasses.fields(inf.SketchFit)]
-    fit = inf.SketchFit(**{name: settings.pop(name) for name in names if name in settings})
+    names = [f.name for f in dataclasses.fields(SketchFit)]
+    fit = SketchFit(**{name: settings.pop(name) for name in names if name in settings})
     return {"spec": spec, "fit": fit, **settings}

@@ -14,6 +14,11 @@ import torch
 import influence_fast as inf
 from influence_fast.errors import ConfigError, StoreError
 from influence_fast.gradients.eigen_sketch import EigenSketch
+from influence_fast.influence.sketch_fitting import fit_projection
+from influence_fast.store.building import build_shards
+from influence_fast.store.importers import import_gradients
+from influence_fast.store.merge import append_store
+from influence_fast.store.queries import query_gradients
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,7 @@ def test_rows_of_named_weights_give_back_their_spec(tmp_path: Path, tiny_model: 
 
 def test_a_store_of_another_tool_has_no_spec(tmp_path: Path) -> None:
     torch.save(torch.ones(3, 4), tmp_path / "all_orig.pt")
-    store = inf.import_gradients(tmp_path, tmp_path / "s", format="less")
+    store = import_gradients(tmp_path, tmp_path / "s", format="less")
     with pytest.raises(StoreError, match="does not record its projection"):
         store.spec  # noqa: B018
 
@@ -61,7 +66,7 @@ def test_a_store_of_another_tool_has_no_spec(tmp_path: Path) -> None:
 def test_a_sketch_is_fitted_and_kept_and_used_again(tmp_path: Path, model: Any, sketch: str) -> None:
     spec = inf.RowSpec(dim=4, width=24, sketch=sketch, sketch_examples=6)
     store = inf.build_store(tmp_path / "s", model, make_examples(), spec)
-    by_hand = inf.fit_projection(model, make_examples(), spec)
+    by_hand = fit_projection(model, make_examples(), spec)
     assert store.projection == by_hand
     assert isinstance(store.spec.sketch, EigenSketch)
     before = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
@@ -70,7 +75,7 @@ def test_a_sketch_is_fitted_and_kept_and_used_again(tmp_path: Path, model: Any, 
     more = inf.build_store(tmp_path / "more", model, make_examples(3, start=20), store.spec)
     lent = replace(spec, sketch=tmp_path / "s")
     assert inf.build_store(tmp_path / "lent", model, make_examples(3, start=20), lent).projection == more.projection
-    assert len(inf.append_store(tmp_path / "s", tmp_path / "more")) == 11
+    assert len(append_store(tmp_path / "s", tmp_path / "more")) == 11
 
 
 def test_an_interrupted_build_takes_the_sketch_that_was_fitted(
@@ -98,9 +103,9 @@ def test_auto_leaves_short_rows_as_they_are(tmp_path: Path, model: Any) -> None:
 def test_shards_want_a_sketch_that_is_there(tmp_path: Path, model: Any) -> None:
     spec = inf.RowSpec(dim=4, width=24, sketch_examples=6)
     with pytest.raises(ConfigError, match="'auto' is fitted before shards are built"):
-        inf.build_shards(tmp_path / "s", model, make_examples(), spec)
-    settled = spec.with_projection(inf.fit_projection(model, make_examples(), spec))
-    inf.build_shards(tmp_path / "s", model, make_examples(), settled).finalize()
+        build_shards(tmp_path / "s", model, make_examples(), spec)
+    settled = spec.with_projection(fit_projection(model, make_examples(), spec))
+    build_shards(tmp_path / "s", model, make_examples(), settled).finalize()
     assert inf.open_store(tmp_path / "s").spec.sketch == settled.sketch
     with pytest.raises(ConfigError, match="build_shards"):
         inf.build_store(tmp_path / "t", model, make_examples(), options=inf.BuildOptions(part=(0, 2)))
@@ -109,7 +114,7 @@ def test_shards_want_a_sketch_that_is_there(tmp_path: Path, model: Any) -> None:
 def test_query_gradients_is_a_method_of_the_store(tmp_path: Path, model: Any) -> None:
     store = inf.build_store(tmp_path / "s", model, make_examples(), inf.RowSpec(dim=4, dtype="fp32"))
     asked = make_examples(2, start=40)
-    assert torch.equal(store.query_gradients(model, asked), inf.query_gradients(store, model, asked))
+    assert torch.equal(store.query_gradients(model, asked), query_gradients(store, model, asked))
 
 
 def test_a_store_that_knew_no_precision_has_a_spec(tmp_path: Path, model: Any) -> None:

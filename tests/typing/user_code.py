@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import influence_fast as inf
+from influence_fast.influence.sketch_fitting import SketchFit, fit_projection
 
 
 def right(model: Any, tokenizer: Any) -> list[float]:
@@ -19,7 +20,7 @@ def right(model: Any, tokenizer: Any) -> list[float]:
     spec = inf.RowSpec(dim=64, width=8192, sketch="auto", dtype="int8", loss_reduction="mean", layers=1.0, seed=0)
     store = inf.build_store("store", model, examples, spec, tokenizer=tokenizer)
     queries: torch.Tensor = store.query_gradients(model, [])
-    table: inf.ScoreTable = inf.influence_scores(store, queries, {"correct": [0]}, damping=0.1)
+    table: inf.ScoreTable = inf.Scorer.fit(store, damping=0.1, model=model).scores(queries, {"correct": [0]})
     return [float(row) for row in table["s_correct"]]
 
 
@@ -31,10 +32,10 @@ def wrong(model: Any, tokenizer: Any, store: inf.Store, queries: torch.Tensor) -
     inf.RowSpec(widht=8192)  # type: ignore[call-arg]
     inf.RowSpec(dim="64")  # type: ignore[arg-type]
     inf.RowSpec().dim = 64  # type: ignore[misc]
-    inf.fit_projection(model, [], store.spec, fit=inf.SketchFit(dampening=0.1))  # type: ignore[call-arg]
-    inf.influence_scores(store, queries, {"correct": [0]}, dampening=0.1)  # type: ignore[call-arg]
-    inf.influence_scores("store", queries, {"correct": [0]})  # type: ignore[arg-type]
-    inf.influence_scores(store, queries, ["correct"])  # type: ignore[arg-type]
+    fit_projection(model, [], store.spec, fit=SketchFit(dampening=0.1))  # type: ignore[call-arg]
+    inf.Scorer.fit(store, dampening=0.1)  # type: ignore[call-arg]
+    inf.Scorer.fit("store")  # type: ignore[arg-type]
+    inf.Scorer.fit(store).scores(queries, ["correct"])  # type: ignore[arg-type]
     store.projektion  # type: ignore[attr-defined]  # noqa: B018
     rows: str = inf.per_example_gradients(model, [])  # type: ignore[assignment]
     print(rows)

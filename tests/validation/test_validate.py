@@ -17,11 +17,11 @@ from influence_fast.config import load_config
 from influence_fast.data.examples import load_examples
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.influence.methods import shorten
-from influence_fast.proof import retraining
-from influence_fast.proof.lds import linear_datamodeling_scores
-from influence_fast.proof.page import text_tables
-from influence_fast.proof.retraining import Retraining, retrain
-from influence_fast.proof.validate import drop_priority, validate
+from influence_fast.validation import retraining
+from influence_fast.validation.lds import linear_datamodeling_scores
+from influence_fast.validation.page import text_tables
+from influence_fast.validation.retraining import Retraining, retrain
+from influence_fast.validation.validate import drop_priority, validate
 
 NARROW = {"name": "narrow", "preconditioner": "cosine", "dim": 4}
 FITTED = {"name": "fitted", "dim": 8, "width": 40, "sketch_examples": 16}
@@ -109,7 +109,7 @@ def test_every_part_is_there(proof: tuple[Path, dict[str, Any]]) -> None:
 def test_the_score_is_that_of_the_kept_retrainings(proof: tuple[Path, dict[str, Any]]) -> None:
     folder, results = proof
     config = load_config(folder / "config.yaml")
-    from influence_fast.proof.lds import draw_subsets
+    from influence_fast.validation.lds import draw_subsets
 
     masks = draw_subsets(24, 12, 4, config.seed)
     losses = []
@@ -131,7 +131,7 @@ def test_nothing_is_done_twice(proof: tuple[Path, dict[str, Any]], monkeypatch: 
         raise AssertionError("computed again")
 
     monkeypatch.setattr("influence_fast.training.fine_tuning.finetune", refuse)
-    monkeypatch.setattr("influence_fast.proof.validate.score_by", refuse)
+    monkeypatch.setattr("influence_fast.validation.validate.score_by", refuse)
     again = validate(load_config(folder / "config.yaml"), progress=False)
     assert json.loads(json.dumps(again))["lds"] == results["lds"]
 
@@ -143,9 +143,9 @@ def test_processes_and_interruptions_change_no_outcome(proof: tuple[Path, dict[s
     config = dataclasses.replace(load_config(folder / "config.yaml"), output=str(tmp_path / "run"))
     queries = load_examples(folder / "validation.jsonl")
     work = [Retraining(f"half-{i}-seed0", np.arange(i, 24, 2), 0) for i in range(2)]
-    two = retrain(config, queries, work, processes=2, talks=False)
+    two = retrain(config, queries, work, processes=2, verbose=False)
     (tmp_path / "run" / "retrained" / "half-1-seed0.npz").unlink()
-    one = retrain(config, queries, work, processes=1, talks=False)
+    one = retrain(config, queries, work, processes=1, verbose=False)
     for job in work:
         np.testing.assert_allclose(one[job.name].losses, two[job.name].losses, rtol=1e-5)
     assert not list((tmp_path / "run" / "retrained").glob(".*"))
@@ -167,7 +167,7 @@ def test_the_folder_is_there_before_processes_open_it(
     config = dataclasses.replace(load_config(folder / "config.yaml"), output=str(tmp_path / "run"))
     monkeypatch.setattr(retraining, "ProcessPoolExecutor", pool)
     with pytest.raises(Opened, match="True"):
-        retrain(config, [], [Retraining("half-0-seed0", np.arange(3), 0)], processes=2, talks=False)
+        retrain(config, [], [Retraining("half-0-seed0", np.arange(3), 0)], processes=2, verbose=False)
 
 
 def test_a_retraining_of_other_rows_is_not_taken(proof: tuple[Path, dict[str, Any]]) -> None:
@@ -175,7 +175,7 @@ def test_a_retraining_of_other_rows_is_not_taken(proof: tuple[Path, dict[str, An
     config = load_config(folder / "config.yaml")
     queries = load_examples(folder / "validation.jsonl")
     with pytest.raises(DataError, match=r"half-0000-seed0\.npz is a retraining on other rows"):
-        retrain(config, queries, [Retraining("half-0000-seed0", np.arange(3), 0)], talks=False)
+        retrain(config, queries, [Retraining("half-0000-seed0", np.arange(3), 0)], verbose=False)
 
 
 def test_a_killed_process_is_a_clear_error(
@@ -189,7 +189,7 @@ def test_a_killed_process_is_a_clear_error(
     queries = load_examples(folder / "validation.jsonl")
     work = [Retraining(f"half-{i}", np.arange(10), i) for i in range(2)]
     with pytest.raises(DataError, match=r"killed \(out of memory\?\); 0 of 2 retrainings are done and kept"):
-        retrain(config, queries, work, processes=2, talks=False)
+        retrain(config, queries, work, processes=2, verbose=False)
 
 
 def _die(*_: Any) -> None:

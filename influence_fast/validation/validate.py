@@ -29,20 +29,21 @@ from influence_fast import doctor
 from influence_fast.atomic import replacing
 from influence_fast.config import RunConfig
 from influence_fast.data.examples import tokenize
-from influence_fast.errors import ConfigError, DataError, listing, one_line
+from influence_fast.errors import ConfigError, DataError, one_line, truncated_list
 from influence_fast.guards import check_no_pipe
 from influence_fast.influence.checkpoints import learning_rates
 from influence_fast.influence.methods import Method, Scored, method_of, score_by
 from influence_fast.influence.queries import Queries
-from influence_fast.proof.plan import Plan
-from influence_fast.proof.retraining import UNREADABLE, retrain
 from influence_fast.run.inputs import checkpoint_hashes, model_hashes
 from influence_fast.run.pipeline import Pipeline
 from influence_fast.run.results import known_harmful
 from influence_fast.settings import to_dict
 from influence_fast.statistics.ranks import auc, average_ranks, bootstrap_auc, spearman
-from influence_fast.training.fine_tuning import finetune, list_checkpoints
+from influence_fast.training.files import list_checkpoints
+from influence_fast.training.fine_tuning import finetune
 from influence_fast.training.models import load_model, load_tokenizer
+from influence_fast.validation.plan import Plan
+from influence_fast.validation.retraining import UNREADABLE, retrain
 
 FOLDER = "validate"
 RESULTS = "validation.json"
@@ -73,7 +74,7 @@ def _proved(pipeline: Pipeline, methods: list[Method], progress: bool) -> dict[s
 
     plan = Plan(config, shape[0], scores, queries)
     outcomes = retrain(
-        config, queries.examples, plan.work, processes=settings.processes, talks=progress, pipeline=pipeline
+        config, queries.examples, plan.work, processes=settings.processes, verbose=progress, pipeline=pipeline
     )
     results: dict[str, Any] = {
         "config": to_dict(config),
@@ -114,7 +115,7 @@ def _check(config: RunConfig, methods: Sequence[Method]) -> None:
 # ---- scores ----------------------------------------------------------------------------------------------
 
 
-def _scored(pipeline: Pipeline, method: Method, reference: Path, queries: Queries, talks: bool) -> Scored:
+def _scored(pipeline: Pipeline, method: Method, reference: Path, queries: Queries, verbose: bool) -> Scored:
     """The method's scores, computed once; other settings or another adapter under its name are computed anew."""
     texts = [[q.id, q.completion] for q in queries.examples]
     config = to_dict(pipeline.config)
@@ -128,7 +129,7 @@ def _scored(pipeline: Pipeline, method: Method, reference: Path, queries: Querie
     path = pipeline.folder / FOLDER / f"{method.name}.npz"
     if (found := _read(path, digest)) is not None:
         return found
-    if talks:
+    if verbose:
         print(f"scores by {method.name}", file=sys.stderr, flush=True)
     scorer = _proxy(pipeline, method.proxy) if method.proxy else _reference(pipeline, method, reference)
     asked = tokenize(queries.examples, scorer.tokenizer).examples
@@ -191,7 +192,7 @@ def _proxy(pipeline: Pipeline, path: str) -> _Scorer:
     tokenizer = load_tokenizer(path, model=base, trust_remote_code=trust)
     tokens = tokenize(pipeline.splits.pool, tokenizer, max_length=config.data.max_length, truncate=config.data.truncate)
     if tokens.too_long:
-        names = listing(name for name, _ in tokens.too_long)
+        names = truncated_list(name for name, _ in tokens.too_long)
         raise DataError(f"{path}: in this proxy's tokens {names} are longer than max_length; raise it, or set truncate")
     training = dataclasses.replace(config.training, seed=config.pruning.seeds[0], save_checkpoints=False)
     name = hashlib.sha256(json.dumps([path, model_hashes(path)]).encode()).hexdigest()[:12]

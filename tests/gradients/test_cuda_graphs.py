@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_leaves
 
 import influence_fast as inf
 from influence_fast.data.packing import Pack, pack_examples
-from influence_fast.errors import ConfigError, say_once
-from influence_fast.gradients import attention, graphs, opened
+from influence_fast.errors import ConfigError, warn_once
+from influence_fast.gradients import attention, opened
+from influence_fast.gradients import cuda_graphs as graphs
 from influence_fast.gradients.backends import TRITON
 from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.runner import Runner
 from influence_fast.gradients.step import hidden_of
 from influence_fast.gradients.step_inputs import StepInputs, StepShape
@@ -147,11 +149,11 @@ class OnDeviceOnly(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "projection",
-    [None, inf.Projection(dim=8), inf.Projection(dim=8, width=64), inf.Projection("rademacher", width=32)],
+    [None, Projection(dim=8), Projection(dim=8, width=64), Projection("rademacher", width=32)],
     ids=str,
 )
 @pytest.mark.skipif(attention.varlen_attention() is None, reason="this PyTorch has no varlen_attn with windows")
-def test_a_step_has_nothing_of_the_host_in_it(tiny_lora: Callable[..., Any], projection: inf.Projection | None) -> None:
+def test_a_step_has_nothing_of_the_host_in_it(tiny_lora: Callable[..., Any], projection: Projection | None) -> None:
     """On the meta device, where reading a number raises too."""
     pytest.importorskip("triton", reason="triton is not installed")
     model = tiny_lora("qwen2", torch.bfloat16).to("meta")
@@ -219,7 +221,7 @@ def test_what_cannot_be_recorded_is_said_once_and_run_all_the_same(caplog: pytes
         def record(self, run: Any) -> Any:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    say_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):  # an engine opens for every call
             steps = graphs.StepGraphs(step, CPU, Refusing())
@@ -238,7 +240,7 @@ def test_where_they_cannot_be_a_call_that_asks_for_them_fails_and_the_environmen
         ConfigError, match="cuda_graphs: CUDA graphs cannot be used: the backend is not triton but torch"
     ):
         inf.per_example_gradients(model, [], projection=None, cuda_graphs=True)
-    say_once.cache_clear()
+    warn_once.cache_clear()
     monkeypatch.setenv(graphs.VARIABLE, "1")
     for _ in range(2):
         assert GradientEngine(model, None).cuda_graphs is False
@@ -253,7 +255,7 @@ def test_where_they_cannot_be_a_call_that_asks_for_them_fails_and_the_environmen
 def test_they_are_on_where_they_can_be_and_nothing_is_said_where_not(
     tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    say_once.cache_clear()
+    warn_once.cache_clear()
     monkeypatch.delenv(graphs.VARIABLE, raising=False)
     model = tiny_lora()
     with GradientEngine(model, None) as engine:
@@ -384,13 +386,13 @@ def test_a_capture_that_fails_leaves_the_stream_and_says_why(monkeypatch: pytest
 
 def test_gradients_that_need_bounds_on_the_host_are_not_recorded(tiny_lora: Callable[..., Any]) -> None:
     model = tiny_lora()
-    for projection, recordable in ((inf.Projection(dim=8), True), (inf.Projection("kron", dim=8), False)):
+    for projection, recordable in ((Projection(dim=8), True), (Projection("kron", dim=8), False)):
         engine = GradientEngine(model, projection, backend="torch")
         assert not engine.reducer.recordable
         engine.reducer.backend = TRITON
         assert engine.reducer.recordable is recordable
     (pack,) = packs_of([5, 6], 100)
-    engine = GradientEngine(model, inf.Projection(dim=8), backend="torch")
+    engine = GradientEngine(model, Projection(dim=8), backend="torch")
     with engine, pytest.raises(ConfigError, match="bounds on the host"):
         engine.runner.step(engine.runner.inputs(pack, StepShape.of(pack)))
 

@@ -13,7 +13,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from influence_fast.report import plots, score_plots, summary, svg
 from influence_fast.report.summary import jsonable, number
-from influence_fast.report.words import decimal, headline, moment, signed
+from influence_fast.report.text import decimal, headline, moment, signed
 
 MAX_POINTS = 2000  # traces drawn as points of their own, and so with their text in the page
 SAMPLED_POINTS = 600  # ... when there are more than that
@@ -29,7 +29,7 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def view(results: Mapping[str, Any]) -> dict[str, Any]:
+def page_context(results: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of `report.html.j2`; `results` have been checked (`summary.check_results`)."""
     settings = summary.aggregate(results.get("cells") or [], results.get("settings") or [])
     base = results.get("accuracy_before") or None
