@@ -16,14 +16,14 @@ from pathlib import Path
 
 
 def beside(path: str | Path, suffix: str) -> Path:
-    """What lies beside a folder or file under its name and `suffix`; "." has the name of the folder that it is."""
+    """Return the path next to a folder or file with `suffix` appended to its name; "." has the name of its folder."""
     whole = Path(path).absolute()
     return whole.with_name(whole.name + suffix)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place when the block ends well, and is removed if not.
+    """Yield a temporary path beside `path` that replaces it when the block succeeds and is removed when it fails.
 
     Temporary files of the same `path` that killed processes of this host left behind are removed first.
     """
@@ -50,7 +50,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @functools.cache
 def _host() -> str:
-    """Return a name of the host, its boot and its process numbers: only under the same name can a number be looked up.
+    """Return a key of the host, its boot and its process namespace, within which process numbers are comparable.
 
     Containers of one host number their processes apart, and a restarted host numbers them anew.
     """
@@ -62,7 +62,7 @@ def _host() -> str:
 
 
 def _sweep(path: Path) -> None:
-    """Remove the temporary files of `path` whose processes ran under this host's name and are gone."""
+    """Remove temporary files of `path` that were written under this host's key by processes that no longer run."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.{_host()}-*-*.tmp"):
         number = re.search(r"-(\d+)-[0-9a-f]+\.tmp$", left.name)
         if number is None or _runs(int(number[1])):
@@ -88,7 +88,7 @@ def _runs(process: int) -> bool:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Have an error of writing inside, as of a full disk, name `path` where it names nothing."""
+    """Make an error of writing inside the block (a full disk) name `path` where the error names no file."""
     try:
         yield
     except OSError as error:
@@ -98,6 +98,6 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Write a UTF-8 text file atomically: it appears complete or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

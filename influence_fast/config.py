@@ -32,7 +32,7 @@ from influence_fast.training.quantized_files import check_quantization
 
 @dataclass(frozen=True)
 class Source:
-    """Where examples come from: a hub id, a file, or a saved dataset, and how its rows are read."""
+    """A source of examples: a hub id, a file or a saved dataset, and how its rows are read."""
 
     path: str
     split: str = "train"
@@ -47,13 +47,13 @@ class Source:
 
     @classmethod
     def from_text(cls, path: str) -> Source:
-        """In a YAML file a bare path stands for the whole."""
+        """Return the source at `path` with default settings: in a YAML file a bare path stands for all of them."""
         return cls(path=path)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The pool that is scored and pruned, the validation questions that ask, the test questions that judge.
+    """The training pool, which is scored and pruned, the validation questions and the test questions.
 
     `validation` and `test` left out are held out of the pool: the first `holdout_validation` and the next
     `holdout_test` rows of a seeded shuffle. `decontaminate` sets pool examples aside that share 8 words in a row with
@@ -72,10 +72,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The base model, and an adapter to start from if there is one.
+    """The base model, and the adapter to start from if there is one.
 
-    `tokenizer`: hub id or folder of one to use in place of the adapter's own, or of the model's. `quantize`: nf4, fp4
-    or int8 quantises the base weights as they are loaded, by bitsandbytes (docs/quantized.md).
+    `tokenizer`: hub id or folder of a tokenizer used in place of the adapter's or the model's own. `quantize`: nf4, fp4
+    or int8 quantises the base weights with bitsandbytes as they are loaded (docs/quantized.md).
     """
 
     path: str
@@ -92,7 +92,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """The grid: each strategy at each fraction of the pool dropped, each fine-tuned with each seed.
+    """The pruning grid: each strategy at each fraction of the pool dropped, fine-tuned with each seed.
 
     `max_similar`: of traces with this Jaccard similarity of their 8-word runs or more, only the one that the strategy
     would drop last stays. The pass rates that `difficulty`, `easy` and `hard` read come from `pass_rate_samples`
@@ -107,10 +107,11 @@ class PruningConfig:
     pass_rate_temperature: float = 0.6
 
     def pass_rate_config(self, evaluation: EvalConfig) -> EvalConfig:
-        """How the pool's questions are asked for their pass rates; otherwise as in the evaluation.
+        """Return the evaluation settings under which the pool's questions are answered to estimate their pass rates.
 
-        The pretrained model that answers is in memory then, so it answers itself, whatever `evaluation.engine` is; and
-        it samples by these settings, whatever `evaluation.generation` is.
+        They are those of `evaluation` but for the engine and the sampling: the pretrained model is in memory then, so
+        it answers itself whatever `evaluation.engine` is, and it samples by `pass_rate_samples` and
+        `pass_rate_temperature` whatever `evaluation.generation` is.
         """
         return dataclasses.replace(
             evaluation,
@@ -124,7 +125,7 @@ class PruningConfig:
 
 @dataclass(frozen=True)
 class ValidateConfig:
-    """`influence-fast validate`: which methods are put to the proof, and by how many retrainings.
+    """Settings of `influence-fast validate`: the methods to validate, and the number of retrainings.
 
     methods: names of `methods.METHODS`, or mappings of `Method`'s fields with a name; `default` is the one that the
     others are compared with. external: name -> .npz file with `scores` [N, Q] of another tool, for the same pool and
@@ -165,8 +166,11 @@ class ValidateConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One whole run. `output`: the folder everything is written to; a relative one is taken from the folder that the
-    command is started in, while all other paths of a YAML file are taken from the file's own."""
+    """The configuration of one complete run.
+
+    `output`: the folder everything is written to; a relative one is taken from the folder that the command is started
+    in, while all other paths of a YAML file are taken from the file's own folder.
+    """
 
     output: str
     model: ModelConfig
@@ -225,7 +229,7 @@ class RunConfig:
 
 
 def _check_quantized(config: RunConfig) -> None:
-    """ConfigError for what does not go with base weights that are quantised as they are loaded."""
+    """Raise ConfigError for settings that cannot be combined with base weights quantised on loading."""
     models = [config.model, config.target_model or config.model]
     if all(model.quantize is None for model in models):
         return
@@ -236,7 +240,7 @@ def _check_quantized(config: RunConfig) -> None:
 
 
 def check_strategies(names: typing.Iterable[str], influence: InfluenceConfig) -> None:
-    """ConfigError for a strategy that is unknown, or that reads what the queries do not give."""
+    """Raise ConfigError for a strategy that is unknown, or that reads columns which the queries do not give."""
     for strategy in names:
         one_of("pruning.strategies", strategy, STRATEGIES)
         wrong = any(column.endswith("_incorrect") for column in needed_columns([strategy]))
@@ -248,9 +252,10 @@ def check_strategies(names: typing.Iterable[str], influence: InfluenceConfig) ->
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """Reads a YAML file. Relative paths in it are taken from the file's own folder if they exist there.
+    """Read a run's configuration from a YAML file.
 
-    Raises ConfigError naming the file and the key.
+    Relative paths in it are taken from the file's own folder if they exist there. Raises ConfigError naming the file
+    and the key.
     """
     path = Path(path)
     try:
@@ -271,7 +276,10 @@ _LONGEST_NAME = 255  # bytes, of every file system in use
 
 
 def _local(path: str, folder: Path) -> str:
-    """`path`, from `folder` if it exists there. Raises ConfigError for a text that no file can have as its name."""
+    """Return `path` resolved against `folder` if it exists there, else unchanged.
+
+    Raises ConfigError for a text that cannot be a file name.
+    """
     if "\0" in path or any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.split("/")):
         raise ConfigError(f"{shown(path)} cannot be the name of a file or folder; check the path")
     beside = Path(os.path.abspath(folder / path))  # the same file has one name, wherever the command is run

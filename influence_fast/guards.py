@@ -23,9 +23,10 @@ _KINDS = (
 
 @contextlib.contextmanager
 def reading(what: object, kind: type[InfluenceFastError] = DataError) -> Iterator[None]:
-    """Raise as `kind`, naming `what` is read, any error inside that nobody foresaw; our own pass as they are.
+    """Turn any unforeseen error inside the block into one of class `kind` that names `what` is being read.
 
-    Errors of a full disk pass too: what is written there is told by its own name.
+    Errors of this package pass unchanged, and so do errors of a full disk: what is written there is reported under its
+    own name.
     """
     try:
         yield

@@ -21,7 +21,7 @@ _WORKER = Path(__file__).with_name("limited_worker.py")
 
 @dataclass(frozen=True)
 class Limited:
-    """What a limited process left: its `output` and `errors`, and by what it was `stopped` ("", "time", "memory")."""
+    """The result of a limited process: `output`, `errors`, and the limit that stopped it ("", "time" or "memory")."""
 
     output: bytes
     errors: bytes
@@ -29,9 +29,9 @@ class Limited:
 
 
 def limited(work: Mapping[str, Any], *, seconds: int, memory: int) -> Limited:
-    """Do a task of `limited_worker` in a process of its own, within `seconds` of processor time and `memory` bytes.
+    """Run a task of `limited_worker` in a process limited to `seconds` of processor time and `memory` bytes.
 
-    `work` has the task's name as "task", and plain values.
+    `work` holds the task's name under "task", and plain values.
     """
     sent = pickle.dumps({**work, "seconds": seconds, "memory": memory})
     command = [sys.executable, "-I", str(_WORKER)]
@@ -46,7 +46,7 @@ def limited(work: Mapping[str, Any], *, seconds: int, memory: int) -> Limited:
 
 
 def isolated_environment() -> dict[str, str]:
-    """Return this process's environment without what makes Python import or run other files."""
+    """Return this process's environment without the variables that make Python import or run other files."""
     unsafe = ("PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME", "PYTHONINSPECT", "PYTHONUSERBASE", "PYTHONBREAKPOINT")
     return {name: value for name, value in os.environ.items() if name not in unsafe}
 
@@ -61,7 +61,7 @@ def trusted_folders() -> list[str]:
 
 
 def safe_environment() -> dict[str, str]:
-    """Return this process's environment with the absolute folders of PYTHONPATH alone; `.` is whatever is current."""
+    """Return this process's environment with only the absolute folders of PYTHONPATH: `.` is any current folder."""
     found = dict(os.environ)
     if "PYTHONPATH" in found:
         folders = [folder for folder in found["PYTHONPATH"].split(os.pathsep) if Path(folder).is_absolute()]
@@ -71,10 +71,10 @@ def safe_environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def current_folder_off_path() -> Iterator[None]:
-    """Let processes started inside, as those of `multiprocessing`, begin without the current folder on their path.
+    """Start processes inside the block, as those of `multiprocessing`, without the current folder on their path.
 
-    Their own settings and those of their children hold it too. The path that `multiprocessing` hands on from this
-    process is not changed.
+    Their environment passes this on to their own children. The path that `multiprocessing` hands on from this process
+    is not changed.
     """
     before = {name: os.environ.get(name) for name in ("PYTHONSAFEPATH", "PYTHONPATH")}
     os.environ.update(safe_environment() | {"PYTHONSAFEPATH": "1"})
