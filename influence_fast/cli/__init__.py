@@ -16,8 +16,10 @@ from influence_fast.errors import InfluenceFastError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 1 where a check disagrees, 2 for an error (told in one line), 130 after
-    Ctrl-C."""
+    """Run the command line, and return the exit code.
+
+    It is 0, 1 where a check disagrees, 2 for an error (reported in one line), and 130 after Ctrl-C.
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
     if not hasattr(args, "work"):
@@ -56,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All verbs and their options."""
+    """Return the parser of all verbs and their options."""
     parser = argparse.ArgumentParser(
         prog="influence-fast",
         description="Find which chain-of-thought training examples help or harm a fine-tuned language model.",

@@ -13,9 +13,9 @@ from influence_fast.errors import one_line
 
 
 def by_flags(text: str, args: Any, of: str = "") -> str:
-    """Settings by the names that they have as options of this verb; a configuration file has their own.
+    """Return a message with settings named as this verb's options; a configuration file keeps its own names.
 
-    of: what the names of the options for columns and format begin with ("validation-").
+    of: the prefix of the options for columns and format ("validation-").
     """
     if hasattr(args, "config"):
         return text
@@ -55,7 +55,7 @@ def _own(name: str, args: Any) -> str:
 
 
 def unforeseen(error: BaseException) -> str:
-    """Return the line for an error that no check expects: where it happened in this package, and what to do."""
+    """Return the message for an error that no check expects: where it happened in this package, and what to do."""
     package = Path(__file__).parents[1]
     places = [
         f"{Path(frame.filename).relative_to(package.parent)}, line {frame.lineno}"
@@ -75,7 +75,7 @@ def _renamed(found: re.Match[str]) -> str:
 
 
 def _settings_of(part: str) -> set[str]:
-    """The keys of one part of a configuration, of those whose names are no file's."""
+    """Return the setting names of a section of the configuration; none where a file may have the section's name."""
     from influence_fast import config
 
     parts = {
@@ -92,5 +92,5 @@ def _settings_of(part: str) -> set[str]:
 
 
 def say_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """A line for the person at the terminal, without the place in the code."""
+    """Print a warning in one line to stderr, without its place in the code."""
     print(f"warning: {message}", file=sys.stderr)

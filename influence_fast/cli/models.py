@@ -12,7 +12,7 @@ from influence_fast.errors import ConfigError
 
 
 def add(verb: NewVerb) -> None:
-    """Adds these verbs and their options."""
+    """Add these verbs and their options."""
     sub = verb("train", _train, "fine-tune a LoRA adapter")
     options.add_model(sub, adapter=False)
     options.add_data(sub, "--data", "training examples")
@@ -143,7 +143,7 @@ def _eval(args: Any) -> None:
 
 
 def _check(args: Any) -> int:
-    """Exit code 0 where all agree, 1 where something differs, is refused or cannot be judged."""
+    """Check a model; return 0 where all agrees, 1 where something differs, is refused or cannot be judged."""
     from influence_fast.check.model_check import check_model
 
     model, tokenizer = options.open_model(args)
@@ -155,7 +155,7 @@ def _check(args: Any) -> int:
 
 
 def _questions(args: Any) -> tuple[list[Any], Any]:
-    """What `eval` asks, and its settings: a task's, or those of any data with answers."""
+    """Return the questions that `eval` asks and its settings: those of a task, or of any data with answers."""
     from influence_fast.evaluation.tasks import known_tasks, load_task, task_examples
 
     if args.task is None:

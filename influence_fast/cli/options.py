@@ -36,7 +36,7 @@ def add_model(sub: argparse.ArgumentParser, *, adapter: bool, adapter_needed: bo
 
 
 def add_gradients(sub: argparse.ArgumentParser) -> None:
-    """What `gradients_of` reads."""
+    """Add the options that `gradients_of` reads."""
     sub.add_argument(
         "--target",
         nargs="+",
@@ -89,7 +89,7 @@ def add_data(
 
 
 def columns(text: str) -> dict[str, str | None]:
-    """`prompt=question,id=` -> {"prompt": "question", "id": None}."""
+    """Parse `prompt=question,id=` into {"prompt": "question", "id": None}."""
     pairs = [part.partition("=") for part in text.split(",")]
     if any(not sign or not name for name, sign, _ in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=COLUMN,NAME=COLUMN")
@@ -104,7 +104,7 @@ def damping(text: str) -> float | str:
 
 
 def given(args: Any, *names: str) -> dict[str, Any]:
-    """The options that were given; what was not has its default in the settings classes."""
+    """Return the options that were given; the others have their defaults in the settings classes."""
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
@@ -128,7 +128,7 @@ def gradients_of(args: Any) -> GradientConfig:
 
 
 def evaluation_of(args: Any, settings: Any = None) -> Any:
-    """`settings` (default: EvalConfig's own) with what the command line says otherwise."""
+    """Return `settings` (default: EvalConfig's own) overridden by the options that were given."""
     from influence_fast.evaluation.evaluate import EvalConfig
 
     names = ("max_new_tokens", "samples", "temperature", "top_p", "seed", "answer_kind", "engine", "generation")
@@ -145,7 +145,7 @@ def trace_of(args: Any) -> str | int:
 
 
 def quiet_libraries() -> None:
-    """On the command line the bars and the notes to developers are ours alone; a library's importer keeps them."""
+    """Silence the progress bars and developer warnings of transformers and datasets; library users keep them."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -157,7 +157,7 @@ def quiet_libraries() -> None:
 
 
 def bars(args: Any) -> bool:
-    """Progress bars are for terminals; in a log they would be blank lines."""
+    """Return whether to show progress bars: on terminals only, since in a log they would be blank lines."""
     return not args.quiet and sys.stderr.isatty()
 
 
@@ -213,7 +213,7 @@ def say_left_out(args: Any, too_long: Sequence[tuple[str, int]]) -> None:
 
 
 def not_an_input(output: str, *inputs: str | None) -> None:
-    """ConfigError where writing `output` would replace one of the files that are read."""
+    """Raise ConfigError where writing `output` would replace one of the files that are read."""
     for path in inputs:
         if path is not None and Path(path).exists() and Path(path).resolve() == Path(output).resolve():
             raise ConfigError(f"--output {output} is also read from, and would be lost: give another file")
