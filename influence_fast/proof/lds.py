@@ -26,7 +26,7 @@ _CHUNK = 1 << 25  # numbers of one chunk of bootstrap ranks
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the ends of its 95 % bootstrap interval, and the bootstrap draws [B] behind them."""
+    """A value with the ends of its 95 % bootstrap interval, and the bootstrap draws [B] it comes from."""
 
     value: float
     low: float
@@ -34,12 +34,12 @@ class Estimate:
     draws: np.ndarray
 
     def minus(self, other: Estimate) -> Estimate:
-        """The difference; its interval is paired where both came from one call."""
+        """Return the difference of two estimates; its interval is paired where both came from one call."""
         return _estimate(self.value - other.value, self.draws - other.draws)
 
 
 def draw_subsets(n: int, size: int, count: int, seed: int) -> np.ndarray:
-    """[count, n] bool: `count` uniform subsets of `size` of n examples; the first ones do not depend on `count`.
+    """Draw `count` uniform subsets of `size` of n examples as [count, n] bool; the first do not depend on `count`.
 
     Raises ConfigError for a size that leaves nothing to choose.
     """
@@ -59,7 +59,7 @@ def linear_datamodeling_scores(
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """The LDS of every method, with intervals from the same draws.
+    """Compute the LDS of every method, with intervals from the same bootstrap draws.
 
     Args:
         scores: method -> [N, Q] influence of every training example on every query, positive = lowers its loss.
@@ -95,10 +95,11 @@ def linear_datamodeling_scores(
 
 
 def seed_agreement(losses: np.ndarray) -> float:
-    """Mean over queries and pairs of seeds of the Spearman correlation of two seeds' losses [S, R, Q] over subsets.
+    """Return how far two seeds' losses agree: their Spearman correlation over subsets, mean over queries and pairs.
 
-    Where retraining with another seed moves the outcomes about as much as another subset does, no method can have a
-    high LDS: the square root of the reliability of the mean over seeds (Spearman-Brown) bounds it. NaN for one seed.
+    losses: [S, R, Q], over S subsets, R seeds and Q queries. Where retraining with another seed moves the outcomes
+    about as much as another subset does, no method can have a high LDS: the square root of the reliability of the mean
+    over seeds (Spearman-Brown) bounds it. NaN for one seed.
     """
     seeds = losses.shape[1]
     if seeds < 2:
@@ -110,9 +111,10 @@ def seed_agreement(losses: np.ndarray) -> float:
 
 
 def ceiling(losses: np.ndarray) -> float:
-    """sqrt of the reliability of the seeds' mean, R a / (1 + (R - 1) a) for the seeds' agreement a: see above.
+    """Return the highest LDS to be expected: the square root of the reliability of the seeds' mean.
 
-    0 where seeds do not agree (a <= 0; the formula has a pole at -1 / (R - 1)), NaN for one seed.
+    The reliability is R a / (1 + (R - 1) a) for R seeds with the agreement a of `seed_agreement`. 0 where seeds do not
+    agree (a <= 0; the formula has a pole at -1 / (R - 1)), NaN for one seed.
     """
     seeds, agreement = losses.shape[1], seed_agreement(losses)
     if agreement <= 0:
@@ -125,13 +127,13 @@ def _multisets(seeds: int) -> list[list[int]]:
 
 
 def _signs(values: np.ndarray) -> np.ndarray:
-    """[Q, S, S] sign of value i - value j, of values [S, Q]: weighted sums over j give centred average ranks."""
+    """Return the sign of value i - value j of values [S, Q] as [Q, S, S]; weighted sums over j give centred ranks."""
     columns = values.T
     return np.sign(columns[:, :, None] - columns[:, None, :]).astype(np.float32)
 
 
 def _mean_spearman(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[B] mean over queries of the rank correlation when subset i counts counts[b, i] times."""
+    """Return the mean over queries of the rank correlation, [B], where draw b counts subset i counts[b, i] times."""
     queries, size, _ = one.shape
     step = max(1, _CHUNK // (queries * size))
     out = []
