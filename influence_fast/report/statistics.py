@@ -29,14 +29,14 @@ _CHUNK = 512  # draws at a time: 5 MB of weights for 1,319 questions
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """One setting's answers: `correct` [S, N] float64 in 0..1, rows as in `seeds`, columns as in `questions`."""
+    """The answers of one setting: `correct` [S, N] float64 in 0..1, rows as in `seeds`, columns as in `questions`."""
 
     seeds: tuple[int, ...]
     questions: tuple[str, ...]
     correct: np.ndarray
 
     def of(self, seeds: Sequence[int]) -> np.ndarray:
-        """[len(seeds), N]: the rows of these seeds."""
+        """Return the rows of the given seeds, [len(seeds), N]."""
         return self.correct[[self.seeds.index(seed) for seed in seeds]]
 
 
@@ -47,7 +47,7 @@ def grid_statistics(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Means, intervals and paired tests of a grid, as the report's `settings` and `comparisons`.
+    """Compute means, intervals and paired tests of a grid, as the report's `settings` and `comparisons`.
 
     Args:
         cells: one run each: "strategy", "fraction", "seed"; "low" and "high" are used where a setting has one seed.
@@ -104,7 +104,7 @@ def grid_statistics(
 
 
 def compare(first: np.ndarray, second: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
-    """`first` less `second`, both [S, N] over the same seeds and questions; see `grid_statistics` for the keys."""
+    """Compare `first` with `second`, both [S, N], over the same seeds and questions; `grid_statistics` has the keys."""
     if first.shape != second.shape or first.ndim != 2 or first.size == 0:
         raise DataError(f"answers of shapes {first.shape} and {second.shape} cannot be paired: both must be [S, N]")
     tables = np.stack([first, second]).astype(np.float64)  # [2, S, N]
@@ -133,9 +133,10 @@ def compare(first: np.ndarray, second: np.ndarray, *, draws: int = DRAWS, seed: 
 
 
 def two_level_interval(correct: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `correct` [S, N], over seeds and questions; over questions if S is 1.
+    """Return the 95 % percentile interval of the mean of `correct` [S, N] over seeds (where S > 1) and questions.
 
-    Answers that are all the same leave a bootstrap nothing to vary: then Wilson's interval over the questions.
+    Where all answers are the same, a bootstrap has nothing to vary, and Wilson's interval over the questions is
+    returned.
     """
     if np.ptp(correct) == 0:
         n = correct.shape[1]
@@ -145,7 +146,7 @@ def two_level_interval(correct: np.ndarray, *, draws: int = DRAWS, seed: int = 0
 
 
 def two_level_means(tables: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """[K, draws] bootstrapped means of K tables [K, S, N]; a draw is the same for all tables, so they stay paired."""
+    """Return bootstrapped means [K, draws] of K tables [K, S, N], which share their draws and so stay paired."""
     k, seeds, questions = tables.shape
     by_seed = tables.mean(axis=2, keepdims=True)
     if seeds > 1:
@@ -161,7 +162,7 @@ def two_level_means(tables: np.ndarray, *, draws: int = DRAWS, seed: int = 0) ->
 
 
 def sign_flip_test(differences: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> float:
-    """Two-sided p of paired `differences` [N] under the null hypothesis that each is as likely with either sign.
+    """Return the two-sided p of paired `differences` [N] under the null hypothesis that either sign is as likely.
 
     The sign-flip (paired permutation) test of Fisher (1935); for the right-or-wrong answers of one seed it is McNemar's
     exact test. All 2^n flips of the n differences that are not zero where these are at most `draws`, else `draws`
@@ -184,7 +185,7 @@ def sign_flip_test(differences: np.ndarray, *, draws: int = DRAWS, seed: int = 0
 
 
 def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
-    """p-values [m] adjusted so that the chance of one false claim among all m is kept (Holm 1979)."""
+    """Return p-values [m] adjusted so that the chance of one false claim among all m is kept (Holm 1979)."""
     values = np.asarray(p, np.float64)
     order = np.argsort(values, kind="stable")
     steps = values[order] * np.arange(len(values), 0, -1)
@@ -220,7 +221,7 @@ def _collect(
 
 
 def _counts(rng: np.random.Generator, draws: int, size: int) -> np.ndarray:
-    """[draws, size] float64: how often each of `size` things is drawn in `size` draws with replacement."""
+    """Return how often each of `size` things is drawn in `size` draws with replacement, [draws, size] float64."""
     picked = rng.integers(0, size, (draws, size)) + size * np.arange(draws)[:, None]
     return np.bincount(picked.ravel(), minlength=draws * size).reshape(draws, size).astype(np.float64)
 
@@ -230,5 +231,5 @@ def _arcsine(share: Any) -> Any:
 
 
 def _tolerance(values: np.ndarray) -> float:
-    """Sums that are equal on paper differ by rounding; this is above it, and far below one answer."""
+    """Return a bound above the rounding by which sums that are equal on paper differ, and far below one answer."""
     return 1e-12 * (1.0 + float(np.abs(values).sum()))

@@ -25,7 +25,7 @@ _T975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 
 
 
 def number(value: Any) -> float:
-    """`value` as a float; None, booleans and anything that is not a number become NaN."""
+    """Return `value` as a float; None, booleans and anything that is not a number become NaN."""
     if value is None or isinstance(value, bool | str):
         return math.nan
     try:
@@ -35,7 +35,7 @@ def number(value: Any) -> float:
 
 
 def jsonable(value: Any) -> Any:
-    """`value` as strict JSON has it: numpy and torch values as numbers, NaN and infinities as null."""
+    """Return `value` as strict JSON has it: numpy and torch values as numbers, NaN and infinities as null."""
     if isinstance(value, Mapping):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -50,7 +50,7 @@ def jsonable(value: Any) -> Any:
 
 
 def t_quantile(degrees: int) -> float:
-    """97.5 % quantile of Student's t; above nine degrees by the Cornish-Fisher expansion (error < 5e-5)."""
+    """Return the 97.5 % quantile of Student's t; above nine degrees by the Cornish-Fisher expansion (error < 5e-5)."""
     if degrees < 1:
         return math.nan
     if degrees <= len(_T975):
@@ -65,7 +65,7 @@ def t_quantile(degrees: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One (strategy, fraction) with its seeds put together.
+    """One (strategy, fraction) aggregated over its seeds.
 
     `mean` is the mean accuracy over the seeds with a finite accuracy (NaN if there is none), `low`/`high` its
     95 % interval, both in 0..1. `harmful_dropped`, `harmful_total`, `by_chance`, `kept`, `dropped` and `seconds`
@@ -93,12 +93,12 @@ class Setting:
 
     @property
     def finished(self) -> int:
-        """How many of the seeds have a finite accuracy."""
+        """Return how many of the seeds have a finite accuracy."""
         return sum(math.isfinite(a) for a in self.accuracies)
 
     @property
     def kind(self) -> str:
-        """`influence`, `random`, `full` or `baseline`: decides the colour."""
+        """Return the kind of strategy, which decides the colour: `influence`, `random`, `full` or `baseline`."""
         if self.strategy in ("random", "full"):
             return self.strategy
         known = self.strategy in STRATEGIES  # results may be of a strategy that was registered elsewhere
@@ -111,7 +111,7 @@ def _mean(values: Iterable[Any]) -> float:
 
 
 def interval(cells: Sequence[Row]) -> tuple[float, float, float]:
-    """Mean accuracy of one setting over its seeds, and a 95 % interval, in 0..1.
+    """Return the mean accuracy of one setting over its seeds and a 95 % interval, in 0..1.
 
     One seed: the cell's own interval over test questions. n seeds: mean +- t(n-1) s / sqrt(n) over the seeds, but
     on neither side narrower than the cells' own half-width / sqrt(n): that much is left by the questions even if
@@ -136,7 +136,7 @@ def _setting_key(row: Row) -> tuple[str, float]:
 
 
 def aggregate(cells: Sequence[Row], intervals: Sequence[Row] = ()) -> list[Setting]:
-    """Cells grouped by (strategy, fraction), fractions rounded to 1e-6, in order of first appearance.
+    """Group cells by (strategy, fraction), fractions rounded to 1e-6, in order of first appearance.
 
     `intervals`: the results' `settings`; a setting that is not among them gets its interval from its cells.
     """
@@ -179,7 +179,7 @@ def aggregate(cells: Sequence[Row], intervals: Sequence[Row] = ()) -> list[Setti
 
 
 def further_measures(row: Row) -> dict[str, float]:
-    """What several answers a question give beside the accuracy: {"maj@8": share, "pass@4": estimate}."""
+    """Return what several answers a question give beside the accuracy: {"maj@8": share, "pass@4": estimate}."""
     found = {}
     if row.get("majority") is not None:
         found[f"maj@{row['samples']}" if row.get("samples") else "maj"] = number(row["majority"])
@@ -189,7 +189,7 @@ def further_measures(row: Row) -> dict[str, float]:
 
 
 def best_setting(settings: Sequence[Setting]) -> Setting | None:
-    """Highest mean accuracy among the strategies other than `full` and `random`; the first one on a tie."""
+    """Return the setting of highest mean accuracy other than `full` and `random`; the first one on a tie."""
     tried = [s for s in settings if s.kind not in ("full", "random") and math.isfinite(s.mean)]
     return max(tried, key=lambda s: s.mean, default=None)
 
@@ -198,7 +198,7 @@ def best_setting(settings: Sequence[Setting]) -> Setting | None:
 
 
 def score_arrays(scores: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-    """`s_correct` and `s_incorrect` as float64 arrays (N,), NaN where missing."""
+    """Return `s_correct` and `s_incorrect` as float64 arrays (N,), NaN where missing."""
     return (
         np.array([number(s.get("s_correct")) for s in scores], dtype=np.float64),
         np.array([number(s.get("s_incorrect")) for s in scores], dtype=np.float64),
@@ -206,7 +206,7 @@ def score_arrays(scores: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Mid-ranks in 0..1 of the finite values (ties share their mean); NaN elsewhere, all zeros if nothing is finite."""
+    """Return mid-ranks in 0..1 of the finite values (ties share their mean), else NaN; zeros if none is finite."""
     if not np.isfinite(values).any():
         return np.zeros(len(values))
     ranks = np.full(len(values), np.nan)
@@ -216,12 +216,12 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def balance(scores: Sequence[Row]) -> np.ndarray:
-    """rank(s_correct) - rank(s_incorrect) in -1..1 (N,): high helps, low harms; NaN where a score is not finite.
+    """Return rank(s_correct) - rank(s_incorrect) in -1..1 (N,): high helps, low harms; NaN where one is not finite.
 
-    Where one of the two scores is finite for no trace at all, the order is the other's alone.
+    Where one of the two scores is finite for no trace at all, the order is that of the other alone.
 
-    The order of the `combined` strategy. By rank and not by value: traces with large gradients have large scores
-    of both kinds, and would lead both lists.
+    This is the order of the `combined` strategy. It uses ranks and not values: traces with large gradients have large
+    scores of both kinds, and would lead both lists.
     """
     s_correct, s_incorrect = score_arrays(scores)
     neither = ~np.isfinite(s_correct) & ~np.isfinite(s_incorrect)
@@ -229,7 +229,7 @@ def balance(scores: Sequence[Row]) -> np.ndarray:
 
 
 def extremes(scores: Sequence[Row], each: int) -> tuple[list[int], list[int]]:
-    """Indices of the `each` most helpful and most harmful traces, most extreme first, never the same trace twice."""
+    """Return indices of the `each` most helpful and most harmful traces, most extreme first, no trace twice."""
     value = balance(scores)
     order = [int(i) for i in np.argsort(value, kind="stable") if math.isfinite(value[i])]
     each = min(each, len(order) // 2)
