@@ -48,7 +48,7 @@ def words(name: str) -> list[str]:
 
 
 def is_trace_name(name: str) -> bool:
-    """Tell whether a column of this name holds a trace or a solution: `r1_cot_1`, not `cot_type`."""
+    """Return whether a column of this name holds a trace or a solution: `r1_cot_1`, not `cot_type`."""
     found = words(name)
     while len(found) > 1 and found[-1] in _MODELS:  # messages_r1, traces_r1
         found = found[:-1]
@@ -65,16 +65,16 @@ def is_trace_name(name: str) -> bool:
 
 
 def is_reasoning_name(name: str) -> bool:
-    """Tell whether a column of this name holds what comes before an answer: `Complex_CoT`, `thinking`."""
+    """Return whether a column of this name holds what comes before an answer: `Complex_CoT`, `thinking`."""
     return is_trace_name(name) and bool(_PROCESS.intersection(words(name)))
 
 
 def is_prompt_name(name: str) -> bool:
-    """Tell whether a column of this name belongs to the prompt: `system_prompt`, `tools`."""
+    """Return whether a column of this name belongs to the prompt: `system_prompt`, `tools`."""
     return " ".join(words(name)) in _PROMPT_NAMES
 
 
 def is_metadata_name(name: str) -> bool:
-    """Tell whether a name speaks of something beside the text: `cot_type`, `trace_id`, `language`."""
+    """Return whether a name speaks of something beside the text: `cot_type`, `trace_id`, `language`."""
     found = words(name)
     return not found or found[-1] in _METADATA

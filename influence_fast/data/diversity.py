@@ -19,13 +19,13 @@ _KEPT = 256 << 20  # bytes of run hashes that save reading a text twice
 
 
 def check_similarity(threshold: float) -> None:
-    """ConfigError unless `threshold` is a similarity that can be asked for."""
+    """Raise ConfigError unless `threshold` is above 0 and at most 1."""
     if not 0 < threshold <= 1:
         raise ConfigError(f"max_similar {threshold} is not above 0 and at most 1 (Jaccard similarity of 8-word runs)")
 
 
 def near_duplicates(texts: Sequence[str], threshold: float, *, n: int = 8, progress: bool = True) -> np.ndarray:
-    """Number the clusters of near-duplicates: [N] int64, the same number for texts of one cluster.
+    """Cluster near-duplicate texts, and return the cluster number of each: [N] int64.
 
     Two texts are near-duplicates where the Jaccard similarity of their sets of n-word runs is at least `threshold`;
     clusters are the connected components of that relation, so two ends of a chain may differ by more. A text of
@@ -66,9 +66,9 @@ def near_duplicates(texts: Sequence[str], threshold: float, *, n: int = 8, progr
 
 @dataclass(frozen=True, slots=True)
 class _Runs:
-    """The distinct runs of a text: how many, a digest of them all, and the sorted hashes of those that are shared.
+    """The distinct runs of a text: their number, a digest of them all, and the sorted hashes of those that are shared.
 
-    `shared` are all that another text has too, and by chance a few that none has.
+    `shared` has every run that another text has too, and by chance a few that none has.
     """
 
     size: int
@@ -103,7 +103,7 @@ def _shared_runs(texts: Sequence[str], n: int, told: Told | None = None) -> list
 
 
 def _place(runs: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Byte and bit of each hash in a table of so many bits, a power of two."""
+    """Return byte and bit of each hash in a table of `bits` bits, a power of two."""
     place = runs & np.uint64(bits - 1)
     return (place >> np.uint64(3)).astype(np.int64), np.uint8(1) << (place & np.uint64(7)).astype(np.uint8)
 
@@ -111,7 +111,8 @@ def _place(runs: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 class _RunHashes:
     """The sorted distinct run hashes of each text, uint64; a text of fewer than n words is one run.
 
-    What is asked for first is kept, up to `_KEPT` bytes, until it is asked for again: `hashes[i]` is for two passes.
+    Hashes are computed on demand. Those computed first are kept, up to `_KEPT` bytes, until they are read again:
+    `hashes[i]` is for two passes.
     """
 
     def __init__(self, texts: Sequence[str], n: int) -> None:

@@ -17,7 +17,7 @@ _REPEATED = 16  # characters: an answer may begin with a shorter prompt by chanc
 
 
 class ReadWarnings:
-    """What a reader leaves out of the rows, said once for a source when it has read them."""
+    """Warnings about what a reader leaves out of the rows, collected and logged once for a source."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -30,7 +30,7 @@ class ReadWarnings:
         self.seen = 0
 
     def see(self, cells: Cells, drafts: list[Draft]) -> None:
-        """Take note of one row and of what was made of it."""
+        """Record what was left out of one row."""
         if any(draft.cut for draft in drafts):
             self.cut.append(cells.index)
         if any(draft.passed_over for draft in drafts):
@@ -44,7 +44,7 @@ class ReadWarnings:
         return listing(self.rows.place(i).removeprefix(f"{self.rows.name}, ") for i in indices)
 
     def say(self) -> None:
-        """Log what was noted, a line for each kind."""
+        """Log what was recorded, a line for each kind."""
         name = self.rows.name
         if self.cut:
             logger.warning(

@@ -34,7 +34,7 @@ class Clusters:
         self._members: dict[int, list[int]] = {}
 
     def join(self, i: int, j: int) -> None:
-        """Make one cluster of those of i and j; the members of the smaller one are renumbered."""
+        """Merge the clusters of i and j; the members of the smaller one are renumbered."""
         a, b = int(self.label[i]), int(self.label[j])
         if a == b:
             return
@@ -69,9 +69,9 @@ def similar_sets(
 
 
 def _by_rarity(shared: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The elements of each set that two sets hold or more, as places in the order of rarity.
+    """Return the elements that two sets or more hold, numbered from the rarest, for each set.
 
-    Returns the sets behind each other, each ascending, int32, and where each starts, [N + 1] int64.
+    The sets come end to end, each ascending, int32, with where each starts, [N + 1] int64.
     """
     every = np.concatenate([*shared, np.zeros(0, dtype=np.uint64)])
     every.sort()
@@ -96,11 +96,11 @@ def _by_rarity(shared: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def _alike(
     sizes: Sequence[int], tokens: np.ndarray, starts: np.ndarray, threshold: float, clusters: Clusters
 ) -> dict[int, list[int]]:
-    """The sets that have to be compared, each with those that any other set sees as it sees this one.
+    """Return the sets to be compared, each with the other sets that look the same to every third set.
 
-    Sets of one size and the same shared elements share the same number with every other set, so one stands for all.
-    Among themselves all are similar, and joined here, or none is: those are listed, to be joined as soon as another
-    set is similar to one of them. A set without shared elements is similar to none and left out.
+    Sets of one size and the same shared elements share the same number with every other set, so one represents all.
+    Among themselves all are similar, and joined here, or none is: those are listed, to be joined as soon as another set
+    is similar to one of them. A set without shared elements is similar to none and left out.
     """
     seen: dict[tuple[int, bytes], int] = {}
     nodes: dict[int, list[int]] = {}
@@ -119,7 +119,7 @@ def _alike(
 
 
 class _Join:
-    """One pass over the sets, by size: each is looked up among those before it, and then entered into the index."""
+    """One pass over the sets by size: each is looked up among those before it, and then entered into the index."""
 
     def __init__(
         self,
@@ -152,15 +152,15 @@ class _Join:
         self._open_index()
 
     def _early(self, share: float) -> np.ndarray:
-        """How many shared elements of each set precede the last place where it can first meet a similar set."""
+        """Return how many shared elements of each set precede the last place where it can first meet a similar set."""
         return self.sizes - np.ceil(share * self.sizes - 1e-6).astype(np.int64) + 1 - self.alone
 
     def _differing(self, sizes: np.ndarray) -> np.ndarray:
-        """What a set of each size adds to the elements in which it may differ from a similar one."""
+        """Return what a set of each size adds to the number of elements in which it may differ from a similar one."""
         return sizes * (1 - self.threshold) / (1 + self.threshold) + 1e-6
 
     def _open_index(self) -> None:
-        """Room for every element's list of the sets that enter it, one list behind the other."""
+        """Allocate every element's list of the sets that enter it, one list after the other."""
         counts = np.zeros(len(self.is_mine), dtype=np.int64)
         for i in self.order.tolist():
             counts[self._first(i, self.entered)] += 1
@@ -190,7 +190,7 @@ class _Join:
             tell(skipped + done + 1)
 
     def _look_up(self, i: int, wanted: np.ndarray) -> None:
-        """Join set i with the similar ones that share one of the elements `wanted`, which are its first."""
+        """Join set i with the similar sets that share one of its first elements, `wanted`."""
         count = self.filled[wanted]
         total = int(count.sum())
         place = int(self.place[i])
@@ -208,7 +208,7 @@ class _Join:
             self._compare(i, entries[_FEW:], rooms[_FEW:])
 
     def _compare(self, i: int, entries: np.ndarray, room: np.ndarray | int) -> None:
-        """Join set i with those similar to it among entries of the index; `room` are its elements from there on."""
+        """Join set i with the similar sets among entries of the index; `room` counts its elements from there on."""
         label, size = self.clusters.label, int(self.sizes[i])
         others = self.held_by[entries]
         new = np.flatnonzero((label[others] != label[i]) & (self.compared_by[others] != i))
@@ -221,7 +221,7 @@ class _Join:
         self._count(i, others[new])
 
     def _scan(self, i: int, smallest: int, place: int) -> None:
-        """Join set i with those similar to it among all sets in places `smallest` to `place` of the order."""
+        """Join set i with the similar sets among places `smallest` to `place` of the order."""
         granted = self.granted[smallest:place] + (self.granted[place] + 1)
         near = smallest + np.flatnonzero(self.bits.odd(place, smallest, place) <= granted)
         others = self.order[near]
@@ -229,7 +229,7 @@ class _Join:
         self._count(i, others[(label[others] != label[i]) & (self.compared_by[others] != i)])
 
     def _count(self, i: int, others: np.ndarray) -> None:
-        """Join set i with those similar to it among `others`, of other clusters than its own."""
+        """Join set i with the similar sets among `others`, which are in other clusters, by counting common elements."""
         label, size, place = self.clusters.label, int(self.sizes[i]), int(self.place[i])
         if not len(others):
             return
@@ -248,7 +248,7 @@ class _Join:
             batch = min(2 * batch, _LARGEST_BATCH)
 
     def _common(self, others: np.ndarray) -> np.ndarray:
-        """How many elements each of `others` has in common with the set whose elements are marked as mine."""
+        """Return how many elements each of `others` shares with the set whose elements are marked in `is_mine`."""
         begin, end = self.starts[others], self.starts[others + 1]
         count = end - begin
         first = np.cumsum(count) - count

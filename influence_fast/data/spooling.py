@@ -40,7 +40,7 @@ _ROWS = 64  # examples in one record batch, which is what reading one of them ma
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Where tokens come from: as `data.load_examples` and `data.tokenize` take it."""
+    """A dataset and the settings by which it is read and tokenized, as `load_examples` and `tokenize` take them."""
 
     source: Any
     split: str = "train"
@@ -54,9 +54,9 @@ class TokenSource:
 
 
 class StreamedRows(Rows):
-    """The rows of a text file of one row after the other, read anew for every pass and never held.
+    """The rows of a text file of one row after the other, read anew for every pass and never held in memory.
 
-    They are those of `load_rows`, with the same line numbers; `place` knows the rows that the last pass has met.
+    They are those of `load_rows`, with the same line numbers; `place` knows only the rows that the last pass has read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,11 +68,11 @@ class StreamedRows(Rows):
         return sum(1 for _ in numbered_rows(self._path))
 
     def __getitem__(self, index: Any) -> Any:
-        """One row or a slice, at the price of a pass over the file."""
+        """Return one row or a slice, at the price of a pass over the file."""
         return list(self.read())[index]
 
     def read(self, columns: Iterable[str] | None = None) -> Iterator[Row]:
-        """Yield the rows in order, whole."""
+        """Yield the rows in order with all their columns."""
         numbers = self._numbers = array("q")
         for number, row in numbered_rows(self._path):
             numbers.append(number)
@@ -80,7 +80,7 @@ class StreamedRows(Rows):
 
     @property
     def columns(self) -> list[str]:
-        """Names of the first row's columns."""
+        """Return the column names of the first row."""
         return list(next(numbered_rows(self._path), (0, {}))[1])
 
     def place(self, index: int) -> str:
@@ -91,8 +91,8 @@ class StreamedRows(Rows):
 class Tokens(Sequence[dict[str, Any]]):
     """The tokenized examples in a folder, memory-mapped: `{"id", "input_ids" [n], "labels" [n]}`, int64 tensors.
 
-    too_long: (id, tokens) of the examples that were left out. without: the rows that have no trace of the kind asked
-    for. Raises DataError: the folder is not complete.
+    too_long: (id, tokens) of the examples that were left out. without: the rows that have no trace of the requested
+    kind. Raises DataError where the folder is not complete.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -130,7 +130,10 @@ class Tokens(Sequence[dict[str, Any]]):
 
 
 def is_spooled(folder: Path, source: TokenSource, tokenizer: Any) -> bool:
-    """Whether `folder` holds the tokens of just these rows, settings and tokenizer. Of a stream nobody knows."""
+    """Return whether `folder` holds the tokens of exactly these rows, settings and tokenizer.
+
+    It is False for a stream, whose rows cannot be identified.
+    """
     try:
         about = json.loads((folder / "tokens.json").read_bytes())
     except (OSError, ValueError):
@@ -140,10 +143,10 @@ def is_spooled(folder: Path, source: TokenSource, tokenizer: Any) -> bool:
 
 
 def spool(folder: Path, source: TokenSource, tokenizer: Any, beat: Callable[[], None] = lambda: None) -> None:
-    """Tokenizes `source` into `folder`; `beat` is called as it gets on.
+    """Tokenize `source` into `folder`; the callback `beat` is called after every chunk of rows.
 
-    Raises DataError as `load_examples` and `tokenize` do, naming the row, and where no example is left; `folder` is
-    then as it was.
+    Raises DataError as `load_examples` and `tokenize` do, naming the row, and where no example is left; `folder` then
+    keeps the tokens it had.
     """
     pa = need_pyarrow(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,8 +186,11 @@ def spool(folder: Path, source: TokenSource, tokenizer: Any, beat: Callable[[], 
 
 
 def mapped_rows(source: Any, split: str, folder: Path) -> Rows:
-    """`load_rows` without the rows in memory: text files are read row by row in every pass, parquet and streamed
-    datasets go to Arrow files in `folder` first, batch by batch. Raises DataError as `load_rows` does."""
+    """Return the rows of `load_rows` without holding them in memory.
+
+    Text files are read row by row in every pass; parquet and streamed datasets are first written to Arrow files in
+    `folder`, batch by batch. Raises DataError as `load_rows` does.
+    """
     streamed = not hasattr(source, "__len__") and hasattr(source, "__iter__") and not isinstance(source, Path)
     if streamed:
         return load_rows(_arrow_of(source, folder / "rows.arrow"))
@@ -220,7 +226,7 @@ def mapped_rows(source: Any, split: str, folder: Path) -> Rows:
 
 
 def _arrow_of(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
-    """Rows of a streamed dataset, of unknown number, in an Arrow file."""
+    """Write the rows of a streamed dataset, of unknown number, to an Arrow file, and return its path."""
     need_datasets(str(path))
     pa = need_pyarrow(path)
     from datasets.arrow_writer import ArrowWriter
@@ -270,7 +276,7 @@ def _batch(pa: Any, examples: list[dict[str, Any]], schema: Any) -> Any:
 
 
 def _made_of(source: TokenSource, tokenizer: Any) -> dict[str, Any]:
-    """What tells these tokens from others: of files, size and time of change; of datasets, their fingerprint."""
+    """Return what identifies the tokens: the sources' sizes and times of change or fingerprint, settings, tokenizer."""
     where = source.source
     if isinstance(where, str | Path):
         path = Path(where).expanduser()

@@ -17,7 +17,7 @@ CHARACTERS = 1 << 24  # of a text: three hundred times the largest frame that tr
 def check_template(
     template: str, special: Mapping[str, str], conversations: Sequence[Sequence[Mapping[str, object]]], name: str
 ) -> None:
-    """Render `conversations` by `template` in a limited process, once in this process's life for the same ones.
+    """Render `conversations` by `template` in a limited process, once in this process's lifetime for the same input.
 
     Args:
         template: the chat template (Jinja).
@@ -35,7 +35,7 @@ def check_template(
 
 @functools.lru_cache(maxsize=64)
 def _tried(parts: str) -> str:
-    """Why the template is not to be used; empty where nothing speaks against it."""
+    """Return why the template must not be used; "" where nothing speaks against it."""
     template, special, conversations = json.loads(parts)
     work = {"task": "chat", "template": template, "special": special, "conversations": conversations}
     work["characters"] = CHARACTERS

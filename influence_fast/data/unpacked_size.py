@@ -54,7 +54,7 @@ def check_table(name: str, table: Any) -> None:
 
 
 def _unpacked(array: Any) -> int:
-    """Bytes of an Arrow array in which every row has its own value."""
+    """Return the bytes of an Arrow array in which every row has its own copy of its value."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
