@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jinja2.utils import htmlsafe_json_dumps
 
-from influence_fast.report import plots, summary, svg
+from influence_fast.report import plots, score_plots, summary, svg
 from influence_fast.report.summary import jsonable, number
 from influence_fast.report.words import decimal, headline, moment, signed
 
@@ -183,7 +183,7 @@ def _scatter(
             if text:
                 point[key] = text if len(text) <= clip else text[:clip] + f" … [{len(text) - clip:,} more characters]"
         points.append(point)
-    chart = plots.scatter_chart(
+    chart = score_plots.scatter_chart(
         s_correct,
         s_incorrect,
         drawn,
@@ -255,7 +255,7 @@ def _distribution(scores: Sequence[Mapping[str, Any]], labels: Mapping[str, int]
         if here.any():
             name = label if label is not None else ("no label" if any(own) else "all traces")
             groups.append((name, labels.get(label or "clean", 0), s_correct[here], s_incorrect[here]))
-    return plots.distribution_chart(groups)
+    return score_plots.distribution_chart(groups)
 
 
 def _detection(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
