@@ -44,7 +44,7 @@ class Undecided(Exception):
 
 
 class Judge(Protocol):
-    """Decides whether two expressions are equal, and whether two sides of an equation are in proportion."""
+    """Decide whether two expressions are equal, and whether two sides of an equation are in proportion."""
 
     def equal(self, a: Node, b: Node) -> bool: ...
 
@@ -52,7 +52,7 @@ class Judge(Protocol):
 
 
 class Exact:
-    """Judges rational numbers; raises Undecided for anything else."""
+    """Judge rational numbers exactly; raises Undecided for anything else."""
 
     def equal(self, a: Node, b: Node) -> bool:
         if a == b:
@@ -116,7 +116,7 @@ def _equal(a: Value, b: Value, judge: Judge) -> bool:
 
 
 def _unread(a: Value, b: Value) -> bool:
-    """Words and times are no mathematics; everything else may be, in a form that is not read here."""
+    """Return False for words and times, which are no mathematics; raises Undecided where a form is not read here."""
     if isinstance(a, Words | Clock) or isinstance(b, Words | Clock):
         return False
     raise Undecided
@@ -214,7 +214,7 @@ def _items(a: Items, b: Items, judge: Judge) -> bool:
 
 
 def _assigned(items: Sequence[Value]) -> list[Value]:
-    """The values of `y = 7, x = 3` in the order of their names; other items as they are."""
+    """Return the values of `y = 7, x = 3` in the order of their names; other items unchanged."""
     if all(isinstance(item, Equation) and item.left is not None and item.left[0] == "var" for item in items):
         return [item.right for item in sorted(items, key=lambda item: str(item.left))]  # type: ignore[union-attr]
     return list(items)
@@ -225,7 +225,7 @@ def _in_order(a: Sequence[Value], b: Sequence[Value], judge: Judge) -> bool:
 
 
 def _covers(a: Sequence[Value], b: Sequence[Value], judge: Judge) -> bool:
-    """Whether every item of `a` is one of `b`."""
+    """Return whether every item of `a` is one of `b`."""
     if len(a) > MANY or len(b) > MANY:
         return _sorted_exactly(a) == _sorted_exactly(b)
     return all(any(_equal(x, y, judge) for y in b) for x in a)
@@ -238,7 +238,7 @@ def _matched(a: list[Value], b: list[Value], judge: Judge) -> bool:
 
 
 def _paired(firsts: Sequence[_Item], seconds: Sequence[_Item], same: Callable[[_Item, _Item], bool]) -> bool:
-    """Whether each of `firsts` has one of `seconds` of its own that is the same."""
+    """Return whether every item of `firsts` can be paired with an item of `seconds` of its own that is the same."""
     rest = list(seconds)
     for first in firsts:
         at = next((i for i, second in enumerate(rest) if same(first, second)), None)

@@ -41,9 +41,9 @@ _NUMBER = re.compile(r"-?(?:\d[\d,]{0,400}(?:\.\d{1,400})?(?:/\d{1,400})?|\.\d{1
 def extract_answer(text: str, *, last_number: bool = False) -> str | None:
     r"""Return the answer that a text states, None where it states none.
 
-    The last `\boxed{...}` (several, where "and" or a comma joins them: `\boxed{3} and \boxed{7}` is `3, 7`), else the
-    last `<answer>...</answer>`, else the last `#### ...`, else the last of "The answer is ...", `**Final Answer**` or
-    `### Answer` before a line, and `A: ...`. With `last_number`, a text with none of these yields its last number.
+    It is the last `\boxed{...}` (several, where "and" or a comma joins them: `\boxed{3} and \boxed{7}` is `3, 7`), else
+    the last `<answer>...</answer>`, else the last `#### ...`, else the last of "The answer is ...", `**Final Answer**`
+    or `### Answer` before a line, and `A: ...`. With `last_number`, a text with none of these yields its last number.
 
     Example:
         >>> extract_answer("**Final Answer**\n\n73")
@@ -68,13 +68,13 @@ def _boxes(text: str) -> str | None:
 
 
 def _tagged(text: str) -> str | None:
-    """`<answer>12</answer>`, as models trained by reinforcement write it."""
+    """Return the last `<answer>12</answer>`, which models trained by reinforcement learning write."""
     found = _TAGGED.findall(text[-TAIL:])
     return _tidy(found[-1]) if found else None
 
 
 def _last_hashes(text: str) -> str | None:
-    """`####` before a result; before other words it is a heading, unless the text ends with it."""
+    """Return the last result after `####`; before other words it is a heading, unless the text ends with it."""
     tail = text[-TAIL:]
     if "####" not in tail:
         return None
@@ -92,7 +92,7 @@ def _last_hashes(text: str) -> str | None:
 
 
 def _last_stated(text: str) -> str | None:
-    """The last of a stated answer and of the line below a heading."""
+    """Return the last of the stated answers and the lines below a heading."""
     tail = text[-TAIL:]
     best: tuple[int, str | None] = (-1, None)
     for match in _STATED.finditer(tail):
@@ -111,7 +111,7 @@ def _last_stated(text: str) -> str | None:
 
 
 def _last_lettered(text: str) -> str | None:
-    """`A: 18`, as data of questions and answers has it, unless the text lists options A, B, C."""
+    """Return the last `A: 18`, as question-and-answer data has it, unless the text lists options A, B, C."""
     tail = text[-TAIL:]
     matches = list(_LETTERED.finditer(tail))
     if not matches or _OPTION_B.search(tail):
@@ -131,7 +131,7 @@ _SENTENCE_END = re.compile(r"[.!?;](?=\s|$|\*)|,\s(?=(?:not|because|since|which|
 
 
 def _tidy(line: str) -> str | None:
-    """Cut a line after its first sentence and take off markup: `**$3.50$**. So we...` gives `3.50`."""
+    """Cut a line after its first sentence and remove markup: `**$3.50$**. So we...` gives `3.50`."""
     line = _unmarked(line)
     for _ in range(4):
         hedged = _HEDGED.match(line)
@@ -190,10 +190,10 @@ _BOXED_CHOICE = re.compile(
 
 
 def extract_choice(text: str) -> str | None:
-    r"""Return the option that a text comes to, as a capital letter from A to J; None where it names none.
+    r"""Return the option that a text decides for, as a capital letter from A to J; None where it names none.
 
-    The last `\boxed{C}` (also `\boxed{\text{(C)}}`), else the last "the answer is C", "Answer: (C)" or "option C",
-    else the last line that is a letter and nothing more, else the last "(C)". A box with something else in it, as
+    It is the last `\boxed{C}` (also `\boxed{\text{(C)}}`), else the last "the answer is C", "Answer: (C)" or "option
+    C", else the last line that is a letter and nothing more, else the last "(C)". A box with something else in it, as
     `\boxed{a = 5}`, names no option.
     """
     boxed = last_boxed(text)

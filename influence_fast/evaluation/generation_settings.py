@@ -43,7 +43,7 @@ _REFUSED = {
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """What ends an answer: `tokens`, each of them, and `strings`, for an end of turn of several tokens."""
+    """Ends of an answer: any of `tokens`, or one of `strings`, for an end of turn of several tokens."""
 
     tokens: frozenset[int]
     strings: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class Ends:
 
 @dataclass(frozen=True, slots=True)
 class GenerationSettings:
-    """Everything that an answer depends on beside model, prompt and seed.
+    """The settings that an answer depends on beside model, prompt and seed.
 
     `sampling` has transformers' names: `do_sample`, and with it `temperature`, `top_p`, `top_k` (0: all tokens), or the
     model's own settings that differ from the defaults.
@@ -64,7 +64,7 @@ class GenerationSettings:
     own: bool = False  # the model's own settings
 
     def called(self, generate: Any, **options: Any) -> torch.Tensor:
-        """Return what `generate` makes. Raises ConfigError where the model's own settings do not let it."""
+        """Call `generate` and return its result; raises ConfigError where the model's own settings prevent it."""
         try:
             return cast("torch.Tensor", generate(**options))
         except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
@@ -82,7 +82,7 @@ class GenerationSettings:
         return {"sampling": sampling, "max_new_tokens": self.max_new_tokens, "ends": ends}
 
     def for_transformers(self, pad: int) -> Any:
-        """Return a `transformers.GenerationConfig` that says all; `pad` is the id of the padding token."""
+        """Return the settings as a `transformers.GenerationConfig`; `pad` is the id of the padding token."""
         from transformers import GenerationConfig
 
         return GenerationConfig(
@@ -96,9 +96,9 @@ class GenerationSettings:
         )
 
     def for_vllm(self) -> dict[str, Any]:
-        """Return keyword arguments of `vllm.SamplingParams` that say the same.
+        """Return the settings as keyword arguments of `vllm.SamplingParams`.
 
-        Raises ConfigError for a setting of the model's that vLLM does not have.
+        Raises ConfigError for a setting of the model's own that vLLM does not have.
         """
         sampling = dict(self.sampling)
         if not sampling.pop("do_sample", False):
@@ -125,7 +125,7 @@ class GenerationSettings:
 
 
 def generation_settings(config: EvalConfig, own: Any, ends: Ends) -> GenerationSettings:
-    """Return what answers are asked for by.
+    """Return the settings by which answers are generated.
 
     Args:
         config: the evaluation's settings.
@@ -162,14 +162,14 @@ def generation_settings(config: EvalConfig, own: Any, ends: Ends) -> GenerationS
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON can hold a setting as it is."""
+    """Return whether JSON can hold a setting unchanged."""
     return isinstance(value, str | int | float | bool | None) or (
         isinstance(value, list | tuple) and all(map(_is_plain, value))
     )
 
 
 def find_ends(own: Any, tokenizer: PreTrainedTokenizerBase) -> Ends:
-    """Return what ends an answer: the chat template's end of turn, the tokenizer's EOS token, and the model's own.
+    """Return the ends of an answer: the chat template's end of turn, the tokenizer's EOS token, and the model's own.
 
     `own` is the model's `generation_config` (chat models name several end tokens there), or None. Raises ModelError
     where nothing ends a turn.
@@ -183,7 +183,7 @@ def find_ends(own: Any, tokenizer: PreTrainedTokenizerBase) -> Ends:
 
 @contextlib.contextmanager
 def without_own_settings(model: torch.nn.Module) -> Iterator[None]:
-    """While the block runs, `model` (and the base of a peft model) has transformers' default generation settings."""
+    """Give `model` (and the base of a peft model) transformers' default generation settings inside the block."""
     from transformers import GenerationConfig
 
     base = getattr(model, "get_base_model", lambda: model)()

@@ -22,7 +22,7 @@ PROGRAM = Path(__file__).resolve().with_name("worker_main.py")
 
 
 class Worker:
-    """Owns one worker process: one JSON line in, one out. Started on first use, restarted after a kill."""
+    """Own one worker process, which reads and writes a JSON line a pair; it starts on first use and after a kill."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -16,7 +16,7 @@ MEMORY = 2 << 30  # bytes of address space: 9^9^9^9 must fail here, not take the
 
 
 class _OutOfTime(BaseException):
-    """Not an Exception: math-verify and sympy catch those."""
+    """An interruption that is no Exception, since math-verify and sympy catch those."""
 
 
 def _find_packages(others: list[str]) -> None:
