@@ -39,10 +39,11 @@ def near_duplicates(texts: Sequence[str], threshold: float, *, n: int = 8, progr
         texts: in any order.
         threshold: above 0, at most 1.
         n: words in a run.
-        progress: say on stderr how far it is, every ten seconds; nothing is said where it takes less.
-
-    Raises ConfigError for a threshold outside (0, 1].
-
+        progress: report progress on stderr every ten seconds; nothing is printed where it takes less.
+    Returns:
+        A number for each text, the same for texts of one cluster: the index of one of them.
+    Raises:
+        ConfigError: a threshold outside (0, 1].
     Example:
         >>> near_duplicates(["So the answer is 4.", "so the answer is 4", "It is 5."], 0.9).tolist()
         [0, 0, 2]

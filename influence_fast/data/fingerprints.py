@@ -116,7 +116,7 @@ def adapter_hash(model: nn.Module) -> str | None:
 
 
 def _adapters_of_layers(model: nn.Module) -> list[tuple[list[str], list[str]]]:
-    """Return, for each layer wrapped by peft, the adapters it holds factors of and the active ones among them."""
+    """Return the adapters that each layer wrapped by peft holds factors of, and the active ones among them."""
     found = []
     for module in model.modules():
         active: Any = getattr(module, "active_adapters", None)

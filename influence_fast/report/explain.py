@@ -30,7 +30,7 @@ DIRECTIONS = ("raising", "lowering")
 
 
 def explanations(top: TopInfluences, ids: Sequence[str], queries: Queries) -> list[dict[str, Any]]:
-    """Return, for each query, the examples that made its answer likelier and those that made it less likely.
+    """Return the examples that made each answer likelier and those that made it less likely, query by query.
 
     Each has the query's `id`, the `groups` it belongs to, `prompt`, `answer`, `reference` (whether that is the
     reference solution, not an answer of the model), and `raising` and `lowering`: lists of an example's `id` and

@@ -91,11 +91,13 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_report(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Write the HTML report of `results` atomically to `path`, and return where it is.
+    """Write the HTML report of `results` atomically to `path`.
 
     Args:
         results: a dictionary as this module's docstring describes.
         path: a file, or a folder that gets `report.html`. The same results give the same bytes.
+    Returns:
+        The path of the file.
     Raises:
         DataError: naming the part, row and key that do not follow the schema; nothing is written then.
     Example:
