@@ -38,7 +38,8 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        nameless = error.filename is None and error.errno is not None  # a full disk, most likely
+        # A full disk gives an error without a file name.
+        nameless = error.filename is None and error.errno is not None
         if nameless or str(error.filename) == str(temporary):
             error.filename = str(path)
         raise
@@ -75,13 +76,15 @@ def _sweep(path: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    if os.name != "posix":  # where `os.kill` has no signal that only asks
+    # Elsewhere `os.kill` has no signal that only tests for the process.
+    if os.name != "posix":
         return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it runs, under another user
+    except OSError:
+        # The process runs under another user.
         return True
     return True
 

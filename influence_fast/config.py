@@ -37,10 +37,12 @@ class Source:
     path: str
     split: str = "train"
     format: str = "auto"
-    trace: str | int = "first_correct"  # which of an OpenR1 row's traces
+    # The choice among an OpenR1 row's traces.
+    trace: str | int = "first_correct"
     limit: int | None = None
     columns: dict[str, str | None] | None = None
-    turns: str = "last"  # of a conversation, which assistant turns the loss is on: the last, or all
+    # The assistant turns of a conversation that have a loss: the last, or all.
+    turns: str = "last"
 
     def __post_init__(self) -> None:
         check_turns(self.turns)
@@ -79,7 +81,8 @@ class ModelConfig:
     """
 
     path: str
-    adapter: str | None = None  # a trained adapter: the first fine-tuning is then skipped
+    # With a trained adapter the first fine-tuning is skipped.
+    adapter: str | None = None
     tokenizer: str | None = None
     dtype: str = "float32"
     device: str = "auto"
@@ -175,7 +178,8 @@ class RunConfig:
     output: str
     model: ModelConfig
     data: DataConfig
-    target_model: ModelConfig | None = None  # `model` scores, this one is fine-tuned and judged; None: one for both
+    # `model` scores the pool, and this one is fine-tuned and evaluated; None: `model` is used for both.
+    target_model: ModelConfig | None = None
     title: str = "Influence-based data selection"
     seed: int = 0
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -264,7 +268,8 @@ def load_config(path: str | Path) -> RunConfig:
         raise ConfigError(f"{path}: no such configuration file") from None
     gradients = raw.get("gradients")
     if isinstance(gradients, dict) and isinstance(sketch := gradients.get("sketch"), str) and sketch not in SKETCHES:
-        raw["gradients"] = gradients | {"sketch": _local(sketch, path.parent)}  # checked when it is read
+        # The sketch's folder is checked when it is read.
+        raw["gradients"] = gradients | {"sketch": _local(sketch, path.parent)}
     try:
         with reading("the configuration", ConfigError):
             return _resolve_paths(from_dict(RunConfig, raw), path.parent)
@@ -282,7 +287,8 @@ def _local(path: str, folder: Path) -> str:
     """
     if "\0" in path or any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.split("/")):
         raise ConfigError(f"{shown(path)} cannot be the name of a file or folder; check the path")
-    beside = Path(os.path.abspath(folder / path))  # the same file has one name, wherever the command is run
+    # The same file has one name wherever the command is run.
+    beside = Path(os.path.abspath(folder / path))
     return str(beside) if not Path(path).is_absolute() and os.path.exists(beside) else path
 
 
@@ -298,7 +304,8 @@ def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
         tokenizer = None if value.tokenizer is None else local(value.tokenizer)
         return dataclasses.replace(value, path=local(value.path), adapter=adapter, tokenizer=tokenizer)
 
-    local(config.output)  # stays as it is, but has to be a path
+    # The output folder is not resolved, but it has to be a valid path.
+    local(config.output)
     data, optimizer = config.data, config.influence.optimizer
     return dataclasses.replace(
         config,

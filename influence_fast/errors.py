@@ -12,7 +12,8 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
-_LONGEST = 3000  # characters of a message: names from a file may be of any length
+# Characters of a message; names from a file may be of any length.
+_LONGEST = 3000
 
 
 class InfluenceFastError(Exception):
@@ -59,7 +60,8 @@ def shown(value: Any) -> str:
     """Return the `repr` of a value from a file, cut to the length of a message without computing all of it."""
     try:
         return _SHORT.repr(value)
-    except ValueError:  # a whole number of more digits than Python writes
+    except ValueError:
+        # Python writes no integer of more than 4,300 digits.
         return f"a {type(value).__name__} of thousands of digits"
 
 

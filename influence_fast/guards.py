@@ -42,7 +42,8 @@ def reading(what: object, kind: type[InfluenceFastError] = DataError) -> Iterato
     except UnicodeError as error:
         raise kind(f"{what}: holds text that is no Unicode ({one_line(error, 120)}); save it as UTF-8") from error
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+        # Libraries written in Rust raise a PanicException, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             raise kind(f"{what}: needs more memory than there is ({one_line(error, 160) or 'none is left'})") from error
@@ -61,7 +62,8 @@ def check_no_pipe(path: str | os.PathLike[str], kind: type[InfluenceFastError] =
     """Raise `kind` where `path` is a pipe, a device or a socket, which never ends or cannot be read twice."""
     try:
         mode = os.stat(path).st_mode
-    except (OSError, ValueError):  # not there, or no path: whoever opens it says so
+    except (OSError, ValueError):
+        # Whoever opens a missing file or an invalid path reports it.
         return
     for holds, name in _KINDS:
         if holds(mode):

@@ -35,7 +35,8 @@ def limited(work: Mapping[str, Any], *, seconds: int, memory: int) -> Limited:
     """
     sent = pickle.dumps({**work, "seconds": seconds, "memory": memory})
     command = [sys.executable, "-I", str(_WORKER)]
-    environment = isolated_environment() | {"OPENBLAS_NUM_THREADS": "1"}  # rows of numpy's; threads take address space
+    # Each thread of numpy's OpenBLAS takes address space, which is limited.
+    environment = isolated_environment() | {"OPENBLAS_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, input=sent, capture_output=True, timeout=6 * seconds, cwd="/", env=environment)
     except subprocess.TimeoutExpired as over:
@@ -55,7 +56,8 @@ def trusted_folders() -> list[str]:
     """Return the folders of this process's path that are absolute and are not the current folder."""
     try:
         here = Path.cwd().resolve()
-    except FileNotFoundError:  # the current folder was deleted
+    except FileNotFoundError:
+        # The current folder was deleted.
         here = None
     return [entry for entry in sys.path if Path(entry).is_absolute() and Path(entry).resolve() != here]
 

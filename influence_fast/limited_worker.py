@@ -20,7 +20,8 @@ def main() -> None:
 def _limit(memory: int, seconds: int) -> None:
     try:
         import resource
-    except ImportError:  # no such limits on this system: the caller's own limit of time is left
+    except ImportError:
+        # Without these limits on a system the caller's own time limit remains.
         return
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
@@ -133,9 +134,11 @@ def tokens(work: dict[str, Any]) -> str:
                 tokenizer.decoder.decode([text])
     except MemoryError:
         raise
-    except Exception:  # of a file that cannot be loaded; loading it says so
+    except Exception:
+        # A file that cannot be loaded is reported when it is loaded.
         return ""
-    except BaseException as error:  # a panic of the library, which is no Exception
+    except BaseException as error:
+        # A panic of the library is no Exception.
         return str(error)[:200] or type(error).__name__
     return ""
 

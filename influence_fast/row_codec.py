@@ -62,7 +62,8 @@ def encoded(rows: Tensor, dtype: str, quantize: Callable[[Tensor], tuple[Tensor,
     if dtype == "bf16":
         return [rows.to(torch.bfloat16)]
     if dtype == "int8":
-        return list(quantize(rows.to(torch.float32).contiguous()))  # a sketch's product may come by columns
+        # A sketch's product may be stored by columns.
+        return list(quantize(rows.to(torch.float32).contiguous()))
     return [rows]
 
 

@@ -15,7 +15,8 @@ from influence_fast.guards import read_text
 
 #: Bounds of a YAML file. Those in use have some kB; pure-Python YAML reads about 100 kB a second.
 _LARGEST = 200_000  # bytes
-_MOST_VALUES = 20_000  # with all that aliases stand for
+# Values, counting everything that aliases expand to.
+_MOST_VALUES = 20_000
 _DEEPEST = 50  # levels of nesting
 _LONGEST_NUMBER = 400  # characters
 
@@ -209,7 +210,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {str(key): _convert(item, entry, f"{where}.{key}") for key, entry in value.items()}
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
-            value = float(value)  # YAML reads 1e-4 as a string
+            # YAML reads 1e-4 as a string.
+            value = float(value)
     if hint is float and isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: expected a finite number, not {value}")
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-_ALIGNED = 16  # bytes: Triton compiles one more variant for a pointer that does not begin at a multiple of them
+# Bytes. Triton compiles another variant for pointers that are not a multiple of it.
+_ALIGNED = 16
 
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -76,7 +77,8 @@ class CudaCopier:
 def _to_pinned(tensor: Tensor, stream: Any) -> Tensor:
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     copy.copy_(tensor, non_blocking=True)
-    tensor.record_stream(stream)  # or its memory would be given to the next pack before it has been read
+    # Otherwise its memory would be given to the next pack before it has been read.
+    tensor.record_stream(stream)
     return copy
 
 

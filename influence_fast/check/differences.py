@@ -66,7 +66,8 @@ def scored_parameters(
     """
     names = []
     for entry in layout:
-        is_bias = entry.factor.startswith("lora_bias")  # which peft keeps in B
+        # peft keeps this bias in B.
+        is_bias = entry.factor.startswith("lora_bias")
         factor = entry.factor.replace("lora_bias", "lora_B")
         start, numbers = f"{entry.module}.{factor}", math.prod(entry.shape)
         fitting = [

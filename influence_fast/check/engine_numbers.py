@@ -21,7 +21,8 @@ from influence_fast.gradients.tolerance import Tolerance
 
 # Share of the free memory that a copy of the model in fp32 may take: its gradients and activations need the rest.
 _ROOM = 0.5
-_LEAST = 1e-6  # of the largest row's norm: a row below it has no error of its own
+# Share of the largest row's norm below which a row's error is taken relative to that norm.
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,8 @@ def rows_in_float32(model: Any, examples: Sequence[Mapping[str, Any]], backend: 
     """Return the rows of a copy of the model in fp32; None where the copy does not fit or cannot be made."""
     parameters = list(model.parameters())
     if any(not p.is_floating_point() or hasattr(p, "full_tensor") for p in parameters):
-        return None  # quantised, or spread over processes
+        # Quantised models and models spread over processes are not copied.
+        return None
     needed, free = 4 * sum(p.numel() for p in parameters), _free(parameters[0].device)
     if free is None or needed > _ROOM * free:
         return None

@@ -141,13 +141,15 @@ def _checks(
         raise ModelError(
             f"the examples do not fit in the GPU's memory ({one_line(error, 100)}); take a smaller max_tokens"
         ) from error
-    except Exception as error:  # of the model's own code
+    except Exception as error:
+        # The model's own code may raise anything.
         what = f"{type(error).__name__}: {one_line(error)}"
         return [Check("engine", REFUSED, None, None, what), *_unjudged("the engine gives none")], []
     checks = [Check("engine", AGREES, None, None, numbers.how)]
     try:
         plain = plain_losses(model, examples)
-    except Exception as error:  # likewise
+    except Exception as error:
+        # The model's own code may raise anything.
         why = f"the plain forward fails: {type(error).__name__}: {one_line(error)}"
         return [*checks, *_unjudged(why)], []
     parameters = adapter_parameters(model)
@@ -237,7 +239,8 @@ def _rounding(model: Any, examples: Sequence[Mapping[str, Any]], numbers: Engine
     assert numbers.noise is not None
     try:
         wide = rows_in_float32(model, examples, backend)
-    except Exception:  # of the model's own code, or of its size
+    except Exception:
+        # The model's own code or its size may raise anything.
         wide = None
     if wide is None:
         note = "rows with themselves, every layer's output rounded once more (fp32 does not fit)"

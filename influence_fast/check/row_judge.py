@@ -199,7 +199,8 @@ class RowJudge:
                 lambda: plain_losses(self.model, self.examples), self.numbers.rows, direction, self.parameters, step
             )
             for difference, norm in zip(moved, norms.tolist(), strict=True):
-                size = max(norm, least) or 1.0  # of rows that are all zero, the derivative itself
+                # Where all rows are zero, the derivative itself is the error.
+                size = max(norm, least) or 1.0
                 errors.append(factor * difference.error(size))
                 noise = math.sqrt(2) * self.noise / (difference.distance * size) if difference.distance else math.inf
                 roundings.append(NOISES * factor * noise)

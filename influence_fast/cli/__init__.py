@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # a full disk, a folder that cannot be written: the system's own words name the thing
         if args.debug:
             traceback.print_exc()
-        path = error.filename or getattr(args, "output", None)  # libraries do not always name what they write
+        # Libraries do not always name the file that they write.
+        path = error.filename or getattr(args, "output", None)
         what = f"{path}: " if path else ""
         wrong = isinstance(error, NotADirectoryError | IsADirectoryError | FileNotFoundError)
         kept = "give another path" if wrong else "finished work is kept"
@@ -47,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         said = str(stop) or "what was finished is kept; run the same command again to go on"
         print(f"stopped: {said}", file=sys.stderr)
-        return getattr(stop, "exit_code", 130)  # SIGTERM has its own
+        # SIGTERM has an exit code of its own.
+        return getattr(stop, "exit_code", 130)
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+        # Libraries written in Rust raise a PanicException, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if args.debug:
             traceback.print_exc()

@@ -32,7 +32,8 @@ def by_flags(text: str, args: Any, of: str = "") -> str:
     text = re.sub(r"(?<![\w./\\-])(\w+)\.(\w+)(?![\w/\\]|\.\w)(?:: (\w+)(?=[,;.)]|$| does not ask))?", flag, text)
     text = re.sub(rf"^({_ARGUMENTS})(?= is | '| \d| -)", lambda m: _own(m[1], args), text)
     text = re.sub(r"\b(max_length|truncate)\b(?=, or cut|\))", lambda m: _own(m[1], args), text)
-    if hasattr(args, "columns"):  # {"prompt": "...", "id": None} as prompt=...,id=
+    # The mapping {"prompt": "...", "id": None} is written as prompt=...,id=.
+    if hasattr(args, "columns"):
         text = re.sub(
             r"columns=\{([^{}]*)\}",
             lambda m: f"--{of}columns " + re.sub(r'"(\w+)": (?:"?([^",]+)"?|None)(?:, )?', _renamed, m[1]).rstrip(","),
@@ -41,7 +42,8 @@ def by_flags(text: str, args: Any, of: str = "") -> str:
         text = text.replace('by split="..."', f"by --{of}split")
         text = re.sub(r'format="([\w.]+)"(?: with)?', rf"--{of}format \1", text)
         text = re.sub(r"\bturns='(\w+)'", rf"--{of}turns \1", text)
-    if hasattr(args, "option"):  # of the format of an import
+    # Options of an import's format.
+    if hasattr(args, "option"):
         text = re.sub(r"\bwith (\w+)=$", r"with --option \1=...", text)
     return text
 

@@ -49,7 +49,8 @@ def add(verb: NewVerb) -> None:
     options.add_model(sub, adapter=True, adapter_needed=False, needed=False)
     sub.add_argument("--task", help="gsm8k, math500, ... or a task's .yaml file; --data then overrides its source")
     options.add_data(sub, "--data", "questions with final answers", needed=False, lengths=False)
-    sub.set_defaults(split=None)  # a task has its own
+    # A task has a split of its own.
+    sub.set_defaults(split=None)
     sub.add_argument("--output", help="transcripts, .jsonl; the same command again goes on from them")
     options.add_generation(sub)
     sub.add_argument("--samples", type=int, help="answers to each question")

@@ -100,7 +100,8 @@ def damping(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:
-        return text  # "auto", or a word that the preconditioners refuse by name
+        # The preconditioners refuse any other word than "auto".
+        return text
 
 
 def given(args: Any, *names: str) -> dict[str, Any]:
@@ -133,7 +134,8 @@ def evaluation_of(args: Any, settings: Any = None) -> Any:
 
     names = ("max_new_tokens", "samples", "temperature", "top_p", "seed", "answer_kind", "engine", "generation")
     changed = given(args, *names)
-    if changed.get("generation") == "model":  # whose own file says how to sample, not a task's
+    # The model's own file says how to sample then, not the task's settings.
+    if changed.get("generation") == "model":
         changed = {"temperature": 0.0, "top_p": 1.0} | changed
     if getattr(args, "pass_at", None) is not None:
         changed["pass_at"] = tuple(args.pass_at)
@@ -150,7 +152,8 @@ def quiet_libraries() -> None:
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    if "datasets" in sys.modules:  # to import it takes a second
+    # Importing datasets takes a second, so it is only done by what needs it.
+    if "datasets" in sys.modules:
         sys.modules["datasets"].disable_progress_bars()
     else:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"

@@ -22,7 +22,8 @@ def is_null(value: Any) -> bool:
         return True
     try:
         return bool(value != value)
-    except (TypeError, ValueError):  # an array has no single truth
+    except (TypeError, ValueError):
+        # An array has no single truth value.
         return False
 
 

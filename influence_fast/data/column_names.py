@@ -50,14 +50,16 @@ def words(name: str) -> list[str]:
 def is_trace_name(name: str) -> bool:
     """Return whether a column of this name holds a trace or a solution: `r1_cot_1`, not `cot_type`."""
     found = words(name)
-    while len(found) > 1 and found[-1] in _MODELS:  # messages_r1, traces_r1
+    # Names such as messages_r1 and traces_r1 end with a model.
+    while len(found) > 1 and found[-1] in _MODELS:
         found = found[:-1]
     if not found:
         return False
     last = found[-1]
     if last in _TRACE_WORDS or found == ["step", "by", "step"]:
         return True
-    if found[-2:] == ["predicted", "answer"]:  # a result of a few characters in every known set
+    # A predicted answer is a result of a few characters in every known dataset.
+    if found[-2:] == ["predicted", "answer"]:
         return False
     if last in _RESULTS or last in ("process", "chain"):
         return bool(_PROCESS.intersection(found[:-1]) or _MAKERS.intersection(found[:-1]))

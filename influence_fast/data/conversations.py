@@ -39,10 +39,12 @@ _SPEAKERS = {
 }
 
 _TRAINED = ("train", "trainable", "training", "loss")
-_MASKS = ("mask", "masked", "loss_mask", "train_mask")  # data sets disagree on whether 1 is loss or none
+# Datasets disagree on whether 1 means loss or none.
+_MASKS = ("mask", "masked", "loss_mask", "train_mask")
 _READ = ("role", "from", "content", "value", "weight", *REASONING_FIELDS, *_CALLS, *_TRAINED, *_MASKS)
 
-_COPIED = 32  # characters: shorter reasoning may stand at the head of an answer by chance
+# Characters; shorter reasoning may begin an answer by chance.
+_COPIED = 32
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,11 +69,13 @@ class _Index:
 
     def __init__(self, tests: Mapping[str, Sequence[Example]], n: int) -> None:
         self.n = n
-        self.numbers: dict[str, int] = {}  # of each word that an item has
+        # The number of each word that an item has.
+        self.numbers: dict[str, int] = {}
         self.runs: dict[str, str] = {}  # words of a run -> the first item that has it
         self.short: dict[str, str] = {}  # words of a short prompt -> the first item that asks it
         hashes = [np.zeros(0, dtype=np.uint64)]
-        counts: Counter[str] = Counter()  # in how many different questions' items a run is
+        # The number of different questions whose items contain a run.
+        counts: Counter[str] = Counter()
         questions = set()
         for name, members in tests.items():
             for test in members:
@@ -105,7 +107,8 @@ class _Index:
             nearest = self.hashes[np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)]
             for i in np.flatnonzero(nearest == hashes).tolist():
                 run = " ".join(row[i : i + self.n])
-                if run in self.runs:  # the hash only narrows the search
+                # Hashes may agree by chance, so the words decide.
+                if run in self.runs:
                     return Overlap(example.id, self.runs[run], run)
         whole = plain_prompt(example.prompt)
         return Overlap(example.id, self.short[whole], whole) if whole in self.short else None

@@ -15,7 +15,8 @@ from influence_fast.data.similarity_join import similar_sets
 from influence_fast.errors import ConfigError
 from influence_fast.progress import Told
 
-_KEPT = 256 << 20  # bytes of run hashes that save reading a text twice
+# Bytes of run hashes kept from the first pass, which save reading a text twice.
+_KEPT = 256 << 20
 
 
 def check_similarity(threshold: float) -> None:
@@ -54,7 +55,8 @@ def near_duplicates(texts: Sequence[str], threshold: float, *, n: int = 8, progr
     firsts: dict[bytes, int] = {}
     clusters = np.arange(len(texts))
     for i, one in enumerate(runs):
-        if one.size:  # exact copies are joined at once, and only the first is compared with the rest
+        # Exact copies are joined at once, and only the first is compared with the rest.
+        if one.size:
             clusters[i] = firsts.setdefault(one.digest, i)
     distinct = np.fromiter(firsts.values(), dtype=np.int64, count=len(firsts))
     sizes, shared = [runs[i].size for i in distinct], [runs[i].shared for i in distinct]
@@ -80,7 +82,8 @@ class _Runs:
 def _shared_runs(texts: Sequence[str], n: int, told: Told | None = None) -> list[_Runs]:
     told = told or Told("near-duplicates", shown=False)
     # A run's hash names a bit. The first text to set it leaves it in `once`, the next one in `twice`.
-    bits = max(64, 1 << sum(map(len, texts)).bit_length())  # one or two a character, five or more a word
+    # One or two bits a character are five or more a word.
+    bits = max(64, 1 << sum(map(len, texts)).bit_length())
     once, twice = np.zeros(bits // 8, dtype=np.uint8), np.zeros(bits // 8, dtype=np.uint8)
     hashes = _RunHashes(texts, n)
     tell = told.stage("read", len(texts))

@@ -89,7 +89,8 @@ def load_examples(
         examples += found
         if not found:
             without.append(index)
-        if limit is not None and len(examples) >= limit:  # before the next row is converted, which may be broken
+        # Stop before the next row is converted, since it may be broken.
+        if limit is not None and len(examples) >= limit:
             break
     if limit is not None:
         del examples[limit:]

@@ -52,11 +52,13 @@ def _beside_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, module in model.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
         state: Any = getattr(parameters.get("weight"), "quant_state", None)
-        if hasattr(state, "as_dict"):  # bitsandbytes in 4 bits
+        # Weights quantised by bitsandbytes to 4 bits.
+        if hasattr(state, "as_dict"):
             held = {f"weight.{key}": part for key, part in state.as_dict(packed=True).items()}
         elif _is_packed_linear(module):
             held = {key: part for key, part in module.state_dict().items() if key not in parameters}
-            held["threshold"] = getattr(getattr(module, "state", None), "threshold", None)  # of LLM.int8()'s outliers
+            # The threshold of LLM.int8()'s outliers changes the products.
+            held["threshold"] = getattr(getattr(module, "state", None), "threshold", None)
         else:
             continue
         tensors = [(key, part) for key, part in held.items() if isinstance(part, torch.Tensor)]
@@ -73,7 +75,8 @@ def _is_packed_linear(module: Any) -> bool:
 
     Its numbers lie elsewhere, in codes or buffers.
     """
-    if "base_layer" in module._modules:  # peft's wrapper, whose base comes by itself
+    # The base layer inside peft's wrapper is visited by itself.
+    if "base_layer" in module._modules:
         return False
     weight = getattr(module, "weight", None)
     floating = isinstance(weight, torch.Tensor) and weight.is_floating_point()
@@ -109,8 +112,10 @@ def adapter_hash(model: nn.Module) -> str | None:
             values = [float(v) for k, v in scaling.items() if active is None or k in active]
             found.update(json.dumps([_base_name(name), "scaling", values]).encode())
     if active is not None and any(names != [name for name in held if name in active] for held, names in layers):
-        found.update(json.dumps(["active", layers]).encode())  # not all of a layer's, or one of them twice
-    elif active is not None and len(active) > 1:  # the order and the names of several are those of a row's factors
+        # Some layer has inactive adapters, or has one of them active twice.
+        found.update(json.dumps(["active", layers]).encode())
+    elif active is not None and len(active) > 1:
+        # A row's factors come in the order and by the names of the adapters.
         found.update(json.dumps(["several", layers]).encode())
     return found.hexdigest()
 
@@ -192,9 +197,11 @@ def _update(found: _Hash, name: str, tensor: torch.Tensor) -> None:
     if tensor.is_meta:
         raise ModelError(f"{name} is on the meta device and has no data; load the model's weights first")
     found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-    if hasattr(tensor, "full_tensor"):  # sharded by FSDP2: gathered one by one, by all its ranks together
+    # FSDP2 shards it: all ranks together gather one parameter at a time.
+    if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
-    elif hasattr(tensor, "__tensor_flatten__"):  # quantised by torchao: codes and scales behind one tensor
+    elif hasattr(tensor, "__tensor_flatten__"):
+        # torchao quantised it: one tensor holds codes and scales.
         parts, settings = tensor.__tensor_flatten__()
         found.update(json.dumps([type(tensor).__name__, settings], sort_keys=True, default=str).encode())
         for part in parts:
@@ -234,6 +241,7 @@ def active_adapters(model: nn.Module) -> set[str] | None:
     The latter is so of a model that peft has not wrapped.
     """
     active = getattr(model, "active_adapters", None)
-    if callable(active):  # transformers' own integration has a method here, which raises without an adapter
+    # transformers' own integration has a method here, which raises without an adapter.
+    if callable(active):
         return None
     return None if active is None else set(active)

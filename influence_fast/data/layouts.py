@@ -26,12 +26,14 @@ class Reading:
 Converter = Callable[[Cells, Reading], list[Draft]]
 
 _VERDICTS = ("correctness_math_verify", "correctness_llama")
-_NO_ANSWER = ("proof", "notfound")  # what NuminaMath writes where a problem has no final answer
+# NuminaMath writes these where a problem has no final answer.
+_NO_ANSWER = ("proof", "notfound")
 _METAMATH_MARK = "The answer is:"
 _HH_START = re.compile(r"\s*Human:\s")
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")
 _LONGEST_RESULT = 200  # characters
-_WORDED = 4  # words: an answer of fewer is a result and no solution
+# An answer of fewer words is a result and no solution.
+_WORDED = 4
 
 
 def prompt_completion(cells: Cells, reading: Reading) -> list[Draft]:
@@ -181,7 +183,8 @@ def _joined(cells: Cells, prompt: list[Message], chosen: list[Message]) -> list[
         return chosen
     if said[: len(asked)] == [message.turn for message in asked]:
         return [*system, *chosen]
-    if len(prompt) == 1 and prompt[0].turn in said:  # the last question of several, as text
+    # The prompt is the last question of several, as text.
+    if len(prompt) == 1 and prompt[0].turn in said:
         return chosen
     raise cells.error(
         f"column {cells.column('chosen')!r} holds a conversation that does not begin with the prompt; mend the row, or "
@@ -355,7 +358,8 @@ def _correct_traces(cells: Cells, count: int) -> list[int]:
     verdicts = flags("correctness_math_verify")
     second = flags("correctness_llama")
     if verdicts is None and second is None and not any(cells.column(name) in cells.row for name in _VERDICTS):
-        cells.value("correctness_math_verify")  # raises, by name
+        # This raises an error that names the column.
+        cells.value("correctness_math_verify")
     if not any(verdicts or []):
         verdicts = second or []
     complete = flags("is_reasoning_complete") or [True] * count

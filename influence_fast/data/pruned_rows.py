@@ -51,7 +51,8 @@ def kept_rows(
 
 
 def _parallel_columns(rows: Rows, generations: str) -> list[str]:
-    parallel: dict[str, bool] = {}  # of every row's columns: those of JSON lines need not be in the first
+    # Columns of all rows, since those of JSON lines need not be in the first.
+    parallel: dict[str, bool] = {}
     for row in rows:
         count = _count(row.get(generations))
         for column, value in row.items():

@@ -13,7 +13,8 @@ from influence_fast.errors import listing
 logger = logging.getLogger(__name__)
 
 
-_REPEATED = 16  # characters: an answer may begin with a shorter prompt by chance
+# Characters; an answer may begin with a shorter prompt by chance.
+_REPEATED = 16
 
 
 class ReadWarnings:
@@ -56,7 +57,8 @@ class ReadWarnings:
                 "%s: %d conversations have earlier assistant turns with weight 1, which turns='last' puts no loss on; "
                 "turns='all' does: %s", name, len(self.passed_over), self._places(self.passed_over),
             )  # fmt: skip
-        if 2 * len(self.repeating) > self.seen:  # a few may restate their question
+        # A few answers may restate their question.
+        if 2 * len(self.repeating) > self.seen:
             logger.warning(
                 "%s: %d completions begin with their own prompt, which is then trained on; take it off them where it "
                 "is no part of the answer: %s", name, len(self.repeating), self._places(self.repeating),

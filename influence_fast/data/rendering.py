@@ -93,9 +93,12 @@ class Renderer:
         self.tokenizer = tokenizer
         self.name = repr(tokenizer.name_or_path or type(tokenizer).__name__)
         self.templated = bool(tokenizer.chat_template)
-        self._bos = added_bos(tokenizer)  # which comes with a template's text, where there is one
-        self._parts = False  # content as a list of parts, as templates of models with pictures read it
-        self._opening: tuple[Turn, ...] = (_ASK,)  # what a conversation has to begin with
+        # A chat template writes the token itself.
+        self._bos = added_bos(tokenizer)
+        # Whether content is a list of parts, as templates of multimodal models read it.
+        self._parts = False
+        # The turns that a conversation must begin with.
+        self._opening: tuple[Turn, ...] = (_ASK,)
         self._source = ""
         self._template = self._usable_template() if self.templated else None
         if self.templated:
@@ -134,7 +137,8 @@ class Renderer:
             answer = example.completion + self.end.text * example.ended
         elif example.ended:
             answer = self._answer(example, prompt)
-        else:  # as it was generated, white space included
+        else:
+            # A completion that was cut off is taken as generated, white space included.
             answer = example.completion
         earlier = [self._span_of_turn(example, index, prompt) for index in example.learnt]
         text = prompt + answer
@@ -256,7 +260,8 @@ class Renderer:
         """Return the template to render by, after a trial in a limited process; None for the tokenizer's own."""
         try:
             template = self.tokenizer.get_chat_template()
-        except (ValueError, AttributeError) as error:  # several templates, none of which is the default
+        except (ValueError, AttributeError) as error:
+            # The tokenizer has several templates and no default.
             raise ModelError(f"the chat template of {self.name} cannot be chosen ({one_line(error)})") from error
         if not isinstance(template, str):
             return None
@@ -277,7 +282,8 @@ class Renderer:
                 self._parts, self._opening = parts, opening
                 try:
                     text, again = (self._apply(opening, "a conversation", (_SAID, None)) for _ in range(2))
-                except DataError:  # refuses one of the two forms, or conversations without a system turn
+                except DataError:
+                    # The template refuses one of the two forms, or conversations without a system turn.
                     continue
                 if text != again:
                     raise ModelError(
@@ -297,7 +303,8 @@ class Renderer:
                 turns = [*self._opening, ("assistant", _SAID), ("user", "PlaceholderNext")]
                 text = self._apply(turns, "a conversation", generate=True)
                 followed = text[text.find(_SAID) + len(_SAID) :] if _SAID in text else None
-            except DataError:  # the template wants other turns: the tokenizer's EOS, or what a completion shows
+            except DataError:
+                # The template wants other turns; the end is then the EOS token, or what a completion shows.
                 pass
         return find_end(tail, followed, before, self.tokenizer)
 
@@ -319,7 +326,8 @@ class Renderer:
         more: dict[str, Any] = {} if self._template is None else {"chat_template": self._template}
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate, **more)
-        except Exception as error:  # a template is a program: it raises whatever it likes
+        except Exception as error:
+            # A template is a program, which may raise anything.
             raise DataError(
                 f"{name}: the chat template of {self.name} refuses the conversation ({one_line(error)}); change its "
                 "roles or set another template"
@@ -332,7 +340,8 @@ class Renderer:
         if self._parts:
             message["content"] = [{"type": "text", "text": content}]
         if reasoning is not None:
-            message |= dict.fromkeys(REASONING_FIELDS, reasoning)  # templates read it by one of these names
+            # Templates read reasoning under one of these names.
+            message |= dict.fromkeys(REASONING_FIELDS, reasoning)
         return message
 
 

@@ -53,7 +53,8 @@ def _text_file(temporary: Path, path: Path, newline: str) -> Iterator[IO[str]]:
         try:
             yield file
         finally:
-            file.detach()  # which writes what it still holds; the compressor, and not this, ends the file
+            # Detaching flushes the text; the compressor, not this wrapper, closes the file.
+            file.detach()
 
 
 def _dump(row: Row, path: Path) -> str:
@@ -137,7 +138,8 @@ def _write_parquet(rows: Iterable[Row], temporary: Path, schema: pa.Schema | Non
                 writer = stack.enter_context(pq.ParquetWriter(temporary, table.schema))
             writer.write_table(table)
             count += len(table)
-        if writer is None:  # a schema and no rows
+        # There are a schema and no rows.
+        if writer is None:
             stack.enter_context(pq.ParquetWriter(temporary, schema))
     return count
 

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-BATCH = 256  # rows turned into Python objects at a time: long traces, so few
-_MOST_FILES = 10_000  # in a folder that is looked through for a dataset
+# Rows turned into Python objects at a time; few, since traces are long.
+BATCH = 256
+# Files in a folder that is searched for a dataset.
+_MOST_FILES = 10_000
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
@@ -82,7 +84,8 @@ class Rows(Sequence[Row]):
         try:
             found: list[Row] = part.to_pylist()
             return found
-        except Exception as error:  # dates beyond year 9999, text that is not UTF-8, fields of one name, and more
+        except Exception as error:
+            # Python cannot hold dates beyond year 9999, text that is not UTF-8, repeated field names, and more.
             for index in range(len(part)):
                 for column in part.schema.names:
                     self._check_cell(part.column(column)[index], f"{self.place(first + index)}: column {column!r}")
@@ -265,7 +268,8 @@ def _read_arrow(path: Path, split: str) -> Rows:
         except pa.ArrowInvalid:
             mapped.seek(0)
             table = pa.ipc.open_stream(mapped).read_all()
-        table.validate(full=True)  # an offset that leads out of the file would be followed
+        # pyarrow would follow an offset that leads out of the file.
+        table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: is not a readable arrow file ({one_line(error)}); make it anew") from error
     return Rows(table, str(path), ".arrow")
@@ -289,7 +293,8 @@ def _load_folder(path: Path, split: str) -> Rows:
     check_folder(path)
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     if not saved:
-        return _load_hub(str(path), split)  # a cloned dataset repository: load_dataset reads those too
+        # load_dataset also reads a cloned dataset repository.
+        return _load_hub(str(path), split)
     datasets = need_datasets(str(path))
     try:
         rows = _from_datasets(datasets.load_from_disk(str(path)), split, str(path), "")

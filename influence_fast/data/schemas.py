@@ -55,7 +55,8 @@ ID_COLUMNS = ("id", "uuid", "unique_id")
 # What pandas reads as null from CSV, in lower case.
 _CSV_NULLS = ("", "nan", "-nan", "na", "n/a", "#n/a", "#na", "<na>", "none", "null", "nat")
 
-_SAMPLE = 32  # rows that tell apart schemas of the same columns
+# Rows read to distinguish schemas of the same columns.
+_SAMPLE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +307,8 @@ def read_examples(
                 unread.see(row, drafts)
                 found = [_example(draft, name, label, index) for draft in drafts]
             yield found
-    finally:  # a reader that has enough stops in the middle
+    finally:
+        # A reader that has enough examples stops in the middle.
         warnings.say()
         unread.say(logger, SCHEMAS.values(), schema, columns)
 

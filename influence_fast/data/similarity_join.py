@@ -18,10 +18,14 @@ import numpy as np
 
 from influence_fast.data.parity_bits import ParityBits
 
-_SLACK = 1e-9  # keeps an exact ratio from being missed: similar is both >= t * union - _SLACK
-_AT_ONCE = 1 << 10  # entries of the index that are looked through whatever the number of sets
-_FEW = 64  # entries that are filtered first: where most sets are of one cluster, a match is among them
-_LIST_COST = 16  # an entry of the index takes as long as the bits of so many sets that lie behind each other
+# Keeps an exact ratio from being missed: sets are similar where both >= t * union - _SLACK.
+_SLACK = 1e-9
+# Entries of the index that are compared whatever the number of sets.
+_AT_ONCE = 1 << 10
+# Entries filtered first; where most sets are of one cluster, a match is among them.
+_FEW = 64
+# An entry of the index takes as long as the bits of this many consecutive sets.
+_LIST_COST = 16
 # Candidates are counted in batches that double, for the same reason.
 _FIRST_BATCH, _LARGEST_BATCH = 32, 1024
 
@@ -132,22 +136,26 @@ class _Join:
     ) -> None:
         self.threshold, self.clusters = threshold, clusters
         self.tokens, self.starts, self.sizes = tokens, starts, sizes
-        self.waiting = nodes  # by set: those that are joined with it when anything is
+        # For each set, those to be joined with it as soon as any other is.
+        self.waiting = nodes
         chosen = np.fromiter(nodes, dtype=np.int64, count=len(nodes))
         self.order = chosen[np.argsort(sizes[chosen], kind="stable")]
         lengths = np.diff(starts)
-        self.alone = sizes - lengths  # elements that no other set holds: rarer than all others
+        # Elements that no other set holds are rarer than all others.
+        self.alone = sizes - lengths
         # J >= t asks for at least t |A| common elements, and for 2t / (1 + t) |A| with a set that is no smaller
         self.looked_up = np.clip(self._early(threshold), 0, lengths)
         self.entered = np.clip(self._early(2 * threshold / (1 + threshold)), 0, lengths)
         self.bits = ParityBits(len(self.order), int(np.median(lengths[self.order])))
-        self.place = np.full(len(sizes), -1, dtype=np.int64)  # of each set in the order
+        # The place of each set in the order.
+        self.place = np.full(len(sizes), -1, dtype=np.int64)
         self.place[self.order] = np.arange(len(self.order))
         self.ordered_sizes = sizes[self.order]
         # Of the elements that one of two similar sets has and the other has not, (1 - t) / (1 + t) of each set's size
         # are granted; whole numbers, rounded so that a pair is granted one too many at most and never one too few.
         self.granted = np.floor(self._differing(self.ordered_sizes) - self.alone[self.order]).astype(np.int32)
-        self.compared_by = np.full(len(sizes), -1, dtype=np.int64)  # the last set that each was compared with
+        # The last set that each set was compared with.
+        self.compared_by = np.full(len(sizes), -1, dtype=np.int64)
         self.is_mine = np.zeros(int(tokens.max()) + 1, dtype=bool)
         self._open_index()
 
@@ -167,7 +175,8 @@ class _Join:
         self.begin = np.cumsum(counts) - counts
         self.filled = np.zeros_like(counts)
         self.held_by = np.empty(int(counts.sum()), dtype=np.int32)
-        self.room = np.empty(len(self.held_by), dtype=np.int32)  # elements of that set from this one on
+        # Number of elements of that set from this one on.
+        self.room = np.empty(len(self.held_by), dtype=np.int32)
 
     def _first(self, i: int, count: np.ndarray) -> np.ndarray:
         return self.tokens[self.starts[i] : self.starts[i] + count[i]]
@@ -196,7 +205,8 @@ class _Join:
         place = int(self.place[i])
         smallest = int(np.searchsorted(self.ordered_sizes[:place], self.threshold * self.sizes[i] - 1e-6))
         if total > max(_AT_ONCE, (place - smallest) // _LIST_COST):
-            newest = self.begin[wanted[-1]] + self.filled[wanted[-1]]  # of the most common element: a match is likely
+            # The newest entries of the most common element likely contain a match.
+            newest = self.begin[wanted[-1]] + self.filled[wanted[-1]]
             self._compare(i, np.arange(newest - min(_FEW, count[-1]), newest), int(self.sizes[i]))
             self._scan(i, smallest, place)
             return

@@ -35,7 +35,8 @@ from influence_fast.data.tokens import tokenization_hash
 from influence_fast.data.unpacked_size import check_parquet
 from influence_fast.errors import DataError, one_line
 
-_ROWS = 64  # examples in one record batch, which is what reading one of them maps
+# Examples in one record batch; reading one example maps its whole batch.
+_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,8 @@ def spool(folder: Path, source: TokenSource, tokenizer: Any, beat: Callable[[], 
     """
     pa = need_pyarrow(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(".*.arrow.*.tmp"):  # of a process that was killed; only one at a time is at work here
+    # Left over from a killed process; only one process at a time works in this folder.
+    for path in folder.glob(".*.arrow.*.tmp"):
         path.unlink(missing_ok=True)
     made_of = _made_of(source, tokenizer)
     schema = pa.schema([("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("borders", pa.list_(pa.int32()))])
@@ -213,15 +215,18 @@ def mapped_rows(source: Any, split: str, folder: Path) -> Rows:
                 for batch in file.iter_batches(batch_size=BATCH):
                     writer.write_batch(batch)
         except (pa.ArrowException, OSError) as error:
-            if getattr(error, "errno", None):  # of the disk; those of the file have no number
+            # Errors of the disk have a number, and those of the file have none.
+            if getattr(error, "errno", None):
                 raise
-            return load_rows(path)  # which says what is wrong with it
+            # This raises an error that says what is wrong with the file.
+            return load_rows(path)
         rows = load_rows(folder / "rows.arrow")
         rows.name, rows.suffix = str(path), ".parquet"
         return rows
     if has_lines(path):
         rows = StreamedRows(path)
-        return rows if rows.columns else load_rows(path)  # which says that there is nothing in it
+        # For an empty file `load_rows` raises the error that says so.
+        return rows if rows.columns else load_rows(path)
     return load_rows(path, split=split)
 
 

@@ -10,8 +10,10 @@ from influence_fast.errors import ModelError
 from influence_fast.isolation import limited
 
 MEMORY = 1 << 30  # bytes of address space of the process that tries a template
-SECONDS = 4  # of processor time, of which templates of models in use need a hundredth
-CHARACTERS = 1 << 24  # of a text: three hundred times the largest frame that trl's templates put around two turns
+# Seconds of processor time; templates of models in use need a hundredth of it.
+SECONDS = 4
+# Characters of a text; 300 times the largest frame that trl's templates put around two turns.
+CHARACTERS = 1 << 24
 
 
 def check_template(
@@ -46,6 +48,7 @@ def _tried(parts: str) -> str:
         return f"takes more than {MEMORY >> 30} GiB of memory for one short conversation"
     try:
         longest = max(json.loads(done.output))
-    except ValueError:  # an interpreter that cannot import jinja2 in isolation: nothing is known of the template
+    except ValueError:
+        # An isolated interpreter that cannot import jinja2 tells nothing about the template.
         return ""
     return f"makes a text of {longest:,} characters of one short conversation" if longest > CHARACTERS else ""

@@ -27,8 +27,10 @@ _LINES = (".jsonl", ".csv", ".tsv")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _PIECE = 1 << 17  # bytes unpacked at a time
 _UNPACKED = 1 << 28  # bytes that any packed file may hold
-_RATIO = 100  # ... and beyond that, times its size
-_ROW_KEYS = ("data", "rows", "examples")  # of an object around the list of rows, in the order of preference
+# Beyond `_UNPACKED`, a file may unpack to this many times its size.
+_RATIO = 100
+# Keys of an object around the list of rows, in order of preference.
+_ROW_KEYS = ("data", "rows", "examples")
 
 
 def file_suffix(path: Path) -> str:
@@ -204,7 +206,8 @@ def _why(error: Exception) -> str:
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is shorter than a long trace
+    # The default limit of 128 KiB is shorter than a long trace.
+    csv.field_size_limit(sys.maxsize)
     with opened(path) as (file, encoding):
         text = io.TextIOWrapper(file, "utf-8-sig" if encoding == "utf-8" else encoding, newline="")
         reader = csv.DictReader(text, delimiter=delimiter)
@@ -239,7 +242,8 @@ def _is_json_lines(path: Path) -> bool:
             lines = (line for line in io.TextIOWrapper(file, encoding, newline="\n") if line.strip())
             first, second = next(lines, ""), next(lines, None)
             return second is not None and isinstance(json.loads(first), dict)
-        except (ValueError, RecursionError):  # of the encoding, too
+        except (ValueError, RecursionError):
+            # Errors of the encoding are ValueErrors too.
             return False
 
 

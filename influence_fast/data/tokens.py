@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 1024  # examples in one call of the tokenizer: enough for its threads, little to hold
+# Examples in one call of the tokenizer: enough for its threads, and little to hold in memory.
+_CHUNK = 1024
 _PROBES = (
     Example("plain", "What is 12 + 7?", "12 + 7 = 19.\n\nSo \\boxed{19}."),
     Example("reasoning", "What is 12 + 7?", "<think>\n12 + 7 = 19\n</think>\n\n19", context=(("system", "Think."),)),
@@ -81,7 +82,8 @@ def tokenize(
     if max_length is not None and max_length < 2:
         raise DataError(f"max_length is {max_length}; it must be at least 2, one token to predict another from")
     renderer = Renderer(tokenizer)
-    _ = renderer.end  # an error now, and not at the first completion that ended
+    # A missing end raises here, and not at the first completion that ended.
+    _ = renderer.end
     result = TokenizedSet()
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
@@ -111,7 +113,8 @@ def tokenization_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         try:
             [(ids, labels)] = _encoded([example], Renderer(tokenizer))
             tokens: Any = [ids, labels]
-        except InfluenceFastError as error:  # a template that takes no system turn
+        except InfluenceFastError as error:
+            # The template takes no system turn.
             tokens = str(error)
         found.update(json.dumps(tokens).encode() + b"\n")
     return found.hexdigest()
@@ -182,7 +185,8 @@ class _Tokens:
 
     def completion(self, prompt: list[int], renderer: Renderer) -> int:
         """Return the index of the completion's first token: the first not among those of the `prompt` alone."""
-        if self.ids[: len(prompt)] == prompt:  # as it is when the model answers
+        # The prompt has the same tokens when the model answers.
+        if self.ids[: len(prompt)] == prompt:
             return len(prompt)
         say_once(
             logger,
@@ -193,7 +197,8 @@ class _Tokens:
 
     def before(self, place: int, renderer: Renderer) -> int:
         """Return how many tokens end at or before character `place`."""
-        if not renderer.tokenizer.is_fast:  # one in Python, which does not know where its tokens stand
+        # A tokenizer in Python does not report the offsets of its tokens.
+        if not renderer.tokenizer.is_fast:
             return shared_start(self.ids, encode([self.text.text[:place]], renderer.tokenizer)[0])
         bos = _added_bos(renderer.tokenizer)
         start = len(bos) if self.text.text.startswith(bos) else 0

@@ -43,7 +43,8 @@ def find_border(prompt: str, head: str, completion: str, template: str) -> Borde
     if prompt.startswith(head):
         return _opened(prompt[len(head) :], "", completion, template)
     pieces, others = _pieces(prompt), _pieces(head)
-    for i in range(len(pieces)):  # the prompt says more than the head, and ends as the head begins
+    # The prompt may say more than the head, and end as the head begins.
+    for i in range(len(pieces)):
         ending = "".join(pieces[i:])
         if ending.strip() and head.startswith(ending):
             return Border(head[len(ending) :], completion)
@@ -57,7 +58,8 @@ def _opened(opened: str, lead: str, completion: str, template: str) -> Border | 
     if not said:
         return Border(lead, completion)
     content = completion.lstrip()
-    if content.startswith(said):  # the completion's own beginning is in the prompt already
+    # The beginning of the completion is in the prompt already.
+    if content.startswith(said):
         begun = opened.lstrip()
         return Border("", content.removeprefix(begun if content.startswith(begun) else said))
     marks = [piece for piece in _pieces(said) if _MARK.fullmatch(piece) and piece.strip()]
@@ -78,7 +80,8 @@ def _after_mark(opened: str, lead: str, completion: str, known: list[str]) -> Bo
     mark = opened.strip()
     if not known and _PLAIN_TAG.fullmatch(mark):
         known = [f"{mark[0]}/{mark[1:]}"]
-    if not known:  # a header, or the end of something
+    # The mark is a header, or the end of something.
+    if not known:
         return None if lead else Border("", completion, _beside(mark, completion))
     if any(closing in completion for closing in known):
         return Border("", completion)

@@ -20,7 +20,8 @@ class EndOfTurn:
 
     text: str
     token: int | None
-    own: bool = field(default=True, compare=False)  # the template's, not an EOS token in its place
+    # False for an EOS token in place of the template's own end.
+    own: bool = field(default=True, compare=False)
 
     def within(self, tail: str, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return the part of `tail`, the template's text after a completion, that belongs to the turn: up to its end.
@@ -91,7 +92,8 @@ def _end_of(tail: str, followed: str | None, tokenizer: PreTrainedTokenizerBase)
     found, atoms = "", _atoms(tokenizer)
     for piece in pieces:
         ended = bool(found.strip())
-        if ended and piece not in atoms:  # text after a token: of the next turn, or nothing
+        # Text after a token belongs to the next turn, or is nothing.
+        if ended and piece not in atoms:
             break
         found += piece
         if followed is None and piece in atoms:

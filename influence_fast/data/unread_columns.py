@@ -21,7 +21,8 @@ Columns = Mapping[str, str | None]
 
 _QUESTIONS = ("prompt", "question", "problem", "query", "instruction", "input")
 _SOLUTIONS = ("completion", "solution", "answer")
-_TAKEN = ("completion", "solution", "output", "response", "generated_solution", "answer")  # as schemas call them
+# Columns that are trained on, as schemas call them.
+_TAKEN = ("completion", "solution", "output", "response", "generated_solution", "answer")
 
 _SAMPLE = 32  # rows whose unread columns are measured
 _TEMPLATE = 200
@@ -114,7 +115,8 @@ class UnreadColumns:
         taken = [len(draft.completion) for _, drafts in self._first for draft in drafts]
         lengths: dict[str, list[int]] = {}
         whole: Iterable[Mapping[str, Any]] = (row for row, _ in self._first)
-        if self._rows.schema is not None:  # rows of Arrow came without these columns
+        # Rows of an Arrow source were read without these columns.
+        if self._rows.schema is not None:
             whole = islice(self._rows.read(), len(self._first))
         for row, (_, drafts) in zip(whole, self._first, strict=False):
             for name in row if drafts else ():

@@ -111,7 +111,8 @@ def _equal(a: Value, b: Value, judge: Judge) -> bool:
         if isinstance(first, Items) and first.kind == "set" and not first.items and isinstance(second, Words):
             return second.text in ("none", "no solution")
         if isinstance(first, Items) and first.kind == "list" and isinstance(second, Scalar):
-            return all(_equal(item, second, judge) for item in first.items)  # one answer, written in several ways
+            # The list is one answer, written in several ways.
+            return all(_equal(item, second, judge) for item in first.items)
     return False
 
 
@@ -289,7 +290,8 @@ def _merged(spans: Sequence[Span]) -> list[Span]:
     found: list[tuple[Fraction, Span]] = []
     for low, _, high, span in keyed:
         if low > high or (low == high and not (span.low_closed and span.high_closed)):
-            continue  # empty
+            # The interval is empty.
+            continue
         if found:
             end, last = found[-1]
             if low < end or (low == end and (span.low_closed or last.high_closed)):

@@ -206,7 +206,8 @@ def evaluate(
         if journal is not None:
             journal.finish(items)
         elif transcripts is not None:
-            record_of(Path(transcripts)).unlink(missing_ok=True)  # of other answers
+            # The record there belongs to other answers.
+            record_of(Path(transcripts)).unlink(missing_ok=True)
             write_transcripts(items, transcripts)
     n = config.samples
     by_question = [answered[i] for i in range(len(examples))]
@@ -261,7 +262,8 @@ def _run_record(
     own = getattr(model, "generation_config", None)
     generation = generation_settings(config, own, find_ends(own, tokenizer)).record()
     settings = dataclasses.asdict(config)
-    for name in ("pass_at", "engine"):  # read after the answers, or settled by what the model is
+    # These are applied after the answers, or determined by the model.
+    for name in ("pass_at", "engine"):
         settings.pop(name)
     base, adapter = weight_hashes(model)
     return {

@@ -169,7 +169,8 @@ def _unmarked(line: str) -> str:
 
 # A letter that names an option. A and I are words too: as such they are followed by a word of a sentence.
 _LETTER = r"(?:[B-HJ]|[AI](?!\s+(?!(?:because|since|as|and|with|for)\b)[a-z]))(?![\w'])(?!\s{0,4}[=<>+^])"
-_MARKS = r"[ \t*$`_]{0,8}"  # markup that may stand around a letter; bounded, as every repeat here: no quadratic search
+# Markup around a letter; bounded as every repeat here, so that no search is quadratic.
+_MARKS = r"[ \t*$`_]{0,8}"
 _STATED_CHOICE = re.compile(
     r"\b(?i:answer|choice|option)\b(?:\s{1,4}(?i:is|are|choice|option)\b){0,3}\s{0,4}"
     rf"{_MARKS}[:=]?\s{{0,4}}{_MARKS}(?i:(?:option|choice)\s{{1,4}})?(?:\\boxed\{{)?"

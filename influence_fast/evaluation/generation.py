@@ -27,10 +27,13 @@ if TYPE_CHECKING:
     from influence_fast.evaluation.evaluate import EvalConfig
 
 ENGINES = ("auto", "transformers", "vllm")
-STOPPED = "stop"  # the model ended its answer
-CUT = "length"  # it was still talking at max_new_tokens
+# The model ended its answer.
+STOPPED = "stop"
+# The answer was cut at max_new_tokens.
+CUT = "length"
 _EMBEDDINGS = re.compile(r"\b(?:embed_tokens|wte|embed_in|lm_head|embed_out)\b(?!.*lora_).*\.weight$")
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
+# The values that vLLM accepts as max_lora_rank.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class Answer(NamedTuple):
@@ -134,7 +137,8 @@ def _transformers_answers(
     ends = settings.ends
     pad = _padding(model, [tokenizer.pad_token_id, *sorted(ends.tokens)])
     asked = settings.for_transformers(pad)
-    more: dict[str, Any] = {"tokenizer": tokenizer} if ends.strings else {}  # by which it finds the strings
+    # transformers finds stop strings by the tokenizer.
+    more: dict[str, Any] = {"tokenizer": tokenizer} if ends.strings else {}
     # longest first: a batch too large for the memory fails at once, not at the end
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
     per_batch = max(1, config.batch_size // config.samples)
@@ -182,7 +186,8 @@ def _answer(tokens: list[int], ends: Ends, tokenizer: PreTrainedTokenizerBase, c
         # Of the first tokens whose text has the string, and of those before it.
         whole = said[: _fewest(said, lambda text: any(string in text for string in ends.strings), tokenizer)]
         said = whole[: _fewest(whole, lambda text: len(text) >= stop, tokenizer)]
-        text = raw[:stop] if text == raw else _decode(said, tokenizer)  # less special tokens, where there are some
+        # Decoded again without special tokens, where there are some.
+        text = raw[:stop] if text == raw else _decode(said, tokenizer)
         return Answer(text, len(said), STOPPED, tuple(whole))
     reason = CUT if place is None and cut else STOPPED
     return Answer(text, len(said), reason, tuple(whole))
@@ -240,7 +245,8 @@ def _vllm_answers(
         "dtype": files.dtype,
         "seed": config.seed,
         "trust_remote_code": files.trust_remote_code,
-        "generation_config": "vllm",  # nothing of the model's own: what is to hold is in the parameters below
+        # All sampling settings are in the parameters below, and none of the model's own is used.
+        "generation_config": "vllm",
     }
     request = None
     if files.adapter is not None:
@@ -249,12 +255,14 @@ def _vllm_answers(
         _check_vocabulary(files.adapter, own_config)
         options |= {"enable_lora": True, "max_lora_rank": _vllm_rank(files.adapter)}
         request = LoRARequest("adapter", 1, files.adapter)
-    if torch.cuda.is_initialized():  # its default, 90 % of the card, leaves out what this process already holds
+    # vLLM's default, 90 % of the GPU, ignores what this process already holds.
+    if torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info()
         options["gpu_memory_utilization"] = round(0.9 * free / total, 3)
     try:
         own = GenerationConfig.from_pretrained(files.path)
-    except Exception:  # a model without the file, or with one that transformers does not read
+    except Exception:
+        # The model has no such file, or one that transformers cannot read.
         own = None
     settings = generation_settings(config, own, find_ends(own, tokenizer))
     ends, parameters = settings.ends, settings.for_vllm()

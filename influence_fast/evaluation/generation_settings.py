@@ -61,7 +61,8 @@ class GenerationSettings:
     max_new_tokens: int
     samples: int
     ends: Ends
-    own: bool = False  # the model's own settings
+    # Whether these are the model's own settings.
+    own: bool = False
 
     def called(self, generate: Any, **options: Any) -> torch.Tensor:
         """Call `generate` and return its result; raises ConfigError where the model's own settings prevent it."""
@@ -102,7 +103,8 @@ class GenerationSettings:
         """
         sampling = dict(self.sampling)
         if not sampling.pop("do_sample", False):
-            for name in ("temperature", "top_p", "top_k", "min_p"):  # which transformers does not read then either
+            # transformers does not read these for greedy decoding either.
+            for name in ("temperature", "top_p", "top_k", "min_p"):
                 sampling.pop(name, None)
             sampling["temperature"] = 0.0
         for name in sampling:
@@ -113,14 +115,16 @@ class GenerationSettings:
                 )
         neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
         merged: dict[str, Any] = neutral | sampling
-        merged["top_k"] = merged["top_k"] or -1  # all tokens, as each of its versions has it
+        # Every version of vLLM takes -1 for all tokens.
+        merged["top_k"] = merged["top_k"] or -1
         return {_VLLM_NAMES.get(name, name): value for name, value in merged.items()} | {
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "max_tokens": self.max_new_tokens,
             "stop_token_ids": sorted(self.ends.tokens),
             "stop": list(self.ends.strings) or None,
-            "detokenize": bool(self.ends.strings),  # else decoded by the tokenizer that the other engine uses
+            # Without stop strings the tokens are decoded by the tokenizer that the other engine uses.
+            "detokenize": bool(self.ends.strings),
         }
 
 
@@ -142,7 +146,8 @@ def generation_settings(config: EvalConfig, own: Any, ends: Ends) -> GenerationS
         named = {} if own is None else own.to_diff_dict()
         sampling = {str(k): value for k, value in named.items() if k not in _NOT_SAMPLING and value is not None}
         sampling.setdefault("do_sample", False)
-        if sampling["do_sample"]:  # what transformers takes where the file says nothing, for every engine
+        # transformers' defaults where the file says nothing, used for every engine.
+        if sampling["do_sample"]:
             sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50} | sampling
         for name in _REFUSED & sampling.keys():
             raise ConfigError(

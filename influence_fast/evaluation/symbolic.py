@@ -18,8 +18,10 @@ from influence_fast.evaluation.expressions import Node
 from influence_fast.evaluation.readings import readings
 
 DIGITS = (60, 400)
-LONGEST_DECIMAL = 6  # decimals that an irrational number needs at least
-CHANGES = 24  # of an answer that math-verify is tried on
+# Decimals that an irrational number needs at least.
+LONGEST_DECIMAL = 6
+# Changes of an answer that math-verify is tried on.
+CHANGES = 24
 _POINTS = (Fraction(7, 5), Fraction(-13, 11), Fraction(31, 17), Fraction(-5, 23))
 
 
@@ -28,7 +30,8 @@ class Symbolic(Exact):
 
     def __init__(self) -> None:
         self._known: dict[tuple[Node, bool], Any] = {}
-        self._decimal = False  # whether `log` without a base is that of base 10
+        # Whether `log` without a base is to base 10.
+        self._decimal = False
 
     def equal(self, a: Node, b: Node) -> bool:
         try:

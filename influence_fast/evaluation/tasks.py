@@ -143,7 +143,8 @@ def _check(task: Task) -> None:
         raise ConfigError("columns.distractors: needs 'answer: choice' and an 'answer' column, the right option's text")
     if why := _no_template(task.prompt):
         raise ConfigError(f"prompt: not a Jinja template: {why}")
-    _ = task.evaluation  # raises where the sampling does not fit together
+    # This raises where the sampling settings do not fit together.
+    _ = task.evaluation
 
 
 def task_examples(
@@ -215,9 +216,11 @@ def _question(task: Task, cells: Cells) -> _Question:
 # ---- the prompt: a program of whoever wrote the task, so it runs in a limited process ------------------------------
 
 _BATCH = 1000  # questions rendered by one process
-_SECONDS = 2  # of processor time for those; a thousand prompts take a twentieth of a second
+# Seconds of processor time for a batch; a thousand prompts take a twentieth of a second.
+_SECONDS = 2
 _MEMORY = 1 << 30  # bytes of address space
-_CHARACTERS = 1 << 22  # of one prompt
+# Characters of one prompt.
+_CHARACTERS = 1 << 22
 
 
 def _render(template: str, values: list[dict[str, Any]]) -> tuple[list[str], int | None, str]:
@@ -279,7 +282,8 @@ def _answer(task: Task, cells: Cells) -> str:
     else:
         answer = _joined(cells.value("answer"), ", ")
     if task.answer != "choice":
-        answer = re.sub(r"(?<!\\)\$", "", answer)  # dollars around mathematics, not a price
+        # These dollar signs enclose mathematics and are no price.
+        answer = re.sub(r"(?<!\\)\$", "", answer)
     elif not task.columns.distractors and choice_letter(answer) is None:
         raise cells.error(f"the answer {answer!r} is no letter from A to J; name the columns of the other options")
     answer = answer.strip()

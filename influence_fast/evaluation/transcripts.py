@@ -40,7 +40,8 @@ class EvalItem:
     token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "token_ids", tuple(self.token_ids))  # a list, where JSON was read
+        # JSON gives a list.
+        object.__setattr__(self, "token_ids", tuple(self.token_ids))
 
 
 def write_transcripts(items: Iterable[EvalItem], path: str | Path) -> None:
@@ -89,7 +90,8 @@ class Journal:
                 self._partial.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._partial.open("w", encoding="utf-8")
                 self._file.write(_line({"run": self.run}))
-                for earlier, kept in self.found.items():  # without the torn end that an interruption may leave
+                # Written again without the torn end that an interruption may leave.
+                for earlier, kept in self.found.items():
                     self._append(earlier, kept)
             self._append(question, items)
             self._file.flush()
@@ -97,7 +99,8 @@ class Journal:
     def finish(self, items: Sequence[EvalItem]) -> None:
         """Replace the journal by the transcripts, in the order of the questions, and their record."""
         self.close()
-        self._record.unlink(missing_ok=True)  # never beside transcripts that are not its own
+        # A record must never lie beside transcripts of another run.
+        self._record.unlink(missing_ok=True)
         write_transcripts(items, self.path)
         with replacing(self._record) as temporary:
             temporary.write_text(json.dumps({"run": self.run, "answers": len(items)}, indent=1) + "\n")
@@ -127,7 +130,8 @@ class Journal:
             return ""
         found = difference(before, self.run) or ""
         name = found.partition(":")[0]
-        return f"other {name}" if len(str(before.get(name))) == 64 else found  # not two hashes
+        # Two hashes would tell the user nothing.
+        return f"other {name}" if len(str(before.get(name))) == 64 else found
 
     def _finished(self) -> dict[int, list[EvalItem]]:
         """Return the items of complete transcripts, if their record is this run's."""
@@ -138,7 +142,8 @@ class Journal:
         if record["run"] != self.run:
             return {}
         samples = int(self.run["config"]["samples"])
-        if len(rows) != record["answers"]:  # which line is whose cannot be told by its place
+        # With missing lines a line's place does not tell its question.
+        if len(rows) != record["answers"]:
             warnings.warn(
                 f"{self.path} is damaged: {len(rows)} of its {record['answers']} lines can be read; it is kept as "
                 f"{self.path.name}.damaged, and the questions are asked again",
@@ -186,7 +191,8 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         for line in file:
             try:
                 rows.append(json.loads(line.decode("utf-8")))
-            except (ValueError, RecursionError):  # no JSON, or a character cut in two
+            except (ValueError, RecursionError):
+                # The line is no JSON, or ends within a character.
                 break
     return rows
 

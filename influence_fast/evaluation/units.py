@@ -24,7 +24,8 @@ PERCENT = Unit((("percent", 1),))
 DEGREE = Unit((("degree", 1),))
 RADIAN = Unit((("radian", 1),))
 DOZEN = Unit((("dozen", 1),))
-COUNTED = "unit"  # of "square units": any unit
+# The dimension of "square units", which stands for any unit.
+COUNTED = "unit"
 
 
 _PREFIXES = {

@@ -36,7 +36,8 @@ class Worker:
         Raises ConfigError where the worker does not start.
         """
         with self._lock:
-            for _ in range(2):  # a worker may have died since its last item: once more with a new one
+            # A worker may have died since its last item, so a new one gets a second try.
+            for _ in range(2):
                 process = self._started()
                 request = {"answer": answer, "gold": gold, "timeout": timeout}
                 try:
@@ -92,7 +93,8 @@ def _pump(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> Non
     assert process.stdout is not None
     for line in process.stdout:
         lines.put(line)
-    lines.put(None)  # the worker is gone
+    # None says that the worker has ended.
+    lines.put(None)
 
 
 WORKER = Worker()

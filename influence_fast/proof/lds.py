@@ -90,7 +90,8 @@ def linear_datamodeling_scores(
             if len(members):
                 drawn[members] = _mean_spearman(predicted, actual, counts[members])
         found = _estimate(float(_mean_spearman(predicted, whole, everything)[0]), drawn)
-        result[name] = Estimate(found.value, max(-1.0, found.low), min(1.0, found.high), drawn)  # it is a correlation
+        # A correlation lies within -1 and 1.
+        result[name] = Estimate(found.value, max(-1.0, found.low), min(1.0, found.high), drawn)
     return result
 
 

@@ -16,7 +16,8 @@ from influence_fast.report.svg import INK, Chart, Key, key_svg, plain, render_ch
 
 Row = Mapping[str, Any]
 
-FEW_SUBSETS = 16  # of fewer, a bootstrap's resamples are too alike
+# With fewer training sets a bootstrap's resamples are too alike.
+FEW_SUBSETS = 16
 
 
 def write_page(results: Row, path: str | os.PathLike[str]) -> Path:

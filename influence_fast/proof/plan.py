@@ -84,7 +84,8 @@ class Plan:
             kinds = {"queries": part, "mean": part.mean(axis=2, keepdims=True)}
             for kind, outcome in kinds.items():
                 if kind == "mean" and group == "all":
-                    continue  # of right and wrong answers together: no one's question
+                    # The mean over right and wrong answers together has no meaning.
+                    continue
                 matrices = {
                     name: matrix[:, members] if kind == "queries" else matrix[:, members].mean(axis=1, keepdims=True)
                     for name, matrix in self.scores.items()

@@ -50,7 +50,8 @@ class Retraining:
     name: str
     keep: np.ndarray
     seed: int
-    accuracy: bool = False  # also answer the test questions
+    # Whether to answer the test questions too.
+    accuracy: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,11 @@ def retrain(
             return done
         context = multiprocessing.get_context("spawn")
         setup = (config, list(queries), threads)
-        RunFolder(config)  # made here: of processes that open it at one time, one might find it half made
+        # Created here, since one of several processes that open it at once might find it incomplete.
+        RunFolder(config)
         with ProcessPoolExecutor(processes, context, initializer=_open, initargs=setup) as pool:
-            with current_folder_off_path():  # a process starts when a job is submitted
+            # A process starts when a job is submitted.
+            with current_folder_off_path():
                 waiting = {pool.submit(_work, job, folder, stamp): job for job in todo}
             try:
                 for future in as_completed(waiting):
@@ -139,7 +142,8 @@ class _World:
             losses = per_example_losses(model, self.queries).double().numpy()
             accuracy = float("nan")
             if job.accuracy:
-                here = dataclasses.replace(config.evaluation, engine="transformers")  # the model is in memory
+                # The model is in memory, which vLLM cannot use.
+                here = dataclasses.replace(config.evaluation, engine="transformers")
                 accuracy = evaluate(model, p.tokenizer, p.splits.test, config=here).accuracy
         shutil.rmtree(adapter)
         outcome = Outcome(losses, accuracy, time.perf_counter() - start)

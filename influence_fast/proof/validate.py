@@ -134,7 +134,8 @@ def _scored(pipeline: Pipeline, method: Method, reference: Path, queries: Querie
     if method.proxy:
         settings.append(model_hashes(method.proxy))
     if pipeline.config.model.adapter is not None and (method.checkpoints or method.moments):
-        settings.append(checkpoint_hashes(reference))  # which the run itself may not have read
+        # The run itself may not have read these checkpoints.
+        settings.append(checkpoint_hashes(reference))
     record = json.dumps([settings, texts], sort_keys=True)
     digest = hashlib.sha256(record.encode()).hexdigest()
     path = pipeline.folder / FOLDER / f"{method.name}.npz"
@@ -181,7 +182,8 @@ class _Scorer:
     tokenizer: Any
     pool: list[dict[str, Any]]
     adapters: list[tuple[Path, float]]
-    seconds: dict[str, float]  # what it took to make, beyond the reference
+    # Seconds it took to prepare, beyond those of the reference.
+    seconds: dict[str, float]
 
 
 def _reference(pipeline: Pipeline, method: Method, reference: Path) -> _Scorer:
@@ -235,7 +237,8 @@ def _external(files: Mapping[str, str], shape: tuple[int, int]) -> dict[str, np.
         try:
             with np.load(path) as found:
                 matrix = np.asarray(found["scores"], np.float32)
-        except Exception as error:  # numpy, zipfile and zlib have their own kinds for what is damaged
+        except Exception as error:
+            # numpy, zipfile and zlib raise errors of their own for damaged files.
             raise DataError(
                 f"{path}: no scores of another tool (an .npz file with 'scores' [N, Q]): {one_line(error)}"
             ) from error
@@ -270,7 +273,8 @@ def _detection(
         # a baseline that is the same for all queries has no two groups to set against one another
         constant = bool((matrix == matrix[:, :1]).all())
         priority = -matrix[:, 0].astype(np.float64) if constant else drop_priority(matrix, queries.groups)
-        rng = np.random.default_rng(pipeline.config.seed)  # the same draws for every method
+        # Every method gets the same draws.
+        rng = np.random.default_rng(pipeline.config.seed)
         low, high = bootstrap_auc(priority, harmful, rng, draws)
         order = np.argsort(-priority, kind="stable")
         precision = {}

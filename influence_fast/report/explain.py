@@ -21,11 +21,16 @@ from influence_fast.report.page import templates
 from influence_fast.report.view import clipped
 from influence_fast.report.words import percent, signed
 
-EXPLAINED = "explained"  # .html and .jsonl of a run
-SHOWN_ANSWERS = 100  # on a page, of each group
-_MOST_NAMED = 10  # examples that are counted over all answers
-_MOST_TEXT = 4000  # characters of an example, which are many
-_STARTS = 100  # characters of an example's prompt where it is only named
+# Name of a run's .html and .jsonl file.
+EXPLAINED = "explained"
+# Answers of each group that are shown on a page.
+SHOWN_ANSWERS = 100
+# Examples listed as named most often over all answers.
+_MOST_NAMED = 10
+# Characters shown of an example; a page has many of them.
+_MOST_TEXT = 4000
+# Characters of an example's prompt where it is only named.
+_STARTS = 100
 DIRECTIONS = ("raising", "lowering")
 
 
@@ -86,7 +91,8 @@ def save_explanations(
 def _page(found: Sequence[Mapping[str, Any]], pool: Mapping[str, Example], title: str | None) -> str:
     environment = templates()
     environment.filters.update(signed=signed, percent=percent)
-    places: dict[str, int] = {}  # of the examples that are named, in the order of their naming
+    # Named examples, numbered in the order in which they are named.
+    places: dict[str, int] = {}
 
     def named(name: str) -> dict[str, Any]:
         label = pool[name].label

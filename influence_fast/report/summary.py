@@ -101,7 +101,8 @@ class Setting:
         """Return the kind of strategy, which decides the colour: `influence`, `random`, `full` or `baseline`."""
         if self.strategy in ("random", "full"):
             return self.strategy
-        known = self.strategy in STRATEGIES  # results may be of a strategy that was registered elsewhere
+        # Results may be of a strategy that was registered elsewhere.
+        known = self.strategy in STRATEGIES
         return "influence" if known and reads_influence(self.strategy) else "baseline"
 
 

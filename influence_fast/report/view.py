@@ -15,12 +15,18 @@ from influence_fast.report import plots, score_plots, summary, svg
 from influence_fast.report.summary import jsonable, number
 from influence_fast.report.words import decimal, headline, moment, signed
 
-MAX_POINTS = 2000  # traces drawn as points of their own, and so with their text in the page
-SAMPLED_POINTS = 600  # ... when there are more than that
-POINT_TEXT_BUDGET = 900_000  # characters of text for all points together
-EXTREME_TRACES = 5  # pairs shown side by side
-SHOWN_TEXT = 700  # characters of a trace before "show more"
-MAX_TEXT = 20_000  # ... and with it
+# Traces up to which each is drawn as a point of its own, with its text in the page.
+MAX_POINTS = 2000
+# Traces sampled as points when there are more.
+SAMPLED_POINTS = 600
+# Characters of text for all points together.
+POINT_TEXT_BUDGET = 900_000
+# Pairs of extreme traces shown side by side.
+EXTREME_TRACES = 5
+# Characters of a trace before "show more".
+SHOWN_TEXT = 700
+# Characters of a trace after "show more".
+MAX_TEXT = 20_000
 
 _KNOWN = {
     "title", "summary", "created", "config", "versions", "environment", "data", "accuracy_before", "cells",
@@ -65,7 +71,8 @@ def view(results: Mapping[str, Any]) -> dict[str, Any]:
         "data": _data(results.get("data") or {}),
         "queries": results.get("queries") or {},
         "references": results.get("references") or [],
-        "wrong": "incorrect" in (results.get("queries") or {"incorrect": 0}),  # own answers that were
+        # Whether the model's own wrong answers are among the queries.
+        "wrong": "incorrect" in (results.get("queries") or {"incorrect": 0}),
         "scatter": _scatter(scores, labels, settings),
         "traces": _traces(scores),
         "explained": explained,
