@@ -1,4 +1,4 @@
-"""Files that others may read appear whole or not at all."""
+"""Write files atomically: others see them complete or not at all."""
 
 from __future__ import annotations
 

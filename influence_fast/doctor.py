@@ -1,4 +1,4 @@
-"""What is installed, which paths are active, and for those that are not, why."""
+"""Report what is installed, which computing paths are active, and why the others are not."""
 
 from __future__ import annotations
 

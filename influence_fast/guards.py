@@ -1,4 +1,4 @@
-"""What stands at the door of every loader: whatever a file holds, one line that names the file tells of it."""
+"""Guards of every loader: whatever a file holds, the error is one line that names the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does work of foreign texts (templates, regular expressions) in a process that `isolation.limited` limits.
+"""Run untrusted texts (templates, regular expressions) in a process that `isolation.limited` limits.
 
 Run as a script (`python -I limited_worker.py`): it reads one pickled dict from standard input, of the process that
 started it, and imports nothing of this package. `work["task"]` names a function below, whose result is printed as JSON.

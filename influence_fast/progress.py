@@ -1,4 +1,4 @@
-"""Progress bars on stderr: what a command prints is its result."""
+"""Progress bars and lines on stderr; stdout is for a command's result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How rows of fp32 numbers are kept in fewer bytes, and read back: the one place of the int8 and bf16 formats.
+"""Encode rows of fp32 numbers in fewer bytes and decode them: the only definition of the int8 and bf16 formats.
 
     bf16    to nearest even; arrays hold the bits as uint16, tensors are bfloat16
     int8    scale = max|row| / 127 in fp32, row ~ scale * int8, to nearest, halves to even

@@ -1,4 +1,4 @@
-"""Settings classes from YAML and back: keys and kinds of values are checked, and errors name the key."""
+"""Convert settings classes from YAML and back: keys and kinds of values are checked, and errors name the key."""
 
 from __future__ import annotations
 

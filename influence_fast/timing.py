@@ -1,4 +1,4 @@
-"""Seconds by stage, as results and reports show them."""
+"""Measure seconds by stage for results and reports."""
 
 from __future__ import annotations
 

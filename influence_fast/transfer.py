@@ -1,4 +1,4 @@
-"""Between the host and a card, so that nothing waits inside a batch.
+"""Copy between the host and a GPU so that nothing waits inside a batch.
 
     to_device     small tables and token ids go through pinned memory, behind the work that is already queued
     all_to_device several of them in one copy, end to end (`joined`) and taken apart again (`parted`)

@@ -1,4 +1,4 @@
-"""What the engine makes of a few examples: losses and rows, in packs and alone, and how it calls the model."""
+"""The engine's losses and rows of a few examples, in packs and alone, and how it calls the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a check of a model found: a verdict for each question, with the number and the bound it was judged by."""
+"""The result of a model check: a verdict on each question, with the number and the bound it was judged by."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line. Only here are arguments parsed; each verb calls one stage and prints what came out."""
+"""The command line. Arguments are parsed only here; each verb calls one stage and prints its result."""
 
 from __future__ import annotations
 

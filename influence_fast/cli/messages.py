@@ -1,4 +1,4 @@
-"""What the command line says of errors and warnings: settings by the names of its options."""
+"""Errors and warnings on the command line, with settings named as its options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verbs that fine-tune a model, question it, and check what is computed of it: train, eval, check."""
+"""Verbs that fine-tune a model, evaluate it, and check its gradients: train, eval, check."""
 
 from __future__ import annotations
 

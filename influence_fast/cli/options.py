@@ -1,4 +1,4 @@
-"""Options that several verbs share, and what is read from them."""
+"""Options that several verbs share, and the objects built from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verbs of a whole run from one configuration: demo, run, validate, report; and doctor."""
+"""Verbs of a complete run from one configuration: demo, run, validate, report; and doctor."""
 
 from __future__ import annotations
 

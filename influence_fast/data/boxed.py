@@ -1,4 +1,4 @@
-r"""The last `\boxed{...}` of a text: where solutions in mathematics and answers of models state the result."""
+r"""Find the last `\boxed{...}` of a text, where solutions in mathematics and answers of models state the result."""
 
 from __future__ import annotations
 

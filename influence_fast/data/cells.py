@@ -1,4 +1,4 @@
-"""The cells of one source row, read through the column renames; every complaint names the row and the remedy."""
+"""The cells of one source row, read through the column renames; every error names the row and the remedy."""
 
 from __future__ import annotations
 

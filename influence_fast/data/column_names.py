@@ -1,4 +1,4 @@
-"""Names of columns and fields as words: which of them speak of a trace, of a prompt, or of neither."""
+"""Tell from the name of a column or field whether it holds a trace, a part of the prompt, or neither."""
 
 from __future__ import annotations
 

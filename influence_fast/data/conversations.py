@@ -1,4 +1,4 @@
-"""Conversations: lists of messages in the forms that datasets have them, and the turns that an example takes of them.
+"""Read conversations: lists of messages in the forms that datasets use, and the turns that an example takes from them.
 
 A message is `{"role", "content"}`, or ShareGPT's `{"from", "value"}`. An assistant's message may have its reasoning
 in a field of its own (`reasoning`, `reasoning_content` or `thinking`) and a `weight`: 0 for no loss on it, or 1.

@@ -1,4 +1,4 @@
-"""Training examples that give the evaluation away: those that share a run of words with a test item."""
+"""Find training examples that share a run of words with a test item, and so give the evaluation away."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Near-duplicate texts: groups of which pruning lets only the best few stay."""
+"""Find groups of near-duplicate texts, of which pruning keeps only the best few."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples read from a dataset and written to one; `rendering` turns them into text and `tokens` into token ids."""
+"""Read examples from a dataset and write them to one; `rendering` turns them into text and `tokens` into token ids."""
 
 from __future__ import annotations
 

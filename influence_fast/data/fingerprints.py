@@ -1,4 +1,4 @@
-"""SHA-256 of what a gradient depends on: base weights, adapter, tokenizer, dataset. Every byte counts, none is sampled.
+"""SHA-256 of what a gradient depends on: base weights, adapter, tokenizer, dataset. Every byte counts; none is sampled.
 
 Hashing is streamed in chunks, so a model on a GPU needs no copy of itself in host memory.
 """

@@ -1,4 +1,4 @@
-"""Groups of examples named by a column of their source: the task, the subject, the kind of problem."""
+"""Group examples by a column of their source: the task, the subject, the kind of problem."""
 
 from __future__ import annotations
 

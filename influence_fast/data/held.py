@@ -1,4 +1,4 @@
-"""Tokenized examples in the forms that people hold them, as the one form that gradients are taken of.
+"""Convert tokenized examples of any common form into mappings of tensors.
 
 Taken are lists of mappings, a padded batch, a `datasets.Dataset` in any format (that of trl's `SFTTrainer` too), a
 `DataLoader` and a generator of any of these. The one form is a mapping of 1-D int tensors `input_ids` and `labels` of

@@ -1,4 +1,4 @@
-"""Converters: what each known layout of columns takes from a row as prompt, completion and answer."""
+"""Converters of known column layouts: each takes prompt, completion and answer from a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of n words, as text and as numbers that can be compared fast."""
+"""Runs of n words, as text and as numbers that compare fast."""
 
 from __future__ import annotations
 

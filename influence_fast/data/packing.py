@@ -1,4 +1,4 @@
-"""Packs ragged examples into one row of tokens: no padding, examples end to end."""
+"""Pack ragged examples into one row of tokens, end to end and without padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Some bits of each set, whose differences bound from below in how many elements two sets differ."""
+"""Parity bits of sets, whose differences bound from below in how many elements two sets differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The source's own rows with only the kept examples in them, traces within a row included."""
+"""Keep the source's own rows with only the kept examples in them, traces within a row included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reader left out of the rows of one source, said once when it has read them."""
+"""Warnings about what a reader left out of the rows of one source, logged once at the end."""
 
 from __future__ import annotations
 

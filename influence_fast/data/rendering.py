@@ -1,4 +1,4 @@
-"""Examples as text: the chat template's frame around a completion that stands in it as it is.
+"""Render examples as text: the chat template's frame around a completion that is kept verbatim.
 
     prompt       what the template writes for a generation: the model meets just this when it answers
     lead         what the template writes between that and an assistant's content (often nothing)

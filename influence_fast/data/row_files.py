@@ -1,4 +1,4 @@
-"""Rows written to files: whole or not at all, in the format that the extension names."""
+"""Write rows to files atomically, in the format that the extension names."""
 
 from __future__ import annotations
 

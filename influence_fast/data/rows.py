@@ -1,4 +1,4 @@
-"""Rows of a dataset as they are: read from a hub id, a file, a folder or memory.
+"""Read the rows of a dataset unchanged: from a hub id, a file, a folder or memory.
 
 Nothing here knows what a prompt is (schemas.py does). A pruned dataset is made of the original rows, every
 column included, so they are kept and not rebuilt from examples.

@@ -1,4 +1,4 @@
-"""Tokenized examples on disk, made in one pass over rows that are never in memory together, and read as a sequence.
+"""Tokenized examples on disk, written in one pass over rows that are never all in memory, and read as a sequence.
 
 A folder holds `tokens.arrow` (id, input_ids as int32, the places where what is learnt begins and ends) and
 `tokens.json`, written last: what the tokens were made of, and which examples were left out.

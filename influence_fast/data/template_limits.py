@@ -1,4 +1,4 @@
-"""A chat template is a program that came with a model: tried in a limited process before it renders anything here."""
+"""Try chat templates in a limited process before they are used: a template is a program that comes with a model."""
 
 from __future__ import annotations
 

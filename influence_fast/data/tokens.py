@@ -1,4 +1,4 @@
-"""Token ids and labels of examples: those of the whole text, split where the completion begins."""
+"""Turn examples into token ids and labels: those of the complete text, split where the completion begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands between the prompt of a generation and a completion.
+"""Find the text between the prompt of a generation and a completion.
 
 The prompt is what a template writes for a generation, the head what it writes before the content of an assistant's
 turn. Mostly the head is the prompt, or goes on after it; where a prompt opens reasoning, or says more than a whole

@@ -1,4 +1,4 @@
-"""Where an assistant's turn ends: by the chat template's own token or text, else by the tokenizer's EOS."""
+"""Find the end of an assistant's turn: the chat template's own token or text, else the tokenizer's EOS."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Bytes that columns of repeated values take once each row has its own copy: a small file may hold gigabytes."""
+"""Bound the bytes that columns of repeated values take once each row has its own copy: a small file may hold
+gigabytes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Columns that hold a trace or a part of the prompt, by name or by length, and that the schema in use does not read."""
+"""Find columns that by name or length hold a trace or a part of the prompt, and that the schema in use does not
+read.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compare two answers by their readings; how two expressions are compared is the business of a `Judge`.
+"""Compare two answers by their readings; a `Judge` compares their expressions.
 
 The conventions, where mathematics leaves a choice:
 

@@ -1,4 +1,4 @@
-"""Lets a model answer questions and grades what it says; every transcript is kept."""
+"""Generate a model's answers to questions and grade them; every transcript is kept."""
 
 from __future__ import annotations
 

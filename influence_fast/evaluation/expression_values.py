@@ -1,4 +1,4 @@
-"""Exact values of parsed expressions, and what their signs stand for."""
+r"""Evaluate parsed expressions exactly, and expand their `\pm` signs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers to prompts, by transformers' `generate` in batches or by vLLM."""
+"""Generate answers to prompts, by transformers' `generate` in batches or by vLLM."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an answer is asked for by: the same explicit parameters for every engine, and nothing that a model brings.
+"""Settings of generation: the same explicit parameters for every engine, and none taken from the model.
 
 transformers fills in whatever a call leaves open from the model's `generation_config.json` (a repetition penalty, a
 least number of tokens, ...), so that greedy decoding is no longer the likeliest token. Here all is given, and the

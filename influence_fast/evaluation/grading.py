@@ -1,4 +1,4 @@
-"""Grades a model's text against the reference: finds the answer it states and compares the two.
+"""Grade a model's text against the reference: find the answer it states and compare the two.
 
 Equal texts, numbers, and all that exact arithmetic decides are compared here; what needs sympy or math-verify goes to
 the grading worker. The conventions are in `comparison`.

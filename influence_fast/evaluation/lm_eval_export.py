@@ -1,4 +1,4 @@
-"""Tasks written in lm-evaluation-harness's own form, so that its runs and ours answer the same questions."""
+"""Write questions as tasks of lm-evaluation-harness, so that its runs and ours answer the same questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""Read answers that are known by their look or their words: times, numerals in a base, yes and no, number words."""
+r"""Read answers that are known by their look or words: times, numerals in a base, yes and no, number words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-r"""Read an answer as what it may mean: a number with a unit, a list, a set, an interval, a matrix, an equation, words.
+r"""Read the possible meanings of an answer: a number with a unit, a list, set, interval, matrix, equation or words.
 
 An answer may have more than one reading (`3 and 1/2` is a list or a mixed number); the first is the likeliest.
 """

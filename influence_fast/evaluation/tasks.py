@@ -1,4 +1,4 @@
-"""Evaluation tasks: small YAML files that say where questions come from, how they are put and how answers are judged.
+"""Evaluation tasks: small YAML files with the source of the questions, the prompt and the grading.
 
 Those of the package are in `eval_tasks/`; a file of one's own has the same keys:
 

@@ -1,4 +1,4 @@
-"""Transcripts of an evaluation on disk: written as the answers come, and found again when the run is repeated.
+"""Transcripts of an evaluation on disk: written as the answers come, and reused when the run is repeated.
 
 Beside `answers.jsonl` lies `answers.jsonl.run.json`, which says what the answers depend on. While the evaluation goes
 on, the answers are in `answers.jsonl.partial`, whose first line says the same.

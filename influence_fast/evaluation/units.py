@@ -1,4 +1,4 @@
-r"""Units of measure and currencies in answers: 5 cm is 0.05 m, is no 5 m, and answers a question for 5."""
+r"""Units of measure and currencies in answers: 5 cm equals 0.05 m and not 5 m, and answers a question for 5."""
 
 from __future__ import annotations
 

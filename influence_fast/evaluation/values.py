@@ -1,4 +1,4 @@
-r"""What an answer may be: a number with a unit, a list, an interval, a matrix, an equation, a time, words."""
+r"""The kinds of answers: a number with a unit, a list, an interval, a matrix, an equation, a time, words."""
 
 from __future__ import annotations
 

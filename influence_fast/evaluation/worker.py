@@ -1,4 +1,4 @@
-"""Owns the grading worker, a process of its own: sympy can hang in C code or eat all memory, which no exception stops.
+"""Own the grading worker, a process of its own: no exception stops sympy in C code or its use of memory.
 
 math-verify's own limits need the main thread. A worker that overruns is killed and replaced.
 """

@@ -1,4 +1,4 @@
-"""The grading worker: reads pairs of answers as JSON lines, writes verdicts. Started by `worker.Worker` alone.
+"""Run the grading worker: read pairs of answers as JSON lines and write verdicts. Started by `worker.Worker` alone.
 
 It is run as a file with `python -I`, so that neither the current folder nor PYTHONPATH is on its path.
 """

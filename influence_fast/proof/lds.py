@@ -1,4 +1,4 @@
-"""The linear datamodeling score: does the sum of a subset's influences tell what a model trained on that subset does?
+"""The linear datamodeling score: how well the sum of a subset's influences predicts a model trained on that subset.
 
 For subsets S of the training set, each retrained with several seeds (Park et al. 2023, TRAK, section 4),
 

@@ -1,4 +1,4 @@
-"""What `validate` found, as text tables for a terminal and as one self-contained HTML page with plots."""
+"""The results of `validate` as text tables for a terminal, and as one self-contained HTML page with plots."""
 
 from __future__ import annotations
 

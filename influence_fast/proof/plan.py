@@ -1,4 +1,4 @@
-"""Which retrainings the proof needs, and what is read off their outcomes."""
+"""The retrainings that validation needs, and the measures computed from their outcomes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many fine-tunings on parts of the pool, and what each makes of the queries: the ground truth of `validate`.
+"""Fine-tune on many parts of the pool, and measure the queries' losses: the ground truth of `validate`.
 
 Every retraining is a file of its own, so that a run goes on where it was interrupted; a file of other data, queries or
 settings is never taken for this run's.

@@ -1,4 +1,4 @@
-"""The proof: do the scores tell what retraining does?
+"""Validate scores: how well do they predict the outcome of retraining?
 
 For every method, with 95 % bootstrap intervals over subsets and seeds (or examples, or queries):
 

@@ -1,4 +1,4 @@
-"""Answer by answer: the training examples that made it likelier and those that made it less likely.
+"""Explain each answer by the training examples that made it likelier and those that made it less likely.
 
 A score table says what an example does to all answers of a group; this says what stands behind a single one.
 """

@@ -1,4 +1,4 @@
-"""How the ranking moved over a training run, as a plot (see `influence.checkpoints`)."""
+"""Plot how the ranking changed over a training run (see `influence.checkpoints`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Charts of single scores: two against each other, and how they are spread."""
+"""Charts of single scores: two against each other, and their distributions."""
 
 from __future__ import annotations
 

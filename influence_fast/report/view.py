@@ -1,4 +1,6 @@
-"""What the report's template shows, from the plain `results` dictionary described in `influence_fast.report.page`."""
+"""The variables of the report's template, from the plain `results` dictionary that `influence_fast.report.page`
+describes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report's words: numbers as text, and the sentences at the top."""
+"""The text of the report: numbers, and the sentences at the top."""
 
 from __future__ import annotations
 
