@@ -28,9 +28,9 @@ import torch
 from benches.environment import describe
 from benches.interleave import interleaved
 from benches.models import heavy_tailed
-from influence_fast.influence.ranking import spearman
 from influence_fast.products import native
 from influence_fast.products.inner_products import inner_products, quantize_rows
+from influence_fast.statistics.ranks import spearman
 
 T = TypeVar("T")
 

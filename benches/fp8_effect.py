@@ -23,7 +23,7 @@ from torch import Tensor
 from benches.environment import describe
 from benches.models import qwen2_model, with_lora
 from influence_fast.gradients.per_example import per_example_gradients
-from influence_fast.influence.ranking import spearman
+from influence_fast.statistics.ranks import spearman
 
 VOCABULARY, LENGTH = 128, 48
 OURS, ITS_EMULATION = "precision fp8", "fp8, gradients e4m3"

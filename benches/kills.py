@@ -294,10 +294,11 @@ def run_whole(folder: Path, verb: Verb, start_from: Path | None = None) -> Whole
 
 def kill_once(folder: Path, verb: Verb, whole: Whole, rng: random.Random, start_from: Path | None) -> list[str]:
     """Kill the verb at a random moment, run it again to its end, and return what differs from the whole run."""
-    for _ in range(TRIES):
+    for trial in range(TRIES):
         _empty(folder, start_from)
         process = _start(folder, verb.arguments)
-        if _killed(process, folder / OUTPUT, whole, rng):
+        # The whole run may have been slowed down by other work: waits shrink until one ends before the process.
+        if _killed(process, folder / OUTPUT, whole, rng, 0.75**trial):
             break
         _finish(process)
     else:
@@ -316,16 +317,19 @@ def _resumed(folder: Path, verb: Verb, whole: Whole) -> list[str]:
     return differences(whole.files, files_of(folder / OUTPUT))
 
 
-def _killed(process: subprocess.Popen[str], output: Path, whole: Whole, rng: random.Random) -> bool:
-    """Kill the process at a moment that `rng` draws; False where it ended by itself before."""
+def _killed(process: subprocess.Popen[str], output: Path, whole: Whole, rng: random.Random, share: float) -> bool:
+    """Kill the process at a moment that `rng` draws from the first `share` of the whole run's time.
+
+    Returns False where the process ended by itself before.
+    """
     before = _state(output)
     if rng.random() < 0.2:
-        wait = rng.random() * whole.first
+        wait = share * rng.random() * whole.first
     else:
         # counted from the first file of this very run, as starting takes longer on a busy machine
         while process.poll() is None and _state(output) == before:
             time.sleep(POLL)
-        wait = rng.random() * (whole.seconds - whole.first)
+        wait = share * rng.random() * (whole.seconds - whole.first)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(wait)
         return False

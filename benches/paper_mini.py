@@ -67,7 +67,8 @@ def one_world(output: str, seed: int) -> dict[str, Any]:
 
 def table_of(worlds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means with intervals, and every comparison of ours with a baseline, over all worlds."""
-    from influence_fast.report.statistics import compare, holm, two_level_interval
+    from influence_fast.statistics.paired_tests import compare, holm
+    from influence_fast.statistics.two_level import two_level_interval
 
     answers: dict[tuple[str, float], np.ndarray] = {}
     for cell in worlds[0]["cells"]:

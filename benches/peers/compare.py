@@ -29,8 +29,8 @@ import numpy as np
 
 from benches.environment import describe
 from benches.peers.install import default_venvs, is_installed, python_of
-from influence_fast.influence.ranking import spearman
 from influence_fast.isolation import safe_environment
+from influence_fast.statistics.ranks import spearman
 
 HERE = Path(__file__).parent
 # end to end, times as fast: (peer, method) -> our method that does the same work, target

@@ -29,9 +29,9 @@ from benches.models import heavy_tailed
 from benches.peers.compare import spread
 from benches.peers.install import default_venvs, is_installed, python_of
 from benches.peers.stored import CHECKED
-from influence_fast.influence.ranking import spearman
 from influence_fast.isolation import safe_environment
 from influence_fast.products import native
+from influence_fast.statistics.ranks import spearman
 
 SCRIPT = Path(__file__).with_name("stored.py")
 OURS = ("ours_int8", "ours_bf16")

@@ -24,8 +24,8 @@ from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
 from influence_fast.evaluation.generation import CUT, ENGINES, Answer, ModelFiles, answer_batches
 from influence_fast.evaluation.generation_settings import EXPLICIT, KINDS, OWN, find_ends, generation_settings
 from influence_fast.evaluation.grading import ANSWER_KINDS, choice_letter, grade, normalise
-from influence_fast.evaluation.intervals import bootstrap_interval, wilson_interval
 from influence_fast.evaluation.transcripts import EvalItem, Journal, record_of, write_transcripts
+from influence_fast.statistics.intervals import bootstrap_interval, wilson_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

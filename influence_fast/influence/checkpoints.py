@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from influence_fast.errors import ConfigError, DataError, ModelError, listing, say_once
-from influence_fast.influence.ranking import average_ranks, spearman
 from influence_fast.influence.scores import ScoreTable
+from influence_fast.statistics.ranks import average_ranks, spearman
 
 logger = logging.getLogger(__name__)
 

@@ -29,11 +29,12 @@ class ScoreTable:
     """`ids` in the data's order, float64 `columns` and text columns (`texts`) of the same length.
 
     Columns that scoring writes: `s_correct`, `s_incorrect` (mean influence on the queries of each group),
-    `rank_correct`, `rank_incorrect` (rank of that mean, 1 = lowest), `mean_rank_correct`, `mean_rank_incorrect`
-    (mean over queries of the per-query ranks), the same three for each task where tasks are named, `loss`, `tokens`,
-    and where a strategy needs them `embedding_rank` (1 = taken first) and `pass_rate` (0 to 1). The text `fingerprint`
-    tells which text each row is of (see `data.fingerprints.text_fingerprint`). Pruning adds `kept`, `drop_priority` and
-    the text `why`.
+    `rank_correct`, `rank_incorrect` (rank of that mean), `mean_rank_correct`, `mean_rank_incorrect` (mean over queries
+    of the per-query ranks), the same three for each task where tasks are named, `loss`, `tokens`, and where a strategy
+    needs them `embedding_rank` (the place in the order of taking: 1 = taken first) and `pass_rate` (0 to 1). Ranks of
+    scores go from 1 = lowest to the number of rows = highest, here, in results.json and in the report. The text
+    `fingerprint` tells which text each row is of (see `data.fingerprints.text_fingerprint`). Pruning adds `kept`,
+    `drop_priority` and the text `why`.
     """
 
     ids: list[str]

@@ -12,11 +12,11 @@ import torch
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.layout import LayoutEntry, layout_width
 from influence_fast.influence import preconditioners
-from influence_fast.influence.ranking import average_ranks
 from influence_fast.influence.rounding import warn_if_coarse
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.whitened import UnitNorm
 from influence_fast.products.inner_products import inner_products
+from influence_fast.statistics.ranks import average_ranks
 from influence_fast.store.reader import Store
 
 

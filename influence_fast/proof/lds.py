@@ -20,8 +20,7 @@ from itertools import combinations_with_replacement
 import numpy as np
 
 from influence_fast.errors import ConfigError, DataError
-
-_CHUNK = 1 << 25  # numbers of one chunk of bootstrap ranks
+from influence_fast.statistics.ranks import pairwise_signs, weighted_spearman
 
 
 @dataclass(frozen=True)
@@ -78,18 +77,18 @@ def linear_datamodeling_scores(
     seed_draws = np.sort(rng.integers(0, seeds, (draws, seeds)), axis=1)
     order = [np.flatnonzero((seed_draws == which).all(axis=1)) for which in _multisets(seeds)]
     everything = np.ones((1, count))
-    signs = [_signs(-losses[:, which].mean(axis=1)) for which in _multisets(seeds)]
-    whole = _signs(-losses.mean(axis=1))
+    signs = [pairwise_signs(-losses[:, which].mean(axis=1)) for which in _multisets(seeds)]
+    whole = pairwise_signs(-losses.mean(axis=1))
     result = {}
     for name, matrix in scores.items():
         if matrix.shape != (subsets.shape[1], queries):
             raise DataError(f"scores of {name} have shape {matrix.shape}, not ({subsets.shape[1]}, {queries})")
-        predicted = _signs(subsets.astype(np.float64) @ np.asarray(matrix, np.float64))
+        predicted = pairwise_signs(subsets.astype(np.float64) @ np.asarray(matrix, np.float64))
         drawn = np.empty(draws)
         for members, actual in zip(order, signs, strict=True):
             if len(members):
-                drawn[members] = _mean_spearman(predicted, actual, counts[members])
-        found = _estimate(float(_mean_spearman(predicted, whole, everything)[0]), drawn)
+                drawn[members] = weighted_spearman(predicted, actual, counts[members])
+        found = _estimate(float(weighted_spearman(predicted, whole, everything)[0]), drawn)
         # A correlation lies within -1 and 1.
         result[name] = Estimate(found.value, max(-1.0, found.low), min(1.0, found.high), drawn)
     return result
@@ -105,10 +104,10 @@ def seed_agreement(losses: np.ndarray) -> float:
     seeds = losses.shape[1]
     if seeds < 2:
         return float("nan")
-    signs = [_signs(losses[:, r]) for r in range(seeds)]
+    signs = [pairwise_signs(losses[:, r]) for r in range(seeds)]
     everything = np.ones((1, losses.shape[0]))
     pairs = [(a, b) for a in range(seeds) for b in range(a)]
-    return float(np.mean([_mean_spearman(signs[a], signs[b], everything)[0] for a, b in pairs]))
+    return float(np.mean([weighted_spearman(signs[a], signs[b], everything)[0] for a, b in pairs]))
 
 
 def ceiling(losses: np.ndarray) -> float:
@@ -125,27 +124,6 @@ def ceiling(losses: np.ndarray) -> float:
 
 def _multisets(seeds: int) -> list[list[int]]:
     return [list(which) for which in combinations_with_replacement(range(seeds), seeds)]
-
-
-def _signs(values: np.ndarray) -> np.ndarray:
-    """Return the sign of value i - value j of values [S, Q] as [Q, S, S]; weighted sums over j give centred ranks."""
-    columns = values.T
-    return np.sign(columns[:, :, None] - columns[:, None, :]).astype(np.float32)
-
-
-def _mean_spearman(one: np.ndarray, other: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return the mean over queries of the rank correlation, [B], where draw b counts subset i counts[b, i] times."""
-    queries, size, _ = one.shape
-    step = max(1, _CHUNK // (queries * size))
-    out = []
-    for start in range(0, len(counts), step):
-        weights = counts[start : start + step].astype(np.float32)
-        a, b = one @ weights.T, other @ weights.T  # [Q, S, B] centred ranks, doubled
-        w = weights.T[None]
-        covariance = (w * a * b).sum(axis=1)
-        spread = np.sqrt((w * a * a).sum(axis=1) * (w * b * b).sum(axis=1))
-        out.append(np.divide(covariance, spread, out=np.zeros_like(spread), where=spread > 0).mean(axis=0))
-    return np.concatenate(out).astype(np.float64)
 
 
 def _estimate(value: float, draws: np.ndarray) -> Estimate:

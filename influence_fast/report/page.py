@@ -17,12 +17,12 @@ number that is None, NaN or infinite is shown as `n/a`. Accuracies, fractions an
                       (maj@n), "pass_at": [{"k", "value"}]}; needed: strategy, accuracy. Several seeds of one
                       (strategy, fraction) are put together by `summary.interval`
     settings         {"strategy", "fraction", "accuracy", "low", "high"}: intervals over seeds and questions from
-                      `statistics.grid_statistics`, in place of those of `summary.interval`
+                      `grid_statistics`, in place of those of `summary.interval`
     comparisons      paired tests: {"strategy", "fraction", "against": other strategy, "difference", "low", "high",
                       "p", "p_adjusted", "effect", "effect_low", "effect_high", "seeds"}; where present, the headline
                       uses their interval
     detection        [{"method", "auc", "low", "high", "precision_at": {"10%": float}}]   known harmful traces
-    scores           one a trace: {"id", "s_correct", "s_incorrect", "rank_correct", "rank_incorrect" (1 = largest),
+    scores           one a trace: {"id", "s_correct", "s_incorrect", "rank_correct", "rank_incorrect" (1 = lowest),
                       "label", "prompt", "completion", "loss", "dropped_by": [strategy]}; needed: id and both scores
     rank_agreement   {"methods": [name], "spearman": [[float]]}
     curves           {run name: [[step, loss], ...]}

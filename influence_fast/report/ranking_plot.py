@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from influence_fast.atomic import replacing
 from influence_fast.errors import ConfigError
 from influence_fast.influence.checkpoints import CheckpointScores, by_checkpoint, ranking_over_training
-from influence_fast.influence.ranking import average_ranks
+from influence_fast.statistics.ranks import average_ranks
 
 FORMATS = (".svg", ".png", ".pdf")
 
@@ -39,7 +39,7 @@ def plot_ranking_over_training(
         raise ConfigError(f"{path}: a plot is written as {', '.join(FORMATS)}")
     rows = ranking_over_training(scores, column)
     steps = scores.steps
-    ranks = np.stack([average_ranks(-values) for values in by_checkpoint(scores, column)])  # [C, E], 1 = highest
+    ranks = np.stack([average_ranks(values) for values in by_checkpoint(scores, column)])  # [C, E], 1 = lowest
     order = np.argsort(-scores.total.columns[column], kind="stable")
     follow = min(follow, len(order) // 2)
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
@@ -56,8 +56,8 @@ def plot_ranking_over_training(
         for n, place in enumerate(places):
             name = f"{label} {follow} in the end" if n == 0 else None
             right.plot(steps, ranks[:, place], "o-", color=colour, alpha=0.7, label=name)
-    right.set_ylim(len(order) + 1, 0)
-    right.set(xlabel="optimizer step", ylabel=f"rank of {len(order)} (1 = highest)")
+    right.set_ylim(0, len(order) + 1)
+    right.set(xlabel="optimizer step", ylabel=f"rank of {len(order)} (1 = lowest)")
     right.set_title("ranks on the way", loc="left")
     for axes in (left, right):
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False)

@@ -14,14 +14,11 @@ from typing import Any
 import numpy as np
 
 from influence_fast.errors import DataError
-from influence_fast.evaluation.intervals import Z95
-from influence_fast.influence.ranking import average_ranks
 from influence_fast.selection.strategies import STRATEGIES, reads_influence
+from influence_fast.statistics.intervals import t_quantile
+from influence_fast.statistics.ranks import average_ranks, mid_ranks
 
 Row = Mapping[str, Any]
-
-# Two-sided 97.5 % quantiles of Student's t for 1..9 degrees of freedom, where the expansion below is too coarse.
-_T975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157)
 
 
 def number(value: Any) -> float:
@@ -47,20 +44,6 @@ def jsonable(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     return str(value)
-
-
-def t_quantile(degrees: int) -> float:
-    """Return the 97.5 % quantile of Student's t; above nine degrees by the Cornish-Fisher expansion (error < 5e-5)."""
-    if degrees < 1:
-        return math.nan
-    if degrees <= len(_T975):
-        return _T975[degrees - 1]
-    z, n = Z95, float(degrees)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    fourth = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160
-    return z + first / n + second / n**2 + third / n**3 + fourth / n**4
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,14 +189,12 @@ def score_arrays(scores: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Return mid-ranks in 0..1 of the finite values (ties share their mean), else NaN; zeros if none is finite."""
-    if not np.isfinite(values).any():
-        return np.zeros(len(values))
-    ranks = np.full(len(values), np.nan)
+def ranks_of(values: np.ndarray) -> list[float | None]:
+    """Return the ranks of the finite values [N], 1 = lowest, ties averaged; None for the others."""
     finite = np.isfinite(values)
-    ranks[finite] = (average_ranks(values[finite]) - 0.5) / finite.sum()
-    return ranks
+    ranks = np.full(len(values), np.nan)
+    ranks[finite] = average_ranks(values[finite])
+    return [float(rank) if math.isfinite(rank) else None for rank in ranks]
 
 
 def balance(scores: Sequence[Row]) -> np.ndarray:
@@ -226,7 +207,7 @@ def balance(scores: Sequence[Row]) -> np.ndarray:
     """
     s_correct, s_incorrect = score_arrays(scores)
     neither = ~np.isfinite(s_correct) & ~np.isfinite(s_incorrect)
-    return np.where(neither, np.nan, _ranks(s_correct) - _ranks(s_incorrect))
+    return np.where(neither, np.nan, mid_ranks(s_correct) - mid_ranks(s_incorrect))
 
 
 def extremes(scores: Sequence[Row], each: int) -> tuple[list[int], list[int]]:

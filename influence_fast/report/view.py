@@ -228,6 +228,8 @@ def _traces(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     helpful, harmful = summary.extremes(scores, EXTREME_TRACES)
     if not helpful:
         return None
+    # By the scores and not as stored: files of earlier versions count ranks from the other end.
+    ranks = [summary.ranks_of(column) for column in summary.score_arrays(scores)]
 
     def card(i: int) -> dict[str, Any]:
         s = scores[i]
@@ -236,8 +238,8 @@ def _traces(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
             "label": None if s.get("label") is None else str(s["label"]),
             "s_correct": s["s_correct"],
             "s_incorrect": s["s_incorrect"],
-            "rank_correct": s.get("rank_correct"),
-            "rank_incorrect": s.get("rank_incorrect"),
+            "rank_correct": ranks[0][i],
+            "rank_incorrect": ranks[1][i],
             "loss": s.get("loss"),
             "dropped_by": [str(name) for name in s.get("dropped_by") or []],
             "texts": [(name, *clipped(str(s[name]))) for name in ("prompt", "completion") if s.get(name)],

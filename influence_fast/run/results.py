@@ -13,15 +13,15 @@ import numpy as np
 from influence_fast import doctor
 from influence_fast.data.examples import Example
 from influence_fast.errors import DataError
-from influence_fast.influence import ranking
 from influence_fast.influence.queries import Queries
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.report.explain import EXPLAINED
-from influence_fast.report.statistics import grid_statistics
+from influence_fast.report.grid_statistics import grid_statistics
 from influence_fast.run.splits import Splits
 from influence_fast.run.workdir import RunFolder
 from influence_fast.selection import pruning
 from influence_fast.settings import to_dict
+from influence_fast.statistics import ranks
 
 if TYPE_CHECKING:
     from influence_fast.run.pipeline import Pipeline
@@ -130,15 +130,14 @@ def _trace_scores(run: Pipeline, table: ScoreTable) -> list[dict[str, Any]] | No
             selection = run.select(table, strategy, fraction, grid.seeds[0])
             for i in selection.drop:
                 dropped.setdefault(int(i), []).append(f"{strategy} {round(100 * fraction)} %")
-    n = len(table.ids)
     c = table.columns
     return [
         {
             "id": name,
             "s_correct": float(c["s_correct"][i]),
             "s_incorrect": float(c["s_incorrect"][i]),
-            "rank_correct": float(n + 1 - c["rank_correct"][i]),
-            "rank_incorrect": float(n + 1 - c["rank_incorrect"][i]),
+            "rank_correct": float(c["rank_correct"][i]),
+            "rank_incorrect": float(c["rank_incorrect"][i]),
             "label": pool[name].label,
             "prompt": pool[name].prompt,
             "completion": pool[name].completion,
@@ -161,13 +160,13 @@ def _detection(
         if name == "full" or any(column not in table.columns for column in strategy.needs):
             continue
         priority = np.asarray(strategy.drop_first(table, rng), dtype=np.float64)
-        low, high = ranking.bootstrap_auc(priority, harmful, rng)
+        low, high = ranks.bootstrap_auc(priority, harmful, rng)
         order = np.argsort(-priority, kind="stable")
         top = {f"{round(100 * f)}%": max(1, round(f * len(order))) for f in fractions}
         found.append(
             {
                 "method": name,
-                "auc": ranking.auc(priority, harmful),
+                "auc": ranks.auc(priority, harmful),
                 "low": low,
                 "high": high,
                 "precision_at": {at: float(harmful[order[:k]].mean()) for at, k in top.items()},
@@ -220,5 +219,5 @@ def _costs(folder: RunFolder, splits: Splits, cells: list[dict[str, Any]]) -> li
 
 def _rank_agreement(table: ScoreTable) -> dict[str, Any]:
     names = [name for name in ("s_correct", "s_incorrect", "loss", "tokens") if name in table.columns]
-    matrix = [[ranking.spearman(table.columns[a], table.columns[b]) for b in names] for a in names]
+    matrix = [[ranks.spearman(table.columns[a], table.columns[b]) for b in names] for a in names]
     return {"methods": names, "spearman": matrix}

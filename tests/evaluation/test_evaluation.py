@@ -20,8 +20,8 @@ from influence_fast.evaluation.evaluate import (
     majority_correct,
     pass_at_k,
 )
-from influence_fast.evaluation.intervals import wilson_interval
 from influence_fast.evaluation.transcripts import EvalItem, Journal, record_of
+from influence_fast.statistics.intervals import wilson_interval
 
 
 class Parrot(torch.nn.Module):

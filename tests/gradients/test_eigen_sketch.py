@@ -23,10 +23,10 @@ from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import sketch_fitting
 from influence_fast.influence.ekfac import fit_ekfac
-from influence_fast.influence.ranking import spearman
 from influence_fast.influence.scoring import influence_matrix, influence_scores
 from influence_fast.influence.settings import GradientConfig, InfluenceConfig, check_influence
 from influence_fast.influence.sketch_fitting import fit_projection, leading, resolved, width_of
+from influence_fast.statistics.ranks import spearman
 from influence_fast.store.building import build_shards, build_store, identity_of
 from influence_fast.store.merge import append_store, merge_stores
 from influence_fast.store.reader import open_store, verify_store

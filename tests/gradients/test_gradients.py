@@ -516,7 +516,7 @@ def test_the_loss_in_chunks_is_that_of_autograd(monkeypatch: pytest.MonkeyPatch,
     hidden = torch.randn(7, 5, **options).requires_grad_()
     weight, bias = torch.randn(11, 5, **options), torch.randn(11, **options) if biased else None
     targets, weights = torch.randint(0, 11, (7,), generator=generator), torch.rand(7, **options)
-    found, token_losses = loss.CompletionLoss.apply(hidden, weight, bias, targets, weights, False)
+    found, token_losses = loss.CompletionLoss.apply(hidden, weight, bias, targets, weights, loss.by_pytorch)
     expected = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")
     torch.testing.assert_close(token_losses, expected)
     (gradient,) = torch.autograd.grad(2 * found, hidden)

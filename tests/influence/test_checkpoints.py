@@ -22,9 +22,9 @@ from influence_fast.influence.checkpoints import (
     learning_rates,
     ranking_over_training,
 )
-from influence_fast.influence.ranking import average_ranks
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.report.ranking_plot import plot_ranking_over_training
+from influence_fast.statistics.ranks import average_ranks
 from influence_fast.training.fine_tuning import (
     LoraSettings,
     TrainConfig,

@@ -18,7 +18,7 @@ import pytest
 from influence_fast.errors import DataError
 from influence_fast.report import page as report
 from influence_fast.report import summary, view
-from influence_fast.report.statistics import grid_statistics
+from influence_fast.report.grid_statistics import grid_statistics
 from influence_fast.report.words import headline, p_value
 from influence_fast.selection.strategies import STRATEGIES
 
@@ -427,6 +427,17 @@ def test_extreme_traces_stand_side_by_side_with_their_text(results: dict[str, An
         for i in indices:
             assert results["scores"][i]["completion"] in side
             assert f"{results['scores'][i]['s_correct']:+.4g}".replace("-", "−", 1) in side
+
+
+def test_shown_ranks_are_of_the_scores_whatever_the_file_says(results: dict[str, Any]) -> None:
+    """Earlier versions wrote 1 for the largest score."""
+    backwards = copy.deepcopy(results)
+    for trace in backwards["scores"]:
+        trace["rank_correct"] = len(backwards["scores"]) + 1 - trace["rank_correct"]
+    assert report.render(backwards) == report.render(results)
+    s_correct = summary.score_arrays(results["scores"])[0]
+    assert summary.ranks_of(s_correct)[int(np.argmin(s_correct))] == 1
+    assert summary.ranks_of(np.array([2.0, np.nan, -1.0, 2.0])) == [2.5, None, 1.0, 2.5]
 
 
 def _hostile(value: Any) -> Any:

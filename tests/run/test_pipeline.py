@@ -65,6 +65,9 @@ def test_every_piece_is_there(world: Path, results: dict[str, Any]) -> None:
     table = ScoreTable.load(run / "scores.csv")
     assert table.ids == [f"pool-{i}" for i in range(40)]
     assert {"s_correct", "s_incorrect", "rank_correct", "mean_rank_incorrect", "loss", "tokens"} <= set(table.columns)
+    for column in ("rank_correct", "rank_incorrect"):  # 1 = lowest in every file
+        assert [trace[column] for trace in results["scores"]] == table.columns[column].tolist()
+        assert table.columns[column].argmin() == table.columns[column.replace("rank", "s")].argmin()
     page = (run / "report.html").read_text()
     assert "<html" in page
     assert "perplexity_high" in page
@@ -236,7 +239,7 @@ def test_scores_of_one_model_prune_the_data_of_another(world: Path, crossed: tup
 
 
 def test_the_reports_statistics_are_those_of_the_transcripts(crossed: tuple[Path, dict[str, Any]]) -> None:
-    from influence_fast.report.statistics import compare
+    from influence_fast.statistics.paired_tests import compare
 
     run, results = crossed
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from influence_fast.evaluation.intervals import bootstrap_interval, wilson_interval
+from influence_fast.statistics.intervals import bootstrap_interval, wilson_interval
 
 
 def test_wilson_interval_solves_its_equation() -> None:

@@ -9,14 +9,9 @@ import pytest
 from scipy import stats
 
 from influence_fast.errors import DataError
-from influence_fast.report.statistics import (
-    compare,
-    grid_statistics,
-    holm,
-    sign_flip_test,
-    two_level_interval,
-    two_level_means,
-)
+from influence_fast.report.grid_statistics import grid_statistics
+from influence_fast.statistics.paired_tests import compare, holm, sign_flip_test
+from influence_fast.statistics.two_level import two_level_interval, two_level_means
 
 
 def test_right_or_wrong_sign_flips_are_mcnemars_exact_test() -> None:

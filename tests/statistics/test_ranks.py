@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
-from influence_fast.influence.ranking import auc, average_ranks, bootstrap_auc, spearman
+from influence_fast.statistics.ranks import auc, average_ranks, bootstrap_auc, spearman
 
 
 def test_ranks_auc_and_spearman_are_scipys() -> None:

@@ -1,0 +1,1 @@
+"""Statistics on plain arrays: ranks, intervals, bootstraps and tests, each in one place."""
