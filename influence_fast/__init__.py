@@ -59,7 +59,7 @@ _EXPORTS: dict[str, str] = {
     "task_examples": "evaluation.tasks",
     "tokenize": "data.examples",
     "top_influences": "influence.scoring",
-    "validate": "proof.validate",
+    "validate": "validation.validate",
     "verify_store": "store.reader",
     "write_report": "report.page",
 }
@@ -99,7 +99,6 @@ if TYPE_CHECKING:
     from influence_fast.influence.sketch_fitting import fit_projection as fit_projection
     from influence_fast.products.inner_products import inner_products as inner_products
     from influence_fast.products.inner_products import quantize_rows as quantize_rows
-    from influence_fast.proof.validate import validate as validate
     from influence_fast.report.page import write_report as write_report
     from influence_fast.report.ranking_plot import plot_ranking_over_training as plot_ranking_over_training
     from influence_fast.run.planner import plan as plan
@@ -120,6 +119,7 @@ if TYPE_CHECKING:
     from influence_fast.training.fine_tuning import load_finetuned as load_finetuned
     from influence_fast.training.models import load_model as load_model
     from influence_fast.training.tokenizers import load_tokenizer as load_tokenizer
+    from influence_fast.validation.validate import validate as validate
 
 
 # A checker that sees this function takes every name for one of this package.

@@ -58,7 +58,7 @@ def paths() -> list[tuple[str, bool, str]]:
 def _gradients() -> list[tuple[str, bool, str]]:
     import torch
 
-    from influence_fast.gradients import backends, graphs
+    from influence_fast.gradients import backends, cuda_graphs
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -72,10 +72,10 @@ def _gradients() -> list[tuple[str, bool, str]]:
         active = name == chosen.name
         reason = why if name == "triton" or active else "the other backend was chosen"
         rows.append((f"gradients: {name}", active, f"{note} ({reason})"))
-    off = graphs.wanted() is False
+    off = cuda_graphs.wanted() is False
     note = "steps seen twice are replayed" if chosen.launches_kernels else "they need the triton backend"
     if off:
-        note = f"off by {graphs.VARIABLE}=0"
+        note = f"off by {cuda_graphs.VARIABLE}=0"
     rows.append(("gradients: CUDA graphs", chosen.launches_kernels and not off, note))
     return [*rows, (f"gradients: {backends.NATIVE}", False, backends.NOT_NATIVE)]
 

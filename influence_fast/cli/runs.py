@@ -76,7 +76,7 @@ def _run(args: Any) -> None:
 
 
 def _run_config(config: Any, args: Any) -> None:
-    from influence_fast.report.words import p_value
+    from influence_fast.report.text import p_value
     from influence_fast.run.pipeline import run
 
     options.quiet_libraries()
@@ -109,8 +109,8 @@ def _run_config(config: Any, args: Any) -> None:
 
 def _validate(args: Any) -> None:
     from influence_fast.config import load_config
-    from influence_fast.proof.page import text_tables, write_page
-    from influence_fast.proof.validate import validate
+    from influence_fast.validation.page import text_tables, write_page
+    from influence_fast.validation.validate import validate
 
     config = load_config(args.config)
     if args.output:

@@ -21,7 +21,8 @@ import torch
 from influence_fast.data.packing import Pack
 from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ConfigError
-from influence_fast.gradients import backends, comparison, direct_use, fp8, graphs, opened
+from influence_fast.gradients import backends, comparison, direct_use, fp8, opened
+from influence_fast.gradients.cuda_graphs import CudaRecorder, Wish
 from influence_fast.gradients.layout import LayoutEntry, layout_of
 from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.loss import drawn_tokens
@@ -48,7 +49,7 @@ class GradientEngine:
     tokens than gradient rows (see `streaming`). With `bf16_rows` the kernels may write rows in bf16.
     `precision`: "auto", products with the base weights in the model's own dtype, or "fp8", those of the LoRA linears in
     8 bits (see `fp8`; ConfigError on entry where that cannot be).
-    `cuda_graphs`: replay recorded steps in place of launching each operation (see `graphs`). By default wherever they
+    `cuda_graphs`: replay recorded steps in place of launching each operation (see `cuda_graphs`). By default where they
     can be and the environment does not forbid it; with True, ConfigError where they cannot.
     """
 
@@ -79,7 +80,7 @@ class GradientEngine:
         self.base = opened.base_of(self.model)
         check_predicts_tokens(self.base)
         self.compared = False  # whether data of the user's own were
-        self._wish = graphs.Wish.of(cuda_graphs)
+        self._wish = Wish.of(cuda_graphs)
         self._why_no_graphs = opened.not_recordable(
             self.base, self.linears, self.reducer, self.backend, self.backend_why
         )
@@ -128,7 +129,7 @@ class GradientEngine:
             direct_use.check_weights(self._opened)
             if not self._wish.said and self._opened.kept_bytes(1) is None:
                 self.cuda_graphs = False  # a second pack's activations might not fit, and nothing would say so before
-            recorder = graphs.CudaRecorder(self.device) if self.cuda_graphs else None
+            recorder = CudaRecorder(self.device) if self.cuda_graphs else None
             self._runner = Runner(self._opened, self.reducer, self.loss_reduction, self.backend, recorder)
             self._stack = stack.pop_all()
         return self

@@ -61,7 +61,7 @@ def per_example_gradients(
         backend: "auto", "triton" or "torch" (see `backends`); by default what INFLUENCE_FAST_BACKEND says, or "auto".
         precision: "auto", the model's own dtype throughout, or "fp8": the LoRA linears' products with their frozen
             weights in 8 bits (see `fp8`). That changes the numbers: compare with rows of the same precision alone.
-        cuda_graphs: replay recorded steps on a card (see `graphs`); by default wherever they can be, unless
+        cuda_graphs: replay recorded steps on a card (see `cuda_graphs`); by default wherever they can be, unless
             INFLUENCE_FAST_CUDA_GRAPHS is 0.
 
     Returns:

@@ -17,10 +17,10 @@ from influence_fast.gradients.autograd_parameters import AutogradParameters, Par
 from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.lora_bases import other_targets
 from influence_fast.gradients.lora_parameters import LoraParameter
+from influence_fast.gradients.pack_isolation import Separation
 from influence_fast.gradients.referee import Referee
 from influence_fast.gradients.routed import RoutedExperts
 from influence_fast.gradients.routed_modules import routed_modules
-from influence_fast.gradients.separation import Separation
 from influence_fast.gradients.token_order import out_of_order
 
 logger = logging.getLogger(__name__)

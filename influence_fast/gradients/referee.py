@@ -37,8 +37,8 @@ from influence_fast.gradients.layer_outputs import (
     recorded_layers,
     rounded_layers,
 )
+from influence_fast.gradients.pack_isolation import Separation, StatefulModelError, separation
 from influence_fast.gradients.probe_texts import limits, probe_texts
-from influence_fast.gradients.separation import Separation, StatefulModelError, separation
 from influence_fast.gradients.tolerance import FLOOR_16, Tolerance
 
 logger = logging.getLogger(__name__)

@@ -60,7 +60,7 @@ def learning_rates(checkpoints: str | Path | Sequence[str | Path], *, average: b
 
         rates = inf.learning_rates("run", average=True)
     """
-    from influence_fast.training.fine_tuning import list_checkpoints
+    from influence_fast.training.files import list_checkpoints
     from influence_fast.training.schedules import checkpoint_rates, group_rates
 
     if isinstance(checkpoints, (str, Path)):

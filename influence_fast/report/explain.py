@@ -17,9 +17,9 @@ from influence_fast.atomic import replacing
 from influence_fast.data.examples import Example
 from influence_fast.influence.queries import Queries
 from influence_fast.influence.scoring import TopInfluences
+from influence_fast.report.context import clipped
 from influence_fast.report.page import templates
-from influence_fast.report.view import clipped
-from influence_fast.report.words import percent, signed
+from influence_fast.report.text import percent, signed
 
 # Name of a run's .html and .jsonl file.
 EXPLAINED = "explained"

@@ -33,7 +33,7 @@ number that is None, NaN or infinite is shown as `n/a`. Accuracies, fractions an
                       report, in its folder or below; anything else is left out, with a warning
     warnings         [str]
 
-Tens of thousands of scores are fine: above `view.MAX_POINTS` the scatter shows all traces as a density, and only the
+Tens of thousands of scores are fine: above `context.MAX_POINTS` the scatter shows all traces as a density, and only the
 extremes and an even sample as points with their text.
 """
 
@@ -51,9 +51,9 @@ from influence_fast.atomic import replacing
 from influence_fast.errors import DataError, one_line
 from influence_fast.guards import check_no_pipe, reading
 from influence_fast.report import summary
+from influence_fast.report.context import page_context
 from influence_fast.report.svg import key_svg
-from influence_fast.report.view import view
-from influence_fast.report.words import between, count, decimal, duration, fraction_name, p_value, percent, signed
+from influence_fast.report.text import between, count, decimal, duration, fraction_name, p_value, percent, signed
 
 REPORT_NAME = "report.html"
 RESULTS_NAME = "results.json"
@@ -126,7 +126,7 @@ def _rendered(results: Mapping[str, Any]) -> str:
         decimal=decimal, key=key_svg,
     )  # fmt: skip
     environment.globals.update(between=between)
-    return environment.get_template("report.html.j2").render(view(results))
+    return environment.get_template("report.html.j2").render(page_context(results))
 
 
 def templates() -> Environment:

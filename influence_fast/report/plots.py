@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from influence_fast.report.summary import Setting, number
 from influence_fast.report.svg import INK, Chart, Key, plain, render_chart
-from influence_fast.report.words import fraction_name
+from influence_fast.report.text import fraction_name
 
 # --- one row a strategy, one panel a fraction ----------------------------------------------------------------
 
@@ -163,9 +163,6 @@ def harmful_chart(settings: Sequence[Setting]) -> Chart | None:
         Key("tick", "ink", "expected from dropping as many at random"),
     ]
     return Chart(render_chart("harmful", draw, _rows_size(len(strategies), len(fractions)), alt), keys)
-
-
-# --- scores ----------------------------------------------------------------------------------------------------
 
 
 # --- curves ----------------------------------------------------------------------------------------------------

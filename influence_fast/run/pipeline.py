@@ -48,7 +48,8 @@ from influence_fast.run.workdir import RunFolder
 from influence_fast.selection import pruning
 from influence_fast.selection.pool_scores import PoolScores, baseline_columns
 from influence_fast.selection.strategies import BASELINE_COLUMNS, needed_columns
-from influence_fast.training.fine_tuning import RECORD, TrainResult, finetune, finetuned, list_checkpoints
+from influence_fast.training.files import list_checkpoints
+from influence_fast.training.fine_tuning import RECORD, TrainResult, finetune, finetuned
 from influence_fast.training.models import adapter_warnings, check_tokenizer
 
 

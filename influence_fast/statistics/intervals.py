@@ -39,7 +39,7 @@ _T975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 
 
 
 def t_quantile(degrees: int) -> float:
-    """97.5 % quantile of Student's t; above nine degrees by the Cornish-Fisher expansion (error < 5e-5)."""
+    """Return the 97.5 % quantile of Student's t; above nine degrees by the Cornish-Fisher expansion (error < 5e-5)."""
     if degrees < 1:
         return math.nan
     if degrees <= len(_T975):

@@ -36,6 +36,9 @@ class Source:
     absent: dict[int, str] = field(default_factory=dict)
 
 
+# ---- LESS: <output>/dim8192/{grads-160.pt, grads-320.pt, ..., all_orig.pt, all_unormalized.pt} ---------------------
+
+
 def less(path: Path, *, file: str | None = None) -> Source:
     """A LESS gradient folder, or one of its .pt files: fp16 or fp32 tensors [rows, dim] of projected gradients.
 
@@ -120,6 +123,9 @@ def _concatenated(tensors: list[torch.Tensor], where: Path, note: str) -> Source
     return Source(int(starts[-1]), tensors[0].shape[1], note, read)
 
 
+# ---- TRAK: <save_dir>/metadata.json, <save_dir>/<model id>/{grads,features,_is_featurized}.mmap (npy files) --------
+
+
 def trak(path: Path, *, model_id: int | str | None = None, kind: str = "grads") -> Source:
     """A TRAK save_dir: for one checkpoint the projected gradients ("grads") or features ("features",
     `grads (grads^T grads)^-1`); TRAK's default deletes neither, but `del_grads=True` does the first."""
@@ -150,6 +156,9 @@ def trak(path: Path, *, model_id: int | str | None = None, kind: str = "grads") 
         raise StoreError(f"{flags} has {done.shape[0]} flags for {source.rows} rows; they do not belong together")
     absent = {int(i): "TRAK did not featurize it" for i in np.flatnonzero(done == 0)}
     return replace(source, absent=absent)
+
+
+# ---- bergson: {info.json, gradients.bin}, or one folder with these for each shard ----------------------------------
 
 
 def bergson(path: Path) -> Source:
@@ -203,6 +212,9 @@ def _bergson_piece(folder: Path) -> tuple[torch.Tensor, dict[str, int]]:
     if is_bf16:
         return bf16_of_bits(array), sizes
     return torch.from_numpy(array), sizes
+
+
+# ---- plain files ---------------------------------------------------------------------------------------------------
 
 
 def npy(path: Path) -> Source:

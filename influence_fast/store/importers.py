@@ -153,15 +153,3 @@ def _content_hash(rows: Source, names: list[str], step: int) -> str:
     for start in range(0, rows.rows, step):
         found.update(rows.read(start, min(start + step, rows.rows)).to(torch.float32).contiguous().numpy().data)
     return found.hexdigest()
-
-
-# ---- LESS: <output>/dim8192/{grads-160.pt, grads-320.pt, ..., all_orig.pt, all_unormalized.pt} ---------------------
-
-
-# ---- TRAK: <save_dir>/metadata.json, <save_dir>/<model id>/{grads,features,_is_featurized}.mmap (npy files) --------
-
-
-# ---- bergson: {info.json, gradients.bin}, or one folder with these for each shard ----------------------------------
-
-
-# ---- plain files ---------------------------------------------------------------------------------------------------

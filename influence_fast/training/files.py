@@ -69,3 +69,9 @@ def cannot_load(source: str, what: str, error: BaseException) -> str:
         f"the {what} {source} is no local folder, and could not be loaded from the hub "
         f"({type(error).__name__}: {reason}); check the id and the network, or give a local folder"
     )
+
+
+def list_checkpoints(path: str | Path) -> list[Path]:
+    """Return the checkpoints kept in a result's folder, `checkpoint-<step>`, in the order of training."""
+    saved = [p for p in Path(path).glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", p.name) and p.is_dir()]
+    return sorted(saved, key=lambda p: int(p.name.rpartition("-")[2]))

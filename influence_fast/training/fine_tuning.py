@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +37,7 @@ from influence_fast.gradients.scorable import unscorable_layers
 from influence_fast.guards import reading
 from influence_fast.training import sft
 from influence_fast.training.adapter_settings import check_patterns
+from influence_fast.training.files import list_checkpoints
 from influence_fast.training.model_sizes import check_model_sizes
 from influence_fast.training.optimizer_states import AdamState, named_adam
 
@@ -287,12 +287,6 @@ def finetuned(base: torch.nn.Module, path: str | Path) -> Iterator[Any]:
         finally:
             if hasattr(model, "unload"):
                 model.unload()
-
-
-def list_checkpoints(path: str | Path) -> list[Path]:
-    """The checkpoints kept in a result's folder, `checkpoint-<step>`, in the order of training."""
-    saved = [p for p in Path(path).glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", p.name) and p.is_dir()]
-    return sorted(saved, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def load_adam_moments(checkpoint: str | Path) -> dict[str, dict[str, torch.Tensor]]:

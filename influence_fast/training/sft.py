@@ -22,6 +22,7 @@ from influence_fast.atomic import replacing
 from influence_fast.data.packing import IGNORED, example_name
 from influence_fast.errors import ConfigError, NumericError, listing, one_line
 from influence_fast.gradients.referee import Referee, decoder_of
+from influence_fast.training.files import list_checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,8 +49,6 @@ def train(
     tokens seen (padding not counted).
     Raises ConfigError (packs that cannot be kept apart, or settings that trl refuses) and NumericError (NaN loss).
     """
-    from influence_fast.training.fine_tuning import list_checkpoints
-
     with _no_data_bars(), _left_as_it_was(model), _packs_apart(model, config):
         trainer = make_trainer(model, tokenizer, examples, folder, config)
         if progress:

@@ -1,4 +1,4 @@
-"""Run by test_graphs.py with TRITON_INTERPRET=1: recorded steps against steps run operation by operation."""
+"""Run by test_cuda_graphs.py with TRITON_INTERPRET=1: recorded steps against steps run operation by operation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from varlen import varlen_attn
 
 import influence_fast as inf
-from influence_fast.gradients import attention, graphs, opened
+from influence_fast.gradients import attention, opened
+from influence_fast.gradients import cuda_graphs as graphs
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.per_example import packs_for
 from influence_fast.gradients.streaming import StreamReducer

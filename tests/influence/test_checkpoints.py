@@ -25,12 +25,12 @@ from influence_fast.influence.checkpoints import (
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.report.ranking_plot import plot_ranking_over_training
 from influence_fast.statistics.ranks import average_ranks
+from influence_fast.training.files import list_checkpoints
 from influence_fast.training.fine_tuning import (
     LoraSettings,
     TrainConfig,
     TrainResult,
     finetune,
-    list_checkpoints,
     load_adam_moments,
     load_finetuned,
 )

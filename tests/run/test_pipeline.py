@@ -898,7 +898,7 @@ def test_tasks_may_not_be_called_as_groups_are() -> None:
 
 def test_scores_over_checkpoints_are_their_weighted_sum(world: Path, tmp_path: Path) -> None:
     from influence_fast.influence.checkpoints import learning_rates
-    from influence_fast.training.fine_tuning import list_checkpoints
+    from influence_fast.training.files import list_checkpoints
 
     config = load_config(world / "config.yaml")
     config = dataclasses.replace(

@@ -18,7 +18,8 @@ import torch
 
 from influence_fast.errors import ModelError, say_once
 from influence_fast.influence.checkpoints import learning_rates
-from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune, list_checkpoints
+from influence_fast.training.files import list_checkpoints
+from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune
 from influence_fast.training.schedules import group_rates, read_arguments
 
 Factory = Callable[..., Any]

@@ -15,12 +15,12 @@ from influence_fast.errors import ConfigError, DataError, ModelError, NumericErr
 from influence_fast.gradients import attention
 from influence_fast.run.demo import make_tokenizer
 from influence_fast.training import sft
+from influence_fast.training.files import list_checkpoints
 from influence_fast.training.fine_tuning import (
     LoraSettings,
     TrainConfig,
     attach_lora,
     finetune,
-    list_checkpoints,
     load_adam_moments,
     load_finetuned,
 )

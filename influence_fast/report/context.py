@@ -15,7 +15,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from influence_fast.report import plots, score_plots, summary, svg
 from influence_fast.report.summary import jsonable, number
-from influence_fast.report.words import decimal, headline, moment, signed
+from influence_fast.report.text import decimal, headline, moment, signed
 
 # Traces up to which each is drawn as a point of its own, with its text in the page.
 MAX_POINTS = 2000
@@ -37,7 +37,7 @@ _KNOWN = {
 }  # fmt: skip
 
 
-def view(results: Mapping[str, Any]) -> dict[str, Any]:
+def page_context(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the variables of `report.html.j2`; `results` must have passed `summary.check_results`."""
     settings = summary.aggregate(results.get("cells") or [], results.get("settings") or [])
     base = results.get("accuracy_before") or None

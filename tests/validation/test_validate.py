@@ -17,11 +17,11 @@ from influence_fast.config import load_config
 from influence_fast.data.examples import load_examples
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.influence.methods import shorten
-from influence_fast.proof import retraining
-from influence_fast.proof.lds import linear_datamodeling_scores
-from influence_fast.proof.page import text_tables
-from influence_fast.proof.retraining import Retraining, retrain
-from influence_fast.proof.validate import drop_priority, validate
+from influence_fast.validation import retraining
+from influence_fast.validation.lds import linear_datamodeling_scores
+from influence_fast.validation.page import text_tables
+from influence_fast.validation.retraining import Retraining, retrain
+from influence_fast.validation.validate import drop_priority, validate
 
 NARROW = {"name": "narrow", "preconditioner": "cosine", "dim": 4}
 FITTED = {"name": "fitted", "dim": 8, "width": 40, "sketch_examples": 16}
@@ -109,7 +109,7 @@ def test_every_part_is_there(proof: tuple[Path, dict[str, Any]]) -> None:
 def test_the_score_is_that_of_the_kept_retrainings(proof: tuple[Path, dict[str, Any]]) -> None:
     folder, results = proof
     config = load_config(folder / "config.yaml")
-    from influence_fast.proof.lds import draw_subsets
+    from influence_fast.validation.lds import draw_subsets
 
     masks = draw_subsets(24, 12, 4, config.seed)
     losses = []
@@ -131,7 +131,7 @@ def test_nothing_is_done_twice(proof: tuple[Path, dict[str, Any]], monkeypatch: 
         raise AssertionError("computed again")
 
     monkeypatch.setattr("influence_fast.training.fine_tuning.finetune", refuse)
-    monkeypatch.setattr("influence_fast.proof.validate.score_by", refuse)
+    monkeypatch.setattr("influence_fast.validation.validate.score_by", refuse)
     again = validate(load_config(folder / "config.yaml"), progress=False)
     assert json.loads(json.dumps(again))["lds"] == results["lds"]
 

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.proof.lds import ceiling, draw_subsets, linear_datamodeling_scores, seed_agreement
+from influence_fast.validation.lds import ceiling, draw_subsets, linear_datamodeling_scores, seed_agreement
 
 
 def world(noise: float, *, n: int = 60, queries: int = 5, subsets: int = 40, seeds: int = 2, seed: int = 0):

@@ -34,15 +34,16 @@ from influence_fast.guards import check_no_pipe
 from influence_fast.influence.checkpoints import learning_rates
 from influence_fast.influence.methods import Method, Scored, method_of, score_by
 from influence_fast.influence.queries import Queries
-from influence_fast.proof.plan import Plan
-from influence_fast.proof.retraining import UNREADABLE, retrain
 from influence_fast.run.inputs import checkpoint_hashes, model_hashes
 from influence_fast.run.pipeline import Pipeline
 from influence_fast.run.results import known_harmful
 from influence_fast.settings import to_dict
 from influence_fast.statistics.ranks import auc, average_ranks, bootstrap_auc, spearman
-from influence_fast.training.fine_tuning import finetune, list_checkpoints
+from influence_fast.training.files import list_checkpoints
+from influence_fast.training.fine_tuning import finetune
 from influence_fast.training.models import load_model, load_tokenizer
+from influence_fast.validation.plan import Plan
+from influence_fast.validation.retraining import UNREADABLE, retrain
 
 FOLDER = "validate"
 RESULTS = "validation.json"

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 import influence_fast as inf
 from influence_fast.data.packing import Pack, pack_examples
 from influence_fast.errors import ConfigError, say_once
-from influence_fast.gradients import attention, graphs, opened
+from influence_fast.gradients import attention, opened
+from influence_fast.gradients import cuda_graphs as graphs
 from influence_fast.gradients.backends import TRITON
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.runner import Runner

@@ -9,9 +9,9 @@ import numpy as np
 
 from influence_fast.config import RunConfig
 from influence_fast.influence.queries import Queries
-from influence_fast.proof.lds import Estimate, ceiling, draw_subsets, linear_datamodeling_scores, seed_agreement
-from influence_fast.proof.retraining import Outcome, Retraining, losses_of, subset_work
 from influence_fast.statistics.two_level import two_level_means
+from influence_fast.validation.lds import Estimate, ceiling, draw_subsets, linear_datamodeling_scores, seed_agreement
+from influence_fast.validation.retraining import Outcome, Retraining, losses_of, subset_work
 
 
 class Plan:
