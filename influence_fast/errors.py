@@ -66,7 +66,7 @@ def shown(value: Any) -> str:
 
 
 @functools.cache
-def say_once(logger: logging.Logger, message: str) -> None:
+def warn_once(logger: logging.Logger, message: str) -> None:
     """Log a warning the first time it is given: an engine opens for every call."""
     logger.warning(message)
 
@@ -84,7 +84,7 @@ def one_line(error: BaseException, limit: int | None = 300) -> str:
     return " ".join(str(error).split())[:limit]
 
 
-def listing(items: Iterable[str], limit: int = 5) -> str:
+def truncated_list(items: Iterable[str], limit: int = 5) -> str:
     """Return the first `limit` names of a list in one line: "a, b, c and 7 more"."""
     names = list(items)
     head = ", ".join(names[:limit])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from influence_fast.errors import listing
+from influence_fast.errors import truncated_list
 
 AGREES, DIFFERS, REFUSED, UNJUDGED = "agrees", "differs", "refused", "cannot be judged"
 
@@ -89,7 +89,7 @@ class ModelCheck:
         for one in self.checks:
             lines.append(f"{one.name:<9} {one.verdict:<16} {_short(one.value):>8} {_short(one.bound):>8}  {one.note}")
         if self.not_scored:
-            lines.append(f"not scored: {listing(self.not_scored)}")
+            lines.append(f"not scored: {truncated_list(self.not_scored)}")
         return "\n".join(lines)
 
 

@@ -207,10 +207,10 @@ def tokenized(args: Any, examples: list[Any], tokenizer: Any) -> list[dict[str, 
 
 
 def say_left_out(args: Any, too_long: Sequence[tuple[str, int]]) -> None:
-    from influence_fast.errors import listing
+    from influence_fast.errors import truncated_list
 
     if too_long:
-        names = listing(f"{name} ({n} tokens)" for name, n in too_long)
+        names = truncated_list(f"{name} ({n} tokens)" for name, n in too_long)
         cut = ", of which a cut leaves no completion" if args.truncate else ""
         print(f"left out, longer than {args.max_length} tokens{cut}: {len(too_long)} examples: {names}")
 

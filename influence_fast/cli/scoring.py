@@ -227,7 +227,7 @@ def _prune(args: Any) -> None:
     from influence_fast.data.diversity import near_duplicates
     from influence_fast.data.examples import load_rows, save_examples
     from influence_fast.data.grouping import row_groups
-    from influence_fast.errors import listing
+    from influence_fast.errors import truncated_list
     from influence_fast.influence.scores import FINGERPRINT, ScoreTable
     from influence_fast.selection.pruning import aligned_examples, save_selection, select
 
@@ -280,4 +280,4 @@ def _prune(args: Any) -> None:
     known = set(table.ids)
     without = [example.id for example in examples if example.id not in known]
     if without:
-        print(f"warning: {len(without)} examples have no score and are not in the output: {listing(without)}")
+        print(f"warning: {len(without)} examples have no score and are not in the output: {truncated_list(without)}")

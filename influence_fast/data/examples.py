@@ -18,7 +18,7 @@ from influence_fast.data.row_files import write_rows
 from influence_fast.data.rows import Row, Rows, load_rows
 from influence_fast.data.schemas import Example, check_trace, check_turns, read_examples
 from influence_fast.data.tokens import TokenizedSet, check_completions, tokenize
-from influence_fast.errors import ConfigError, DataError, listing, shown
+from influence_fast.errors import ConfigError, DataError, shown, truncated_list
 from influence_fast.guards import reading
 
 __all__ = [
@@ -94,7 +94,7 @@ def load_examples(
             break
     if limit is not None:
         del examples[limit:]
-    places = listing(rows.place(i).removeprefix(f"{rows.name}, ") for i in without)
+    places = truncated_list(rows.place(i).removeprefix(f"{rows.name}, ") for i in without)
     if not examples:
         raise DataError(
             f"{rows.name}: no row has a trace for trace={trace!r}; choose another, such as trace='first', or fill in "
@@ -133,7 +133,7 @@ def _check_ids(examples: list[Example], rows: Rows) -> None:
     if len(counts) < len(examples):
         repeated = [f"{name} ({n} times)" for name, n in counts.items() if n > 1]
         raise DataError(
-            f"{rows.name}: ids must be unique, repeated are {listing(repeated)}; remove the copies, name "
+            f"{rows.name}: ids must be unique, repeated are {truncated_list(repeated)}; remove the copies, name "
             'another column with columns={"id": "..."}, or use row numbers with columns={"id": None}'
         )
 

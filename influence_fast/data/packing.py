@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from influence_fast.errors import DataError, listing, say_once
+from influence_fast.errors import DataError, truncated_list, warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def context_of(config: Any) -> int | None:
 def say_if_beyond(context: int | None, examples: Sequence[Mapping[str, Any]]) -> None:
     """Log a warning, once, where examples are longer than the model's context."""
     if context is not None and any(len(example["input_ids"]) > context for example in examples):
-        say_once(
+        warn_once(
             logger,
             f"examples are longer than the model's context of {context} tokens, and so at positions that it has not "
             "learned: leave them out or cut them by max_length",
@@ -110,7 +110,7 @@ def check_examples(examples: Sequence[Mapping[str, Any]]) -> None:
             raise DataError(f"{name}: the weights of all its learned tokens are 0; leave it out")
     if ignored:
         raise DataError(
-            f"no completion token to learn from (every label is -100) in {listing(ignored)}: "
+            f"no completion token to learn from (every label is -100) in {truncated_list(ignored)}: "
             "drop these examples or unmask their completions"
         )
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from influence_fast.data.cells import Cells
 from influence_fast.data.conversations import Draft
 from influence_fast.data.rows import Rows
-from influence_fast.errors import listing
+from influence_fast.errors import truncated_list
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class ReadWarnings:
         self.fields.update(dict.fromkeys(name for draft in drafts for name in draft.unread))
 
     def _places(self, indices: Sequence[int]) -> str:
-        return listing(self.rows.place(i).removeprefix(f"{self.rows.name}, ") for i in indices)
+        return truncated_list(self.rows.place(i).removeprefix(f"{self.rows.name}, ") for i in indices)
 
     def say(self) -> None:
         """Log what was recorded, a line for each kind."""
@@ -67,15 +67,15 @@ class ReadWarnings:
             logger.warning(
                 "%s: %d labels are truths or numbers (%s), which name no kind of corruption, and are not read: %s; "
                 "write 'clean' or the kind as text", name, len(self.verdicts),
-                listing(dict.fromkeys(label for _, label in self.verdicts)),
+                truncated_list(dict.fromkeys(label for _, label in self.verdicts)),
                 self._places([index for index, _ in self.verdicts]),
             )  # fmt: skip
         if self.fields:
             logger.warning(
                 "%s: messages have fields with text that is not read: %s; rename one that holds reasoning to "
-                "'reasoning', or write the text into 'content'", name, listing(self.fields),
+                "'reasoning', or write the text into 'content'", name, truncated_list(self.fields),
             )  # fmt: skip
         if self.blank:
             place = self.rows.place
-            traces = listing(f"trace {j} of {place(i).removeprefix(f'{name}, ')}" for i, j in self.blank)
+            traces = truncated_list(f"trace {j} of {place(i).removeprefix(f'{name}, ')}" for i, j in self.blank)
             logger.warning("%s: %d traces are null or blank and are left out: %s", name, len(self.blank), traces)

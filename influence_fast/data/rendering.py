@@ -23,7 +23,7 @@ from influence_fast.data.schemas import Example, Turn
 from influence_fast.data.template_limits import check_template
 from influence_fast.data.turn_borders import Border, find_border
 from influence_fast.data.turn_ends import EndOfTurn, find_end
-from influence_fast.errors import DataError, ModelError, one_line, say_once
+from influence_fast.errors import DataError, ModelError, one_line, warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,7 +161,7 @@ class Renderer:
                 "the assistant's turn"
             )
         if border.notice:
-            say_once(logger, f"the prompts of {self.name} {border.notice}")
+            warn_once(logger, f"the prompts of {self.name} {border.notice}")
         return border.lead + border.completion + self.end.within(frame.tail, self.tokenizer)
 
     def _border_after_last_turn(self, example: Example, prompt: str, head: str, completion: str) -> Border | None:
@@ -174,7 +174,7 @@ class Renderer:
         if len(ends) != 2 or not (prompt.endswith(ends[0]) and head.endswith(ends[1])):
             return None
         if prompt[: len(prompt) - len(ends[0])] != head[: len(head) - len(ends[1])]:
-            say_once(
+            warn_once(
                 logger,
                 f"the chat template of {self.name} writes a prompt otherwise when an answer follows; what it writes "
                 "for a generation is taken in training and scoring too",
@@ -270,7 +270,7 @@ class Renderer:
         check_template(template, special, _tried_conversations(), self.name)
         if "strftime_now" not in template:
             return None
-        say_once(
+        warn_once(
             logger, f"the chat template of {self.name} prints the day: {DAY:%d %b %Y} in every text, on whichever day"
         )
         return _of_the_day(template)

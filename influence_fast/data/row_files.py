@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from influence_fast.atomic import replacing
 from influence_fast.data.rows import BATCH, Row, Rows, need_datasets, need_pyarrow
 from influence_fast.data.text_files import COMPRESSIONS, file_suffix, packed_writer, plain_suffix
-from influence_fast.errors import DataError, listing, one_line
+from influence_fast.errors import DataError, one_line, truncated_list
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -100,7 +100,7 @@ def _write_csv(rows: Iterable[Row], temporary: Path, schema: pa.Schema | None, p
     columns = list(dict.fromkeys(column for row in rows for column in row))
     nested = [column for column in columns if any(isinstance(row.get(column), list | dict) for row in rows)]
     if nested:
-        raise DataError(f"{path}: CSV cannot hold the nested columns {listing(nested)}; write .jsonl instead")
+        raise DataError(f"{path}: CSV cannot hold the nested columns {truncated_list(nested)}; write .jsonl instead")
     with _text_file(temporary, path, "") as file:
         writer = csv.DictWriter(file, columns, delimiter="\t" if plain_suffix(file_suffix(path)) == ".tsv" else ",")
         writer.writeheader()

@@ -143,8 +143,8 @@ def is_spooled(folder: Path, source: TokenSource, tokenizer: Any) -> bool:
     return made_of["source"] is not None and bool(about.get("made_of") == made_of)
 
 
-def spool(folder: Path, source: TokenSource, tokenizer: Any, beat: Callable[[], None] = lambda: None) -> None:
-    """Tokenize `source` into `folder`; the callback `beat` is called after every chunk of rows.
+def spool(folder: Path, source: TokenSource, tokenizer: Any, heartbeat: Callable[[], None] = lambda: None) -> None:
+    """Tokenize `source` into `folder`; the callback `heartbeat` is called after every chunk of rows.
 
     Raises DataError as `load_examples` and `tokenize` do, naming the row, and where no example is left; `folder` then
     keeps the tokens it had.
@@ -174,7 +174,7 @@ def spool(folder: Path, source: TokenSource, tokenizer: Any, beat: Callable[[], 
                 writer.write_batch(_batch(pa, held[:_ROWS], schema))
                 del held[:_ROWS]
                 count += _ROWS
-            beat()
+            heartbeat()
         if held:
             writer.write_batch(_batch(pa, held, schema))
             count += len(held)

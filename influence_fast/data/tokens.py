@@ -16,7 +16,7 @@ from influence_fast.data.packing import IGNORED
 from influence_fast.data.rendering import Rendered, Renderer, added_bos
 from influence_fast.data.schemas import Example
 from influence_fast.data.turn_ends import shared_start
-from influence_fast.errors import DataError, InfluenceFastError, ModelError, listing, say_once
+from influence_fast.errors import DataError, InfluenceFastError, ModelError, truncated_list, warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -129,7 +129,9 @@ def check_completions(examples: Sequence[Example], name: Callable[[Example], str
     """Raise DataError naming the examples, by `name`, whose completion is empty."""
     empty = [name(example) for example in examples if not example.completion.strip() and not example.token_ids]
     if empty:
-        raise DataError(f"empty completion in {len(empty)} example(s): {listing(empty)}; fill it in or remove the row")
+        raise DataError(
+            f"empty completion in {len(empty)} example(s): {truncated_list(empty)}; fill it in or remove the row"
+        )
 
 
 def _encoded(examples: Sequence[Example], renderer: Renderer) -> list[tuple[list[int], list[int]]]:
@@ -188,7 +190,7 @@ class _Tokens:
         # The prompt has the same tokens when the model answers.
         if self.ids[: len(prompt)] == prompt:
             return len(prompt)
-        say_once(
+        warn_once(
             logger,
             f"the tokenizer {renderer.name} cuts the end of a prompt otherwise when a completion follows it; a token "
             "across that border belongs to the completion, and a generation begins with other tokens",
@@ -213,7 +215,7 @@ def _compare(text: Rendered, learnt: list[int], renderer: Renderer) -> None:
     """Warn where the learned tokens decode to another text than the one given."""
     decoded = str(renderer.tokenizer.decode(learnt, skip_special_tokens=False, clean_up_tokenization_spaces=False))
     if text.text[text.prompt :].strip() not in decoded:
-        say_once(
+        warn_once(
             logger,
             f"the tokenizer {renderer.name} does not keep texts as they are (unknown characters, white space or case): "
             "what is learnt and scored is what it keeps",

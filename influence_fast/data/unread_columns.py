@@ -14,7 +14,7 @@ from influence_fast.data.cells import texts
 from influence_fast.data.column_names import is_prompt_name, is_reasoning_name, is_trace_name, words
 from influence_fast.data.conversations import Draft
 from influence_fast.data.rows import Rows
-from influence_fast.errors import listing
+from influence_fast.errors import truncated_list
 
 if TYPE_CHECKING:
     from influence_fast.data.schemas import Schema
@@ -95,21 +95,21 @@ class UnreadColumns:
         if traces:
             logger.warning(
                 '%s: not read by format "%s", though by name they hold traces: %s; %s',
-                source, schema.name, listing(traces), self._remedy(traces, schemas, schema, columns),
+                source, schema.name, truncated_list(traces), self._remedy(traces, schemas, schema, columns),
             )  # fmt: skip
         rest = [name for name in self._found if name not in traces]
         if rest:
             logger.warning(
                 '%s: not read by format "%s", though by name they belong to the prompt: %s; write their text into the '
                 "prompt where the model is to see it%s",
-                source, schema.name, listing(rest),
+                source, schema.name, truncated_list(rest),
                 ', or give columns={"system": "..."} for a system turn' if "system" in schema.columns else "",
             )  # fmt: skip
         long = [name for name in self._longer() if name not in self._found]
         if long:
             logger.warning(
                 '%s: not read by format "%s", though they hold longer texts than those that are trained on: %s; %s',
-                source, schema.name, listing(long), self._remedy(long, schemas, schema, columns),
+                source, schema.name, truncated_list(long), self._remedy(long, schemas, schema, columns),
             )  # fmt: skip
 
     def _longer(self) -> list[str]:

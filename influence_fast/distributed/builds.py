@@ -160,9 +160,9 @@ class ClaimedTurns:
 
     def advance(self, lengths: Sequence[int]) -> None:
         self.meter.add(lengths)
-        self.watch.beat()
+        self.watch.heartbeat()
         if self._claims is not None:
-            self._claims.beat()
+            self._claims.heartbeat()
         if self._board is not None:
             self._board.update()
         if lengths:
@@ -285,7 +285,7 @@ def fit_projection(
     path = Path(path)
 
     def by_claim(find: Find, fit: Fit, keep: Keep) -> EigenSketch:
-        once(path, world, lambda: find() is not None, lambda beat: keep(fit(beat)), time_limit, lease)
+        once(path, world, lambda: find() is not None, lambda heartbeat: keep(fit(heartbeat)), time_limit, lease)
         return kept(find)
 
     def together(find: Find, fit: Fit, keep: Keep) -> EigenSketch:

@@ -77,7 +77,7 @@ def build_from_source(
         spool,
         world,
         lambda: spooling.is_spooled(spool, source, tokenizer),
-        lambda beat: processes.retried(lambda: spooling.spool(spool, source, tokenizer, beat)),
+        lambda heartbeat: processes.retried(lambda: spooling.spool(spool, source, tokenizer, heartbeat)),
         time_limit,
         lease,
     )

@@ -20,7 +20,7 @@ from influence_fast.data.fingerprints import tokenizer_hash, weight_hashes
 from influence_fast.data.rendering import Renderer
 from influence_fast.data.schemas import Example
 from influence_fast.data.tokens import encode
-from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
+from influence_fast.errors import ConfigError, DataError, did_you_mean, truncated_list
 from influence_fast.evaluation.generation import CUT, ENGINES, Answer, ModelFiles, answer_batches
 from influence_fast.evaluation.generation_settings import EXPLICIT, KINDS, OWN, find_ends, generation_settings
 from influence_fast.evaluation.grading import ANSWER_KINDS, choice_letter, grade, normalise
@@ -175,11 +175,13 @@ def evaluate(
         raise DataError("no examples to evaluate on: check the test source and its limit")
     without = [example.id for example in examples if example.answer is None]
     if without:
-        raise DataError(f"no answer to grade against in {listing(without)}: add an 'answer' column")
+        raise DataError(f"no answer to grade against in {truncated_list(without)}: add an 'answer' column")
     if config.answer_kind == "choice":
         strange = [f"{e.id} ({e.answer!r})" for e in examples if choice_letter(e.answer or "") is None]
         if strange:
-            raise DataError(f"answer_kind 'choice' needs a letter from A to J as the answer, not {listing(strange)}")
+            raise DataError(
+                f"answer_kind 'choice' needs a letter from A to J as the answer, not {truncated_list(strange)}"
+            )
     start = time.perf_counter()
     renderer = Renderer(tokenizer)
     prompts = [renderer.prompt(example) for example in examples]

@@ -27,7 +27,7 @@ from typing import Any
 from influence_fast.data.examples import check_limit
 from influence_fast.data.rows import load_rows
 from influence_fast.data.schemas import Cells, Example
-from influence_fast.errors import ConfigError, DataError, did_you_mean, listing, shown
+from influence_fast.errors import ConfigError, DataError, did_you_mean, shown, truncated_list
 from influence_fast.evaluation.evaluate import EvalConfig
 from influence_fast.evaluation.grading import ANSWER_KINDS, choice_letter, extract_answer
 from influence_fast.guards import reading
@@ -186,7 +186,9 @@ def task_examples(
         examples += _with_prompts(task, batch)
     repeated = [f"{name} ({n} times)" for name, n in Counter(e.id for e in examples).items() if n > 1]
     if repeated:
-        raise DataError(f"{rows.name}: ids must be unique, repeated are {listing(repeated)}; name another id column")
+        raise DataError(
+            f"{rows.name}: ids must be unique, repeated are {truncated_list(repeated)}; name another id column"
+        )
     return examples
 
 

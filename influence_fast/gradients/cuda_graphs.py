@@ -31,7 +31,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from influence_fast.errors import ConfigError, say_once
+from influence_fast.errors import ConfigError, warn_once
 from influence_fast.gradients.step_inputs import StepInputs, StepShape
 from influence_fast.transfer import joined, to_device
 
@@ -83,7 +83,7 @@ class Wish:
         if self.asked_for:
             raise ConfigError(f"cuda_graphs: CUDA graphs cannot be used: {why_not}; leave them off")
         if self.said:
-            say_once(logger, f"{VARIABLE}: CUDA graphs are not used here: {why_not}")
+            warn_once(logger, f"{VARIABLE}: CUDA graphs are not used here: {why_not}")
         return False
 
 
@@ -206,7 +206,7 @@ class StepGraphs:
             replay, results = self._recorder.record(lambda: self._step(inputs.within(memory)))
         except RuntimeError as error:
             why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            say_once(
+            warn_once(
                 logger,
                 "this model's step cannot be recorded as a CUDA graph, so each operation is launched by itself "
                 f"({VARIABLE}=0 spares the attempt): {why}",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from influence_fast.errors import ConfigError, listing
+from influence_fast.errors import ConfigError, truncated_list
 from influence_fast.gradients.fp8 import MULTIPLE as fp8_multiple
 from influence_fast.gradients.loss import CARD_TOKENS
 
@@ -188,7 +188,7 @@ class _Shape:
         if missing:
             kind = getattr(config, "model_type", type(config).__name__)
             raise ConfigError(
-                f"no memory sum for a {kind} model: its configuration has no {listing(missing)}; "
+                f"no memory sum for a {kind} model: its configuration has no {truncated_list(missing)}; "
                 "measure a short batch instead"
             )
         heads = config.num_attention_heads

@@ -19,7 +19,7 @@ from influence_fast.data.packing import (
     pack_examples,
     say_if_beyond,
 )
-from influence_fast.errors import ConfigError, DataError, NumericError, listing
+from influence_fast.errors import ConfigError, DataError, NumericError, truncated_list
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.fp8 import AUTO
 from influence_fast.gradients.probe_texts import vocabulary_of
@@ -86,7 +86,7 @@ def per_example_gradients(
             out.index_copy_(0, to_device(torch.tensor(pack.indices), device), rows)
     bad = out.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist()
     if bad:
-        names = listing(example_name(examples[i], i) for i in bad)
+        names = truncated_list(example_name(examples[i], i) for i in bad)
         raise NumericError(
             f"the gradient is NaN or infinite for {names}: look at these examples and the adapter's weights, "
             "or run the model in float32"

@@ -20,7 +20,7 @@ from torch import nn
 
 from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import example_name
-from influence_fast.errors import DataError, NumericError, listing
+from influence_fast.errors import DataError, NumericError, truncated_list
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.factors import Block, Side, tokens_of
 from influence_fast.gradients.layout import LayoutEntry, layout_width
@@ -95,7 +95,7 @@ def stream_influence(
             _score(engine, examples, suspects, scores, 1, False)
             suspects = _not_finite(scores)
     if suspects:
-        names = listing(example_name(examples[i], i) for i in suspects)
+        names = truncated_list(example_name(examples[i], i) for i in suspects)
         raise NumericError(
             f"the influence is NaN or infinite for {names}: look at these examples and the adapter's weights, "
             "or run the model in float32"
@@ -146,7 +146,8 @@ class StreamReducer(Reducer):
         bad = _not_finite(self.queries)
         if bad:
             raise NumericError(
-                f"query gradients: NaN or infinite numbers in row {listing(map(str, bad))}; leave these queries out"
+                f"query gradients: NaN or infinite numbers in row {truncated_list(map(str, bad))}; "
+                "leave these queries out"
             )
         self._wide = linears[0].dtype in (torch.float32, torch.float64)
         factors = [block.factor for blocks in self.blocks for block in blocks]

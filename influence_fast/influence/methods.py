@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from influence_fast.data.packing import IGNORED
-from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
+from influence_fast.errors import ConfigError, DataError, did_you_mean, truncated_list
 from influence_fast.gradients.per_example import per_example_losses
 from influence_fast.influence.damping import Damping
 from influence_fast.influence.pool_gradients import fisher_folders, pool_gradients
@@ -176,7 +176,7 @@ def score_by(
             settings = (method.gradients(gradients), influence)
             made = pool_gradients(model, shortened, queries, scratch, *settings, seconds, progress=False)
             if made.store.set_aside:
-                names = listing(name for name, _ in made.store.set_aside)
+                names = truncated_list(name for name, _ in made.store.set_aside)
                 raise DataError(f"method {method.name}: no gradient for {names}; leave these examples out of the pool")
             with timed(seconds, "scores"):
                 matrix = influence_matrix(made.store, made.queries, **made.scored_by(influence))

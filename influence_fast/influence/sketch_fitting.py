@@ -99,7 +99,7 @@ def fit_projection(
         "sample": f"{len(sample)} examples, {dataset_fingerprint(sample)}",
     }
 
-    def fit(beat: Callable[[], None]) -> EigenSketch:
+    def fit(heartbeat: Callable[[], None]) -> EigenSketch:
         options: dict[str, Any] = {"projection": whole, "loss_reduction": loss_reduction, "max_tokens": max_tokens}
         if gradients is None:
             options["precision"] = precision
@@ -107,9 +107,9 @@ def fit_projection(
         asked = sample
         if labels == FROM_MODEL:
             asked = sample_labels(
-                model, sample, seed=projection.seed, max_tokens=max_tokens, precision=precision, beat=beat
+                model, sample, seed=projection.seed, max_tokens=max_tokens, precision=precision, heartbeat=heartbeat
             )
-        rows = _finite(source(model, asked, **options), beat)
+        rows = _finite(source(model, asked, **options), heartbeat)
         piece = max(1, _PIECE // rows.shape[1])
         fitted = fit_ekfac(lambda: rows.split(piece), layout, damping)
         picked = {PICKED: fitted.damping} if isinstance(damping, str) else {}
@@ -267,7 +267,7 @@ def _tokens(sample: list[Any], tokenizer: Any, max_length: int | None, truncate:
     return examples
 
 
-def _finite(batches: Iterable[tuple[list[int], torch.Tensor]], beat: Callable[[], None]) -> torch.Tensor:
+def _finite(batches: Iterable[tuple[list[int], torch.Tensor]], heartbeat: Callable[[], None]) -> torch.Tensor:
     """The finite ones of the gradient rows [n, K] in `batches`, in the order of their examples: which of them are held
     out for damping "auto" follows from it, and batches come by length."""
     parts, places = [], []
@@ -275,7 +275,7 @@ def _finite(batches: Iterable[tuple[list[int], torch.Tensor]], beat: Callable[[]
         finite = batch.isfinite().all(dim=1)
         parts.append(batch[finite].to("cpu", torch.float32))
         places += [index for index, kept in zip(indices, finite.tolist(), strict=True) if kept]
-        beat()
+        heartbeat()
     rows = torch.cat(parts)[torch.tensor(places, dtype=torch.int64).argsort()]
     if not len(rows):
         raise DataError(

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from influence_fast.errors import DataError, listing
+from influence_fast.errors import DataError, truncated_list
 from influence_fast.statistics.paired_tests import compare, holm
 from influence_fast.statistics.two_level import DRAWS, two_level_interval
 
@@ -104,7 +104,7 @@ def _collect(
         if odd or not questions:
             raise DataError(
                 f"{cell['strategy']} at {cell['fraction']}, seed {cell['seed']}: other questions than the first run "
-                f"({listing(odd) or 'none at all'}): evaluate all runs of a grid on the same test questions"
+                f"({truncated_list(odd) or 'none at all'}): evaluate all runs of a grid on the same test questions"
             )
         seeds = rows.setdefault((str(cell["strategy"]), float(cell["fraction"])), {})
         if int(cell["seed"]) in seeds:

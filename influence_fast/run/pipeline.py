@@ -59,7 +59,7 @@ class Pipeline:
     def __init__(self, config: RunConfig, *, progress: bool = True) -> None:
         choose_engine(config.evaluation.engine)  # an engine that is not installed is an error now, not after training
         self.config = config
-        self.talks = progress
+        self.verbose = progress
         self.progress = progress and sys.stderr.isatty()  # bars are for terminals; a log gets a line a piece of work
         self.started = time.perf_counter()
         self.folder = RunFolder(config)
@@ -84,7 +84,7 @@ class Pipeline:
         if of is not None:
             digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
             self.folder.forget_other(name, digest, unsaid=unsaid)
-        if self.talks and not self.folder.has(name):
+        if self.verbose and not self.folder.has(name):
             print(f"{time.perf_counter() - self.started:7.1f} s  {name}", file=sys.stderr, flush=True)
         return self.folder.once(name, work, digest)
 
@@ -368,7 +368,7 @@ class Pipeline:
         """The cluster of near-duplicates that each pool example's completion is in."""
         assert self.config.pruning.max_similar is not None
         completions = [e.completion for e in self.splits.pool]
-        clusters = near_duplicates(completions, self.config.pruning.max_similar, progress=self.talks)
+        clusters = near_duplicates(completions, self.config.pruning.max_similar, progress=self.verbose)
         return {e.id: int(cluster) for e, cluster in zip(self.splits.pool, clusters, strict=True)}
 
     def _write_pruned(self, name: str, rows: Sequence[int]) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from influence_fast.data.examples import Example
-from influence_fast.errors import DataError, listing, one_line
+from influence_fast.errors import DataError, one_line, truncated_list
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import GradientConfig, InfluenceConfig
 from influence_fast.report.explain import DIRECTIONS, EXPLAINED
@@ -47,7 +47,11 @@ def damaged_table(folder: RunFolder, pool: Sequence[Example]) -> str:
     missing = [column for column in sorted(BASELINE_COLUMNS) if folder.has(f"baselines/{column}")]
     missing = [column for column in missing if column not in table.columns]
     if strangers or missing:
-        what = f"has {listing(sorted(strangers))}, not in the pool" if strangers else f"has no {listing(missing)}"
+        what = (
+            f"has {truncated_list(sorted(strangers))}, not in the pool"
+            if strangers
+            else f"has no {truncated_list(missing)}"
+        )
         return f"{path} is not the run's score table ({what})"
     return ""
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from influence_fast.data.fingerprints import text_fingerprint
 from influence_fast.data.schemas import Example
-from influence_fast.errors import ConfigError, DataError, listing, shown
+from influence_fast.errors import ConfigError, DataError, shown, truncated_list
 from influence_fast.influence.scores import FINGERPRINT, ScoreTable
 from influence_fast.selection.strategies import STRATEGIES, check_columns, find
 
@@ -90,7 +90,7 @@ def select(
     unknown = np.flatnonzero(np.isnan(priority))
     if len(unknown):
         raise DataError(
-            f"strategy {strategy!r} has no number for {listing(table.ids[i] for i in unknown)} "
+            f"strategy {strategy!r} has no number for {truncated_list(table.ids[i] for i in unknown)} "
             f"(NaN in {', '.join(chosen.needs)}): score the data again"
         )
     # lexsort's last key is the first to count: by priority, then by the shuffle
@@ -146,8 +146,8 @@ def aligned_examples(table: ScoreTable, examples: Sequence[Example]) -> list[Exa
     missing = [name for name in table.ids if name not in known]
     if missing:
         raise DataError(
-            f"the score table has ids that the data does not: {listing(missing)}; give the data that was scored, "
-            "read with the same options"
+            f"the score table has ids that the data does not: {truncated_list(missing)}; give the data that was "
+            "scored, read with the same options"
         )
     aligned = [known[name] for name in table.ids]
     scored = table.texts.get(FINGERPRINT, [])  # a row without one is of a table made by hand
@@ -155,8 +155,8 @@ def aligned_examples(table: ScoreTable, examples: Sequence[Example]) -> list[Exa
     if changed:
         raise DataError(
             f"the data is not what was scored: {len(changed)} of {len(aligned)} examples have other text under the "
-            f"same id or place ({listing(changed)}); give the data that was scored, read with the same options, or "
-            "score this data"
+            f"same id or place ({truncated_list(changed)}); give the data that was scored, read with the same options, "
+            "or score this data"
         )
     return aligned
 

@@ -17,7 +17,7 @@ from torch import nn
 import influence_fast
 from influence_fast.data.fingerprints import dataset_fingerprint, tokenizer_hash, weight_hashes
 from influence_fast.data.held import Held, as_examples
-from influence_fast.errors import ConfigError, DataError, NumericError, did_you_mean, listing
+from influence_fast.errors import ConfigError, DataError, NumericError, did_you_mean, truncated_list
 from influence_fast.gradients.fp8 import AUTO, check_precision
 from influence_fast.gradients.projection import Projection
 from influence_fast.progress import bar
@@ -241,7 +241,7 @@ def build_shards(
                 raise
             kept, bad = work.finite(gradients, model, options)
             if bad and on_nonfinite == "error":
-                names = listing(examples[i]["id"] for i in bad)
+                names = truncated_list(examples[i]["id"] for i in bad)
                 raise NumericError(
                     f"the gradient is NaN or infinite for {names}: look at these examples and the adapter's weights, "
                     'or set them aside (on_nonfinite="set_aside")'
@@ -290,7 +290,7 @@ def check_some(store: Store, examples: int) -> None:
 
 
 def _without_row(store: Store) -> str:
-    return listing(f"{name} ({reason})" for name, reason in store.set_aside)
+    return truncated_list(f"{name} ({reason})" for name, reason in store.set_aside)
 
 
 def identity_of(

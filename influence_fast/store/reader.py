@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_fast.errors import ConfigError, StoreError, did_you_mean, listing, one_line
+from influence_fast.errors import ConfigError, StoreError, did_you_mean, one_line, truncated_list
 from influence_fast.gradients.eigen_sketch import MEND, EigenSketch, file_of
 from influence_fast.gradients.projection import Projection
 from influence_fast.row_codec import decoded_arrays
@@ -192,7 +192,7 @@ class Store:
         if missing:
             reasons = dict(self.set_aside)
             names = [f"{i} (set aside: {reasons[i]})" if i in reasons else str(i) for i in missing]
-            raise StoreError(f"{self.path} has no row for {listing(names)}; build it over a dataset with them")
+            raise StoreError(f"{self.path} has no row for {truncated_list(names)}; build it over a dataset with them")
         return [self._place_of[i] for i in ids]
 
     def verify(self) -> None:
@@ -221,7 +221,7 @@ class Store:
         places = places.astype(np.int64)
         outside = places[(places < -n) | (places >= n)]
         if outside.size:
-            raise StoreError(f"{self.path} has {n} rows; there is no row {listing(map(str, outside.tolist()))}")
+            raise StoreError(f"{self.path} has {n} rows; there is no row {truncated_list(map(str, outside.tolist()))}")
         return np.where(places < 0, places + n, places)
 
     def _check_rows(self, shards: Iterable[int]) -> None:

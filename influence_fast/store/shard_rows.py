@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from influence_fast.data.packing import teaches
-from influence_fast.errors import DataError, ModelError, listing
+from influence_fast.errors import DataError, ModelError, truncated_list
 
 #: As `gradients.per_example.iter_gradient_rows`: (model, examples, *, projection, loss_reduction, max_tokens) ->
 #: batches of (places in `examples`, rows [n, width]). Ours also take `skip`, places that need no row, and any may take
@@ -79,7 +79,7 @@ class ShardWork:
             advance(self._lengths(new))
         missing = [i for i in range(len(self.examples)) if i not in self.done]
         if missing:
-            names = listing(self.examples[i]["id"] for i in missing)
+            names = truncated_list(self.examples[i]["id"] for i in missing)
             raise ModelError(f"the gradient source gave no row for {names}; it must give one for each example")
 
     def finite(

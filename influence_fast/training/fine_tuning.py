@@ -29,9 +29,9 @@ from influence_fast.errors import (
     ModelError,
     NumericError,
     did_you_mean,
-    listing,
     one_line,
-    say_once,
+    truncated_list,
+    warn_once,
 )
 from influence_fast.gradients.scorable import unscorable_layers
 from influence_fast.guards import reading
@@ -339,7 +339,7 @@ def _check(examples: Sequence[Mapping[str, Any]]) -> None:
             masked.append(name)
     if masked:
         raise DataError(
-            f"no completion token to learn from (every label is -100) in {listing(masked)}: drop these examples"
+            f"no completion token to learn from (every label is -100) in {truncated_list(masked)}: drop these examples"
         )
 
 
@@ -375,9 +375,10 @@ def attach_lora(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.
     if not (left_out := unscorable_layers(wrapped)):
         return wrapped
     name, why = next(iter(left_out.items()))
-    say_once(
+    warn_once(
         logger,
-        f"lora.target_modules: all-linear leaves out layers that cannot be scored: {listing(left_out)} ({name}: {why})",
+        f"lora.target_modules: all-linear leaves out layers that cannot be scored: {truncated_list(left_out)} "
+        f"({name}: {why})",
     )
     wrapped.unload()  # type: ignore[operator]
     return _wrapped(model, lora, seed, exclude=list(left_out))

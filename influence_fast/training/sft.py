@@ -20,7 +20,7 @@ import torch
 
 from influence_fast.atomic import replacing
 from influence_fast.data.packing import IGNORED, example_name
-from influence_fast.errors import ConfigError, NumericError, listing, one_line
+from influence_fast.errors import ConfigError, NumericError, one_line, truncated_list
 from influence_fast.gradients.referee import Referee, decoder_of
 from influence_fast.training.files import list_checkpoints
 
@@ -96,7 +96,9 @@ def make_trainer(
     if config.packing is not None:
         long = [example_name(e, i) for i, e in enumerate(examples) if len(e["input_ids"]) > config.packing]
         if long:
-            raise ConfigError(f"training.packing is {config.packing} tokens, and longer are {listing(long)}: raise it")
+            raise ConfigError(
+                f"training.packing is {config.packing} tokens, and longer are {truncated_list(long)}: raise it"
+            )
     save_steps = 0 if isinstance(config.save_checkpoints, bool) else config.save_checkpoints
     saving = "no" if not config.save_checkpoints else ("steps" if save_steps else "epoch")
     cuda = torch.cuda.is_available() and next(model.parameters()).is_cuda

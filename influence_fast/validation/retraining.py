@@ -69,7 +69,7 @@ def retrain(
     work: Sequence[Retraining],
     *,
     processes: int = 1,
-    talks: bool = True,
+    verbose: bool = True,
     pipeline: Pipeline | None = None,
 ) -> dict[str, Outcome]:
     """Run all of `work` that is not done yet in `processes` processes, and return the outcomes by name.
@@ -87,7 +87,7 @@ def retrain(
     if not todo:
         return done
     threads = max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else 1
-    with _progress(len(todo), len(work), talks) as advance:
+    with _progress(len(todo), len(work), verbose) as advance:
         if processes == 1:
             world = _World(config, queries, pipeline)
             for job in todo:
@@ -200,9 +200,9 @@ def _read(folder: Path, job: Retraining, stamp: str) -> Outcome | None:
 
 
 @contextmanager
-def _progress(todo: int, total: int, talks: bool) -> Iterator[Callable[[], None]]:
+def _progress(todo: int, total: int, verbose: bool) -> Iterator[Callable[[], None]]:
     """Yield a function that advances a bar on a terminal, and elsewhere prints a line every tenth of the work."""
-    if talks and sys.stderr.isatty():
+    if verbose and sys.stderr.isatty():
         with bar("retraining") as shown:
             task = shown.add_task("retraining", total=total, completed=total - todo)
             yield lambda: shown.advance(task)
@@ -212,7 +212,7 @@ def _progress(todo: int, total: int, talks: bool) -> Iterator[Callable[[], None]
     def advance() -> None:
         nonlocal count
         count += 1
-        if talks and (count == total or (count - total + todo) % max(1, todo // 10) == 0):
+        if verbose and (count == total or (count - total + todo) % max(1, todo // 10) == 0):
             print(f"retraining: {count} of {total} done", file=sys.stderr, flush=True)
 
     yield advance

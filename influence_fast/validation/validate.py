@@ -29,7 +29,7 @@ from influence_fast import doctor
 from influence_fast.atomic import replacing
 from influence_fast.config import RunConfig
 from influence_fast.data.examples import tokenize
-from influence_fast.errors import ConfigError, DataError, listing, one_line
+from influence_fast.errors import ConfigError, DataError, one_line, truncated_list
 from influence_fast.guards import check_no_pipe
 from influence_fast.influence.checkpoints import learning_rates
 from influence_fast.influence.methods import Method, Scored, method_of, score_by
@@ -86,7 +86,7 @@ def _proved(pipeline: Pipeline, methods: list[Method], progress: bool) -> dict[s
 
     plan = Plan(config, shape[0], scores, queries)
     outcomes = retrain(
-        config, queries.examples, plan.work, processes=settings.processes, talks=progress, pipeline=pipeline
+        config, queries.examples, plan.work, processes=settings.processes, verbose=progress, pipeline=pipeline
     )
     results: dict[str, Any] = {
         "config": to_dict(config),
@@ -127,7 +127,7 @@ def _check(config: RunConfig, methods: Sequence[Method]) -> None:
 # ---- scores ----------------------------------------------------------------------------------------------
 
 
-def _scored(pipeline: Pipeline, method: Method, reference: Path, queries: Queries, talks: bool) -> Scored:
+def _scored(pipeline: Pipeline, method: Method, reference: Path, queries: Queries, verbose: bool) -> Scored:
     """Return the method's scores, computed once; they are computed anew under other settings or another adapter."""
     texts = [[q.id, q.completion] for q in queries.examples]
     config = to_dict(pipeline.config)
@@ -142,7 +142,7 @@ def _scored(pipeline: Pipeline, method: Method, reference: Path, queries: Querie
     path = pipeline.folder / FOLDER / f"{method.name}.npz"
     if (found := _read(path, digest)) is not None:
         return found
-    if talks:
+    if verbose:
         print(f"scores by {method.name}", file=sys.stderr, flush=True)
     scorer = _proxy(pipeline, method.proxy) if method.proxy else _reference(pipeline, method, reference)
     asked = tokenize(queries.examples, scorer.tokenizer).examples
@@ -209,7 +209,7 @@ def _proxy(pipeline: Pipeline, path: str) -> _Scorer:
     tokenizer = load_tokenizer(path, model=base, trust_remote_code=trust)
     tokens = tokenize(pipeline.splits.pool, tokenizer, max_length=config.data.max_length, truncate=config.data.truncate)
     if tokens.too_long:
-        names = listing(name for name, _ in tokens.too_long)
+        names = truncated_list(name for name, _ in tokens.too_long)
         raise DataError(f"{path}: in this proxy's tokens {names} are longer than max_length; raise it, or set truncate")
     training = dataclasses.replace(config.training, seed=config.pruning.seeds[0], save_checkpoints=False)
     name = hashlib.sha256(json.dumps([path, model_hashes(path)]).encode()).hexdigest()[:12]

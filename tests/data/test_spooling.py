@@ -154,7 +154,7 @@ def test_rows_without_a_trace_are_counted(tmp_path: Path, tiny_tokenizer: Callab
 def test_work_for_all_is_done_once(tmp_path: Path) -> None:
     calls: list[int] = []
     for rank in range(3):
-        once(tmp_path, World(rank, 3), lambda: bool(calls), lambda beat: calls.append(beat() or 1))  # type: ignore[func-returns-value]
+        once(tmp_path, World(rank, 3), lambda: bool(calls), lambda heartbeat: calls.append(heartbeat() or 1))  # type: ignore[func-returns-value]
     assert calls == [1]
     assert list(tmp_path.iterdir()) == []
 

@@ -444,12 +444,12 @@ def test_a_claim_whose_owner_hangs_is_renewed_no_more(tmp_path: Path) -> None:
     claims = Claims(tmp_path, Owner.here(0), 60.0, hang_limit=600.0, clock=clock)
     assert claims.take("a")
     path = tmp_path / ".claim-a"
-    claims.beat()
+    claims.heartbeat()
     for clock.now, renewed in ((599.0, True), (601.0, False)):
         os.utime(path, ns=(5, 5))
         claims.renew("a")
         assert (path.stat().st_mtime_ns != 5) is renewed
-    claims.beat()
+    claims.heartbeat()
     claims.renew("a")
     assert path.stat().st_mtime_ns != 5
 
@@ -492,7 +492,7 @@ def test_a_claim_of_a_dead_container_does_not_stall_a_build(
 def test_what_one_process_does_for_all_is_taken_from_a_dead_container(tmp_path: Path) -> None:
     assert Claims(tmp_path, owner(1, "gone")).take("once")
     made: list[int] = []
-    once(tmp_path, World(0, 2), lambda: bool(made), lambda beat: made.append(1), lease=0.2)
+    once(tmp_path, World(0, 2), lambda: bool(made), lambda heartbeat: made.append(1), lease=0.2)
     assert made == [1]
     assert list(tmp_path.iterdir()) == []
 
@@ -508,7 +508,7 @@ def test_sigterm_in_what_one_process_does_for_all_gives_its_claim_back(tmp_path:
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
         with pytest.raises(Preempted):
-            once(tmp_path, World(0, 2), lambda: False, lambda beat: os.kill(os.getpid(), signal.SIGTERM))
+            once(tmp_path, World(0, 2), lambda: False, lambda heartbeat: os.kill(os.getpid(), signal.SIGTERM))
         assert list(tmp_path.iterdir()) == []
         os.kill(os.getpid(), signal.SIGTERM)  # the handler from before is back
         assert heard == [signal.SIGTERM]

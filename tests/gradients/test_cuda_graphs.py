@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import influence_fast as inf
 from influence_fast.data.packing import Pack, pack_examples
-from influence_fast.errors import ConfigError, say_once
+from influence_fast.errors import ConfigError, warn_once
 from influence_fast.gradients import attention, opened
 from influence_fast.gradients import cuda_graphs as graphs
 from influence_fast.gradients.backends import TRITON
@@ -220,7 +220,7 @@ def test_what_cannot_be_recorded_is_said_once_and_run_all_the_same(caplog: pytes
         def record(self, run: Any) -> Any:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    say_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):  # an engine opens for every call
             steps = graphs.StepGraphs(step, CPU, Refusing())
@@ -239,7 +239,7 @@ def test_where_they_cannot_be_a_call_that_asks_for_them_fails_and_the_environmen
         ConfigError, match="cuda_graphs: CUDA graphs cannot be used: the backend is not triton but torch"
     ):
         inf.per_example_gradients(model, [], projection=None, cuda_graphs=True)
-    say_once.cache_clear()
+    warn_once.cache_clear()
     monkeypatch.setenv(graphs.VARIABLE, "1")
     for _ in range(2):
         assert GradientEngine(model, None).cuda_graphs is False
@@ -254,7 +254,7 @@ def test_where_they_cannot_be_a_call_that_asks_for_them_fails_and_the_environmen
 def test_they_are_on_where_they_can_be_and_nothing_is_said_where_not(
     tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    say_once.cache_clear()
+    warn_once.cache_clear()
     monkeypatch.delenv(graphs.VARIABLE, raising=False)
     model = tiny_lora()
     with GradientEngine(model, None) as engine:

@@ -19,7 +19,7 @@ from benches.fp8_effect import fp8 as rounding
 from influence_fast import cli
 from influence_fast.config import RunConfig
 from influence_fast.distributed import builds as distributed
-from influence_fast.errors import ConfigError, StoreError, say_once
+from influence_fast.errors import ConfigError, StoreError, warn_once
 from influence_fast.gradients import fp8
 from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.gradients.per_example import iter_gradient_rows
@@ -242,7 +242,7 @@ def test_shapes_that_do_not_fit_keep_their_own_product_and_are_reported_once(
     tiny_lora: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     model, examples = tiny_lora("qwen2", intermediate_size=56), make_examples()
-    say_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="influence_fast.gradients.fp8"):
         rows = inf.per_example_gradients(model, examples, precision="fp8")
         inf.per_example_gradients(model, examples, precision="fp8")

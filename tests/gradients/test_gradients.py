@@ -20,7 +20,7 @@ from transformers import (
 
 import influence_fast as inf
 from influence_fast.data.packing import pack_examples
-from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, say_once
+from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, warn_once
 from influence_fast.gradients import loss
 from influence_fast.gradients.backends import TORCH
 from influence_fast.gradients.engine import GradientEngine
@@ -538,14 +538,14 @@ def test_what_an_adapter_trains_beside_its_factors_is_named(
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], **more))
-    say_once.cache_clear()
+    warn_once.cache_clear()
     inf.gradient_layout(model)
     inf.gradient_layout(model)
     (record,) = caplog.records
     assert "trains more than LoRA factors" in record.getMessage()
     assert ("lm_head" if "modules_to_save" in more else "bias='lora_only'") in record.getMessage()
     caplog.clear()
-    say_once.cache_clear()
+    warn_once.cache_clear()
     inf.gradient_layout(get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"])))
     assert not caplog.records
 

@@ -12,7 +12,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import influence_fast as inf
 from influence_fast.config import RunConfig
-from influence_fast.errors import ModelError, say_once
+from influence_fast.errors import ModelError, warn_once
 from influence_fast.run import pipeline
 from influence_fast.run.scorable import check_scorable
 from influence_fast.settings import from_dict
@@ -51,7 +51,7 @@ def config_of(**lora: Any) -> RunConfig:
 
 
 def test_all_linear_is_what_can_be_scored(caplog: pytest.LogCaptureFixture) -> None:
-    say_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         model = attach_lora(make_model(), LoraSettings(r=2), 0)
     assert "all-linear leaves out layers that cannot be scored" in caplog.text

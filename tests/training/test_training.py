@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, say_once
+from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, warn_once
 from influence_fast.gradients import attention
 from influence_fast.run.demo import make_tokenizer
 from influence_fast.training import sft
@@ -432,7 +432,7 @@ def test_a_training_that_diverges_leaves_nothing_behind(
 def test_examples_beyond_the_models_context_are_said(
     model: Any, tokenizer: Any, examples: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    say_once.cache_clear()
+    warn_once.cache_clear()
     context = max(len(example["input_ids"]) for example in examples)
     before = model.config.max_position_embeddings
     try:

@@ -143,9 +143,9 @@ def test_processes_and_interruptions_change_no_outcome(proof: tuple[Path, dict[s
     config = dataclasses.replace(load_config(folder / "config.yaml"), output=str(tmp_path / "run"))
     queries = load_examples(folder / "validation.jsonl")
     work = [Retraining(f"half-{i}-seed0", np.arange(i, 24, 2), 0) for i in range(2)]
-    two = retrain(config, queries, work, processes=2, talks=False)
+    two = retrain(config, queries, work, processes=2, verbose=False)
     (tmp_path / "run" / "retrained" / "half-1-seed0.npz").unlink()
-    one = retrain(config, queries, work, processes=1, talks=False)
+    one = retrain(config, queries, work, processes=1, verbose=False)
     for job in work:
         np.testing.assert_allclose(one[job.name].losses, two[job.name].losses, rtol=1e-5)
     assert not list((tmp_path / "run" / "retrained").glob(".*"))
@@ -167,7 +167,7 @@ def test_the_folder_is_there_before_processes_open_it(
     config = dataclasses.replace(load_config(folder / "config.yaml"), output=str(tmp_path / "run"))
     monkeypatch.setattr(retraining, "ProcessPoolExecutor", pool)
     with pytest.raises(Opened, match="True"):
-        retrain(config, [], [Retraining("half-0-seed0", np.arange(3), 0)], processes=2, talks=False)
+        retrain(config, [], [Retraining("half-0-seed0", np.arange(3), 0)], processes=2, verbose=False)
 
 
 def test_a_retraining_of_other_rows_is_not_taken(proof: tuple[Path, dict[str, Any]]) -> None:
@@ -175,7 +175,7 @@ def test_a_retraining_of_other_rows_is_not_taken(proof: tuple[Path, dict[str, An
     config = load_config(folder / "config.yaml")
     queries = load_examples(folder / "validation.jsonl")
     with pytest.raises(DataError, match=r"half-0000-seed0\.npz is a retraining on other rows"):
-        retrain(config, queries, [Retraining("half-0000-seed0", np.arange(3), 0)], talks=False)
+        retrain(config, queries, [Retraining("half-0000-seed0", np.arange(3), 0)], verbose=False)
 
 
 def test_a_killed_process_is_a_clear_error(
@@ -189,7 +189,7 @@ def test_a_killed_process_is_a_clear_error(
     queries = load_examples(folder / "validation.jsonl")
     work = [Retraining(f"half-{i}", np.arange(10), i) for i in range(2)]
     with pytest.raises(DataError, match=r"killed \(out of memory\?\); 0 of 2 retrainings are done and kept"):
-        retrain(config, queries, work, processes=2, talks=False)
+        retrain(config, queries, work, processes=2, verbose=False)
 
 
 def _die(*_: Any) -> None:
