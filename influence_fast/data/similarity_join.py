@@ -205,9 +205,11 @@ class _Join:
         place = int(self.place[i])
         smallest = int(np.searchsorted(self.ordered_sizes[:place], self.threshold * self.sizes[i] - 1e-6))
         if total > max(_AT_ONCE, (place - smallest) // _LIST_COST):
-            # The newest entries of the most common element likely contain a match.
-            newest = self.begin[wanted[-1]] + self.filled[wanted[-1]]
-            self._compare(i, np.arange(newest - min(_FEW, count[-1]), newest), int(self.sizes[i]))
+            # A match is likely among the newest sets of the longest list. That of the last element may be empty: sets
+            # are entered by fewer elements than they are looked up by.
+            longest = int(count.argmax())
+            newest = self.begin[wanted[longest]] + count[longest]
+            self._compare(i, np.arange(newest - min(_FEW, count[longest]), newest), int(self.sizes[i]))
             self._scan(i, smallest, place)
             return
         inner = np.arange(total) - np.repeat(np.cumsum(count) - count, count)
@@ -232,11 +234,15 @@ class _Join:
 
     def _scan(self, i: int, smallest: int, place: int) -> None:
         """Join set i with the similar sets among places `smallest` to `place` of the order."""
-        granted = self.granted[smallest:place] + (self.granted[place] + 1)
-        near = smallest + np.flatnonzero(self.bits.odd(place, smallest, place) <= granted)
-        others = self.order[near]
         label = self.clusters.label
-        self._count(i, others[(label[others] != label[i]) & (self.compared_by[others] != i)])
+        # Most of the earlier sets may be of this one's cluster already; only the others are compared.
+        apart = smallest + np.flatnonzero(label[self.order[smallest:place]] != label[i])
+        if _FEW * len(apart) < place - smallest:
+            odd = self.bits.odd_of(place, apart)
+        else:
+            odd = self.bits.odd(place, smallest, place)[apart - smallest]
+        others = self.order[apart[odd <= self.granted[apart] + (self.granted[place] + 1)]]
+        self._count(i, others[self.compared_by[others] != i])
 
     def _count(self, i: int, others: np.ndarray) -> None:
         """Join set i with the similar sets among `others`, which are in other clusters, by counting common elements."""

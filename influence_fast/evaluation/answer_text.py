@@ -64,6 +64,12 @@ _TIMES_TEN = re.compile(r"(?<=\d)\s?[xX]\s?(?=10\s?\^)")
 _DELIMITERS = re.compile(r"(?<!\\)\\[()\[\]]")
 _CURRENCY = re.compile(r"(?<!\\)\$(?=\s?-?\.?\d)")
 _TEXT = re.compile(r"\\(?:text|textrm|mathrm|textbf|mathbf|textit|mbox|textnormal)\s*\{([^{}]*)\}")
+_COLOR = re.compile(r"\\(?:text)?color\s*\{\s*[A-Za-z0-9!]{1,30}\s*\}|\\color\s+(?:red|blue|green|black)\b")
+_NEGATIVE = re.compile(r"^(?:\\text\s*\{\s*)?(?:negative|minus)\s*(\})?\s*(?=[\d.\\$])", re.IGNORECASE)
+# Three or more groups leave no doubt: 1.234.567, 1_234_567, 1'234'567, and 12,34,567 as it is written in India.
+_MANY_GROUPS = re.compile(
+    r"(?<![\w.,])(?:[1-9]\d{0,2}(?:(?:\.\d{3}){2,}|(?:_\d{3}){2,})|[1-9]\d?(?:,\d\d)+,\d{3})(?![\w.,'])"
+)
 _SHORT_FRACTION = re.compile(r"\\frac\s*(\d)\s*(\d)(?!\d)")
 _SPACES = re.compile(r"(?<!\d)\s+|\s+(?!\d)")  # a space between digits tells two numbers apart
 
@@ -80,7 +86,8 @@ def clean(text: str) -> str:
         >>> clean("3½")
         '3 \\frac{1}{2}'
     """
-    text = _GROUPED.sub(_joined_groups, _bare(text))
+    text = _NEGATIVE.sub(_minus, _COLOR.sub("", _bare(text)).strip())
+    text = _GROUPED.sub(_joined_groups, _MANY_GROUPS.sub(lambda m: re.sub(r"\D", "", m.group()), text))
     text = "".join(map(_plain_character, text))
     text = _currency(_DELIMITERS.sub(" ", text))
     text = _DEGREE.sub(r"\\degree ", text)
@@ -89,6 +96,11 @@ def clean(text: str) -> str:
     for old, new in (("**", "^"), ("<=", r"\le "), (">=", r"\ge "), ("!=", r"\ne "), ("==", "=")):
         text = text.replace(old, new)
     return _bare(text)
+
+
+def _minus(match: re.Match[str]) -> str:
+    """Write `negative` as a sign; a `\\text{` that goes on behind it stays open."""
+    return "-" if match.group(1) or "{" not in match.group() else r"-\text{"
 
 
 def _joined_groups(match: re.Match[str]) -> str:

@@ -34,8 +34,10 @@ _TAGGED = re.compile(r"<answer>([^<]{1,2000})</answer>", re.IGNORECASE)
 _LETTERED = re.compile(r"^A:[ \t]{0,4}([^\n]{1,400})", re.MULTILINE)
 _OPTION_B = re.compile(r"^B:", re.MULTILINE)
 _RESULT = re.compile(r"[-+~≈$€£\\({\[.*`]{0,6}\d|[$\\]|\*\*|(?:yes|no|true|false)\b", re.IGNORECASE)
+_DISPLAY = re.compile(r"\s{0,20}(?:\$\$.{1,2000}?\$\$|\\\[.{1,2000}?\\\])", re.DOTALL)
 _STEP = re.compile(r"\d{1,3}[.):][ \t]{1,4}\S|step\b", re.IGNORECASE)
-_NUMBER = re.compile(r"-?(?:\d[\d,]{0,400}(?:\.\d{1,400})?(?:/\d{1,400})?|\.\d{1,400})")
+# A sign that touches a digit before it is the dash of a range; `1.5e3` is one number.
+_NUMBER = re.compile(r"(?:(?<![\d.])-)?(?:\d[\d,]{0,400}(?:\.\d{1,400})?(?:[eE][+-]?\d{1,4}|/\d{1,400})?|\.\d{1,400})")
 
 
 def extract_answer(text: str, *, last_number: bool = False) -> str | None:
@@ -96,7 +98,10 @@ def _last_stated(text: str) -> str | None:
     tail = text[-TAIL:]
     best: tuple[int, str | None] = (-1, None)
     for match in _STATED.finditer(tail):
-        found = _tidy(match.group(1))
+        stated = match.group(1)
+        if not stated.strip(" \t*_`"):  # "the answer is:" above displayed mathematics
+            stated = _displayed(tail[match.end() : match.end() + 2 * MAX_ANSWER]) or ""
+        found = _tidy(stated)
         if found:
             best = (match.start(), found)
     for match in _HEADING.finditer(tail):
@@ -108,6 +113,12 @@ def _last_stated(text: str) -> str | None:
         if found and match.start() > best[0] and not _STATED.match(line):
             best = (match.start(), found)
     return best[1]
+
+
+def _displayed(text: str) -> str | None:
+    r"""Return the `\[...\]` or `$$...$$` that a text begins with, on one line; None where it begins otherwise."""
+    found = _DISPLAY.match(text)
+    return found and " ".join(found.group().split())
 
 
 def _last_lettered(text: str) -> str | None:

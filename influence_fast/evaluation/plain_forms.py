@@ -20,6 +20,16 @@ _BASE_WORDS |= {"binary": 2, "octal": 8, "decimal": 10, "hexadecimal": 16, "hex"
 _NUMERAL = re.compile(
     r"([0-9A-Z]+)\s*(?:_\s*\{?\s*(?:base\s*)?(\d+|[a-z]+)\s*\}?|\(?\s*(?:in\s+)?base[\s-]+(\d+|[a-z]+)\s*\)?)"
 )
+_MONTHS = str.split("jan feb mar apr may jun jul aug sep oct nov dec")
+_MONTH = r"(jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
+_MONTH += r"|nov(?:ember)?|dec(?:ember)?)\.?"
+_DAY = r"(\d{1,2})(?:st|nd|rd|th)?"
+_DATES = (
+    (re.compile(rf"{_MONTH} ?{_DAY}(?:,? ?(\d{{4}}))?", re.IGNORECASE), "mdy"),
+    (re.compile(rf"{_DAY} ?(?:of )?{_MONTH}(?:,? ?(\d{{4}}))?", re.IGNORECASE), "dmy"),
+    (re.compile(r"(\d{4})-(\d{2})-(\d{2})"), "ymd"),
+)
+_SLASHED = re.compile(r"(\d{1,2})/(\d{1,2})/((?:19|20)\d\d)")
 _ARTICLES = frozenset(["a", "an", "the"])
 _SMALL = str.split(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
@@ -50,6 +60,9 @@ def special_form(text: str) -> list[Value] | None:
     clock = _clock(text)
     if clock is not None:
         return clock
+    date = _date(text)
+    if date is not None:
+        return [date]
     numeral = _numeral(text)
     if numeral is not None:
         return [numeral]
@@ -110,6 +123,24 @@ def _clock(text: str) -> list[Value] | None:
     if match.group(2) and minute and not half:
         found.append(Ratio((number(hour), number(minute))))
     return found
+
+
+def _date(text: str) -> Words | None:
+    """Read `March 5, 2020`, `5 March` and `2020-03-05` as one form; `5/3/2020` is a date whose order is not known."""
+    plain = " ".join(re.sub(r"\\(?:text|mathrm|mbox)(?![a-zA-Z])|[{}]", " ", text).split())
+    slashed = _SLASHED.fullmatch(plain)
+    if slashed:
+        return Words("date " + "/".join(str(int(part)) for part in slashed.groups()))
+    for pattern, order in _DATES:
+        match = pattern.fullmatch(plain)
+        if match is None:
+            continue
+        part = dict(zip(order, match.groups(), strict=True))
+        month = _MONTHS.index(part["m"][:3].lower()) + 1 if part["m"].isalpha() else int(part["m"])
+        if not (1 <= month <= 12 and 1 <= int(part["d"]) <= 31):
+            return None
+        return Words(f"date {part['y'] or ''}-{month}-{int(part['d'])}")
+    return None
 
 
 def _numeral(text: str) -> Numeral | None:

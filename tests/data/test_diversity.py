@@ -111,6 +111,24 @@ def test_a_common_lead_in_costs_few_comparisons(kind: str, monkeypatch: pytest.M
     assert compared < 15_000
 
 
+def test_a_common_middle_leaves_few_sets_to_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, count = np.random.default_rng(0), 1500
+    middle = " ".join(f"m{i}" for i in range(100))
+    ends = [[" ".join(f"w{v}" for v in rng.integers(0, 400, 2)) for _ in range(2)] for _ in range(count)]
+    looked_at = 0
+    plain = similarity_join._Join._count
+
+    def counted(self: similarity_join._Join, i: int, others: np.ndarray) -> None:
+        nonlocal looked_at
+        looked_at += len(others)
+        plain(self, i, others)
+
+    monkeypatch.setattr(similarity_join._Join, "_count", counted)
+    found = near_duplicates([f"{first} {middle} {last}" for first, last in ends], 0.8, progress=False)
+    assert len(set(found.tolist())) == 1
+    assert looked_at < 200 * count
+
+
 def test_clusters_do_not_depend_on_how_much_is_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [text for kind in ("short", "switched", "edited") for text in KINDS[kind](np.random.default_rng(3), 60)]
     whole = near_duplicates(texts, 0.7)
