@@ -1,4 +1,4 @@
-"""What is installed, which paths are active, and for those that are not, why."""
+"""Report what is installed, which computing paths are active, and why the others are not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Python's and the relevant packages' versions, those that are installed."""
+    """Return the versions of Python and of those packages in `PACKAGES` that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """The machine in words: system, cores, memory, threads of torch, GPU."""
+    """Return a description of the machine: system, cores, memory, torch's threads, GPU."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -49,7 +49,7 @@ def environment() -> dict[str, Any]:
 
 
 def paths() -> list[tuple[str, bool, str]]:
-    """(path, active, what it is or why it is not active), in the order of the engine."""
+    """Return (path, whether it is active, what it is or why not) of every computing path, in engine order."""
     from influence_fast.products import native
 
     return [*_gradients(), *native.status(), *_optional()]

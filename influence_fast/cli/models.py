@@ -1,4 +1,4 @@
-"""Verbs that fine-tune a model, question it, and check what is computed of it: train, eval, check."""
+"""Verbs that fine-tune a model, evaluate it, and check its gradients: train, eval, check."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from influence_fast.errors import ConfigError
 
 
 def add(verb: NewVerb) -> None:
-    """Adds these verbs and their options."""
+    """Add these verbs and their options."""
     sub = verb("train", _train, "fine-tune a LoRA adapter")
     options.add_model(sub, adapter=False)
     options.add_data(sub, "--data", "training examples")
@@ -72,7 +72,8 @@ def add(verb: NewVerb) -> None:
     options.add_model(sub, adapter=True, adapter_needed=False, needed=False)
     sub.add_argument("--task", help="gsm8k, math500, ... or a task's .yaml file; --data then overrides its source")
     options.add_data(sub, "--data", "questions with final answers", needed=False, lengths=False)
-    sub.set_defaults(split=None)  # a task has its own
+    # A task has a split of its own.
+    sub.set_defaults(split=None)
     sub.add_argument("--output", help="transcripts, .jsonl; the same command again goes on from them")
     options.add_generation(sub)
     sub.add_argument("--samples", type=int, help="answers to each question")
@@ -227,7 +228,7 @@ def _eval(args: Any) -> None:
 
 
 def _check(args: Any) -> int:
-    """Exit code 0 where all agree, 1 where something differs, is refused or cannot be judged."""
+    """Check a model; return 0 where all agrees, 1 where something differs, is refused or cannot be judged."""
     from influence_fast.check.model_check import check_model
 
     model, tokenizer = options.open_model(args)
@@ -239,7 +240,7 @@ def _check(args: Any) -> int:
 
 
 def _questions(args: Any) -> tuple[list[Any], Any]:
-    """What `eval` asks, and its settings: a task's, or those of any data with answers."""
+    """Return the questions that `eval` asks and its settings: those of a task, or of any data with answers."""
     from influence_fast.evaluation.tasks import known_tasks, load_task, task_examples
 
     if args.task is None:

@@ -1,4 +1,4 @@
-"""Verbs of a whole run from one configuration: demo, run, validate, report; and doctor."""
+"""Verbs of a complete run from one configuration: demo, run, validate, report; and doctor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from influence_fast.errors import ConfigError
 
 
 def add(verb: NewVerb) -> None:
-    """Adds these verbs and their options."""
+    """Add these verbs and their options."""
     sub = verb("demo", _demo, "run the whole pipeline on a small built-in world (CPU, no network)")
     sub.add_argument("--output", default="demo-run", help="folder for everything (default: demo-run)")
     sub.add_argument("--seed", type=int, default=0)

@@ -15,7 +15,7 @@ from influence_fast.errors import ConfigError
 
 
 def add(verb: NewVerb) -> None:
-    """Adds these verbs and their options."""
+    """Add these verbs and their options."""
     sub = verb("score", _score, "score training examples by their influence on validation answers")
     options.add_model(sub, adapter=True, adapter_needed=False)
     options.add_data(sub, "--data", "training examples")
@@ -94,7 +94,7 @@ def add(verb: NewVerb) -> None:
 
 
 def _row_options(sub: argparse.ArgumentParser, of: str, whose: str) -> None:
-    """What `_load_beside` reads."""
+    """Add the options that `_load_beside` reads."""
     sub.add_argument(f"--{of}-split", default="train")
     sub.add_argument(f"--{of}-format", default="auto", help=f"as --format, of {whose}")
     sub.add_argument(
@@ -186,7 +186,7 @@ def _score(args: Any) -> None:
 
 
 def _load_beside(args: Any, of: str, source: str, **more: Any) -> list[Any]:
-    """The examples of `source`, read by options of their own (`--validation-split`): errors name these."""
+    """Return the examples of `source`, read by options of their own (`--validation-split`), which errors then name."""
     from influence_fast.data.examples import load_examples
     from influence_fast.errors import DataError
 
@@ -198,7 +198,7 @@ def _load_beside(args: Any, of: str, source: str, **more: Any) -> list[Any]:
 
 
 def _same_rows(args: Any) -> bool:
-    """Whether --data and --validation are the same split of the same source; a single file has one split."""
+    """Return whether --data and --validation are the same split of the same source; a single file has one split."""
     data, validation = (os.path.realpath(os.path.expanduser(path)) for path in (args.data, args.validation))
     return data == validation and (args.split == args.validation_split or os.path.isfile(data))
 

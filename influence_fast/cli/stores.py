@@ -13,7 +13,7 @@ from influence_fast.guards import check_no_pipe
 
 
 def add(verb: NewVerb) -> None:
-    """Adds these verbs and their options."""
+    """Add these verbs and their options."""
     sub = verb("build", _build, "build a gradient store; under torchrun and the like, on all processes together")
     options.add_model(sub, adapter=True, adapter_needed=False)
     options.add_data(sub, "--data", "training examples")

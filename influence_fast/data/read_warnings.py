@@ -1,4 +1,4 @@
-"""What a reader left out of the rows of one source, said once when it has read them."""
+"""Warnings about what a reader left out of the rows of one source, logged once at the end."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from influence_fast.errors import truncated_list
 logger = logging.getLogger(__name__)
 
 
-_REPEATED = 16  # characters: an answer may begin with a shorter prompt by chance
+# Characters; an answer may begin with a shorter prompt by chance.
+_REPEATED = 16
 
 
 class ReadWarnings:
-    """What a reader leaves out of the rows, said once for a source when it has read them."""
+    """Warnings about what a reader leaves out of the rows, collected and logged once for a source."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -30,7 +31,7 @@ class ReadWarnings:
         self.seen = 0
 
     def see(self, cells: Cells, drafts: list[Draft]) -> None:
-        """Take note of one row and of what was made of it."""
+        """Record what was left out of one row."""
         if any(draft.cut for draft in drafts):
             self.cut.append(cells.index)
         if any(draft.passed_over for draft in drafts):
@@ -44,7 +45,7 @@ class ReadWarnings:
         return truncated_list(self.rows.place(i).removeprefix(f"{self.rows.name}, ") for i in indices)
 
     def say(self) -> None:
-        """Log what was noted, a line for each kind."""
+        """Log what was recorded, a line for each kind."""
         name = self.rows.name
         if self.cut:
             logger.warning(
@@ -56,7 +57,8 @@ class ReadWarnings:
                 "%s: %d conversations have earlier assistant turns with weight 1, which turns='last' puts no loss on; "
                 "turns='all' does: %s", name, len(self.passed_over), self._places(self.passed_over),
             )  # fmt: skip
-        if 2 * len(self.repeating) > self.seen:  # a few may restate their question
+        # A few answers may restate their question.
+        if 2 * len(self.repeating) > self.seen:
             logger.warning(
                 "%s: %d completions begin with their own prompt, which is then trained on; take it off them where it "
                 "is no part of the answer: %s", name, len(self.repeating), self._places(self.repeating),

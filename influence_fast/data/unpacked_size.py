@@ -1,4 +1,6 @@
-"""Bytes that columns of repeated values take once each row has its own copy: a small file may hold gigabytes."""
+"""Bound the bytes that columns of repeated values take once each row has its own copy: a small file may hold
+gigabytes.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from typing import Any
 from influence_fast.errors import DataError
 
 UNPACKED = 1 << 28  # bytes that any file may unpack to
-RATIO = 100  # ... and beyond that, times its size
+# Beyond `UNPACKED`, a file may unpack to this many times its size.
+RATIO = 100
 _BATCH = 1024  # rows at a time, at most
 
 
@@ -31,7 +34,8 @@ def check_parquet(path: Path, file: Any) -> None:
             if chunk.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY") and chunk.has_dictionary_page:
                 # no value is longer than all of the chunk
                 bound += chunk.num_values * chunk.total_uncompressed_size
-                repeated = -(-chunk.num_values // max(1, group.num_rows))  # in the lists of a row
+                # Values in the lists of one row.
+                repeated = -(-chunk.num_values // max(1, group.num_rows))
                 largest = max(largest, chunk.total_uncompressed_size * repeated)
                 columns[chunk.path_in_schema.split(".")[0]] = None
     if bound <= limit:
@@ -54,7 +58,7 @@ def check_table(name: str, table: Any) -> None:
 
 
 def _unpacked(array: Any) -> int:
-    """Bytes of an Arrow array in which every row has its own value."""
+    """Return the bytes of an Arrow array in which every row has its own copy of its value."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -162,8 +162,8 @@ def once(
 ) -> None:
     """`work(heartbeat)`, done by one process for all that share `folder`; the others wait until `done()`.
 
-    `heartbeat` is to be called as the work gets on; where it has not been for `time_limit` seconds, the claim is renewed no
-    more, and `lease` seconds later another takes over. Who waits longer than five seconds says for whom.
+    `heartbeat` is to be called as the work gets on; where it has not been for `time_limit` seconds, the claim is
+    renewed no more, and `lease` seconds later another takes over. Who waits longer than five seconds says for whom.
 
     Raises Preempted at SIGTERM, with the claim given back: one left behind would hold up other hosts for `lease`.
     """

@@ -125,8 +125,8 @@ def check_together(name: str, layer: Any, active: Sequence[str]) -> None:
             _refuse_variant(name, type(layer.lora_variant[adapter]).__name__)
     if dora and len(active) > 1:
         raise ModelError(
-            f"{name}: the adapters {truncated_list(active)} are active together, and {dora[0]!r} (DoRA) would scale the "
-            "others' outputs too: activate one at a time by set_adapter"
+            f"{name}: the adapters {truncated_list(active)} are active together, and {dora[0]!r} (DoRA) would scale "
+            "the others' outputs too: activate one at a time by set_adapter"
         )
 
 

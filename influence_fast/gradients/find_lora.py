@@ -68,8 +68,8 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
     if unfrozen := _unfrozen_in(model):
         warn_once(
             logger,
-            f"parameters beside LoRA factors ask for gradients ({truncated_list(unfrozen)}); gradients and scores here are of "
-            "the factors alone: train with these frozen to have all of it scored",
+            f"parameters beside LoRA factors ask for gradients ({truncated_list(unfrozen)}); gradients and scores here "
+            "are of the factors alone: train with these frozen to have all of it scored",
         )
     return found
 

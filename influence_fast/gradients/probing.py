@@ -115,8 +115,8 @@ def _heed_calls(linears: Sequence[LoraLinear], calls: Sequence[int], strange: se
     if unused:
         warn_once(
             logger,
-            f"the model's forward on text never calls the {linears[0].noun}s {truncated_list(unused)}, whose gradients are "
-            f"zero; rows are shorter without them{other_targets(names, unused, linears[0].named_by)}",
+            f"the model's forward on text never calls the {linears[0].noun}s {truncated_list(unused)}, whose gradients "
+            f"are zero; rows are shorter without them{other_targets(names, unused, linears[0].named_by)}",
         )
     if not routed:
         return mode

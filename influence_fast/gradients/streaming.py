@@ -165,7 +165,8 @@ class StreamReducer(Reducer):
         bad = _not_finite(self.queries)
         if bad:
             raise NumericError(
-                f"query gradients: NaN or infinite numbers in row {truncated_list(map(str, bad))}; leave these queries out"
+                f"query gradients: NaN or infinite numbers in row {truncated_list(map(str, bad))}; "
+                "leave these queries out"
             )
         self._wide = linears[0].dtype in (torch.float32, torch.float64)
         factors = [block.factor for blocks in self.blocks for block in blocks]

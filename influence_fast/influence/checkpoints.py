@@ -78,8 +78,9 @@ def learning_rates(checkpoints: str | Path | Sequence[str | Path], *, average: b
         if len(groups := group_rates(folder)) > 1:
             raise ModelError(
                 f"{folder} was trained with {len(groups)} learning rates, one for each group of parameters "
-                f"({truncated_list(f'{rate:g}' for rate in groups)}), and scores take one for each checkpoint: give the rates "
-                "yourself, for example those of the group that matters, as checkpoint_scores([(folder, rate), ...])"
+                f"({truncated_list(f'{rate:g}' for rate in groups)}), and scores take one for each checkpoint: give "
+                "the rates yourself, for example those of the group that matters, as "
+                "checkpoint_scores([(folder, rate), ...])"
             )
         replayed = checkpoint_rates(folder, state.step, previous, state.max_steps, state.logged)
         if replayed is not None:

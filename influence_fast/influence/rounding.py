@@ -41,7 +41,7 @@ def warn_if_coarse(
     if lost:
         warnings.warn(
             f"{store.path}: 8 bits with one scale a row are too few for {len(lost)} of {len(factors)} LoRA factors "
-            f"({truncated_list(lost)}), where rounding is more than a tenth of the gradients, and {preconditioner!r} weighs "
-            "all alike: build the store in bf16, or with a fitted sketch (a width)",
+            f"({truncated_list(lost)}), where rounding is more than a tenth of the gradients, and {preconditioner!r} "
+            "weighs all alike: build the store in bf16, or with a fitted sketch (a width)",
             stacklevel=4,
         )

@@ -1,4 +1,6 @@
-"""What the report's template shows, from the plain `results` dictionary described in `influence_fast.report.page`."""
+"""The variables of the report's template, from the plain `results` dictionary that `influence_fast.report.page`
+describes.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,18 @@ from influence_fast.report import plots, score_plots, summary, svg
 from influence_fast.report.summary import jsonable, number
 from influence_fast.report.text import decimal, headline, moment, signed
 
-MAX_POINTS = 2000  # traces drawn as points of their own, and so with their text in the page
-SAMPLED_POINTS = 600  # ... when there are more than that
-POINT_TEXT_BUDGET = 900_000  # characters of text for all points together
-EXTREME_TRACES = 5  # pairs shown side by side
-SHOWN_TEXT = 700  # characters of a trace before "show more"
-MAX_TEXT = 20_000  # ... and with it
+# Traces up to which each is drawn as a point of its own, with its text in the page.
+MAX_POINTS = 2000
+# Traces sampled as points when there are more.
+SAMPLED_POINTS = 600
+# Characters of text for all points together.
+POINT_TEXT_BUDGET = 900_000
+# Pairs of extreme traces shown side by side.
+EXTREME_TRACES = 5
+# Characters of a trace before "show more".
+SHOWN_TEXT = 700
+# Characters of a trace after "show more".
+MAX_TEXT = 20_000
 
 _KNOWN = {
     "title", "summary", "created", "config", "versions", "environment", "data", "accuracy_before", "cells",
@@ -30,7 +38,7 @@ _KNOWN = {
 
 
 def page_context(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of `report.html.j2`; `results` have been checked (`summary.check_results`)."""
+    """Return the variables of `report.html.j2`; `results` must have passed `summary.check_results`."""
     settings = summary.aggregate(results.get("cells") or [], results.get("settings") or [])
     base = results.get("accuracy_before") or None
     head = headline(results, settings)
@@ -65,7 +73,8 @@ def page_context(results: Mapping[str, Any]) -> dict[str, Any]:
         "data": _data(results.get("data") or {}),
         "queries": results.get("queries") or {},
         "references": results.get("references") or [],
-        "wrong": "incorrect" in (results.get("queries") or {"incorrect": 0}),  # own answers that were
+        # Whether the model's own wrong answers are among the queries.
+        "wrong": "incorrect" in (results.get("queries") or {"incorrect": 0}),
         "scatter": _scatter(scores, labels, settings),
         "traces": _traces(scores),
         "explained": explained,
@@ -85,18 +94,18 @@ _BESIDE = re.compile(r"[\w ,+=@()-][\w .,+=@()-]*(/[\w ,+=@()-][\w .,+=@()-]*)*"
 
 
 def is_beside(link: object) -> bool:
-    """Tell whether `link` is a plain relative path, which leads nowhere but to a file in the page's folder or below."""
+    """Return whether `link` is a plain relative path, which leads only to a file in the page's folder or below."""
     return isinstance(link, str) and len(link) < 1000 and _BESIDE.fullmatch(link) is not None and link.isprintable()
 
 
 def _further_names(measures: Sequence[Mapping[str, float]]) -> list[str]:
-    """The names in all of them, maj@n before pass@k, each by its number."""
+    """Return the names in all of `measures`, maj@n before pass@k, each by its number."""
     names = {name for found in measures for name in found}
     return sorted(names, key=lambda name: (name.partition("@")[0], int(name.partition("@")[2] or 0)))
 
 
 def _label_categories(results: Mapping[str, Any]) -> dict[str, int]:
-    """Label -> 0..6 (shape and colour): clean and unlabelled are the neutral 0, the others by name order.
+    """Return the category 0..6 (shape and colour) of each label: clean is the neutral 0, the others go by name order.
 
     More than six kinds share the last category: that many shapes can no longer be told apart.
     """
@@ -107,7 +116,7 @@ def _label_categories(results: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested configuration as (dotted key, text) pairs in the order given."""
+    """Yield a nested configuration as (dotted key, text) pairs in the order given."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
@@ -133,7 +142,7 @@ def _data(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _drawn(scores: Sequence[Mapping[str, Any]], value: np.ndarray) -> list[int]:
-    """Indices of the traces that become points: all, or the extremes of each score and an even sample."""
+    """Return the indices of the traces that become points: all, or the extremes of each score and an even sample."""
     finite = [int(i) for i in np.flatnonzero(np.isfinite(value))]
     if len(finite) <= MAX_POINTS:
         return finite
@@ -215,7 +224,7 @@ def _scatter(
 
 
 def _traces(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The two columns of extreme traces, most extreme first, with their text in a shown and a folded part."""
+    """Return the two columns of extreme traces, most extreme first, with their text in a shown and a folded part."""
     helpful, harmful = summary.extremes(scores, EXTREME_TRACES)
     if not helpful:
         return None
@@ -240,7 +249,7 @@ def _traces(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def clipped(text: str, most: int = MAX_TEXT) -> tuple[str, str, int]:
-    """(shown, folded, characters left out); the cut falls on a line or word end where one is near."""
+    """Return (shown, folded, characters left out) of a text; the cut falls on a line or word end where one is near."""
     if len(text) <= SHOWN_TEXT + 80:
         return text, "", 0
     cut = max(text.rfind("\n", SHOWN_TEXT - 120, SHOWN_TEXT), text.rfind(" ", SHOWN_TEXT - 120, SHOWN_TEXT))

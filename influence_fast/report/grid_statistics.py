@@ -27,7 +27,7 @@ class Answers:
     correct: np.ndarray
 
     def of(self, seeds: Sequence[int]) -> np.ndarray:
-        """[len(seeds), N]: the rows of these seeds."""
+        """Return the rows of the given seeds, [len(seeds), N]."""
         return self.correct[[self.seeds.index(seed) for seed in seeds]]
 
 
@@ -38,7 +38,7 @@ def grid_statistics(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Means, intervals and paired tests of a grid, as the report's `settings` and `comparisons`.
+    """Compute means, intervals and paired tests of a grid, as the report's `settings` and `comparisons`.
 
     Args:
         cells: one run each: "strategy", "fraction", "seed"; "low" and "high" are used where a setting has one seed.

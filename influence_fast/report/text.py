@@ -1,4 +1,4 @@
-"""The report's words: numbers as text, and the sentences at the top."""
+"""The text of the report: numbers, and the sentences at the top."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ NBSP = "\u00a0"
 
 
 def percent(value: Any, digits: int = 1) -> str:
-    """0.612 -> `61.2 %` (no-break space); `n/a` when not finite."""
+    """Format a share as a percentage: 0.612 -> `61.2 %` (no-break space); `n/a` when not finite."""
     x = number(value)
     return f"{100 * x:.{digits}f}{NBSP}%".replace("-", "−") if math.isfinite(x) else "n/a"
 
 
 def fraction_name(value: Any) -> str:
-    """0.1 -> `10 %`, with no digits that carry nothing."""
+    """Format a share as a percentage without superfluous digits: 0.1 -> `10 %`."""
     x = number(value)
     return f"{round(100 * x, 4):g}{NBSP}%" if math.isfinite(x) else "n/a"
 
 
 def between(low: Any, high: Any, digits: int = 1) -> str:
-    """`58.0 to 64.3 %`, or `n/a` unless both ends are finite."""
+    """Format an interval of shares: `58.0 to 64.3 %`, or `n/a` unless both ends are finite."""
     a, b = number(low), number(high)
     if not (math.isfinite(a) and math.isfinite(b)):
         return "n/a"
@@ -34,7 +34,7 @@ def between(low: Any, high: Any, digits: int = 1) -> str:
 
 
 def count(value: Any) -> str:
-    """Thousands separated; one decimal only where a mean of counts is not whole; `n/a` when not finite."""
+    """Format a count with thousands separated; one decimal only where a mean is not whole; `n/a` when not finite."""
     x = number(value)
     if not math.isfinite(x):
         return "n/a"
@@ -42,19 +42,19 @@ def count(value: Any) -> str:
 
 
 def decimal(value: Any, digits: int = 3) -> str:
-    """`0.831`, or `n/a`."""
+    """Format a number with fixed decimals: `0.831`, or `n/a`."""
     x = number(value)
     return f"{x:.{digits}f}".replace("-", "−") if math.isfinite(x) else "n/a"
 
 
 def signed(value: Any) -> str:
-    """A score with its sign and four significant digits: `+0.01234`, `−2.1e-06`, or `n/a`."""
+    """Format a score with its sign and four significant digits: `+0.01234`, `−2.1e-06`, or `n/a`."""
     x = number(value)
     return f"{x:+.4g}".replace("-", "−", 1) if x < 0 else f"{x:+.4g}" if math.isfinite(x) else "n/a"
 
 
 def duration(value: Any) -> str:
-    """`0.42 s`, `12.3 s`, `3 min 05 s`, `2 h 07 min`, or `n/a`."""
+    """Format seconds as a duration: `0.42 s`, `12.3 s`, `3 min 05 s`, `2 h 07 min`, or `n/a`."""
     x = number(value)
     if not math.isfinite(x):
         return "n/a"
@@ -67,7 +67,7 @@ def duration(value: Any) -> str:
 
 
 def moment(iso: str) -> str:
-    """`12 January 2026, 14:03 UTC`; a time that is not ISO is left as it is."""
+    """Format an ISO time: `12 January 2026, 14:03 UTC`; a text that is not ISO is returned unchanged."""
     try:
         when = datetime.fromisoformat(iso)
     except ValueError:
@@ -78,7 +78,7 @@ def moment(iso: str) -> str:
 
 
 def p_value(value: Any) -> str:
-    """Three decimals, `< 0.001` below that, or `n/a`."""
+    """Format a p-value: three decimals, `< 0.001` below that, or `n/a`."""
     x = number(value)
     if not math.isfinite(x):
         return "n/a"
@@ -86,7 +86,7 @@ def p_value(value: Any) -> str:
 
 
 def verdict(low: float, high: float, other_low: float, other_high: float) -> str:
-    """How one interval stands to another: `above`, `below`, `within noise of`, or `not comparable with`."""
+    """Return how one interval compares with another: "above", "below", "within noise of" or "not comparable with"."""
     if not all(map(math.isfinite, (low, high, other_low, other_high))):
         return "not comparable with"
     if low > other_high:
@@ -96,7 +96,7 @@ def verdict(low: float, high: float, other_low: float, other_high: float) -> str
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """What was asked and what was found, and the few figures worth a large type."""
+    """The question and the finding of a run, and the few figures worth a large type."""
 
     asked: str
     found: str
@@ -104,7 +104,10 @@ class Headline:
 
 
 def _against(best: Setting, other: Setting, name: str, comparisons: Sequence[Row]) -> str:
-    """`above random at 10 % (54.0 %, 50.1 to 57.9 %)`, by a paired comparison where the results hold one."""
+    """Compare two settings in words, by a paired comparison where the results hold one.
+
+    Example: `above random at 10 % (54.0 %, 50.1 to 57.9 %)`.
+    """
     figures = f"{percent(other.mean)}, {between(other.low, other.high)}"
     for c in comparisons:
         same = c.get("strategy") == best.strategy and c.get("against") == other.strategy
@@ -115,7 +118,7 @@ def _against(best: Setting, other: Setting, name: str, comparisons: Sequence[Row
 
 
 def headline(results: Row, settings: Sequence[Setting]) -> Headline:
-    """Two plain sentences and up to five figures, from the numbers alone.
+    """Write two plain sentences and up to five figures from the numbers alone.
 
     A difference is named only where the two 95 % intervals are apart (or, where `comparisons` holds the pair, where
     the interval of the paired difference leaves out zero); otherwise the sentence says `within noise of`.

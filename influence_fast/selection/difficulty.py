@@ -19,8 +19,8 @@ def check_answers(examples: Sequence[Example]) -> None:
     without = [example.id for example in examples if example.answer is None]
     if without:
         raise DataError(
-            f"no final answer to compute a pass rate from in {truncated_list(without)}: add an 'answer' column, or leave "
-            "the strategies difficulty, easy and hard out"
+            f"no final answer to compute a pass rate from in {truncated_list(without)}: add an 'answer' column, or "
+            "leave the strategies difficulty, easy and hard out"
         )
 
 

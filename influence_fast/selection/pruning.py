@@ -189,8 +189,8 @@ def aligned_examples(table: ScoreTable, examples: Sequence[Example]) -> list[Exa
     missing = [name for name in table.ids if name not in known]
     if missing:
         raise DataError(
-            f"the score table has ids that the data does not: {truncated_list(missing)}; give the data that was scored, "
-            "read with the same options"
+            f"the score table has ids that the data does not: {truncated_list(missing)}; give the data that was "
+            "scored, read with the same options"
         )
     aligned = [known[name] for name in table.ids]
     scored = table.texts.get(FINGERPRINT, [])  # a row without one is of a table made by hand
@@ -198,8 +198,8 @@ def aligned_examples(table: ScoreTable, examples: Sequence[Example]) -> list[Exa
     if changed:
         raise DataError(
             f"the data is not what was scored: {len(changed)} of {len(aligned)} examples have other text under the "
-            f"same id or place ({truncated_list(changed)}); give the data that was scored, read with the same options, or "
-            "score this data"
+            f"same id or place ({truncated_list(changed)}); give the data that was scored, read with the same options, "
+            "or score this data"
         )
     return aligned
 

@@ -30,7 +30,8 @@ def attach_lora(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.
     name, why = next(iter(left_out.items()))
     warn_once(
         logger,
-        f"lora.target_modules: all-linear leaves out layers that cannot be scored: {truncated_list(left_out)} ({name}: {why})",
+        f"lora.target_modules: all-linear leaves out layers that cannot be scored: {truncated_list(left_out)} "
+        f"({name}: {why})",
     )
     wrapped.unload()  # type: ignore[operator]
     return _wrapped(model, lora, seed, exclude=list(left_out))

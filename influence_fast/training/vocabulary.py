@@ -90,8 +90,8 @@ def fit_to_adapter(model: Any, shapes: Shapes, config: Any, adapter: str, source
     sizes = sorted(set().union(*stored.values()))
     if len(sizes) > 1:
         raise ModelError(
-            f"the adapter {adapter} stores embeddings of {truncated_list(map(str, sizes))} tokens in one; save it again from "
-            "the model it was trained in"
+            f"the adapter {adapter} stores embeddings of {truncated_list(map(str, sizes))} tokens in one; save it "
+            "again from the model it was trained in"
         )
     if sizes and sizes[0] != size:
         tied = len({id(weight) for weight in matrices.values()}) == 1

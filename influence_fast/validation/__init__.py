@@ -1,1 +1,1 @@
-"""Do the scores tell what retraining does? Fine-tunings without parts of the pool, and measures of agreement."""
+"""Validate scores by retraining: fine-tunings without parts of the pool, and measures of agreement."""

@@ -1,4 +1,4 @@
-"""The linear datamodeling score: does the sum of a subset's influences tell what a model trained on that subset does?
+"""The linear datamodeling score: how well the sum of a subset's influences predicts a model trained on that subset.
 
 For subsets S of the training set, each retrained with several seeds (Park et al. 2023, TRAK, section 4),
 
@@ -25,7 +25,7 @@ from influence_fast.statistics.ranks import pairwise_signs, weighted_spearman
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with the ends of its 95 % bootstrap interval, and the bootstrap draws [B] behind them."""
+    """A value with the ends of its 95 % bootstrap interval, and the bootstrap draws [B] it comes from."""
 
     value: float
     low: float
@@ -33,12 +33,12 @@ class Estimate:
     draws: np.ndarray
 
     def minus(self, other: Estimate) -> Estimate:
-        """The difference; its interval is paired where both came from one call."""
+        """Return the difference of two estimates; its interval is paired where both came from one call."""
         return _estimate(self.value - other.value, self.draws - other.draws)
 
 
 def draw_subsets(n: int, size: int, count: int, seed: int) -> np.ndarray:
-    """[count, n] bool: `count` uniform subsets of `size` of n examples; the first ones do not depend on `count`.
+    """Draw `count` uniform subsets of `size` of n examples as [count, n] bool; the first do not depend on `count`.
 
     Raises ConfigError for a size that leaves nothing to choose.
     """
@@ -58,7 +58,7 @@ def linear_datamodeling_scores(
     draws: int = 1000,
     seed: int = 0,
 ) -> dict[str, Estimate]:
-    """The LDS of every method, with intervals from the same draws.
+    """Compute the LDS of every method, with intervals from the same bootstrap draws.
 
     Args:
         scores: method -> [N, Q] influence of every training example on every query, positive = lowers its loss.
@@ -89,15 +89,17 @@ def linear_datamodeling_scores(
             if len(members):
                 drawn[members] = weighted_spearman(predicted, actual, counts[members])
         found = _estimate(float(weighted_spearman(predicted, whole, everything)[0]), drawn)
-        result[name] = Estimate(found.value, max(-1.0, found.low), min(1.0, found.high), drawn)  # it is a correlation
+        # A correlation lies within -1 and 1.
+        result[name] = Estimate(found.value, max(-1.0, found.low), min(1.0, found.high), drawn)
     return result
 
 
 def seed_agreement(losses: np.ndarray) -> float:
-    """Mean over queries and pairs of seeds of the Spearman correlation of two seeds' losses [S, R, Q] over subsets.
+    """Return how far two seeds' losses agree: their Spearman correlation over subsets, mean over queries and pairs.
 
-    Where retraining with another seed moves the outcomes about as much as another subset does, no method can have a
-    high LDS: the square root of the reliability of the mean over seeds (Spearman-Brown) bounds it. NaN for one seed.
+    losses: [S, R, Q], over S subsets, R seeds and Q queries. Where retraining with another seed moves the outcomes
+    about as much as another subset does, no method can have a high LDS: the square root of the reliability of the mean
+    over seeds (Spearman-Brown) bounds it. NaN for one seed.
     """
     seeds = losses.shape[1]
     if seeds < 2:
@@ -109,9 +111,10 @@ def seed_agreement(losses: np.ndarray) -> float:
 
 
 def ceiling(losses: np.ndarray) -> float:
-    """sqrt of the reliability of the seeds' mean, R a / (1 + (R - 1) a) for the seeds' agreement a: see above.
+    """Return the highest LDS to be expected: the square root of the reliability of the seeds' mean.
 
-    0 where seeds do not agree (a <= 0; the formula has a pole at -1 / (R - 1)), NaN for one seed.
+    The reliability is R a / (1 + (R - 1) a) for R seeds with the agreement a of `seed_agreement`. 0 where seeds do not
+    agree (a <= 0; the formula has a pole at -1 / (R - 1)), NaN for one seed.
     """
     seeds, agreement = losses.shape[1], seed_agreement(losses)
     if agreement <= 0:

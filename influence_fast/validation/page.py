@@ -1,4 +1,4 @@
-"""What `validate` found, as text tables for a terminal and as one self-contained HTML page with plots."""
+"""The results of `validate` as text tables for a terminal, and as one self-contained HTML page with plots."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from influence_fast.report.svg import INK, Chart, Key, key_svg, plain, render_ch
 
 Row = Mapping[str, Any]
 
-FEW_SUBSETS = 16  # of fewer, a bootstrap's resamples are too alike
+# With fewer training sets a bootstrap's resamples are too alike.
+FEW_SUBSETS = 16
 
 
 def write_page(results: Row, path: str | os.PathLike[str]) -> Path:
-    """Writes the page of `validate`'s results to `path`, whole or not at all, and returns where it is."""
+    """Write the HTML page of `validate`'s results atomically to `path`, and return where it is."""
     environment = templates()
     environment.filters["key"] = key_svg
     target = Path(path)
@@ -38,7 +39,7 @@ def write_page(results: Row, path: str | os.PathLike[str]) -> Path:
 
 
 def sections(results: Row) -> list[dict[str, Any]]:
-    """Chart and table of each set of intervals: title, what it says, rows, chart."""
+    """Return title, note, rows and chart of each set of intervals."""
     found = []
     for key, name in (("lds", "Linear datamodeling score"), ("leave_out", "Leave-k-out")):
         part = results[key]
@@ -75,7 +76,7 @@ def sections(results: Row) -> list[dict[str, Any]]:
 
 
 def text_tables(results: Row) -> str:
-    """The same rows as plain text."""
+    """Return the tables of the page as plain text."""
     lines = []
     for section in sections(results):
         lines += [section["title"], f"  {section['note']}"]
@@ -98,7 +99,7 @@ def text_tables(results: Row) -> str:
 
 
 def cost_rows(results: Row) -> list[dict[str, Any]]:
-    """Cost beside fidelity: epochs, seconds and bytes of every method, its LDS, and its agreement with exact scores."""
+    """Return the cost and the fidelity of every method: epochs, seconds, bytes, LDS, agreement with exact scores."""
     lds = {}
     if results["lds"] is not None:
         rows = results["lds"]["rows"]
@@ -115,7 +116,7 @@ def cost_rows(results: Row) -> list[dict[str, Any]]:
 
 
 def _tradeoff_chart(results: Row) -> Chart | None:
-    """LDS against cost, the methods that nothing cheaper beats named; None where either is unknown."""
+    """Draw LDS against cost, naming the methods that no cheaper one beats; None where either is unknown."""
     rows = [row for row in cost_rows(results) if row["lds"] is not None and row["epochs"] is not None]
     if not rows:
         return None
@@ -146,7 +147,7 @@ def _tradeoff_chart(results: Row) -> Chart | None:
 
 
 def _few(subsets: int) -> str:
-    """A warning where the bootstrap has too few training sets to draw from."""
+    """Return a warning where the bootstrap has too few training sets to draw from, else ""."""
     if subsets >= FEW_SUBSETS:
         return ""
     return (
@@ -193,7 +194,7 @@ def _removal_rows(results: Row) -> list[dict[str, Any]]:
 
 
 def _chart(name: str, rows: Sequence[Row], default: str, what: str, nothing: float) -> Chart:
-    """One line a method: value and interval; the value of a method that knows nothing as a vertical line."""
+    """Draw one line a method with its value and interval, and chance as a vertical line."""
 
     def draw(figure: Figure, narrow: bool) -> None:
         ax: Axes = figure.subplots()

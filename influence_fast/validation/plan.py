@@ -1,4 +1,4 @@
-"""Which retrainings the proof needs, and what is read off their outcomes."""
+"""The retrainings that validation needs, and the measures computed from their outcomes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from influence_fast.validation.retraining import Outcome, Retraining, losses_of,
 
 
 class Plan:
-    """Subsets drawn and examples removed, by `config.validate`; `work` is every retraining of them.
+    """The retrainings that validation needs by `config.validate`: random subsets and removals; `work` lists them all.
 
-    n: examples of the pool. scores: [n, Q] of every method.
+    n: number of examples in the pool. scores: [n, Q] of every method.
     """
 
     def __init__(self, config: RunConfig, n: int, scores: dict[str, np.ndarray], queries: Queries) -> None:
@@ -38,7 +38,7 @@ class Plan:
         self.work += [job for jobs in self.removals.values() for job in jobs]
 
     def _removals(self, n: int, seed: int) -> dict[tuple[str, str, float], list[Retraining]]:
-        """(method, direction, share) -> one retraining a seed; "random" is drawn anew for each seed."""
+        """Return one retraining a seed for each (method, direction, share); "random" is drawn anew for each seed."""
         found = {}
         target = self._target()
         for share in self.settings.remove:
@@ -63,11 +63,14 @@ class Plan:
         return found
 
     def _target(self) -> list[int]:
-        """The queries whose loss removal is meant to move: those of right answers."""
+        """Return the queries whose loss removal is meant to change: those of right answers."""
         return list(self.queries.groups["correct"])
 
     def lds(self, outcomes: Mapping[str, Outcome], prefix: str) -> dict[str, Any] | None:
-        """Scores of every method by group of queries, each query by itself and the group's mean as one outcome."""
+        """Compute the LDS of every method by group of queries, for single queries and for the group's mean outcome.
+
+        prefix: "half" or "out", the set of subsets. Returns None where no such subset was drawn.
+        """
         if prefix not in self.subsets:
             return None
         subsets, losses = self.subsets[prefix], losses_of(dict(outcomes), self.names[prefix])
@@ -81,7 +84,8 @@ class Plan:
             kinds = {"queries": part, "mean": part.mean(axis=2, keepdims=True)}
             for kind, outcome in kinds.items():
                 if kind == "mean" and group == "all":
-                    continue  # of right and wrong answers together: no one's question
+                    # The mean over right and wrong answers together has no meaning.
+                    continue
                 matrices = {
                     name: matrix[:, members] if kind == "queries" else matrix[:, members].mean(axis=1, keepdims=True)
                     for name, matrix in self.scores.items()
@@ -98,7 +102,10 @@ class Plan:
         return {"subsets": count, "seeds": seeds, "size": size, "rows": rows, "noise": bounds}
 
     def removal(self, outcomes: Mapping[str, Outcome]) -> list[dict[str, Any]] | None:
-        """Query loss after each removal against the random one of the same size and seeds, and accuracies."""
+        """Compare query losses after each removal with those after random removals of the same size and seeds.
+
+        Returns rows with the accuracies too, None where nothing is removed.
+        """
         if not self.removals:
             return None
         target = self._target()

@@ -1,4 +1,4 @@
-"""Many fine-tunings on parts of the pool, and what each makes of the queries: the ground truth of `validate`.
+"""Fine-tune on many parts of the pool, and measure the queries' losses: the ground truth of `validate`.
 
 Every retraining is a file of its own, so that a run goes on where it was interrupted; a file of other data, queries or
 settings is never taken for this run's.
@@ -45,17 +45,18 @@ UNREADABLE = (ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
 @dataclass(frozen=True)
 class Retraining:
-    """One fine-tuning: the pool's rows `keep` (int64, ascending), and the seed of initialisation and order."""
+    """One fine-tuning on the pool's rows `keep` (int64, ascending); `seed` is that of initialisation and data order."""
 
     name: str
     keep: np.ndarray
     seed: int
-    accuracy: bool = False  # also answer the test questions
+    # Whether to answer the test questions too.
+    accuracy: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`losses`: [Q] float64, each query's loss under the retrained model; `accuracy` on the test questions, or NaN."""
+    """The outcome of a retraining: each query's loss ([Q] float64), and the accuracy on the test questions or NaN."""
 
     losses: np.ndarray
     accuracy: float
@@ -71,7 +72,7 @@ def retrain(
     verbose: bool = True,
     pipeline: Pipeline | None = None,
 ) -> dict[str, Outcome]:
-    """Does all of `work` that is not done yet, in `processes` processes; outcomes by name.
+    """Run all of `work` that is not done yet in `processes` processes, and return the outcomes by name.
 
     config: the run whose pool is trained on, whose `training` and `lora` say how, and in whose folder `retrained/`
     everything is kept. queries: texts whose completions' losses are the outcome. pipeline: of `config`, where it is
@@ -95,9 +96,11 @@ def retrain(
             return done
         context = multiprocessing.get_context("spawn")
         setup = (config, list(queries), threads)
-        RunFolder(config)  # made here: of processes that open it at one time, one might find it half made
+        # Created here, since one of several processes that open it at once might find it incomplete.
+        RunFolder(config)
         with ProcessPoolExecutor(processes, context, initializer=_open, initargs=setup) as pool:
-            with current_folder_off_path():  # a process starts when a job is submitted
+            # A process starts when a job is submitted.
+            with current_folder_off_path():
                 waiting = {pool.submit(_work, job, folder, stamp): job for job in todo}
             try:
                 for future in as_completed(waiting):
@@ -115,7 +118,7 @@ def retrain(
 
 
 class _World:
-    """What a retraining needs, loaded once a process."""
+    """The model, tokens and data that a retraining needs, loaded once a process."""
 
     def __init__(self, config: RunConfig, queries: Sequence[Example], pipeline: Pipeline | None = None) -> None:
         from influence_fast.run.pipeline import Pipeline
@@ -139,7 +142,8 @@ class _World:
             losses = per_example_losses(model, self.queries).double().numpy()
             accuracy = float("nan")
             if job.accuracy:
-                here = dataclasses.replace(config.evaluation, engine="transformers")  # the model is in memory
+                # The model is in memory, which vLLM cannot use.
+                here = dataclasses.replace(config.evaluation, engine="transformers")
                 accuracy = evaluate(model, p.tokenizer, p.splits.test, config=here).accuracy
         shutil.rmtree(adapter)
         outcome = Outcome(losses, accuracy, time.perf_counter() - start)
@@ -165,7 +169,7 @@ def _work(job: Retraining, folder: Path, stamp: str) -> Outcome:
 
 
 def _stamp(config: RunConfig, queries: Sequence[Example]) -> str:
-    """What every outcome depends on beside its own rows and seed."""
+    """Return a digest of all that every outcome depends on beside its own rows and seed."""
     settings = portable(to_dict(config), Path(config.output))
     parts = {key: value for key, value in settings.items() if key in ("model", "data", "training", "lora")}
     texts = [[query.id, query.prompt, query.completion] for query in queries]
@@ -197,7 +201,7 @@ def _read(folder: Path, job: Retraining, stamp: str) -> Outcome | None:
 
 @contextmanager
 def _progress(todo: int, total: int, verbose: bool) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, a line every tenth of the work elsewhere."""
+    """Yield a function that advances a bar on a terminal, and elsewhere prints a line every tenth of the work."""
     if verbose and sys.stderr.isatty():
         with bar("retraining") as shown:
             task = shown.add_task("retraining", total=total, completed=total - todo)
@@ -215,12 +219,12 @@ def _progress(todo: int, total: int, verbose: bool) -> Iterator[Callable[[], Non
 
 
 def losses_of(outcomes: dict[str, Outcome], names: Sequence[Sequence[str]]) -> np.ndarray:
-    """[S, R, Q] losses of the retrainings named, [subset][seed]."""
+    """Return the losses [S, R, Q] of the named retrainings; `names` are indexed [subset][seed]."""
     return np.stack([np.stack([outcomes[name].losses for name in row]) for row in names])
 
 
 def subset_work(subsets: np.ndarray, seeds: Sequence[int], prefix: str) -> tuple[list[Retraining], list[list[str]]]:
-    """A retraining for each subset ([S, N] bool) and seed, and their names [subset][seed]."""
+    """Return a retraining for each subset ([S, N] bool) and seed, and their names [subset][seed]."""
     work, names = [], []
     for i, mask in enumerate(subsets):
         row = [Retraining(f"{prefix}-{i:04d}-seed{seed}", np.flatnonzero(mask), seed) for seed in seeds]

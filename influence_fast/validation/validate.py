@@ -1,4 +1,4 @@
-"""The proof: do the scores tell what retraining does?
+"""Validate scores: how well do they predict the outcome of retraining?
 
 For every method, with 95 % bootstrap intervals over subsets and seeds (or examples, or queries):
 
@@ -51,10 +51,22 @@ EXACT_OF = {"exact-dot": "none", "exact-cosine": "cosine", "exact-ekfac-cosine":
 
 
 def validate(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
-    """Puts the methods of `config.validate` to the proof; writes and returns `validation.json`'s content.
+    """Validate the methods of `config.validate` by retraining; write and return the content of `validation.json`.
 
-    Raises ConfigError for methods that the run's settings cannot serve, or where another process is at work in the
-    run's folder; DataError for external scores of other shapes.
+    Args:
+        config: the run; its `validate` section names the methods and the number of retrainings. Everything is written
+            to its `output` folder, and finished pieces are used again.
+        progress: show bars and messages on stderr.
+    Returns:
+        A JSON-compatible dictionary with `lds`, `leave_out`, `removal`, `detection`, `cost` and what they were measured
+        on.
+    Raises:
+        ConfigError: methods that the run's settings cannot serve, or another process at work in the run's folder.
+        DataError: external scores of other shapes.
+    Example:
+        >>> results = inf.validate(load_config("run.yaml"))  # doctest: +SKIP
+        >>> results["lds"]["rows"][0]["value"]  # doctest: +SKIP
+        0.31
     """
     methods = [method_of(given) for given in config.validate.methods]
     _check(config, methods)
@@ -64,7 +76,7 @@ def validate(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
 
 
 def _proved(pipeline: Pipeline, methods: list[Method], progress: bool) -> dict[str, Any]:
-    """All of `validate`, in a folder that no other process works on."""
+    """Compute all of `validate` in a folder that no other process works in."""
     config, settings = pipeline.config, pipeline.config.validate
     reference = Path(pipeline.reference_adapter())
     queries = pipeline.queries(reference)
@@ -97,7 +109,7 @@ def _proved(pipeline: Pipeline, methods: list[Method], progress: bool) -> dict[s
 
 
 def _check(config: RunConfig, methods: Sequence[Method]) -> None:
-    """ConfigError before any work, for what would fail after it."""
+    """Raise ConfigError before any work is done for settings that would fail after it."""
     names = [*[method.name for method in methods], *config.validate.external]
     if len(set(names)) < len(names):
         raise ConfigError(f"validate.methods: a name comes twice in {', '.join(names)}")
@@ -116,14 +128,15 @@ def _check(config: RunConfig, methods: Sequence[Method]) -> None:
 
 
 def _scored(pipeline: Pipeline, method: Method, reference: Path, queries: Queries, verbose: bool) -> Scored:
-    """The method's scores, computed once; other settings or another adapter under its name are computed anew."""
+    """Return the method's scores, computed once; they are computed anew under other settings or another adapter."""
     texts = [[q.id, q.completion] for q in queries.examples]
     config = to_dict(pipeline.config)
     settings = [dataclasses.asdict(method), config["training"], config["gradients"], config["model"]]
     if method.proxy:
         settings.append(model_hashes(method.proxy))
     if pipeline.config.model.adapter is not None and (method.checkpoints or method.moments):
-        settings.append(checkpoint_hashes(reference))  # which the run itself may not have read
+        # The run itself may not have read these checkpoints.
+        settings.append(checkpoint_hashes(reference))
     record = json.dumps([settings, texts], sort_keys=True)
     digest = hashlib.sha256(record.encode()).hexdigest()
     path = pipeline.folder / FOLDER / f"{method.name}.npz"
@@ -149,7 +162,7 @@ def _scored(pipeline: Pipeline, method: Method, reference: Path, queries: Querie
 
 
 def _read(path: Path, digest: str) -> Scored | None:
-    """The scores that are there; None where they were made by something else, or are damaged."""
+    """Return the stored scores; None where they are missing, damaged or of other settings."""
     try:
         with np.load(path) as found:
             if str(found["digest"]) != digest:
@@ -164,13 +177,14 @@ def _read(path: Path, digest: str) -> Scored | None:
 
 @dataclass(frozen=True)
 class _Scorer:
-    """The model that a method's gradients are of, and the pool in its tokens."""
+    """The model whose gradients a method takes, and the pool in its tokens."""
 
     base: Any
     tokenizer: Any
     pool: list[dict[str, Any]]
     adapters: list[tuple[Path, float]]
-    seconds: dict[str, float]  # what it took to make, beyond the reference
+    # Seconds it took to prepare, beyond those of the reference.
+    seconds: dict[str, float]
 
 
 def _reference(pipeline: Pipeline, method: Method, reference: Path) -> _Scorer:
@@ -179,7 +193,10 @@ def _reference(pipeline: Pipeline, method: Method, reference: Path) -> _Scorer:
 
 
 def _proxy(pipeline: Pipeline, path: str) -> _Scorer:
-    """The model at `path`, fine-tuned on the pool as the reference was. Raises DataError: it cannot read all of it."""
+    """Return the model at `path`, fine-tuned on the pool as the reference was.
+
+    Raises DataError where examples are longer than max_length in its tokens.
+    """
     config = pipeline.config
     trust = config.model.trust_remote_code
     base = load_model(
@@ -221,7 +238,8 @@ def _external(files: Mapping[str, str], shape: tuple[int, int]) -> dict[str, np.
         try:
             with np.load(path) as found:
                 matrix = np.asarray(found["scores"], np.float32)
-        except Exception as error:  # numpy, zipfile and zlib have their own kinds for what is damaged
+        except Exception as error:
+            # numpy, zipfile and zlib raise errors of their own for damaged files.
             raise DataError(
                 f"{path}: no scores of another tool (an .npz file with 'scores' [N, Q]): {one_line(error)}"
             ) from error
@@ -235,7 +253,10 @@ def _external(files: Mapping[str, str], shape: tuple[int, int]) -> dict[str, np.
 
 
 def drop_priority(matrix: np.ndarray, groups: Mapping[str, Sequence[int]]) -> np.ndarray:
-    """[N], higher = dropped sooner: the paper's combined rank, or low benefit where there are no wrong answers."""
+    """Return the order in which a method drops examples, [N], higher = sooner.
+
+    It is the paper's combined rank, or low benefit where there are no wrong answers.
+    """
     benefit = average_ranks(matrix[:, list(groups["correct"])].mean(axis=1))
     wrong = list(groups.get("incorrect", ()))
     return average_ranks(matrix[:, wrong].mean(axis=1)) - benefit if wrong else -benefit
@@ -253,7 +274,8 @@ def _detection(
         # a baseline that is the same for all queries has no two groups to set against one another
         constant = bool((matrix == matrix[:, :1]).all())
         priority = -matrix[:, 0].astype(np.float64) if constant else drop_priority(matrix, queries.groups)
-        rng = np.random.default_rng(pipeline.config.seed)  # the same draws for every method
+        # Every method gets the same draws.
+        rng = np.random.default_rng(pipeline.config.seed)
         low, high = bootstrap_auc(priority, harmful, rng, draws)
         order = np.argsort(-priority, kind="stable")
         precision = {}
@@ -273,8 +295,11 @@ def _cost(
     methods: Sequence[Method],
     queries: Queries,
 ) -> dict[str, Any]:
-    """Seconds and bytes of every method, seconds over those of one epoch, and Spearman to the same scores from exact
-    gradients: mean over single queries, and of each group's mean."""
+    """Return the cost of every method, and its Spearman correlation with the same scores from exact gradients.
+
+    The cost is seconds, bytes an example, and seconds over those of one epoch; the correlation is the mean over single
+    queries, and that of each group's mean.
+    """
     epoch = pipeline.epoch_seconds()
     exact = {EXACT_OF[name]: matrix for name, matrix in scores.items() if name in EXACT_OF}
     rows = []
