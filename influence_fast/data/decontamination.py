@@ -52,7 +52,7 @@ def contaminated(examples: Iterable[Example], tests: Mapping[str, Sequence[Examp
     Example:
         >>> question = "A farmer has 12 cows and buys 7 more cows today"
         >>> pool = [inf.Example("a", question, "19"), inf.Example("b", "What is 2 + 2?", "4")]
-        >>> [found.why for found in inf.contaminated(pool, {"test": [inf.Example("0", question, "It is 19.")]})]
+        >>> [found.why for found in contaminated(pool, {"test": [inf.Example("0", question, "It is 19.")]})]
         ['shares 8 words with test/0']
     """
     index = _Index(tests, n)

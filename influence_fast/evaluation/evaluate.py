@@ -53,7 +53,7 @@ class EvalConfig:
     Raises:
         ConfigError: a value that is out of range or unknown, or values that do not fit together.
     Example:
-        >>> inf.EvalConfig(samples=4, temperature=0.6, pass_at=(1, 4)).answer_kind
+        >>> EvalConfig(samples=4, temperature=0.6, pass_at=(1, 4)).answer_kind
         'math'
     """
 
@@ -167,8 +167,8 @@ def evaluate(
         ModelError: prompts that leave no room in the model's context.
         ConfigError: an engine that does not fit the model, or transcripts of another evaluation.
     Example:
-        >>> questions = inf.task_examples(inf.load_task("gsm8k"), limit=100)  # doctest: +SKIP
-        >>> inf.evaluate(model, tokenizer, questions, config=inf.EvalConfig()).accuracy  # doctest: +SKIP
+        >>> questions = task_examples(load_task("gsm8k"), limit=100)  # doctest: +SKIP
+        >>> inf.evaluate(model, tokenizer, questions, config=EvalConfig()).accuracy  # doctest: +SKIP
         0.42
     """
     if len(examples) == 0:

@@ -59,7 +59,7 @@ def grade(text: str, gold: str, *, timeout: float = 5.0, kind: str = "math") -> 
         ValueError: for another kind.
         ConfigError: where the worker process does not start.
     Example:
-        >>> inf.grade("12 + 7 = 19, so the answer is 19.", "19")
+        >>> grade("12 + 7 = 19, so the answer is 19.", "19")
         Grade(correct=True, extracted='19', note='same text')
     """
     if kind not in ANSWER_KINDS:

@@ -107,7 +107,7 @@ def load_task(name_or_path: str | Path) -> Task:
         ConfigError: unknown name (with all known), no such file, unknown or missing key, a value that does not fit, a
             prompt that is no Jinja template.
     Example:
-        >>> inf.load_task("gsm8k").source.path
+        >>> load_task("gsm8k").source.path
         'openai/gsm8k'
     """
     path = Path(name_or_path)
@@ -165,7 +165,7 @@ def task_examples(
             answer, a prompt that cannot be rendered.
         ConfigError: a `limit` that is no whole number of at least 1.
     Example:
-        >>> questions = inf.task_examples(inf.load_task("gsm8k"), limit=100)  # doctest: +SKIP
+        >>> questions = task_examples(load_task("gsm8k"), limit=100)  # doctest: +SKIP
     """
     check_limit(limit)
     path = source if source is not None else _hub_path(task.source)

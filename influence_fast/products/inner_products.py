@@ -8,19 +8,20 @@ and the rows are read once for each such set of columns. Memory above rows and r
 N and Q (up to 20 million rows; beyond, one column and its sort are 20 bytes a row).
 
 The work is done by `influence_fast._native` (csrc/), or by `products.pytorch` where that is missing. On a CUDA
-device int8 and bf16 rows go to our kernels (`products.cuda`), streamed from the host where they lie there, and
-fp32 rows to PyTorch.
+device int8 and bf16 rows that lie there are multiplied by cuBLAS and read once more by fused kernels (`products.gpu`),
+those of the host are streamed to the kernels of csrc/cuda (`products.cuda`), and fp32 rows go to PyTorch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 
+from influence_fast.deprecation import also_called_as
 from influence_fast.errors import DataError
 from influence_fast.philox import key
 from influence_fast.products import engines, native
@@ -38,7 +39,7 @@ from influence_fast.products.inputs import (
     shape_of,
     source_of,
 )
-from influence_fast.products.options import MovedKeywords, ProductOptions, with_moved
+from influence_fast.products.options import ProductOptions, old_keywords
 
 __all__ = ["InnerProducts", "ProductOptions", "inner_products", "quantize_rows", "to_bf16"]
 
@@ -76,7 +77,6 @@ def inner_products(
     topk: None = ...,
     ranks: Literal[False] = ...,
     options: ProductOptions | None = ...,
-    **moved: Unpack[MovedKeywords],
 ) -> Array: ...
 @overload
 def inner_products(
@@ -89,8 +89,8 @@ def inner_products(
     topk: int | None = ...,
     ranks: bool = ...,
     options: ProductOptions | None = ...,
-    **moved: Unpack[MovedKeywords],
 ) -> InnerProducts: ...
+@also_called_as(old_keywords())
 def inner_products(
     rows: Any,
     queries: Array,
@@ -101,7 +101,6 @@ def inner_products(
     topk: int | None = None,
     ranks: bool = False,
     options: ProductOptions | None = None,
-    **moved: Unpack[MovedKeywords],
 ) -> Array | InnerProducts:
     """Score N rows against Q queries; sums are accumulated in fp32 (int32 for int8 rows).
 
@@ -117,7 +116,6 @@ def inner_products(
         topk: rows to return for each query (at most N).
         ranks: mean rank of every row in the columns of each group (one group of all queries where `groups` is None).
         options: where scores are written, threads, precision and device; see `ProductOptions`.
-        moved: keywords that `options` took over (out, threads, precision, isa, device); deprecated.
 
     Returns:
         fp32 scores [N, Q] (`options.out` if given), or `InnerProducts` when any of `groups`, `topk` and `ranks` is
@@ -135,7 +133,7 @@ def inner_products(
         >>> inner_products(rows, queries, groups=[[0, 1]]).group_means.tolist()
         [[1.0], [1.0], [1.0]]
     """
-    choices = with_moved(options, moved)
+    choices = ProductOptions() if options is None else options
     source = source_of(rows, row_scales)
     if source.kind == "int8" and row_scales is None and source.array is not None:
         raise DataError("int8 rows need row_scales, one a row; pass numpy.ones(N, numpy.float32) for plain integers")

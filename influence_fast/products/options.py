@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
+
+from influence_fast.deprecation import OldCall, moved
 
 Array = Any  # numpy array or torch tensor
 
@@ -38,31 +39,21 @@ class ProductOptions:
     device: str | torch.device | None = None
 
 
-class MovedKeywords(TypedDict, total=False):
-    """Keywords of `inner_products` that `ProductOptions` took over; they work for one more release."""
-
-    out: Array | None
-    threads: int | None
-    precision: str
-    isa: str | None
-    device: str | torch.device | None
+_MOVED = ("out", "threads", "precision", "isa", "device")
+_STAYED = ("row_scales", "normalize", "groups", "topk", "ranks")
 
 
-def with_moved(options: ProductOptions | None, moved: MovedKeywords) -> ProductOptions:
-    """Return `options` with the keywords given in the old way, for which it warns once at the caller's line.
-
-    Raises TypeError for a keyword that never was one.
-    """
-    options = ProductOptions() if options is None else options
-    if not moved:
-        return options
-    for name in moved:
-        if name not in ProductOptions.__slots__:
-            raise TypeError(f"inner_products() got an unexpected keyword argument {name!r}")
-    given = ", ".join(f"{name}=..." for name in moved)
-    warnings.warn(
-        f"inner_products({given}) is deprecated: pass options=ProductOptions({given})",
-        DeprecationWarning,
-        stacklevel=3,
+def old_keywords() -> OldCall:
+    """Return how `inner_products` was called when the fields of `ProductOptions` were keywords of its own."""
+    return OldCall(
+        positional=("rows", "queries"),
+        keywords=(*_STAYED, *_MOVED, "options"),
+        marks=_MOVED,
+        translate=_translated,
+        instead="inner_products(..., options=ProductOptions(...))",
     )
-    return replace(options, **moved)
+
+
+def _translated(values: dict[str, Any]) -> dict[str, Any]:
+    options = values.pop("options", None) or ProductOptions()
+    return {"options": replace(options, **moved(values, _MOVED)), **values}

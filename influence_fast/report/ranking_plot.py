@@ -32,7 +32,7 @@ def plot_ranking_over_training(
     Raises:
         ConfigError: another extension.
     Example:
-        >>> inf.plot_ranking_over_training(scores, "ranking.svg")  # doctest: +SKIP
+        >>> plot_ranking_over_training(scores, "ranking.svg")  # doctest: +SKIP
     """
     path = Path(path)
     if path.suffix not in FORMATS:

@@ -15,7 +15,6 @@ from varlen import varlen_attn
 
 import influence_fast as inf
 from influence_fast.gradients import attention, opened
-from influence_fast.gradients import cuda_graphs as graphs
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.per_example import packs_for
 from influence_fast.gradients.projection import Projection
@@ -70,7 +69,7 @@ def main() -> None:
 
     found = {}
     with (
-        mock.patch.object(graphs, "CudaRecorder", recorder),
+        mock.patch("influence_fast.gradients.engine.CudaRecorder", recorder),
         mock.patch.object(opened, "not_recordable", return_value=""),
         mock.patch.object(attention, "_has_varlen", return_value=True),
         mock.patch.object(attention, "varlen_attention", return_value=causal),

@@ -10,6 +10,7 @@ import torch
 import influence_fast as inf
 from influence_fast.errors import DataError, ModelError
 from influence_fast.gradients.pairs import dpo_weights, pair_examples, pair_sums
+from influence_fast.gradients.targets import gradient_layout
 
 BETA = 0.5
 
@@ -40,7 +41,7 @@ def test_rows_of_pairs_are_the_gradients_of_the_dpo_loss(tiny_lora: Any) -> None
     rows = pair_sums(inf.per_example_gradients(model, pairs, loss_reduction="sum"))
     query = torch.randn(1, rows.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     streamed = pair_sums(inf.stream_influence(model, pairs, query, inf.RowSpec("none", loss_reduction="sum")))
-    layout = inf.gradient_layout(model)
+    layout = gradient_layout(model)
     parameters = dict(model.named_parameters())
     for place, (one, other) in enumerate(zip(CHOSEN, REJECTED, strict=True)):
         with torch.no_grad(), model.disable_adapter():

@@ -171,7 +171,7 @@ def test_a_store_a_moment_holds_what_scores_are_made_of(base: Any, tokenizer: An
     store = inf.open_store(kept / "step-000001")
     rows = load_file(kept / "step-000001.queries.safetensors")["rows"]
     assert rows.shape == (len(QUERIES), store.width)
-    table = inf.influence_scores(store, rows, {"validation": range(3)}, preconditioner="none")
+    table = inf.Scorer.fit(store, preconditioner="none").scores(rows, {"validation": range(3)})
     assert np.allclose(table["s_validation"], callback.scores[1]["s_validation"], rtol=1e-4, atol=1e-9)
     with pytest.raises(ConfigError, match=r"stores holds step-000001 of another training: delete it"):
         callback._make_room(0)
