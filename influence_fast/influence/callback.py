@@ -321,7 +321,8 @@ def _check_one_process(args: Any) -> None:
     if args.world_size > 1 or getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
         raise ConfigError(
             "InfluenceCallback scores in one process, and this training has several, DeepSpeed or FSDP: save "
-            "checkpoints (save_steps), and score each with inf.stream_influence, or by `influence-fast build` in all processes"
+            "checkpoints (save_steps), and score each with inf.stream_influence, or by influence-fast build in as many "
+            "processes"
         )
 
 
