@@ -25,11 +25,11 @@ TO_DO = {
 # The verbs in use, to be added to by need: a word list makes the rule decidable.
 VERBS = frozenset(
     str.split(
-        "Add Allocate Answer Append Bound Build Call Check Cluster Compare Compute Copy Count Cut Decide Decorate Detect "
-        "Draw Drop Estimate Evaluate Find Fit Format Generate Give Grade Group Hold Import Join Judge Keep Kill Limit "
-        "Load Log Make Match Measure Merge Open Pack Parse Plan Plot Print Quantize Raise Read Record Remove Render "
-        "Replace Return Run Save Score Select Set Silence Split Spread Start Take Tokenize Turn Validate Warn Write "
-        "Yield"
+        "Add Allocate Answer Append Bound Build Call Check Cluster Compare Compute Copy Count Cut Decide "
+        "Decorate Detect Draw Drop Estimate Evaluate Find Fit Format Generate Give Grade Group Hold Import "
+        "Join Judge Keep Kill Limit Load Log Make Match Measure Merge Open Pack Parse Plan Plot Print "
+        "Quantize Raise Read Record Remove Render Replace Return Run Save Score Select Set Silence Split "
+        "Spread Start Take Tokenize Turn Validate Warn Write Yield"
     )
 )
 NO_CLASS_BEGINS = ("The same", "What", "Whether", "How", "That", "Where", "Those")
