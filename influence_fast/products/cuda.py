@@ -56,7 +56,7 @@ class Queries:
         )
 
     def stream(self, rows: int) -> Any:
-        """The pinned buffers, made for the first block."""
+        """Return the stream with the pinned buffers; made for the first block."""
         if self._stream is None:
             row_bytes = self.width * self.terms.element_size()
             chunk = _native().cuda_chunk_rows(rows, row_bytes, _PINNED_BYTES)
@@ -64,13 +64,13 @@ class Queries:
         return self._stream
 
     def close(self) -> None:
-        """Waits for what is queued and frees the buffers."""
+        """Wait for the queued work and free the buffers."""
         if self._stream is not None:
             self._stream.finish()
             self._stream = None
 
     def tile_lists(self, begin: Any, query: Any) -> tuple[Tensor, Tensor]:
-        """Members of each group in each tile of queries, on the device; made once for the same lists."""
+        """Return the members of each group in each tile of queries, on the device; made once for the same lists."""
         if self._lists is None or self._lists[0] is not begin or self._lists[1] is not query:
             first, column = _native().cuda_tile_groups(begin, query, self.count)
             column = column if column.size else np.zeros(1, np.int32)  # an address even where no member is left
@@ -132,7 +132,7 @@ def _addresses(queries: Queries, block: Block, wanted: Wanted, scores: Tensor | 
 
 
 def finish(queries: Queries) -> list[int]:
-    """Waits for all blocks; the rows with a NaN or infinite score, in order."""
+    """Wait for all blocks; return the rows with a NaN or infinite score, in order."""
     queries.close()
     bad: list[int] = []
     for start, flags in queries.flags:

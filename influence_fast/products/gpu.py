@@ -43,7 +43,7 @@ def why_not(device: torch.device) -> str:
 
 
 def by_hand(rows: Tensor, queries: int) -> bool:
-    """Tell whether the mma kernel of csrc/cuda is to take rows that lie on the GPU, in place of cuBLAS.
+    """Return whether the mma kernel of csrc/cuda is to take rows that lie on the GPU, in place of cuBLAS.
 
     Only where cuBLAS cannot read the rows as they lie (addresses, strides or widths that are no multiples of 16 bytes),
     so that they would first be copied, and there are few queries. On an H200, 200,000 rows of 8,192 numbers,
@@ -81,7 +81,7 @@ class Queries:
 
     @property
     def tile_rows(self) -> int:
-        """Rows of a tile, whose products fill _TILE_BYTES."""
+        """Return the number of rows of a tile, whose products fill _TILE_BYTES."""
         planes, padded, _ = self.terms.terms.shape
         fit = _TILE_BYTES // (4 * max(1, padded) * planes * len(self.stretches))
         return max(_ROW_MULTIPLE, fit // _ROW_MULTIPLE * _ROW_MULTIPLE)
@@ -248,7 +248,7 @@ def rank(columns: Tensor, group_begin: Any, group_query: Any, sums: Tensor, thre
 
 
 def _fits_cublas(rows: Tensor) -> bool:
-    """Tell whether cuBLAS reads rows as they lie: addresses, strides and widths in whole granules."""
+    """Return whether cuBLAS reads rows as they lie: addresses, strides and widths in whole granules."""
     size = rows.element_size()
     places = (rows.data_ptr(), rows.stride(0) * size, rows.shape[1] * size)
     apart = rows.stride(1) == 1 and rows.stride(0) >= rows.shape[1] > 0
@@ -256,7 +256,7 @@ def _fits_cublas(rows: Tensor) -> bool:
 
 
 def _as_tensor(rows: Any) -> Tensor:
-    """Rows as int8 or bfloat16."""
+    """Return the rows as an int8 or bfloat16 tensor."""
     made = pytorch.tensor(rows)
     return made.view(torch.bfloat16) if made.dtype == torch.int16 else made
 

@@ -190,7 +190,7 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Results:
-    """What the passes over the rows fill; None where not asked for."""
+    """Arrays that the passes over the rows fill; None where not asked for."""
 
     fused: bool
     scores: Array | None
@@ -274,7 +274,7 @@ def _finished(call: _Call, results: _Results, out: Array | None) -> InnerProduct
 def quantize_rows(
     rows: Array, *, stochastic: bool = False, seed: int = 0, first_row: int = 0, threads: int | None = None
 ) -> tuple[Array, Array]:
-    """fp32 rows [N, k] as (int8 [N, k], fp32 scales [N]), scale = max|row| / 127, row ≈ scale * int8.
+    """Quantize fp32 rows [N, k] to (int8 [N, k], fp32 scales [N]), scale = max|row| / 127, row ≈ scale * int8.
 
     Nearest: |error| <= scale / 2. Stochastic: |error| < scale, and the mean over seeds is the row itself (unbiased);
     its random numbers depend on (seed, first_row + i, column) alone, so parts of a matrix quantise as the whole does.
@@ -295,7 +295,7 @@ def quantize_rows(
 
 
 def to_bf16(rows: Array, *, threads: int | None = None) -> Array:
-    """fp32 [N, k] to bf16, to nearest even: a bfloat16 tensor for tensors, bits as uint16 for numpy arrays."""
+    """Round fp32 [N, k] to bf16, to nearest even: a bfloat16 tensor for tensors, bits as uint16 for numpy arrays."""
     if isinstance(rows, torch.Tensor):
         return rows.to(torch.bfloat16)
     source = source_of(rows, None)
@@ -306,7 +306,7 @@ def to_bf16(rows: Array, *, threads: int | None = None) -> Array:
 
 
 def _columns_at_once(q_count: int, source: Source, precision: str, ranks: bool) -> int:
-    """Queries in one pass over the rows, within the memory stated at the top of this file."""
+    """Return the number of queries in one pass over the rows, within the memory stated at the top of this file."""
     itemsize = {"float32": 4, "bfloat16": 4, "int8": 2}[source.kind]  # of the widest panel of any path
     terms = 2 if precision == "high" else 1
     columns = min(_MAX_COLUMNS, _QUERY_BYTES // max(1, source.width * itemsize * terms))
@@ -318,7 +318,7 @@ def _columns_at_once(q_count: int, source: Source, precision: str, ranks: bool) 
 
 
 def _members_in(groups: list[list[int]], first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    """CSR lists of the members within [first, last), counted from `first`."""
+    """Return CSR lists of the members within [first, last), counted from `first`."""
     inside = [[q - first for q in group if first <= q < last] for group in groups]
     begin = np.cumsum([0, *(len(group) for group in inside)], dtype=np.int64)
     return begin, np.array([q for group in inside for q in group], dtype=np.int64)

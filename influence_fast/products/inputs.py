@@ -36,7 +36,7 @@ class Source:
 
 
 def scoring_device(source: Source, device: str | torch.device | None) -> torch.device | None:
-    """The device to score on; None for the CPU's own paths."""
+    """Return the device to score on; None for the CPU's own paths."""
     if device is None:
         return source.device if source.on_device else None
     try:
@@ -117,7 +117,10 @@ _NUMPY_KINDS = {"float32": "float32", "uint16": "bfloat16", "bfloat16": "bfloat1
 
 
 def _row_array(rows: Array) -> tuple[Array, str]:
-    """The rows as the engines take them: numpy on the CPU (bf16 as uint16 bits, no copy), else the tensor itself."""
+    """Return the rows as the engines take them, and their kind.
+
+    Rows on the CPU become numpy arrays (bf16 as uint16 bits, no copy); others stay the tensor itself.
+    """
     if isinstance(rows, torch.Tensor):
         kind = _TORCH_KINDS.get(rows.dtype)
         if kind is not None and rows.device.type == "cpu":
@@ -152,7 +155,10 @@ def _scale_array(scales: Array, count: int) -> Array:
 
 
 def query_values(queries: Array, first: int, last: int, device: torch.device | None) -> Array:
-    """fp32 queries [last - first, k] where the engine wants them; NumericError for a value that is not finite."""
+    """Return fp32 queries [last - first, k] where the engine wants them.
+
+    Raises NumericError for a value that is not finite.
+    """
     part = queries[first:last]
     if isinstance(part, torch.Tensor):
         part = part.detach().to(device=device or "cpu", dtype=torch.float32)
@@ -196,7 +202,7 @@ def check_groups(groups: Sequence[Sequence[int]] | None, count: int, ranks: bool
 
 
 def _is_listing(value: Any) -> bool:
-    """Whether it has a length and can be gone through more than once; a mapping has names in place of numbers."""
+    """Return whether a value has a length and can be iterated repeatedly; a mapping has names, so it is none."""
     return (
         hasattr(value, "__len__")
         and hasattr(value, "__iter__")

@@ -23,7 +23,7 @@ _REINSTALL = "install g++ or clang++ and reinstall influence-fast"
 
 @functools.cache
 def load() -> tuple[ModuleType | None, str]:
-    """(`influence_fast._native`, "") or (None, why it cannot be used)."""
+    """Return (`influence_fast._native`, "") or (None, why it cannot be used)."""
     try:
         return importlib.import_module("influence_fast._native"), ""
     except ModuleNotFoundError as error:
@@ -54,7 +54,7 @@ def chosen(isa: str | None = None) -> str:
 
 
 def cuda_why() -> str:
-    """Why the CUDA kernels cannot be used, or an empty string."""
+    """Return why the CUDA kernels cannot be used, or an empty string."""
     module, why = load()
     if module is None:
         return why
@@ -66,19 +66,19 @@ def cuda_why() -> str:
 
 
 def available() -> list[str]:
-    """Paths usable on this machine, best first; the last one is "torch"."""
+    """Return the paths usable on this machine, best first; the last one is "torch"."""
     module, _ = load()
     return [*(module.build_config()["available"] if module else []), TORCH]
 
 
 def build_config() -> dict[str, Any]:
-    """What was compiled ("compiled"), what runs here ("available") and how ("paths"); {} without the module."""
+    """Return what was compiled ("compiled"), what runs here ("available") and how ("paths"); {} without the module."""
     module, _ = load()
     return dict(module.build_config()) if module else {}
 
 
 def status() -> list[tuple[str, bool, str]]:
-    """(path, active, what it is or why it is not active), best first."""
+    """Return (path, active, what it is or why it is not active), best first."""
     module, why = load()
     if module is None:
         return [
@@ -116,7 +116,7 @@ def _cuda_status(config: dict[str, Any]) -> tuple[str, bool, str]:
 
 
 def default_threads() -> int:
-    """Cores this process may use, or OMP_NUM_THREADS where that is fewer."""
+    """Return the number of cores this process may use, or OMP_NUM_THREADS where that is fewer."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return min(cores, int(asked)) if asked.isdigit() and int(asked) > 0 else cores

@@ -14,7 +14,7 @@ Array = Any  # numpy array or torch tensor
 
 @dataclass(frozen=True, slots=True)
 class ProductOptions:
-    """Where inner products are written and how they are computed; the defaults serve nearly every call.
+    """Output, precision and device of inner products; the defaults serve nearly every call.
 
     out: fp32 [N, Q] to write the scores to; with `groups`, `topk` or `ranks` it also asks for them.
     threads: by default every core this process may use, or OMP_NUM_THREADS.

@@ -31,7 +31,7 @@ class Queries:
         self.count = q.shape[0]
         self.factor = torch.ones(q.shape[0], dtype=torch.float32, device=q.device)  # [Q], of `values`
         if rows == "int8":
-            # by a plain number PyTorch multiplies with 1 / 127 on a card
+            # Dividing by a plain number, PyTorch multiplies with 1 / 127 on a GPU
             self.factor = q.abs().amax(1) / torch.full_like(self.factor, 127.0) if q.shape[1] else self.factor * 0
             t = (q / torch.where(self.factor > 0, self.factor, 1.0)[:, None]).clamp(-127, 127)
             q = t.round()
@@ -52,7 +52,7 @@ class TopK:
         self.rows = torch.full((queries, k), -1, dtype=torch.int64)
 
     def offer(self, start: int, scores: Tensor) -> None:
-        """scores: [n, Q] of rows start ... start + n, later than all rows before."""
+        """Take scores [n, Q] of rows start ... start + n, later than all rows before."""
         rows = torch.arange(start, start + len(scores), device=scores.device).expand(scores.shape[1], -1)
         all_scores = torch.cat([self.scores.to(scores.device), scores.T], 1)
         all_rows = torch.cat([self.rows.to(scores.device), rows], 1)
@@ -109,7 +109,7 @@ def finish(queries: Queries) -> list[int]:
 
 
 def rank(columns: Any, group_begin: Any, group_query: Any, sums: Any, threads: int = 1) -> None:
-    """sums[row, g] += ranks (1 = lowest, ties averaged) in the columns of group g.  columns [Q, N], sums [N, G]"""
+    """Add ranks (1 = lowest, ties averaged) in the columns [Q, N] of each group to `sums` [N, G]."""
     by_column, total = tensor(columns), tensor(sums)
     groups = [set(members.tolist()) for members in _members(group_begin, group_query)]
     for c in range(by_column.shape[0]):
@@ -119,7 +119,7 @@ def rank(columns: Any, group_begin: Any, group_query: Any, sums: Any, threads: i
 
 
 def average_ranks(values: Tensor) -> Tensor:
-    """[N] -> fp64 [N], as scipy.stats.rankdata(values, method="average")."""
+    """Return the ranks of values [N] as fp64 [N], as scipy.stats.rankdata(values, method="average")."""
     ordered, place = values.sort()
     _, run, length = ordered.unique_consecutive(return_inverse=True, return_counts=True)
     last = length.cumsum(0)
@@ -131,7 +131,7 @@ def average_ranks(values: Tensor) -> Tensor:
 def quantize(
     rows: Any, stochastic: bool, key0: int, key1: int, first_row: int, threads: int = 1
 ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """See `csrc/quantize.h`; the same bytes as the native path."""
+    """Round fp32 rows to int8, to the same bytes as the native path; see `csrc/quantize.h`."""
     x = tensor(rows).float()
     n, k = x.shape
     peak = x.abs().amax(1) if k else torch.zeros(n)
@@ -151,12 +151,12 @@ def quantize(
 
 
 def to_bf16(values: Any, threads: int = 1) -> np.ndarray:
-    """fp32 [N, k] -> bf16 bits as uint16, to nearest even."""
+    """Round fp32 [N, k] to bf16 bits as uint16, to nearest even."""
     return bf16_bits(tensor(values))
 
 
 def tensor(array: Any) -> Tensor:
-    """A tensor over the same memory; a copy where PyTorch has no view: read-only memory, rows in reverse."""
+    """Return a tensor over the same memory; a copy where PyTorch has no view: read-only memory, rows in reverse."""
     if isinstance(array, Tensor):
         return array
     if array.dtype == np.uint16:

@@ -43,7 +43,7 @@ class Terms:
 
 
 def _split(values: Tensor, rows: str) -> tuple[Tensor, Tensor, float]:
-    """Rounded queries (of `pytorch.Queries`) as first + step * second, both of the rows' dtype."""
+    """Split rounded queries (of `pytorch.Queries`) into first + step * second, both of the rows' dtype."""
     if rows == "int8":
         first = values.round()
         return first.to(torch.int8), ((values - first) * 254.0).round().to(torch.int8), 1.0 / 254.0
