@@ -15,6 +15,7 @@ from influence_fast.data.schemas import Example
 from influence_fast.errors import ConfigError, DataError, listing, shown
 from influence_fast.influence.scores import FINGERPRINT, ScoreTable
 from influence_fast.selection.strategies import STRATEGIES, check_columns, find
+from influence_fast.settings import check_seed
 
 __all__ = [
     "STRATEGIES", "Selection", "aligned_examples", "save_selection", "select", "selection_table", "with_fingerprints",
@@ -79,8 +80,7 @@ def select(
     total = len(table.ids)
     count = _count(total, fraction, count, grouped=groups is not None)
     check_columns(table, strategy)
-    if not isinstance(seed, Integral) or seed < 0:
-        raise ConfigError(f"seed is {shown(seed)}; give a whole number of at least 0")
+    check_seed("seed", seed)
     if exclude is not None and not isinstance(exclude, Mapping):
         raise DataError(f"exclude is {shown(exclude)}; give reasons by id")
     rng = np.random.default_rng(int(seed))

@@ -36,6 +36,7 @@ from influence_fast.errors import (
 )
 from influence_fast.gradients.scorable import unscorable_layers
 from influence_fast.guards import reading
+from influence_fast.settings import MAX_TRAINING_SEED, check_seed
 from influence_fast.training import sft
 from influence_fast.training.adapter_settings import check_patterns
 from influence_fast.training.model_sizes import check_model_sizes
@@ -87,6 +88,7 @@ class TrainConfig:
         for name in ("learning_rate", "batch_size", "gradient_accumulation_steps"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be above 0")
+        check_seed("training.seed", self.seed, MAX_TRAINING_SEED)
         if self.epochs <= 0 and self.max_steps <= 0:
             raise ConfigError("training.epochs and training.max_steps are both not above 0; set one of them")
         if not 0 <= self.warmup_ratio < 1:
