@@ -170,10 +170,11 @@ def difference(one: dict[str, Any], other: dict[str, Any], where: str = "") -> s
     return None
 
 
-def check_seed(name: str, seed: Any, most: int = MAX_SEED) -> None:
+def check_seed(name: str, seed: int, most: int = MAX_SEED) -> None:
     """Raise ConfigError, naming the setting `name`, unless `seed` is a whole number from 0 to `most`."""
-    if not isinstance(seed, Integral) or isinstance(seed, bool):
+    if not isinstance(seed, Integral) or isinstance(seed, bool):  # NumPy's whole numbers are taken
         raise ConfigError(f"{name} is {shown(seed)}; give a whole number of at least 0")
+    seed = int(seed)
     if seed < 0:
         raise ConfigError(f"{name}: {shown(seed)} is below 0, which random generators do not take")
     if seed > most:
