@@ -105,14 +105,14 @@ def _unpacked(array: Any) -> int:
 
 
 def _holds_dictionary(kind: Any) -> bool:
-    """Whether an Arrow type, or one within it, is of values that rows share."""
+    """Return whether an Arrow type, or one within it, is of values that rows share."""
     import pyarrow as pa
 
     return pa.types.is_dictionary(kind) or any(_holds_dictionary(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def _lengths(values: Any) -> Any:
-    """The bytes that each value of a dictionary takes, int64; None where all are of one small size."""
+    """Return the bytes that each value of a dictionary takes, int64; None where all are of one small size."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

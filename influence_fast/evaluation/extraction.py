@@ -64,7 +64,7 @@ def extract_answer(text: str, *, last_number: bool = False) -> str | None:
 
 
 def _behind_thoughts(text: str) -> str:
-    """What follows the last closed block of thoughts, where anything does: what is thought there is no answer yet."""
+    """Return what follows the last closed block of thoughts, where anything does: a thought is no answer yet."""
     said = text.rpartition("</think>")[2]
     return said if said.strip() else text
 
