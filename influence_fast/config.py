@@ -288,7 +288,7 @@ def _local(path: str, folder: Path) -> str:
 
     Raises ConfigError for a text that cannot be a file name.
     """
-    if "\0" in path or any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.split("/")):
+    if "\0" in path or any(_name_bytes(part) > _LONGEST_NAME for part in path.split("/")):
         raise ConfigError(f"{shown(path)} cannot be the name of a file or folder; check the path")
     # The same file has one name wherever the command is run.
     beside = Path(os.path.abspath(folder / path))
@@ -329,3 +329,11 @@ def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
             data, pool=source(data.pool), validation=source(data.validation), test=source(data.test)
         ),
     )
+
+
+def _name_bytes(name: str) -> float:
+    """Return how many bytes a name takes in a folder, infinity for text that no file system can write."""
+    try:
+        return len(os.fsencode(name))
+    except UnicodeEncodeError:  # half a surrogate pair
+        return float("inf")
