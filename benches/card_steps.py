@@ -91,7 +91,7 @@ def without(way: str) -> Iterator[None]:
             stack.enter_context(mock.patch.object(attention, "_is_fused", return_value=False))
         if way == OWN_LAYERS:
             none = contextlib.nullcontext(Fused())
-            stack.enter_context(mock.patch("influence_fast.gradients.opened.fused", return_value=none))
+            stack.enter_context(mock.patch("influence_fast.gradients.backends.fused", return_value=none))
         yield
 
 

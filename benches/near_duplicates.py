@@ -93,6 +93,14 @@ def _forms(rng: np.random.Generator, count: int, *, length: int, blanks: int, va
         yield " ".join(row)
 
 
+def middle_texts(rng: np.random.Generator, count: int) -> Iterator[str]:
+    """The same 100 words, with two random ones at each end: all make one cluster at 0.8."""
+    middle = " ".join(f"w{v}" for v in rng.integers(0, VOCABULARY, 100))
+    for _ in range(count):
+        a, b, c, d = (f"w{v}" for v in rng.integers(0, VOCABULARY, 4))
+        yield f"{a} {b} {middle} {c} {d}"
+
+
 def switched_texts(rng: np.random.Generator, count: int) -> Iterator[str]:
     """One form of 160 words with 16 blanks of two values each: chains of one change make it one cluster."""
     form = [f"f{v}" for v in range(160)]
@@ -124,6 +132,7 @@ KINDS: dict[str, Callable[[np.random.Generator, int], Iterator[str]]] = {
     "digits": digit_texts,
     "edited-form": edited_form_texts,
     "long-form": long_form_texts,
+    "middle": middle_texts,
     "switched": switched_texts,
     "edited": edited_texts,
 }

@@ -24,7 +24,7 @@ from influence_fast.guards import reading
 from influence_fast.influence.recipe import Recipe
 from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.selection.strategies import STRATEGIES, needed_columns
-from influence_fast.settings import from_dict, one_of, read_mapping
+from influence_fast.settings import MAX_TRAINING_SEED, check_seed, from_dict, one_of, read_mapping
 from influence_fast.training.quantized_files import check_quantization
 from influence_fast.training.settings import LoraSettings, TrainConfig
 
@@ -159,6 +159,8 @@ class ValidateConfig:
             raise ConfigError("validate.subsets and leave_out_sets must be 0 (skipped) or at least 3")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ConfigError(f"validate.seeds: {list(self.seeds)} are no different seeds; give one or more")
+        for seed in self.seeds:
+            check_seed("validate.seeds", seed, MAX_TRAINING_SEED)
         if self.processes < 1 or self.draws < 1:
             raise ConfigError("validate.processes and draws must be at least 1")
         for share in self.remove:
@@ -221,9 +223,9 @@ class RunConfig:
         for fraction in self.pruning.fractions:
             if not 0 < fraction < 1:
                 raise ConfigError(f"pruning.fractions: {fraction} is not between 0 and 1 (the share that is dropped)")
-        for name, seeds in (("seed", (self.seed,)), ("pruning.seeds", self.pruning.seeds)):
-            if min(seeds) < 0:
-                raise ConfigError(f"{name}: {min(seeds)} is below 0, which random generators do not take")
+        check_seed("seed", self.seed)
+        for seed in self.pruning.seeds:
+            check_seed("pruning.seeds", seed, MAX_TRAINING_SEED)
         for name in ("validation", "test"):
             if getattr(self.data, name) is not None and getattr(self.data, f"holdout_{name}"):
                 raise ConfigError(f"data.holdout_{name}: there is a {name} source as well; leave out one of the two")
@@ -286,7 +288,7 @@ def _local(path: str, folder: Path) -> str:
 
     Raises ConfigError for a text that cannot be a file name.
     """
-    if "\0" in path or any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.split("/")):
+    if "\0" in path or any(_name_bytes(part) > _LONGEST_NAME for part in path.split("/")):
         raise ConfigError(f"{shown(path)} cannot be the name of a file or folder; check the path")
     # The same file has one name wherever the command is run.
     beside = Path(os.path.abspath(folder / path))
@@ -327,3 +329,11 @@ def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
             data, pool=source(data.pool), validation=source(data.validation), test=source(data.test)
         ),
     )
+
+
+def _name_bytes(name: str) -> float:
+    """Return how many bytes a name takes in a folder, infinity for text that no file system can write."""
+    try:
+        return len(os.fsencode(name))
+    except UnicodeEncodeError:  # half a surrogate pair
+        return float("inf")

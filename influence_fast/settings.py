@@ -7,11 +7,15 @@ import dataclasses
 import math
 import types
 import typing
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from influence_fast.errors import ConfigError, did_you_mean, one_line, shown
 from influence_fast.guards import read_text
+
+#: The largest seeds: PyTorch's generators take 64 bits, and NumPy's global one, which a trainer seeds too, takes 32.
+MAX_SEED, MAX_TRAINING_SEED = 2**64 - 1, 2**32 - 1
 
 #: Bounds of a YAML file. Those in use have some kB; pure-Python YAML reads about 100 kB a second.
 _LARGEST = 200_000  # bytes
@@ -191,6 +195,17 @@ def difference(one: dict[str, Any], other: dict[str, Any], where: str = "") -> s
         elif a != b:
             return f"{where}{key}: {shown(a)} against {shown(b)}"
     return None
+
+
+def check_seed(name: str, seed: int, most: int = MAX_SEED) -> None:
+    """Raise ConfigError, naming the setting `name`, unless `seed` is a whole number from 0 to `most`."""
+    if not isinstance(seed, Integral) or isinstance(seed, bool):  # NumPy's whole numbers are taken
+        raise ConfigError(f"{name} is {shown(seed)}; give a whole number of at least 0")
+    seed = int(seed)
+    if seed < 0:
+        raise ConfigError(f"{name}: {shown(seed)} is below 0, which random generators do not take")
+    if seed > most:
+        raise ConfigError(f"{name}: {shown(seed)} is above {most}, the most that random generators take")
 
 
 def one_of(key: str, value: str, known: typing.Iterable[str]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import set_seed
 
+from influence_fast.cli import main
 from influence_fast.config import load_config
 from influence_fast.errors import ConfigError
-from influence_fast.settings import difference, to_dict
+from influence_fast.settings import MAX_SEED, MAX_TRAINING_SEED, check_seed, difference, to_dict
 
 GOOD = {
     "output": "out",
@@ -67,6 +71,11 @@ def test_merge_keys_are_read(tmp_path: Path) -> None:
         ("data: {pool: {path: x, columns: {prompt: 3}}}\n", "data.pool.columns.prompt: expected str, not 3"),
         ("validate: {external: {a: 3}}\n", "validate.external.a: expected str, not 3"),
         ("seed: -1\n", "seed: -1 is below 0"),
+        (f"seed: {2**64}\n", "seed: 18446744073709551616 is above"),
+        (f"pruning: {{seeds: [0, {2**32}]}}\n", "pruning.seeds: 4294967296 is above"),
+        ("validate: {seeds: [-1]}\n", "validate.seeds: -1 is below 0"),
+        (f"training: {{seed: {2**32}}}\n", "training.seed: 4294967296 is above"),
+        (f"evaluation: {{seed: {2**64}}}\n", "evaluation.seed: 18446744073709551616 is above"),
         ("gradients: {max_tokens: 0}\n", "gradients.max_tokens is 0"),
         ("data: {pool: p, validation: v, test: t, holdout_test: 3}\n", "data.holdout_test: there is a test source"),
     ],
@@ -210,3 +219,37 @@ def test_values_in_messages_are_cut(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         load_config(tmp_path / "c.yaml")
     assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("verb", "above"),
+    [
+        ("train --model m --data d --output o", 2**32),
+        ("eval --model m --data d --output o", 2**64),
+        ("check --model m --adapter a --data d", 2**64),
+        ("prune --scores s --data d --fraction 0.1 --output o", 2**64),
+        ("demo --output o", 2**64),
+    ],
+)
+def test_a_seed_that_no_generator_takes_is_refused_at_once(
+    verb: str, above: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (above, -1, "x"):
+        with pytest.raises(SystemExit) as stopped:
+            main([*verb.split(), "--seed", str(seed)])
+        assert stopped.value.code == 2
+        assert str(seed) in capsys.readouterr().err
+
+
+def test_the_largest_seeds_are_taken() -> None:
+    check_seed("seed", MAX_SEED)
+    torch.manual_seed(MAX_SEED)
+    set_seed(MAX_TRAINING_SEED)  # what a trainer calls
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a" * 300, "a\0b"], ids=["half a pair", "too long", "nul"])
+def test_a_sketch_that_is_no_file_name_is_told(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("output: o\ngradients: {width: 64, sketch: " + json.dumps(name) + "}\n")
+    with pytest.raises(ConfigError, match="cannot be the name of a file or folder"):
+        load_config(path)

@@ -24,6 +24,7 @@ from influence_fast.gradients.opened import base_of
 from influence_fast.gradients.quantized import unrounded
 from influence_fast.gradients.referee import decoder_of
 from influence_fast.gradients.trained_beside import unscored_in
+from influence_fast.settings import check_seed
 
 # Rows of the data that examples are chosen from.
 _CONSIDERED = 256
@@ -76,6 +77,7 @@ def check_model(
         (True, 1.4e-05)
     """
     _check_options(count, max_tokens, directions, step)
+    check_seed("seed", seed)
     began = time.perf_counter()
     chosen = _choose(as_examples(examples), count, max_tokens)
     not_scored = unscored_in(model)

@@ -128,7 +128,7 @@ class RowJudge:
 
         An error along one, times the root of the number of parameters, is about that of the whole row.
         """
-        generator = torch.Generator().manual_seed(self.seed + 1)
+        generator = torch.Generator().manual_seed((self.seed + 1) % 2**64)
         rows = self.numbers.rows
         held = self._without_gradient()
         directions = [

@@ -27,7 +27,7 @@ def add(verb: NewVerb) -> None:
         ("--packing", int, "tokens of a row that examples are packed into"),
         ("--rank", int, "LoRA rank r (default 16)"),
         ("--alpha", float, "LoRA alpha: the adapter is scaled by alpha / r (default 2 r)"),
-        ("--seed", int, "seed of initialisation and data order"),
+        ("--seed", options.training_seed, "seed of initialisation and data order"),
     ):
         sub.add_argument(option, type=kind, help=help)
     sub.add_argument(
@@ -79,7 +79,7 @@ def add(verb: NewVerb) -> None:
     sub.add_argument("--samples", type=int, help="answers to each question")
     sub.add_argument("--temperature", type=float, help="0 is greedy")
     sub.add_argument("--top-p", type=float)
-    sub.add_argument("--seed", type=int, help="seed of the sampling")
+    sub.add_argument("--seed", type=options.seed, help="seed of the sampling")
     sub.add_argument("--pass-at", type=int, nargs="+", metavar="K", help="estimate pass@K from the samples")
     sub.add_argument("--answer-kind", help="math (default), last_number or choice")
     sub.add_argument("--engine", help="transformers, vllm, or auto (default): vllm where installed and there is a GPU")
@@ -100,7 +100,7 @@ def add(verb: NewVerb) -> None:
         help="how far the adapter is moved (default: 0.01, in 16 bits 0.1; others where that does not do)",
     )
     sub.add_argument("--backend", help="auto (default), triton or torch")
-    sub.add_argument("--seed", type=int, help="seed of the directions")
+    sub.add_argument("--seed", type=options.seed, help="seed of the directions")
     sub.add_argument("--json", action="store_true", help="print the verdicts as JSON")
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from influence_fast.data.conversations import TURN_CHOICES
-from influence_fast.errors import ConfigError
+from influence_fast.errors import ConfigError, shown
+from influence_fast.settings import MAX_SEED, MAX_TRAINING_SEED, check_seed
 
 if TYPE_CHECKING:
     from influence_fast.gradients.row_spec import RowSpec
@@ -94,6 +95,27 @@ def columns(text: str) -> dict[str, str | None]:
     if any(not sign or not name for name, sign, _ in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=COLUMN,NAME=COLUMN")
     return {name.strip(): column.strip() or None for name, _, column in pairs}
+
+
+def seed(text: str) -> int:
+    """Return the seed that `--seed` names, refused before anything is loaded where generators do not take it."""
+    return _seed(text, MAX_SEED)
+
+
+def training_seed(text: str) -> int:
+    """Return the seed that `--seed` of a training names; see `seed`."""
+    return _seed(text, MAX_TRAINING_SEED)
+
+
+def _seed(text: str, most: int) -> int:
+    try:
+        number = int(text)
+        check_seed("seed", number, most)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no whole number") from None
+    return number
 
 
 def damping(text: str) -> float | str:

@@ -16,7 +16,7 @@ def add(verb: NewVerb) -> None:
     """Add these verbs and their options."""
     sub = verb("demo", _demo, "run the whole pipeline on a small built-in world (CPU, no network)")
     sub.add_argument("--output", default="demo-run", help="folder for everything (default: demo-run)")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=options.seed, default=0)
 
     sub = verb("run", _run, "run the whole pipeline from a configuration file")
     sub.add_argument("config", help="YAML file; see recipes/, and influence_fast/config.py for the keys")

@@ -87,7 +87,7 @@ def add(verb: NewVerb) -> None:
         help="drop what shares 8 words with these questions (hub id, file or folder)",
     )
     _row_options(sub, "decontaminate", "these questions")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=options.seed, default=0)
     sub.add_argument(
         "--output", required=True, help="file for the kept rows; the table goes to OUTPUT.table.csv and .table.parquet"
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from influence_fast.data.text_files import COMPRESSIONS, file_suffix, has_lines, json_document, numbered_rows
-from influence_fast.data.unpacked_size import check_parquet, check_table
+from influence_fast.data.unpacked_size import check_columns, check_parquet, check_table
 from influence_fast.errors import DataError, InfluenceFastError, did_you_mean, one_line
 from influence_fast.guards import check_no_pipe, reading
 
@@ -264,10 +264,12 @@ def _read_arrow(path: Path, split: str) -> Rows:
     try:
         mapped = pa.memory_map(str(path))
         try:
-            table = pa.ipc.open_file(mapped).read_all()
+            reader = pa.ipc.open_file(mapped)
         except pa.ArrowInvalid:
             mapped.seek(0)
-            table = pa.ipc.open_stream(mapped).read_all()
+            reader = pa.ipc.open_stream(mapped)
+        check_columns(str(path), reader.schema)
+        table = reader.read_all()
         # pyarrow would follow an offset that leads out of the file.
         table.validate(full=True)
     except (pa.ArrowException, OSError) as error:

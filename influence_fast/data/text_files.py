@@ -29,6 +29,8 @@ _PIECE = 1 << 17  # bytes unpacked at a time
 _UNPACKED = 1 << 28  # bytes that any packed file may hold
 # Beyond `_UNPACKED`, a file may unpack to this many times its size.
 _RATIO = 100
+# Bytes of white space alone at a stretch; no file of rows has so many between two of them.
+_BLANK = 1 << 22
 # Keys of an object around the list of rows, in order of preference.
 _ROW_KEYS = ("data", "rows", "examples")
 
@@ -88,6 +90,7 @@ class _Unpacking(io.RawIOBase):
     def __init__(self, file: Any, path: Path) -> None:
         self._file = file
         self._path = path
+        self._blank = 0  # bytes, of UTF-16 too, since the last that are no white space
         self._left = max(_UNPACKED, _RATIO * path.stat().st_size)
 
     def readable(self) -> bool:
@@ -96,6 +99,12 @@ class _Unpacking(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         piece = self._file.read(len(buffer))
         self._left -= len(piece)
+        self._blank = 0 if piece.strip(b" \t\r\n\0") else self._blank + len(piece)
+        if self._blank > _BLANK:
+            raise DataError(
+                f"{self._path}: unpacks to more than {_BLANK:,} bytes of white space at a stretch; check what it "
+                "holds, and leave out blank lines"
+            )
         if self._left < 0:
             raise DataError(
                 f"{self._path}: unpacks to more than {_RATIO} times its size; check what it holds, or unpack it"

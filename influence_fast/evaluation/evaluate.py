@@ -25,6 +25,7 @@ from influence_fast.evaluation.generation import CUT, ENGINES, Answer, ModelFile
 from influence_fast.evaluation.generation_settings import EXPLICIT, KINDS, OWN, find_ends, generation_settings
 from influence_fast.evaluation.grading import ANSWER_KINDS, choice_letter, grade, normalise
 from influence_fast.evaluation.transcripts import EvalItem, Journal, record_of, write_transcripts
+from influence_fast.settings import check_seed
 from influence_fast.statistics.intervals import bootstrap_interval, wilson_interval
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class EvalConfig:
         for name in ("max_new_tokens", "batch_size", "samples", "grade_timeout"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"evaluation.{name} is {getattr(self, name)}; it must be above 0")
+        check_seed("evaluation.seed", self.seed)
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
                 f"evaluation.temperature {self.temperature} or top_p {self.top_p} is out of range: "

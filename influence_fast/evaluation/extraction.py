@@ -51,6 +51,7 @@ def extract_answer(text: str, *, last_number: bool = False) -> str | None:
         >>> extract_answer("**Final Answer**\n\n73")
         '73'
     """
+    text = _behind_thoughts(text)
     for find in (_boxes, _tagged, _last_hashes, _last_stated, _last_lettered):
         found = find(text)
         if found:
@@ -60,6 +61,12 @@ def extract_answer(text: str, *, last_number: bool = False) -> str | None:
         if numbers:
             return str(numbers[-1]).rstrip(",")
     return None
+
+
+def _behind_thoughts(text: str) -> str:
+    """Return what follows the last closed block of thoughts, where anything does: a thought is no answer yet."""
+    said = text.rpartition("</think>")[2]
+    return said if said.strip() else text
 
 
 def _boxes(text: str) -> str | None:
@@ -208,6 +215,7 @@ def extract_choice(text: str) -> str | None:
     C", else the last line that is a letter and nothing more, else the last "(C)". A box with something else in it, as
     `\boxed{a = 5}`, names no option.
     """
+    text = _behind_thoughts(text)
     boxed = last_boxed(text)
     if boxed and len(boxed) <= MAX_ANSWER:
         found = _BOXED_CHOICE.fullmatch(_TEXT.sub(r"\1", boxed).strip(" $*"))
@@ -226,7 +234,7 @@ def extract_choice(text: str) -> str | None:
 
 def stated_choice(text: str) -> str | None:
     """Return the letter of the last "the answer is C" or "option C"; None where a text has none."""
-    return _last_letter(_STATED_CHOICE.finditer, text[-TAIL:])
+    return _last_letter(_STATED_CHOICE.finditer, _behind_thoughts(text)[-TAIL:])
 
 
 def _last_letter(search: Callable[[str], object], text: str) -> str | None:

@@ -156,7 +156,7 @@ def _transformers_answers(
                 n = len(encoded[i])
                 input_ids[row, width - n :] = torch.tensor(encoded[i], dtype=torch.int64)
                 mask[row, width - n :] = 1
-            torch.manual_seed(config.seed * 1_000_003 + number)
+            torch.manual_seed((config.seed * 1_000_003 + number) % 2**64)
             with torch.no_grad(), without_own_settings(model):
                 tokens = {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
                 # [B * samples, new tokens]
@@ -243,7 +243,7 @@ def _vllm_answers(
     options: dict[str, Any] = {
         "model": files.path,
         "dtype": files.dtype,
-        "seed": config.seed,
+        "seed": config.seed % 2**32,  # it seeds NumPy's generator, too
         "trust_remote_code": files.trust_remote_code,
         # All sampling settings are in the parameters below, and none of the model's own is used.
         "generation_config": "vllm",
@@ -266,13 +266,14 @@ def _vllm_answers(
         own = None
     settings = generation_settings(config, own, find_ends(own, tokenizer))
     ends, parameters = settings.ends, settings.for_vllm()
+    first = config.seed * 1_000_003
     llm = LLM(**options)
     try:
         outputs = llm.generate(
             [{"prompt_token_ids": list(tokens)} for tokens in encoded],
             [
                 # sample j of a request has the seed plus j
-                SamplingParams(**parameters, n=config.samples, seed=config.seed * 1_000_003 + i * config.samples)
+                SamplingParams(**parameters, n=config.samples, seed=(first + i * config.samples) % 2**63)
                 for i in range(len(encoded))
             ],
             use_tqdm=progress,

@@ -14,6 +14,7 @@ from influence_fast.evaluation.answer_text import MAX_ANSWER, normalise
 from influence_fast.evaluation.comparison import Exact, Undecided, equal_values
 from influence_fast.evaluation.extraction import choice_letter, extract_answer, extract_choice, stated_choice
 from influence_fast.evaluation.readings import readings
+from influence_fast.evaluation.spelled_units import spelled
 from influence_fast.evaluation.worker import WORKER
 
 __all__ = [
@@ -103,6 +104,7 @@ def equal_answers(answer: str, gold: str, *, timeout: float = 5.0) -> tuple[bool
         return True, "same text"
     if max(len(answer), len(gold)) > MAX_ANSWER:
         return False, f"answer longer than {MAX_ANSWER} characters"
+    answer, gold = spelled(answer), spelled(gold)
     first, second = _plain_number(answer), _plain_number(gold)
     if first is not None and second is not None:
         return first == second, "compared as numbers"

@@ -44,6 +44,7 @@ _PREFIXED = (
     ("J", "joule joules", "energy", Fraction(1), "kM"),
     ("N", "newton newtons", "force", Fraction(1), "k"),
     ("V", "volt volts", "voltage", Fraction(1), "km"),
+    ("", "ohm ohms", "resistance", Fraction(1), "kM"),
     ("Pa", "pascal pascals", "pressure", Fraction(1), "kM"),
     ("Hz", "hertz", "frequency", Fraction(1), "kMG"),
     ("mol", "mole moles", "amount", Fraction(1), "m"),

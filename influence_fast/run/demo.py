@@ -25,6 +25,7 @@ from influence_fast.errors import ConfigError
 from influence_fast.progress import track
 from influence_fast.run import demo_data
 from influence_fast.run.demo_data import draw_examples, draw_pool, drill
+from influence_fast.settings import check_seed
 from influence_fast.training.fine_tuning import quiet_libraries
 from influence_fast.training.settings import TrainConfig
 
@@ -82,6 +83,7 @@ def make_world(
 
     A world of another seed or other sizes is replaced. Raises ConfigError: what is there is no world of the demo.
     """
+    check_seed("seed", seed)
     config = config or WorldConfig()
     final = Path(output_dir)
     record = {"seed": seed, "code": _code_hash(), **asdict(config)}

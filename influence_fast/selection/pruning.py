@@ -17,6 +17,7 @@ from influence_fast.deprecation import OldCall, also_called_as
 from influence_fast.errors import ConfigError, DataError, shown, truncated_list
 from influence_fast.influence.scores import FINGERPRINT, ScoreTable
 from influence_fast.selection.strategies import STRATEGIES, check_columns, find
+from influence_fast.settings import check_seed
 
 __all__ = [
     "STRATEGIES", "Clusters", "Selection", "aligned_examples", "save_selection", "select", "selection_table",
@@ -104,8 +105,7 @@ def select(
     total = len(table.ids)
     count = _count(total, fraction, count, grouped=groups is not None)
     check_columns(table, strategy)
-    if not isinstance(seed, Integral) or seed < 0:
-        raise ConfigError(f"seed is {shown(seed)}; give a whole number of at least 0")
+    check_seed("seed", seed)
     if exclude is not None and not isinstance(exclude, Mapping):
         raise DataError(f"exclude is {shown(exclude)}; give reasons by id")
     rng = np.random.default_rng(int(seed))

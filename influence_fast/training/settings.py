@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from influence_fast.errors import ConfigError, did_you_mean
+from influence_fast.settings import MAX_TRAINING_SEED, check_seed
 
 PRECISIONS = ("auto", "fp32", "bf16")
 SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
@@ -46,6 +47,7 @@ class TrainConfig:
         for name in ("learning_rate", "batch_size", "gradient_accumulation_steps"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be above 0")
+        check_seed("training.seed", self.seed, MAX_TRAINING_SEED)
         if self.epochs <= 0 and self.max_steps <= 0:
             raise ConfigError("training.epochs and training.max_steps are both not above 0; set one of them")
         if not 0 <= self.warmup_ratio < 1:

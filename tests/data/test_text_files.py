@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow
 import pytest
 
+from influence_fast.data import text_files
 from influence_fast.data.examples import load_examples, load_rows, save_examples, write_rows
 from influence_fast.data.spooling import StreamedRows, Tokens, TokenSource, mapped_rows, spool
 from influence_fast.errors import DataError
@@ -249,3 +250,22 @@ def test_streamed_tokens_agree_on_nan_and_turns(tmp_path: Path, tiny_tokenizer: 
     tokenizer = tiny_tokenizer()
     spool(tmp_path / "t", TokenSource(path), tokenizer)
     assert len(Tokens(tmp_path / "t")) == 1
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+@pytest.mark.parametrize("blank", [b"\n", b" ", "\n".encode("utf-16-le")], ids=["lines", "spaces", "utf-16"])
+def test_packed_blanks_without_end_are_refused_early(
+    suffix: str, blank: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_files, "_BLANK", 1 << 18)
+    for kind in (".jsonl", ".json", ".csv"):
+        path = tmp_path / f"x{kind}{suffix}"
+        path.write_bytes(packed(blank * (1 << 20), suffix))
+        with pytest.raises(DataError, match=r"white space at a stretch; .* leave out blank lines"):
+            load_rows(path)
+
+
+def test_blank_lines_between_packed_rows_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress(TEXT.replace("\n", "\n" * 100_000).encode()))
+    assert list(load_rows(path)) == ROWS

@@ -193,3 +193,21 @@ def test_a_megabyte_of_repeats_is_searched_in_linear_time(unit: str) -> None:
     extract_answer(text, last_number=True)
     extract_answer("The answer is " + text)
     choice_letter(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"<think>\boxed{4}</think>The answer is 5.", "5"),
+        (r"\boxed{4} is wrong</think> So \boxed{5}.", "5"),
+        (r"<think>\boxed{4}</think>Done.", None),
+        ("<think>\\boxed{4}</think>\n", "4"),
+        (r"<think>\boxed{4}", "4"),
+    ],
+)
+def test_thoughts_are_no_answer_where_something_follows(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+def test_an_option_in_thoughts_is_none_where_something_follows() -> None:
+    assert extract_choice(r"<think>\boxed{A}</think>The answer is B.") == "B"
