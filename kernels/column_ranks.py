@@ -153,5 +153,5 @@ def reference(columns: Tensor) -> Tensor:
 
 
 def cost(columns: int, rows: int) -> Cost:
-    """Floor of one call: every value read and its rank written once."""
+    """Return the least work of one call: every value read and its rank written once."""
     return Cost(columns * rows, 8 * columns * rows)

@@ -17,7 +17,7 @@ from influence_fast.philox import key
 
 @jit
 def sign_words(row, block, k0, k1):
-    """128 sign bits of each row as four uint32: columns block * 128 ... block * 128 + 127. row: int64."""
+    """Draw 128 sign bits of each row as four uint32: columns block * 128 ... block * 128 + 127. row: int64."""
     low = (row & 0xFFFFFFFF).to(tl.uint32)
     high = (row >> 32).to(tl.uint32)
     zero = low * 0
@@ -27,7 +27,7 @@ def sign_words(row, block, k0, k1):
 
 @jit
 def sign_tile(row, lane, block, k0, k1):
-    """±1 as float32 [K, N]: row int64 [K], lane int32 [N] in [0, 128), columns block * 128 + lane."""
+    """Return signs ±1 as float32 [K, N]: row int64 [K], lane int32 [N] in [0, 128), columns block * 128 + lane."""
     w0, w1, w2, w3 = sign_words(row, block, k0, k1)
     lanes = lane[None, :]
     which = lanes // 32
@@ -39,7 +39,7 @@ def sign_tile(row, lane, block, k0, k1):
 
 @jit
 def sjlt_entry(index, width, k0, k1):
-    """Bucket (int64) and sign (float32) of coordinates `index` (int64) in a sketch of `width` numbers."""
+    """Draw the bucket (int64) and sign (float32) of coordinates `index` (int64) in a sketch of `width` numbers."""
     low = (index & 0xFFFFFFFF).to(tl.uint32)
     high = (index >> 32).to(tl.uint32)
     zero = low * 0
@@ -78,7 +78,7 @@ def fill_signs(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cuda",
 ) -> Tensor:
-    """`philox.sign_matrix` made by a kernel on `device`: the same (rows, columns) of ±1."""
+    """Draw `philox.sign_matrix` by a kernel on `device`: the same (rows, columns) of ±1."""
     out = torch.empty(rows, columns, dtype=dtype, device=device)
     keys = torch.tensor(key(seed, name), dtype=torch.int64, device=device)
     check_device("fill_signs", out=out)
@@ -98,7 +98,7 @@ def fill_signs(
 def fill_sjlt(
     seed: int, name: str, n: int, width: int, *, start: int = 0, device: torch.device | str = "cuda"
 ) -> tuple[Tensor, Tensor]:
-    """`philox.sjlt_map` made by a kernel on `device`: bucket (n,) int64 and sign (n,) float32."""
+    """Draw `philox.sjlt_map` by a kernel on `device`: bucket (n,) int64 and sign (n,) float32."""
     bucket = torch.empty(n, dtype=torch.int64, device=device)
     sign = torch.empty(n, dtype=torch.float32, device=device)
     keys = torch.tensor((*key(seed, name), width), dtype=torch.int64, device=device)

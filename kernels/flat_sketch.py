@@ -17,7 +17,7 @@ from influence_fast.philox import FLAT_KINDS, key, sjlt_map
 
 
 def tile_sides(d_size: int, r_size: int) -> tuple[int, int]:
-    """About 1024 coordinates a tile, the longer side cut first."""
+    """Return the sides of a tile of at most 1024 coordinates; the longer side is cut first."""
     block_d, block_r = min(padded(d_size), 64), min(padded(r_size), 64)
     while block_d * block_r > 1024:
         block_d, block_r = (block_d // 2, block_r) if block_d >= block_r else (block_d, block_r // 2)
@@ -55,7 +55,12 @@ class FlatSketch:
         *,
         device: torch.device | str = "cpu",
     ) -> FlatSketch:
-        """name: "<module>/row/<factor>". Raises ConfigError for an unknown kind or sizes out of range."""
+        """Make the map of one factor, and its tables.
+
+        name: "<module>/row/<factor>".
+
+        Raises ConfigError for an unknown kind or sizes out of range.
+        """
         if kind not in FLAT_KINDS:
             raise ConfigError(f"a flat sketch is one of {', '.join(FLAT_KINDS)}, not {kind!r}")
         if min(d_size, r_size, width) < 1 or width >= 2**31:
@@ -80,7 +85,9 @@ class FlatSketch:
 
 
 def scatter_rounds(bucket: Tensor, d_size: int, r_size: int, width: int) -> tuple[Tensor, Tensor]:
-    """Rank of each coordinate among the earlier ones of its tile with the same bucket, and ranks + 1 of each tile.
+    """Return the rank of each coordinate among the earlier ones of its tile with the same bucket.
+
+    The second result is the highest rank + 1 of each tile.
 
     bucket: (d * r,) int64 -> (d * r,) int16, (tiles,) int32.
     """

@@ -52,14 +52,16 @@ def _load(matrix, row, column, count, width, stride_row):
 
 @jit
 def _size_bits(x):
-    """Bits of |x|: in the order of the sizes, infinity above all numbers and NaN above it, where a maximum of numbers
-    would lose it."""
+    """Return the bits of |x|, ordered as the sizes are: infinity above all numbers and NaN above infinity.
+
+    A maximum of numbers would lose NaN.
+    """
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @jit
 def _to_e4m3(x, minus_lift, divisor, minus_reciprocal):
-    """Bytes of the e4m3 numbers of x / scale. The signs are such that a zero keeps its own."""
+    """Return the bytes of the e4m3 numbers of x / scale. The signs are such that a zero keeps its own."""
     y = x * minus_lift
     q = y * minus_reciprocal
     q = tl.fma(tl.fma(q, divisor, y), minus_reciprocal, q)
@@ -113,7 +115,7 @@ def _fp8_rows_kernel(
 
 
 def configuration(width: int) -> dict[str, int]:
-    """Rows a program, the numbers of each that it holds at a time, whether those are the row, and its warps.
+    """Return the rows of a program, the numbers of each held at a time, whether those are the row, and its warps.
 
     32 numbers a lane, as `rms_norm` has; of rows that are read twice 8, which is one wide load, so that few rows are
     under way on a processor and its L1 cache has them still.
@@ -124,9 +126,9 @@ def configuration(width: int) -> dict[str, int]:
 
 
 def fp8_rows(matrix: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
-    """float32, bfloat16 or float16 (n, k), last dimension contiguous, as (e4m3 (rows, k) contiguous, float32 scales
-    (rows, 1)).
+    """Quantize (n, k) rows to (e4m3 (rows, k) contiguous, float32 scales (rows, 1)).
 
+    matrix: (n, k) float32, bfloat16 or float16, last dimension contiguous
     rows: at least n, and n by default; those beyond are zeros with the scale 1
 
     Raises ConfigError for shapes, dtypes or devices that do not fit; a card needs compute capability 8.9.
@@ -161,7 +163,7 @@ def fp8_rows(matrix: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def reference(matrix: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
-    """The same bits in PyTorch, for any float dtype: (e4m3 (rows, k) contiguous, float32 scales (rows, 1))."""
+    """Compute the same bits in PyTorch, for any float dtype: (e4m3 (rows, k) contiguous, float32 scales (rows, 1))."""
     wide = torch.promote_types(matrix.dtype, torch.float32)
     largest = torch.linalg.vector_norm(matrix, torch.inf, dim=1, keepdim=True, dtype=wide).float()
     # By a plain number PyTorch multiplies with 1 / 448 on a card. A row of zeros must not be divided by zero.
@@ -176,5 +178,5 @@ def reference(matrix: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def cost(count: int, width: int, *, itemsize: int = 2) -> Cost:
-    """Floor of one call: a quotient a number; the matrix, e4m3 and scales once."""
+    """Return the least work of one call: a quotient a number; the matrix, e4m3 and scales once."""
     return Cost(count * width, count * width * (itemsize + 1) + count * 4)

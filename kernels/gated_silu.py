@@ -50,7 +50,7 @@ def _gated_silu_backward_kernel(g, a, b, da, db, size, BLOCK: tl.constexpr):
 
 
 def gated_silu(a: Tensor, b: Tensor) -> Tensor:
-    """silu(a) * b, of their shape and dtype.
+    """Return silu(a) * b, of their shape and dtype.
 
     a, b: of one shape and dtype (float32, bfloat16 or float16), contiguous
 
@@ -63,7 +63,7 @@ def gated_silu(a: Tensor, b: Tensor) -> Tensor:
 
 
 def gated_silu_backward(g: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(da, db) of the gradient g of `gated_silu(a, b)`; all of one shape and dtype, contiguous.
+    """Return (da, db) of the gradient g of `gated_silu(a, b)`; all of one shape and dtype, contiguous.
 
     Raises ConfigError for shapes, dtypes or devices that do not fit.
     """
@@ -91,10 +91,10 @@ def _launch(kernel, arguments, device: torch.device) -> None:
 
 
 def reference(a: Tensor, b: Tensor) -> Tensor:
-    """The same in PyTorch, differentiable."""
+    """Compute `gated_silu` in PyTorch, differentiable."""
     return torch.nn.functional.silu(a) * b
 
 
 def cost(size: int, *, backward: bool = False, itemsize: int = 2) -> Cost:
-    """Floor of one call: an exponential and a few products a number; each number read and written once."""
+    """Return the least work of one call: an exponential and a few products a number, each read and written once."""
     return Cost((10 if backward else 5) * size, (5 if backward else 3) * size * itemsize)

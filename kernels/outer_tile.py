@@ -27,7 +27,7 @@ def outer_tile(
     PRECISION: tl.constexpr,
     CHUNK: tl.constexpr = 0,  # else every CHUNK tokens are summed from zero, and these sums added in order
 ):
-    """sum over begin <= t < stop of left[t, a] right[t, b]^T as float32 [BLOCK_A, BLOCK_B], in registers."""
+    """Sum over begin <= t < stop of left[t, a] right[t, b]^T as float32 [BLOCK_A, BLOCK_B], in registers."""
     lane = tl.arange(0, BLOCK_L)
     total = tl.zeros([a.shape[0], b.shape[0]], dtype=tl.float32)
     chunks = tl.zeros([a.shape[0], b.shape[0]], dtype=tl.float32)
@@ -69,7 +69,10 @@ def module_tile(
     PRECISION: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """This program's tile of a module's block: places inside the block, which of them there are, and `outer_tile`."""
+    """Compute this program's tile of a module's block.
+
+    Returns the places inside the block, which of them there are, and `outer_tile`.
+    """
     tiles_b = tl.cdiv(b_size, BLOCK_B)
     a = ((tl.program_id(1) // tiles_b) * BLOCK_A + tl.arange(0, BLOCK_A)).to(tl.int64)
     b = ((tl.program_id(1) % tiles_b) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)

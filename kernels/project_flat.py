@@ -46,7 +46,7 @@ def project_flat(
     accumulate: bool = False,
     precision: str = "ieee",
 ) -> Tensor:
-    """Writes (or adds) the sketch of s * sum_t g_t h_t^T of each example into `rows` and returns `rows`.
+    """Write (or add) the sketch of s * sum_t g_t h_t^T of each example into `rows` and return `rows`.
 
     g: (T, d), h: (T, r), one dtype, rows contiguous (for dA put the long side where `sketch` was told)
     segments: `Segments`, or cu_seqlens (E + 1,) int32 (then read on the host, which waits for a GPU)
@@ -74,13 +74,13 @@ def project_flat(
 
 
 def reference(g: Tensor, h: Tensor, segments: Segments | Tensor, sketch: FlatSketch, *, scale: float = 1.0) -> Tensor:
-    """The same in PyTorch, in the dtype of g, through the exact gradient: (E, width)."""
+    """Compute `project_flat` in PyTorch, in the dtype of g, through the exact gradient: (E, width)."""
     exact = scale * outer.reference(g[:, None, :], h[:, None, :], segments).flatten(1)
     return sketch_rows(exact, sketch)
 
 
 def sketch_rows(exact: Tensor, sketch: FlatSketch) -> Tensor:
-    """S applied to exact gradients (E, d * r) -> (E, width), in their dtype; the dense S is made whole."""
+    """Multiply exact gradients (E, d * r) by S -> (E, width), in their dtype; the dense S is made whole."""
     n, width = exact.shape[1], sketch.width
     options: dict[str, Any] = {"dtype": exact.dtype, "device": exact.device}
     if sketch.kind == "rademacher":
@@ -100,7 +100,7 @@ def cost(
     itemsize: int = 2,
     row_itemsize: int = 2,
 ) -> Cost:
-    """Floor of one call: 2 T d r FLOPs, and 2 E d r width more where dense; g, h and rows moved once."""
+    """Return the least work of one call: 2 T d r FLOPs, and 2 E d r width more if dense; g, h and rows moved once."""
     flops = 2 * tokens * d_size * r_size
     flops += (2 * width if kind == "rademacher" else 2) * examples * d_size * r_size
     moved = tokens * (d_size + r_size) * itemsize + examples * width * row_itemsize

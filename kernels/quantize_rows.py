@@ -61,7 +61,7 @@ def _quantize_rows_kernel(
 
 
 def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 rows (E, K), last dimension contiguous, as (int8 (E, K) contiguous, float32 scales (E,)).
+    """Quantize float32 rows (E, K), last dimension contiguous, to (int8 (E, K) contiguous, float32 scales (E,)).
 
     |row - scale * int8| <= scale / 2 up to rounding; rows of zeros have scale 0, rows that are not finite scale NaN.
     Raises ConfigError for other shapes or dtypes, or where no kernel can run.
@@ -96,5 +96,5 @@ def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cost(examples: int, width: int) -> Cost:
-    """Floor of one call: a quotient a number; rows once in float32, int8 and scales once."""
+    """Return the least work of one call: a quotient a number; rows once in float32, int8 and scales once."""
     return Cost(examples * width, examples * width * (4 + 1) + examples * 4)

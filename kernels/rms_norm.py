@@ -36,8 +36,11 @@ _TILE = 4096  # numbers a program holds, if a row is not longer
 
 @jit
 def _normalised(x, w, count, features, eps, offset, stride_x, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's rows: their numbers and columns, which of them there are, n as float32 [ROWS, BLOCK],
-    1 / sqrt(mean(x^2) + eps) [ROWS, 1] and w + o [1, BLOCK]."""
+    """Load and normalise this program's rows.
+
+    Returns their numbers and columns, which of them there are, n as float32 [ROWS, BLOCK],
+    1 / sqrt(mean(x^2) + eps) [ROWS, 1] and w + o [1, BLOCK].
+    """
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < count) & (column < features)
@@ -91,14 +94,17 @@ def _rms_norm_backward_kernel(
 
 
 def configuration(features: int) -> dict[str, int]:
-    """Rows a program, and its warps: 32 numbers a lane, which is several wide loads on their way at once."""
+    """Return the rows of a program, and its warps.
+
+    They give 32 numbers a lane, which is several wide loads on their way at once.
+    """
     block = padded(features)
     rows = max(1, _TILE // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": rows * block // 1024}
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, *, offset: float = 0.0, round_first: bool = True) -> Tensor:
-    """y = x / sqrt(mean(x^2) + eps) * (w + offset), (N, d) of the dtype of x.
+    """Return y = x / sqrt(mean(x^2) + eps) * (w + offset), (N, d) of the dtype of x.
 
     x: (N, d), w: (d,), one dtype of float32, bfloat16 or float16, last dimension contiguous, d up to 16,384
     round_first: n is rounded to that dtype before it meets the weight, as Llama's norm does, and not only the product
@@ -118,7 +124,7 @@ def rms_norm(x: Tensor, w: Tensor, eps: float, *, offset: float = 0.0, round_fir
 
 
 def rms_norm_backward(g: Tensor, x: Tensor, w: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
-    """dx (N, d) of the gradient g (N, d) of `rms_norm(x, w, eps, offset=offset)`, of the dtype of x.
+    """Return dx (N, d) of the gradient g (N, d) of `rms_norm(x, w, eps, offset=offset)`, of the dtype of x.
 
     Raises ConfigError for shapes, dtypes or devices that do not fit.
     """
@@ -158,7 +164,7 @@ def _launch(kernel, arguments, constants, device: torch.device) -> None:
 
 
 def reference(x: Tensor, w: Tensor, eps: float, *, offset: float = 0.0, round_first: bool = True) -> Tensor:
-    """The same in PyTorch, differentiable: sums in float32, or in float64 for such numbers."""
+    """Compute `rms_norm` in PyTorch, differentiable: sums in float32, or in float64 for such numbers."""
     wide = x if x.dtype == torch.float64 else x.float()
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if round_first:
@@ -167,6 +173,6 @@ def reference(x: Tensor, w: Tensor, eps: float, *, offset: float = 0.0, round_fi
 
 
 def cost(count: int, features: int, *, backward: bool = False, itemsize: int = 2) -> Cost:
-    """Floor of one call: some 4 operations a number, 8 backward; each row read and written once."""
+    """Return the least work of one call: some 4 operations a number, 8 backward; each row read and written once."""
     moved = (3 if backward else 2) * count * features + features
     return Cost((8 if backward else 4) * count * features, moved * itemsize)

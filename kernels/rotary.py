@@ -75,7 +75,7 @@ def _rotary_kernel(
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False) -> Tensor:
-    """Heads (1, h, T, D) turned by their tokens' angles: a view of (1, T, h, D), contiguous.
+    """Turn heads (1, h, T, D) by their tokens' angles: a view of (1, T, h, D), contiguous.
 
     x: any strides but the last; cos, sin: (1, T, D); one dtype of float32, bfloat16 or float16
     backward: x is the gradient of what was made, and becomes that of what went in
@@ -121,11 +121,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False) -> Te
 
 
 def reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same in PyTorch, in the dtype of x, differentiable."""
+    """Compute `rotary` in PyTorch, in the dtype of x, differentiable."""
     first, second = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
 
 
 def cost(tokens: int, heads: int, size: int, *, itemsize: int = 2) -> Cost:
-    """Floor of one call: each number read and written once, the angles read once."""
+    """Return the least work of one call: each number read and written once, the angles read once."""
     return Cost(3 * tokens * heads * size, 2 * tokens * (heads + 1) * size * itemsize)

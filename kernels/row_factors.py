@@ -97,5 +97,5 @@ def reference(rows: Tensor, scales: Tensor | None = None) -> Tensor:
 
 
 def cost(rows: int, width: int, itemsize: int = 1) -> Cost:
-    """Floor of one call: a square and a sum a number; rows once."""
+    """Return the least work of one call: a square and a sum a number; rows once."""
     return Cost(2 * rows * width, rows * width * itemsize + 4 * rows)

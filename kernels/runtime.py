@@ -31,14 +31,17 @@ except ImportError as error:
     triton = tl = None
 
     def jit(function: Any = None, **options: Any) -> Any:
-        """Stands in for `triton.jit`: the kernel's text stays importable, and a launch says why it cannot run."""
+        """Replace `triton.jit`: the kernel's text stays importable, and a launch says why it cannot run."""
         return function if function is not None else jit
 
 
 @jit
 def dot(a, b, total, PRECISION: tl.constexpr):
-    """total + a @ b with float32 sums. The interpreter multiplies the raw 16 bits of bfloat16, so it gets float32:
-    the same numbers, as products of two bfloat16 are exact there."""
+    """Return total + a @ b with float32 sums.
+
+    The interpreter multiplies the raw 16 bits of bfloat16, so it gets float32: the same numbers, as products of two
+    bfloat16 are exact there.
+    """
     if _UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -73,7 +76,7 @@ _recorded: list[Launch] | None = None
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Within this context launches are listed, not run, and tensors may lie on any device, `meta` too.
+    """Record launches within this context instead of running them; tensors may lie on any device, `meta` too.
 
     So the ahead-of-time compile checks see exactly the arguments and configurations that a real call would use.
     """
@@ -86,7 +89,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def is_recording() -> bool:
-    """Tell whether launches are listed and not run, so that what kernels write is no number."""
+    """Return whether launches are listed and not run, so that what kernels write is no number."""
     return _recorded is not None
 
 
@@ -109,7 +112,7 @@ def launch(
 
 
 def unavailable(device: torch.device | str, lowest: tuple[int, int] = (8, 0)) -> str:
-    """Why a Triton kernel cannot run on tensors of this device; empty if it can, or is only recorded.
+    """Return why a Triton kernel cannot run on tensors of this device; empty if it can, or is only recorded.
 
     lowest: compute capability that it needs.
     """
@@ -129,14 +132,20 @@ def unavailable(device: torch.device | str, lowest: tuple[int, int] = (8, 0)) ->
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of the card. Only ever decides how work is spread, never the order of a sum."""
+    """Count the streaming multiprocessors of the GPU.
+
+    The number only decides how work is spread, never the order of a sum.
+    """
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 132
 
 
 def check_device(name: str, lowest: tuple[int, int] = (8, 0), **tensors: Tensor | None) -> torch.device:
-    """The one device that all given tensors share; ConfigError if they do not, or if no kernel can run there."""
+    """Return the one device that all given tensors share.
+
+    Raises ConfigError if they do not share one, or if no kernel can run there.
+    """
     present = {key: tensor for key, tensor in tensors.items() if tensor is not None}
     devices = {tensor.device for tensor in present.values()}
     if len(devices) != 1:
@@ -149,7 +158,7 @@ def check_device(name: str, lowest: tuple[int, int] = (8, 0), **tensors: Tensor 
 
 
 def check_shape(name: str, key: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
-    """ConfigError unless `tensor` has this shape; a letter stands for any size, a number for exactly that."""
+    """Raise ConfigError unless `tensor` has this shape; a letter stands for any size, a number for exactly that."""
     fits = tensor.dim() == len(shape) and all(
         isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True)
     )
@@ -159,7 +168,7 @@ def check_shape(name: str, key: str, tensor: Tensor, shape: tuple[int | str, ...
 
 
 def check_dtype(name: str, **tensors: Tensor | None) -> torch.dtype:
-    """The one dtype that all given tensors share, out of `DTYPES`; ConfigError otherwise."""
+    """Return the one dtype that all given tensors share, out of `DTYPES`; raise ConfigError otherwise."""
     dtypes = {key: tensor.dtype for key, tensor in tensors.items() if tensor is not None}
     distinct = set(dtypes.values())
     if len(distinct) != 1 or not distinct <= set(DTYPES):
@@ -169,23 +178,23 @@ def check_dtype(name: str, **tensors: Tensor | None) -> torch.dtype:
 
 
 def check_last_stride(name: str, **tensors: Tensor) -> None:
-    """ConfigError unless the last dimension of each tensor is contiguous."""
+    """Raise ConfigError unless the last dimension of each tensor is contiguous."""
     for key, tensor in tensors.items():
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ConfigError(f"{name}: the last dimension of {key} must be contiguous; call .contiguous() on it")
 
 
 def check_precision(name: str, precision: str) -> None:
-    """ConfigError unless `precision` is one that `tl.dot` knows for float32 operands."""
+    """Raise ConfigError unless `precision` is one that `tl.dot` knows for float32 operands."""
     if precision not in PRECISIONS:
         raise ConfigError(f"{name}: precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
 
 
 def ceil_div(a: int, b: int) -> int:
-    """Smallest n with n * b >= a."""
+    """Return the smallest n with n * b >= a."""
     return -(-a // b)
 
 
 def padded(n: int, least: int = 16) -> int:
-    """Next power of two, at least what a tensor-core operand needs on a side."""
+    """Return the next power of two from n on, at least what a tensor-core operand needs on a side."""
     return max(least, 1 << (n - 1).bit_length())

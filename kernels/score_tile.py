@@ -235,7 +235,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class TileResults:
-    """What is taken from a tile; None where not wanted.
+    """Results taken from a tile; None where not wanted.
 
     scores: (n, Q) float32, last dimension contiguous. columns: (Q, N) float32, of which the tile's rows are written.
     group_sums: (n, G) float64, added to, last dimension contiguous, by the lists of `groups`. top: merged into.
@@ -335,7 +335,7 @@ def _merge(top: RunningTop, device: torch.device) -> None:
 
 
 def _check(name: str, tile: Tile, results: TileResults) -> None:
-    """ConfigError where a result does not fit the tile."""
+    """Raise ConfigError where a result does not fit the tile."""
     (_, rows, width), queries = tile.planes.shape, tile.factor.shape[1]
     if width < queries or tile.planes.stride(2) != 1 or tile.planes.dtype not in (torch.int32, torch.float32):
         raise ConfigError(f"{name}: planes must be rows of at least {queries} int32 or float32 numbers")
@@ -367,5 +367,5 @@ def reference(tile: Tile) -> Tensor:
 
 
 def cost(planes: int, rows: int, queries: int, written: int) -> Cost:
-    """Floor of one pass: a multiplication and an addition a product, each read once, and `written` bytes."""
+    """Return the least work of one pass: a multiplication and an addition a product, read once, and `written` bytes."""
     return Cost(2 * planes * rows * queries, 4 * planes * rows * queries + written)

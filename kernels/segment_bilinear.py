@@ -121,7 +121,7 @@ def _add_tiles_kernel(
 
 
 def configuration(d_size: int, r_size: int, itemsize: int, precision: str = "ieee") -> dict[str, int]:
-    """Tiles of d x r; as many queries at once as ptxas holds with no spill (twice as many spill on sm_80)."""
+    """Return tiles of d x r, with as many queries at once as ptxas holds with no spill (twice as many do on sm_80)."""
     block_d, block_r = min(padded(d_size), 64), min(padded(r_size), 64)
     block_q = max(1, 2048 // (block_d * block_r))
     fma = itemsize == 4 and precision == "ieee"
@@ -146,7 +146,7 @@ def segment_bilinear(
     accumulate: bool = False,
     precision: str = "ieee",
 ) -> Tensor:
-    """s * sum_t g_t^T M_q h_t of each example and query -> (E, q) float32.
+    """Compute s * sum_t g_t^T M_q h_t of each example and query -> (E, q) float32.
 
     g: (T, d), h: (T, r), one dtype, rows contiguous
     queries: (q, d, r), float32, bfloat16 or float16, any strides (a transposed dA as it is)
@@ -231,7 +231,7 @@ def segment_bilinear(
 
 
 def reference(g: Tensor, h: Tensor, queries: Tensor, segments: Segments | Tensor, *, scale: float = 1.0) -> Tensor:
-    """The same in PyTorch, in the dtype of g: (E, q)."""
+    """Compute `segment_bilinear` in PyTorch, in the dtype of g: (E, q)."""
     tokens = torch.einsum("td,qdr,tr->tq", g, queries.to(g.dtype), h)
     return scale * segment_sum(tokens, as_segments(segments))
 
@@ -246,7 +246,7 @@ def cost(
     itemsize: int = 2,
     query_itemsize: int = 4,
 ) -> Cost:
-    """Floor of one call: 2 (T + C q) d r FLOPs; g, h and the queries moved once."""
+    """Return the least work of one call: 2 (T + C q) d r FLOPs; g, h and the queries moved once."""
     flops = 2 * (tokens + chunks * queries) * d_size * r_size
     moved = tokens * (d_size + r_size) * itemsize + queries * d_size * r_size * query_itemsize
     return Cost(flops, moved)

@@ -184,7 +184,7 @@ def _add_chunks_kernel(
 
 
 def configuration(a_size: int, b_size: int, itemsize: int, precision: str = "ieee") -> dict[str, int]:
-    """Tiles of the a x b block; one warp where a tile is 16 x 16, so that many programs share a processor.
+    """Return tiles of the a x b block; one warp where a tile is 16 x 16, so that many programs share a processor.
 
     Twice as wide ones are no faster on an H200, and leave a shape of 16 x 3584 too few programs to take whole examples.
     """
@@ -213,7 +213,7 @@ def segment_outer(
     precision: str = "ieee",
     whole: bool | None = None,
 ) -> Tensor:
-    """Writes s_m * sum_t left[t, m] right[t, m]^T of each example into `rows` and returns `rows`.
+    """Write s_m * sum_t left[t, m] right[t, m]^T of each example into `rows` and return `rows`.
 
     left: (T, M, a), right: (T, M, b), one dtype, last dimension contiguous
     segments: `Segments`, or cu_seqlens (E + 1,) int32 (then read on the host, which waits for a GPU)
@@ -324,7 +324,7 @@ def segment_outer(
 
 
 def reference(left: Tensor, right: Tensor, segments: Segments | Tensor, *, scale: float | Tensor = 1.0) -> Tensor:
-    """The same blocks in PyTorch, in the dtype of `left`: (E, M, a, b)."""
+    """Compute the same blocks in PyTorch, in the dtype of `left`: (E, M, a, b)."""
     segments = as_segments(segments)
     cu = segments.cu_seqlens.tolist()
     sums = torch.stack([torch.einsum("tma,tmb->mab", left[a:b], right[a:b]) for a, b in pairwise(cu)])
@@ -342,7 +342,7 @@ def cost(
     itemsize: int = 2,
     row_itemsize: int = 2,
 ) -> Cost:
-    """Floor of one call: 2 T M a b FLOPs; left, right and the blocks moved once."""
+    """Return the least work of one call: 2 T M a b FLOPs; left, right and the blocks moved once."""
     moved = tokens * modules * (a_size + b_size) * itemsize
     moved += examples * modules * a_size * b_size * row_itemsize
     return Cost(2 * tokens * modules * a_size * b_size, moved)

@@ -76,7 +76,7 @@ class Segments:
         room: tuple[int, int] | None = None,
         longest: int | None = None,
     ) -> Segments:
-        """Tables for examples of these lengths in this order; one copy to the device, no synchronisation.
+        """Build tables for examples of these lengths in this order; one copy to the device, no synchronisation.
 
         room: (E, T), for a step that is recorded once and replayed: tables as large as any pack needs of fewer than E
         examples and at most T tokens. The examples too many have no tokens, and the last one the tokens too many;
@@ -112,17 +112,17 @@ class Segments:
 
     @property
     def tables(self) -> list[Tensor]:
-        """The tensors, in the order of the fields."""
+        """Return the tensors, in the order of the fields."""
         return [getattr(self, name) for name in _TABLES]
 
     def with_tables(self, tables: Sequence[Tensor]) -> Segments:
-        """The same with other tensors in that order: copies on another device."""
+        """Return the same tables with other tensors in that order: copies on another device."""
         given: dict[str, Any] = dict(zip(_TABLES, tables, strict=True))
         return replace(self, **given)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, *, chunk: int = CHUNK) -> Segments:
-        """Tables for `cu_seqlens` (E + 1,) int32. Reads it on the host: on a GPU this waits for the device.
+        """Build tables for `cu_seqlens` (E + 1,) int32. It is read on the host: on a GPU this waits for the device.
 
         Raises ConfigError if it is not a 1-D int32 tensor that starts at 0, DataError for an example of no tokens.
         """
@@ -139,7 +139,7 @@ class Segments:
 
 
 def _cut(lengths: list[int], chunk: int) -> dict[str, list[int]]:
-    """The tables of `Segments`, in its order, as lists."""
+    """Build the tables of `Segments`, in its order, as lists."""
     tables: dict[str, list[int]] = {name: [] for name in _TABLES}
     for name in ("cu_seqlens", "first_chunk", "split_slot"):
         tables[name].append(0)
@@ -161,7 +161,7 @@ def _cut(lengths: list[int], chunk: int) -> dict[str, list[int]]:
 
 
 def _fill(tables: dict[str, list[int]], examples: int, tokens: int, chunk: int) -> int:
-    """Brings the tables to the sizes of a step with room for so many; returns its number of partial sums."""
+    """Pad the tables to the sizes of a step with room for so many; return its number of partial sums."""
     here, held = len(tables["cu_seqlens"]) - 1, tables["cu_seqlens"][-1]
     if here >= examples or held > tokens:
         raise ConfigError(f"no room for {here} examples of {held} tokens: it is for fewer than {examples} of {tokens}")
@@ -185,17 +185,17 @@ def _fill(tables: dict[str, list[int]], examples: int, tokens: int, chunk: int) 
 
 
 def as_segments(segments: Segments | Tensor) -> Segments:
-    """A `cu_seqlens` tensor becomes its tables; ready tables pass through."""
+    """Turn a `cu_seqlens` tensor into its tables; ready tables pass through."""
     return segments if isinstance(segments, Segments) else Segments.from_cu_seqlens(segments)
 
 
 def check_tokens(name: str, key: str, tensor: Tensor, segments: Segments) -> None:
-    """ConfigError unless the first dimension of `tensor` is the number of packed tokens."""
+    """Raise ConfigError unless the first dimension of `tensor` is the number of packed tokens."""
     if tensor.shape[0] != segments.tokens:
         raise ConfigError(f"{name}: {key} has {tensor.shape[0]} tokens, but cu_seqlens ends at {segments.tokens}")
 
 
 def segment_sum(values: Tensor, segments: Segments) -> Tensor:
-    """Reference: sum rows of `values` (T, ...) over each example -> (E, ...), in its own dtype."""
+    """Sum rows of `values` (T, ...) over each example -> (E, ...), in its own dtype."""
     cu = segments.cu_seqlens.tolist()
     return torch.stack([values[a:b].sum(0) for a, b in pairwise(cu)])

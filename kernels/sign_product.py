@@ -86,7 +86,10 @@ def _dense_kernel(
 
 
 def slab_sides(r_size: int) -> tuple[int, int]:
-    """Rows and columns of a slab, at most SLAB coordinates: whole rows while 16 fit, as 16-byte aligned slices of g."""
+    """Return the rows and columns of a slab, at most SLAB coordinates.
+
+    It has whole rows while 16 fit, as 16-byte aligned slices of g.
+    """
     columns = min(r_size, SLAB // 16)
     return SLAB // columns // 16 * 16, columns
 

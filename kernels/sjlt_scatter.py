@@ -106,8 +106,10 @@ def _add_sketches_kernel(
 
 
 def configuration(d_size: int, r_size: int, itemsize: int, precision: str = "ieee") -> dict[str, int]:
-    """Tiles of d x r of the scatter kernel. `FlatSketch` tabulates rounds for these, so they depend on d and r alone
-    in their sides."""
+    """Return tiles of d x r of the scatter kernel.
+
+    `FlatSketch` tabulates rounds for these, so they depend on d and r alone in their sides.
+    """
     fma = itemsize == 4 and precision == "ieee"
     block_d, block_r = tile_sides(d_size, r_size)
     return {

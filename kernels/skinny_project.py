@@ -124,7 +124,7 @@ def _add_chunks_kernel(
 
 
 def configuration(columns: int, itemsize: int, precision: str = "ieee") -> dict[str, int]:
-    """Tile sizes by the number of columns and bytes an element; never by T, so that bits do not depend on T."""
+    """Return tile sizes by the number of columns and bytes an element; never by T, so that bits do not depend on T."""
     wide = columns > 64
     num_warps = 8 if wide else 4
     if itemsize == 4 and precision == "ieee":
@@ -156,7 +156,7 @@ def skinny_project(
     precision: str = "ieee",
     split: bool | None = None,
 ) -> Tensor:
-    """x w, one pass over x.
+    """Multiply x by w in one pass over x.
 
     x: (T, d), rows contiguous; float32, bfloat16 or float16
     w: (d, N) of the dtype of x, any strides (A.T of a LoRA factor as it is)
@@ -246,11 +246,11 @@ def skinny_project(
 
 
 def reference(x: Tensor, w: Tensor) -> Tensor:
-    """The same in PyTorch, in the dtype of x: (T, d) -> (T, N)."""
+    """Compute `skinny_project` in PyTorch, in the dtype of x: (T, d) -> (T, N)."""
     return x @ w
 
 
 def cost(tokens: int, features: int, columns: int, *, itemsize: int = 2, out_itemsize: int = 2) -> Cost:
-    """Floor of one call: 2 T d N FLOPs; x, w and out moved once."""
+    """Return the least work of one call: 2 T d N FLOPs; x, w and out moved once."""
     moved = (tokens + columns) * features * itemsize + tokens * columns * out_itemsize
     return Cost(2 * tokens * features * columns, moved)

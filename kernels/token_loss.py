@@ -72,7 +72,7 @@ def _token_loss_kernel(
 
 
 def token_loss(logits: Tensor, targets: Tensor, losses: Tensor, *, weights: Tensor | None = None) -> Tensor:
-    """Writes each token's loss into `losses` and returns it; with `weights`, `logits` become the gradient.
+    """Write each token's loss into `losses` and return it; with `weights`, `logits` become the gradient.
 
     logits: (n, V) float32, bfloat16 or float16, rows contiguous
     targets: (n,) int64, in 0 ... V - 1 (not checked: that would wait for the device)
@@ -120,12 +120,15 @@ def token_loss(logits: Tensor, targets: Tensor, losses: Tensor, *, weights: Tens
 
 
 def reference(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The same in PyTorch, in the dtype of `logits`: losses (n,), gradient (n, V)."""
+    """Compute `token_loss` in PyTorch, in the dtype of `logits`: losses (n,), gradient (n, V)."""
     losses = logits.logsumexp(dim=1) - logits.gather(1, targets[:, None]).squeeze(1)
     gradient = logits.softmax(dim=1).scatter_add(1, targets[:, None], -torch.ones_like(logits[:, :1]))
     return losses, gradient * weights[:, None].to(gradient.dtype)
 
 
 def cost(tokens: int, vocabulary: int, *, itemsize: int = 2) -> Cost:
-    """Floor of one call with gradient: two exponentials, a sum and a product a number; read once, written once."""
+    """Return the least work of one call with gradient.
+
+    It is two exponentials, a sum and a product a number; each number is read once and written once.
+    """
     return Cost(4 * tokens * vocabulary, 2 * tokens * vocabulary * itemsize + tokens * (8 + 4 + 4))
