@@ -131,7 +131,7 @@ def fp8_rows(matrix: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
     matrix: (n, k) float32, bfloat16 or float16, last dimension contiguous
     rows: at least n, and n by default; those beyond are zeros with the scale 1
 
-    Raises ConfigError for shapes, dtypes or devices that do not fit; a card needs compute capability 8.9.
+    Raises ConfigError for shapes, dtypes or devices that do not fit; a GPU needs compute capability 8.9.
     """
     name = "fp8_rows"
     check_shape(name, "matrix", matrix, ("n", "k"))
@@ -166,7 +166,7 @@ def reference(matrix: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
     """Compute the same bits in PyTorch, for any float dtype: (e4m3 (rows, k) contiguous, float32 scales (rows, 1))."""
     wide = torch.promote_types(matrix.dtype, torch.float32)
     largest = torch.linalg.vector_norm(matrix, torch.inf, dim=1, keepdim=True, dtype=wide).float()
-    # By a plain number PyTorch multiplies with 1 / 448 on a card. A row of zeros must not be divided by zero.
+    # By a plain number PyTorch multiplies with 1 / 448 on a GPU. A row of zeros must not be divided by zero.
     scales = (largest / torch.full_like(largest, LARGEST)).clamp_min(TINY)
     values = (matrix / scales).to(FORMAT).contiguous()
     more = 0 if rows is None else rows - len(matrix)

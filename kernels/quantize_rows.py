@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Rows to int8 with one float32 scale a row, on the card where they were made: a quarter of the bytes cross the bus.
+"""Rows to int8 with one float32 scale a row, on the GPU where they were made: a quarter of the bytes cross the bus.
 
     scale = max|row| / 127        rows[e, j] ~ scale * int8[e, j],   to nearest, halves to even
 

@@ -8,7 +8,7 @@
     and right = h this is the projected dB, with u and z the projected dA, with the plain g and h the exact dB.
 
 Bytes: left and right once, the blocks once. Tokens are summed by chunks of an example, each from zero, and the chunks
-added in order. Where modules, tiles of a x b and examples fill the card, one program takes a whole example. Where they
+added in order. Where modules, tiles of a x b and examples fill the GPU, one program takes a whole example. Where they
 do not, it takes one chunk, a longer example leaves a float32 partial sum a chunk, and a second kernel adds those in the
 same order: 2 S M a b numbers more to move for S partial sums. No atomics: the same bits run after run, in any pack.
 """
@@ -221,7 +221,7 @@ def segment_outer(
     offsets: (M,) int64, first number of each block; the blocks must lie inside a row and apart (not checked: that
         would wait for the device)
     scale: one number, or (M,) float32
-    whole: one program an example, not a chunk (None: where that fills the card); the bits are the same
+    whole: one program an example, not a chunk (None: where that fills the GPU); the bits are the same
 
     Raises ConfigError for shapes, dtypes or devices that do not fit, or for whole examples whose chunks are no multiple
     of a block of tokens, DataError for an example of no tokens.

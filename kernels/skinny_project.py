@@ -10,11 +10,11 @@ Random columns made in the kernel from their counter, so that R need not be stor
 reading them (16 of N = 32 columns, d = 3584 and 18944, T = 16384, benches/results/gpu-*-1921.json), and are gone.
 
 Bytes: x once, W from the L2 cache, out once; at N = 32 in bfloat16 that is 32 FLOPs a byte, far below any
-card's ridge, so the floor is one read of x.
+GPU's ridge, so the floor is one read of x.
 
 A program owns BLOCK_T rows and all N columns. The sum over d runs in chunks of CHUNK_K, each summed from zero and the
-chunks added in order. Where T is too short to fill the card, one program takes one chunk and a second kernel adds the
-chunks in that same order: the bits of a row depend neither on T nor on the card's size, only on its own values.
+chunks added in order. Where T is too short to fill the GPU, one program takes one chunk and a second kernel adds the
+chunks in that same order: the bits of a row depend neither on T nor on the GPU's size, only on its own values.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def skinny_project(
     w: (d, N) of the dtype of x, any strides (A.T of a LoRA factor as it is)
     out: (T, N), rows contiguous; made with `out_dtype` (that of x by default) if None
     precision: of float32 products: "ieee", "tf32" or "tf32x3"
-    split: one program a chunk of d (None: where T alone leaves half of the card idle); the bits are the same
+    split: one program a chunk of d (None: where T alone leaves half of the GPU idle); the bits are the same
 
     Raises ConfigError for shapes, dtypes or devices that do not fit.
     """
