@@ -23,11 +23,13 @@ from influence_fast.products.terms import GRANULE, Terms
 __all__ = ["KINDS", "Queries", "TopK", "by_hand", "finish", "rank", "score", "why_not"]
 
 KINDS = cuda.KINDS
-_TILE_BYTES = 32 << 20  # of products: they stay in the L2 cache (50 MB on an H200) until they are read
+# The products of a tile stay in the L2 cache (50 MB on an H200) until they are read.
+_TILE_BYTES = 32 << 20
 _COPY_BYTES = 64 << 20  # of rows copied to where cuBLAS takes them
 _ROW_MULTIPLE = 128
-_FEWEST_ROWS = 32  # torch._int_mm refuses 16 and fewer
-_QUERY_MULTIPLE = 8  # and numbers of queries that are no multiple of this
+# torch._int_mm refuses 16 rows and fewer, and numbers of queries that are no multiple of 8.
+_FEWEST_ROWS = 32
+_QUERY_MULTIPLE = 8
 # |row| <= 128 times |query| <= 127 stays below 2^31 over these.
 _INT8_COLUMNS = 131_072
 # Tensor cores cut their fp32 sums off where others round: some 5e-6 of a sum over 4096 columns, in proportion beyond.

@@ -46,7 +46,8 @@ __all__ = ["InnerProducts", "ProductOptions", "inner_products", "quantize_rows",
 _COLUMN_BYTES = 224 << 20  # fp32 columns held for ranks
 _SORT_BYTES = 128 << 20  # 16 bytes a row for each thread that sorts
 _QUERY_BYTES = 64 << 20  # packed queries
-_MAX_COLUMNS = 4096  # of queries in one pass: bounds the scores of a block of rows
+# Queries in one pass; this bounds the scores of a block of rows.
+_MAX_COLUMNS = 4096
 
 
 @dataclass(frozen=True, slots=True)
