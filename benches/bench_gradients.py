@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
-import influence_fast as inf
 from benches.environment import describe
 from benches.interleave import timed
 from benches.models import qwen2_model, train_tokenizer, with_lora
 from influence_fast.data.examples import load_examples, tokenize
 from influence_fast.gradients.per_example import iter_gradient_rows
+from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
 
 
 def padded(model: Any, examples: list[dict[str, Any]], batch_size: int) -> None:
@@ -48,8 +49,8 @@ def one_by_one(model: Any, examples: list[dict[str, Any]]) -> None:
         model(input_ids=e["input_ids"][None], labels=e["labels"][None], use_cache=False).loss.backward()
 
 
-def ours(model: Any, examples: list[dict[str, Any]], projection: inf.Projection) -> None:
-    for _ in iter_gradient_rows(model, examples, projection=projection):
+def ours(model: Any, examples: list[dict[str, Any]], projection: Projection) -> None:
+    for _ in iter_gradient_rows(model, examples, RowSpec.of(projection, dtype="fp32")):
         pass
 
 
@@ -69,7 +70,7 @@ def main() -> None:
     tokenizer = train_tokenizer([row.prompt + "\n" + row.completion for row in rows], vocab_size=4096)
     examples = tokenize(rows, tokenizer).examples
     model = with_lora(qwen2_model(len(tokenizer)), rank=16)
-    projection = inf.Projection(dim=args.dim)
+    projection = Projection(dim=args.dim)
 
     warm = examples[: args.chunk]
     sizes = {size: timed(lambda size=size: padded(model, warm, size)) for size in (4, 8, 16)}

@@ -29,7 +29,7 @@ from benches.environment import describe
 from benches.interleave import interleaved
 from benches.models import heavy_tailed
 from influence_fast.products import native
-from influence_fast.products.inner_products import inner_products, quantize_rows
+from influence_fast.products.inner_products import ProductOptions, inner_products, quantize_rows
 from influence_fast.statistics.ranks import spearman
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def main() -> None:
         "rows": args.rows,
         "width": args.width,
         "threads": args.threads,
-        "path": native.engine()[1],
+        "path": native.chosen(),
         "targets": TARGETS,
     }
     cases = {
@@ -99,8 +99,10 @@ def many(rows: torch.Tensor, quantized: Any, scales: Any, queries: torch.Tensor,
     other = quantize_rows(queries)[0].T.contiguous()
     out = torch.empty(len(rows), len(queries))
     return {
-        "ours": lambda: inner_products(quantized, queries, row_scales=scales, out=out, threads=threads),
-        "ours, bf16 rows": lambda: inner_products(half, queries, out=out, threads=threads),
+        "ours": lambda: inner_products(
+            quantized, queries, row_scales=scales, options=ProductOptions(out=out, threads=threads)
+        ),
+        "ours, bf16 rows": lambda: inner_products(half, queries, options=ProductOptions(out=out, threads=threads)),
         "torch._int_mm": lambda: torch._int_mm(quantized, other),
         "torch bf16 matmul": lambda: half @ half_queries,
     }
@@ -117,7 +119,7 @@ def many_ranks(rows: torch.Tensor, quantized: Any, scales: Any, queries: torch.T
 
     return {
         "ours": lambda: inner_products(
-            quantized, queries, row_scales=scales, groups=groups, ranks=True, threads=threads
+            quantized, queries, row_scales=scales, groups=groups, ranks=True, options=ProductOptions(threads=threads)
         ),
         "torch bf16 matmul + argsort": torch_ranks,
     }
@@ -128,9 +130,9 @@ def few(rows: torch.Tensor, quantized: torch.Tensor, scales: Any, queries: torch
     words = quantized.reshape(-1).view(torch.int64) if quantized.numel() % 8 == 0 else quantized.reshape(-1)
     columns = queries.T.contiguous()
     return {
-        "ours": lambda: inner_products(quantized, queries, row_scales=scales, threads=threads),
+        "ours": lambda: inner_products(quantized, queries, row_scales=scales, options=ProductOptions(threads=threads)),
         "ours, precision high": lambda: inner_products(
-            quantized, queries, row_scales=scales, precision="high", threads=threads
+            quantized, queries, row_scales=scales, options=ProductOptions(precision="high", threads=threads)
         ),
         "single-pass read": lambda: words.sum(),
         "torch fp32 matmul": lambda: rows @ columns,
@@ -206,7 +208,8 @@ def measure_peak(folder: Path, n: int, k: int, threads: int) -> float:
     scales = np.fromfile(folder / "scales.bin", np.float32)
     queries = np.random.default_rng(0).standard_normal((MANY, k), dtype=np.float32)
     inner_products(rows[:100], queries[:2], row_scales=scales[:100])  # loads what a first call loads
-    options: dict[str, Any] = {"groups": [[0, 1], [2]], "topk": 100, "ranks": True, "threads": threads}
+    options: dict[str, Any] = {"groups": [[0, 1], [2]], "topk": 100, "ranks": True}
+    options["options"] = ProductOptions(threads=threads)
     return with_peak(lambda: inner_products(rows, queries, row_scales=scales, **options))[1]
 
 

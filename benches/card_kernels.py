@@ -24,7 +24,7 @@ from influence_fast.kernels import skinny_project as skinny
 from influence_fast.kernels import token_loss
 from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY
 from influence_fast.kernels.segments import Segments
-from influence_fast.products.inner_products import inner_products, quantize_rows
+from influence_fast.products.inner_products import ProductOptions, inner_products, quantize_rows
 from influence_fast.row_codec import to_int8
 
 RANK = DIM = 16
@@ -357,14 +357,14 @@ def products(device: torch.device, rows: int, width: int, rounds: int) -> Iterat
     for count in (2, 64, 512):
         queries = torch.randn(count, width, device=device)
         variants: Variants = {
-            "ours, int8": lambda: inner_products(int8, queries, row_scales=scales, isa=ours),  # noqa: B023
-            "ours, bf16": lambda: inner_products(bf16, queries, isa=ours),  # noqa: B023
+            "ours, int8": lambda: inner_products(int8, queries, row_scales=scales, options=ProductOptions(isa=ours)),  # noqa: B023
+            "ours, bf16": lambda: inner_products(bf16, queries, options=ProductOptions(isa=ours)),  # noqa: B023
             "PyTorch, bf16": lambda: bf16 @ queries.bfloat16().T,  # noqa: B023
         }
         host = partial(inner_products, on_host, queries.cpu().numpy(), row_scales=its_scales)
         variants[HOST_ROWS] = host
         if device.type == "cuda":
-            variants[STREAMED] = partial(host, device=device)
+            variants[STREAMED] = partial(host, options=ProductOptions(device=device))
         if device.type == "cuda" and count >= 32:
             rounded = queries.clamp(-1, 1).mul(127).to(torch.int8).T
             variants["torch._int_mm"] = lambda: torch._int_mm(int8, rounded).float().mul_(scales[:, None])  # noqa: B023

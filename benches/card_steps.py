@@ -14,7 +14,6 @@ from unittest import mock
 
 import torch
 
-import influence_fast as inf
 from benches.card_kernels import DIM, RANK, failing, matmul_peak, profiled, summary, timed
 from influence_fast.data.packing import pack_examples
 from influence_fast.gradients import attention, fp8
@@ -22,8 +21,11 @@ from influence_fast.gradients import streaming as stream
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.fused_layers import Fused
 from influence_fast.gradients.layout import layout_width
-from influence_fast.gradients.memory import gradient_memory
+from influence_fast.gradients.memory import BaseWeights, PackSize, gradient_memory
 from influence_fast.gradients.per_example import iter_gradient_rows
+from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.targets import gradient_layout
 from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY
 
 # hidden, intermediate, heads, key/value heads, vocabulary, layers run here (the 7B is repeated layers of its shape)
@@ -89,7 +91,7 @@ def without(way: str) -> Iterator[None]:
             stack.enter_context(mock.patch.object(attention, "_is_fused", return_value=False))
         if way == OWN_LAYERS:
             none = contextlib.nullcontext(Fused())
-            stack.enter_context(mock.patch("influence_fast.gradients.opened.fused", return_value=none))
+            stack.enter_context(mock.patch("influence_fast.gradients.backends.fused", return_value=none))
         yield
 
 
@@ -147,7 +149,7 @@ def _step(row: dict[str, Any], device: torch.device, shape: tuple[int, ...], rou
     """Fills in `row`; a way that fails has its error there, and the others their times."""
     name, tokens, errors = row["model"], row["tokens"], row["errors"]
     model = model_of(shape, device)
-    batch, projection = Batch.of(tokens, shape[4], device), inf.Projection(dim=DIM)
+    batch, projection = Batch.of(tokens, shape[4], device), Projection(dim=DIM)
     pack = batch.pack
     seconds: dict[str, list[float]] = {}
     launching: dict[str, list[float]] = {}
@@ -198,7 +200,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def batch_memory(device: torch.device, model: Any, projection: inf.Projection, pack: Any) -> tuple[float | None, float]:
+def batch_memory(device: torch.device, model: Any, projection: Projection, pack: Any) -> tuple[float | None, float]:
     """GiB that one batch adds at its peak, as the allocator counts it (None on a CPU) and as the sum says."""
     checkpointing, measured = False, None
     with GradientEngine(model, projection) as engine:
@@ -210,13 +212,10 @@ def batch_memory(device: torch.device, model: Any, projection: inf.Projection, p
             measured = (peak_bytes(partial(engine.run, pack)) - before) / 2**30
         summed = gradient_memory(
             engine.base.config,
-            len(pack.input_ids),
-            parameters=0,
+            PackSize(len(pack.input_ids), len(pack.indices), int((pack.targets >= 0).sum())),
+            BaseWeights(0, engine.linears[0].weight.element_size()),
+            RowSpec(dim=DIM),
             rank=RANK,
-            dim=DIM,
-            examples=len(pack.indices),
-            completion_tokens=int((pack.targets >= 0).sum()),
-            weight_bytes=engine.linears[0].weight.element_size(),
             checkpointing=checkpointing,
             triton=engine.backend.launches_kernels,
         )
@@ -228,7 +227,7 @@ def profile(device: torch.device, shapes: dict[str, Any], tokens: int, shown: in
     for name, shape in shapes.items():
         model = model_of(shape, device)
         batch = Batch.of(tokens, shape[4], device)
-        with GradientEngine(model, inf.Projection(dim=DIM)) as engine:
+        with GradientEngine(model, Projection(dim=DIM)) as engine:
             yield {"model": name, "step": "ours", **profiled(partial(engine.run, batch.pack), device, shown)}
         yield {"model": name, "step": "plain", **profiled(partial(batch.plain_step, model), device, shown)}
         del model, batch
@@ -242,7 +241,7 @@ def crossing(
     length = tokens // 16
     ids = [torch.randint(0, shape[4], (length,)) for _ in range(packs * 16)]
     examples = [{"input_ids": i, "labels": i} for i in ids]
-    projection = inf.Projection(dim=DIM)
+    projection = Projection(dim=DIM)
 
     def waiting() -> None:
         with GradientEngine(model, projection) as engine:
@@ -250,7 +249,7 @@ def crossing(
                 engine.run(pack)[0].cpu()
 
     def behind(dtype: str) -> None:
-        for _ in iter_gradient_rows(model, examples, projection=projection, max_tokens=tokens, row_dtype=dtype):
+        for _ in iter_gradient_rows(model, examples, RowSpec.of(projection, dtype=dtype, max_tokens=tokens)):
             pass
 
     ways: dict[str, Callable[[], Any]] = {"waited for": waiting}
@@ -267,7 +266,7 @@ def streaming(device: torch.device, shape: tuple[int, ...], tokens: int, rounds:
     length = tokens // 16
     ids = [torch.randint(0, shape[4], (length,)) for _ in range(16)]
     (pack,) = pack_examples([{"input_ids": i, "labels": i} for i in ids], tokens)
-    width = layout_width(inf.gradient_layout(model))
+    width = layout_width(gradient_layout(model))
     for count in (1, 4, 16, 64):
         queries = torch.randn(count, width, device=device)
         seconds = {}
@@ -289,7 +288,7 @@ def long_trace(device: torch.device, name: str, shape: tuple[int, ...], tokens: 
     model = model_of(shape, device)
     ids = torch.randint(0, shape[4], (tokens,))
     (pack,) = pack_examples([{"input_ids": ids, "labels": ids}], tokens)
-    with GradientEngine(model, inf.Projection(dim=DIM), cuda_graphs=False) as engine:
+    with GradientEngine(model, Projection(dim=DIM), cuda_graphs=False) as engine:
         if engine.opened.room is not None:  # as on a card of 80 GB that holds nothing else
             room = min(engine.opened.room, 80 * 10**9 - torch.cuda.memory_allocated())
             engine._opened = dataclasses.replace(engine.opened, room=room)
@@ -298,11 +297,13 @@ def long_trace(device: torch.device, name: str, shape: tuple[int, ...], tokens: 
         peak = peak_bytes(partial(engine.run, pack)) / 2**30 if device.type == "cuda" else None
         summed = gradient_memory(
             engine.base.config,
-            tokens,
-            parameters=sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n),
+            PackSize(tokens),
+            BaseWeights(
+                sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n),
+                engine.linears[0].weight.element_size(),
+            ),
+            RowSpec(dim=DIM),
             rank=RANK,
-            dim=DIM,
-            weight_bytes=engine.linears[0].weight.element_size(),
             checkpointing=recomputed,
             triton=engine.backend.launches_kernels,
         )

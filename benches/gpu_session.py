@@ -14,6 +14,7 @@ profile    Where a step's time on the card goes, kernel by kernel, ours and plai
 crossing   Rows to the host over some packs: waited for after each, or written behind as fp32, bf16 and int8.
 streaming  Scores by the number of queries, by the kernel and by forming a factor's gradients.
 products   Inner products of stored rows with queries, both on the card, by our kernels and by PyTorch.
+fused      The same with every result, over the bare product by cuBLAS; results are compared with float64 first.
 long       One trace of 32k tokens through a whole model of Qwen2.5-7B's shape: does it fit, how long does it take.
 
 Writes one JSON and one markdown table, named after the card and the date, with commit and versions, after every row:
@@ -42,7 +43,7 @@ from typing import Any
 
 import torch
 
-from benches import card_kernels, card_steps
+from benches import card_kernels, card_products, card_steps
 from benches.environment import describe
 
 ROOT = Path(__file__).resolve().parents[1]  # `python -m` puts the folder it runs in first on the path
@@ -291,6 +292,7 @@ TABLES: dict[str, Callable[[Any], list[str]]] = {
     "crossing": _crossing_table,
     "streaming": _streaming_table,
     "products": _products_table,
+    "fused": card_products.table,
     "long": _long_table,
 }
 
@@ -326,6 +328,7 @@ def main() -> None:
     session.part("profile", lambda: card_steps.profile(device, profiled, tokens))
     session.part("long", lambda: card_steps.long_trace(device, *long, 1))
     session.part("products", lambda: card_kernels.products(device, *stored, few))
+    session.part("fused", lambda: card_products.fused(device, *stored, few))
     session.part("crossing", lambda: card_steps.crossing(device, tiny, short, 8 * few, 2))
     session.part("streaming", lambda: card_steps.streaming(device, tiny, short, few))
     print(markdown(session.result))

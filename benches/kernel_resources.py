@@ -23,7 +23,16 @@ from typing import Any
 
 import torch
 
-from influence_fast.kernels import project_flat, rms_norm, segment_bilinear, segment_outer, skinny_project
+from influence_fast.kernels import (
+    column_ranks,
+    project_flat,
+    rms_norm,
+    row_factors,
+    score_tile,
+    segment_bilinear,
+    segment_outer,
+    skinny_project,
+)
 from influence_fast.kernels.counter import fill_signs, fill_sjlt
 from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY, fp8_rows
 from influence_fast.kernels.gated_silu import gated_silu, gated_silu_backward
@@ -40,6 +49,7 @@ ARCHITECTURES = tuple(SHARED_LIMIT)
 NEWER = {"_fp8_rows_kernel": 10 * LOWEST_CAPABILITY[0] + LOWEST_CAPABILITY[1]}
 
 _TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -212,8 +222,59 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
                     for weights in (None, tensor(1024, dtype=torch.float32))
                 ],
             )
+    yield from _product_cases()
     yield "fill_signs", lambda: fill_signs(0, "m/in", 3584, 16, device=meta)
     yield "fill_sjlt", lambda: fill_sjlt(0, "m/row", 3584 * 16, 8192, device=meta)
+
+
+def _product_cases() -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, call) of the passes over tiles of inner products: every result at once and each alone."""
+    meta = torch.device("meta")
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device=meta)
+
+    def taken(dtype: torch.dtype, planes: int, queries: int, keep: int, *, every: bool = True) -> None:
+        rows = 4096
+        tile = score_tile.Tile(
+            tensor(planes, rows, queries, dtype=dtype),
+            tensor(planes, queries),
+            tensor(rows, dtype=torch.int32),
+            row_factor=tensor(rows),
+        )
+        lists = score_tile.GroupTables(
+            tensor(9, dtype=torch.int32),
+            tensor(8, dtype=torch.int32),
+            tensor(8, score_tile.query_block(queries), dtype=torch.int8),
+        )
+        top = score_tile.RunningTop.of(queries, keep, rows, meta) if keep else None
+        sums = tensor(rows, 4, dtype=torch.float64)
+        found = score_tile.TileResults(tensor(rows, queries), tensor(queries, 10 * rows), sums, lists, top)
+        score_tile.score_tile(tile, found if every else score_tile.TileResults(scores=found.scores))
+
+    for dtype in (torch.int32, torch.float32):
+        for planes in (1, 2, 4):
+            for queries in (8, 64, 512):
+                shape = f"{_TYPES[dtype]} P={planes} Q={queries}"
+                yield f"score_tile {shape}", lambda a=(dtype, planes, queries, 0): taken(*a, every=False)
+                yield f"score_tile {shape}, all", lambda a=(dtype, planes, queries, 10): taken(*a)
+    for keep in (1, 100, 1000):
+        yield f"score_tile top {keep}", lambda k=keep: taken(torch.int32, 1, 512, k)
+    for count in (1, 200_000):
+        yield (
+            f"column_ranks N={count}",
+            lambda n=count: column_ranks.add_column_ranks(
+                tensor(4, n), tensor(3, dtype=torch.int32), tensor(4, dtype=torch.int32), tensor(n, 2).double()
+            ),
+        )
+    for dtype in (torch.int8, torch.bfloat16):
+        for width in (1, 517, 8192):
+            yield (
+                f"row_factors {_TYPES[dtype]} k={width}",
+                lambda d=dtype, k=width: [
+                    row_factors.row_factors(tensor(100, k, dtype=d), scales) for scales in (None, tensor(100))
+                ],
+            )
 
 
 def measure(architectures: tuple[int, ...] = ARCHITECTURES, only: str = "") -> list[Resources]:

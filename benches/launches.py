@@ -29,11 +29,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import influence_fast as inf
 from benches.environment import describe
 from influence_fast.data.packing import pack_examples
 from influence_fast.gradients import attention
 from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.projection import Projection
 from influence_fast.kernels.runtime import recording
 
 SHAPE = {  # Qwen2.5-0.5B, whose layers are the smallest
@@ -136,7 +136,7 @@ def plain(layers: int) -> Found:
     return found.count, found.bytes
 
 
-def ours(layers: int, backend: str, projection: inf.Projection | None) -> Found:
+def ours(layers: int, backend: str, projection: Projection | None) -> Found:
     """A pack through the engine, Triton kernels counted as one operation a launch."""
     ids = torch.zeros(TOKENS, dtype=torch.int64)
     (pack,) = pack_examples([{"input_ids": ids, "labels": ids}], TOKENS)
@@ -161,7 +161,7 @@ def per_layer(count: Callable[[int], Found]) -> dict[str, int]:
 
 def measure() -> dict[str, dict[str, int]]:
     """Every way and its operations."""
-    projection = inf.Projection(dim=16)
+    projection = Projection(dim=16)
     return {
         "plain LoRA step": per_layer(plain),
         "ours, PyTorch": per_layer(lambda layers: ours(layers, "torch", projection)),

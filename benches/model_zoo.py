@@ -35,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 import influence_fast as inf
 from benches.environment import describe
 from influence_fast.errors import InfluenceFastError, one_line
+from influence_fast.gradients.targets import gradient_layout
 
 VOCABULARY = 128
 WINDOW = 8
@@ -345,7 +346,7 @@ def examples_for(model: Any, lengths: tuple[int, ...] = LENGTHS) -> list[dict[st
 def by_autograd(model: Any, examples: list[dict[str, Any]]) -> torch.Tensor:
     """Return exact rows [E, k] by one ordinary forward and backward an example of the model as it is."""
     model = copy.deepcopy(model).eval()
-    layout = inf.gradient_layout(model)
+    layout = gradient_layout(model)
     parameters = dict(model.named_parameters())
     factors = [next(p for n, p in parameters.items() if n.startswith(f"{e.module}.{e.factor}.")) for e in layout]
     rows = []

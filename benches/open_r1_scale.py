@@ -42,7 +42,7 @@ from influence_fast.distributed.metrics import PEAK_FLOPS, example_flops
 from influence_fast.gradients.per_example import per_example_gradients
 from influence_fast.gradients.projection import Projection
 from influence_fast.products import native
-from influence_fast.products.inner_products import inner_products
+from influence_fast.products.inner_products import ProductOptions, inner_products
 from influence_fast.store.identity import StoreIdentity
 from influence_fast.store.manifest import Manifest, Part
 from influence_fast.store.reader import Store, open_store
@@ -129,7 +129,12 @@ def scoring(store: Store, queries: np.ndarray, threads: int, rounds: int) -> dic
 
     def score(rows: int) -> None:
         result = inner_products(
-            Leading(store, rows), queries, normalize=True, groups=groups, ranks=True, threads=threads
+            Leading(store, rows),
+            queries,
+            normalize=True,
+            groups=groups,
+            ranks=True,
+            options=ProductOptions(threads=threads),
         )
         assert result.mean_ranks is not None
         assert result.group_means is not None
@@ -148,7 +153,9 @@ def scoring(store: Store, queries: np.ndarray, threads: int, rounds: int) -> dic
 
     def bare() -> None:
         for _ in range(turns):
-            inner_products(raw, queries, row_scales=scales, normalize=True, out=out, threads=threads)
+            inner_products(
+                raw, queries, row_scales=scales, normalize=True, options=ProductOptions(out=out, threads=threads)
+            )
 
     def read() -> None:
         for _, rows, _ in store.blocks():
@@ -268,7 +275,7 @@ def main() -> None:
         "width": args.width,
         "queries": args.queries,
         "threads": args.threads,
-        "path": native.engine()[1],
+        "path": native.chosen(),
         "load before": os.getloadavg()[0],
         "targets": TARGETS,
     }

@@ -29,12 +29,14 @@ from benches.models import qwen2_model, train_tokenizer
 from influence_fast.config import DataConfig, ModelConfig, PruningConfig, RunConfig, Source, ValidateConfig
 from influence_fast.data.examples import Example, load_examples, save_examples, tokenize
 from influence_fast.influence.settings import WHOLE, InfluenceConfig
-from influence_fast.proof.page import text_tables, write_page
-from influence_fast.proof.validate import validate
 from influence_fast.run import planner
 from influence_fast.run.demo import WorldConfig, demo_config, make_world
 from influence_fast.run.pipeline import Pipeline
-from influence_fast.training.fine_tuning import TrainConfig, finetune, list_checkpoints
+from influence_fast.training.files import list_checkpoints
+from influence_fast.training.fine_tuning import finetune
+from influence_fast.training.settings import TrainConfig
+from influence_fast.validation.page import text_tables, write_page
+from influence_fast.validation.validate import validate
 
 RESULTS = Path(__file__).parent / "results"
 POOL, QUERIES = 160, 40  # of the math500 world: the shortest problems, so that retraining is a matter of seconds

@@ -22,7 +22,7 @@ from benches.models import qwen2_model, train_tokenizer
 from influence_fast.config import RunConfig
 from influence_fast.data.examples import load_examples, tokenize
 from influence_fast.run.pipeline import Pipeline
-from influence_fast.selection.pool_scores import score_pool
+from influence_fast.selection.pool_scores import ScoredPool, score_pool
 from influence_fast.settings import from_dict
 from influence_fast.training.fine_tuning import load_finetuned
 
@@ -63,10 +63,13 @@ def main() -> None:
     adapter = pipeline.reference_adapter()
     model = load_finetuned(pipeline.base, adapter)
     scored = score_pool(
-        model,
-        pipeline.tokenizer,
-        tokenize(examples, pipeline.tokenizer).examples,
-        pipeline.queries(adapter),
+        ScoredPool(
+            model,
+            pipeline.tokenizer,
+            examples,
+            tokenize(examples, pipeline.tokenizer).examples,
+            pipeline.queries(adapter),
+        ),
         args.output / "store-all",
         pipeline.config.gradients,
         pipeline.config.influence,

@@ -38,7 +38,7 @@ from influence_fast.kernels import project_flat, segment_bilinear, segment_outer
 from influence_fast.kernels.runtime import Cost
 from influence_fast.kernels.segments import Segments
 from influence_fast.products import native
-from influence_fast.products.inner_products import inner_products, quantize_rows
+from influence_fast.products.inner_products import ProductOptions, inner_products, quantize_rows
 
 COMMAND = "python -m benches.roofline"
 
@@ -190,13 +190,13 @@ def scoring_stages(device: torch.device, quick: bool, threads: int) -> list[Stag
             cost = Cost(2 * n * k * count, values.nbytes + queries.nbytes + out.nbytes)
 
             def run(v: Any = values, q: Any = queries, o: Any = out, options: Any = options) -> Any:
-                return inner_products(v, q, out=o, threads=threads, **options)
+                return inner_products(v, q, options=ProductOptions(out=o, threads=threads), **options)
 
             found.append(Stage(f"inner products, {dtype}, {count} queries", cost, dtype, run))
     # Columns must at least be written and read once more to be ranked.
     cost = Cost(2 * n * k * 512, raw.nbytes + queries.nbytes + 2 * 4 * n * 512)
     values, options = stored["int8"]
-    run = lambda: inner_products(values, queries, ranks=True, threads=threads, **options)  # noqa: E731
+    run = lambda: inner_products(values, queries, ranks=True, options=ProductOptions(threads=threads), **options)  # noqa: E731
     found.append(Stage("ranks, int8, 512 queries", cost, "int8", run))
     if device.type == "cpu":
         cost = Cost(n * k, rows.nbytes + raw.nbytes)
@@ -266,7 +266,7 @@ def measure(device: torch.device, quick: bool, rounds: int, threads: int) -> dic
         "command": COMMAND,
         "device": device.type,
         "threads": threads,
-        "path": native.engine()[1],
+        "path": native.chosen(),
         "rounds": rounds,
         "ceilings": {name: spread(values)._asdict() for name, values in rates.items()},
         "stages": shares([(s.name, s.cost, s.dtype) for s in stages], seconds, bandwidth, rates),

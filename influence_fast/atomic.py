@@ -1,4 +1,4 @@
-"""Files that others may read appear whole or not at all."""
+"""Write files atomically: others see them complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from pathlib import Path
 
 
 def beside(path: str | Path, suffix: str) -> Path:
-    """What lies beside a folder or file under its name and `suffix`; "." has the name of the folder that it is."""
+    """Return the path next to a folder or file with `suffix` appended to its name; "." has the name of its folder."""
     whole = Path(path).absolute()
     return whole.with_name(whole.name + suffix)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place when the block ends well, and is removed if not.
+    """Yield a temporary path beside `path` that replaces it when the block succeeds and is removed when it fails.
 
     Temporary files of the same `path` that killed processes of this host left behind are removed first.
     """
@@ -38,7 +38,8 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        nameless = error.filename is None and error.errno is not None  # a full disk, most likely
+        # A full disk gives an error without a file name.
+        nameless = error.filename is None and error.errno is not None
         if nameless or str(error.filename) == str(temporary):
             error.filename = str(path)
         raise
@@ -50,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @functools.cache
 def _host() -> str:
-    """Return a name of the host, its boot and its process numbers: only under the same name can a number be looked up.
+    """Return a key of the host, its boot and its process namespace, within which process numbers are comparable.
 
     Containers of one host number their processes apart, and a restarted host numbers them anew.
     """
@@ -62,7 +63,7 @@ def _host() -> str:
 
 
 def _sweep(path: Path) -> None:
-    """Remove the temporary files of `path` whose processes ran under this host's name and are gone."""
+    """Remove temporary files of `path` that were written under this host's key by processes that no longer run."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.{_host()}-*-*.tmp"):
         number = re.search(r"-(\d+)-[0-9a-f]+\.tmp$", left.name)
         if number is None or _runs(int(number[1])):
@@ -75,20 +76,22 @@ def _sweep(path: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    if os.name != "posix":  # where `os.kill` has no signal that only asks
+    # Elsewhere `os.kill` has no signal that only tests for the process.
+    if os.name != "posix":
         return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it runs, under another user
+    except OSError:
+        # The process runs under another user.
         return True
     return True
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Have an error of writing inside, as of a full disk, name `path` where it names nothing."""
+    """Make an error of writing inside the block (a full disk) name `path` where the error names no file."""
     try:
         yield
     except OSError as error:
@@ -98,6 +101,6 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Write a UTF-8 text file atomically: it appears complete or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

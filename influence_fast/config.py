@@ -19,41 +19,42 @@ from influence_fast.errors import ConfigError, shown
 from influence_fast.evaluation.evaluate import EvalConfig
 from influence_fast.evaluation.generation_settings import EXPLICIT
 from influence_fast.gradients.fp8 import FP8
+from influence_fast.gradients.row_spec import SKETCHES, RowSpec
 from influence_fast.guards import reading
-from influence_fast.influence.preconditioners import (
-    SKETCHES,
-)
-from influence_fast.influence.settings import GradientConfig, InfluenceConfig, check_influence
+from influence_fast.influence.recipe import Recipe
+from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.selection.strategies import STRATEGIES, needed_columns
 from influence_fast.settings import MAX_TRAINING_SEED, check_seed, from_dict, one_of, read_mapping
-from influence_fast.training.fine_tuning import LoraSettings, TrainConfig
 from influence_fast.training.quantized_files import check_quantization
+from influence_fast.training.settings import LoraSettings, TrainConfig
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where examples come from: a hub id, a file, or a saved dataset, and how its rows are read."""
+    """A source of examples: a hub id, a file or a saved dataset, and how its rows are read."""
 
     path: str
     split: str = "train"
     format: str = "auto"
-    trace: str | int = "first_correct"  # which of an OpenR1 row's traces
+    # The choice among an OpenR1 row's traces.
+    trace: str | int = "first_correct"
     limit: int | None = None
     columns: dict[str, str | None] | None = None
-    turns: str = "last"  # of a conversation, which assistant turns the loss is on: the last, or all
+    # The assistant turns of a conversation that have a loss: the last, or all.
+    turns: str = "last"
 
     def __post_init__(self) -> None:
         check_turns(self.turns)
 
     @classmethod
     def from_text(cls, path: str) -> Source:
-        """In a YAML file a bare path stands for the whole."""
+        """Return the source at `path` with default settings: in a YAML file a bare path stands for all of them."""
         return cls(path=path)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The pool that is scored and pruned, the validation questions that ask, the test questions that judge.
+    """The training pool, which is scored and pruned, the validation questions and the test questions.
 
     `validation` and `test` left out are held out of the pool: the first `holdout_validation` and the next
     `holdout_test` rows of a seeded shuffle. `decontaminate` sets pool examples aside that share 8 words in a row with
@@ -72,14 +73,15 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The base model, and an adapter to start from if there is one.
+    """The base model, and the adapter to start from if there is one.
 
-    `tokenizer`: hub id or folder of one to use in place of the adapter's own, or of the model's. `quantize`: nf4, fp4
-    or int8 quantises the base weights as they are loaded, by bitsandbytes (docs/quantized.md).
+    `tokenizer`: hub id or folder of a tokenizer used in place of the adapter's or the model's own. `quantize`: nf4, fp4
+    or int8 quantises the base weights with bitsandbytes as they are loaded (docs/quantized.md).
     """
 
     path: str
-    adapter: str | None = None  # a trained adapter: the first fine-tuning is then skipped
+    # With a trained adapter the first fine-tuning is skipped.
+    adapter: str | None = None
     tokenizer: str | None = None
     dtype: str = "float32"
     device: str = "auto"
@@ -92,7 +94,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """The grid: each strategy at each fraction of the pool dropped, each fine-tuned with each seed.
+    """The pruning grid: each strategy at each fraction of the pool dropped, fine-tuned with each seed.
 
     `max_similar`: of traces with this Jaccard similarity of their 8-word runs or more, only the one that the strategy
     would drop last stays. The pass rates that `difficulty`, `easy` and `hard` read come from `pass_rate_samples`
@@ -107,10 +109,11 @@ class PruningConfig:
     pass_rate_temperature: float = 0.6
 
     def pass_rate_config(self, evaluation: EvalConfig) -> EvalConfig:
-        """How the pool's questions are asked for their pass rates; otherwise as in the evaluation.
+        """Return the evaluation settings under which the pool's questions are answered to estimate their pass rates.
 
-        The pretrained model that answers is in memory then, so it answers itself, whatever `evaluation.engine` is; and
-        it samples by these settings, whatever `evaluation.generation` is.
+        They are those of `evaluation` but for the engine and the sampling: the pretrained model is in memory then, so
+        it answers itself whatever `evaluation.engine` is, and it samples by `pass_rate_samples` and
+        `pass_rate_temperature` whatever `evaluation.generation` is.
         """
         return dataclasses.replace(
             evaluation,
@@ -124,7 +127,7 @@ class PruningConfig:
 
 @dataclass(frozen=True)
 class ValidateConfig:
-    """`influence-fast validate`: which methods are put to the proof, and by how many retrainings.
+    """Settings of `influence-fast validate`: the methods to validate, and the number of retrainings.
 
     methods: names of `methods.METHODS`, or mappings of `Method`'s fields with a name; `default` is the one that the
     others are compared with. external: name -> .npz file with `scores` [N, Q] of another tool, for the same pool and
@@ -167,25 +170,31 @@ class ValidateConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One whole run. `output`: the folder everything is written to; a relative one is taken from the folder that the
-    command is started in, while all other paths of a YAML file are taken from the file's own."""
+    """The configuration of one complete run.
+
+    `output`: the folder everything is written to; a relative one is taken from the folder that the command is started
+    in, while all other paths of a YAML file are taken from the file's own folder.
+    """
 
     output: str
     model: ModelConfig
     data: DataConfig
-    target_model: ModelConfig | None = None  # `model` scores, this one is fine-tuned and judged; None: one for both
+    # `model` scores the pool, and this one is fine-tuned and evaluated; None: `model` is used for both.
+    target_model: ModelConfig | None = None
     title: str = "Influence-based data selection"
     seed: int = 0
     lora: LoraSettings = field(default_factory=LoraSettings)
     training: TrainConfig = field(default_factory=TrainConfig)
-    gradients: GradientConfig = field(default_factory=GradientConfig)
+    gradients: RowSpec = field(default_factory=RowSpec)
     influence: InfluenceConfig = field(default_factory=InfluenceConfig)
     pruning: PruningConfig = field(default_factory=PruningConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
 
     def __post_init__(self) -> None:
-        check_influence(self.influence, self.gradients)
+        Recipe.of(self.gradients, self.influence).check()
+        if not isinstance(self.gradients.sketch, str):
+            raise ConfigError("gradients.sketch: a run names a fitted sketch by the folder of its store")
         _check_quantized(self)
         if self.influence.checkpoints and not self.training.save_checkpoints and self.model.adapter is None:
             raise ConfigError("influence.checkpoints: there will be none; set training.save_checkpoints")
@@ -227,7 +236,7 @@ class RunConfig:
 
 
 def _check_quantized(config: RunConfig) -> None:
-    """ConfigError for what does not go with base weights that are quantised as they are loaded."""
+    """Raise ConfigError for settings that cannot be combined with base weights quantised on loading."""
     models = [config.model, config.target_model or config.model]
     if all(model.quantize is None for model in models):
         return
@@ -238,7 +247,7 @@ def _check_quantized(config: RunConfig) -> None:
 
 
 def check_strategies(names: typing.Iterable[str], influence: InfluenceConfig) -> None:
-    """ConfigError for a strategy that is unknown, or that reads what the queries do not give."""
+    """Raise ConfigError for a strategy that is unknown, or that reads columns which the queries do not give."""
     for strategy in names:
         one_of("pruning.strategies", strategy, STRATEGIES)
         wrong = any(column.endswith("_incorrect") for column in needed_columns([strategy]))
@@ -250,9 +259,10 @@ def check_strategies(names: typing.Iterable[str], influence: InfluenceConfig) ->
 
 
 def load_config(path: str | Path) -> RunConfig:
-    """Reads a YAML file. Relative paths in it are taken from the file's own folder if they exist there.
+    """Read a run's configuration from a YAML file.
 
-    Raises ConfigError naming the file and the key.
+    Relative paths in it are taken from the file's own folder if they exist there. Raises ConfigError naming the file
+    and the key.
     """
     path = Path(path)
     try:
@@ -261,7 +271,8 @@ def load_config(path: str | Path) -> RunConfig:
         raise ConfigError(f"{path}: no such configuration file") from None
     gradients = raw.get("gradients")
     if isinstance(gradients, dict) and isinstance(sketch := gradients.get("sketch"), str) and sketch not in SKETCHES:
-        raw["gradients"] = gradients | {"sketch": _local(sketch, path.parent)}  # checked when it is read
+        # The sketch's folder is checked when it is read.
+        raw["gradients"] = gradients | {"sketch": _local(sketch, path.parent)}
     try:
         with reading("the configuration", ConfigError):
             return _resolve_paths(from_dict(RunConfig, raw), path.parent)
@@ -273,10 +284,14 @@ _LONGEST_NAME = 255  # bytes, of every file system in use
 
 
 def _local(path: str, folder: Path) -> str:
-    """`path`, from `folder` if it exists there. Raises ConfigError for a text that no file can have as its name."""
-    if "\0" in path or any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.split("/")):
+    """Return `path` resolved against `folder` if it exists there, else unchanged.
+
+    Raises ConfigError for a text that cannot be a file name.
+    """
+    if "\0" in path or any(_name_bytes(part) > _LONGEST_NAME for part in path.split("/")):
         raise ConfigError(f"{shown(path)} cannot be the name of a file or folder; check the path")
-    beside = Path(os.path.abspath(folder / path))  # the same file has one name, wherever the command is run
+    # The same file has one name wherever the command is run.
+    beside = Path(os.path.abspath(folder / path))
     return str(beside) if not Path(path).is_absolute() and os.path.exists(beside) else path
 
 
@@ -292,7 +307,8 @@ def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
         tokenizer = None if value.tokenizer is None else local(value.tokenizer)
         return dataclasses.replace(value, path=local(value.path), adapter=adapter, tokenizer=tokenizer)
 
-    local(config.output)  # stays as it is, but has to be a path
+    # The output folder is not resolved, but it has to be a valid path.
+    local(config.output)
     data, optimizer = config.data, config.influence.optimizer
     return dataclasses.replace(
         config,
@@ -313,3 +329,11 @@ def _resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
             data, pool=source(data.pool), validation=source(data.validation), test=source(data.test)
         ),
     )
+
+
+def _name_bytes(name: str) -> float:
+    """Return how many bytes a name takes in a folder, infinity for text that no file system can write."""
+    try:
+        return len(os.fsencode(name))
+    except UnicodeEncodeError:  # half a surrogate pair
+        return float("inf")

@@ -1,4 +1,4 @@
-"""What is installed, which paths are active, and for those that are not, why."""
+"""Report what is installed, which computing paths are active, and why the others are not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Python's and the relevant packages' versions, those that are installed."""
+    """Return the versions of Python and of those packages in `PACKAGES` that are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """The machine in words: system, cores, memory, threads of torch, GPU."""
+    """Return a description of the machine: system, cores, memory, torch's threads, GPU."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -49,7 +49,7 @@ def environment() -> dict[str, Any]:
 
 
 def paths() -> list[tuple[str, bool, str]]:
-    """(path, active, what it is or why it is not active), in the order of the engine."""
+    """Return (path, whether it is active, what it is or why not) of every computing path, in engine order."""
     from influence_fast.products import native
 
     return [*_gradients(), *native.status(), *_optional()]
@@ -58,7 +58,7 @@ def paths() -> list[tuple[str, bool, str]]:
 def _gradients() -> list[tuple[str, bool, str]]:
     import torch
 
-    from influence_fast.gradients import backends, graphs
+    from influence_fast.gradients import backends, cuda_graphs
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -72,10 +72,10 @@ def _gradients() -> list[tuple[str, bool, str]]:
         active = name == chosen.name
         reason = why if name == "triton" or active else "the other backend was chosen"
         rows.append((f"gradients: {name}", active, f"{note} ({reason})"))
-    off = graphs.wanted() is False
+    off = cuda_graphs.wanted() is False
     note = "steps seen twice are replayed" if chosen.launches_kernels else "they need the triton backend"
     if off:
-        note = f"off by {graphs.VARIABLE}=0"
+        note = f"off by {cuda_graphs.VARIABLE}=0"
     rows.append(("gradients: CUDA graphs", chosen.launches_kernels and not off, note))
     return [*rows, (f"gradients: {backends.NATIVE}", False, backends.NOT_NATIVE)]
 

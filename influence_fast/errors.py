@@ -12,7 +12,8 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
-_LONGEST = 3000  # characters of a message: names from a file may be of any length
+# Characters of a message; names from a file may be of any length.
+_LONGEST = 3000
 
 
 class InfluenceFastError(Exception):
@@ -46,7 +47,7 @@ class NumericError(InfluenceFastError):
 
 
 def _printable(text: str) -> str:
-    """`text` with escapes in the place of control characters and of what turns the direction of writing."""
+    """Return `text` with control characters and marks that change the writing direction replaced by escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
@@ -56,21 +57,22 @@ _SHORT.maxlevel = 3
 
 
 def shown(value: Any) -> str:
-    """Return the `repr` of a value from a file, cut to the size of a message without writing all of it."""
+    """Return the `repr` of a value from a file, cut to the length of a message without computing all of it."""
     try:
         return _SHORT.repr(value)
-    except ValueError:  # a whole number of more digits than Python writes
+    except ValueError:
+        # Python writes no integer of more than 4,300 digits.
         return f"a {type(value).__name__} of thousands of digits"
 
 
 @functools.cache
-def say_once(logger: logging.Logger, message: str) -> None:
-    """A warning, the first time: an engine opens for every call."""
+def warn_once(logger: logging.Logger, message: str) -> None:
+    """Log a warning the first time it is given: an engine opens for every call."""
     logger.warning(message)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The tail of an error message: the nearest known name, and all of them."""
+    """Return the end of an error message: the nearest known name, if one is near, and all known names."""
     names = sorted(str(name) for name in known)
     near = difflib.get_close_matches(str(word)[:100], names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -78,12 +80,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def one_line(error: BaseException, limit: int | None = 300) -> str:
-    """Another library's message as a part of one of ours: on one line, its first `limit` characters."""
+    """Return another library's error message on one line, cut to its first `limit` characters, to be quoted in ours."""
     return " ".join(str(error).split())[:limit]
 
 
-def listing(items: Iterable[str], limit: int = 5) -> str:
-    """`a, b, c and 7 more`: names the first few of many ids in one line."""
+def truncated_list(items: Iterable[str], limit: int = 5) -> str:
+    """Return the first `limit` names of a list in one line: "a, b, c and 7 more"."""
     names = list(items)
     head = ", ".join(names[:limit])
     rest = len(names) - limit

@@ -1,4 +1,4 @@
-"""What stands at the door of every loader: whatever a file holds, one line that names the file tells of it."""
+"""Guards of every loader: whatever a file holds, the error is one line that names the file."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ _KINDS = (
 
 @contextlib.contextmanager
 def reading(what: object, kind: type[InfluenceFastError] = DataError) -> Iterator[None]:
-    """Raise as `kind`, naming `what` is read, any error inside that nobody foresaw; our own pass as they are.
+    """Turn any unforeseen error inside the block into one of class `kind` that names `what` is being read.
 
-    Errors of a full disk pass too: what is written there is told by its own name.
+    Errors of this package pass unchanged, and so do errors of a full disk: what is written there is reported under its
+    own name.
     """
     try:
         yield
@@ -41,7 +42,8 @@ def reading(what: object, kind: type[InfluenceFastError] = DataError) -> Iterato
     except UnicodeError as error:
         raise kind(f"{what}: holds text that is no Unicode ({one_line(error, 120)}); save it as UTF-8") from error
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+        # Libraries written in Rust raise a PanicException, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             raise kind(f"{what}: needs more memory than there is ({one_line(error, 160) or 'none is left'})") from error
@@ -60,7 +62,8 @@ def check_no_pipe(path: str | os.PathLike[str], kind: type[InfluenceFastError] =
     """Raise `kind` where `path` is a pipe, a device or a socket, which never ends or cannot be read twice."""
     try:
         mode = os.stat(path).st_mode
-    except (OSError, ValueError):  # not there, or no path: whoever opens it says so
+    except (OSError, ValueError):
+        # Whoever opens a missing file or an invalid path reports it.
         return
     for holds, name in _KINDS:
         if holds(mode):

@@ -21,7 +21,7 @@ _WORKER = Path(__file__).with_name("limited_worker.py")
 
 @dataclass(frozen=True)
 class Limited:
-    """What a limited process left: its `output` and `errors`, and by what it was `stopped` ("", "time", "memory")."""
+    """The result of a limited process: `output`, `errors`, and the limit that stopped it ("", "time" or "memory")."""
 
     output: bytes
     errors: bytes
@@ -29,13 +29,14 @@ class Limited:
 
 
 def limited(work: Mapping[str, Any], *, seconds: int, memory: int) -> Limited:
-    """Do a task of `limited_worker` in a process of its own, within `seconds` of processor time and `memory` bytes.
+    """Run a task of `limited_worker` in a process limited to `seconds` of processor time and `memory` bytes.
 
-    `work` has the task's name as "task", and plain values.
+    `work` holds the task's name under "task", and plain values.
     """
     sent = pickle.dumps({**work, "seconds": seconds, "memory": memory})
     command = [sys.executable, "-I", str(_WORKER)]
-    environment = isolated_environment() | {"OPENBLAS_NUM_THREADS": "1"}  # rows of numpy's; threads take address space
+    # Each thread of numpy's OpenBLAS takes address space, which is limited.
+    environment = isolated_environment() | {"OPENBLAS_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, input=sent, capture_output=True, timeout=6 * seconds, cwd="/", env=environment)
     except subprocess.TimeoutExpired as over:
@@ -46,7 +47,7 @@ def limited(work: Mapping[str, Any], *, seconds: int, memory: int) -> Limited:
 
 
 def isolated_environment() -> dict[str, str]:
-    """Return this process's environment without what makes Python import or run other files."""
+    """Return this process's environment without the variables that make Python import or run other files."""
     unsafe = ("PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME", "PYTHONINSPECT", "PYTHONUSERBASE", "PYTHONBREAKPOINT")
     return {name: value for name, value in os.environ.items() if name not in unsafe}
 
@@ -55,13 +56,14 @@ def trusted_folders() -> list[str]:
     """Return the folders of this process's path that are absolute and are not the current folder."""
     try:
         here = Path.cwd().resolve()
-    except FileNotFoundError:  # the current folder was deleted
+    except FileNotFoundError:
+        # The current folder was deleted.
         here = None
     return [entry for entry in sys.path if Path(entry).is_absolute() and Path(entry).resolve() != here]
 
 
 def safe_environment() -> dict[str, str]:
-    """Return this process's environment with the absolute folders of PYTHONPATH alone; `.` is whatever is current."""
+    """Return this process's environment with only the absolute folders of PYTHONPATH: `.` is any current folder."""
     found = dict(os.environ)
     if "PYTHONPATH" in found:
         folders = [folder for folder in found["PYTHONPATH"].split(os.pathsep) if Path(folder).is_absolute()]
@@ -71,10 +73,10 @@ def safe_environment() -> dict[str, str]:
 
 @contextlib.contextmanager
 def current_folder_off_path() -> Iterator[None]:
-    """Let processes started inside, as those of `multiprocessing`, begin without the current folder on their path.
+    """Start processes inside the block, as those of `multiprocessing`, without the current folder on their path.
 
-    Their own settings and those of their children hold it too. The path that `multiprocessing` hands on from this
-    process is not changed.
+    Their environment passes this on to their own children. The path that `multiprocessing` hands on from this process
+    is not changed.
     """
     before = {name: os.environ.get(name) for name in ("PYTHONSAFEPATH", "PYTHONPATH")}
     os.environ.update(safe_environment() | {"PYTHONSAFEPATH": "1"})

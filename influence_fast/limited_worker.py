@@ -1,4 +1,4 @@
-"""Does work of foreign texts (templates, regular expressions) in a process that `isolation.limited` limits.
+"""Run untrusted texts (templates, regular expressions) in a process that `isolation.limited` limits.
 
 Run as a script (`python -I limited_worker.py`): it reads one pickled dict from standard input, of the process that
 started it, and imports nothing of this package. `work["task"]` names a function below, whose result is printed as JSON.
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Limit this process, do the task, and print its result as JSON."""
+    """Limit this process, run the task, and print its result as JSON."""
     work = pickle.loads(sys.stdin.buffer.read())
     _limit(work["memory"], work["seconds"])
     print(json.dumps({"chat": chat, "prompts": prompts, "patterns": patterns, "tokens": tokens}[work["task"]](work)))
@@ -20,22 +20,23 @@ def main() -> None:
 def _limit(memory: int, seconds: int) -> None:
     try:
         import resource
-    except ImportError:  # no such limits on this system: the caller's own limit of time is left
+    except ImportError:
+        # Without these limits on a system the caller's own time limit remains.
         return
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 
 
 def chat(work: dict[str, Any]) -> list[int]:
-    """Render a chat template for each of `conversations`, and return the lengths of the texts.
+    """Render a chat template for each of `conversations`, and return the lengths of the texts (0 where it raises).
 
-    Errors of the template are not this one's business, since they come up again where it is used.
+    Errors of the template are not reported here, since they come up again where it is used.
     """
     import jinja2.ext
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """The tag `generation`, by which transformers marks what an assistant says: its body as it is."""
+        """A tag `generation`, by which transformers marks what an assistant says; its body is rendered unchanged."""
 
         tags = {"generation"}  # noqa: RUF012 (jinja2's own name for it)
 
@@ -68,7 +69,10 @@ def _raise(message: str) -> None:
 
 
 def prompts(work: dict[str, Any]) -> dict[str, Any]:
-    """Render a task's prompt for each of `values`: {"texts", "error"}, where an error is (place or None, text)."""
+    """Render a task's prompt for each of `values`.
+
+    Returns {"texts", "error"}, where an error is [place or None, message].
+    """
     import jinja2
     import jinja2.sandbox
 
@@ -95,9 +99,9 @@ def prompts(work: dict[str, Any]) -> dict[str, Any]:
 
 
 def patterns(work: dict[str, Any]) -> list[Any]:
-    """Match every pattern with every name: None where all end, else the pattern that is no regular expression and why.
+    """Match every pattern with every name; return [None, ""], or [place, why] of the first invalid pattern.
 
-    A pattern is printed before it is matched, so that of one that does not end it is known which.
+    The place of a pattern is printed to stderr before it is matched, so that one that does not end is known.
     """
     import re
 
@@ -116,7 +120,7 @@ def patterns(work: dict[str, Any]) -> list[Any]:
 
 
 def tokens(work: dict[str, Any]) -> str:
-    """Run a tokenizer's normalizer, pre-tokenizer and decoder on `texts`: empty, or the library's own error."""
+    """Run a tokenizer's normalizer, pre-tokenizer and decoder on `texts`; return "" or the library's own panic."""
     from tokenizers import Tokenizer
 
     model = {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}
@@ -130,9 +134,11 @@ def tokens(work: dict[str, Any]) -> str:
                 tokenizer.decoder.decode([text])
     except MemoryError:
         raise
-    except Exception:  # of a file that cannot be loaded; loading it says so
+    except Exception:
+        # A file that cannot be loaded is reported when it is loaded.
         return ""
-    except BaseException as error:  # a panic of the library, which is no Exception
+    except BaseException as error:
+        # A panic of the library is no Exception.
         return str(error)[:200] or type(error).__name__
     return ""
 

@@ -35,7 +35,7 @@ _U32 = 0xFFFFFFFF
 
 
 def key(seed: int, name: str) -> tuple[int, int]:
-    """The Philox key of one random matrix: two uint32 out of SHA-256("<seed>:<name>")."""
+    """Return the Philox key of one random matrix: two uint32 from SHA-256("<seed>:<name>")."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
@@ -43,7 +43,10 @@ def key(seed: int, name: str) -> tuple[int, int]:
 def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 of int64 tensors holding uint32 values (broadcast together); returns four such."""
+    """Return the four output words of Philox4x32-10, as int64 tensors holding uint32 values.
+
+    The four words of `counter` are int64 tensors of uint32 values and broadcast together.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
@@ -66,9 +69,9 @@ def sign_matrix(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Entries (row_start ... row_start + rows, 0 ... columns) of the ±1 matrix of (seed, name), unscaled.
+    """Return rows `row_start` to `row_start + rows` of the unscaled ±1 matrix of (seed, name).
 
-    Returns (rows, columns) of `dtype` on `device`.
+    The result is [rows, columns] of `dtype` on `device`.
     """
     row = torch.arange(row_start, row_start + rows, dtype=torch.int64, device=device)
     blocks = -(-columns // 128)
@@ -94,10 +97,10 @@ def sjlt_map(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Where coordinates start ... start + n go in a sparse sketch of `width` numbers, and with what sign.
+    """Return the bucket and the sign of coordinates `start` to `start + n` in a sparse sketch of `width` numbers.
 
-    Returns bucket (n,) int64 in [0, width) and sign (n,) ±1 of `dtype`: sketch[bucket[i]] += sign[i] * row[i]
-    keeps inner products in the mean with no further scale.
+    bucket is [n] int64 in [0, width) and sign [n] ±1 of `dtype`: sketch[bucket[i]] += sign[i] * row[i] keeps inner
+    products in expectation without a further scale. Raises ConfigError for a width outside [1, `MAX_WIDTH`].
     """
     if not 1 <= width <= MAX_WIDTH:
         raise ConfigError(f"sketch width {width} is not between 1 and {MAX_WIDTH}")
@@ -114,5 +117,5 @@ def _high(product: Tensor) -> Tensor:
 
 
 def _as_int32(word: Tensor) -> Tensor:
-    """The same 32 bits as a signed number; a right shift then keeps the bit that `& 1` picks."""
+    """Return the same 32 bits as a signed number; a right shift then keeps the bit that `& 1` picks."""
     return (word - ((word >> 31) << 32)).to(torch.int32)

@@ -1,4 +1,4 @@
-"""Progress bars on stderr: what a command prints is its result."""
+"""Progress bars and lines on stderr; stdout is for a command's result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TOLD_EVERY = 10.0  # seconds between two lines about work that has no bar
 
 
 def track(items: Iterable[T], what: str, *, shown: bool, total: int | None = None) -> Iterable[T]:
-    """`items`, with a bar called `what` where it is `shown`; `total` where they have no length."""
+    """Return `items`, with a progress bar named `what` if `shown`; give `total` where they have no length."""
     if not shown:
         return items
     from rich.console import Console
@@ -23,7 +23,7 @@ def track(items: Iterable[T], what: str, *, shown: bool, total: int | None = Non
 
 
 def bar(what: str, *columns: Any) -> Any:
-    """A `rich.progress.Progress` called `what`: how many are done of how many, then `columns`, then the time left."""
+    """Return a `rich.progress.Progress` named `what`: count done of total, then `columns`, then the time left."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -32,9 +32,9 @@ def bar(what: str, *columns: Any) -> Any:
 
 
 class Told:
-    """Lines on stderr about long work, by a clock: `near-duplicates: 40,000 of 100,000 compared, 0:00:20`.
+    """Progress lines on stderr about long work, by a clock: `near-duplicates: 40,000 of 100,000 compared, 0:00:20`.
 
-    None is written before `TOLD_EVERY` seconds, so short work says nothing. `clock` counts seconds.
+    No line is written before `TOLD_EVERY` seconds, so short work prints nothing. `clock` returns seconds.
     """
 
     def __init__(self, what: str, *, shown: bool = True, clock: Callable[[], float] = time.monotonic) -> None:
@@ -42,7 +42,7 @@ class Told:
         self._start = self._last = clock()
 
     def stage(self, done: str, total: int) -> Callable[[int], None]:
-        """Return what is to be called with how many of `total` are done, as often as they are."""
+        """Return a function to be called with the number done of `total`; it prints a line when one is due."""
 
         def tell(count: int) -> None:
             now = self._clock()

@@ -1,4 +1,4 @@
-"""How rows of fp32 numbers are kept in fewer bytes, and read back: the one place of the int8 and bf16 formats.
+"""Encode rows of fp32 numbers in fewer bytes and decode them: the only definition of the int8 and bf16 formats.
 
     bf16    to nearest even; arrays hold the bits as uint16, tensors are bfloat16
     int8    scale = max|row| / 127 in fp32, row ~ scale * int8, to nearest, halves to even
@@ -29,7 +29,7 @@ def int8_scales(peak: Tensor) -> Tensor:
 
 
 def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Round float32 rows [n, k] to (int8 [n, k], float32 scales [n]) by PyTorch.
+    """Quantize float32 rows [n, k] with PyTorch to (int8 [n, k], float32 scales [n]).
 
     |row - scale * int8| <= scale / 2 up to rounding. Rows of zeros have scale 0; rows that are not finite have the
     scale NaN and zeros.
@@ -44,30 +44,31 @@ def to_int8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bf16_bits(rows: Tensor) -> np.ndarray:
-    """Return rows of any float dtype on the CPU as the bits of bf16, uint16 of the same shape."""
+    """Return the bf16 bits of CPU rows of any float dtype, as uint16 of the same shape."""
     bits: np.ndarray = rows.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
     return bits
 
 
 def bf16_of_bits(bits: np.ndarray) -> Tensor:
-    """Return the bfloat16 tensor over the memory of `bits`, writable uint16."""
+    """Return a bfloat16 tensor that shares the memory of `bits`, writable uint16."""
     return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
 
 
 def encoded(rows: Tensor, dtype: str, quantize: Callable[[Tensor], tuple[Tensor, Tensor]] = to_int8) -> list[Tensor]:
-    """Return rows [n, k] as a store of `dtype` keeps them: [rows], or for int8 [int8 [n, k], fp32 scales [n]].
+    """Return rows [n, k] in a store's format `dtype`: [rows], or for int8 [int8 [n, k], fp32 scales [n]].
 
-    quantize: what rounds float32 rows to int8 where they are. A row that is not finite has the scale NaN.
+    quantize: the function that rounds float32 rows to int8 on their device. A row that is not finite has the scale NaN.
     """
     if dtype == "bf16":
         return [rows.to(torch.bfloat16)]
     if dtype == "int8":
-        return list(quantize(rows.to(torch.float32).contiguous()))  # a sketch's product may come by columns
+        # A sketch's product may be stored by columns.
+        return list(quantize(rows.to(torch.float32).contiguous()))
     return [rows]
 
 
 def decoded(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the fp32 rows [n, k] of what `encoded` gave; a store of that dtype encodes them to the same bits again."""
+    """Return the fp32 rows [n, k] of what `encoded` returned; encoding them again gives the same bits."""
     if len(tensors) == 1:
         return tensors[0].float() if tensors[0].dtype == torch.bfloat16 else tensors[0]
     quantized, scales = tensors

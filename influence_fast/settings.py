@@ -1,4 +1,4 @@
-"""Settings classes from YAML and back: keys and kinds of values are checked, and errors name the key."""
+"""Convert settings classes from YAML and back: keys and kinds of values are checked, and errors name the key."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ MAX_SEED, MAX_TRAINING_SEED = 2**64 - 1, 2**32 - 1
 
 #: Bounds of a YAML file. Those in use have some kB; pure-Python YAML reads about 100 kB a second.
 _LARGEST = 200_000  # bytes
-_MOST_VALUES = 20_000  # with all that aliases stand for
+# Values, counting everything that aliases expand to.
+_MOST_VALUES = 20_000
 _DEEPEST = 50  # levels of nesting
 _LONGEST_NUMBER = 400  # characters
 
 
 def read_mapping(path: Path, what: str) -> dict[str, Any]:
-    """The YAML file's mapping of keys; `what` names the thing that the file is ("a configuration").
+    """Read the mapping of keys in a YAML file; `what` names the kind of file in messages ("a configuration").
 
-    Raises ConfigError: not a file of bounded size, not UTF-8, not YAML, a key that comes twice, no mapping;
-    FileNotFoundError.
+    Raises ConfigError where the file is not a regular file of bounded size, not UTF-8, not YAML, repeats a key or holds
+    no mapping; FileNotFoundError where there is none.
     """
     text = read_text(path, ConfigError, _LARGEST)
     try:
@@ -41,7 +42,10 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the plain value of one YAML document. Raises ConfigError: not YAML, or more of it than any file needs."""
+    """Return the plain value of one YAML document.
+
+    Raises ConfigError where it is not YAML, or larger than any configuration needs to be.
+    """
     import yaml
 
     try:
@@ -63,7 +67,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _check_size(root: Any) -> None:
-    """Bound what the aliases of a document stand for before any of it is made, and refuse those of themselves."""
+    """Bound the size that aliases expand to before any value is built, and refuse aliases of themselves."""
     sizes: dict[int, int] = {}
     open_nodes: set[int] = set()
 
@@ -87,7 +91,7 @@ def _check_size(root: Any) -> None:
 
 
 def _unique_keys() -> Any:
-    """A YAML loader that refuses a key that comes twice, of which the last would win in silence."""
+    """Return a YAML loader class that refuses a repeated key, of which PyYAML silently keeps the last value."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -132,16 +136,17 @@ def _unique_keys() -> Any:
 
 
 def from_dict(kind: type[Any], raw: dict[str, Any], where: str = "") -> Any:
-    """A settings class (a dataclass) from plain YAML values. A bare string stands for a class that has `from_text`.
+    """Build a settings class (a dataclass) from plain YAML values.
 
-    Raises ConfigError: unknown or missing key, a value of the wrong kind.
+    A bare string stands for a class that has `from_text`. Raises ConfigError for an unknown or missing key, or a value
+    of the wrong kind.
     """
     hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}
+    fields = {key_of(f): f for f in dataclasses.fields(kind)}
     for key in raw:
         if key not in fields:
             raise ConfigError(f"unknown key {shown(where + str(key))}; {did_you_mean(str(key), fields)}")
-    values = {key: _convert(hints[key], value, f"{where}{key}") for key, value in raw.items()}
+    values = {fields[key].name: _convert(hints[fields[key].name], value, f"{where}{key}") for key, value in raw.items()}
     missing = [
         name
         for name, f in fields.items()
@@ -149,16 +154,38 @@ def from_dict(kind: type[Any], raw: dict[str, Any], where: str = "") -> Any:
     ]
     if missing:
         raise ConfigError(f"missing key {where + missing[0]!r}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise in_section(error, kind, where) from None
+
+
+def key_of(field: dataclasses.Field[Any]) -> str:
+    """Return the key of a file that a field of a settings class is read from."""
+    return str(field.metadata.get("key", field.name))
+
+
+def in_section(error: ConfigError, kind: type[Any], where: str) -> ConfigError:
+    """Return an error of a settings class that has a `PREFIX`, with its fields named as keys of a file.
+
+    where: what comes before the keys there ("gradients."). Errors of other classes are returned as they are.
+    """
+    prefix = getattr(kind, "PREFIX", None)
+    if prefix is None:
+        return error
+    text = str(error)
+    for field in sorted(dataclasses.fields(kind), key=lambda f: -len(f.name)):
+        text = text.replace(f"{prefix}{field.name}", f"{where}{key_of(field)}")
+    return ConfigError(text)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain values, as YAML and JSON can hold them."""
-    return _plain(dataclasses.asdict(config))
+    """Return a settings class as plain values that YAML and JSON can hold."""
+    return _plain(config)
 
 
 def difference(one: dict[str, Any], other: dict[str, Any], where: str = "") -> str | None:
-    """The first key in which two plain configurations differ, with both sides; None if they agree."""
+    """Return the first key in which two plain configurations differ, with both values; None if they agree."""
     for key in sorted(one.keys() | other.keys()):
         a, b = one.get(key), other.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
@@ -182,7 +209,7 @@ def check_seed(name: str, seed: int, most: int = MAX_SEED) -> None:
 
 
 def one_of(key: str, value: str, known: typing.Iterable[str]) -> None:
-    """ConfigError, naming the nearest, where `value` of the setting `key` is not known."""
+    """Raise ConfigError, with the nearest known value, where `value` of the setting `key` is not among `known`."""
     if value not in known:
         raise ConfigError(f"{key}: unknown value {shown(value)}; {did_you_mean(value, known)}")
 
@@ -220,7 +247,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {str(key): _convert(item, entry, f"{where}.{key}") for key, entry in value.items()}
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError, OverflowError):
-            value = float(value)  # YAML reads 1e-4 as a string
+            # YAML reads 1e-4 as a string.
+            value = float(value)
     if hint is float and isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: expected a finite number, not {value}")
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
@@ -229,6 +257,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {key_of(f): _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

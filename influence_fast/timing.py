@@ -1,4 +1,4 @@
-"""Seconds by stage, as results and reports show them."""
+"""Measure seconds by stage for results and reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Adds what the block takes to `seconds[stage]`."""
+    """Add the seconds that the block takes to `seconds[stage]`."""
     start = time.perf_counter()
     try:
         yield

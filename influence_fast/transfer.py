@@ -1,4 +1,4 @@
-"""Between the host and a card, so that nothing waits inside a batch.
+"""Copy between the host and a GPU so that nothing waits inside a batch.
 
     to_device     small tables and token ids go through pinned memory, behind the work that is already queued
     all_to_device several of them in one copy, end to end (`joined`) and taken apart again (`parted`)
@@ -15,23 +15,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-_ALIGNED = 16  # bytes: Triton compiles one more variant for a pointer that does not begin at a multiple of them
+# Bytes. Triton compiles another variant for pointers that are not a multiple of it.
+_ALIGNED = 16
 
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """`tensor.to(device, dtype)`, from the host to a card without waiting for the card."""
+    """Return `tensor.to(device, dtype)`, copied from the host to a GPU without waiting for the GPU."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device, dtype)
     return tensor.to(dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
 def all_to_device(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
-    """Tensors of the host as `to_device` brings them, in one copy; on the CPU themselves."""
+    """Return host tensors on `device`, brought there in one copy as by `to_device`; on the CPU themselves."""
     return tensors if device.type == "cpu" else parted(to_device(joined(tensors), device), tensors)
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors of the host end to end as bytes [n] uint8, each from a multiple of 16 bytes on."""
+    """Return host tensors concatenated as bytes [n] uint8, each starting at a multiple of 16 bytes."""
     parts = []
     for tensor in tensors:
         flat = tensor.contiguous().view(-1).view(torch.uint8)
@@ -40,7 +41,7 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def parted(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """`joined`, backwards: views into `flat`, wherever that is, of the shapes and dtypes of `like`."""
+    """Return views into `flat`, the result of `joined` on any device, with the shapes and dtypes of `like`."""
     found, first = [], 0
     for tensor in like:
         found.append(flat[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
@@ -49,10 +50,10 @@ def parted(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Copier(Protocol):
-    """Starts copies to the host."""
+    """Start copies to the host."""
 
     def start(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[], Any]]:
-        """The copies, which hold their numbers only after the function returned with them has been called."""
+        """Return the copies, and a function that waits for them: their numbers are valid once it has returned."""
         ...
 
 
@@ -76,14 +77,15 @@ class CudaCopier:
 def _to_pinned(tensor: Tensor, stream: Any) -> Tensor:
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     copy.copy_(tensor, non_blocking=True)
-    tensor.record_stream(stream)  # or its memory would be given to the next pack before it has been read
+    # Otherwise its memory would be given to the next pack before it has been read.
+    tensor.record_stream(stream)
     return copy
 
 
 class WriteBehind:
-    """Hands over what was pushed one push later, by when the card has the next pack to work on.
+    """Return what was pushed one push later, when the GPU already has the next pack to work on.
 
-    On the CPU, or wherever no `Copier` is needed, a push is handed over at once.
+    On the CPU, or wherever no `Copier` is needed, a push is returned at once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -92,18 +94,18 @@ class WriteBehind:
 
     @property
     def crosses(self) -> bool:
-        """Whether tensors are on a card and must be copied."""
+        """Return whether tensors are on a GPU and must be copied."""
         return self._copier is not None
 
     def push(self, key: list[int], tensors: Sequence[Tensor]) -> list[tuple[list[int], list[Tensor]]]:
-        """Starts to copy `tensors`; returns what is ready: (key, host tensors) of the push before this one."""
+        """Start to copy `tensors`, and return what is ready: (key, host tensors) of the previous push."""
         if self._copier is None:
             return [(key, [tensor.cpu() for tensor in tensors])]
         ready, self._waiting = self._waiting, (key, *self._copier.start(tensors))
         return _arrived(ready)
 
     def flush(self) -> list[tuple[list[int], list[Tensor]]]:
-        """What is still on its way."""
+        """Return what is still being copied, once it has arrived."""
         ready, self._waiting = self._waiting, None
         return _arrived(ready)
 
@@ -119,5 +121,5 @@ def _arrived(
 
 
 def copier_for(device: torch.device) -> Copier | None:
-    """What copies from this device, None where the host reads its memory."""
+    """Return a copier from this device to the host, None where the host can read its memory."""
     return CudaCopier(device) if device.type == "cuda" else None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.errors import ConfigError
+from influence_fast.kernels.outer_tile import outer_tile
 from influence_fast.kernels.runtime import (
     DTYPES,
     Cost,
@@ -33,7 +34,6 @@ from influence_fast.kernels.runtime import (
     padded,
     tl,
 )
-from influence_fast.kernels.segment_outer import outer_tile
 from influence_fast.kernels.segments import Segments, as_segments, check_tokens, segment_sum
 
 

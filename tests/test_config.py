@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def test_values_arrive_where_they_belong(tmp_path: Path) -> None:
     assert config.training.learning_rate == 1e-4
     assert config.pruning.fractions == (0.2,)
     assert config.pruning.seeds == (3, 4)
-    assert config.gradients.projection.dim == 8
+    assert config.gradients.dim == 8
     assert config.data.pool.path == "pool.jsonl"
     assert config.data.validation is not None
     assert config.data.validation.limit == 5
@@ -244,3 +245,11 @@ def test_the_largest_seeds_are_taken() -> None:
     check_seed("seed", MAX_SEED)
     torch.manual_seed(MAX_SEED)
     set_seed(MAX_TRAINING_SEED)  # what a trainer calls
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a" * 300, "a\0b"], ids=["half a pair", "too long", "nul"])
+def test_a_sketch_that_is_no_file_name_is_told(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("output: o\ngradients: {width: 64, sketch: " + json.dumps(name) + "}\n")
+    with pytest.raises(ConfigError, match="cannot be the name of a file or folder"):
+        load_config(path)

@@ -124,8 +124,10 @@ def keys(kind: type[Any] = RunConfig) -> Iterator[tuple[str, ...]]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         yield (field.name,)
-        for option in (hints[field.name], *typing.get_args(hints[field.name])):
-            if dataclasses.is_dataclass(option):
+        options = (hints[field.name], *typing.get_args(hints[field.name]))
+        for option in options:
+            # A file gives what may be text as text: a fitted sketch, which Python may pass in its place, has no keys.
+            if dataclasses.is_dataclass(option) and str not in options:
                 yield from ((field.name, *rest) for rest in keys(typing.cast(type, option)))
 
 

@@ -23,10 +23,11 @@ from worker import (
 
 import influence_fast as inf
 from influence_fast.gradients.per_example import iter_gradient_rows
-from influence_fast.influence import preconditioners, scoring
+from influence_fast.gradients.projection import Projection
+from influence_fast.influence import preconditioners, row_access
 
 
-def stored(preconditioner: str, projection: inf.Projection) -> Callable[[Work], Scoring]:
+def stored(preconditioner: str, projection: Projection) -> Callable[[Work], Scoring]:
     """`build_store` of the pool, gradients of the queries, inner products of all with all."""
 
     def prepare(work: Work) -> Scoring:
@@ -35,7 +36,11 @@ def stored(preconditioner: str, projection: inf.Projection) -> Callable[[Work], 
         def score(work: Work, run: Run) -> np.ndarray:
             with run.stage("gradients"):
                 store = inf.build_store(
-                    run.temporary / "store", model, None, work.pool, projection=projection, progress=False
+                    run.temporary / "store",
+                    model,
+                    work.pool,
+                    inf.RowSpec.of(projection),
+                    options=inf.BuildOptions(progress=False),
                 )
                 queries = inf.per_example_gradients(model, work.queries, projection=projection)
             run.width = store.width
@@ -44,8 +49,8 @@ def stored(preconditioner: str, projection: inf.Projection) -> Callable[[Work], 
                 fitted = preconditioners.fit(
                     preconditioner,
                     lambda: [store.rows()],
-                    scoring.blocks_of(store),
-                    factors=scoring.factors_of(store),
+                    row_access.blocks_of(store),
+                    factors=row_access.factors_of(store),
                 )
                 queries = fitted.apply(queries.float())
             with run.stage("scoring"):
@@ -89,8 +94,8 @@ def exact(work: Work) -> Scoring:
     return score
 
 
-ONE_SIDED: Any = inf.Projection(dim=PROJECTION_DIM)
-SKETCHED: Any = inf.Projection(dim=PROJECTION_DIM, width=PROJECTION_WIDTH)
+ONE_SIDED: Any = Projection(dim=PROJECTION_DIM)
+SKETCHED: Any = Projection(dim=PROJECTION_DIM, width=PROJECTION_WIDTH)
 METHODS = {
     **{
         name: Method(

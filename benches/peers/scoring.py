@@ -167,7 +167,7 @@ def main() -> None:
         "width": args.width,
         "rounds": args.rounds,
         "threads": args.threads,
-        "path": native.engine()[1],
+        "path": native.chosen(),
         "target": TARGET,
         "skipped": skipped,
         "cases": cases,

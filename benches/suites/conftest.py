@@ -126,7 +126,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         "what": "seconds of a call, and time of the other / time of ours inside a round: median and quartiles",
         "command": "make bench",
         "threads": session.config.option.threads,
-        "path": native.engine()[1],
+        "path": native.chosen(),
         "results": session.config.stash[ENTRIES],
         **describe(),
     }

@@ -15,9 +15,11 @@ from benches.suites.case import Case, Scale
 from influence_fast.data.examples import Example, tokenize
 from influence_fast.gradients.per_example import per_example_gradients
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.streaming import stream_influence
-from influence_fast.influence.scoring import influence_scores
-from influence_fast.store.building import build_store
+from influence_fast.influence.building import build_store
+from influence_fast.influence.scorer import Scorer
+from influence_fast.store.building import BuildOptions
 
 
 def texts(count: int, words: int, first: int) -> list[Example]:
@@ -54,9 +56,11 @@ def build(scale: Scale) -> Variants:
     def index() -> None:
         path = scale.folder / "store"
         shutil.rmtree(path, ignore_errors=True)
-        store = build_store(path, model, tokenizer, train, projection=projection, progress=False)
+        store = build_store(
+            path, model, train, RowSpec.of(projection), tokenizer=tokenizer, options=BuildOptions(progress=False)
+        )
         queries = per_example_gradients(model, asked_tokens, projection=projection)
-        influence_scores(store, queries, groups, preconditioner="cosine")
+        Scorer.fit(store, preconditioner="cosine").scores(queries, groups)
 
     def stream() -> None:
         queries = per_example_gradients(model, asked_tokens)

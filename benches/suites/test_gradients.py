@@ -14,6 +14,7 @@ from benches.suites.case import VOCABULARY, Case, Scale, ragged_examples
 from influence_fast.gradients.layout import layout_width
 from influence_fast.gradients.per_example import gradient_layout, iter_gradient_rows, per_example_gradients
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.streaming import stream_influence
 from influence_fast.influence.sketch_fitting import fit_projection
 
@@ -50,7 +51,7 @@ def projected(projection: Projection) -> Callable[[Scale], Variants]:
 def fitted(scale: Scale) -> Variants:
     """Rows of a sketch that is fitted beforehand."""
     model, examples = world(scale)
-    projection = fit_projection(model, examples, projection=Projection(dim=16, width=scale(4096, 512)))
+    projection = fit_projection(model, examples, RowSpec.of(Projection(dim=16, width=scale(4096, 512))))
     return {"ours": lambda: ours(model, examples, projection), **baselines(model, examples)}
 
 

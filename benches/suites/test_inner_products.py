@@ -10,7 +10,7 @@ import torch
 from benches.interleave import Variants
 from benches.models import heavy_tailed
 from benches.suites.case import Case, Scale
-from influence_fast.products.inner_products import inner_products, quantize_rows
+from influence_fast.products.inner_products import ProductOptions, inner_products, quantize_rows
 
 BASELINES = {
     "int8": ("torch._int_mm", "torch bf16 matmul"),
@@ -30,16 +30,20 @@ def product(dtype: str, count: int) -> Callable[[Scale], Variants]:
         if dtype == "fp32":
             columns = queries.T.contiguous()
             return {
-                "ours": lambda: inner_products(rows, queries, out=out, threads=scale.threads),
+                "ours": lambda: inner_products(rows, queries, options=ProductOptions(out=out, threads=scale.threads)),
                 "torch fp32 matmul": lambda: rows @ columns,
             }
         found: dict[str, Callable[[], Any]] = {}
         if dtype == "bf16":
-            found["ours"] = lambda: inner_products(half, queries, out=out, threads=scale.threads)
+            found["ours"] = lambda: inner_products(
+                half, queries, options=ProductOptions(out=out, threads=scale.threads)
+            )
         else:
             raw, scales = quantize_rows(rows)
             other = quantize_rows(queries)[0].T.contiguous()
-            found["ours"] = lambda: inner_products(raw, queries, row_scales=scales, out=out, threads=scale.threads)
+            found["ours"] = lambda: inner_products(
+                raw, queries, row_scales=scales, options=ProductOptions(out=out, threads=scale.threads)
+            )
             found["torch._int_mm"] = lambda: torch._int_mm(raw, other)
         found["torch bf16 matmul"] = lambda: half @ half_queries
         return found

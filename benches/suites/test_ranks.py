@@ -9,7 +9,7 @@ import torch
 from benches.interleave import Variants
 from benches.models import heavy_tailed
 from benches.suites.case import Case, Scale
-from influence_fast.products.inner_products import inner_products, quantize_rows
+from influence_fast.products.inner_products import ProductOptions, inner_products, quantize_rows
 
 QUERIES = 128
 GROUPS = [list(range(0, QUERIES, 2)), list(range(1, QUERIES, 2))]
@@ -24,7 +24,9 @@ def build(what: str) -> Callable[[Scale], Variants]:
         members = [torch.tensor(group) for group in GROUPS]
 
         def ours(**asked: object) -> Callable[[], object]:
-            return lambda: inner_products(raw, queries, row_scales=scales, threads=scale.threads, **asked)  # type: ignore[call-overload]
+            return lambda: inner_products(
+                raw, queries, row_scales=scales, options=ProductOptions(threads=scale.threads), **asked
+            )  # type: ignore[call-overload]
 
         def means() -> list[torch.Tensor]:
             scores = (half @ half_queries).float()

@@ -12,7 +12,7 @@ from benches.interleave import Variants
 from benches.models import heavy_tailed, qwen2_model, with_lora
 from benches.suites.case import VOCABULARY, Case, Scale, example
 from influence_fast.gradients.projection import Projection
-from influence_fast.products.inner_products import inner_products, quantize_rows
+from influence_fast.products.inner_products import ProductOptions, inner_products, quantize_rows
 
 WIDTH = 2048
 
@@ -24,7 +24,9 @@ def score(rows: int = 10_000, queries: int = 64) -> Callable[[Scale], Variants]:
         raw, scales = quantize_rows(stored)
         half, half_asked = stored.bfloat16(), asked.bfloat16().T
         return {
-            "ours, int8": lambda: inner_products(raw, asked, row_scales=scales, threads=scale.threads),
+            "ours, int8": lambda: inner_products(
+                raw, asked, row_scales=scales, options=ProductOptions(threads=scale.threads)
+            ),
             "torch bf16 matmul": lambda: half @ half_asked,
         }
 

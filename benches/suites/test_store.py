@@ -17,7 +17,8 @@ from benches.suites.case import Case, Scale
 from influence_fast.products.inner_products import quantize_rows
 from influence_fast.store.identity import StoreIdentity
 from influence_fast.store.manifest import Manifest, Part
-from influence_fast.store.reader import Store, open_store, verify_store
+from influence_fast.store.reader import Store, open_store
+from influence_fast.store.verification import verify_store
 from influence_fast.store.writer import StoreWriter
 
 SHARD_ROWS = 1024

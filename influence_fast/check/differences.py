@@ -28,7 +28,7 @@ _CHUNK = 256
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One example's loss difference between two places of the adapter.
+    """The loss difference of one example between two positions of the adapter.
 
     measured: l(theta + d) - l(theta - d) by plain forwards. predicted: the row's product with 2 d, as it was made in
     the parameters' dtype. distance: |2 d|.
@@ -44,7 +44,7 @@ class Difference:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return every parameter of the active adapters by its name: LoRA's factors and what goes with them."""
+    """Return every parameter of the active adapters by its name: LoRA's factors and the parameters beside them."""
     active = active_adapters(model)
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -60,13 +60,14 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def scored_parameters(
     layout: Sequence[LayoutEntry], parameters: Mapping[str, nn.Parameter]
 ) -> tuple[list[str], list[str]]:
-    """Return the names of the parameters that `layout` has, entry by entry, and the names of all others.
+    """Return the names of the parameters in `layout`, entry by entry, and the names of all other adapter parameters.
 
-    Raises KeyError naming a factor that no parameter, or more than one, is.
+    Raises KeyError naming a factor that matches no parameter, or more than one.
     """
     names = []
     for entry in layout:
-        is_bias = entry.factor.startswith("lora_bias")  # which peft keeps in B
+        # peft keeps this bias in B.
+        is_bias = entry.factor.startswith("lora_bias")
         factor = entry.factor.replace("lora_bias", "lora_B")
         start, numbers = f"{entry.module}.{factor}", math.prod(entry.shape)
         fitting = [
@@ -84,10 +85,10 @@ def scored_parameters(
 
 @contextlib.contextmanager
 def fixed_norms(model: nn.Module, forward: Callable[[], object]) -> Iterator[bool]:
-    """While the block runs, the norms that DoRA divides by stay as they are; yields whether there are any.
+    """Hold the norms that DoRA divides by constant inside the block, and yield whether there are any.
 
-    Its gradients take them for constants, which differences of the losses themselves do not. forward: what calls
-    every such layer once.
+    DoRA's gradients take them for constants, which differences of the losses themselves do not. forward: a function
+    that calls every such layer once.
     """
     norms: dict[Any, torch.Tensor] = {}
 
@@ -110,7 +111,7 @@ def fixed_norms(model: nn.Module, forward: Callable[[], object]) -> Iterator[boo
 
 @contextlib.contextmanager
 def restored(parameters: Sequence[nn.Parameter]) -> Iterator[list[torch.Tensor]]:
-    """Yield copies of the parameters' numbers, and put them back to the bit whatever the block does."""
+    """Yield copies of the parameters' values, and restore them to the bit whatever the block does."""
     copies = [parameter.detach().clone() for parameter in parameters]
     try:
         yield copies
@@ -167,7 +168,7 @@ def differences(
 def rounding(
     losses: Callable[[], Sequence[float]], parameters: Sequence[nn.Parameter], step: float, seed: int
 ) -> list[float]:
-    """Estimate what each example's loss is rounded by, from its third difference over steps that bend nothing.
+    """Estimate the rounding error of each example's loss from its third difference over steps too short for curvature.
 
     Args:
         losses: as for `differences`. step: so short that its third power is nothing. seed: of a random direction.
@@ -190,7 +191,7 @@ def rounding(
 
 @torch.no_grad()
 def plain_losses(model: Any, examples: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Return each example's mean completion loss by `model(input_ids)` alone, its tokens weighted as it says.
+    """Return each example's mean completion loss by `model(input_ids)` alone, with its token weights.
 
     Logits are widened to fp64, so that a sum over many tokens adds no rounding of its own.
     """

@@ -1,4 +1,4 @@
-"""What the engine makes of a few examples: losses and rows, in packs and alone, and how it calls the model."""
+"""The engine's losses and rows of a few examples, in packs and alone, and how it calls the model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from influence_fast.gradients.tolerance import Tolerance
 
 # Share of the free memory that a copy of the model in fp32 may take: its gradients and activations need the rest.
 _ROOM = 0.5
-_LEAST = 1e-6  # of the largest row's norm: a row below it has no error of its own
+# Share of the largest row's norm below which a row's error is taken relative to that norm.
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
 class EngineNumbers:
-    """Hold what the engine gives for E examples.
+    """Results of the engine for E examples.
 
     Attributes:
         losses: [E], mean losses, taken in packs.
@@ -48,7 +49,7 @@ class EngineNumbers:
 
 
 def engine_numbers(model: Any, examples: Sequence[Mapping[str, Any]], backend: str | None) -> EngineNumbers:
-    """Run the engine on examples, with no comparison but that on opening; raises as `per_example_gradients`."""
+    """Run the engine on examples without any comparison but that on opening; raises as `per_example_gradients` does."""
     with GradientEngine(model, None, backend=backend, cuda_graphs=False) as engine:
         packs = packs_for(engine, examples, None)
         rows, losses = _rows(engine, packs, len(examples))
@@ -67,7 +68,7 @@ def engine_numbers(model: Any, examples: Sequence[Mapping[str, Any]], backend: s
 
 
 def relative(rows: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Return the largest relative error of a row [E, k]; zero rows that are wanted zero have none."""
+    """Return the largest relative error of a row [E, k]; a zero row whose reference is zero has none."""
     errors = (rows - wanted).double().norm(dim=1)
     norms = wanted.double().norm(dim=1)
     norms = norms.clamp_min(_LEAST * float(norms.max()))
@@ -75,10 +76,11 @@ def relative(rows: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def rows_in_float32(model: Any, examples: Sequence[Mapping[str, Any]], backend: str | None) -> torch.Tensor | None:
-    """Return the rows of a copy of the model in fp32; None where it does not fit, or cannot be copied."""
+    """Return the rows of a copy of the model in fp32; None where the copy does not fit or cannot be made."""
     parameters = list(model.parameters())
     if any(not p.is_floating_point() or hasattr(p, "full_tensor") for p in parameters):
-        return None  # quantised, or spread over processes
+        # Quantised models and models spread over processes are not copied.
+        return None
     needed, free = 4 * sum(p.numel() for p in parameters), _free(parameters[0].device)
     if free is None or needed > _ROOM * free:
         return None

@@ -117,7 +117,7 @@ def _choose(examples: Sequence[Mapping[str, Any]], count: int, max_tokens: int) 
 
 
 def _cut(example: dict[str, Any], max_tokens: int) -> dict[str, Any]:
-    """An example's first tokens; where none of them is learned, all of them are."""
+    """Return the first tokens of an example; where none of them has a loss, all of them get one."""
     cut: dict[str, Any] = {
         name: example[name][:max_tokens] for name in ("input_ids", "labels", "weights") if name in example
     }
@@ -132,7 +132,7 @@ def _cut(example: dict[str, Any], max_tokens: int) -> dict[str, Any]:
 def _checks(
     model: Any, examples: list[dict[str, Any]], directions: int, step: float | None, backend: str | None, seed: int
 ) -> tuple[list[Check], list[str]]:
-    """Make every check; returns them and the names of adapter parameters that no row has."""
+    """Run every check, and return them and the names of the adapter parameters that no row covers."""
     try:
         numbers = engine_numbers(model, examples, backend)
     except (ConfigError, DataError):
@@ -143,13 +143,15 @@ def _checks(
         raise ModelError(
             f"the examples do not fit in the GPU's memory ({one_line(error, 100)}); take a smaller max_tokens"
         ) from error
-    except Exception as error:  # of the model's own code
+    except Exception as error:
+        # The model's own code may raise anything.
         what = f"{type(error).__name__}: {one_line(error)}"
         return [Check("engine", REFUSED, None, None, what), *_unjudged("the engine gives none")], []
     checks = [Check("engine", AGREES, None, None, numbers.how)]
     try:
         plain = plain_losses(model, examples)
-    except Exception as error:  # likewise
+    except Exception as error:
+        # The model's own code may raise anything.
         why = f"the plain forward fails: {type(error).__name__}: {one_line(error)}"
         return [*checks, *_unjudged(why)], []
     parameters = adapter_parameters(model)
@@ -171,7 +173,7 @@ def _checks(
 
 
 def _rows(judge: RowJudge, directions: int, step: float | None, backend: str | None) -> list[Check]:
-    """Judge the rows; of layers that round inside, with nothing rounded, since such losses move in steps."""
+    """Judge the rows, of quantised layers without the rounding inside them, by which losses move in steps."""
     with unrounded(judge.model, judge.numbers.tolerance.dtype) as otherwise:
         if otherwise:
             numbers = engine_numbers(judge.model, judge.examples, backend)
@@ -197,7 +199,7 @@ def _noise(
     parameters: Sequence[nn.Parameter],
     seed: int,
 ) -> float:
-    """Measure the standard deviation of a plain loss's rounding: every layer's output is rounded once more."""
+    """Estimate the standard deviation of a plain loss's rounding by rounding every layer's output once more."""
     with rounded_layers(decoder_of(base_of(model)), numbers.tolerance.unit):
         shaken = plain_losses(model, examples)
     noise = _root_mean_square([a - b for a, b in zip(shaken, plain, strict=True)])
@@ -214,7 +216,7 @@ def _root_mean_square(values: Sequence[float]) -> float:
 def _losses(
     numbers: EngineNumbers, plain: Sequence[float], noise: float, examples: Sequence[Mapping[str, Any]]
 ) -> Check:
-    """Compare losses, relative to 1 + |loss|; the worst example by its own bound."""
+    """Compare losses relative to 1 + |loss|, and report the example that is worst by its own bound."""
     found = []
     for ours, theirs, example in zip(numbers.losses, plain, examples, strict=True):
         counted = int((example["labels"][1:] != IGNORED).sum())
@@ -235,11 +237,12 @@ def _packs(numbers: EngineNumbers) -> Check:
 
 
 def _rounding(model: Any, examples: Sequence[Mapping[str, Any]], numbers: EngineNumbers, backend: str | None) -> Check:
-    """Compare 16-bit rows with those of the model in fp32, or with themselves when layers are rounded once more."""
+    """Compare 16-bit rows with the fp32 model's, or with themselves after one more rounding of layer outputs."""
     assert numbers.noise is not None
     try:
         wide = rows_in_float32(model, examples, backend)
-    except Exception:  # of the model's own code, or of its size
+    except Exception:
+        # The model's own code or its size may raise anything.
         wide = None
     if wide is None:
         note = "rows with themselves, every layer's output rounded once more (fp32 does not fit)"

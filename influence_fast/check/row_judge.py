@@ -22,7 +22,7 @@ _SAME = 0.3
 
 @dataclass(frozen=True, slots=True)
 class _Scale:
-    """How far a dtype's adapter is moved, and which relative errors count as none.
+    """The steps by which an adapter of one dtype is moved, and the relative errors that count as none.
 
     step: along rows. Measured on SmolLM2-135M in fp32, r = 8: an error of 1.4e-5 of the row's norm at 0.01 and of
     1.8e-4 at 0.03. bf16 losses are rounded by some 1e-3, from which only a large step stands out; fp64 leaves room for
@@ -47,7 +47,7 @@ _SCALE_16 = _Scale(0.1, 0.03, 0.1, 0.2, (1 / 3, 3.0, 0.1))
 
 @dataclass(frozen=True, slots=True)
 class _Tried:
-    """The signed errors of every direction and example at one step, and what the losses' rounding may make of them."""
+    """The signed errors of every direction and example at one step, and what the losses' rounding may explain."""
 
     step: float
     floor: float
@@ -55,13 +55,13 @@ class _Tried:
     roundings: tuple[float, ...]
 
     def ratio(self, place: int) -> float:
-        """Return an error in parts of its bound; infinite for NaN."""
+        """Return an error as a multiple of its bound; infinite for NaN."""
         error = abs(self.errors[place])
         return error / max(self.floor, self.roundings[place]) if math.isfinite(error) else math.inf
 
     @property
     def worst(self) -> int:
-        """The place of the error that is largest in parts of its bound."""
+        """Return the index of the error that is the largest multiple of its bound."""
         return max(range(len(self.errors)), key=self.ratio)
 
     @property
@@ -74,7 +74,7 @@ class _Tried:
 
     @property
     def most(self) -> float:
-        """How wrong a row may be at most, by these errors."""
+        """Return the largest relative error that a row may have according to these measurements."""
         return max(abs(error) + rounding for error, rounding in zip(self.errors, self.roundings, strict=True))
 
     @property
@@ -103,9 +103,9 @@ class RowJudge:
     seed: int
 
     def along_rows(self, count: int, step: float | None = None) -> Check:
-        """Judge along sums of the rows, each example's share of each parameter with a random sign of its own.
+        """Judge rows along sums of the rows, each example's part of each parameter with a random sign of its own.
 
-        step: the only one to try; by default the dtype's own, and others where that one does not do.
+        step: the only step to try; by default the dtype's own, and others where that one cannot tell.
         """
         rows, norms, scale = self.numbers.rows, self._norms, self._scale
         if not bool(torch.isfinite(norms).all()):
@@ -124,7 +124,7 @@ class RowJudge:
         return self._judge("rows", directions, scale.step if step is None else step, step is None, note)
 
     def along_random(self, count: int) -> Check:
-        """Judge along random directions, in which a part that rows lack shows.
+        """Judge rows along random directions, which show a part that the rows lack.
 
         An error along one, times the root of the number of parameters, is about that of the whole row.
         """
@@ -140,7 +140,7 @@ class RowJudge:
         return self._judge("random", directions, self._scale.random * (size or 1.0), True, note)
 
     def _without_gradient(self) -> torch.Tensor:
-        """Return [k] bool: numbers that the loss depends on and autograd gives no gradient, an embedding's padding."""
+        """Return [k] bool: numbers that the loss depends on but autograd gives no gradient (an embedding's padding)."""
         found = torch.zeros(self.numbers.rows.shape[1], dtype=torch.bool)
         for entry in self.numbers.layout:
             if not entry.factor.startswith("lora_embedding_A"):
@@ -160,10 +160,10 @@ class RowJudge:
         return self.numbers.rows.double().norm(dim=1).cpu()
 
     def _judge(self, name: str, directions: Sequence[torch.Tensor], start: float, others: bool, note: str) -> Check:
-        """Judge at a step and, where that one is too long for the curvature or too short for the rounding, at others.
+        """Judge at one step and, where it is too long for the curvature or too short for the rounding, at others.
 
-        Rows that are wrong are so by the same amount at every step. Another step clears them only if it excludes the
-        error that was found first, or any that counts.
+        Wrong rows are wrong by the same amount at every step. Another step clears them only if it excludes the error
+        that was found first, or any that counts.
         """
         scale = self._scale
         floor, factor = scale.row_error, 1.0
@@ -190,7 +190,7 @@ class RowJudge:
         return Check(name, UNJUDGED, nearest.value, nearest.bound, f"{note}; they change with the step ({start:.1g})")
 
     def _at(self, directions: Sequence[torch.Tensor], step: float, floor: float, factor: float) -> _Tried:
-        """Measure errors at one step, `factor` times, and what rounding makes of them."""
+        """Measure the errors at one step, multiplied by `factor`, and the part that rounding may explain."""
         norms = self._norms
         least = 1e-6 * float(norms.max())
         errors, roundings = [], []
@@ -199,7 +199,8 @@ class RowJudge:
                 lambda: plain_losses(self.model, self.examples), self.numbers.rows, direction, self.parameters, step
             )
             for difference, norm in zip(moved, norms.tolist(), strict=True):
-                size = max(norm, least) or 1.0  # of rows that are all zero, the derivative itself
+                # Where all rows are zero, the derivative itself is the error.
+                size = max(norm, least) or 1.0
                 errors.append(factor * difference.error(size))
                 noise = math.sqrt(2) * self.noise / (difference.distance * size) if difference.distance else math.inf
                 roundings.append(NOISES * factor * noise)

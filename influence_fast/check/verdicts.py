@@ -1,4 +1,4 @@
-"""What a check of a model found: a verdict for each question, with the number and the bound it was judged by."""
+"""The result of a model check: a verdict on each question, with the number and the bound it was judged by."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from influence_fast.errors import listing
+from influence_fast.errors import truncated_list
 
 AGREES, DIFFERS, REFUSED, UNJUDGED = "agrees", "differs", "refused", "cannot be judged"
 
@@ -17,7 +17,7 @@ MOST = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Hold one question's answer.
+    """The verdict on one question.
 
     Attributes:
         name: "engine", "losses", "rows", "random", "packs" or "rounding".
@@ -35,7 +35,7 @@ class Check:
 
     @classmethod
     def of(cls, name: str, value: float, bound: float, note: str) -> Check:
-        """Judge a relative error by its bound; a bound over a half cannot judge, nor can NaN be judged."""
+        """Judge a relative error by its bound; a bound above one half cannot judge, and NaN cannot be judged."""
         if not (math.isfinite(value) and math.isfinite(bound)):
             return cls(name, UNJUDGED, value, bound, f"{note}; not finite")
         if bound > MOST and value <= bound:
@@ -45,7 +45,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class ModelCheck:
-    """Hold what `check_model` found.
+    """The result of `check_model`.
 
     Attributes:
         model: its type; dtype, device: of its weights.
@@ -66,20 +66,20 @@ class ModelCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing differs or is refused, and losses and rows are shown to agree."""
+        """Return whether nothing differs or is refused, and losses and rows are shown to agree."""
         verdicts = {check.name: check.verdict for check in self.checks}
         shown = all(verdicts.get(name) == AGREES for name in ("losses", "rows"))
         return shown and not {DIFFERS, REFUSED} & set(verdicts.values())
 
     def __getitem__(self, name: str) -> Check:
-        """Return a check by its name; KeyError where it was not made."""
+        """Return a check by its name; raises KeyError where it was not made."""
         for check in self.checks:
             if check.name == name:
                 return check
         raise KeyError(name)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON takes it, `ok` included; numbers that are not finite become None."""
+        """Return everything as JSON-compatible values, `ok` included; numbers that are not finite become None."""
         return {"ok": self.ok, **_plain(asdict(self))}
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ class ModelCheck:
         for one in self.checks:
             lines.append(f"{one.name:<9} {one.verdict:<16} {_short(one.value):>8} {_short(one.bound):>8}  {one.note}")
         if self.not_scored:
-            lines.append(f"not scored: {listing(self.not_scored)}")
+            lines.append(f"not scored: {truncated_list(self.not_scored)}")
         return "\n".join(lines)
 
 

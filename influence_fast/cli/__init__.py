@@ -1,4 +1,4 @@
-"""The command line. Only here are arguments parsed; each verb calls one stage and prints what came out."""
+"""The command line. Arguments are parsed only here; each verb calls one stage and prints its result."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from influence_fast.errors import InfluenceFastError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0, 1 where a check disagrees, 2 for an error (told in one line), 130 after
-    Ctrl-C."""
+    """Run the command line, and return the exit code.
+
+    It is 0, 1 where a check disagrees, 2 for an error (reported in one line), and 130 after Ctrl-C.
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
     if not hasattr(args, "work"):
@@ -36,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # a full disk, a folder that cannot be written: the system's own words name the thing
         if args.debug:
             traceback.print_exc()
-        path = error.filename or getattr(args, "output", None)  # libraries do not always name what they write
+        # Libraries do not always name the file that they write.
+        path = error.filename or getattr(args, "output", None)
         what = f"{path}: " if path else ""
         wrong = isinstance(error, NotADirectoryError | IsADirectoryError | FileNotFoundError)
         kept = "give another path" if wrong else "finished work is kept"
@@ -45,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         said = str(stop) or "what was finished is kept; run the same command again to go on"
         print(f"stopped: {said}", file=sys.stderr)
-        return getattr(stop, "exit_code", 130)  # SIGTERM has its own
+        # SIGTERM has an exit code of its own.
+        return getattr(stop, "exit_code", 130)
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of a library in Rust
+        # Libraries written in Rust raise a PanicException, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         if args.debug:
             traceback.print_exc()
@@ -56,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All verbs and their options."""
+    """Return the parser of all verbs and their options."""
     parser = argparse.ArgumentParser(
         prog="influence-fast",
         description="Find which chain-of-thought training examples help or harm a fine-tuned language model.",

@@ -1,4 +1,4 @@
-"""What the command line says of errors and warnings: settings by the names of its options."""
+"""Errors and warnings on the command line, with settings named as its options."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from influence_fast.errors import one_line
+from influence_fast.settings import key_of
 
 
 def by_flags(text: str, args: Any, of: str = "") -> str:
-    """Settings by the names that they have as options of this verb; a configuration file has their own.
+    """Return a message with settings named as this verb's options; a configuration file keeps its own names.
 
-    of: what the names of the options for columns and format begin with ("validation-").
+    of: the prefix of the options for columns and format ("validation-").
     """
     if hasattr(args, "config"):
         return text
@@ -32,7 +33,8 @@ def by_flags(text: str, args: Any, of: str = "") -> str:
     text = re.sub(r"(?<![\w./\\-])(\w+)\.(\w+)(?![\w/\\]|\.\w)(?:: (\w+)(?=[,;.)]|$| does not ask))?", flag, text)
     text = re.sub(rf"^({_ARGUMENTS})(?= is | '| \d| -)", lambda m: _own(m[1], args), text)
     text = re.sub(r"\b(max_length|truncate)\b(?=, or cut|\))", lambda m: _own(m[1], args), text)
-    if hasattr(args, "columns"):  # {"prompt": "...", "id": None} as prompt=...,id=
+    # The mapping {"prompt": "...", "id": None} is written as prompt=...,id=.
+    if hasattr(args, "columns"):
         text = re.sub(
             r"columns=\{([^{}]*)\}",
             lambda m: f"--{of}columns " + re.sub(r'"(\w+)": (?:"?([^",]+)"?|None)(?:, )?', _renamed, m[1]).rstrip(","),
@@ -41,7 +43,8 @@ def by_flags(text: str, args: Any, of: str = "") -> str:
         text = text.replace('by split="..."', f"by --{of}split")
         text = re.sub(r'format="([\w.]+)"(?: with)?', rf"--{of}format \1", text)
         text = re.sub(r"\bturns='(\w+)'", rf"--{of}turns \1", text)
-    if hasattr(args, "option"):  # of the format of an import
+    # Options of an import's format.
+    if hasattr(args, "option"):
         text = re.sub(r"\bwith (\w+)=$", r"with --option \1=...", text)
     return text
 
@@ -55,7 +58,7 @@ def _own(name: str, args: Any) -> str:
 
 
 def unforeseen(error: BaseException) -> str:
-    """Return the line for an error that no check expects: where it happened in this package, and what to do."""
+    """Return the message for an error that no check expects: where it happened in this package, and what to do."""
     package = Path(__file__).parents[1]
     places = [
         f"{Path(frame.filename).relative_to(package.parent)}, line {frame.lineno}"
@@ -75,11 +78,11 @@ def _renamed(found: re.Match[str]) -> str:
 
 
 def _settings_of(part: str) -> set[str]:
-    """The keys of one part of a configuration, of those whose names are no file's."""
+    """Return the setting names of a section of the configuration; none where a file may have the section's name."""
     from influence_fast import config
 
     parts = {
-        "gradients": config.GradientConfig,
+        "gradients": config.RowSpec,
         "influence": config.InfluenceConfig,
         "training": config.TrainConfig,
         "lora": config.LoraSettings,
@@ -88,9 +91,9 @@ def _settings_of(part: str) -> set[str]:
     }
     if part == "data":
         return {"max_length", "truncate", "limit"}
-    return {f.name for f in dataclasses.fields(parts[part])} if part in parts else set()
+    return {key_of(f) for f in dataclasses.fields(parts[part])} if part in parts else set()
 
 
 def say_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """A line for the person at the terminal, without the place in the code."""
+    """Print a warning in one line to stderr, without its place in the code."""
     print(f"warning: {message}", file=sys.stderr)

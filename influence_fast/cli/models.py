@@ -1,8 +1,9 @@
-"""Verbs that fine-tune a model, question it, and check what is computed of it: train, eval, check."""
+"""Verbs that fine-tune a model, evaluate it, and check its gradients: train, eval, check."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from influence_fast.errors import ConfigError
 
 
 def add(verb: NewVerb) -> None:
-    """Adds these verbs and their options."""
+    """Add these verbs and their options."""
     sub = verb("train", _train, "fine-tune a LoRA adapter")
     options.add_model(sub, adapter=False)
     options.add_data(sub, "--data", "training examples")
@@ -20,10 +21,12 @@ def add(verb: NewVerb) -> None:
     for option, kind, help in (
         ("--epochs", float, "passes over the data"),
         ("--learning-rate", float, "peak learning rate"),
-        ("--batch-size", int, "examples a step"),
+        ("--batch-size", int, "examples in a batch (default 16)"),
+        ("--gradient-accumulation-steps", int, "batches a step: smaller ones, and the same update (default 1)"),
         ("--max-steps", int, "optimizer steps, in place of epochs"),
         ("--packing", int, "tokens of a row that examples are packed into"),
-        ("--rank", int, "LoRA rank r"),
+        ("--rank", int, "LoRA rank r (default 16)"),
+        ("--alpha", float, "LoRA alpha: the adapter is scaled by alpha / r (default 2 r)"),
         ("--seed", options.training_seed, "seed of initialisation and data order"),
     ):
         sub.add_argument(option, type=kind, help=help)
@@ -45,11 +48,32 @@ def add(verb: NewVerb) -> None:
         help="keep a checkpoint each epoch, or every STEPS steps, with the optimizer's state (for adam and less)",
     )
 
+    sub.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        default=None,
+        help="keep layers' inputs alone and compute the rest again: less memory, about a third more time",
+    )
+    sub.add_argument("--ignore-memory", action="store_true", help="train even where memory clearly does not suffice")
+    sub.add_argument(
+        "--influence",
+        metavar="VALIDATION",
+        help="score the training examples by their influence on these along the training, which it leaves as it is; "
+        "written to the folder influence in --output",
+    )
+    sub.add_argument(
+        "--influence-every", type=int, metavar="STEPS", help="with --influence: every STEPS steps (default: each epoch)"
+    )
+    sub.add_argument(
+        "--influence-store", metavar="FOLDER", help="with --influence: keep a gradient store of each moment there"
+    )
+
     sub = verb("eval", _eval, "answer questions and grade the answers")
     options.add_model(sub, adapter=True, adapter_needed=False, needed=False)
     sub.add_argument("--task", help="gsm8k, math500, ... or a task's .yaml file; --data then overrides its source")
     options.add_data(sub, "--data", "questions with final answers", needed=False, lengths=False)
-    sub.set_defaults(split=None)  # a task has its own
+    # A task has a split of its own.
+    sub.set_defaults(split=None)
     sub.add_argument("--output", help="transcripts, .jsonl; the same command again goes on from them")
     options.add_generation(sub)
     sub.add_argument("--samples", type=int, help="answers to each question")
@@ -81,21 +105,82 @@ def add(verb: NewVerb) -> None:
 
 
 def _train(args: Any) -> None:
-    from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune
+    from influence_fast.training.fine_tuning import finetune
+    from influence_fast.training.settings import LoraSettings, TrainConfig
 
-    model, tokenizer = options.open_model(args)
-    examples = options.tokenized(args, options.read_examples(args), tokenizer)
-    names = ("epochs", "learning_rate", "batch_size", "max_steps", "packing", "save_checkpoints", "seed")
-    config = TrainConfig(**options.given(args, *names))
+    for option in ("influence_every", "influence_store"):
+        if getattr(args, option) is not None and args.influence is None:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} goes with --influence, the validation examples: give these"
+            )
+    config = TrainConfig(**options.given(args, *_TRAINING))
     shape: dict[str, Any] = {} if args.rank is None else {"r": args.rank, "alpha": 2.0 * args.rank}
+    shape |= options.given(args, "alpha")
     if args.target_modules is not None:
         shape["target_modules"] = tuple(args.target_modules)
     if args.target_parameters is not None:
         shape["target_parameters"] = tuple(args.target_parameters)
     lora = LoraSettings(**shape)
-    result = finetune(model, tokenizer, examples, args.output, config=config, lora=lora, progress=options.bars(args))
+    model, tokenizer = options.open_model(args)
+    examples = options.tokenized(args, options.read_examples(args), tokenizer)
+    callbacks = [] if args.influence is None else [_influence(args, tokenizer, examples)]
+
+    def on_memory(memory: Any) -> None:
+        from influence_fast.training.memory import IGNORE, check_memory
+
+        print(memory, flush=True)
+        try:
+            if not args.ignore_memory:
+                check_memory(memory)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(f"set {IGNORE}=1", "give --ignore-memory")) from None
+
+    result = finetune(
+        model,
+        tokenizer,
+        examples,
+        args.output,
+        config=config,
+        lora=lora,
+        progress=options.bars(args),
+        callbacks=callbacks,
+        on_memory=on_memory,
+    )
     last = f", last loss {result.loss_history[-1][1]:.4f}" if result.loss_history else ""
     print(f"adapter: {result.path} ({len(examples)} examples, {result.seconds:.1f} s{last})")
+    if callbacks:
+        _say_influence(result)
+
+
+_TRAINING = (
+    *("epochs", "learning_rate", "batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+    *("max_steps", "packing", "save_checkpoints", "seed"),
+)
+
+
+def _influence(args: Any, tokenizer: Any, trained: Sequence[Any]) -> Any:
+    """Return the callback that scores the examples `trained` on by their influence on those of `--influence`."""
+    from influence_fast.data.examples import load_examples, tokenize
+    from influence_fast.errors import DataError
+    from influence_fast.influence.callback import EPOCH, InfluenceCallback
+
+    validation = load_examples(args.influence, format=args.format, columns=args.columns, turns=args.turns)
+    found = tokenize(validation, tokenizer, max_length=args.max_length, truncate=args.truncate)
+    if not found.examples:
+        raise DataError(f"{args.influence}: no validation example is left: raise --max-length")
+    every = EPOCH if args.influence_every is None else args.influence_every
+    return InfluenceCallback(found.examples, every=every, store=args.influence_store, examples=trained)
+
+
+def _say_influence(result: Any) -> None:
+    from influence_fast.influence.callback import FOLDER
+
+    files = sorted((result.path / FOLDER).glob("step-*.parquet"))
+    if not files:
+        raise ConfigError(
+            f"{result.path} was trained before, without --influence, and is not trained again: give another --output"
+        )
+    print(f"influence: {result.path / FOLDER} ({len(files)} moments, the last {files[-1].name})")
 
 
 def _eval(args: Any) -> None:
@@ -143,7 +228,7 @@ def _eval(args: Any) -> None:
 
 
 def _check(args: Any) -> int:
-    """Exit code 0 where all agree, 1 where something differs, is refused or cannot be judged."""
+    """Check a model; return 0 where all agrees, 1 where something differs, is refused or cannot be judged."""
     from influence_fast.check.model_check import check_model
 
     model, tokenizer = options.open_model(args)
@@ -155,7 +240,7 @@ def _check(args: Any) -> int:
 
 
 def _questions(args: Any) -> tuple[list[Any], Any]:
-    """What `eval` asks, and its settings: a task's, or those of any data with answers."""
+    """Return the questions that `eval` asks and its settings: those of a task, or of any data with answers."""
     from influence_fast.evaluation.tasks import known_tasks, load_task, task_examples
 
     if args.task is None:

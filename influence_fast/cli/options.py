@@ -1,4 +1,4 @@
-"""Options that several verbs share, and what is read from them."""
+"""Options that several verbs share, and the objects built from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from influence_fast.errors import ConfigError, shown
 from influence_fast.settings import MAX_SEED, MAX_TRAINING_SEED, check_seed
 
 if TYPE_CHECKING:
-    from influence_fast.influence.settings import GradientConfig
+    from influence_fast.gradients.row_spec import RowSpec
 
 TURNS_HELP = "assistant turns of a conversation that the loss is on: the last (default) or all"
 
@@ -37,7 +37,7 @@ def add_model(sub: argparse.ArgumentParser, *, adapter: bool, adapter_needed: bo
 
 
 def add_gradients(sub: argparse.ArgumentParser) -> None:
-    """What `gradients_of` reads."""
+    """Add the options that `gradients_of` reads."""
     sub.add_argument(
         "--target",
         nargs="+",
@@ -90,7 +90,7 @@ def add_data(
 
 
 def columns(text: str) -> dict[str, str | None]:
-    """`prompt=question,id=` -> {"prompt": "question", "id": None}."""
+    """Parse `prompt=question,id=` into {"prompt": "question", "id": None}."""
     pairs = [part.partition("=") for part in text.split(",")]
     if any(not sign or not name for name, sign, _ in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=COLUMN,NAME=COLUMN")
@@ -122,16 +122,18 @@ def damping(text: str) -> float | str:
     try:
         return float(text)
     except ValueError:
-        return text  # "auto", or a word that the preconditioners refuse by name
+        # The preconditioners refuse any other word than "auto".
+        return text
 
 
 def given(args: Any, *names: str) -> dict[str, Any]:
-    """The options that were given; what was not has its default in the settings classes."""
+    """Return the options that were given; the others have their defaults in the settings classes."""
     return {name: value for name in names if (value := getattr(args, name, None)) is not None}
 
 
-def gradients_of(args: Any) -> GradientConfig:
-    from influence_fast.influence.settings import GradientConfig
+def gradients_of(args: Any) -> RowSpec:
+    from influence_fast.gradients.row_spec import RowSpec
+    from influence_fast.settings import from_dict
 
     settings = given(args, "dim", "width", "sketch", "store_dtype", "precision", "max_tokens")
     if args.target is not None:
@@ -146,16 +148,17 @@ def gradients_of(args: Any) -> GradientConfig:
             "give --adapter, the LoRA adapter whose gradients are taken, or --target all-linear for those of the "
             "weights of a fully fine-tuned --model"
         )
-    return GradientConfig(**settings)
+    return from_dict(RowSpec, settings, "gradients.")
 
 
 def evaluation_of(args: Any, settings: Any = None) -> Any:
-    """`settings` (default: EvalConfig's own) with what the command line says otherwise."""
+    """Return `settings` (default: EvalConfig's own) overridden by the options that were given."""
     from influence_fast.evaluation.evaluate import EvalConfig
 
     names = ("max_new_tokens", "samples", "temperature", "top_p", "seed", "answer_kind", "engine", "generation")
     changed = given(args, *names)
-    if changed.get("generation") == "model":  # whose own file says how to sample, not a task's
+    # The model's own file says how to sample then, not the task's settings.
+    if changed.get("generation") == "model":
         changed = {"temperature": 0.0, "top_p": 1.0} | changed
     if getattr(args, "pass_at", None) is not None:
         changed["pass_at"] = tuple(args.pass_at)
@@ -167,19 +170,20 @@ def trace_of(args: Any) -> str | int:
 
 
 def quiet_libraries() -> None:
-    """On the command line the bars and the notes to developers are ours alone; a library's importer keeps them."""
+    """Silence the progress bars and developer warnings of transformers and datasets; library users keep them."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    if "datasets" in sys.modules:  # to import it takes a second
+    # Importing datasets takes a second, so it is only done by what needs it.
+    if "datasets" in sys.modules:
         sys.modules["datasets"].disable_progress_bars()
     else:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def bars(args: Any) -> bool:
-    """Progress bars are for terminals; in a log they would be blank lines."""
+    """Return whether to show progress bars: on terminals only, since in a log they would be blank lines."""
     return not args.quiet and sys.stderr.isatty()
 
 
@@ -226,16 +230,16 @@ def tokenized(args: Any, examples: list[Any], tokenizer: Any) -> list[dict[str, 
 
 
 def say_left_out(args: Any, too_long: Sequence[tuple[str, int]]) -> None:
-    from influence_fast.errors import listing
+    from influence_fast.errors import truncated_list
 
     if too_long:
-        names = listing(f"{name} ({n} tokens)" for name, n in too_long)
+        names = truncated_list(f"{name} ({n} tokens)" for name, n in too_long)
         cut = ", of which a cut leaves no completion" if args.truncate else ""
         print(f"left out, longer than {args.max_length} tokens{cut}: {len(too_long)} examples: {names}")
 
 
 def not_an_input(output: str, *inputs: str | None) -> None:
-    """ConfigError where writing `output` would replace one of the files that are read."""
+    """Raise ConfigError where writing `output` would replace one of the files that are read."""
     for path in inputs:
         if path is not None and Path(path).exists() and Path(path).resolve() == Path(output).resolve():
             raise ConfigError(f"--output {output} is also read from, and would be lost: give another file")

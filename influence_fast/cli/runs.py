@@ -1,4 +1,4 @@
-"""Verbs of a whole run from one configuration: demo, run, validate, report; and doctor."""
+"""Verbs of a complete run from one configuration: demo, run, validate, report; and doctor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from influence_fast.errors import ConfigError
 
 
 def add(verb: NewVerb) -> None:
-    """Adds these verbs and their options."""
+    """Add these verbs and their options."""
     sub = verb("demo", _demo, "run the whole pipeline on a small built-in world (CPU, no network)")
     sub.add_argument("--output", default="demo-run", help="folder for everything (default: demo-run)")
     sub.add_argument("--seed", type=options.seed, default=0)
@@ -76,7 +76,7 @@ def _run(args: Any) -> None:
 
 
 def _run_config(config: Any, args: Any) -> None:
-    from influence_fast.report.words import p_value
+    from influence_fast.report.text import p_value
     from influence_fast.run.pipeline import run
 
     options.quiet_libraries()
@@ -109,8 +109,8 @@ def _run_config(config: Any, args: Any) -> None:
 
 def _validate(args: Any) -> None:
     from influence_fast.config import load_config
-    from influence_fast.proof.page import text_tables, write_page
-    from influence_fast.proof.validate import validate
+    from influence_fast.validation.page import text_tables, write_page
+    from influence_fast.validation.validate import validate
 
     config = load_config(args.config)
     if args.output:

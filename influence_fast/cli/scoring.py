@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from influence_fast.errors import ConfigError
 
 
 def add(verb: NewVerb) -> None:
-    """Adds these verbs and their options."""
+    """Add these verbs and their options."""
     sub = verb("score", _score, "score training examples by their influence on validation answers")
     options.add_model(sub, adapter=True, adapter_needed=False)
     options.add_data(sub, "--data", "training examples")
@@ -38,7 +37,8 @@ def add(verb: NewVerb) -> None:
     sub.add_argument("--fallback", help="reference: let the solutions stand in where no own answer is correct")
     sub.add_argument(
         "--preconditioner",
-        help="ekfac_cosine (the default; cosine where rows are sketched at random), cosine, fisher, less, none, ...",
+        help="ekfac_cosine (the default: Shampoo's eigenbasis with EK-FAC's corrected eigenvalues, between unit-norm "
+        "rows; cosine where rows are sketched at random), cosine, fisher, less, none, ...",
     )
     sub.add_argument("--damping", type=options.damping, help="share of the mean eigenvalue (0.1), or auto")
     sub.add_argument(
@@ -94,7 +94,7 @@ def add(verb: NewVerb) -> None:
 
 
 def _row_options(sub: argparse.ArgumentParser, of: str, whose: str) -> None:
-    """What `_load_beside` reads."""
+    """Add the options that `_load_beside` reads."""
     sub.add_argument(f"--{of}-split", default="train")
     sub.add_argument(f"--{of}-format", default="auto", help=f"as --format, of {whose}")
     sub.add_argument(
@@ -108,13 +108,13 @@ def _score(args: Any) -> None:
     from influence_fast.data.examples import load_rows
     from influence_fast.data.grouping import row_groups
     from influence_fast.influence.queries import make_queries, own_answers, with_tasks
+    from influence_fast.influence.recipe import Recipe
     from influence_fast.influence.scores import check_format
-    from influence_fast.influence.settings import InfluenceConfig, check_influence, fitted_examples
+    from influence_fast.influence.settings import InfluenceConfig
     from influence_fast.report.explain import EXPLAINED
     from influence_fast.run.scoring import explained_scores
-    from influence_fast.run.unread import unread_influence
     from influence_fast.selection.difficulty import check_answers
-    from influence_fast.selection.pool_scores import baseline_columns
+    from influence_fast.selection.pool_scores import ScoredPool, baseline_columns
     from influence_fast.selection.pruning import with_fingerprints
     from influence_fast.selection.strategies import PASS_RATE, needed_columns
 
@@ -125,17 +125,17 @@ def _score(args: Any) -> None:
     gradients = options.gradients_of(args)
     names = ("preconditioner", "damping", "fisher", "fisher_examples", "optimizer", "queries", "fallback")
     influence = InfluenceConfig(**options.given(args, *names))
-    check_influence(influence, gradients)
+    recipe = Recipe.of(gradients, influence)
+    recipe.check()
     check_strategies(args.strategies, influence)
-    reads = fitted_examples(dataclasses.replace(influence, fisher="model"), gradients) > 0
-    if args.fisher is not None and not reads:
+    if args.fisher is not None and not recipe.reads_labels:
         raise ConfigError("--fisher is read by ekfac, fisher, datainf and where a sketch is fitted: leave it out here")
-    if args.fisher_examples is not None and (not reads or influence.fisher != "model"):
+    if args.fisher_examples is not None and (not recipe.reads_labels or influence.fisher != "model"):
         raise ConfigError(
             "--fisher-examples is read by ekfac, fisher and datainf with --fisher model: leave it out here"
         )
-    if unread := unread_influence(gradients, influence):
-        raise ConfigError(f"{unread[0]}; leave it out")
+    if unused := [setting for setting in recipe.unused() if setting.changed]:
+        raise ConfigError(f"{unused[0]}; leave it out")
     needs = needed_columns(args.strategies)
     if influence.queries == "reference" and args.max_new_tokens is not None and PASS_RATE not in needs:
         raise ConfigError("--max-new-tokens is of the model's own answers, which --queries reference does not ask for")
@@ -156,12 +156,9 @@ def _score(args: Any) -> None:
     queries = make_queries(validation, answers, args.fallback, needed=("correct",))
     if args.tasks is not None:
         queries = with_tasks(queries, row_groups(load_rows(args.validation, split=args.validation_split), args.tasks))
+    asked = ScoredPool(model, tokenizer, examples, pool, queries)
     scored, explained = explained_scores(
-        model,
-        tokenizer,
-        examples,
-        pool,
-        queries,
+        asked,
         Path(args.store or f"{args.output}.store"),
         gradients,
         influence,
@@ -175,11 +172,7 @@ def _score(args: Any) -> None:
     table, more = baseline_columns(
         scored.table,
         needs,
-        model,
-        tokenizer,
-        examples,
-        pool,
-        queries,
+        asked,
         PruningConfig().pass_rate_config(options.evaluation_of(args)),
         transcripts=Path(f"{args.output}.pool.jsonl"),
         progress=options.bars(args),
@@ -193,7 +186,7 @@ def _score(args: Any) -> None:
 
 
 def _load_beside(args: Any, of: str, source: str, **more: Any) -> list[Any]:
-    """The examples of `source`, read by options of their own (`--validation-split`): errors name these."""
+    """Return the examples of `source`, read by options of their own (`--validation-split`), which errors then name."""
     from influence_fast.data.examples import load_examples
     from influence_fast.errors import DataError
 
@@ -205,7 +198,7 @@ def _load_beside(args: Any, of: str, source: str, **more: Any) -> list[Any]:
 
 
 def _same_rows(args: Any) -> bool:
-    """Whether --data and --validation are the same split of the same source; a single file has one split."""
+    """Return whether --data and --validation are the same split of the same source; a single file has one split."""
     data, validation = (os.path.realpath(os.path.expanduser(path)) for path in (args.data, args.validation))
     return data == validation and (args.split == args.validation_split or os.path.isfile(data))
 
@@ -227,7 +220,7 @@ def _prune(args: Any) -> None:
     from influence_fast.data.diversity import near_duplicates
     from influence_fast.data.examples import load_rows, save_examples
     from influence_fast.data.grouping import row_groups
-    from influence_fast.errors import listing
+    from influence_fast.errors import truncated_list
     from influence_fast.influence.scores import FINGERPRINT, ScoreTable
     from influence_fast.selection.pruning import aligned_examples, save_selection, select
 
@@ -280,4 +273,4 @@ def _prune(args: Any) -> None:
     known = set(table.ids)
     without = [example.id for example in examples if example.id not in known]
     if without:
-        print(f"warning: {len(without)} examples have no score and are not in the output: {listing(without)}")
+        print(f"warning: {len(without)} examples have no score and are not in the output: {truncated_list(without)}")

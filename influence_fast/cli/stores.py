@@ -13,7 +13,7 @@ from influence_fast.guards import check_no_pipe
 
 
 def add(verb: NewVerb) -> None:
-    """Adds these verbs and their options."""
+    """Add these verbs and their options."""
     sub = verb("build", _build, "build a gradient store; under torchrun and the like, on all processes together")
     options.add_model(sub, adapter=True, adapter_needed=False)
     options.add_data(sub, "--data", "training examples")
@@ -64,16 +64,19 @@ def _build(args: Any) -> None:
     from influence_fast.config import ModelConfig
     from influence_fast.data import spooling
     from influence_fast.distributed import metrics, processes
+    from influence_fast.distributed.builds import DistributedOptions
     from influence_fast.distributed.from_source import build_from_source
     from influence_fast.gradients.fp8 import check_precision
-    from influence_fast.influence.settings import InfluenceConfig, check_influence, fitted_examples
+    from influence_fast.influence.recipe import Recipe
+    from influence_fast.influence.settings import InfluenceConfig
 
     options.quiet_libraries()
     gradients, influence = options.gradients_of(args), InfluenceConfig(**options.given(args, "damping", "fisher"))
-    check_influence(influence, gradients)
+    recipe = Recipe.of(gradients, influence)
+    recipe.check()
     check_precision(gradients.precision, "--precision", sharded=args.fsdp != 1)
     for flag in ("damping", "fisher"):
-        if getattr(args, flag) is not None and not fitted_examples(influence, gradients):
+        if getattr(args, flag) is not None and not recipe.fits_sketch:
             raise ConfigError(
                 f"--{flag} is that of a fitted sketch, and none is fitted here: give a --width, or leave it out"
             )
@@ -109,15 +112,17 @@ def _build(args: Any) -> None:
         ),
         gradients,
         influence,
-        world=world,
+        options=DistributedOptions(
+            world=world,
+            time_limit=args.time_limit,
+            lease=args.lease,
+            peak=args.peak_tflops * 1e12 if args.peak_tflops else None,
+            progress=False if args.quiet else None,
+            profile=args.profile,
+            shard_rows=args.shard_rows,
+        ),
         fsdp=args.fsdp,
-        time_limit=args.time_limit,
-        lease=args.lease,
         told=told,
-        peak_flops=args.peak_tflops * 1e12 if args.peak_tflops else None,
-        progress=False if args.quiet else None,
-        profile=args.profile,
-        shard_rows=args.shard_rows,
     )
     if world.rank == 0:
         totals = metrics.summary(metrics.folder_of(Path(args.output)))
@@ -156,7 +161,8 @@ def _inspect_sketch(store: Any) -> None:
 
 def _verify(args: Any) -> None:
     from influence_fast.errors import StoreError
-    from influence_fast.store.reader import open_store, verify_store
+    from influence_fast.store.reader import open_store
+    from influence_fast.store.verification import verify_store
 
     problems = verify_store(args.store)
     if problems:

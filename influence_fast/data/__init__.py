@@ -1,1 +1,1 @@
-"""From any dataset to token ids: rows, their schemas, examples as text, packs; and what texts have in common."""
+"""Datasets: rows, their schemas, examples as text, token ids and packs; duplicates, overlaps and fingerprints."""

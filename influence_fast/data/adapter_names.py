@@ -7,7 +7,7 @@ _WRAPPER = "base_model.model."
 
 
 def plain_name(name: str) -> str:
-    """A module's or parameter's name without the wrapper around the model: the same for a wrapped model and its base.
+    """Return a module's or parameter's name without peft's wrapper prefix, so that a wrapped model and its base agree.
 
     A base weight under a LoRA layer keeps the `base_layer` in its name.
     """
@@ -15,5 +15,5 @@ def plain_name(name: str) -> str:
 
 
 def is_adapter_parameter(name: str) -> bool:
-    """Whether a parameter of that name is the adapter's and not the base model's."""
+    """Return whether a parameter of that name belongs to the adapter and not to the base model."""
     return ADAPTER_MARK in name

@@ -1,4 +1,4 @@
-r"""The last `\boxed{...}` of a text: where solutions in mathematics and answers of models state the result."""
+r"""Find the last `\boxed{...}` of a text, where solutions in mathematics and answers of models state the result."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 
 _BOXED = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s{0,20}(?=[{\s\w\\])")
 _LONGEST = 40_000  # characters looked through for the end of a box
-_TRIED = 20  # boxes, from the last: a text of nothing but unclosed ones must not cost its square
+# Boxes tried, from the last; a text of unclosed boxes alone must not take quadratic time.
+_TRIED = 20
 # What joins boxes that state one answer: \boxed{3} and $x = \boxed{7}$.
 _JOINED = re.compile(
     r"(?:[\s$]|\\[()\[\],;! ]|\\q?quad)*"
@@ -52,7 +53,8 @@ def _closed(text: str, most: int) -> list[tuple[int, int, str]]:
         if box is None:
             continue
         end, content = box
-        if found and end > found[0][0]:  # it holds a box that was found: \boxed{x = \boxed{5}}
+        # The box holds one that was found already: \boxed{x = \boxed{5}}.
+        if found and end > found[0][0]:
             continue
         found.insert(0, (begin, end, content))
         if len(found) >= most:

@@ -1,4 +1,4 @@
-"""The cells of one source row, read through the column renames; every complaint names the row and the remedy."""
+"""The cells of one source row, read through the column renames; every error names the row and the remedy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Turn = tuple[str, str]  # (role, content)
 
 
 def is_null(value: Any) -> bool:
-    """Tell whether `value` stands for nothing: None, NaN of any float type, pandas' NA and NaT."""
+    """Return whether `value` is a missing value: None, NaN of any float type, pandas' NA and NaT."""
     if value is None:
         return True
     if isinstance(value, str | int | list | tuple | dict):
@@ -22,22 +22,23 @@ def is_null(value: Any) -> bool:
         return True
     try:
         return bool(value != value)
-    except (TypeError, ValueError):  # an array has no single truth
+    except (TypeError, ValueError):
+        # An array has no single truth value.
         return False
 
 
 def is_blank(value: Any) -> bool:
-    """Tell whether `value` is null or text of white space alone."""
+    """Return whether `value` is null or text of white space alone."""
     return is_null(value) or (isinstance(value, str) and not value.strip())
 
 
 def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
-    """Tell whether `value` is a list in a cell: pandas and Arrow hold them as arrays, too."""
+    """Return whether `value` is a list in a cell: pandas and Arrow hold them as arrays, too."""
     return isinstance(value, list | tuple) or type(value).__name__ == "ndarray"
 
 
 def texts(value: Any) -> Iterator[str]:
-    """Yield the texts in a cell: itself, or those of its list of texts or messages. Numbers and flags are none."""
+    """Yield the texts in a cell: itself, or those of its list of texts or messages, but no numbers and flags."""
     if isinstance(value, str):
         if not is_blank(value):
             yield value.strip()
@@ -51,7 +52,7 @@ def texts(value: Any) -> Iterator[str]:
 
 
 def truth(value: Any) -> bool | None:
-    """Return what a flag says: False and True, 0 and 1, or these as text; None for anything else.
+    """Return the value of a flag: False and True, 0 and 1, or these as text; None for anything else.
 
     Example:
         >>> truth("False"), truth(1.0), truth("maybe")
@@ -74,15 +75,15 @@ class Cells:
         self.names = names
 
     def column(self, name: str) -> str | None:
-        """Return what the source calls the column that the schema calls `name`; None where it is left out."""
+        """Return the source's name of the column that the schema calls `name`; None where it is left out."""
         return self.names.get(name, name)
 
     def error(self, problem: str) -> DataError:
-        """Return a DataError that says where the row is, and `problem`."""
+        """Return a DataError that names the row and states `problem`."""
         return DataError(f"{self.rows.place(self.index)}: {problem}")
 
     def maybe(self, name: str) -> Any:
-        """Return the value of a column, None where it is null or not there; arrays and tuples are lists."""
+        """Return the value of a column, None where it is null or missing; arrays and tuples become lists."""
         column = self.column(name)
         value = None if column is None else self.row.get(column)
         if is_null(value):
@@ -99,7 +100,7 @@ class Cells:
         return value
 
     def as_text(self, value: Any, what: str) -> str:
-        """Return `value` if it is text that UTF-8 can hold. Raises DataError otherwise; `what` names it there."""
+        """Return `value` if it is text that UTF-8 can hold; raises DataError otherwise, in which `what` names it."""
         if is_null(value):
             raise self.error(f"{what} is null; fill it in or remove the row")
         if not isinstance(value, str):
@@ -111,7 +112,7 @@ class Cells:
         return value
 
     def text(self, name: str) -> str:
-        """Return a column of text. Raises DataError where it is null, missing or something else."""
+        """Return a column of text. Raises DataError where it is null, missing or not text."""
         return self.as_text(self.value(name), f"column {self.column(name)!r}")
 
     def optional_text(self, name: str) -> str | None:
@@ -139,7 +140,7 @@ class Cells:
         )
 
     def sequence(self, name: str) -> list[Any]:
-        """Return a column that is a list. Raises DataError where it is null, missing or something else."""
+        """Return a column that is a list. Raises DataError where it is null, missing or not a list."""
         value = self.value(name)
         if not isinstance(value, list):
             raise self.error(f"column {self.column(name)!r} is a {type(value).__name__}, not a list")
@@ -147,7 +148,7 @@ class Cells:
 
 
 def whole_number(value: Any) -> Any:
-    """Return `value` as an int where it is a float without a fraction, else as it is."""
+    """Return `value` as an int where it is a float without a fraction, else unchanged."""
     if isinstance(value, Real) and not isinstance(value, Integral) and float(value).is_integer():
         return int(float(value))
     return value

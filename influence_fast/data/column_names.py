@@ -1,4 +1,4 @@
-"""Names of columns and fields as words: which of them speak of a trace, of a prompt, or of neither."""
+"""Tell from the name of a column or field whether it holds a trace, a part of the prompt, or neither."""
 
 from __future__ import annotations
 
@@ -48,16 +48,18 @@ def words(name: str) -> list[str]:
 
 
 def is_trace_name(name: str) -> bool:
-    """Tell whether a column of this name holds a trace or a solution: `r1_cot_1`, not `cot_type`."""
+    """Return whether a column of this name holds a trace or a solution: `r1_cot_1`, not `cot_type`."""
     found = words(name)
-    while len(found) > 1 and found[-1] in _MODELS:  # messages_r1, traces_r1
+    # Names such as messages_r1 and traces_r1 end with a model.
+    while len(found) > 1 and found[-1] in _MODELS:
         found = found[:-1]
     if not found:
         return False
     last = found[-1]
     if last in _TRACE_WORDS or found == ["step", "by", "step"]:
         return True
-    if found[-2:] == ["predicted", "answer"]:  # a result of a few characters in every known set
+    # A predicted answer is a result of a few characters in every known dataset.
+    if found[-2:] == ["predicted", "answer"]:
         return False
     if last in _RESULTS or last in ("process", "chain"):
         return bool(_PROCESS.intersection(found[:-1]) or _MAKERS.intersection(found[:-1]))
@@ -65,16 +67,16 @@ def is_trace_name(name: str) -> bool:
 
 
 def is_reasoning_name(name: str) -> bool:
-    """Tell whether a column of this name holds what comes before an answer: `Complex_CoT`, `thinking`."""
+    """Return whether a column of this name holds what comes before an answer: `Complex_CoT`, `thinking`."""
     return is_trace_name(name) and bool(_PROCESS.intersection(words(name)))
 
 
 def is_prompt_name(name: str) -> bool:
-    """Tell whether a column of this name belongs to the prompt: `system_prompt`, `tools`."""
+    """Return whether a column of this name belongs to the prompt: `system_prompt`, `tools`."""
     return " ".join(words(name)) in _PROMPT_NAMES
 
 
 def is_metadata_name(name: str) -> bool:
-    """Tell whether a name speaks of something beside the text: `cot_type`, `trace_id`, `language`."""
+    """Return whether a name speaks of something beside the text: `cot_type`, `trace_id`, `language`."""
     found = words(name)
     return not found or found[-1] in _METADATA

@@ -1,4 +1,4 @@
-"""Conversations: lists of messages in the forms that datasets have them, and the turns that an example takes of them.
+"""Read conversations: lists of messages in the forms that datasets use, and the turns that an example takes from them.
 
 A message is `{"role", "content"}`, or ShareGPT's `{"from", "value"}`. An assistant's message may have its reasoning
 in a field of its own (`reasoning`, `reasoning_content` or `thinking`) and a `weight`: 0 for no loss on it, or 1.
@@ -39,17 +39,20 @@ _SPEAKERS = {
 }
 
 _TRAINED = ("train", "trainable", "training", "loss")
-_MASKS = ("mask", "masked", "loss_mask", "train_mask")  # data sets disagree on whether 1 is loss or none
+# Datasets disagree on whether 1 means loss or none.
+_MASKS = ("mask", "masked", "loss_mask", "train_mask")
 _READ = ("role", "from", "content", "value", "weight", *REASONING_FIELDS, *_CALLS, *_TRAINED, *_MASKS)
 
-_COPIED = 32  # characters: shorter reasoning may stand at the head of an answer by chance
+# Characters; shorter reasoning may begin an answer by chance.
+_COPIED = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message. `content` is whole, the reasoning included; `learns` is False where its `weight` is 0.
+    """One message of a conversation.
 
-    `unread` are the names of other fields of it that hold text.
+    `content` is complete, the reasoning included; `weight` is 0 where there is no loss on it. `unread` are the names of
+    its other fields that hold text.
     """
 
     role: str
@@ -60,18 +63,18 @@ class Message:
 
     @property
     def learns(self) -> bool:
-        """Whether the loss may see this message."""
+        """Return whether there may be a loss on this message."""
         return self.role == "assistant" and self.weight != 0
 
     @property
     def turn(self) -> Turn:
-        """The message as (role, content)."""
+        """Return the message as (role, content)."""
         return self.role, self.content
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What a schema takes from a row; ids, labels and row numbers are the same for all schemas.
+    """The parts of an example that depend on the schema; ids, labels and row numbers are read alike for all schemas.
 
     `cut`: turns after the completion were left out. `passed_over`: an earlier assistant turn has weight 1, and only
     the last turn is trained on. `unread`: fields of messages that hold text and are not read.
@@ -91,14 +94,14 @@ class Draft:
 
 
 def with_reasoning(reasoning: str, content: str) -> str:
-    """Return the text of a turn whose reasoning comes apart from its content."""
+    """Return the text of a turn whose reasoning is held apart from its content."""
     return f"<think>\n{reasoning}\n</think>\n\n{content}"
 
 
 def joined(cells: Cells, reasoning: str, text: str, what: str) -> tuple[str, str | None]:
-    """Return the text of a turn with its reasoning, and the reasoning, or None for it where `text` had it already.
+    """Return (text of a turn with its reasoning, reasoning); the reasoning is None where `text` already had it.
 
-    Raises DataError where `text` holds another reasoning; `what` names it there.
+    Raises DataError where `text` holds another reasoning; `what` names it in the message.
     """
     head, closed, _ = text.partition("</think>")
     opened = text.lstrip().startswith("<think>")
@@ -113,7 +116,7 @@ def joined(cells: Cells, reasoning: str, text: str, what: str) -> tuple[str, str
 
 
 def without_tags(reasoning: str) -> str:
-    """Return reasoning that comes apart from its content without the tags that it may have all the same."""
+    """Return reasoning that is held apart from its content without the <think> tags that it may have nevertheless."""
     found = re.fullmatch(r"\s*<think>\n?((?:(?!</?think>).)*?)\n?</think>\s*", reasoning, re.DOTALL)
     return found[1] if found else reasoning
 
@@ -187,7 +190,7 @@ def _text(cells: Cells, content: Any, what: str) -> str:
 
 
 def _unread(message: dict[str, Any], shown: str, within: str = "") -> Iterator[str]:
-    """Names of the fields that hold text which is not in `shown`: a trace by name, or text of several words."""
+    """Yield names of fields that hold text missing from `shown`: a trace by its name, or text of several words."""
     for key, value in message.items():
         if (not within and key in _READ) or (is_metadata_name(key) and not is_trace_name(key)):
             continue
@@ -216,7 +219,7 @@ def _reasoning(cells: Cells, message: dict[str, Any], role: str, what: str) -> s
 
 
 def _weight(cells: Cells, message: dict[str, Any], role: str, what: str, lenient: bool) -> int | None:
-    """0 or 1, or None where there is none.
+    """Return a message's loss weight, 0 or 1; None where it has none.
 
     ShareGPT data gives every turn a weight, that of a person's turns being 0 (`lenient`): no loss is what they get.
     """

@@ -1,4 +1,4 @@
-"""Training examples that give the evaluation away: those that share a run of words with a test item."""
+"""Find training examples that share a run of words with a test item, and so give the evaluation away."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PARTS = re.compile(r"[^\W_]+|[+*/^=<>%\u00d7\u00f7]|(?<![^\W\d_])\s*-|-(?![^\W\
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """Example `id` shares the words `ngram` with the evaluation item called `item`."""
+    """The words `ngram` that example `id` shares with the evaluation item called `item`."""
 
     id: str
     item: str
@@ -28,20 +28,32 @@ class Overlap:
 
     @property
     def why(self) -> str:
-        """`shares 8 words with test/17`."""
+        """Return the overlap in words: `shares 8 words with test/17`."""
         return f"shares {len(words(self.ngram)) or 'all'} words with {self.item}"
 
 
 def contaminated(examples: Iterable[Example], tests: Mapping[str, Sequence[Example]], *, n: int = 8) -> list[Overlap]:
-    """The examples that share n words in a row with an evaluation item, in the order of `examples`.
+    """Find the examples that share n words in a row with an evaluation item, in the order of `examples`.
 
-    Prompts and completions of both sides are compared, without case and punctuation. `tests` are evaluation sets by
-    name; an item is called `<name>/<id>`. The first shared run of an example is reported. Two readings of "shared":
+    Prompts and completions of both sides are compared, ignoring case and punctuation. The first shared run of an
+    example is reported. Two details:
 
-    - a prompt of fewer than n words has no such run; it is shared by an example with exactly that prompt, operators
+    - a prompt of fewer than n words has no such run; an example shares it if it has exactly that prompt, operators
       included;
     - a run in the items of more than a tenth of all questions (and of more than three) is the wording of their
-      format, tells nothing about any item, and is not counted.
+      format, says nothing about any item, and is not counted.
+
+    Args:
+        examples: training examples.
+        tests: evaluation sets by name; an item is called `<name>/<id>`.
+        n: words in a run.
+    Returns:
+        An `Overlap` for each example that shares a run.
+    Example:
+        >>> question = "A farmer has 12 cows and buys 7 more cows today"
+        >>> pool = [inf.Example("a", question, "19"), inf.Example("b", "What is 2 + 2?", "4")]
+        >>> [found.why for found in contaminated(pool, {"test": [inf.Example("0", question, "It is 19.")]})]
+        ['shares 8 words with test/0']
     """
     index = _Index(tests, n)
     overlaps = []
@@ -53,15 +65,17 @@ def contaminated(examples: Iterable[Example], tests: Mapping[str, Sequence[Examp
 
 
 class _Index:
-    """The runs of all evaluation items, to be looked up by hash."""
+    """An index of the runs of all evaluation items by their hashes."""
 
     def __init__(self, tests: Mapping[str, Sequence[Example]], n: int) -> None:
         self.n = n
-        self.numbers: dict[str, int] = {}  # of each word that an item has
+        # The number of each word that an item has.
+        self.numbers: dict[str, int] = {}
         self.runs: dict[str, str] = {}  # words of a run -> the first item that has it
         self.short: dict[str, str] = {}  # words of a short prompt -> the first item that asks it
         hashes = [np.zeros(0, dtype=np.uint64)]
-        counts: Counter[str] = Counter()  # in how many different questions' items a run is
+        # The number of different questions whose items contain a run.
+        counts: Counter[str] = Counter()
         questions = set()
         for name, members in tests.items():
             for test in members:
@@ -93,7 +107,8 @@ class _Index:
             nearest = self.hashes[np.minimum(np.searchsorted(self.hashes, hashes), len(self.hashes) - 1)]
             for i in np.flatnonzero(nearest == hashes).tolist():
                 run = " ".join(row[i : i + self.n])
-                if run in self.runs:  # the hash only narrows the search
+                # Hashes may agree by chance, so the words decide.
+                if run in self.runs:
                     return Overlap(example.id, self.runs[run], run)
         whole = plain_prompt(example.prompt)
         return Overlap(example.id, self.short[whole], whole) if whole in self.short else None

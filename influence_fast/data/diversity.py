@@ -1,4 +1,4 @@
-"""Near-duplicate texts: groups of which pruning lets only the best few stay."""
+"""Find groups of near-duplicate texts, of which pruning keeps only the best few."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from influence_fast.data.similarity_join import similar_sets
 from influence_fast.errors import ConfigError
 from influence_fast.progress import Told
 
-_KEPT = 256 << 20  # bytes of run hashes that save reading a text twice
+# Bytes of run hashes kept from the first pass, which save reading a text twice.
+_KEPT = 256 << 20
 
 
 def check_similarity(threshold: float) -> None:
-    """ConfigError unless `threshold` is a similarity that can be asked for."""
+    """Raise ConfigError unless `threshold` is above 0 and at most 1."""
     if not 0 < threshold <= 1:
         raise ConfigError(f"max_similar {threshold} is not above 0 and at most 1 (Jaccard similarity of 8-word runs)")
 
 
 def near_duplicates(texts: Sequence[str], threshold: float, *, n: int = 8, progress: bool = True) -> np.ndarray:
-    """Number the clusters of near-duplicates: [N] int64, the same number for texts of one cluster.
+    """Cluster near-duplicate texts, and return the cluster number of each: [N] int64.
 
     Two texts are near-duplicates where the Jaccard similarity of their sets of n-word runs is at least `threshold`;
     clusters are the connected components of that relation, so two ends of a chain may differ by more. A text of
@@ -39,10 +40,11 @@ def near_duplicates(texts: Sequence[str], threshold: float, *, n: int = 8, progr
         texts: in any order.
         threshold: above 0, at most 1.
         n: words in a run.
-        progress: say on stderr how far it is, every ten seconds; nothing is said where it takes less.
-
-    Raises ConfigError for a threshold outside (0, 1].
-
+        progress: report progress on stderr every ten seconds; nothing is printed where it takes less.
+    Returns:
+        A number for each text, the same for texts of one cluster: the index of one of them.
+    Raises:
+        ConfigError: a threshold outside (0, 1].
     Example:
         >>> near_duplicates(["So the answer is 4.", "so the answer is 4", "It is 5."], 0.9).tolist()
         [0, 0, 2]
@@ -53,7 +55,8 @@ def near_duplicates(texts: Sequence[str], threshold: float, *, n: int = 8, progr
     firsts: dict[bytes, int] = {}
     clusters = np.arange(len(texts))
     for i, one in enumerate(runs):
-        if one.size:  # exact copies are joined at once, and only the first is compared with the rest
+        # Exact copies are joined at once, and only the first is compared with the rest.
+        if one.size:
             clusters[i] = firsts.setdefault(one.digest, i)
     distinct = np.fromiter(firsts.values(), dtype=np.int64, count=len(firsts))
     sizes, shared = [runs[i].size for i in distinct], [runs[i].shared for i in distinct]
@@ -66,9 +69,9 @@ def near_duplicates(texts: Sequence[str], threshold: float, *, n: int = 8, progr
 
 @dataclass(frozen=True, slots=True)
 class _Runs:
-    """The distinct runs of a text: how many, a digest of them all, and the sorted hashes of those that are shared.
+    """The distinct runs of a text: their number, a digest of them all, and the sorted hashes of those that are shared.
 
-    `shared` are all that another text has too, and by chance a few that none has.
+    `shared` has every run that another text has too, and by chance a few that none has.
     """
 
     size: int
@@ -79,7 +82,8 @@ class _Runs:
 def _shared_runs(texts: Sequence[str], n: int, told: Told | None = None) -> list[_Runs]:
     told = told or Told("near-duplicates", shown=False)
     # A run's hash names a bit. The first text to set it leaves it in `once`, the next one in `twice`.
-    bits = max(64, 1 << sum(map(len, texts)).bit_length())  # one or two a character, five or more a word
+    # One or two bits a character are five or more a word.
+    bits = max(64, 1 << sum(map(len, texts)).bit_length())
     once, twice = np.zeros(bits // 8, dtype=np.uint8), np.zeros(bits // 8, dtype=np.uint8)
     hashes = _RunHashes(texts, n)
     tell = told.stage("read", len(texts))
@@ -103,13 +107,13 @@ def _shared_runs(texts: Sequence[str], n: int, told: Told | None = None) -> list
 
 
 def _place(runs: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Byte and bit of each hash in a table of so many bits, a power of two."""
+    """Return byte and bit of each hash in a table of `bits` bits, a power of two."""
     place = runs & np.uint64(bits - 1)
     return (place >> np.uint64(3)).astype(np.int64), np.uint8(1) << (place & np.uint64(7)).astype(np.uint8)
 
 
 def _distinct(hashes: np.ndarray) -> np.ndarray:
-    """The distinct ones, ascending: sorted, which is ten times as fast as `np.unique`'s table for millions of them."""
+    """Return the distinct hashes, ascending; a sort is ten times as fast as `np.unique`'s table for millions."""
     ordered = np.sort(hashes)
     return ordered[np.r_[True, ordered[1:] != ordered[:-1]]] if len(ordered) else ordered
 
@@ -117,7 +121,8 @@ def _distinct(hashes: np.ndarray) -> np.ndarray:
 class _RunHashes:
     """The sorted distinct run hashes of each text, uint64; a text of fewer than n words is one run.
 
-    What is asked for first is kept, up to `_KEPT` bytes, until it is asked for again: `hashes[i]` is for two passes.
+    Hashes are computed on demand. Those computed first are kept, up to `_KEPT` bytes, until they are read again:
+    `hashes[i]` is for two passes.
     """
 
     def __init__(self, texts: Sequence[str], n: int) -> None:

@@ -1,4 +1,4 @@
-"""Examples read from a dataset and written to one; `rendering` turns them into text and `tokens` into token ids."""
+"""Read examples from a dataset and write them to one; `rendering` turns them into text and `tokens` into token ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from influence_fast.data.row_files import write_rows
 from influence_fast.data.rows import Row, Rows, load_rows
 from influence_fast.data.schemas import Example, check_trace, check_turns, read_examples
 from influence_fast.data.tokens import TokenizedSet, check_completions, tokenize
-from influence_fast.errors import ConfigError, DataError, listing, shown
+from influence_fast.errors import ConfigError, DataError, shown, truncated_list
 from influence_fast.guards import reading
 
 __all__ = [
@@ -48,21 +48,33 @@ def load_examples(
     columns: Mapping[str, str | None] | None = None,
     turns: str = "last",
 ) -> list[Example]:
-    """The examples of `source` (see `load_rows` for what it may be) in the order of its rows.
+    """Load training or validation examples from a dataset, in the order of its rows.
 
-    `format`: a schema's name (schemas.py has the table), or `"auto"` to find it from the columns. `trace`:
-    which of a row's `generations` are used in OpenR1 data, `"first"`, `"first_correct"`, `"all"`,
-    `"all_correct"` or an index; other schemas have one completion a row. `limit`: at most so many examples.
-    `columns`: the source's name for a schema's column, `{"prompt": "my_col"}`; `{"id": None}` numbers the rows
-    instead of reading ids, and any other None does without an optional column. `turns`: of a conversation of several
-    assistant turns the loss is on the `"last"`, or with `"all"` on all of them; one whose `weight` is 0 gets none.
+    Ids are the row's own (`id`, `uuid` or `unique_id`, the first there is), else the row index; a trace's is `<row
+    id>#<trace index>`. Rows without a trace that fits `trace` are left out with a warning that names them, and so are
+    null and blank traces. Columns that look like traces and are not read are named in a warning.
 
-    Ids are the row's own (`id`, `uuid` or `unique_id`, the first there is), else the row index; a trace's is
-    `<row id>#<trace index>`. Rows without a trace that fits `trace` are left out with a warning that names them, and so
-    are null and blank traces. Columns that look like traces and are not read are named in a warning.
-
-    Raises DataError, naming file, row and remedy: unreadable source, missing or mistyped column, repeated ids,
-    empty completions. Raises ConfigError for an unknown format, trace, turns or rename.
+    Args:
+        source: a hub id, file, folder, dataset, data frame or list of rows (see `load_rows`).
+        split: of a hub dataset, a saved folder, a `DatasetDict` or a JSON object of several lists.
+        format: a schema's name (schemas.py has the table), or `"auto"` to detect it from the columns.
+        trace: which of a row's `generations` are used in OpenR1 data: `"first"`, `"first_correct"`, `"all"`,
+            `"all_correct"` or an index. Other schemas have one completion a row.
+        limit: the number of examples at most.
+        columns: the source's name for a schema's column, `{"prompt": "my_col"}`; `{"id": None}` numbers the rows
+            instead of reading ids, and any other None does without an optional column.
+        turns: of a conversation of several assistant turns the loss is on the `"last"`, or with `"all"` on all of them;
+            one whose `weight` is 0 gets none.
+    Returns:
+        The examples as plain text, before any chat template.
+    Raises:
+        DataError: naming file, row and remedy: unreadable source, missing or mistyped column, repeated ids, empty
+            completions.
+        ConfigError: an unknown format, trace, turns or rename.
+    Example:
+        >>> rows = [{"prompt": "What is 12 + 7?", "completion": "12 + 7 = 19."}]
+        >>> inf.load_examples(rows)[0].completion
+        '12 + 7 = 19.'
     """
     check_trace(trace)
     check_turns(turns)
@@ -77,11 +89,12 @@ def load_examples(
         examples += found
         if not found:
             without.append(index)
-        if limit is not None and len(examples) >= limit:  # before the next row is converted, which may be broken
+        # Stop before the next row is converted, since it may be broken.
+        if limit is not None and len(examples) >= limit:
             break
     if limit is not None:
         del examples[limit:]
-    places = listing(rows.place(i).removeprefix(f"{rows.name}, ") for i in without)
+    places = truncated_list(rows.place(i).removeprefix(f"{rows.name}, ") for i in without)
     if not examples:
         raise DataError(
             f"{rows.name}: no row has a trace for trace={trace!r}; choose another, such as trace='first', or fill in "
@@ -106,7 +119,7 @@ def check_limit(limit: int | None) -> None:
 
 
 def check_columns(columns: object) -> None:
-    """Raise ConfigError unless `columns` is None, or names of columns by names, with None for those left out."""
+    """Raise ConfigError unless `columns` is None, or maps names to names of columns (None: left out)."""
     if columns is None:
         return
     if not isinstance(columns, Mapping) or not all(
@@ -120,7 +133,7 @@ def _check_ids(examples: list[Example], rows: Rows) -> None:
     if len(counts) < len(examples):
         repeated = [f"{name} ({n} times)" for name, n in counts.items() if n > 1]
         raise DataError(
-            f"{rows.name}: ids must be unique, repeated are {listing(repeated)}; remove the copies, name "
+            f"{rows.name}: ids must be unique, repeated are {truncated_list(repeated)}; remove the copies, name "
             'another column with columns={"id": "..."}, or use row numbers with columns={"id": None}'
         )
 
@@ -131,14 +144,15 @@ def save_examples(
     source_rows: Rows | None = None,
     columns: Mapping[str, str | None] | None = None,
 ) -> int:
-    """Write `examples` to `path` and return the number of rows; the format is the extension's (`write_rows`).
+    """Write `examples` to `path` and return the number of rows; the extension chooses the format (`write_rows`).
 
-    With `source_rows` (from `load_rows`) the file has the source's own rows and columns, of which only those
-    of `examples` are kept, traces within a row included; `columns` are the renames given to `load_examples`.
-    `source_rows.suffix` is the extension that keeps the source's format. Without it the columns are `id`,
-    `prompt` and `completion`, and `answer` and `label` where any example has one; prompt and completion are messages
-    where any example has other turns than the prompt, or reasoning apart. Read again with `turns="all"`, the loss is on
-    the same turns: earlier assistant turns have a `weight`.
+    With `source_rows` (from `load_rows`) the file has the source's own rows and columns, of which only those of
+    `examples` are kept, traces within a row included; `columns` are the renames given to `load_examples`.
+    `source_rows.suffix` is the extension that keeps the source's format.
+
+    Without it the columns are `id`, `prompt` and `completion`, and `answer` and `label` where any example has one;
+    prompt and completion are messages where any example has other turns than the prompt, or reasoning held apart. Read
+    again with `turns="all"`, the loss is on the same turns: earlier assistant turns have a `weight`.
     """
     if source_rows is not None:
         with reading(f"{source_rows.name}, on writing its rows to {os.fspath(path)}"):
@@ -161,7 +175,7 @@ def _as_row(example: Example, optional: list[str], chat: bool) -> Row:
 
 
 def _last_message(example: Example) -> Row:
-    """The completion as a message, with its reasoning in a field of its own where the example has it so."""
+    """Return the completion as a message, with its reasoning in a field of its own where the example holds it apart."""
     message = {"role": "assistant", "content": example.completion}
     if example.reasoning is None:
         return message

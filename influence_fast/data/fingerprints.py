@@ -1,4 +1,4 @@
-"""SHA-256 of what a gradient depends on: base weights, adapter, tokenizer, dataset. Every byte counts, none is sampled.
+"""SHA-256 of what a gradient depends on: base weights, adapter, tokenizer, dataset. Every byte counts; none is sampled.
 
 Hashing is streamed in chunks, so a model on a GPU needs no copy of itself in host memory.
 """
@@ -28,11 +28,11 @@ _CHUNK_BYTES = 1 << 26
 
 
 def weight_hashes(model: nn.Module) -> tuple[str, str | None]:
-    """(base, adapter): SHA-256 over name, dtype, shape and bytes of every parameter, in order of name.
+    """Return (base, adapter): SHA-256 over name, dtype, shape and bytes of every parameter, in order of name.
 
     Of a quantised linear its codes, its scales and how they are to be read count. Parameters by `is_adapter_parameter`
     are the adapter's (see `adapter_hash`). Names are taken without peft's wrapping, so that the base hash is that of
-    the same model before the adapter was added.
+    the model before the adapter was added.
 
     Raises ModelError for a parameter without data (on the meta device).
     """
@@ -48,15 +48,17 @@ def weight_hashes(model: nn.Module) -> tuple[str, str | None]:
 
 
 def _beside_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What quantised linears hold beside parameters: scales, zero points, code books, packed weights in buffers."""
+    """Yield what quantised linears hold beside parameters: scales, zero points, code books, packed buffers."""
     for name, module in model.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
         state: Any = getattr(parameters.get("weight"), "quant_state", None)
-        if hasattr(state, "as_dict"):  # bitsandbytes in 4 bits
+        # Weights quantised by bitsandbytes to 4 bits.
+        if hasattr(state, "as_dict"):
             held = {f"weight.{key}": part for key, part in state.as_dict(packed=True).items()}
         elif _is_packed_linear(module):
             held = {key: part for key, part in module.state_dict().items() if key not in parameters}
-            held["threshold"] = getattr(getattr(module, "state", None), "threshold", None)  # of LLM.int8()'s outliers
+            # The threshold of LLM.int8()'s outliers changes the products.
+            held["threshold"] = getattr(getattr(module, "state", None), "threshold", None)
         else:
             continue
         tensors = [(key, part) for key, part in held.items() if isinstance(part, torch.Tensor)]
@@ -69,8 +71,12 @@ def _beside_parameters(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _is_packed_linear(module: Any) -> bool:
-    """Whether a module has a linear's sizes and no matrix of floating-point weights: its numbers lie elsewhere."""
-    if "base_layer" in module._modules:  # peft's wrapper, whose base comes by itself
+    """Return whether a module has a linear's sizes but no matrix of floating-point weights.
+
+    Its numbers lie elsewhere, in codes or buffers.
+    """
+    # The base layer inside peft's wrapper is visited by itself.
+    if "base_layer" in module._modules:
         return False
     weight = getattr(module, "weight", None)
     floating = isinstance(weight, torch.Tensor) and weight.is_floating_point()
@@ -78,10 +84,10 @@ def _is_packed_linear(module: Any) -> bool:
 
 
 def adapter_hash(model: nn.Module) -> str | None:
-    """The same over the adapter's parameters and its scaling alpha / r; None where there is none.
+    """Return the SHA-256 over the adapter's parameters and its scaling alpha / r; None where there is no adapter.
 
-    With peft only those of the active adapters count; which layer has which of them, in what order and how often,
-    counts where that is not one adapter in all. Raises ModelError as `weight_hashes`.
+    With peft only the parameters of the active adapters count. Which layer has which of them, in what order and how
+    often, counts where that is not one adapter in all. Raises ModelError as `weight_hashes` does.
     """
     model = unwrapped(model)
     active = active_adapters(model)
@@ -106,14 +112,16 @@ def adapter_hash(model: nn.Module) -> str | None:
             values = [float(v) for k, v in scaling.items() if active is None or k in active]
             found.update(json.dumps([_base_name(name), "scaling", values]).encode())
     if active is not None and any(names != [name for name in held if name in active] for held, names in layers):
-        found.update(json.dumps(["active", layers]).encode())  # not all of a layer's, or one of them twice
-    elif active is not None and len(active) > 1:  # the order and the names of several are those of a row's factors
+        # Some layer has inactive adapters, or has one of them active twice.
+        found.update(json.dumps(["active", layers]).encode())
+    elif active is not None and len(active) > 1:
+        # A row's factors come in the order and by the names of the adapters.
         found.update(json.dumps(["several", layers]).encode())
     return found.hexdigest()
 
 
 def _adapters_of_layers(model: nn.Module) -> list[tuple[list[str], list[str]]]:
-    """Of each layer that peft has wrapped: the adapters that it has factors of, and the active ones of these."""
+    """Return the adapters that each layer wrapped by peft holds factors of, and the active ones among them."""
     found = []
     for module in model.modules():
         active: Any = getattr(module, "active_adapters", None)
@@ -123,14 +131,14 @@ def _adapters_of_layers(model: nn.Module) -> list[tuple[list[str], list[str]]]:
 
 
 def held_adapters(layer: Any) -> list[str] | None:
-    """Return the adapters that a layer wrapped by peft has LoRA factors of; None for another module."""
+    """Return the names of the adapters whose LoRA factors a peft layer holds; None for another module."""
     kinds = [getattr(layer, kind, None) for kind in ("lora_A", "lora_embedding_A")]
     known: list[Any] = [kind for kind in kinds if isinstance(kind, nn.ModuleDict | nn.ParameterDict)]
     return [name for kind in known for name in kind.keys()] if known else None  # noqa: SIM118
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 over all that turns text into tokens: the backend's rules, vocabulary, special tokens, template."""
+    """Return the SHA-256 of all that turns text into tokens: rules, vocabulary, special tokens, chat template."""
     found = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and hasattr(backend, "to_str"):
@@ -149,7 +157,10 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def dataset_fingerprint(dataset: Iterable[Any]) -> str:
-    """SHA-256 over ids and contents in order: texts of examples, or input_ids, labels and weights of tokenized ones."""
+    """Return the SHA-256 over ids and contents in order.
+
+    The contents are the texts of examples, or input_ids, labels and weights of tokenized ones.
+    """
     found = hashlib.sha256()
     for example in dataset:
         if isinstance(example, Mapping):
@@ -170,9 +181,9 @@ def dataset_fingerprint(dataset: Iterable[Any]) -> str:
 
 
 def text_fingerprint(example: Example) -> str:
-    """`h` and the first 16 hex digits of the SHA-256 over an example's turns and completion; its id is not in it.
+    """Return `h` and the first 16 hex digits of the SHA-256 over an example's turns and completion, without its id.
 
-    With the letter no program that reads a table takes one for a number.
+    The letter keeps programs that read a table from taking it for a number.
     """
     found = hashlib.sha256()
     for role, text in (*example.turns, ("", example.completion)):
@@ -186,9 +197,11 @@ def _update(found: _Hash, name: str, tensor: torch.Tensor) -> None:
     if tensor.is_meta:
         raise ModelError(f"{name} is on the meta device and has no data; load the model's weights first")
     found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-    if hasattr(tensor, "full_tensor"):  # sharded by FSDP2: gathered one by one, by all its ranks together
+    # FSDP2 shards it: all ranks together gather one parameter at a time.
+    if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
-    elif hasattr(tensor, "__tensor_flatten__"):  # quantised by torchao: codes and scales behind one tensor
+    elif hasattr(tensor, "__tensor_flatten__"):
+        # torchao quantised it: one tensor holds codes and scales.
         parts, settings = tensor.__tensor_flatten__()
         found.update(json.dumps([type(tensor).__name__, settings], sort_keys=True, default=str).encode())
         for part in parts:
@@ -207,12 +220,15 @@ def _by_base_name(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _base_name(name: str) -> str:
-    """Without what peft puts around the base model's own names."""
+    """Return a name without what peft puts around the base model's own names."""
     return plain_name(name).replace(".base_layer.", ".")
 
 
 def _adapter_name(name: str) -> tuple[str, str | None]:
-    """(name without the adapter's own name, that name): "q.lora_A.default.weight" -> ("q.lora_A.weight", "default")."""
+    """Return (parameter name without the adapter's name, the adapter's name or None).
+
+    Example: "q.lora_A.default.weight" -> ("q.lora_A.weight", "default").
+    """
     match = re.search(rf"({ADAPTER_MARK}\w+)\.([^.]+)(?=\.weight$|\.bias$|$)", name)
     if match is None:
         return _base_name(name), None
@@ -220,8 +236,12 @@ def _adapter_name(name: str) -> tuple[str, str | None]:
 
 
 def active_adapters(model: nn.Module) -> set[str] | None:
-    """The names of a peft model's active adapters; None when it is none: then every adapter parameter counts."""
+    """Return the names of a peft model's active adapters; None where every adapter parameter counts.
+
+    The latter is so of a model that peft has not wrapped.
+    """
     active = getattr(model, "active_adapters", None)
-    if callable(active):  # transformers' own integration has a method here, which raises without an adapter
+    # transformers' own integration has a method here, which raises without an adapter.
+    if callable(active):
         return None
     return None if active is None else set(active)

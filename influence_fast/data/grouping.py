@@ -1,4 +1,4 @@
-"""Groups of examples named by a column of their source: the task, the subject, the kind of problem."""
+"""Group examples by a column of their source: the task, the subject, the kind of problem."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from influence_fast.errors import DataError, did_you_mean
 
 
 def row_groups(rows: Rows, column: str) -> list[str]:
-    """The value of `column` in each source row, as text; an example's is at its `row`.
+    """Return the value of `column` in each source row, as text; that of an example is at its `row`.
 
     Raises DataError where the column does not exist or a row has no value in it.
     """

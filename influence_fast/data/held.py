@@ -1,4 +1,4 @@
-"""Tokenized examples in the forms that people hold them, as the one form that gradients are taken of.
+"""Convert tokenized examples of any common form into mappings of tensors.
 
 Taken are lists of mappings, a padded batch, a `datasets.Dataset` in any format (that of trl's `SFTTrainer` too), a
 `DataLoader` and a generator of any of these. The one form is a mapping of 1-D int tensors `input_ids` and `labels` of
@@ -25,7 +25,7 @@ _ALIGNED = ("input_ids", "labels", "weights", "attention_mask", "position_ids", 
 
 
 def as_examples(data: Held, *, numbered: bool = False) -> Sequence[dict[str, Any]]:
-    """Return tokenized examples in the one form; rows of a `datasets.Dataset` are read when they are asked for.
+    """Return tokenized examples as mappings of tensors; rows of a `datasets.Dataset` are converted when they are read.
 
     Args:
         data: a sequence, mapping or iterable as the module's docstring says. A row or a padded batch has `input_ids`
@@ -56,7 +56,7 @@ def as_examples(data: Held, *, numbered: bool = False) -> Sequence[dict[str, Any
 
 
 class _Rows(Sequence[dict[str, Any]]):
-    """The rows of something that is too large to hold, each made when it is asked for."""
+    """The rows of a dataset that is too large to hold, each converted when it is read."""
 
     def __init__(self, data: Any, numbered: bool) -> None:
         self._data = data
@@ -85,7 +85,7 @@ def _with_id(row: dict[str, Any], place: int) -> dict[str, Any]:
 
 
 def _split(item: Any, place: int) -> Iterator[dict[str, Any]]:
-    """Yield the row that an item is, or the rows of a batch."""
+    """Yield the row that an item is, or the rows of a padded batch."""
     if isinstance(item, Mapping) and _is_batch(item.get("input_ids")):
         rows = len(item["input_ids"])
         for name in _ALIGNED:
@@ -99,7 +99,7 @@ def _split(item: Any, place: int) -> Iterator[dict[str, Any]]:
 
 
 def _text(name: Any) -> Any:
-    """Return a whole number in whatever form as a text, all else as it is."""
+    """Return a whole number of any type as text, and anything else unchanged."""
     if isinstance(name, torch.Tensor | np.generic | np.ndarray) and name.ndim == 0:
         name = name.item()
     return str(name) if isinstance(name, int) and not isinstance(name, bool) else name
@@ -113,7 +113,7 @@ def _is_batch(ids: Any) -> bool:
 
 
 def _row(item: Any, place: int) -> dict[str, Any]:
-    """Return one example in the one form."""
+    """Return one example as a mapping of tensors. Raises DataError where it is not tokenized as `as_examples` says."""
     if not isinstance(item, Mapping):
         raise DataError(
             f"examples[{place}] is a {type(item).__name__}, not tokens: give inf.tokenize(examples, "
@@ -140,7 +140,7 @@ def _row(item: Any, place: int) -> dict[str, Any]:
 
 
 def _whole(values: Any, name: str, field: str) -> torch.Tensor:
-    """Return a 1-D int tensor [n]."""
+    """Return values as a 1-D int tensor [n]. Raises DataError where they are none."""
     try:
         found = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -155,7 +155,7 @@ def _whole(values: Any, name: str, field: str) -> torch.Tensor:
 
 
 def _labels(item: Mapping[str, Any], ids: torch.Tensor, name: str) -> torch.Tensor:
-    """Return the labels [n], given or made by trl's masks."""
+    """Return the labels [n], given or computed from trl's masks."""
     if item.get("labels") is not None:
         labels = _whole(item["labels"], name, "labels")
         if labels.shape != ids.shape:
@@ -179,7 +179,7 @@ def _labels(item: Mapping[str, Any], ids: torch.Tensor, name: str) -> torch.Tens
 
 
 def _weights(values: Any, labels: torch.Tensor, name: str) -> torch.Tensor:
-    """Return a weight for each token [n], float."""
+    """Return the float weight of each token [n]."""
     try:
         # numbers of Python are doubles, and rounding them would make another dataset of the same one in numpy
         dtype = None if hasattr(values, "dtype") else torch.float64
@@ -199,7 +199,7 @@ def _weights(values: Any, labels: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _check_one_text(item: Mapping[str, Any], name: str) -> None:
-    """Raise DataError for a row of several examples, which would see each other."""
+    """Raise DataError for a row that holds several examples, which would see each other."""
     remedy = "give one example a row (packing=False in trl)"
     if item.get("seq_lengths") is not None and len(item["seq_lengths"]) > 1:
         raise DataError(f"{name}: seq_lengths say that {len(item['seq_lengths'])} examples are in this row; {remedy}")
@@ -213,7 +213,7 @@ def _check_one_text(item: Mapping[str, Any], name: str) -> None:
 
 
 def _run(mask: torch.Tensor, labels: torch.Tensor, name: str) -> slice:
-    """Return where the tokens are that a mask [n] leaves, which must lie together."""
+    """Return the slice of tokens that an attention mask [n] leaves, which must be one run."""
     if mask.shape != labels.shape:
         raise DataError(f"{name}: attention_mask has {len(mask)} numbers for {len(labels)} tokens")
     seen = (mask != 0).nonzero().flatten()

@@ -1,4 +1,4 @@
-"""Converters: what each known layout of columns takes from a row as prompt, completion and answer."""
+"""Converters of known column layouts: each takes prompt, completion and answer from a row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Trace = str | int
 
 @dataclass(frozen=True)
 class Reading:
-    """Choices of the reader: which of a row's traces, and the loss on the last assistant turn or on all of them."""
+    """Choices of the reader: which of a row's traces to take, and which assistant turns have a loss."""
 
     trace: Trace = "first_correct"
     turns: str = "last"
@@ -26,16 +26,18 @@ class Reading:
 Converter = Callable[[Cells, Reading], list[Draft]]
 
 _VERDICTS = ("correctness_math_verify", "correctness_llama")
-_NO_ANSWER = ("proof", "notfound")  # what NuminaMath writes where a problem has no final answer
+# NuminaMath writes these where a problem has no final answer.
+_NO_ANSWER = ("proof", "notfound")
 _METAMATH_MARK = "The answer is:"
 _HH_START = re.compile(r"\s*Human:\s")
 _HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):[ ]?")
 _LONGEST_RESULT = 200  # characters
-_WORDED = 4  # words: an answer of fewer is a result and no solution
+# An answer of fewer words is a result and no solution.
+_WORDED = 4
 
 
 def prompt_completion(cells: Cells, reading: Reading) -> list[Draft]:
-    """Take `prompt` and `completion`, text or messages; a column named as `reasoning` comes before the completion."""
+    """Take `prompt` and `completion`, text or messages; a column renamed to `reasoning` comes before the completion."""
     completion = _completion(cells)
     answer = cells.optional("answer")
     is_list = isinstance(cells.value("prompt"), list)
@@ -67,7 +69,7 @@ def chat(column: str, *, reads_system: bool) -> Converter:
     """Return the converter of conversations in `column`.
 
     A `system` column is their first turn with `reads_system`, or where it is named. The answer is that of the column
-    `answer`, else the one in the box of `solution`.
+    `answer`, else the last box in `solution`.
     """
 
     def convert(cells: Cells, reading: Reading) -> list[Draft]:
@@ -82,7 +84,7 @@ def chat(column: str, *, reads_system: bool) -> Converter:
 
 
 def _after_system(cells: Cells, found: list[Message]) -> list[Message]:
-    """`found`, with the text of the `system` column before it where the row has one."""
+    """Return the messages with the text of the `system` column before them where the row has one."""
     system = cells.optional_text("system")
     if system is None:
         return found
@@ -97,7 +99,7 @@ def _after_system(cells: Cells, found: list[Message]) -> list[Message]:
 
 
 def preference(cells: Cells, reading: Reading) -> list[Draft]:
-    """Take `chosen` as the completion, after `prompt` or with the prompt inside it; `rejected` is not read."""
+    """Take `chosen` as the completion, after `prompt` or with the prompt inside it; `rejected` is not learned."""
     answer = cells.optional("answer")
     prompt: list[Message] = []
     if cells.maybe("prompt") is not None:
@@ -115,9 +117,9 @@ def preference(cells: Cells, reading: Reading) -> list[Draft]:
 
 
 def _chosen_text(cells: Cells, prompt: list[Message]) -> tuple[list[Message], list[Message]]:
-    """The prompt and what was chosen after it, of a `chosen` that is text and may begin with the prompt's text.
+    r"""Return the prompt and the chosen messages of a `chosen` that is text and may begin with the prompt's text.
 
-    Text in the form of HH-RLHF, "\\n\\nHuman: ...\\n\\nAssistant: ...", is taken apart into its turns.
+    Text in the form of HH-RLHF, "\n\nHuman: ...\n\nAssistant: ...", is split into its turns.
     """
     chosen = cells.text("chosen")
     asked = prompt[0].content if len(prompt) == 1 and prompt[0].role == "user" else ""
@@ -135,9 +137,9 @@ def _chosen_text(cells: Cells, prompt: list[Message]) -> tuple[list[Message], li
 
 
 def _without_prompt(cells: Cells, prompt: str, chosen: str) -> str:
-    """`chosen` without the prompt before it, where `rejected` begins with the prompt, too, or is null.
+    """Return `chosen` without the prompt before it, where `rejected` begins with the prompt too, or is null.
 
-    One that begins so by chance ("P" before "Paris") has another that does not.
+    Where `chosen` begins so by chance ("P" before "Paris"), `rejected` does not.
     """
     rejected = cells.maybe("rejected")
     if isinstance(rejected, list) and rejected and isinstance(rejected[-1], dict):
@@ -149,7 +151,7 @@ def _without_prompt(cells: Cells, prompt: str, chosen: str) -> str:
 
 
 def _after_prompt(prompt: str, text: str) -> str | None:
-    """What follows the prompt in `text`; None where `text` does not begin with it, or goes on in the same word."""
+    """Return the text after the prompt; None where `text` does not begin with it, or goes on in the same word."""
     start, whole = prompt.strip(), text.strip()
     if not start or not whole.startswith(start):
         return None
@@ -158,7 +160,7 @@ def _after_prompt(prompt: str, text: str) -> str | None:
 
 
 def _hh_text(prompt: str, chosen: str) -> str:
-    """HH-RLHF's prompt and what was chosen as one text; the prompt may end with "Assistant:" or before it."""
+    """Return HH-RLHF's prompt and chosen answer as one text; the prompt may end with "Assistant:" or before it."""
     is_marked = _HH_TURN.match(chosen) is not None or prompt.rstrip().endswith("\n\nAssistant:")
     return f"{prompt.rstrip()}{'' if is_marked else chr(10) * 2 + 'Assistant:'} {chosen.lstrip(' ')}"
 
@@ -171,7 +173,7 @@ def _hh_turns(text: str) -> list[Message]:
 
 
 def _joined(cells: Cells, prompt: list[Message], chosen: list[Message]) -> list[Message]:
-    """The conversation of a prompt and of what was chosen, which may begin with that prompt."""
+    """Return the conversation of a prompt and the chosen messages, which may begin with that prompt."""
     if not any(message.role == "user" for message in chosen):
         return [*prompt, *chosen]
     said = [message.turn for message in chosen]
@@ -181,7 +183,8 @@ def _joined(cells: Cells, prompt: list[Message], chosen: list[Message]) -> list[
         return chosen
     if said[: len(asked)] == [message.turn for message in asked]:
         return [*system, *chosen]
-    if len(prompt) == 1 and prompt[0].turn in said:  # the last question of several, as text
+    # The prompt is the last question of several, as text.
+    if len(prompt) == 1 and prompt[0].turn in said:
         return chosen
     raise cells.error(
         f"column {cells.column('chosen')!r} holds a conversation that does not begin with the prompt; mend the row, or "
@@ -209,7 +212,7 @@ def orca_math(cells: Cells, reading: Reading) -> list[Draft]:
 
 
 def is_worded(cells: Sequence[Cells]) -> bool:
-    """Tell whether the `answer` columns of these rows are worded solutions without the mark of GSM8K."""
+    """Return whether the `answer` columns of these rows are worded solutions without the mark of GSM8K."""
     answers = [answer for each in cells if isinstance(answer := each.maybe("answer"), str)]
     if any("####" in answer for answer in answers):
         return False
@@ -254,10 +257,10 @@ def alpaca(cells: Cells, reading: Reading) -> list[Draft]:
 
 
 def reasoned(prompt: str, reasoning: str, attempt: str, solution: str) -> Converter:
-    """Return the converter of a trace in the column `reasoning` and what was answered after it in `attempt`.
+    """Return the converter of a trace in the column `reasoning` and the answer after it in `attempt`.
 
-    A row without the one or the other gives no draft. The answer is what `solution` has in a box, else all of it where
-    it is short enough to be a result; a worked solution without a box gives none.
+    A row without one of the two gives no draft. The reference answer is the last box in `solution`, else all of it
+    where it is short enough to be a result; a worked solution without a box gives none.
     """
 
     def convert(cells: Cells, reading: Reading) -> list[Draft]:
@@ -273,7 +276,7 @@ def reasoned(prompt: str, reasoning: str, attempt: str, solution: str) -> Conver
 
 
 def _single_text(cells: Cells, name: str) -> str | None:
-    """The text of a column, or of the one entry of its list; None where it is null or blank."""
+    """Return the text of a column, or of the one entry of its list; None where it is null or blank."""
     value = cells.maybe(name)
     if isinstance(value, list):
         if len(value) > 1:
@@ -290,13 +293,13 @@ def _boxed(solution: str | None) -> str | None:
 
 
 def _result(solution: str | None) -> str | None:
-    """`solution` where it is a result: one short line."""
+    """Return `solution` where it is a result, that is one short line; else None."""
     found = (solution or "").strip()
     return found if found and len(found) <= _LONGEST_RESULT and len(found.splitlines()) == 1 else None
 
 
 def _answer(cells: Cells, name: str, otherwise: str | None) -> str | None:
-    """The answer in column `name`, else `otherwise`; None where the column says that there is none."""
+    """Return the answer in column `name`, else `otherwise`; None where the column says that there is none."""
     answer = cells.optional(name)
     if answer is None:
         return otherwise
@@ -304,7 +307,7 @@ def _answer(cells: Cells, name: str, otherwise: str | None) -> str | None:
 
 
 def openr1(cells: Cells, reading: Reading) -> list[Draft]:
-    """Take the traces in `generations` that `reading.trace` asks for; blank ones are none."""
+    """Take the traces in `generations` that `reading.trace` selects; blank ones are skipped."""
     if cells.maybe("generations") is None:
         return []
     traces = cells.sequence("generations")
@@ -333,10 +336,10 @@ def blank_traces(cells: Cells) -> list[int]:
 
 
 def _correct_traces(cells: Cells, count: int) -> list[int]:
-    """Indices of complete traces that math-verify found correct.
+    """Return the indices of complete traces that math-verify found correct.
 
-    Where it confirmed none of a row's traces, OpenR1's second verdict (`correctness_llama`) is asked: it was
-    made for the answers that math-verify cannot parse. Verdicts that are null find nothing correct.
+    Where it confirmed none of a row's traces, OpenR1's second verdict (`correctness_llama`) is read: it was made for
+    the answers that math-verify cannot parse. A null verdict counts as not correct.
     """
 
     def flags(name: str) -> list[bool] | None:
@@ -355,7 +358,8 @@ def _correct_traces(cells: Cells, count: int) -> list[int]:
     verdicts = flags("correctness_math_verify")
     second = flags("correctness_llama")
     if verdicts is None and second is None and not any(cells.column(name) in cells.row for name in _VERDICTS):
-        cells.value("correctness_math_verify")  # raises, by name
+        # This raises an error that names the column.
+        cells.value("correctness_math_verify")
     if not any(verdicts or []):
         verdicts = second or []
     complete = flags("is_reasoning_complete") or [True] * count

@@ -1,4 +1,4 @@
-"""Runs of n words, as text and as numbers that can be compared fast."""
+"""Runs of n words, as text and as numbers that compare fast."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def words(text: str) -> list[str]:
-    """The words of `text` without case and punctuation; a script that writes no spaces counts as one word a run."""
+    """Return the words of `text` in folded case and without punctuation.
+
+    In a script without spaces between words a run of characters counts as one word.
+    """
     return _WORD.findall(text.casefold())
 
 
 def ngram_hashes(numbers: np.ndarray, n: int) -> np.ndarray:
-    """[W - n + 1] uint64: a hash of every n consecutive word numbers (int64 [W]); empty where W < n.
+    """Return a hash of every n consecutive word numbers (int64 [W]): [W - n + 1] uint64, empty where W < n.
 
     Multilinear over 64 bits with fixed odd multipliers: two different n-grams share a hash about once in 2^60 pairs.
     """
@@ -36,7 +39,7 @@ def _factors(n: int) -> np.ndarray:
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: small numbers become spread ones, one to one."""
+    """Spread numbers over 64 bits one to one, by the finaliser of splitmix64."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""Packs ragged examples into one row of tokens: no padding, examples end to end."""
+"""Pack ragged examples into one row of tokens, end to end and without padding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from influence_fast.errors import DataError, listing, say_once
+from influence_fast.errors import DataError, truncated_list, warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Pack:
         return [end - start for start, end in pairwise(self.cu_seqlens)]
 
     def token_weights(self, loss_reduction: str) -> torch.Tensor:
-        """[T] float64: the weight of each token's loss so that every example has its own `mean` or `sum`.
+        """Return the weight of each token's loss, [T] float64, by which every example gets its own `mean` or `sum`.
 
         A mean divides by the number of tokens that count, whatever their own weights are: advantages may sum to 0.
         """
@@ -53,25 +53,25 @@ class Pack:
 
 
 def example_name(example: Mapping[str, Any], index: int) -> str:
-    """The example's id, or its place in the list when it has none."""
+    """Return the example's id, or its place in the list where it has none."""
     return str(example["id"]) if "id" in example else f"examples[{index}]"
 
 
 def text_config(config: Any) -> Any:
-    """The part of a transformers configuration that is the language model's: its own, or inside one of many inputs."""
+    """Return the language model's part of a transformers configuration: nested in a multimodal one, else itself."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def context_of(config: Any) -> int | None:
-    """The tokens that a model can tell the places of, by its configuration; None where that does not say."""
+    """Return the model's context length in tokens by its configuration; None where that does not say."""
     limit = getattr(text_config(config), "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None
 
 
 def say_if_beyond(context: int | None, examples: Sequence[Mapping[str, Any]]) -> None:
-    """A warning, once, where examples are longer than the model's context."""
+    """Log a warning, once, where examples are longer than the model's context."""
     if context is not None and any(len(example["input_ids"]) > context for example in examples):
-        say_once(
+        warn_once(
             logger,
             f"examples are longer than the model's context of {context} tokens, and so at positions that it has not "
             "learned: leave them out or cut them by max_length",
@@ -79,12 +79,12 @@ def say_if_beyond(context: int | None, examples: Sequence[Mapping[str, Any]]) ->
 
 
 def teaches(labels: torch.Tensor) -> bool:
-    """Whether a token of labels [n] counts; the first has no token before it that could predict it."""
+    """Return whether a token of labels [n] counts; the first has no token before it that could predict it."""
     return bool((labels[1:] != IGNORED).any())
 
 
 def check_examples(examples: Sequence[Mapping[str, Any]]) -> None:
-    """Raises DataError naming every example that has no gradient: malformed, empty, or all labels ignored."""
+    """Raise DataError naming every example that has no gradient: malformed, empty, or all labels ignored."""
     ignored = []
     for index, example in enumerate(examples):
         if not isinstance(example, Mapping):
@@ -110,15 +110,15 @@ def check_examples(examples: Sequence[Mapping[str, Any]]) -> None:
             raise DataError(f"{name}: the weights of all its learned tokens are 0; leave it out")
     if ignored:
         raise DataError(
-            f"no completion token to learn from (every label is -100) in {listing(ignored)}: "
+            f"no completion token to learn from (every label is -100) in {truncated_list(ignored)}: "
             "drop these examples or unmask their completions"
         )
 
 
 def pack_examples(examples: Sequence[Mapping[str, Any]], max_tokens: int) -> list[Pack]:
-    """Packs of at most `max_tokens` tokens; a longer example gets a pack of its own.
+    """Pack examples into rows of at most `max_tokens` tokens; a longer example gets a pack of its own.
 
-    First-fit decreasing over lengths, stable in the examples' order, so the same list always packs the same way.
+    First-fit decreasing over lengths, stable in the examples' order, so the same list is always packed the same way.
     """
     lengths = [int(example["input_ids"].shape[0]) for example in examples]
     order = sorted(range(len(examples)), key=lambda i: (-lengths[i], i))
@@ -161,7 +161,7 @@ def _pack(examples: Sequence[Mapping[str, Any]], members: list[int]) -> Pack:
 
 
 def _weights(examples: Sequence[Mapping[str, Any]], members: list[int]) -> torch.Tensor | None:
-    """Return the weights [T] of a pack's tokens, each where the token before it has its target."""
+    """Return the weights [T] of a pack's tokens, each at the token that predicts it; None where all are 1."""
     if not any("weights" in examples[i] for i in members):
         return None
     parts = []

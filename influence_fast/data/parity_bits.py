@@ -1,4 +1,4 @@
-"""Some bits of each set, whose differences bound from below in how many elements two sets differ."""
+"""Parity bits of sets, whose differences bound from below in how many elements two sets differ."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ONES = np.array([value.bit_count() for value in range(1 << 16)], dtype=np.uint8
 
 
 class ParityBits:
-    """Bits of N sets: each says whether the set holds an odd number of the elements that fall on it.
+    """Bits of N sets, each the parity of the number of the set's elements that fall on it.
 
     An element that only one of two sets holds changes one bit, so sets differ in at least as many elements as bits.
     Sets of some 250 elements take 64 bytes each, those of 1,500 and more 512.
@@ -34,14 +34,14 @@ class ParityBits:
         self._words[:, place] = np.packbits(odd.astype(np.uint8).reshape(-1, 2).T.ravel()).view(np.uint64)
 
     def odd(self, place: int, start: int, end: int) -> np.ndarray:
-        """Return a lower bound of the elements in which `place` and each of `start` to `end` differ, [n] uint16."""
+        """Return lower bounds of the number of elements in which `place` and `start` to `end` differ, [n] uint16."""
         total = np.zeros(end - start, dtype=np.uint16)
         for word in self._words[: self._scanned]:
             total += _ones(word[start:end] ^ word[place])
         return total
 
     def odd_of(self, place: int, others: np.ndarray) -> np.ndarray:
-        """Return such a bound, of all bits, for the sets at the places `others`, [n] uint16."""
+        """Return the tighter lower bounds, from all bits, for the sets at the places `others`, [n] uint16."""
         differing = self._words[:, others] ^ self._words[:, place, None]
         return _ones(differing).sum(axis=0, dtype=np.uint16)
 

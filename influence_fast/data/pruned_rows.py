@@ -1,4 +1,4 @@
-"""The source's own rows with only the kept examples in them, traces within a row included."""
+"""Keep the source's own rows with only the kept examples in them, traces within a row included."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TRACE_COLUMNS = (
 def kept_rows(
     rows: Rows, examples: Iterable[Example], columns: Mapping[str, str | None] | None = None
 ) -> Iterator[Row]:
-    """The source rows of `examples`, in source order and with all their columns.
+    """Yield the source rows of `examples`, in source order and with all their columns.
 
     A row with traces keeps only those of `examples`: `generations` and every column parallel to it are
     filtered alike (the known verdict columns, and any list column as long as `generations` in every row).
@@ -51,7 +51,8 @@ def kept_rows(
 
 
 def _parallel_columns(rows: Rows, generations: str) -> list[str]:
-    parallel: dict[str, bool] = {}  # of every row's columns: those of JSON lines need not be in the first
+    # Columns of all rows, since those of JSON lines need not be in the first.
+    parallel: dict[str, bool] = {}
     for row in rows:
         count = _count(row.get(generations))
         for column, value in row.items():
@@ -60,12 +61,15 @@ def _parallel_columns(rows: Rows, generations: str) -> list[str]:
 
 
 def _count(traces: Any) -> int:
-    """The number of traces in a cell, which may be null; pandas has them in arrays."""
+    """Return the number of traces in a cell, which may be null or an array; 0 where it holds no list."""
     return len(traces) if is_list(traces) else 0
 
 
 def _is_per_trace(value: Any, count: int) -> bool:
-    """Messages are no traces, though two of them stand beside two traces in most rows of OpenR1."""
+    """Return whether a cell is a list of `count` entries, one a trace.
+
+    Messages are none, though two of them stand beside two traces in most rows of OpenR1.
+    """
     if not is_list(value) or len(value) != count:
         return False
     return not any(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)

@@ -1,4 +1,4 @@
-"""What a reader left out of the rows of one source, said once when it has read them."""
+"""Warnings about what a reader left out of the rows of one source, logged once at the end."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from influence_fast.data.cells import Cells
 from influence_fast.data.conversations import Draft
 from influence_fast.data.rows import Rows
-from influence_fast.errors import listing
+from influence_fast.errors import truncated_list
 
 logger = logging.getLogger(__name__)
 
 
-_REPEATED = 16  # characters: an answer may begin with a shorter prompt by chance
+# Characters; an answer may begin with a shorter prompt by chance.
+_REPEATED = 16
 
 
 class ReadWarnings:
-    """What a reader leaves out of the rows, said once for a source when it has read them."""
+    """Warnings about what a reader leaves out of the rows, collected and logged once for a source."""
 
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -30,7 +31,7 @@ class ReadWarnings:
         self.seen = 0
 
     def see(self, cells: Cells, drafts: list[Draft]) -> None:
-        """Take note of one row and of what was made of it."""
+        """Record what was left out of one row."""
         if any(draft.cut for draft in drafts):
             self.cut.append(cells.index)
         if any(draft.passed_over for draft in drafts):
@@ -41,10 +42,10 @@ class ReadWarnings:
         self.fields.update(dict.fromkeys(name for draft in drafts for name in draft.unread))
 
     def _places(self, indices: Sequence[int]) -> str:
-        return listing(self.rows.place(i).removeprefix(f"{self.rows.name}, ") for i in indices)
+        return truncated_list(self.rows.place(i).removeprefix(f"{self.rows.name}, ") for i in indices)
 
     def say(self) -> None:
-        """Log what was noted, a line for each kind."""
+        """Log what was recorded, a line for each kind."""
         name = self.rows.name
         if self.cut:
             logger.warning(
@@ -56,7 +57,8 @@ class ReadWarnings:
                 "%s: %d conversations have earlier assistant turns with weight 1, which turns='last' puts no loss on; "
                 "turns='all' does: %s", name, len(self.passed_over), self._places(self.passed_over),
             )  # fmt: skip
-        if 2 * len(self.repeating) > self.seen:  # a few may restate their question
+        # A few answers may restate their question.
+        if 2 * len(self.repeating) > self.seen:
             logger.warning(
                 "%s: %d completions begin with their own prompt, which is then trained on; take it off them where it "
                 "is no part of the answer: %s", name, len(self.repeating), self._places(self.repeating),
@@ -65,15 +67,15 @@ class ReadWarnings:
             logger.warning(
                 "%s: %d labels are truths or numbers (%s), which name no kind of corruption, and are not read: %s; "
                 "write 'clean' or the kind as text", name, len(self.verdicts),
-                listing(dict.fromkeys(label for _, label in self.verdicts)),
+                truncated_list(dict.fromkeys(label for _, label in self.verdicts)),
                 self._places([index for index, _ in self.verdicts]),
             )  # fmt: skip
         if self.fields:
             logger.warning(
                 "%s: messages have fields with text that is not read: %s; rename one that holds reasoning to "
-                "'reasoning', or write the text into 'content'", name, listing(self.fields),
+                "'reasoning', or write the text into 'content'", name, truncated_list(self.fields),
             )  # fmt: skip
         if self.blank:
             place = self.rows.place
-            traces = listing(f"trace {j} of {place(i).removeprefix(f'{name}, ')}" for i, j in self.blank)
+            traces = truncated_list(f"trace {j} of {place(i).removeprefix(f'{name}, ')}" for i, j in self.blank)
             logger.warning("%s: %d traces are null or blank and are left out: %s", name, len(self.blank), traces)

@@ -1,4 +1,4 @@
-"""Examples as text: the chat template's frame around a completion that stands in it as it is.
+"""Render examples as text: the chat template's frame around a completion that is kept verbatim.
 
     prompt       what the template writes for a generation: the model meets just this when it answers
     lead         what the template writes between that and an assistant's content (often nothing)
@@ -23,7 +23,7 @@ from influence_fast.data.schemas import Example, Turn
 from influence_fast.data.template_limits import check_template
 from influence_fast.data.turn_borders import Border, find_border
 from influence_fast.data.turn_ends import EndOfTurn, find_end
-from influence_fast.errors import DataError, ModelError, one_line, say_once
+from influence_fast.errors import DataError, ModelError, one_line, warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,10 +41,10 @@ _DIRECTIVES = (*(f"-{letter}" for letter in "dHIjmMSyUW"), *"aAbBcdDeFGhHIjmMpRS
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """An example as text: `text` whole, of which `prompt` characters come before the completion.
+    """An example as text, of which the first `prompt` characters come before the completion.
 
-    `learnt` are the places (start, end) of what has a loss, in characters: earlier assistant turns where the example
-    names some, and last what follows the prompt.
+    `learnt` are the character spans (start, end) that have a loss: earlier assistant turns where the example names
+    some, and last what follows the prompt.
     """
 
     text: str
@@ -53,7 +53,7 @@ class Rendered:
 
 
 class _Frame(NamedTuple):
-    """What the template writes around an assistant's content: all before it, and all after it."""
+    """A template's text before an assistant's content, and after it."""
 
     head: str
     tail: str
@@ -62,11 +62,11 @@ class _Frame(NamedTuple):
 def render_prompt(prompt: str | Example, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the text that the completion follows: the chat template's, else the prompt and a line break.
 
-    Give the `Example` itself where it may have more turns than one. The text is whole, a beginning-of-text token
-    included where the tokenizer would add one: encode it with `add_special_tokens=False`.
+    Give the `Example` itself where it may have several turns. The text is complete, a beginning-of-text token included
+    where the tokenizer would add one: encode it with `add_special_tokens=False`.
 
-    Raises ModelError: several turns and no chat template, or a template that cannot be used. DataError: the template
-    refuses the conversation.
+    Raises ModelError where there are several turns and no chat template, or the template cannot be used; DataError
+    where the template refuses the conversation.
     """
     example = prompt if isinstance(prompt, Example) else Example("prompt", prompt, "")
     return Renderer(tokenizer).prompt(example)
@@ -93,9 +93,12 @@ class Renderer:
         self.tokenizer = tokenizer
         self.name = repr(tokenizer.name_or_path or type(tokenizer).__name__)
         self.templated = bool(tokenizer.chat_template)
-        self._bos = added_bos(tokenizer)  # which comes with a template's text, where there is one
-        self._parts = False  # content as a list of parts, as templates of models with pictures read it
-        self._opening: tuple[Turn, ...] = (_ASK,)  # what a conversation has to begin with
+        # A chat template writes the token itself.
+        self._bos = added_bos(tokenizer)
+        # Whether content is a list of parts, as templates of multimodal models read it.
+        self._parts = False
+        # The turns that a conversation must begin with.
+        self._opening: tuple[Turn, ...] = (_ASK,)
         self._source = ""
         self._template = self._usable_template() if self.templated else None
         if self.templated:
@@ -103,7 +106,7 @@ class Renderer:
 
     @functools.cached_property
     def end(self) -> EndOfTurn:
-        """What ends an assistant's turn. Raises ModelError where nothing does."""
+        """Return what ends an assistant's turn. Raises ModelError where nothing does."""
         found = self._find_end()
         if found is None:
             raise ModelError(
@@ -113,7 +116,7 @@ class Renderer:
         return found
 
     def prompt(self, example: Example) -> str:
-        """Return what the completion of `example` follows. Raises as `render_prompt`."""
+        """Return the text that the completion of `example` follows. Raises as `render_prompt` does."""
         if self.templated:
             return self._apply(example.turns, example.id, generate=True)
         if example.context or example.between:
@@ -124,17 +127,18 @@ class Renderer:
         return f"{self._bos}{example.prompt}\n"
 
     def whole(self, example: Example) -> Rendered:
-        """Return `example` as text, with the places that have a loss.
+        """Return `example` as text, with the spans that have a loss.
 
-        Raises as `render_prompt`, and ModelError where the template drops the completion, writes the prompt otherwise
-        when an answer follows, or changes an earlier turn that is to be learnt.
+        Raises as `render_prompt` does, and ModelError where the template drops the completion, writes the prompt
+        differently when an answer follows, or changes an earlier turn that is to be learned.
         """
         prompt = self.prompt(example)
         if not self.templated:
             answer = example.completion + self.end.text * example.ended
         elif example.ended:
             answer = self._answer(example, prompt)
-        else:  # as it was generated, white space included
+        else:
+            # A completion that was cut off is taken as generated, white space included.
             answer = example.completion
         earlier = [self._span_of_turn(example, index, prompt) for index in example.learnt]
         text = prompt + answer
@@ -143,7 +147,7 @@ class Renderer:
     # ---- the completion ------------------------------------------------------------------------------------
 
     def _answer(self, example: Example, prompt: str) -> str:
-        """What follows the prompt: lead, completion and end."""
+        """Return the text that follows the prompt: lead, completion and end."""
         frame, completion = self._framed(example, prompt)
         border = None
         if frame.head.startswith(prompt) or prompt.startswith(frame.head):
@@ -157,11 +161,11 @@ class Renderer:
                 "the assistant's turn"
             )
         if border.notice:
-            say_once(logger, f"the prompts of {self.name} {border.notice}")
+            warn_once(logger, f"the prompts of {self.name} {border.notice}")
         return border.lead + border.completion + self.end.within(frame.tail, self.tokenizer)
 
     def _border_after_last_turn(self, example: Example, prompt: str, head: str, completion: str) -> Border | None:
-        """The border by what the template writes after the last turn alone, whatever it writes before it."""
+        """Find the border from what the template writes after the last turn, whatever it writes before it."""
         mark, _ = _placeholders(prompt + head)
         marked = _with_last_turn(example, mark)
         other = self.prompt(marked)
@@ -170,7 +174,7 @@ class Renderer:
         if len(ends) != 2 or not (prompt.endswith(ends[0]) and head.endswith(ends[1])):
             return None
         if prompt[: len(prompt) - len(ends[0])] != head[: len(head) - len(ends[1])]:
-            say_once(
+            warn_once(
                 logger,
                 f"the chat template of {self.name} writes a prompt otherwise when an answer follows; what it writes "
                 "for a generation is taken in training and scoring too",
@@ -178,15 +182,15 @@ class Renderer:
         return find_border(ends[0], ends[1], completion, self._source)
 
     def _framed(self, example: Example, prompt: str) -> tuple[_Frame, str]:
-        """The frame around the completion, and the completion as it stands in it."""
+        """Return the frame around the completion, and the completion as it stands in it."""
         if example.reasoning is not None and (told := self._told_apart(example, prompt)) is not None:
             return told
         return self._frame(example, prompt), example.completion
 
     def _told_apart(self, example: Example, prompt: str) -> tuple[_Frame, str] | None:
-        """The frame around reasoning that the data holds apart, and the completion as the template writes the two.
+        """Return the frame around reasoning that the data holds apart, and the completion rendered from the two.
 
-        None where the template knows no reasoning: it then stands in the completion, between its tags.
+        Returns None where the template does not render reasoning: it then stands in the completion, between its tags.
         """
         thought, said = _placeholders(prompt)
         text = self._apply(example.turns, example.id, (said, thought))
@@ -198,7 +202,7 @@ class Renderer:
         return _Frame(text[:first], text[second + len(said) :]), f"{example.reasoning}{between}{content}"
 
     def _frame(self, example: Example, prompt: str) -> _Frame:
-        """The frame around a completion of the example's shape: with reasoning in it, or without."""
+        """Return the frame around a completion of the example's shape: with reasoning in it, or without."""
         completion = example.completion
         opens = completion.lstrip().startswith(_THINK)
         if opens or _END_THINK in completion:
@@ -217,7 +221,7 @@ class Renderer:
         return _Frame(text[:place], text[place + len(said) :])
 
     def _frames_of_reasoning(self, example: Example, prompt: str, opens: bool) -> list[_Frame]:
-        """The frames in which the template keeps reasoning, given in the content or in a field of its own."""
+        """Return the frames in which the template keeps reasoning, given in the content or in a field of its own."""
         thought, said = _placeholders(prompt)
         content = f"{_THINK}\n" * opens + f"{thought}\n{_END_THINK}\n\n{said}"
         frames = []
@@ -232,7 +236,7 @@ class Renderer:
     # ---- earlier turns -------------------------------------------------------------------------------------
 
     def _span_of_turn(self, example: Example, index: int, prompt: str) -> tuple[int, int]:
-        """Where an earlier assistant turn and its end stand in the prompt's text."""
+        """Return the span of an earlier assistant turn and its end in the prompt's text."""
         said, _ = _placeholders(prompt)
         turns = list(example.turns)
         role, content = turns[index]
@@ -253,10 +257,11 @@ class Renderer:
     # ---- the template --------------------------------------------------------------------------------------
 
     def _usable_template(self) -> str | None:
-        """The template to render by, tried in a limited process; None: the tokenizer's own, as it is."""
+        """Return the template to render by, after a trial in a limited process; None for the tokenizer's own."""
         try:
             template = self.tokenizer.get_chat_template()
-        except (ValueError, AttributeError) as error:  # several templates, none of which is the default
+        except (ValueError, AttributeError) as error:
+            # The tokenizer has several templates and no default.
             raise ModelError(f"the chat template of {self.name} cannot be chosen ({one_line(error)})") from error
         if not isinstance(template, str):
             return None
@@ -265,19 +270,20 @@ class Renderer:
         check_template(template, special, _tried_conversations(), self.name)
         if "strftime_now" not in template:
             return None
-        say_once(
+        warn_once(
             logger, f"the chat template of {self.name} prints the day: {DAY:%d %b %Y} in every text, on whichever day"
         )
         return _of_the_day(template)
 
     def _find_form(self) -> None:
-        """Finds out whether the template reads content as text or as a list of parts, and how it wants to begin."""
+        """Detect whether the template reads content as text or as parts, and how a conversation must begin."""
         for parts in (False, True):
             for opening in ((_ASK,), (_SYSTEM, _ASK)):
                 self._parts, self._opening = parts, opening
                 try:
                     text, again = (self._apply(opening, "a conversation", (_SAID, None)) for _ in range(2))
-                except DataError:  # refuses one of the two forms, or conversations without a system turn
+                except DataError:
+                    # The template refuses one of the two forms, or conversations without a system turn.
                     continue
                 if text != again:
                     raise ModelError(
@@ -297,7 +303,8 @@ class Renderer:
                 turns = [*self._opening, ("assistant", _SAID), ("user", "PlaceholderNext")]
                 text = self._apply(turns, "a conversation", generate=True)
                 followed = text[text.find(_SAID) + len(_SAID) :] if _SAID in text else None
-            except DataError:  # the template wants other turns: the tokenizer's EOS, or what a completion shows
+            except DataError:
+                # The template wants other turns; the end is then the EOS token, or what a completion shows.
                 pass
         return find_end(tail, followed, before, self.tokenizer)
 
@@ -309,14 +316,18 @@ class Renderer:
         *,
         generate: bool = False,
     ) -> str:
-        """The template's text of `turns` and the answer (content, reasoning). `name` is the example's."""
+        """Return the template's text of `turns` and the answer (content, reasoning).
+
+        `name` is the example's, for errors. Raises DataError where the template refuses the conversation.
+        """
         messages = [self._message(role, content) for role, content in turns]
         if answer is not None:
             messages.append(self._message("assistant", *answer))
         more: dict[str, Any] = {} if self._template is None else {"chat_template": self._template}
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate, **more)
-        except Exception as error:  # a template is a program: it raises whatever it likes
+        except Exception as error:
+            # A template is a program, which may raise anything.
             raise DataError(
                 f"{name}: the chat template of {self.name} refuses the conversation ({one_line(error)}); change its "
                 "roles or set another template"
@@ -329,12 +340,13 @@ class Renderer:
         if self._parts:
             message["content"] = [{"type": "text", "text": content}]
         if reasoning is not None:
-            message |= dict.fromkeys(REASONING_FIELDS, reasoning)  # templates read it by one of these names
+            # Templates read reasoning under one of these names.
+            message |= dict.fromkeys(REASONING_FIELDS, reasoning)
         return message
 
 
 def _tried_conversations() -> list[list[dict[str, Any]]]:
-    """Short conversations of every kind, which a template is tried with before it is used."""
+    """Return short conversations of every kind, with which a template is tried before it is used."""
     roles = ["u", "ua", "uau", "uaua", "su", "sua", "suaua", "uat", "uata"]
     names = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
     plain: list[list[dict[str, Any]]] = [[{"role": names[r], "content": r} for r in turns] for turns in roles]
@@ -343,14 +355,14 @@ def _tried_conversations() -> list[list[dict[str, Any]]]:
 
 
 def _with_last_turn(example: Example, content: str) -> Example:
-    """`example` with another content of the last turn before the completion."""
+    """Return `example` with another content in the last turn before the completion."""
     if not example.between:
         return replace(example, prompt=content)
     return replace(example, between=(*example.between[:-1], (example.between[-1][0], content)))
 
 
 def _placeholders(text: str) -> tuple[str, str]:
-    """Two words that are not in `text` and that no template changes."""
+    """Return two words that are not in `text` and that no template changes."""
     number = 0
     while (first := f"Placeholder{number}A") in text or (second := f"Placeholder{number}B") in text:
         number += 1
@@ -358,7 +370,7 @@ def _placeholders(text: str) -> tuple[str, str]:
 
 
 def _of_the_day(template: str) -> str:
-    """`template` with `strftime_now` of `DAY`: a macro, since the function itself cannot be given to a template."""
+    """Return `template` with `strftime_now` as a macro that prints `DAY`: templates take no function."""
     # On a line of its own: the environment takes a line break after a tag away, and white space before one.
     values = [(f"%{directive}", DAY.strftime(f"%{directive}")) for directive in _DIRECTIVES]
     formed = "format" + "".join(f"|replace({directive!r}, {value!r})" for directive, value in values)

@@ -1,4 +1,4 @@
-"""Rows written to files: whole or not at all, in the format that the extension names."""
+"""Write rows to files atomically, in the format that the extension names."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from typing import IO, TYPE_CHECKING, Any
 from influence_fast.atomic import replacing
 from influence_fast.data.rows import BATCH, Row, Rows, need_datasets, need_pyarrow
 from influence_fast.data.text_files import COMPRESSIONS, file_suffix, packed_writer, plain_suffix
-from influence_fast.errors import DataError, listing, one_line
+from influence_fast.errors import DataError, one_line, truncated_list
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
 def write_rows(rows: Iterable[Row], path: str | os.PathLike[str], *, schema: pa.Schema | None = None) -> int:
-    """Write `rows` to `path` and return how many there were; the format is the extension's.
+    """Write `rows` atomically to `path` and return their number; the extension chooses the format.
 
-    .jsonl, .json, .csv, .tsv (each also with .gz, .bz2, .xz or .zst after it), .parquet, .arrow, or no extension for
-    a folder in `save_to_disk` form. Text is UTF-8. Column types
-    of the Arrow formats are `schema`'s (that of `rows` when it is `Rows`), else inferred from all rows. The
-    result appears whole or not at all: it is written under a temporary name and renamed.
+    .jsonl, .json, .csv, .tsv (each also with .gz, .bz2, .xz or .zst after it), .parquet, .arrow, or no extension for a
+    folder in `save_to_disk` form. Text is UTF-8. Column types of the Arrow formats are those of `schema` (of `rows`
+    when it is `Rows`), else inferred from all rows. The result is written under a temporary name and renamed.
 
     Raises DataError: unknown extension, an existing folder in the way, values the format cannot hold.
     """
@@ -48,13 +47,14 @@ def write_rows(rows: Iterable[Row], path: str | os.PathLike[str], *, schema: pa.
 
 @contextlib.contextmanager
 def _text_file(temporary: Path, path: Path, newline: str) -> Iterator[IO[str]]:
-    """The temporary file of `path` for text, compressed as the extension of `path` says."""
+    """Open the temporary file of `path` for text, compressed as the extension of `path` says."""
     with packed_writer(temporary, file_suffix(path)) as packed:
         file = io.TextIOWrapper(packed, encoding="utf-8", newline=newline)
         try:
             yield file
         finally:
-            file.detach()  # which writes what it still holds; the compressor, and not this, ends the file
+            # Detaching flushes the text; the compressor, not this wrapper, closes the file.
+            file.detach()
 
 
 def _dump(row: Row, path: Path) -> str:
@@ -65,7 +65,7 @@ def _dump(row: Row, path: Path) -> str:
 
 
 def _of_numpy(value: Any) -> Any:
-    """NumPy's arrays and numbers, which rows made by pandas hold, as JSON has them."""
+    """Return NumPy's arrays and numbers, which rows made by pandas hold, as JSON has them."""
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"a {type(value).__name__}")
@@ -91,7 +91,7 @@ def _write_json(rows: Iterable[Row], temporary: Path, schema: pa.Schema | None, 
 
 
 def _write_text(file: IO[str], text: str) -> None:
-    """Half a surrogate pair has no UTF-8 form; JSON can still hold it as an escape."""
+    """Write text as UTF-8, with each half surrogate pair as the escape by which JSON can hold it."""
     file.write(re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
@@ -100,7 +100,7 @@ def _write_csv(rows: Iterable[Row], temporary: Path, schema: pa.Schema | None, p
     columns = list(dict.fromkeys(column for row in rows for column in row))
     nested = [column for column in columns if any(isinstance(row.get(column), list | dict) for row in rows)]
     if nested:
-        raise DataError(f"{path}: CSV cannot hold the nested columns {listing(nested)}; write .jsonl instead")
+        raise DataError(f"{path}: CSV cannot hold the nested columns {truncated_list(nested)}; write .jsonl instead")
     with _text_file(temporary, path, "") as file:
         writer = csv.DictWriter(file, columns, delimiter="\t" if plain_suffix(file_suffix(path)) == ".tsv" else ",")
         writer.writeheader()
@@ -109,7 +109,7 @@ def _write_csv(rows: Iterable[Row], temporary: Path, schema: pa.Schema | None, p
 
 
 def _tables(rows: Iterable[Row], schema: pa.Schema | None, path: Path) -> Iterator[pa.Table]:
-    """`rows` as Arrow tables of one schema; without a given one it takes all rows at once to infer it."""
+    """Yield `rows` as Arrow tables of one schema; where none is given, all rows are read at once to infer it."""
     pa = need_pyarrow(path)
     rest = iter(rows)
     size = BATCH if schema is not None else None
@@ -138,7 +138,8 @@ def _write_parquet(rows: Iterable[Row], temporary: Path, schema: pa.Schema | Non
                 writer = stack.enter_context(pq.ParquetWriter(temporary, table.schema))
             writer.write_table(table)
             count += len(table)
-        if writer is None:  # a schema and no rows
+        # There are a schema and no rows.
+        if writer is None:
             stack.enter_context(pq.ParquetWriter(temporary, schema))
     return count
 

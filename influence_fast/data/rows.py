@@ -1,4 +1,4 @@
-"""Rows of a dataset as they are: read from a hub id, a file, a folder or memory.
+"""Read the rows of a dataset unchanged: from a hub id, a file, a folder or memory.
 
 Nothing here knows what a prompt is (schemas.py does). A pruned dataset is made of the original rows, every
 column included, so they are kept and not rebuilt from examples.
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-BATCH = 256  # rows turned into Python objects at a time: long traces, so few
-_MOST_FILES = 10_000  # in a folder that is looked through for a dataset
+# Rows turned into Python objects at a time; few, since traces are long.
+BATCH = 256
+# Files in a folder that is searched for a dataset.
+_MOST_FILES = 10_000
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:[\w.-]+)?")
 
 
 class Rows(Sequence[Row]):
-    """The rows of one source, in order; Arrow data stays in (memory-mapped) Arrow until a row is asked for.
+    """The rows of one source, in order; Arrow data stays in (memory-mapped) Arrow until a row is read.
 
     `name` is what messages call the source, `suffix` the file extension that keeps its format (`""` for a
     folder saved by `datasets`), `schema` the Arrow schema where the source has one.
@@ -64,7 +66,7 @@ class Rows(Sequence[Row]):
         return self.read()
 
     def read(self, columns: Iterable[str] | None = None) -> Iterator[Row]:
-        """The rows in order; with `columns`, an Arrow source reads no others (the rest may be many GB)."""
+        """Yield the rows in order; with `columns`, an Arrow source reads no others (the rest may be many GB)."""
         if isinstance(self._data, list):
             yield from self._data
             return
@@ -78,11 +80,12 @@ class Rows(Sequence[Row]):
             first += len(batch)
 
     def _from_arrow(self, part: pa.Table | pa.RecordBatch, first: int) -> list[Row]:
-        """Rows from `first` on as Python has them. Raises DataError naming the cell that Python cannot hold."""
+        """Return rows from `first` on as Python objects; raises DataError naming a cell that Python cannot hold."""
         try:
             found: list[Row] = part.to_pylist()
             return found
-        except Exception as error:  # dates beyond year 9999, text that is not UTF-8, fields of one name, and more
+        except Exception as error:
+            # Python cannot hold dates beyond year 9999, text that is not UTF-8, repeated field names, and more.
             for index in range(len(part)):
                 for column in part.schema.names:
                     self._check_cell(part.column(column)[index], f"{self.place(first + index)}: column {column!r}")
@@ -103,7 +106,7 @@ class Rows(Sequence[Row]):
             ) from error
 
     def validate(self) -> None:
-        """Raise pyarrow's error where an Arrow table's buffers contradict each other; it reads all of them."""
+        """Raise pyarrow's error where an Arrow table's buffers contradict each other; this reads all of them."""
         if not isinstance(self._data, list):
             self._data.validate(full=True)
 
@@ -114,13 +117,13 @@ class Rows(Sequence[Row]):
 
     @property
     def columns(self) -> list[str]:
-        """Column names; those of the first row where the format does not fix them."""
+        """Return the column names; those of the first row where the format does not fix them."""
         if not isinstance(self._data, list):
             return list(self._data.column_names)
         return list(self._data[0]) if self._data else []
 
     def place(self, index: int) -> str:
-        """Where row `index` is, for a message: `data.jsonl, line 7` or `data.parquet, row 6`."""
+        """Return where row `index` is, for a message: `data.jsonl, line 7` or `data.parquet, row 6`."""
         if self._lines is not None:
             return f"{self.name}, line {self._lines[index]}"
         return f"{self.name}, row {index}"
@@ -130,13 +133,13 @@ class Rows(Sequence[Row]):
 
 
 def load_rows(source: Any, *, split: str = "train") -> Rows:
-    """The rows of `source`.
+    """Load the rows of a dataset, without interpreting them.
 
     `source`: a hub id (`openai/gsm8k:main` names the configuration after a colon), a local .jsonl (or .ndjson), .json,
     .csv, .tsv (each also with .gz, .bz2, .xz or .zst after it), .parquet or .arrow file, a folder saved by
-    `save_to_disk`, a `datasets.Dataset` or `DatasetDict`, a pandas data frame, a list of dicts, or `Rows` (returned as
-    it is). `split` chooses within a hub dataset, a folder, a `DatasetDict` or a JSON object of several lists; any other
-    file or list is what it is. Local files need no `datasets` package.
+    `save_to_disk`, a `datasets.Dataset` or `DatasetDict`, a pandas data frame, a list of dicts, or `Rows` (returned
+    unchanged). `split` chooses within a hub dataset, a folder, a `DatasetDict` or a JSON object of several lists; any
+    other file or list has no splits. Local files need no `datasets` package.
 
     Raises DataError: source not found, unreachable or malformed (with the line), unknown split, no rows.
     """
@@ -170,7 +173,7 @@ def _load(source: Any, split: str) -> Rows:
 
 
 def _from_frame(frame: Any) -> Rows:
-    """The rows of a data frame of pandas or polars, an index left out; NaN and NA are None in them."""
+    """Return the rows of a pandas or polars data frame, without an index; NaN and NA become None."""
     name = "the data frame given"
     columns = list(frame.columns)
     odd = next((column for column in columns if not isinstance(column, str) or columns.count(column) > 1), None)
@@ -182,7 +185,7 @@ def _from_frame(frame: Any) -> Rows:
 
 
 def _plain(value: Any) -> Any:
-    """A cell of a data frame as Python has it: lists for arrays, numbers for NumPy's, None for no value."""
+    """Return a data frame's cell in plain Python: lists for arrays, NumPy's numbers as numbers, None if missing."""
     if type(value).__name__ in ("NAType", "NaTType") or (isinstance(value, float) and value != value):
         return None
     if isinstance(value, dict):
@@ -210,7 +213,7 @@ def _load_named(source: str, split: str) -> Rows:
 
 
 def check_hub_id(source: str) -> None:
-    """DataError for what is not on this machine and cannot be the id of a dataset either."""
+    """Raise DataError for a source that is not on this machine and cannot be the id of a dataset either."""
     if file_suffix(Path(source)) in _READERS or not _HUB_ID.fullmatch(source):
         raise DataError(f"{source}: no such file or folder; check the path (from {Path.cwd()})")
 
@@ -224,7 +227,7 @@ def _read_lines(path: Path, split: str) -> Rows:
 
 
 def _read_json(path: Path, split: str) -> Rows:
-    """A JSON list of objects, or an object around one; files named .json with one object a line are common too."""
+    """Read a .json file: a list of objects, an object around one, or, as is common too, one object a line."""
     if has_lines(path):
         return _read_lines(path, split)
     return Rows(json_document(path, split), str(path), file_suffix(path))
@@ -244,7 +247,7 @@ def _read_parquet(path: Path, split: str) -> Rows:
 
 
 def check_row_count(path: Path, rows: int) -> None:
-    """Raise DataError for a parquet file that says it has more rows than its bytes can hold any text of.
+    """Raise DataError for a parquet file that claims more rows than its bytes can hold any text of.
 
     Columns of one value are packed to nothing: a file of 2 kB may have a billion nulls, which fill the memory.
     """
@@ -256,7 +259,7 @@ def check_row_count(path: Path, rows: int) -> None:
 
 
 def _read_arrow(path: Path, split: str) -> Rows:
-    """Arrow IPC: the stream format (what `datasets` writes) or the file format (Feather 2)."""
+    """Read an Arrow IPC file: the stream format (what `datasets` writes) or the file format (Feather 2)."""
     pa = need_pyarrow(path)
     try:
         mapped = pa.memory_map(str(path))
@@ -267,7 +270,8 @@ def _read_arrow(path: Path, split: str) -> Rows:
             reader = pa.ipc.open_stream(mapped)
         check_columns(str(path), reader.schema)
         table = reader.read_all()
-        table.validate(full=True)  # an offset that leads out of the file would be followed
+        # pyarrow would follow an offset that leads out of the file.
+        table.validate(full=True)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: is not a readable arrow file ({one_line(error)}); make it anew") from error
     return Rows(table, str(path), ".arrow")
@@ -291,7 +295,8 @@ def _load_folder(path: Path, split: str) -> Rows:
     check_folder(path)
     saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
     if not saved:
-        return _load_hub(str(path), split)  # a cloned dataset repository: load_dataset reads those too
+        # load_dataset also reads a cloned dataset repository.
+        return _load_hub(str(path), split)
     datasets = need_datasets(str(path))
     try:
         rows = _from_datasets(datasets.load_from_disk(str(path)), split, str(path), "")
@@ -304,7 +309,7 @@ def _load_folder(path: Path, split: str) -> Rows:
 
 
 def check_folder(path: Path) -> None:
-    """Raise DataError for a folder that is empty or no dataset's: what reads those looks at every file in it."""
+    """Raise DataError for a folder that is empty or no dataset's: the loaders look at every file in it."""
     files = 0
     for place, folders, names in os.walk(path):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -346,7 +351,7 @@ def _split_config(source: str) -> tuple[str, str | None]:
 
 
 def _from_datasets(loaded: Any, split: str, name: str, suffix: str) -> Rows:
-    """Rows over the Arrow table of a `datasets.Dataset`, or of one split of a `DatasetDict`."""
+    """Return the rows in the Arrow table of a `datasets.Dataset`, or of one split of a `DatasetDict`."""
     if isinstance(loaded, dict):
         if split not in loaded:
             raise DataError(f'{name}: has no split {split!r}; {did_you_mean(split, loaded)}; name one by split="..."')

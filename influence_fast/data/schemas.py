@@ -55,21 +55,33 @@ ID_COLUMNS = ("id", "uuid", "unique_id")
 # What pandas reads as null from CSV, in lower case.
 _CSV_NULLS = ("", "nan", "-nan", "na", "n/a", "#n/a", "#na", "<na>", "none", "null", "nat")
 
-_SAMPLE = 32  # rows that tell apart schemas of the same columns
+# Rows read to distinguish schemas of the same columns.
+_SAMPLE = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training or validation example as plain text, before any chat template.
+    r"""One training or validation example as plain text, before any chat template.
 
-    `row` is the index of the source row and `trace` the index within the row's `generations` where it has
-    several; `label` is the known kind of corruption, if any. `context` holds the (role, content) turns that
-    come before the prompt in a conversation, system turn included; most examples have none. `between` holds the turns
-    after the prompt and before the completion (an earlier assistant turn, a tool's result). `learnt` names the earlier
-    assistant turns that are trained on beside the completion, as indices into `turns`. `reasoning` is reasoning that
-    the data holds in a field of its own; `completion` begins with it, between `<think>\\n` and `\\n</think>\\n\\n`.
-    `ended` is False for an answer that was cut off: nobody chose to end it there, so no end of turn follows it.
-    `token_ids` are the tokens of a completion that was generated, its end included: they are taken as they are.
+    Attributes:
+        id: unique within its set.
+        prompt: the last user turn before the completion.
+        completion: the text that the loss is on.
+        answer: the final answer, where the data states one.
+        row: the index of the source row.
+        label: the known kind of corruption, if any.
+        trace: the index within the row's `generations` where it has several.
+        context: the (role, content) turns before the prompt in a conversation, system turn included; most examples
+            have none.
+        ended: False for an answer that was cut off: nobody chose to end it there, so no end of turn follows it.
+        between: the turns after the prompt and before the completion (an earlier assistant turn, a tool's result).
+        learnt: the earlier assistant turns that are trained on beside the completion, as indices into `turns`.
+        reasoning: reasoning that the data holds in a field of its own; `completion` begins with it, between
+            `<think>\n` and `\n</think>\n\n`.
+        token_ids: the tokens of a completion that was generated, its end included: they are taken unchanged.
+    Example:
+        >>> inf.Example("a", "What is 12 + 7?", "12 + 7 = 19.").turns
+        (('user', 'What is 12 + 7?'),)
     """
 
     id: str
@@ -88,7 +100,7 @@ class Example:
 
     @property
     def turns(self) -> tuple[Turn, ...]:
-        """All turns before the completion: the context, the prompt, and what lies between it and the completion."""
+        """Return all turns before the completion: the context, the prompt, and the turns after it."""
         return (*self.context, ("user", self.prompt), *self.between)
 
 
@@ -97,8 +109,8 @@ class Schema:
     """A known layout of columns: `convert` takes a row's cells and the reader's choices.
 
     `named`: columns that are read only where `columns` names them. `ignored`: columns that repeat what is read, or that
-    `remark` speaks of. `remark` is a warning that every source of this layout gets. `fits`: whether rows that have the
-    columns are of this layout, asked only where the format is "auto".
+    `remark` is about. `remark`: a warning logged for every source of this layout. `fits`: returns whether rows that
+    have the columns are of this layout, used only where the format is "auto".
     """
 
     name: str
@@ -112,7 +124,7 @@ class Schema:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """All columns that can be renamed."""
+        """Return all columns that can be renamed."""
         return self.required + self.optional + self.named
 
     def read(self, names: Mapping[str, str | None]) -> set[str]:
@@ -188,12 +200,12 @@ _CONVERSATIONS = ("prompt_completion", "preference", "sharegpt", "messages")
 
 
 def has_turns(format: str) -> bool:
-    """Tell whether rows of this schema may be conversations of several turns."""
+    """Return whether rows of this schema may be conversations of several turns."""
     return format in _CONVERSATIONS
 
 
 def check_trace(trace: Trace) -> None:
-    """Raises ConfigError unless `trace` is one of TRACE_CHOICES or an index from 0."""
+    """Raise ConfigError unless `trace` is one of TRACE_CHOICES or an index from 0."""
     if isinstance(trace, bool) or not (
         trace >= 0 if isinstance(trace, int) else isinstance(trace, str) and trace in TRACE_CHOICES
     ):
@@ -203,13 +215,13 @@ def check_trace(trace: Trace) -> None:
 
 
 def check_turns(turns: str) -> None:
-    """Raises ConfigError unless `turns` is one of TURN_CHOICES."""
+    """Raise ConfigError unless `turns` is one of TURN_CHOICES."""
     if not isinstance(turns, str) or turns not in TURN_CHOICES:
         raise ConfigError(f"turns {shown(turns)} is not known; {did_you_mean(str(turns), TURN_CHOICES)}")
 
 
 def choose_schema(rows: Rows, format: str, columns: Mapping[str, str | None]) -> Schema:
-    """The schema named by `format`, or found from the columns when it is `"auto"`.
+    """Return the schema named by `format`, or the one detected from the columns when it is `"auto"`.
 
     Raises ConfigError for an unknown format or rename, DataError where the columns do not fit.
     """
@@ -259,7 +271,7 @@ def _no_schema(rows: Rows) -> DataError:
 
 
 def id_column(rows: Rows, columns: Mapping[str, str | None]) -> str | None:
-    """The column that holds ids, or None when the row index serves."""
+    """Return the column that holds ids, or None where the row index serves."""
     if "id" in columns:
         return columns["id"]
     return next((name for name in ID_COLUMNS if name in rows.columns), None)
@@ -268,7 +280,7 @@ def id_column(rows: Rows, columns: Mapping[str, str | None]) -> str | None:
 def read_examples(
     rows: Rows, format: str, trace: Trace, columns: Mapping[str, str | None], turns: str = "last"
 ) -> Iterator[list[Example]]:
-    """The examples of each row in turn: one, or none or several where the row holds traces to choose from.
+    """Yield the examples of each row in turn: one, or none or several where the row holds traces to choose from.
 
     Warnings at the end name the conversations that went on after their last assistant turn, blank traces, and columns
     that look like traces and are not read.
@@ -295,7 +307,8 @@ def read_examples(
                 unread.see(row, drafts)
                 found = [_example(draft, name, label, index) for draft in drafts]
             yield found
-    finally:  # a reader that has enough stops in the middle
+    finally:
+        # A reader that has enough examples stops in the middle.
         warnings.say()
         unread.say(logger, SCHEMAS.values(), schema, columns)
 
@@ -317,9 +330,9 @@ def _example(draft: Draft, name: str, label: str | None, row: int) -> Example:
 
 
 def _label(cells: Cells) -> str | None:
-    """The label of a row.
+    """Return the label of a row, None where it has none.
 
-    In CSV a null is written as one of `_CSV_NULLS`: no kind of corruption is called so, whereas an answer may be.
+    CSV writes a null as one of `_CSV_NULLS`: no kind of corruption is called so, whereas an answer may be.
     """
     label = cells.optional("label")
     is_csv = cells.rows.suffix.startswith((".csv", ".tsv"))
@@ -327,7 +340,7 @@ def _label(cells: Cells) -> str | None:
 
 
 def _is_verdict(label: str) -> bool:
-    """Tell whether a label is a truth or a number, as KTO's are, which name no kind of corruption."""
+    """Return whether a label is a truth value or a number (KTO's are), which name no kind of corruption."""
     try:
         float(label)
     except ValueError:

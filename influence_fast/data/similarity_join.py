@@ -18,10 +18,14 @@ import numpy as np
 
 from influence_fast.data.parity_bits import ParityBits
 
-_SLACK = 1e-9  # keeps an exact ratio from being missed: similar is both >= t * union - _SLACK
-_AT_ONCE = 1 << 10  # entries of the index that are looked through whatever the number of sets
-_FEW = 64  # entries that are filtered first: where most sets are of one cluster, a match is among them
-_LIST_COST = 16  # an entry of the index takes as long as the bits of so many sets that lie behind each other
+# Keeps an exact ratio from being missed: sets are similar where both >= t * union - _SLACK.
+_SLACK = 1e-9
+# Entries of the index that are compared whatever the number of sets.
+_AT_ONCE = 1 << 10
+# Entries filtered first; where most sets are of one cluster, a match is among them.
+_FEW = 64
+# An entry of the index takes as long as the bits of this many consecutive sets.
+_LIST_COST = 16
 # Candidates are counted in batches that double, for the same reason.
 _FIRST_BATCH, _LARGEST_BATCH = 32, 1024
 
@@ -34,7 +38,7 @@ class Clusters:
         self._members: dict[int, list[int]] = {}
 
     def join(self, i: int, j: int) -> None:
-        """Make one cluster of those of i and j; the members of the smaller one are renumbered."""
+        """Merge the clusters of i and j; the members of the smaller one are renumbered."""
         a, b = int(self.label[i]), int(self.label[j])
         if a == b:
             return
@@ -69,9 +73,9 @@ def similar_sets(
 
 
 def _by_rarity(shared: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The elements of each set that two sets hold or more, as places in the order of rarity.
+    """Return the elements that two sets or more hold, numbered from the rarest, for each set.
 
-    Returns the sets behind each other, each ascending, int32, and where each starts, [N + 1] int64.
+    The sets come end to end, each ascending, int32, with where each starts, [N + 1] int64.
     """
     every = np.concatenate([*shared, np.zeros(0, dtype=np.uint64)])
     every.sort()
@@ -96,11 +100,11 @@ def _by_rarity(shared: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def _alike(
     sizes: Sequence[int], tokens: np.ndarray, starts: np.ndarray, threshold: float, clusters: Clusters
 ) -> dict[int, list[int]]:
-    """The sets that have to be compared, each with those that any other set sees as it sees this one.
+    """Return the sets to be compared, each with the other sets that look the same to every third set.
 
-    Sets of one size and the same shared elements share the same number with every other set, so one stands for all.
-    Among themselves all are similar, and joined here, or none is: those are listed, to be joined as soon as another
-    set is similar to one of them. A set without shared elements is similar to none and left out.
+    Sets of one size and the same shared elements share the same number with every other set, so one represents all.
+    Among themselves all are similar, and joined here, or none is: those are listed, to be joined as soon as another set
+    is similar to one of them. A set without shared elements is similar to none and left out.
     """
     seen: dict[tuple[int, bytes], int] = {}
     nodes: dict[int, list[int]] = {}
@@ -119,7 +123,7 @@ def _alike(
 
 
 class _Join:
-    """One pass over the sets, by size: each is looked up among those before it, and then entered into the index."""
+    """One pass over the sets by size: each is looked up among those before it, and then entered into the index."""
 
     def __init__(
         self,
@@ -132,42 +136,47 @@ class _Join:
     ) -> None:
         self.threshold, self.clusters = threshold, clusters
         self.tokens, self.starts, self.sizes = tokens, starts, sizes
-        self.waiting = nodes  # by set: those that are joined with it when anything is
+        # For each set, those to be joined with it as soon as any other is.
+        self.waiting = nodes
         chosen = np.fromiter(nodes, dtype=np.int64, count=len(nodes))
         self.order = chosen[np.argsort(sizes[chosen], kind="stable")]
         lengths = np.diff(starts)
-        self.alone = sizes - lengths  # elements that no other set holds: rarer than all others
+        # Elements that no other set holds are rarer than all others.
+        self.alone = sizes - lengths
         # J >= t asks for at least t |A| common elements, and for 2t / (1 + t) |A| with a set that is no smaller
         self.looked_up = np.clip(self._early(threshold), 0, lengths)
         self.entered = np.clip(self._early(2 * threshold / (1 + threshold)), 0, lengths)
         self.bits = ParityBits(len(self.order), int(np.median(lengths[self.order])))
-        self.place = np.full(len(sizes), -1, dtype=np.int64)  # of each set in the order
+        # The place of each set in the order.
+        self.place = np.full(len(sizes), -1, dtype=np.int64)
         self.place[self.order] = np.arange(len(self.order))
         self.ordered_sizes = sizes[self.order]
         # Of the elements that one of two similar sets has and the other has not, (1 - t) / (1 + t) of each set's size
         # are granted; whole numbers, rounded so that a pair is granted one too many at most and never one too few.
         self.granted = np.floor(self._differing(self.ordered_sizes) - self.alone[self.order]).astype(np.int32)
-        self.compared_by = np.full(len(sizes), -1, dtype=np.int64)  # the last set that each was compared with
+        # The last set that each set was compared with.
+        self.compared_by = np.full(len(sizes), -1, dtype=np.int64)
         self.is_mine = np.zeros(int(tokens.max()) + 1, dtype=bool)
         self._open_index()
 
     def _early(self, share: float) -> np.ndarray:
-        """How many shared elements of each set precede the last place where it can first meet a similar set."""
+        """Return how many shared elements of each set precede the last place where it can first meet a similar set."""
         return self.sizes - np.ceil(share * self.sizes - 1e-6).astype(np.int64) + 1 - self.alone
 
     def _differing(self, sizes: np.ndarray) -> np.ndarray:
-        """What a set of each size adds to the elements in which it may differ from a similar one."""
+        """Return what a set of each size adds to the number of elements in which it may differ from a similar one."""
         return sizes * (1 - self.threshold) / (1 + self.threshold) + 1e-6
 
     def _open_index(self) -> None:
-        """Room for every element's list of the sets that enter it, one list behind the other."""
+        """Allocate every element's list of the sets that enter it, one list after the other."""
         counts = np.zeros(len(self.is_mine), dtype=np.int64)
         for i in self.order.tolist():
             counts[self._first(i, self.entered)] += 1
         self.begin = np.cumsum(counts) - counts
         self.filled = np.zeros_like(counts)
         self.held_by = np.empty(int(counts.sum()), dtype=np.int32)
-        self.room = np.empty(len(self.held_by), dtype=np.int32)  # elements of that set from this one on
+        # Number of elements of that set from this one on.
+        self.room = np.empty(len(self.held_by), dtype=np.int32)
 
     def _first(self, i: int, count: np.ndarray) -> np.ndarray:
         return self.tokens[self.starts[i] : self.starts[i] + count[i]]
@@ -190,7 +199,7 @@ class _Join:
             tell(skipped + done + 1)
 
     def _look_up(self, i: int, wanted: np.ndarray) -> None:
-        """Join set i with the similar ones that share one of the elements `wanted`, which are its first."""
+        """Join set i with the similar sets that share one of its first elements, `wanted`."""
         count = self.filled[wanted]
         total = int(count.sum())
         place = int(self.place[i])
@@ -211,7 +220,7 @@ class _Join:
             self._compare(i, entries[_FEW:], rooms[_FEW:])
 
     def _compare(self, i: int, entries: np.ndarray, room: np.ndarray | int) -> None:
-        """Join set i with those similar to it among entries of the index; `room` are its elements from there on."""
+        """Join set i with the similar sets among entries of the index; `room` counts its elements from there on."""
         label, size = self.clusters.label, int(self.sizes[i])
         others = self.held_by[entries]
         new = np.flatnonzero((label[others] != label[i]) & (self.compared_by[others] != i))
@@ -224,7 +233,7 @@ class _Join:
         self._count(i, others[new])
 
     def _scan(self, i: int, smallest: int, place: int) -> None:
-        """Join set i with those similar to it among all sets in places `smallest` to `place` of the order."""
+        """Join set i with the similar sets among places `smallest` to `place` of the order."""
         label = self.clusters.label
         # Most of the earlier sets may be of this one's cluster already; only the others are compared.
         apart = smallest + np.flatnonzero(label[self.order[smallest:place]] != label[i])
@@ -236,7 +245,7 @@ class _Join:
         self._count(i, others[self.compared_by[others] != i])
 
     def _count(self, i: int, others: np.ndarray) -> None:
-        """Join set i with those similar to it among `others`, of other clusters than its own."""
+        """Join set i with the similar sets among `others`, which are in other clusters, by counting common elements."""
         label, size, place = self.clusters.label, int(self.sizes[i]), int(self.place[i])
         if not len(others):
             return
@@ -255,7 +264,7 @@ class _Join:
             batch = min(2 * batch, _LARGEST_BATCH)
 
     def _common(self, others: np.ndarray) -> np.ndarray:
-        """How many elements each of `others` has in common with the set whose elements are marked as mine."""
+        """Return how many elements each of `others` shares with the set whose elements are marked in `is_mine`."""
         begin, end = self.starts[others], self.starts[others + 1]
         count = end - begin
         first = np.cumsum(count) - count

@@ -1,4 +1,4 @@
-"""Tokenized examples on disk, made in one pass over rows that are never in memory together, and read as a sequence.
+"""Tokenized examples on disk, written in one pass over rows that are never all in memory, and read as a sequence.
 
 A folder holds `tokens.arrow` (id, input_ids as int32, the places where what is learnt begins and ends) and
 `tokens.json`, written last: what the tokens were made of, and which examples were left out.
@@ -35,12 +35,13 @@ from influence_fast.data.tokens import tokenization_hash
 from influence_fast.data.unpacked_size import check_parquet
 from influence_fast.errors import DataError, one_line
 
-_ROWS = 64  # examples in one record batch, which is what reading one of them maps
+# Examples in one record batch; reading one example maps its whole batch.
+_ROWS = 64
 
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Where tokens come from: as `data.load_examples` and `data.tokenize` take it."""
+    """A dataset and the settings by which it is read and tokenized, as `load_examples` and `tokenize` take them."""
 
     source: Any
     split: str = "train"
@@ -54,9 +55,9 @@ class TokenSource:
 
 
 class StreamedRows(Rows):
-    """The rows of a text file of one row after the other, read anew for every pass and never held.
+    """The rows of a text file of one row after the other, read anew for every pass and never held in memory.
 
-    They are those of `load_rows`, with the same line numbers; `place` knows the rows that the last pass has met.
+    They are those of `load_rows`, with the same line numbers; `place` knows only the rows that the last pass has read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,11 +69,11 @@ class StreamedRows(Rows):
         return sum(1 for _ in numbered_rows(self._path))
 
     def __getitem__(self, index: Any) -> Any:
-        """One row or a slice, at the price of a pass over the file."""
+        """Return one row or a slice, at the price of a pass over the file."""
         return list(self.read())[index]
 
     def read(self, columns: Iterable[str] | None = None) -> Iterator[Row]:
-        """Yield the rows in order, whole."""
+        """Yield the rows in order with all their columns."""
         numbers = self._numbers = array("q")
         for number, row in numbered_rows(self._path):
             numbers.append(number)
@@ -80,7 +81,7 @@ class StreamedRows(Rows):
 
     @property
     def columns(self) -> list[str]:
-        """Names of the first row's columns."""
+        """Return the column names of the first row."""
         return list(next(numbered_rows(self._path), (0, {}))[1])
 
     def place(self, index: int) -> str:
@@ -91,8 +92,8 @@ class StreamedRows(Rows):
 class Tokens(Sequence[dict[str, Any]]):
     """The tokenized examples in a folder, memory-mapped: `{"id", "input_ids" [n], "labels" [n]}`, int64 tensors.
 
-    too_long: (id, tokens) of the examples that were left out. without: the rows that have no trace of the kind asked
-    for. Raises DataError: the folder is not complete.
+    too_long: (id, tokens) of the examples that were left out. without: the rows that have no trace of the requested
+    kind. Raises DataError where the folder is not complete.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -130,7 +131,10 @@ class Tokens(Sequence[dict[str, Any]]):
 
 
 def is_spooled(folder: Path, source: TokenSource, tokenizer: Any) -> bool:
-    """Whether `folder` holds the tokens of just these rows, settings and tokenizer. Of a stream nobody knows."""
+    """Return whether `folder` holds the tokens of exactly these rows, settings and tokenizer.
+
+    It is False for a stream, whose rows cannot be identified.
+    """
     try:
         about = json.loads((folder / "tokens.json").read_bytes())
     except (OSError, ValueError):
@@ -139,15 +143,16 @@ def is_spooled(folder: Path, source: TokenSource, tokenizer: Any) -> bool:
     return made_of["source"] is not None and bool(about.get("made_of") == made_of)
 
 
-def spool(folder: Path, source: TokenSource, tokenizer: Any, beat: Callable[[], None] = lambda: None) -> None:
-    """Tokenizes `source` into `folder`; `beat` is called as it gets on.
+def spool(folder: Path, source: TokenSource, tokenizer: Any, heartbeat: Callable[[], None] = lambda: None) -> None:
+    """Tokenize `source` into `folder`; the callback `heartbeat` is called after every chunk of rows.
 
-    Raises DataError as `load_examples` and `tokenize` do, naming the row, and where no example is left; `folder` is
-    then as it was.
+    Raises DataError as `load_examples` and `tokenize` do, naming the row, and where no example is left; `folder` then
+    keeps the tokens it had.
     """
     pa = need_pyarrow(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(".*.arrow.*.tmp"):  # of a process that was killed; only one at a time is at work here
+    # Left over from a killed process; only one process at a time works in this folder.
+    for path in folder.glob(".*.arrow.*.tmp"):
         path.unlink(missing_ok=True)
     made_of = _made_of(source, tokenizer)
     schema = pa.schema([("id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("borders", pa.list_(pa.int32()))])
@@ -169,7 +174,7 @@ def spool(folder: Path, source: TokenSource, tokenizer: Any, beat: Callable[[], 
                 writer.write_batch(_batch(pa, held[:_ROWS], schema))
                 del held[:_ROWS]
                 count += _ROWS
-            beat()
+            heartbeat()
         if held:
             writer.write_batch(_batch(pa, held, schema))
             count += len(held)
@@ -183,8 +188,11 @@ def spool(folder: Path, source: TokenSource, tokenizer: Any, beat: Callable[[], 
 
 
 def mapped_rows(source: Any, split: str, folder: Path) -> Rows:
-    """`load_rows` without the rows in memory: text files are read row by row in every pass, parquet and streamed
-    datasets go to Arrow files in `folder` first, batch by batch. Raises DataError as `load_rows` does."""
+    """Return the rows of `load_rows` without holding them in memory.
+
+    Text files are read row by row in every pass; parquet and streamed datasets are first written to Arrow files in
+    `folder`, batch by batch. Raises DataError as `load_rows` does.
+    """
     streamed = not hasattr(source, "__len__") and hasattr(source, "__iter__") and not isinstance(source, Path)
     if streamed:
         return load_rows(_arrow_of(source, folder / "rows.arrow"))
@@ -207,20 +215,23 @@ def mapped_rows(source: Any, split: str, folder: Path) -> Rows:
                 for batch in file.iter_batches(batch_size=BATCH):
                     writer.write_batch(batch)
         except (pa.ArrowException, OSError) as error:
-            if getattr(error, "errno", None):  # of the disk; those of the file have no number
+            # Errors of the disk have a number, and those of the file have none.
+            if getattr(error, "errno", None):
                 raise
-            return load_rows(path)  # which says what is wrong with it
+            # This raises an error that says what is wrong with the file.
+            return load_rows(path)
         rows = load_rows(folder / "rows.arrow")
         rows.name, rows.suffix = str(path), ".parquet"
         return rows
     if has_lines(path):
         rows = StreamedRows(path)
-        return rows if rows.columns else load_rows(path)  # which says that there is nothing in it
+        # For an empty file `load_rows` raises the error that says so.
+        return rows if rows.columns else load_rows(path)
     return load_rows(path, split=split)
 
 
 def _arrow_of(rows: Iterable[Mapping[str, Any]], path: Path) -> Path:
-    """Rows of a streamed dataset, of unknown number, in an Arrow file."""
+    """Write the rows of a streamed dataset, of unknown number, to an Arrow file, and return its path."""
     need_datasets(str(path))
     pa = need_pyarrow(path)
     from datasets.arrow_writer import ArrowWriter
@@ -270,7 +281,7 @@ def _batch(pa: Any, examples: list[dict[str, Any]], schema: Any) -> Any:
 
 
 def _made_of(source: TokenSource, tokenizer: Any) -> dict[str, Any]:
-    """What tells these tokens from others: of files, size and time of change; of datasets, their fingerprint."""
+    """Return what identifies the tokens: the sources' sizes and times of change or fingerprint, settings, tokenizer."""
     where = source.source
     if isinstance(where, str | Path):
         path = Path(where).expanduser()

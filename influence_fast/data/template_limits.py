@@ -1,4 +1,4 @@
-"""A chat template is a program that came with a model: tried in a limited process before it renders anything here."""
+"""Try chat templates in a limited process before they are used: a template is a program that comes with a model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from influence_fast.errors import ModelError
 from influence_fast.isolation import limited
 
 MEMORY = 1 << 30  # bytes of address space of the process that tries a template
-SECONDS = 4  # of processor time, of which templates of models in use need a hundredth
-CHARACTERS = 1 << 24  # of a text: three hundred times the largest frame that trl's templates put around two turns
+# Seconds of processor time; templates of models in use need a hundredth of it.
+SECONDS = 4
+# Characters of a text; 300 times the largest frame that trl's templates put around two turns.
+CHARACTERS = 1 << 24
 
 
 def check_template(
     template: str, special: Mapping[str, str], conversations: Sequence[Sequence[Mapping[str, object]]], name: str
 ) -> None:
-    """Render `conversations` by `template` in a limited process, once in this process's life for the same ones.
+    """Render `conversations` by `template` in a limited process, once in this process's lifetime for the same input.
 
     Args:
         template: the chat template (Jinja).
@@ -35,7 +37,7 @@ def check_template(
 
 @functools.lru_cache(maxsize=64)
 def _tried(parts: str) -> str:
-    """Why the template is not to be used; empty where nothing speaks against it."""
+    """Return why the template must not be used; "" where nothing speaks against it."""
     template, special, conversations = json.loads(parts)
     work = {"task": "chat", "template": template, "special": special, "conversations": conversations}
     work["characters"] = CHARACTERS
@@ -46,6 +48,7 @@ def _tried(parts: str) -> str:
         return f"takes more than {MEMORY >> 30} GiB of memory for one short conversation"
     try:
         longest = max(json.loads(done.output))
-    except ValueError:  # an interpreter that cannot import jinja2 in isolation: nothing is known of the template
+    except ValueError:
+        # An isolated interpreter that cannot import jinja2 tells nothing about the template.
         return ""
     return f"makes a text of {longest:,} characters of one short conversation" if longest > CHARACTERS else ""

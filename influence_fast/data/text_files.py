@@ -27,9 +27,12 @@ _LINES = (".jsonl", ".csv", ".tsv")
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _PIECE = 1 << 17  # bytes unpacked at a time
 _UNPACKED = 1 << 28  # bytes that any packed file may hold
-_RATIO = 100  # ... and beyond that, times its size
-_BLANK = 1 << 22  # bytes of white space alone at a stretch; no file of rows has so many between two of them
-_ROW_KEYS = ("data", "rows", "examples")  # of an object around the list of rows, in the order of preference
+# Beyond `_UNPACKED`, a file may unpack to this many times its size.
+_RATIO = 100
+# Bytes of white space alone at a stretch; no file of rows has so many between two of them.
+_BLANK = 1 << 22
+# Keys of an object around the list of rows, in order of preference.
+_ROW_KEYS = ("data", "rows", "examples")
 
 
 def file_suffix(path: Path) -> str:
@@ -44,7 +47,7 @@ def file_suffix(path: Path) -> str:
 
 
 def plain_suffix(suffix: str) -> str:
-    """Return the extension without that of the compression: ".jsonl" for ".jsonl.gz"."""
+    """Return an extension without that of a compression: ".jsonl" for ".jsonl.gz"."""
     return next((suffix.removesuffix(end) for end in COMPRESSIONS if suffix.endswith(end)), suffix)
 
 
@@ -79,7 +82,7 @@ def _unpacked(path: Path) -> IO[bytes]:
 
 
 class _Unpacking(io.RawIOBase):
-    """Bytes of a packed file as they are unpacked, up to what a file of its size may hold.
+    """The unpacked bytes of a compressed file, limited to what a file of its size may plausibly hold.
 
     Text of traces is packed to a third or a tenth; a few MB of zeros packed by thousands would fill the memory.
     """
@@ -115,7 +118,7 @@ class _Unpacking(io.RawIOBase):
 
 
 def _zstandard(path: Path) -> Any:
-    """pyarrow, where it is there and was built with Zstandard."""
+    """Return pyarrow where it is installed with Zstandard. Raises DataError elsewhere."""
     try:
         import pyarrow
     except ImportError:
@@ -127,7 +130,7 @@ def _zstandard(path: Path) -> Any:
 
 @contextlib.contextmanager
 def packed_writer(path: Path, suffix: str) -> Iterator[IO[bytes]]:
-    """Open `path` for writing bytes, which are compressed as `suffix` says. Equal bytes make equal files."""
+    """Open `path` for writing bytes, compressed as `suffix` says. Equal bytes make equal files."""
     with contextlib.ExitStack() as stack:
         if suffix.endswith(".zst"):
             yield stack.enter_context(_zstandard(path).output_stream(str(path), compression="zstd"))
@@ -144,7 +147,7 @@ def packed_writer(path: Path, suffix: str) -> Iterator[IO[bytes]]:
 
 
 def has_lines(path: Path) -> bool:
-    """Tell whether `numbered_rows` can read the file: it has one row after the other and nothing around them."""
+    """Return whether `numbered_rows` can read the file: it has one row after the other and nothing around them."""
     suffix = plain_suffix(file_suffix(path))
     return suffix in _LINES or (suffix == ".json" and _is_json_lines(path))
 
@@ -159,7 +162,7 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _text_lines(file: IO[bytes], encoding: str) -> Iterable[bytes | str]:
-    """Lines that end at line feeds only. UTF-8 is left to be decoded line by line, so that an error has its line."""
+    """Return lines that end at line feeds only, UTF-8 still as bytes, so that a decoding error has its line."""
     if encoding.startswith("utf-8"):
         return file
     return io.TextIOWrapper(file, encoding, newline="\n")
@@ -182,7 +185,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 class _RepeatedKeyError(Exception):
-    """An object of JSON has a key twice, of which a parser keeps the last."""
+    """An error for a JSON object that repeats a key, of which a parser keeps the last value."""
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -212,7 +215,8 @@ def _why(error: Exception) -> str:
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is shorter than a long trace
+    # The default limit of 128 KiB is shorter than a long trace.
+    csv.field_size_limit(sys.maxsize)
     with opened(path) as (file, encoding):
         text = io.TextIOWrapper(file, "utf-8-sig" if encoding == "utf-8" else encoding, newline="")
         reader = csv.DictReader(text, delimiter=delimiter)
@@ -238,13 +242,17 @@ def _check_header(path: Path, names: Sequence[str]) -> None:
 
 
 def _is_json_lines(path: Path) -> bool:
-    """Whether the first line of a .json file is an object and more lines follow, as files of that name often are."""
+    """Return whether a .json file holds one object a line, as files of that name often do.
+
+    Its first line must be an object, and more lines must follow.
+    """
     with opened(path) as (file, encoding):
         try:
             lines = (line for line in io.TextIOWrapper(file, encoding, newline="\n") if line.strip())
             first, second = next(lines, ""), next(lines, None)
             return second is not None and isinstance(json.loads(first), dict)
-        except (ValueError, RecursionError):  # of the encoding, too
+        except (ValueError, RecursionError):
+            # Errors of the encoding are ValueErrors too.
             return False
 
 
@@ -285,7 +293,7 @@ def _rows_within(path: Path, found: dict[str, Any], split: str) -> list[Any]:
 
 
 def _is_rows(value: Any) -> bool:
-    """Whether a value is a list of rows. One of messages is a cell of a row."""
+    """Return whether a value is a list of rows, and not of messages, which is a cell of a row."""
     return _is_objects(value) and not any(
         "role" in item or "from" in item or item.get("type") == "text" for item in value
     )

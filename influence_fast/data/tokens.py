@@ -1,4 +1,4 @@
-"""Token ids and labels of examples: those of the whole text, split where the completion begins."""
+"""Turn examples into token ids and labels: those of the complete text, split where the completion begins."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from influence_fast.data.packing import IGNORED
 from influence_fast.data.rendering import Rendered, Renderer, added_bos
 from influence_fast.data.schemas import Example
 from influence_fast.data.turn_ends import shared_start
-from influence_fast.errors import DataError, InfluenceFastError, ModelError, listing, say_once
+from influence_fast.errors import DataError, InfluenceFastError, ModelError, truncated_list, warn_once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 1024  # examples in one call of the tokenizer: enough for its threads, little to hold
+# Examples in one call of the tokenizer: enough for its threads, and little to hold in memory.
+_CHUNK = 1024
 _PROBES = (
     Example("plain", "What is 12 + 7?", "12 + 7 = 19.\n\nSo \\boxed{19}."),
     Example("reasoning", "What is 12 + 7?", "<think>\n12 + 7 = 19\n</think>\n\n19", context=(("system", "Think."),)),
@@ -34,11 +35,11 @@ _COMPARED = 16  # examples of a call whose tokens are decoded again and compared
 
 @dataclass(slots=True)
 class TokenizedSet:
-    """Token ids of a set of examples, and what was left out or cut.
+    """Token ids of a set of examples, and the examples that were left out or cut.
 
-    `examples`: `{"id": str, "input_ids": int64 (n,), "labels": int64 (n,)}` in the order given; labels are
-    aligned with input_ids (the shift by one happens in the loss) and IGNORED on the prompt. `too_long`:
-    (id, number of tokens) of each example left out; `truncated`: the same for each that was cut to fit.
+    `examples`: `{"id": str, "input_ids": int64 [n], "labels": int64 [n]}` in the order given; labels are aligned with
+    input_ids (the shift by one happens in the loss) and IGNORED on the prompt. `too_long`: (id, number of tokens) of
+    each example left out; `truncated`: (id, number of tokens before the cut) of each that was cut to fit.
     """
 
     examples: list[dict[str, Any]] = field(default_factory=list)
@@ -53,26 +54,36 @@ def tokenize(
     max_length: int | None = None,
     truncate: bool = False,
 ) -> TokenizedSet:
-    """Turn examples into token ids and labels; the completion and its end are what the loss sees.
+    r"""Turn examples into token ids and labels; the loss is on the completion and its end.
 
-    With a chat template the text is the template's, to its end of turn; without, `prompt + "\\n" + completion`
-    and the EOS token; neither end where the completion has not `ended`. The text is tokenized whole: tokenizers in
+    With a chat template the text is the template's, to its end of turn; without, `prompt + "\n" + completion` and the
+    EOS token; neither end where the completion has not `ended`. The text is tokenized as a whole: tokenizers in
     SentencePiece's manner put a mark of a word before a text that is tokenized alone. A token that begins in the prompt
     and ends in the completion belongs to the completion. A completion that was generated has its tokens already
     (`Example.token_ids`), and they follow those of the prompt.
 
-    `max_length` counts tokens of prompt and completion together. A longer example is left out and listed in
-    `too_long`, or with `truncate` cut at its end and listed in `truncated`; when nothing of its completion would
-    remain it is left out all the same.
-
-    Raises ModelError: nothing ends a turn, or a template that does not fit (named). DataError: empty completions, by
-    id.
+    Args:
+        examples: as `load_examples` returns them.
+        tokenizer: a transformers tokenizer.
+        max_length: the limit of tokens of prompt and completion together.
+        truncate: cut longer examples at their end and list them in `truncated`. Otherwise, or where nothing of the
+            completion would remain, they are left out and listed in `too_long`.
+    Returns:
+        A `TokenizedSet`, whose `examples` hold `input_ids` and `labels`, int64 [n], -100 where there is no loss.
+    Raises:
+        ModelError: nothing ends a turn, or a template that does not fit (named).
+        DataError: empty completions, by id, or a `max_length` below 2.
+    Example:
+        >>> tokens = inf.tokenize(inf.load_examples("train.jsonl"), tokenizer, max_length=4096)  # doctest: +SKIP
+        >>> len(tokens.examples), tokens.too_long  # doctest: +SKIP
+        (7473, [])
     """
     check_completions(examples)
     if max_length is not None and max_length < 2:
         raise DataError(f"max_length is {max_length}; it must be at least 2, one token to predict another from")
     renderer = Renderer(tokenizer)
-    _ = renderer.end  # an error now, and not at the first completion that ended
+    # A missing end raises here, and not at the first completion that ended.
+    _ = renderer.end
     result = TokenizedSet()
     for start in range(0, len(examples), _CHUNK):
         chunk = examples[start : start + _CHUNK]
@@ -94,22 +105,23 @@ def tokenize(
 def tokenization_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a SHA-256 of how texts become tokens: those of a few fixed examples, by this version and this tokenizer.
 
-    Two stores of the same texts with different ones hold rows of different tokens: the chat template was changed, it
-    prints something that changes by itself, or an earlier version of this package wrote the text otherwise.
+    Two stores of the same texts with different hashes hold rows of different tokens: the chat template was changed, it
+    prints something that changes by itself, or an earlier version of this package wrote the text differently.
     """
     found = hashlib.sha256()
     for example in _PROBES:
         try:
             [(ids, labels)] = _encoded([example], Renderer(tokenizer))
             tokens: Any = [ids, labels]
-        except InfluenceFastError as error:  # a template that takes no system turn
+        except InfluenceFastError as error:
+            # The template takes no system turn.
             tokens = str(error)
         found.update(json.dumps(tokens).encode() + b"\n")
     return found.hexdigest()
 
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the token ids of whole texts, to which nothing is added."""
+    """Return the token ids of complete texts, to which nothing is added."""
     return _called(tokenizer, texts) if texts else []
 
 
@@ -117,11 +129,13 @@ def check_completions(examples: Sequence[Example], name: Callable[[Example], str
     """Raise DataError naming the examples, by `name`, whose completion is empty."""
     empty = [name(example) for example in examples if not example.completion.strip() and not example.token_ids]
     if empty:
-        raise DataError(f"empty completion in {len(empty)} example(s): {listing(empty)}; fill it in or remove the row")
+        raise DataError(
+            f"empty completion in {len(empty)} example(s): {truncated_list(empty)}; fill it in or remove the row"
+        )
 
 
 def _encoded(examples: Sequence[Example], renderer: Renderer) -> list[tuple[list[int], list[int]]]:
-    """(input_ids, labels) of each example."""
+    """Return (input_ids, labels) of each example."""
     tokenizer = renderer.tokenizer
     given = {i: renderer.prompt(e) for i, e in enumerate(examples) if e.token_ids is not None}
     texts = {i: renderer.whole(e) for i, e in enumerate(examples) if e.token_ids is None}
@@ -137,7 +151,7 @@ def _encoded(examples: Sequence[Example], renderer: Renderer) -> list[tuple[list
 
 
 def _check_end(example: Example, text: Rendered, ids: list[int], renderer: Renderer) -> None:
-    """ModelError where the end of turn is one token, and the tokenizer does not make that of the text."""
+    """Raise ModelError where the end of turn is a single token and the tokenizer reads the text as another."""
     end = renderer.end
     if example.ended and end.token is not None and text.text.endswith(end.text) and ids[-1] != end.token:
         raise ModelError(
@@ -147,7 +161,7 @@ def _check_end(example: Example, text: Rendered, ids: list[int], renderer: Rende
 
 
 def _tokens_of(texts: list[Rendered], renderer: Renderer) -> list[tuple[list[int], list[int]]]:
-    """(input_ids, labels) of each text, tokenized whole."""
+    """Return (input_ids, labels) of each text, tokenized as a whole."""
     prompts = encode([text.text[: text.prompt] for text in texts], renderer.tokenizer)
     whole = encode([text.text for text in texts], renderer.tokenizer)
     found = []
@@ -172,10 +186,11 @@ class _Tokens:
     ids: list[int]
 
     def completion(self, prompt: list[int], renderer: Renderer) -> int:
-        """The completion's first token: the first that is not one of the `prompt` tokenized alone."""
-        if self.ids[: len(prompt)] == prompt:  # as it is when the model answers
+        """Return the index of the completion's first token: the first not among those of the `prompt` alone."""
+        # The prompt has the same tokens when the model answers.
+        if self.ids[: len(prompt)] == prompt:
             return len(prompt)
-        say_once(
+        warn_once(
             logger,
             f"the tokenizer {renderer.name} cuts the end of a prompt otherwise when a completion follows it; a token "
             "across that border belongs to the completion, and a generation begins with other tokens",
@@ -183,8 +198,9 @@ class _Tokens:
         return self.before(self.text.prompt, renderer)
 
     def before(self, place: int, renderer: Renderer) -> int:
-        """How many tokens end at or before character `place`."""
-        if not renderer.tokenizer.is_fast:  # one in Python, which does not know where its tokens stand
+        """Return how many tokens end at or before character `place`."""
+        # A tokenizer in Python does not report the offsets of its tokens.
+        if not renderer.tokenizer.is_fast:
             return shared_start(self.ids, encode([self.text.text[:place]], renderer.tokenizer)[0])
         bos = _added_bos(renderer.tokenizer)
         start = len(bos) if self.text.text.startswith(bos) else 0
@@ -196,10 +212,10 @@ class _Tokens:
 
 
 def _compare(text: Rendered, learnt: list[int], renderer: Renderer) -> None:
-    """Says where the tokens that are learnt are another text than the one given."""
+    """Warn where the learned tokens decode to another text than the one given."""
     decoded = str(renderer.tokenizer.decode(learnt, skip_special_tokens=False, clean_up_tokenization_spaces=False))
     if text.text[text.prompt :].strip() not in decoded:
-        say_once(
+        warn_once(
             logger,
             f"the tokenizer {renderer.name} does not keep texts as they are (unknown characters, white space or case): "
             "what is learnt and scored is what it keeps",
@@ -207,7 +223,7 @@ def _compare(text: Rendered, learnt: list[int], renderer: Renderer) -> None:
 
 
 def _called(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The token ids of whole texts. Raises DataError for a text that is no text (half a surrogate pair)."""
+    """Return the token ids of complete texts. Raises DataError for a text with half a surrogate pair."""
     bos = _added_bos(tokenizer)
     cut = [text.removeprefix(bos) for text in texts] if bos else list(texts)
     try:
@@ -227,9 +243,10 @@ def _called(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[li
 
 
 def _added_bos(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The BOS token that plain texts begin with, put before their tokens and not read as text.
+    """Return the BOS token that plain texts begin with; it is put before their tokens and not read as text.
 
     A tokenizer in SentencePiece's manner marks the first word of a text, and not one that follows a special token: what
-    it makes of the text alone is what others train on. In a chat template's text BOS stands as the template writes it.
+    it makes of the text alone is what others train on. In a chat template's text BOS stands where the template writes
+    it, and "" is returned.
     """
     return "" if tokenizer.chat_template else added_bos(tokenizer)

@@ -1,4 +1,4 @@
-"""What stands between the prompt of a generation and a completion.
+"""Find the text between the prompt of a generation and a completion.
 
 The prompt is what a template writes for a generation, the head what it writes before the content of an assistant's
 turn. Mostly the head is the prompt, or goes on after it; where a prompt opens reasoning, or says more than a whole
@@ -17,7 +17,10 @@ _PLAIN_TAG = re.compile(r"<\w+>|\[\w+\]|◁\w+▷")
 
 
 class Border(NamedTuple):
-    """`lead` stands before `completion`, the given one less what the prompt opened. `notice` is for people."""
+    """The text between prompt and completion, and the completion less what the prompt has opened already.
+
+    `lead` stands before `completion`. `notice` is a warning for the user.
+    """
 
     lead: str
     completion: str
@@ -25,7 +28,7 @@ class Border(NamedTuple):
 
 
 def find_border(prompt: str, head: str, completion: str, template: str) -> Border | None:
-    """Find what stands between a prompt and a completion.
+    """Find the text between a prompt and a completion.
 
     Args:
         prompt: the text of a generation's prompt, or the end of it from one place on.
@@ -40,7 +43,8 @@ def find_border(prompt: str, head: str, completion: str, template: str) -> Borde
     if prompt.startswith(head):
         return _opened(prompt[len(head) :], "", completion, template)
     pieces, others = _pieces(prompt), _pieces(head)
-    for i in range(len(pieces)):  # the prompt says more than the head, and ends as the head begins
+    # The prompt may say more than the head, and end as the head begins.
+    for i in range(len(pieces)):
         ending = "".join(pieces[i:])
         if ending.strip() and head.startswith(ending):
             return Border(head[len(ending) :], completion)
@@ -49,12 +53,13 @@ def find_border(prompt: str, head: str, completion: str, template: str) -> Borde
 
 
 def _opened(opened: str, lead: str, completion: str, template: str) -> Border | None:
-    """The border where the prompt says `opened` in the place of the head's `lead`."""
+    """Return the border where the prompt has `opened` in the place of the head's `lead`."""
     said = opened.strip()
     if not said:
         return Border(lead, completion)
     content = completion.lstrip()
-    if content.startswith(said):  # the completion's own beginning is in the prompt already
+    # The beginning of the completion is in the prompt already.
+    if content.startswith(said):
         begun = opened.lstrip()
         return Border("", content.removeprefix(begun if content.startswith(begun) else said))
     marks = [piece for piece in _pieces(said) if _MARK.fullmatch(piece) and piece.strip()]
@@ -68,12 +73,15 @@ def _opened(opened: str, lead: str, completion: str, template: str) -> Border | 
 
 
 def _after_mark(opened: str, lead: str, completion: str, known: list[str]) -> Border | None:
-    """The border where the prompt ends with a single mark that the head has not; `known`: what the template closes it
-    by."""
+    """Return the border where the prompt ends with a single mark that the head lacks.
+
+    `known`: the closings of that mark which the template contains.
+    """
     mark = opened.strip()
     if not known and _PLAIN_TAG.fullmatch(mark):
         known = [f"{mark[0]}/{mark[1:]}"]
-    if not known:  # a header, or the end of something
+    # The mark is a header, or the end of something.
+    if not known:
         return None if lead else Border("", completion, _beside(mark, completion))
     if any(closing in completion for closing in known):
         return Border("", completion)
@@ -89,7 +97,7 @@ def _beside(said: str, completion: str) -> str:
 
 
 def _closings(mark: str) -> list[str]:
-    """What may close a mark: </think>, [/THINK], <|END_THINKING|>, <|/think|>."""
+    """Return what may close a mark: </think>, [/THINK], <|END_THINKING|>, <|/think|>."""
     found = [f"{mark[0]}/{mark[1:]}", mark.replace("<|", "<|/")]
     pairs = (("START", "END"), ("start", "end"), ("BEGIN", "END"), ("begin", "end"))
     found += [mark.replace(one, other) for one, other in pairs if one in mark]
@@ -97,5 +105,5 @@ def _closings(mark: str) -> list[str]:
 
 
 def _pieces(text: str) -> list[str]:
-    """`text` cut into marks, line breaks and what lies between them."""
+    """Split a text into marks, line breaks and the pieces between them."""
     return [piece for piece in _MARK.split(text) if piece]

@@ -1,4 +1,4 @@
-"""Where an assistant's turn ends: by the chat template's own token or text, else by the tokenizer's EOS."""
+"""Find the end of an assistant's turn: the chat template's own token or text, else the tokenizer's EOS."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EndOfTurn:
-    """What ends an assistant's turn: `text` as the template writes it, and `token`, its id.
+    """The end of an assistant's turn: `text` as the template writes it, and `token`, its id.
 
     `token` is None where the end is several tokens (a template in plain text): generation then stops at the text.
     """
 
     text: str
     token: int | None
-    own: bool = field(default=True, compare=False)  # the template's, not an EOS token in its place
+    # False for an EOS token in place of the template's own end.
+    own: bool = field(default=True, compare=False)
 
     def within(self, tail: str, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Return what of `tail`, the template's text after a completion, belongs to the turn: up to its end.
+        """Return the part of `tail`, the template's text after a completion, that belongs to the turn: up to its end.
 
         What follows (a line break in most templates) is never generated, so there is no loss on it. A template that
         ends no turn gets this end's text.
@@ -72,13 +73,13 @@ def find_end(tail: str, followed: str | None, opening: str, tokenizer: PreTraine
 
 
 def shared_start(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """Return how many items (characters, tokens) two sequences begin with alike."""
+    """Return the number of leading items (characters, tokens) that two sequences have in common."""
     places = range(min(len(one), len(other)))
     return next((i for i in places if one[i] != other[i]), len(places))
 
 
 def _end_of(tail: str, followed: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The end of turn at the start of `tail`, white space before it included; blank where there is none."""
+    """Return the end of turn at the start of `tail`, white space before it included; blank where there is none."""
     pieces = _pieces(tail, tokenizer)
     if followed is not None:
         shared, length = shared_start(tail, followed), 0
@@ -91,7 +92,8 @@ def _end_of(tail: str, followed: str | None, tokenizer: PreTrainedTokenizerBase)
     found, atoms = "", _atoms(tokenizer)
     for piece in pieces:
         ended = bool(found.strip())
-        if ended and piece not in atoms:  # text after a token: of the next turn, or nothing
+        # Text after a token belongs to the next turn, or is nothing.
+        if ended and piece not in atoms:
             break
         found += piece
         if followed is None and piece in atoms:
@@ -100,12 +102,12 @@ def _end_of(tail: str, followed: str | None, tokenizer: PreTrainedTokenizerBase)
 
 
 def _pieces(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """`text` cut into added tokens, line breaks and what lies between them."""
+    """Split a text into added tokens, line breaks and the pieces between them."""
     longest_first = sorted([*_atoms(tokenizer), "\n"], key=len, reverse=True)
     return [piece for piece in re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text) if piece]
 
 
 def _atoms(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The tokens that are found in a text before anything else; white space alone (Gemma's) is no mark of an end."""
+    """Return the tokens that are matched in a text before anything else, but for white space alone (Gemma's)."""
     added = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}
     return {token for token in added | set(tokenizer.all_special_tokens) if token.strip()}

@@ -1,4 +1,6 @@
-"""Bytes that columns of repeated values take once each row has its own copy: a small file may hold gigabytes."""
+"""Bound the bytes that columns of repeated values take once each row has its own copy: a small file may hold
+gigabytes.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,10 @@ from typing import Any
 from influence_fast.errors import DataError
 
 UNPACKED = 1 << 28  # bytes that any file may unpack to
-RATIO = 100  # ... and beyond that, times its size
-MOST_COLUMNS = 2000  # with the fields of nested ones; opening a file takes 0.3 ms and 25 kB for each
+# Beyond `UNPACKED`, a file may unpack to this many times its size.
+RATIO = 100
+# With the fields of nested columns; opening a file takes 0.3 ms and 25 kB for each.
+MOST_COLUMNS = 2000
 _BATCH = 1024  # rows at a time, at most
 
 
@@ -53,7 +57,8 @@ def check_parquet(path: Path, file: Any) -> None:
             if chunk.physical_type in ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY") and chunk.has_dictionary_page:
                 # no value is longer than all of the chunk
                 bound += chunk.num_values * chunk.total_uncompressed_size
-                repeated = -(-chunk.num_values // max(1, group.num_rows))  # in the lists of a row
+                # Values in the lists of one row.
+                repeated = -(-chunk.num_values // max(1, group.num_rows))
                 largest = max(largest, chunk.total_uncompressed_size * repeated)
                 columns[chunk.path_in_schema.split(".")[0]] = None
                 leaves.append(chunk.path_in_schema)
@@ -81,7 +86,7 @@ def check_table(name: str, table: Any) -> None:
 
 
 def _unpacked(array: Any) -> int:
-    """Bytes of an Arrow array in which every row has its own value, in lists and fields too."""
+    """Return the bytes of an Arrow array in which every row has its own value, in lists and fields too."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -100,14 +105,14 @@ def _unpacked(array: Any) -> int:
 
 
 def _holds_dictionary(kind: Any) -> bool:
-    """Whether an Arrow type, or one within it, is of values that rows share."""
+    """Return whether an Arrow type, or one within it, is of values that rows share."""
     import pyarrow as pa
 
     return pa.types.is_dictionary(kind) or any(_holds_dictionary(kind.field(i).type) for i in range(kind.num_fields))
 
 
 def _lengths(values: Any) -> Any:
-    """The bytes that each value of a dictionary takes, int64; None where all are of one small size."""
+    """Return the bytes that each value of a dictionary takes, int64; None where all are of one small size."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

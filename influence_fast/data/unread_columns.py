@@ -1,4 +1,6 @@
-"""Columns that hold a trace or a part of the prompt, by name or by length, and that the schema in use does not read."""
+"""Find columns that by name or length hold a trace or a part of the prompt, and that the schema in use does not
+read.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from influence_fast.data.cells import texts
 from influence_fast.data.column_names import is_prompt_name, is_reasoning_name, is_trace_name, words
 from influence_fast.data.conversations import Draft
 from influence_fast.data.rows import Rows
-from influence_fast.errors import listing
+from influence_fast.errors import truncated_list
 
 if TYPE_CHECKING:
     from influence_fast.data.schemas import Schema
@@ -21,7 +23,8 @@ Columns = Mapping[str, str | None]
 
 _QUESTIONS = ("prompt", "question", "problem", "query", "instruction", "input")
 _SOLUTIONS = ("completion", "solution", "answer")
-_TAKEN = ("completion", "solution", "output", "response", "generated_solution", "answer")  # as schemas call them
+# Columns that are trained on, as schemas call them.
+_TAKEN = ("completion", "solution", "output", "response", "generated_solution", "answer")
 
 _SAMPLE = 32  # rows whose unread columns are measured
 _TEMPLATE = 200
@@ -49,11 +52,11 @@ def likely_columns(columns: Iterable[str]) -> tuple[str, str, str | None]:
 
 
 class UnreadColumns:
-    """Watch rows go by for columns of such names that hold something and that no example shows.
+    """Watch for columns that seem to hold a trace or a part of the prompt and that no example shows.
 
-    `read` are the columns that the schema reads, `ignored` those that it passes over with reason. `suspects` must be
-    among the columns of the rows that `see` is given. Columns of any name count where their text in the first rows is
-    longer than what is trained on.
+    Columns count by their names, and columns of any name where their text in the first rows is longer than what is
+    trained on. `read` are the columns that the schema reads, `ignored` those that it passes over with reason.
+    `suspects` must be among the columns of the rows that `see` is given.
     """
 
     def __init__(self, rows: Rows, read: Iterable[str], ignored: Iterable[str | None]) -> None:
@@ -70,7 +73,7 @@ class UnreadColumns:
         return is_trace_name(name) or is_prompt_name(name)
 
     def see(self, row: Mapping[str, Any], drafts: list[Draft]) -> None:
-        """Look at one row and at what was made of it. A column whose text the examples show all the same is no loss."""
+        """Record one row and its drafts. A column whose text the drafts show all the same is not reported."""
         if len(self._first) < _SAMPLE:
             self._first.append((row, drafts))
         if not drafts:
@@ -92,29 +95,30 @@ class UnreadColumns:
         if traces:
             logger.warning(
                 '%s: not read by format "%s", though by name they hold traces: %s; %s',
-                source, schema.name, listing(traces), self._remedy(traces, schemas, schema, columns),
+                source, schema.name, truncated_list(traces), self._remedy(traces, schemas, schema, columns),
             )  # fmt: skip
         rest = [name for name in self._found if name not in traces]
         if rest:
             logger.warning(
                 '%s: not read by format "%s", though by name they belong to the prompt: %s; write their text into the '
                 "prompt where the model is to see it%s",
-                source, schema.name, listing(rest),
+                source, schema.name, truncated_list(rest),
                 ', or give columns={"system": "..."} for a system turn' if "system" in schema.columns else "",
             )  # fmt: skip
         long = [name for name in self._longer() if name not in self._found]
         if long:
             logger.warning(
                 '%s: not read by format "%s", though they hold longer texts than those that are trained on: %s; %s',
-                source, schema.name, listing(long), self._remedy(long, schemas, schema, columns),
+                source, schema.name, truncated_list(long), self._remedy(long, schemas, schema, columns),
             )  # fmt: skip
 
     def _longer(self) -> list[str]:
-        """The unread columns of the first rows whose texts are longer than the completions, both by their medians."""
+        """Return the unread columns of the first rows whose median text is longer than the median completion."""
         taken = [len(draft.completion) for _, drafts in self._first for draft in drafts]
         lengths: dict[str, list[int]] = {}
         whole: Iterable[Mapping[str, Any]] = (row for row, _ in self._first)
-        if self._rows.schema is not None:  # rows of Arrow came without these columns
+        # Rows of an Arrow source were read without these columns.
+        if self._rows.schema is not None:
             whole = islice(self._rows.read(), len(self._first))
         for row, (_, drafts) in zip(whole, self._first, strict=False):
             for name in row if drafts else ():
@@ -147,7 +151,7 @@ class UnreadColumns:
 
 
 def _length_of_the_rest(text: str, drafts: list[Draft]) -> int:
-    """The characters of `text` that the examples do not show: none where they show all of it.
+    """Return the number of characters of `text` that the examples do not show; 0 where they show all of it.
 
     A text that holds a completion is a rendered conversation, of which `_TEMPLATE` characters may be the template's.
     """

@@ -1,4 +1,4 @@
-"""Modules that are wrapped around a whole model: torch.compile's and those of data parallel training."""
+"""Remove wrappers around a whole model: torch.compile's and those of data parallel training."""
 
 from __future__ import annotations
 

@@ -13,86 +13,156 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from influence_fast.deprecation import also_called_as, moved
 from influence_fast.distributed.claims import LEASE, Claims, Owner, WaitNotice, check_lease
 from influence_fast.distributed.metrics import Board, Meter, board, chrome_trace, example_flops, folder_of
 from influence_fast.distributed.processes import TIME_LIMIT, Signals, Watch, World, largest, once, pauses, rank_in
-from influence_fast.errors import StoreError
+from influence_fast.errors import ConfigError, StoreError
 from influence_fast.gradients.eigen_sketch import EigenSketch
-from influence_fast.gradients.fp8 import AUTO, check_precision
+from influence_fast.gradients.fp8 import check_precision
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.sharded import LockstepRows
-from influence_fast.influence.sketch_fitting import Find, Fit, Keep, kept
+from influence_fast.influence.preconditioners import DEFAULT
+from influence_fast.influence.sketch_fitting import AS_USUAL, Find, Fit, Keep, SketchFit, kept, resolved
 from influence_fast.influence.sketch_fitting import fit_projection as fit_by_itself
-from influence_fast.store.building import build_shards, check_some, warn_of_set_aside
+from influence_fast.store.building import (
+    DEFAULT_SPEC,
+    BuildOptions,
+    ShardBuild,
+    check_some,
+    old_build,
+    translated_build,
+    warn_of_set_aside,
+)
 from influence_fast.store.manifest import Manifest, file_name
 from influence_fast.store.reader import Store, open_store
+from influence_fast.store.shard_rows import AS_TOKENS, Texts
+from influence_fast.store.survey import held
 from influence_fast.store.writer import StoreWriter
 
 _FINALIZE = "finalize"
 
 
+@dataclass(frozen=True)
+class DistributedOptions(BuildOptions):
+    """Say how many processes build a store together, beside what `BuildOptions` says.
+
+    world: by default what the launcher says (`World.from_environment`).
+    group: for a model that `sharded.shard_model` has spread out, the process group it is spread over.
+    time_limit: seconds without a finished batch after which a process is given up: it ends itself (exit code 75, with a
+        stack trace), and the others take over its shard and say so. Above the slowest batch.
+    lease: seconds without a renewal after which a shard's claim is taken from a process of another host that may be
+        dead (on this host that is known at once), and a quarter of it where the claim was never renewed. A live process
+        renews its claims every tenth of the lease or so, however long a batch takes, so this may be far below
+        `time_limit`. Who waits longer than five seconds says for whom and until when.
+    metrics: JSON lines of each rank in `<path>.metrics` (see `metrics`).
+    profile: a Chrome trace of each rank's first batches, in `<path>.metrics/trace-rank-00000.json`.
+    peak: FLOP/s of one process's card, for the utilisation that the bar shows.
+
+    `progress` is one bar for all processes, shown by rank 0; by default when stderr is a terminal, and else a line a
+    minute.
+    """
+
+    world: World | None = None
+    group: Any = None
+    time_limit: float = TIME_LIMIT
+    lease: float = LEASE
+    metrics: bool = True
+    profile: bool = False
+    peak: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_lease(self.lease)
+        if self.part != (0, 1):
+            raise ConfigError("part: shards are shared out as processes come; leave it out")
+
+    def of_world(self) -> World:
+        """Return the processes that work together."""
+        return World.from_environment() if self.world is None else self.world
+
+
+DEFAULT_DISTRIBUTED = DistributedOptions()
+_OF_LAUNCH = ("world", "group", "time_limit", "lease", "metrics", "profile", "peak")
+
+
+def _translated(values: dict[str, Any]) -> dict[str, Any]:
+    """Translate `build_distributed(path, model, tokenizer, dataset, projection=..., world=..., ...)`."""
+    launch = moved(values, _OF_LAUNCH)
+    new = translated_build(values)
+    shared = {f.name: getattr(new["options"], f.name) for f in fields(BuildOptions)}
+    return {**new, "options": DistributedOptions(**shared, **launch)}
+
+
+@also_called_as(
+    replace(
+        old_build("build_distributed(path, model, data, spec, options=DistributedOptions(...))", *_OF_LAUNCH),
+        translate=_translated,
+    )
+)
 def build_distributed(
     path: str | Path,
     model: nn.Module,
-    tokenizer: Any,
-    dataset: Sequence[Any],
+    data: Sequence[Any],
+    spec: RowSpec = DEFAULT_SPEC,
     *,
-    world: World | None = None,
-    group: Any = None,
-    time_limit: float = TIME_LIMIT,
-    lease: float = LEASE,
-    progress: bool | None = None,
-    metrics: bool = True,
-    profile: bool = False,
-    peak: float | None = None,
-    **options: Any,
+    tokenizer: Any = None,
+    max_length: int | None = None,
+    truncate: bool = False,
+    options: DistributedOptions = DEFAULT_DISTRIBUTED,
 ) -> Store:
-    """`build_store` by every process that runs this with the same arguments, until the store in `path` is finished.
+    """Run `build_store` in every process that calls this with the same arguments, until the store is finished.
 
     Args:
         path: a folder that all processes see.
-        world: by default what the launcher says (`World.from_environment`).
-        group: for a model that `sharded.shard_model` has spread out, the process group it is spread over.
-        time_limit: seconds without a finished batch after which a process is given up: it ends itself (exit code
-            75, with a stack trace), and the others take over its shard and say so. Above the slowest batch.
-        lease: seconds without a renewal after which a shard's claim is taken from a process of another host that may
-            be dead (on this host that is known at once), and a quarter of it where the claim was never renewed. A
-            live process renews its claims every tenth of the lease or so, however long a batch takes, so this may be
-            far below `time_limit`. Who waits longer than five seconds says for whom and until when.
-        progress: one bar for all processes, shown by rank 0; by default when stderr is a terminal, and else a line
-            a minute.
-        metrics: JSON lines of each rank in `<path>.metrics` (see `metrics`).
-        profile: a Chrome trace of each rank's first batches, in `<path>.metrics/trace-rank-00000.json`.
-        peak: FLOP/s of one process's card, for the utilisation that the bar shows.
-        options: as `build_store`: projection, dtype, loss_reduction, precision, shard_rows, ...
+        model, data, spec, tokenizer, max_length, truncate: as for `build_store`. The sketch that the spec asks for is
+            fitted by one of the processes.
+        options: who works together, and how.
 
     Returns the finished store, in every process. Raises as `build_store`, and Preempted after SIGTERM: the batches
     of the shard in hand are kept too, and the same command goes on, with any number of processes.
     """
-    check_precision(options.get("precision", AUTO), sharded=group is not None)
-    check_lease(lease)
-    world = World.from_environment() if world is None else world
+    dataset, texts = held(data), Texts(tokenizer, max_length, truncate)
+
+    def fit(asked: RowSpec) -> Projection:
+        return fit_projection(path, model, dataset, asked, texts=texts, options=options)
+
+    return build_by_claims(path, model, dataset, resolved(spec, DEFAULT, model, fit), texts, options)
+
+
+def build_by_claims(
+    path: str | Path,
+    model: nn.Module,
+    dataset: Sequence[Any],
+    spec: RowSpec,
+    texts: Texts,
+    options: DistributedOptions,
+) -> Store:
+    """Build the store of a dataset (of `survey.held`) whose spec's sketch is settled. Raises as `build_distributed`."""
+    group, world = options.group, options.of_world()
+    check_precision(spec.precision, sharded=group is not None)
     path = Path(path)
-    folder = folder_of(path) if metrics or profile else None
+    folder = folder_of(path) if options.metrics or options.profile else None
     leads = group is None or rank_in(group) == 0
-    meter = Meter(folder if metrics and leads else None, world.rank, example_flops(model))
-    trace = folder / f"trace-rank-{world.rank:05d}.json" if profile and folder is not None else None
-    with Signals() as signals, Watch(world, time_limit) as watch, chrome_trace(trace) as traced:
-        alone = ClaimedTurns(
-            world, meter, signals, watch, lease=lease, progress=progress, peak=peak, after_batch=traced
-        )
+    meter = Meter(folder if options.metrics and leads else None, world.rank, example_flops(model))
+    trace = folder / f"trace-rank-{world.rank:05d}.json" if options.profile and folder is not None else None
+    with Signals() as signals, Watch(world, options.time_limit) as watch, chrome_trace(trace) as traced:
+        alone = ClaimedTurns(meter, signals, watch, options, after_batch=traced)
         turns: ClaimedTurns | LockstepTurns = alone
         if group is not None:
             turns = LockstepTurns(alone, group)
-            options = {**options, "gradients": LockstepRows(group)}
+            options = replace(options, gradients=LockstepRows(group))
         try:
-            writer = build_shards(path, model, tokenizer, dataset, turns=turns, **options)
-            store = turns.finish(writer, len(dataset))
+            build = ShardBuild.open(path, model, dataset, spec, texts, options)
+            build.run(turns)
+            store = turns.finish(build.writer, len(dataset))
         except KeyboardInterrupt:
             meter.write("stopped")
             raise
@@ -105,23 +175,20 @@ class ClaimedTurns:
 
     def __init__(
         self,
-        world: World,
         meter: Meter,
         signals: Signals,
         watch: Watch,
+        options: DistributedOptions,
         *,
-        lease: float = LEASE,
-        progress: bool | None = None,
-        peak: float | None = None,
         after_batch: Callable[[], None] = lambda: None,
     ) -> None:
-        self.world = world
+        self.world = options.of_world()
         self.meter = meter
         self.signals = signals
         self.watch = watch
-        self._lease = lease
-        self._progress = progress if world.rank == 0 else False
-        self._peak = peak
+        self._lease = options.lease
+        self._progress = options.progress if self.world.rank == 0 else False
+        self._peak = options.peak
         self._after_batch = after_batch
         self._claims: Claims | None = None
         self._board: Board | None = None
@@ -160,9 +227,9 @@ class ClaimedTurns:
 
     def advance(self, lengths: Sequence[int]) -> None:
         self.meter.add(lengths)
-        self.watch.beat()
+        self.watch.heartbeat()
         if self._claims is not None:
-            self._claims.beat()
+            self._claims.heartbeat()
         if self._board is not None:
             self._board.update()
         if lengths:
@@ -269,28 +336,35 @@ def fit_projection(
     path: str | Path,
     model: nn.Module,
     dataset: Sequence[Any],
+    spec: RowSpec,
     *,
-    world: World | None = None,
-    group: Any = None,
-    time_limit: float = TIME_LIMIT,
-    lease: float = LEASE,
-    **options: Any,
+    texts: Texts = AS_TOKENS,
+    fit: SketchFit = AS_USUAL,
+    options: DistributedOptions = DEFAULT_DISTRIBUTED,
 ) -> Projection:
-    """`sketch_fitting.fit_projection` for the store in `path`, by every process that runs this with the same arguments.
+    """Run `sketch_fitting.fit_projection` for the store in `path`, in every process with the same arguments.
 
-    One of them fits, and the others take what it kept; with a `group` (see `build_distributed`) all compute, and rank
-    0's is kept. `time_limit` and `lease` are as there. Returns the same everywhere. Raises as it does.
+    One of them fits, and the others take what it kept; with a group of processes that hold one model all compute, and
+    rank 0's is kept. Returns the same everywhere. Raises as it does.
     """
-    world = World.from_environment() if world is None else world
+    group, world = options.group, options.of_world()
+    check_precision(spec.precision, sharded=group is not None)
     path = Path(path)
 
-    def by_claim(find: Find, fit: Fit, keep: Keep) -> EigenSketch:
-        once(path, world, lambda: find() is not None, lambda beat: keep(fit(beat)), time_limit, lease)
+    def by_claim(find: Find, anew: Fit, keep: Keep) -> EigenSketch:
+        once(
+            path,
+            world,
+            lambda: find() is not None,
+            lambda heartbeat: keep(anew(heartbeat)),
+            options.time_limit,
+            options.lease,
+        )
         return kept(find)
 
-    def together(find: Find, fit: Fit, keep: Keep) -> EigenSketch:
+    def together(find: Find, anew: Fit, keep: Keep) -> EigenSketch:
         if largest(int(find() is None), None):  # somebody found none: all compute, in lockstep
-            sketch = fit(lambda: None)
+            sketch = anew(lambda: None)
             failed: StoreError | None = None
             if world.rank == 0:
                 try:
@@ -301,9 +375,19 @@ def fit_projection(
                 raise failed or StoreError(f"{path}: rank 0 could not keep the sketch; its message says why")
         return kept(find)
 
-    if group is None:
-        return fit_by_itself(model, dataset, folder=path, share=by_claim, **options)
-    return fit_by_itself(model, dataset, folder=path, share=together, gradients=LockstepRows(group), **options)
+    fit = replace(fit, share=by_claim if group is None else together)
+    if group is not None:
+        fit = replace(fit, gradients=LockstepRows(group))
+    return fit_by_itself(
+        model,
+        dataset,
+        spec,
+        tokenizer=texts.tokenizer,
+        max_length=texts.max_length,
+        truncate=texts.truncate,
+        fit=fit,
+        folder=path,
+    )
 
 
 def _name(index: int) -> str:

@@ -86,7 +86,7 @@ class Claims:
         lease: seconds without a renewal after which a claim of another process is given up for lost, and a quarter of
             it where the claim was never renewed: its owner renews it as soon as it has it. They are counted by the
             clock of the process that watches, so clocks of different hosts need not agree.
-        hang_limit: seconds without `beat` after which this process renews its own claims no more.
+        hang_limit: seconds without `heartbeat` after which this process renews its own claims no more.
         clock: seconds that only grow.
 
     Raises ConfigError for a lease that is no time.
@@ -128,7 +128,7 @@ class Claims:
         """Return whether the claim is still this process's: one that was slow may have lost it."""
         return self._read(name) == self._mine
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Note that the work gets on; cheap enough to be called for every batch."""
         self._progressed = self._clock()
 
@@ -147,7 +147,7 @@ class Claims:
             while not ended.wait(self._every):
                 self.renew(name)
 
-        self.beat()
+        self.heartbeat()
         self.renew(name)
         thread = threading.Thread(target=run, daemon=True, name="influence-fast lease")
         thread.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from influence_fast.config import ModelConfig
 from influence_fast.data import spooling
 from influence_fast.distributed import builds as distributed
 from influence_fast.distributed import metrics, processes
-from influence_fast.distributed.claims import LEASE, check_lease
-from influence_fast.distributed.processes import World
+from influence_fast.distributed.builds import DistributedOptions
 from influence_fast.gradients import sharded
 from influence_fast.gradients.projection import Projection
-from influence_fast.influence.pool_gradients import sketch_options
-from influence_fast.influence.settings import GradientConfig, InfluenceConfig
-from influence_fast.influence.sketch_fitting import resolved
+from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.influence.settings import InfluenceConfig
+from influence_fast.influence.sketch_fitting import SketchFit, resolved
 from influence_fast.store.reader import Store
+from influence_fast.store.shard_rows import AS_TOKENS
+from influence_fast.store.survey import held
 from influence_fast.store.writer import make_folder
 from influence_fast.training.models import load_model, load_tokenizer
 
@@ -29,31 +31,26 @@ def build_from_source(
     folder: str | Path,
     model: ModelConfig,
     source: spooling.TokenSource,
-    gradients: GradientConfig,
+    spec: RowSpec,
     influence: InfluenceConfig,
     *,
-    world: World,
+    options: DistributedOptions,
     fsdp: int = 1,
-    time_limit: float = processes.TIME_LIMIT,
-    lease: float = LEASE,
     told: Callable[[spooling.Tokens], None] = lambda tokens: None,
-    peak_flops: float | None = None,
-    **options: Any,
 ) -> Store:
     """Tokens spooled beside `folder` by one process, a sketch fitted where one is asked for, rows made by all.
 
     Args:
         model: device "auto" or "cuda" is each process's own card.
+        spec: how rows are made; the sketch that it asks for is fitted with the damping and labels of `influence`.
+        options: who works together, and how; `peak` is of one card, by default what is known of it.
         fsdp: cards that share the base weights of one model (FSDP2).
-        time_limit, lease: as `distributed.build_distributed`.
         told: is given the tokens on rank 0, before any gradient is computed.
-        peak_flops: of one card, for the utilisation in the metrics; by default what is known of it.
-        options: of `distributed.build_distributed` (`progress`, `profile`, `shard_rows`).
 
     Raises as the steps do; StoreError before any of them where `folder` holds something else; ConfigError for a
     precision that sharded weights cannot have.
     """
-    check_lease(lease)
+    world = options.of_world()
     if Path(folder).exists():
         make_folder(Path(folder))  # loading a model and reading the data take long, and leave tokens beside it
     cuda = model.device.partition(":")[0] == "cuda" or (model.device == "auto" and torch.cuda.is_available())
@@ -77,34 +74,22 @@ def build_from_source(
         spool,
         world,
         lambda: spooling.is_spooled(spool, source, tokenizer),
-        lambda beat: processes.retried(lambda: spooling.spool(spool, source, tokenizer, beat)),
-        time_limit,
-        lease,
+        lambda heartbeat: processes.retried(lambda: spooling.spool(spool, source, tokenizer, heartbeat)),
+        options.time_limit,
+        options.lease,
     )
     tokens = spooling.Tokens(spool)
     if world.rank == 0:
         told(tokens)
-    peak = peak_flops or metrics.peak_flops(torch.device(device if cuda else "cpu"))
-    shared: dict[str, Any] = {"world": world, "group": group, "time_limit": time_limit, "lease": lease}
-    shared |= {"precision": gradients.precision, "max_tokens": gradients.max_tokens}
-    shared["loss_reduction"] = gradients.loss_reduction
+    peak = options.peak or metrics.peak_flops(torch.device(device if cuda else "cpu"))
+    options = replace(options, world=world, group=group, peak=None if peak is None else peak * fsdp)
 
-    def fit(projection: Projection) -> Projection:
-        how = sketch_options(gradients, influence)
-        return distributed.fit_projection(folder, loaded, tokens, projection=projection, **how, **shared)
+    def fit(asked: RowSpec) -> Projection:
+        how = SketchFit(influence.damping, influence.fisher)
+        return distributed.fit_projection(folder, loaded, tokens, asked, fit=how, options=options)
 
-    projection = resolved(gradients.projection, gradients.sketch, influence.preconditioner, loaded, fit)
-    store = distributed.build_distributed(
-        folder,
-        loaded,
-        None,
-        tokens,
-        peak=None if peak is None else peak * fsdp,
-        projection=projection,
-        dtype=gradients.store_dtype,
-        **shared,
-        **options,
-    )
+    spec = resolved(spec, influence.preconditioner, loaded, fit)
+    store = distributed.build_by_claims(folder, loaded, held(tokens), spec, AS_TOKENS, options)
     if group is not None:
         processes.close_group()
     return store

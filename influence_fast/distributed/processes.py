@@ -123,7 +123,7 @@ class Watch:
         self._what = what
         self._arm()
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         self._last = time.monotonic()
         if self._last - self._armed > 1.0:
             self._arm()
@@ -160,10 +160,10 @@ def once(
     time_limit: float = TIME_LIMIT,
     lease: float = LEASE,
 ) -> None:
-    """`work(beat)`, done by one process for all that share `folder`; the others wait until `done()`.
+    """`work(heartbeat)`, done by one process for all that share `folder`; the others wait until `done()`.
 
-    `beat` is to be called as the work gets on; where it has not been for `time_limit` seconds, the claim is renewed no
-    more, and `lease` seconds later another takes over. Who waits longer than five seconds says for whom.
+    `heartbeat` is to be called as the work gets on; where it has not been for `time_limit` seconds, the claim is
+    renewed no more, and `lease` seconds later another takes over. Who waits longer than five seconds says for whom.
 
     Raises Preempted at SIGTERM, with the claim given back: one left behind would hold up other hosts for `lease`.
     """
@@ -177,7 +177,7 @@ def once(
             if claims.take("once"):
                 with claims.renewing("once"):
                     if not done():
-                        work(claims.beat)
+                        work(claims.heartbeat)
                     return
             notice.waiting([("once", f"what is made in {folder}")])
             time.sleep(pause)

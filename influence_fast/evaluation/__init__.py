@@ -1,1 +1,1 @@
-"""A model's answers to questions, graded."""
+"""Generate and grade a model's answers to questions."""

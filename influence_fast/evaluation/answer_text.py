@@ -130,7 +130,7 @@ def _plain_character(character: str) -> str:
 
 
 def _currency(text: str) -> str:
-    r"""Take off `$...$`, and write a dollar sign that stands alone before a number as `\$`."""
+    r"""Remove `$...$`, and write a dollar sign that stands alone before a number as `\$`."""
     signs = len(re.findall(r"(?<!\\)\$", text))
     if signs % 2:
         text = _CURRENCY.sub(r"\\$", text, count=1)
@@ -138,7 +138,7 @@ def _currency(text: str) -> str:
 
 
 def _bare(text: str) -> str:
-    """Take off markup, quotes and punctuation around an answer."""
+    """Remove markup, quotes and punctuation around an answer."""
     before = None
     while before != text:
         before = text

@@ -1,4 +1,4 @@
-"""Compare two answers by their readings; how two expressions are compared is the business of a `Judge`.
+"""Compare two answers by their readings; a `Judge` compares their expressions.
 
 The conventions, where mathematics leaves a choice:
 
@@ -44,7 +44,7 @@ class Undecided(Exception):
 
 
 class Judge(Protocol):
-    """Decides whether two expressions are equal, and whether two sides of an equation are in proportion."""
+    """Decide whether two expressions are equal, and whether two sides of an equation are in proportion."""
 
     def equal(self, a: Node, b: Node) -> bool: ...
 
@@ -52,7 +52,7 @@ class Judge(Protocol):
 
 
 class Exact:
-    """Judges rational numbers; raises Undecided for anything else."""
+    """Judge rational numbers exactly; raises Undecided for anything else."""
 
     def equal(self, a: Node, b: Node) -> bool:
         if a == b:
@@ -111,12 +111,13 @@ def _equal(a: Value, b: Value, judge: Judge) -> bool:
         if isinstance(first, Items) and first.kind == "set" and not first.items and isinstance(second, Words):
             return second.text in ("none", "no solution")
         if isinstance(first, Items) and first.kind == "list" and isinstance(second, Scalar):
-            return all(_equal(item, second, judge) for item in first.items)  # one answer, written in several ways
+            # The list is one answer, written in several ways.
+            return all(_equal(item, second, judge) for item in first.items)
     return False
 
 
 def _unread(a: Value, b: Value) -> bool:
-    """Words and times are no mathematics; everything else may be, in a form that is not read here."""
+    """Return False for words and times, which are no mathematics; raises Undecided where a form is not read here."""
     if isinstance(a, Words | Clock) or isinstance(b, Words | Clock):
         return False
     raise Undecided
@@ -214,7 +215,7 @@ def _items(a: Items, b: Items, judge: Judge) -> bool:
 
 
 def _assigned(items: Sequence[Value]) -> list[Value]:
-    """The values of `y = 7, x = 3` in the order of their names; other items as they are."""
+    """Return the values of `y = 7, x = 3` in the order of their names; other items unchanged."""
     if all(isinstance(item, Equation) and item.left is not None and item.left[0] == "var" for item in items):
         return [item.right for item in sorted(items, key=lambda item: str(item.left))]  # type: ignore[union-attr]
     return list(items)
@@ -225,7 +226,7 @@ def _in_order(a: Sequence[Value], b: Sequence[Value], judge: Judge) -> bool:
 
 
 def _covers(a: Sequence[Value], b: Sequence[Value], judge: Judge) -> bool:
-    """Whether every item of `a` is one of `b`."""
+    """Return whether every item of `a` is one of `b`."""
     if len(a) > MANY or len(b) > MANY:
         return _sorted_exactly(a) == _sorted_exactly(b)
     return all(any(_equal(x, y, judge) for y in b) for x in a)
@@ -238,7 +239,7 @@ def _matched(a: list[Value], b: list[Value], judge: Judge) -> bool:
 
 
 def _paired(firsts: Sequence[_Item], seconds: Sequence[_Item], same: Callable[[_Item, _Item], bool]) -> bool:
-    """Whether each of `firsts` has one of `seconds` of its own that is the same."""
+    """Return whether every item of `firsts` can be paired with an item of `seconds` of its own that is the same."""
     rest = list(seconds)
     for first in firsts:
         at = next((i for i, second in enumerate(rest) if same(first, second)), None)
@@ -289,7 +290,8 @@ def _merged(spans: Sequence[Span]) -> list[Span]:
     found: list[tuple[Fraction, Span]] = []
     for low, _, high, span in keyed:
         if low > high or (low == high and not (span.low_closed and span.high_closed)):
-            continue  # empty
+            # The interval is empty.
+            continue
         if found:
             end, last = found[-1]
             if low < end or (low == end and (span.low_closed or last.high_closed)):

@@ -1,4 +1,4 @@
-"""Lets a model answer questions and grades what it says; every transcript is kept."""
+"""Generate a model's answers to questions and grade them; every transcript is kept."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from influence_fast.data.fingerprints import tokenizer_hash, weight_hashes
 from influence_fast.data.rendering import Renderer
 from influence_fast.data.schemas import Example
 from influence_fast.data.tokens import encode
-from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
+from influence_fast.errors import ConfigError, DataError, did_you_mean, truncated_list
 from influence_fast.evaluation.generation import CUT, ENGINES, Answer, ModelFiles, answer_batches
 from influence_fast.evaluation.generation_settings import EXPLICIT, KINDS, OWN, find_ends, generation_settings
 from influence_fast.evaluation.grading import ANSWER_KINDS, choice_letter, grade, normalise
@@ -34,15 +34,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EvalConfig:
-    """How the model answers and how its answers are judged.
+    """Settings of an evaluation: how the model answers, and how its answers are graded.
 
-    `temperature` 0 is greedy; several `samples` a question need a temperature above 0. `pass_at`: the k for which
-    pass@k is estimated, each at most `samples`. `answer_kind`: `math`; `last_number`, which grades the last number of
-    an answer that names none in a known form; or `choice`, the letter of an option. `engine`: `transformers`, `vllm`,
-    or `auto`, by which a model in memory answers itself and one named by its files is vLLM's where that is installed
-    and there is a GPU. `grade_timeout`: seconds that comparing one answer may take. `generation`: `explicit` asks for
-    answers by these settings alone; with `model` the model's own `generation_config.json` says how to sample, and
-    `temperature` and `top_p` are left out.
+    Attributes:
+        max_new_tokens: limit of a generated answer.
+        batch_size: answers generated at a time.
+        temperature: 0 is greedy; several `samples` a question need a temperature above 0.
+        top_p: nucleus sampling, above 0 and at most 1.
+        samples: answers a question.
+        seed: of the sampling.
+        pass_at: the k for which pass@k is estimated, each at most `samples`.
+        answer_kind: `math`; `last_number`, which grades the last number of an answer that names none in a known form;
+            or `choice`, the letter of an option.
+        engine: `transformers`, `vllm`, or `auto`, by which a model in memory answers itself and one named by its files
+            is vLLM's where that is installed and there is a GPU.
+        grade_timeout: seconds that comparing one answer may take.
+        generation: `explicit` samples by these settings alone; with `model` the model's own `generation_config.json`
+            says how to sample, and `temperature` and `top_p` must be left out.
+    Raises:
+        ConfigError: a value that is out of range or unknown, or values that do not fit together.
+    Example:
+        >>> EvalConfig(samples=4, temperature=0.6, pass_at=(1, 4)).answer_kind
+        'math'
     """
 
     max_new_tokens: int = 512
@@ -90,7 +103,7 @@ class EvalConfig:
 
 @dataclass(frozen=True, slots=True)
 class PassAt:
-    """The estimate of pass@k, the chance that one of `k` answers to a question is right, and its 95 % interval."""
+    """An estimate of pass@k, the chance that one of `k` answers to a question is right, with its 95 % interval."""
 
     k: int
     value: float
@@ -99,12 +112,17 @@ class PassAt:
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """`accuracy` is pass@1: the mean over all answers. `interval` is its 95 % interval.
+    """The result of an evaluation.
 
-    Wilson's interval with one answer a question; with more, a bootstrap over questions, since answers to one
-    question are not independent. `majority` is maj@n, None with one answer a question; `pass_at` has pass@k for the k
-    of the settings. `items` are in the order of the questions, samples side by side; `truncated` of them were cut at
-    `max_new_tokens`, and `reused` come from an earlier run.
+    Attributes:
+        accuracy: pass@1, the mean over all answers.
+        interval: its 95 % interval: Wilson's with one answer a question; with more, a bootstrap over questions, since
+            answers to one question are not independent.
+        items: the answers in the order of the questions, samples side by side.
+        majority: maj@n, None with one answer a question.
+        pass_at: pass@k for the k of the settings.
+        truncated: number of answers cut at `max_new_tokens`.
+        reused: number of answers taken from an earlier run.
     """
 
     accuracy: float
@@ -129,27 +147,43 @@ def evaluate(
     overwrite: bool = True,
     progress: bool = False,
 ) -> EvalResult:
-    """Answers and grades every example's prompt; `transcripts` names a jsonl file for the items.
+    """Generate and grade answers to every example's prompt.
 
-    A module answers by transformers, `ModelFiles` by vLLM (see `answer_batches`). Transcripts are written as the
-    answers come. When the same questions are put to the same weights with the same settings again, the answers that
-    are there already are taken from them; delete the file to ask anew. Those of `ModelFiles` are always asked anew,
-    their weights not being at hand to be compared. The answers of other questions, weights or settings are replaced,
-    or without `overwrite` refused.
+    Transcripts are written as the answers come. When the same questions are put to the same weights with the same
+    settings again, the answers that are there already are used; delete the file to generate anew. Those of `ModelFiles`
+    are always generated anew, since their weights are not at hand to be compared. The answers of other questions,
+    weights or settings are replaced, or without `overwrite` refused.
 
-    Raises DataError for no examples or examples without an `answer` (`choice`: without a letter), ModelError for
-    prompts that leave no room in the model's context, ConfigError for an engine that does not fit the model, or
-    transcripts of another evaluation.
+    Args:
+        model: a module, which answers by transformers, or `ModelFiles`, which vLLM answers (see `answer_batches`).
+        tokenizer: the model's.
+        examples: questions with an `answer` to grade against.
+        config: how to answer and to grade.
+        transcripts: a .jsonl file for the items; None writes none.
+        overwrite: whether answers of another evaluation at `transcripts` may be replaced.
+        progress: show a bar.
+    Returns:
+        Accuracy, interval and items.
+    Raises:
+        DataError: no examples, or examples without an `answer` (`choice`: without a letter).
+        ModelError: prompts that leave no room in the model's context.
+        ConfigError: an engine that does not fit the model, or transcripts of another evaluation.
+    Example:
+        >>> questions = task_examples(load_task("gsm8k"), limit=100)  # doctest: +SKIP
+        >>> inf.evaluate(model, tokenizer, questions, config=EvalConfig()).accuracy  # doctest: +SKIP
+        0.42
     """
     if len(examples) == 0:
         raise DataError("no examples to evaluate on: check the test source and its limit")
     without = [example.id for example in examples if example.answer is None]
     if without:
-        raise DataError(f"no answer to grade against in {listing(without)}: add an 'answer' column")
+        raise DataError(f"no answer to grade against in {truncated_list(without)}: add an 'answer' column")
     if config.answer_kind == "choice":
         strange = [f"{e.id} ({e.answer!r})" for e in examples if choice_letter(e.answer or "") is None]
         if strange:
-            raise DataError(f"answer_kind 'choice' needs a letter from A to J as the answer, not {listing(strange)}")
+            raise DataError(
+                f"answer_kind 'choice' needs a letter from A to J as the answer, not {truncated_list(strange)}"
+            )
     start = time.perf_counter()
     renderer = Renderer(tokenizer)
     prompts = [renderer.prompt(example) for example in examples]
@@ -176,7 +210,8 @@ def evaluate(
         if journal is not None:
             journal.finish(items)
         elif transcripts is not None:
-            record_of(Path(transcripts)).unlink(missing_ok=True)  # of other answers
+            # The record there belongs to other answers.
+            record_of(Path(transcripts)).unlink(missing_ok=True)
             write_transcripts(items, transcripts)
     n = config.samples
     by_question = [answered[i] for i in range(len(examples))]
@@ -226,12 +261,13 @@ def _run_record(
     prompts: Sequence[str],
     config: EvalConfig,
 ) -> dict[str, Any]:
-    """All that graded answers depend on; two evaluations with equal records may share them."""
+    """Return all that graded answers depend on; two evaluations with equal records may share them."""
     asked = [[example.id, example.answer] for example in examples]
     own = getattr(model, "generation_config", None)
     generation = generation_settings(config, own, find_ends(own, tokenizer)).record()
     settings = dataclasses.asdict(config)
-    for name in ("pass_at", "engine"):  # read after the answers, or settled by what the model is
+    # These are applied after the answers, or determined by the model.
+    for name in ("pass_at", "engine"):
         settings.pop(name)
     base, adapter = weight_hashes(model)
     return {
@@ -247,7 +283,7 @@ def _run_record(
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased estimator of pass@k from `n` answers of which `c` are right: 1 - C(n-c, k) / C(n, k).
+    """Estimate pass@k without bias from `n` answers of which `c` are right: 1 - C(n-c, k) / C(n, k).
 
     Chen et al., Evaluating Large Language Models Trained on Code (2021), equation 1. Raises ValueError unless
     0 <= c <= n and 1 <= k <= n.
@@ -263,7 +299,7 @@ def _pass_at(k: int, n: int, right: Sequence[int]) -> PassAt:
 
 
 def majority_correct(samples: Sequence[EvalItem]) -> bool:
-    """Whether the most frequent extracted answer is right; the earlier wins a tie, no answer has no vote."""
+    """Return whether the most frequent extracted answer is right; the earlier wins a tie, no answer has no vote."""
     votes: dict[str, list[EvalItem]] = {}
     for item in samples:
         if item.extracted is not None:

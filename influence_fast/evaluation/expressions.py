@@ -39,8 +39,8 @@ def parse(tokens: Sequence[Token]) -> Node:
 
     Example:
         >>> from influence_fast.evaluation.answer_tokens import tokens_of
-        >>> exact(parse(tokens_of("3 1/2")))
-        Fraction(7, 2)
+        >>> parse(tokens_of("3 1/2"))
+        ('num', Fraction(7, 2), 0)
     """
     if not tokens:
         raise Unparsed("nothing")

@@ -43,9 +43,9 @@ _NUMBER = re.compile(r"(?:(?<![\d.])-)?(?:\d[\d,]{0,400}(?:\.\d{1,400})?(?:[eE][
 def extract_answer(text: str, *, last_number: bool = False) -> str | None:
     r"""Return the answer that a text states, None where it states none.
 
-    The last `\boxed{...}` (several, where "and" or a comma joins them: `\boxed{3} and \boxed{7}` is `3, 7`), else the
-    last `<answer>...</answer>`, else the last `#### ...`, else the last of "The answer is ...", `**Final Answer**` or
-    `### Answer` before a line, and `A: ...`. With `last_number`, a text with none of these yields its last number.
+    It is the last `\boxed{...}` (several, where "and" or a comma joins them: `\boxed{3} and \boxed{7}` is `3, 7`), else
+    the last `<answer>...</answer>`, else the last `#### ...`, else the last of "The answer is ...", `**Final Answer**`
+    or `### Answer` before a line, and `A: ...`. With `last_number`, a text with none of these yields its last number.
 
     Example:
         >>> extract_answer("**Final Answer**\n\n73")
@@ -64,7 +64,7 @@ def extract_answer(text: str, *, last_number: bool = False) -> str | None:
 
 
 def _behind_thoughts(text: str) -> str:
-    """What follows the last closed block of thoughts, where anything does: what is thought there is no answer yet."""
+    """Return what follows the last closed block of thoughts, where anything does: a thought is no answer yet."""
     said = text.rpartition("</think>")[2]
     return said if said.strip() else text
 
@@ -77,13 +77,13 @@ def _boxes(text: str) -> str | None:
 
 
 def _tagged(text: str) -> str | None:
-    """`<answer>12</answer>`, as models trained by reinforcement write it."""
+    """Return the last `<answer>12</answer>`, which models trained by reinforcement learning write."""
     found = _TAGGED.findall(text[-TAIL:])
     return _tidy(found[-1]) if found else None
 
 
 def _last_hashes(text: str) -> str | None:
-    """`####` before a result; before other words it is a heading, unless the text ends with it."""
+    """Return the last result after `####`; before other words it is a heading, unless the text ends with it."""
     tail = text[-TAIL:]
     if "####" not in tail:
         return None
@@ -101,7 +101,7 @@ def _last_hashes(text: str) -> str | None:
 
 
 def _last_stated(text: str) -> str | None:
-    """The last of a stated answer and of the line below a heading."""
+    """Return the last of the stated answers and the lines below a heading."""
     tail = text[-TAIL:]
     best: tuple[int, str | None] = (-1, None)
     for match in _STATED.finditer(tail):
@@ -129,7 +129,7 @@ def _displayed(text: str) -> str | None:
 
 
 def _last_lettered(text: str) -> str | None:
-    """`A: 18`, as data of questions and answers has it, unless the text lists options A, B, C."""
+    """Return the last `A: 18`, as question-and-answer data has it, unless the text lists options A, B, C."""
     tail = text[-TAIL:]
     matches = list(_LETTERED.finditer(tail))
     if not matches or _OPTION_B.search(tail):
@@ -149,7 +149,7 @@ _SENTENCE_END = re.compile(r"[.!?;](?=\s|$|\*)|,\s(?=(?:not|because|since|which|
 
 
 def _tidy(line: str) -> str | None:
-    """Cut a line after its first sentence and take off markup: `**$3.50$**. So we...` gives `3.50`."""
+    """Cut a line after its first sentence and remove markup: `**$3.50$**. So we...` gives `3.50`."""
     line = _unmarked(line)
     for _ in range(4):
         hedged = _HEDGED.match(line)
@@ -187,7 +187,8 @@ def _unmarked(line: str) -> str:
 
 # A letter that names an option. A and I are words too: as such they are followed by a word of a sentence.
 _LETTER = r"(?:[B-HJ]|[AI](?!\s+(?!(?:because|since|as|and|with|for)\b)[a-z]))(?![\w'])(?!\s{0,4}[=<>+^])"
-_MARKS = r"[ \t*$`_]{0,8}"  # markup that may stand around a letter; bounded, as every repeat here: no quadratic search
+# Markup around a letter; bounded as every repeat here, so that no search is quadratic.
+_MARKS = r"[ \t*$`_]{0,8}"
 _STATED_CHOICE = re.compile(
     r"\b(?i:answer|choice|option)\b(?:\s{1,4}(?i:is|are|choice|option)\b){0,3}\s{0,4}"
     rf"{_MARKS}[:=]?\s{{0,4}}{_MARKS}(?i:(?:option|choice)\s{{1,4}})?(?:\\boxed\{{)?"
@@ -208,10 +209,10 @@ _BOXED_CHOICE = re.compile(
 
 
 def extract_choice(text: str) -> str | None:
-    r"""Return the option that a text comes to, as a capital letter from A to J; None where it names none.
+    r"""Return the option that a text decides for, as a capital letter from A to J; None where it names none.
 
-    The last `\boxed{C}` (also `\boxed{\text{(C)}}`), else the last "the answer is C", "Answer: (C)" or "option C",
-    else the last line that is a letter and nothing more, else the last "(C)". A box with something else in it, as
+    It is the last `\boxed{C}` (also `\boxed{\text{(C)}}`), else the last "the answer is C", "Answer: (C)" or "option
+    C", else the last line that is a letter and nothing more, else the last "(C)". A box with something else in it, as
     `\boxed{a = 5}`, names no option.
     """
     text = _behind_thoughts(text)

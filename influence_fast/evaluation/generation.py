@@ -1,4 +1,4 @@
-"""Answers to prompts, by transformers' `generate` in batches or by vLLM."""
+"""Generate answers to prompts, by transformers' `generate` in batches or by vLLM."""
 
 from __future__ import annotations
 
@@ -27,16 +27,20 @@ if TYPE_CHECKING:
     from influence_fast.evaluation.evaluate import EvalConfig
 
 ENGINES = ("auto", "transformers", "vllm")
-STOPPED = "stop"  # the model ended its answer
-CUT = "length"  # it was still talking at max_new_tokens
+# The model ended its answer.
+STOPPED = "stop"
+# The answer was cut at max_new_tokens.
+CUT = "length"
 _EMBEDDINGS = re.compile(r"\b(?:embed_tokens|wte|embed_in|lm_head|embed_out)\b(?!.*lora_).*\.weight$")
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as max_lora_rank
+# The values that vLLM accepts as max_lora_rank.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class Answer(NamedTuple):
-    """`text` without special tokens, the number of `tokens` before the end, and STOPPED or CUT.
+    """A generated answer: its text, its number of tokens, and why it ended (STOPPED or CUT).
 
-    `token_ids` are the tokens as they were generated, their end included.
+    `text` is without special tokens and `tokens` counts those before the end; `token_ids` are all that were generated,
+    the end included.
     """
 
     text: str
@@ -56,7 +60,7 @@ class ModelFiles:
 
 
 def choose_engine(engine: str) -> str:
-    """`transformers` or `vllm`: `auto` is vLLM where it is installed and there is a GPU.
+    """Return `transformers` or `vllm`; `auto` is vLLM where it is installed and there is a GPU.
 
     Raises ConfigError for `vllm` where it is not installed.
     """
@@ -78,7 +82,7 @@ def generate(
     config: EvalConfig,
     progress: bool = False,
 ) -> list[list[Answer]]:
-    """For each prompt text its `config.samples` answers; see `answer_batches`."""
+    """Return `config.samples` answers for each prompt text; see `answer_batches`."""
     answers: list[list[Answer]] = [[] for _ in prompts]
     for batch in answer_batches(model, tokenizer, prompts, config=config, progress=progress):
         for i, samples in batch.items():
@@ -95,7 +99,7 @@ def answer_batches(
     answered: Callable[[int], bool] = lambda i: False,
     progress: bool = False,
 ) -> Iterator[dict[int, list[Answer]]]:
-    """Batch by batch, the answers of each prompt by its place in `prompts`: `config.samples` of them.
+    """Yield the answers of each prompt by its index in `prompts`, `config.samples` of them, batch by batch.
 
     A model in memory answers by transformers: prompts of like length share a batch, padded on the left, the longest
     first. Each batch has a seed of its own, so a batch whose prompts are all `answered` is left out and the others
@@ -133,7 +137,8 @@ def _transformers_answers(
     ends = settings.ends
     pad = _padding(model, [tokenizer.pad_token_id, *sorted(ends.tokens)])
     asked = settings.for_transformers(pad)
-    more: dict[str, Any] = {"tokenizer": tokenizer} if ends.strings else {}  # by which it finds the strings
+    # transformers finds stop strings by the tokenizer.
+    more: dict[str, Any] = {"tokenizer": tokenizer} if ends.strings else {}
     # longest first: a batch too large for the memory fails at once, not at the end
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))
     per_batch = max(1, config.batch_size // config.samples)
@@ -164,14 +169,14 @@ def _transformers_answers(
 
 
 def _padding(model: torch.nn.Module, candidates: Sequence[int | None]) -> int:
-    """The first of the ids that the model has an embedding for; what is padded is masked, so that 0 will do."""
+    """Return the first candidate id that the model has an embedding for, else 0; padding is masked anyway."""
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     rows = None if embeddings is None else len(embeddings.weight)
     return next((i for i in candidates if i is not None and i >= 0 and (rows is None or i < rows)), 0)
 
 
 def _answer(tokens: list[int], ends: Ends, tokenizer: PreTrainedTokenizerBase, cut: bool = True) -> Answer:
-    """New tokens, whatever follows their end, as an answer; without an end it was cut if `cut` says so."""
+    """Build an answer from new tokens, dropping what follows their end; without an end, `cut` says it was cut."""
     place = next((k for k, token in enumerate(tokens) if token in ends.tokens), None)
     said = tokens if place is None else tokens[:place]
     whole = tokens if place is None else tokens[: place + 1]
@@ -181,14 +186,15 @@ def _answer(tokens: list[int], ends: Ends, tokenizer: PreTrainedTokenizerBase, c
         # Of the first tokens whose text has the string, and of those before it.
         whole = said[: _fewest(said, lambda text: any(string in text for string in ends.strings), tokenizer)]
         said = whole[: _fewest(whole, lambda text: len(text) >= stop, tokenizer)]
-        text = raw[:stop] if text == raw else _decode(said, tokenizer)  # less special tokens, where there are some
+        # Decoded again without special tokens, where there are some.
+        text = raw[:stop] if text == raw else _decode(said, tokenizer)
         return Answer(text, len(said), STOPPED, tuple(whole))
     reason = CUT if place is None and cut else STOPPED
     return Answer(text, len(said), reason, tuple(whole))
 
 
 def _fewest(tokens: list[int], enough: Callable[[str], bool], tokenizer: PreTrainedTokenizerBase) -> int:
-    """The least number of first tokens whose text is `enough`; of all of them it is."""
+    """Return the least number of leading tokens whose text is `enough`, which the text of all of them must be."""
     return bisect.bisect_left(
         range(len(tokens)), True, key=lambda k: enough(_decode(tokens[:k], tokenizer, special=True))
     )
@@ -199,7 +205,7 @@ def _decode(tokens: list[int], tokenizer: PreTrainedTokenizerBase, *, special: b
 
 
 def check_room(model_config: Any, encoded: Sequence[Sequence[int]], config: EvalConfig) -> None:
-    """DataError for an empty prompt, ModelError where a prompt and its answer may outgrow the model's context."""
+    """Raise DataError for an empty prompt, ModelError where prompt and answer may exceed the model's context."""
     longest = max(len(tokens) for tokens in encoded)
     if min(len(tokens) for tokens in encoded) == 0:
         raise DataError("a prompt has no tokens: drop the empty prompts or set a chat template")
@@ -222,7 +228,7 @@ def _vllm_answers(
     config: EvalConfig,
     progress: bool,
 ) -> list[list[Answer]]:
-    """The answers of a vLLM engine made for this call and dropped after it, the adapter by a LoRARequest.
+    """Return the answers of a vLLM engine that lives for this call alone, with the adapter as a LoRARequest.
 
     Checked against vLLM's documented interface only (`LLM`, `SamplingParams`, `LoRARequest`, `RequestOutput`): it
     has not been run with vLLM itself.
@@ -239,7 +245,8 @@ def _vllm_answers(
         "dtype": files.dtype,
         "seed": config.seed % 2**32,  # it seeds NumPy's generator, too
         "trust_remote_code": files.trust_remote_code,
-        "generation_config": "vllm",  # nothing of the model's own: what is to hold is in the parameters below
+        # All sampling settings are in the parameters below, and none of the model's own is used.
+        "generation_config": "vllm",
     }
     request = None
     if files.adapter is not None:
@@ -248,12 +255,14 @@ def _vllm_answers(
         _check_vocabulary(files.adapter, own_config)
         options |= {"enable_lora": True, "max_lora_rank": _vllm_rank(files.adapter)}
         request = LoRARequest("adapter", 1, files.adapter)
-    if torch.cuda.is_initialized():  # its default, 90 % of the card, leaves out what this process already holds
+    # vLLM's default, 90 % of the GPU, ignores what this process already holds.
+    if torch.cuda.is_initialized():
         free, total = torch.cuda.mem_get_info()
         options["gpu_memory_utilization"] = round(0.9 * free / total, 3)
     try:
         own = GenerationConfig.from_pretrained(files.path)
-    except Exception:  # a model without the file, or with one that transformers does not read
+    except Exception:
+        # The model has no such file, or one that transformers cannot read.
         own = None
     settings = generation_settings(config, own, find_ends(own, tokenizer))
     ends, parameters = settings.ends, settings.for_vllm()
@@ -285,7 +294,7 @@ def _vllm_answers(
 
 
 def _check_vocabulary(adapter: str, model_config: Any) -> None:
-    """ModelError for an adapter that stores embeddings of another number of tokens than the base has.
+    """Raise ModelError for an adapter that stores embeddings of another number of tokens than the base has.
 
     vLLM takes the base's matrices from its files and resizes none.
     """
@@ -310,7 +319,7 @@ def _check_vocabulary(adapter: str, model_config: Any) -> None:
 
 
 def _vllm_rank(adapter: str) -> int:
-    """The least rank vLLM can be built for that holds the adapter's."""
+    """Return the least maximal rank that vLLM offers for the adapter. Raises ModelError where it offers none."""
     path = Path(adapter) / "adapter_config.json"
     if not path.is_file():
         raise ModelError(f"{path}: no such file; vLLM needs the adapter as a local folder")

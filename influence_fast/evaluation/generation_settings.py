@@ -1,4 +1,4 @@
-"""What an answer is asked for by: the same explicit parameters for every engine, and nothing that a model brings.
+"""Settings of generation: the same explicit parameters for every engine, and none taken from the model.
 
 transformers fills in whatever a call leaves open from the model's `generation_config.json` (a repetition penalty, a
 least number of tokens, ...), so that greedy decoding is no longer the likeliest token. Here all is given, and the
@@ -43,7 +43,7 @@ _REFUSED = {
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """What ends an answer: `tokens`, each of them, and `strings`, for an end of turn of several tokens."""
+    """Ends of an answer: any of `tokens`, or one of `strings`, for an end of turn of several tokens."""
 
     tokens: frozenset[int]
     strings: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class Ends:
 
 @dataclass(frozen=True, slots=True)
 class GenerationSettings:
-    """Everything that an answer depends on beside model, prompt and seed.
+    """The settings that an answer depends on beside model, prompt and seed.
 
     `sampling` has transformers' names: `do_sample`, and with it `temperature`, `top_p`, `top_k` (0: all tokens), or the
     model's own settings that differ from the defaults.
@@ -61,10 +61,11 @@ class GenerationSettings:
     max_new_tokens: int
     samples: int
     ends: Ends
-    own: bool = False  # the model's own settings
+    # Whether these are the model's own settings.
+    own: bool = False
 
     def called(self, generate: Any, **options: Any) -> torch.Tensor:
-        """Return what `generate` makes. Raises ConfigError where the model's own settings do not let it."""
+        """Call `generate` and return its result; raises ConfigError where the model's own settings prevent it."""
         try:
             return cast("torch.Tensor", generate(**options))
         except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
@@ -82,7 +83,7 @@ class GenerationSettings:
         return {"sampling": sampling, "max_new_tokens": self.max_new_tokens, "ends": ends}
 
     def for_transformers(self, pad: int) -> Any:
-        """Return a `transformers.GenerationConfig` that says all; `pad` is the id of the padding token."""
+        """Return the settings as a `transformers.GenerationConfig`; `pad` is the id of the padding token."""
         from transformers import GenerationConfig
 
         return GenerationConfig(
@@ -96,13 +97,14 @@ class GenerationSettings:
         )
 
     def for_vllm(self) -> dict[str, Any]:
-        """Return keyword arguments of `vllm.SamplingParams` that say the same.
+        """Return the settings as keyword arguments of `vllm.SamplingParams`.
 
-        Raises ConfigError for a setting of the model's that vLLM does not have.
+        Raises ConfigError for a setting of the model's own that vLLM does not have.
         """
         sampling = dict(self.sampling)
         if not sampling.pop("do_sample", False):
-            for name in ("temperature", "top_p", "top_k", "min_p"):  # which transformers does not read then either
+            # transformers does not read these for greedy decoding either.
+            for name in ("temperature", "top_p", "top_k", "min_p"):
                 sampling.pop(name, None)
             sampling["temperature"] = 0.0
         for name in sampling:
@@ -113,19 +115,21 @@ class GenerationSettings:
                 )
         neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
         merged: dict[str, Any] = neutral | sampling
-        merged["top_k"] = merged["top_k"] or -1  # all tokens, as each of its versions has it
+        # Every version of vLLM takes -1 for all tokens.
+        merged["top_k"] = merged["top_k"] or -1
         return {_VLLM_NAMES.get(name, name): value for name, value in merged.items()} | {
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "max_tokens": self.max_new_tokens,
             "stop_token_ids": sorted(self.ends.tokens),
             "stop": list(self.ends.strings) or None,
-            "detokenize": bool(self.ends.strings),  # else decoded by the tokenizer that the other engine uses
+            # Without stop strings the tokens are decoded by the tokenizer that the other engine uses.
+            "detokenize": bool(self.ends.strings),
         }
 
 
 def generation_settings(config: EvalConfig, own: Any, ends: Ends) -> GenerationSettings:
-    """Return what answers are asked for by.
+    """Return the settings by which answers are generated.
 
     Args:
         config: the evaluation's settings.
@@ -142,7 +146,8 @@ def generation_settings(config: EvalConfig, own: Any, ends: Ends) -> GenerationS
         named = {} if own is None else own.to_diff_dict()
         sampling = {str(k): value for k, value in named.items() if k not in _NOT_SAMPLING and value is not None}
         sampling.setdefault("do_sample", False)
-        if sampling["do_sample"]:  # what transformers takes where the file says nothing, for every engine
+        # transformers' defaults where the file says nothing, used for every engine.
+        if sampling["do_sample"]:
             sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50} | sampling
         for name in _REFUSED & sampling.keys():
             raise ConfigError(
@@ -162,14 +167,14 @@ def generation_settings(config: EvalConfig, own: Any, ends: Ends) -> GenerationS
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON can hold a setting as it is."""
+    """Return whether JSON can hold a setting unchanged."""
     return isinstance(value, str | int | float | bool | None) or (
         isinstance(value, list | tuple) and all(map(_is_plain, value))
     )
 
 
 def find_ends(own: Any, tokenizer: PreTrainedTokenizerBase) -> Ends:
-    """Return what ends an answer: the chat template's end of turn, the tokenizer's EOS token, and the model's own.
+    """Return the ends of an answer: the chat template's end of turn, the tokenizer's EOS token, and the model's own.
 
     `own` is the model's `generation_config` (chat models name several end tokens there), or None. Raises ModelError
     where nothing ends a turn.
@@ -183,7 +188,7 @@ def find_ends(own: Any, tokenizer: PreTrainedTokenizerBase) -> Ends:
 
 @contextlib.contextmanager
 def without_own_settings(model: torch.nn.Module) -> Iterator[None]:
-    """While the block runs, `model` (and the base of a peft model) has transformers' default generation settings."""
+    """Give `model` (and the base of a peft model) transformers' default generation settings inside the block."""
     from transformers import GenerationConfig
 
     base = getattr(model, "get_base_model", lambda: model)()

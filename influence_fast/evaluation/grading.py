@@ -1,4 +1,4 @@
-"""Grades a model's text against the reference: finds the answer it states and compares the two.
+"""Grade a model's text against the reference: find the answer it states and compare the two.
 
 Equal texts, numbers, and all that exact arithmetic decides are compared here; what needs sympy or math-verify goes to
 the grading worker. The conventions are in `comparison`.
@@ -33,7 +33,10 @@ ANSWER_KINDS = ("math", "last_number", "choice")
 
 @dataclass(frozen=True, slots=True)
 class Grade:
-    """`extracted` is the answer as found in the text (None: there is none); `note` says how it was decided."""
+    """The grade of an answer.
+
+    `extracted` is the answer found in the text (None: there is none); `note` says how it was compared.
+    """
 
     correct: bool
     extracted: str | None
@@ -41,7 +44,9 @@ class Grade:
 
 
 def grade(text: str, gold: str, *, timeout: float = 5.0, kind: str = "math") -> Grade:
-    """Return whether `text` comes to the answer `gold`. Never raises on hostile text, never takes much over `timeout`.
+    """Grade whether `text` comes to the answer `gold`.
+
+    Hostile text raises no error, and no text takes much longer than `timeout`. Thread-safe.
 
     Args:
         text: what a model wrote.
@@ -49,12 +54,14 @@ def grade(text: str, gold: str, *, timeout: float = 5.0, kind: str = "math") -> 
         timeout: seconds that comparing may take.
         kind: `math`; `last_number`, which takes the last number of a text that states no answer in a known form; or
             `choice`, where `gold` is the letter of an option.
-
+    Returns:
+        A `Grade`: `correct`, the `extracted` answer and a `note`.
     Raises:
         ValueError: for another kind.
         ConfigError: where the worker process does not start.
-
-    Thread-safe.
+    Example:
+        >>> grade("12 + 7 = 19, so the answer is 19.", "19")
+        Grade(correct=True, extracted='19', note='same text')
     """
     if kind not in ANSWER_KINDS:
         raise ValueError(f"unknown kind of answer {kind!r}; known: {', '.join(ANSWER_KINDS)}")
@@ -76,13 +83,13 @@ def grade(text: str, gold: str, *, timeout: float = 5.0, kind: str = "math") -> 
 
 
 def _lettered_gold(gold: str) -> str | None:
-    r"""Return the letter of `(C)`, `\text{(C)}` and `C`, references that are the letter of an option."""
+    r"""Return the letter of a reference that is the letter of an option: `(C)`, `\text{(C)}` or `C`; else None."""
     found = re.fullmatch(r"\$?(?:\\text(?:bf)?\s?\{)?\s?(?:\(([A-J])\)|([A-H]))\s?\}?\$?", gold.strip())
     return (found.group(1) or found.group(2)) if found else None
 
 
 def equal_answers(answer: str, gold: str, *, timeout: float = 5.0) -> tuple[bool, str]:
-    r"""Compare two bare answers by the conventions of `comparison`: (equal, how it was decided).
+    r"""Compare two bare answers by the conventions of `comparison`, and return (equal, how they were compared).
 
     Args:
         answer: of a model.

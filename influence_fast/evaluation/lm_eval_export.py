@@ -1,4 +1,4 @@
-"""Tasks written in lm-evaluation-harness's own form, so that its runs and ours answer the same questions."""
+"""Write questions as tasks of lm-evaluation-harness, so that its runs and ours answer the same questions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from influence_fast.evaluation.evaluate import EvalConfig
 GRADER = '''\
 """Grades by influence-fast, so that the figures can be compared; lm-eval finds this by the task's `!function`."""
 
-from influence_fast import grade
+from influence_fast.evaluation.grading import grade
 
 
 def process_results(doc, results):
@@ -26,16 +26,17 @@ def process_results(doc, results):
 
 
 def export_lm_eval(name: str, examples: Sequence[Example], config: EvalConfig, folder: str | Path) -> str:
-    """Writes `<folder>/<task>.yaml`, `.jsonl` and `<task>_grader.py`; returns the command that runs them.
+    """Write questions as a task of lm-evaluation-harness, and return the command that runs it.
 
-    The task is called `influence_fast_<name>`. Its prompts are those of `examples` and the line break that
-    `render_prompt` puts after a prompt without a chat template (lm-eval's `--apply_chat_template` asks for one), its
-    limits and sampling those of `config`, its metric `exact_match` by `grading.grade`. One answer a question is asked:
-    `samples` and `pass_at` have no counterpart here.
+    The files are `<folder>/<task>.yaml`, `.jsonl` and `<task>_grader.py`; the task is called `influence_fast_<name>`.
+    Its prompts are those of `examples` and the line break that `render_prompt` puts after a prompt without a chat
+    template (lm-eval's `--apply_chat_template` asks for one), its limits and sampling those of `config`, its metric
+    `exact_match` by `grading.grade`. One answer a question is generated: `samples` and `pass_at` have no counterpart
+    here.
 
-    Form of the file: lm-evaluation-harness 0.4, docs/task_guide.md. The data file is named by its absolute path,
-    since lm-eval would look for a relative one in the folder it is run from. Raises DataError for an example without
-    an answer or with earlier turns.
+    Form of the file: lm-evaluation-harness 0.4, docs/task_guide.md. The data file is named by its absolute path, since
+    lm-eval would look for a relative one in the folder it is run from. Raises DataError for an example without an
+    answer or with earlier turns.
     """
     import yaml
 

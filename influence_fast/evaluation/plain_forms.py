@@ -1,4 +1,4 @@
-r"""Read answers that are known by their look or their words: times, numerals in a base, yes and no, number words."""
+r"""Read answers that are known by their look or words: times, numerals in a base, yes and no, number words."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _NOT_EXISTING = frozenset(["dne", "does not exist", "limit does not exist"])
 
 
 def special_form(text: str) -> list[Value] | None:
-    """Forms that are known by their words or look before any parsing."""
+    """Read forms that are known by their words or look before any parsing; None for any other."""
     plain = plain_words(text)
     if plain in _EMPTY_SET or text.strip() in (r"\emptyset", r"\{\}", r"\{ \}"):
         return [Items("set", ())]
@@ -73,7 +73,7 @@ def special_form(text: str) -> list[Value] | None:
 
 
 def _scientific(text: str) -> list[Value] | None:
-    """`5e-3` is 0.005 likelier than 5e - 3, but may be either."""
+    """Read `5e-3` as 0.005, and as 5e - 3, which it is less likely; None for another form."""
     match = _SCIENTIFIC.fullmatch(text)
     if match is None:
         return None

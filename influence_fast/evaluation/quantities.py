@@ -135,7 +135,7 @@ def _behind(node: Node, rest: Sequence[Token]) -> Scalar | None:
 
 
 def _unit_may_start(node: Node, token: Token) -> bool:
-    """A bare letter or two behind a variable is a product, and no unit."""
+    """Return whether a unit may begin at `token`: one or two letters behind a variable are a product instead."""
     if token.kind == "run" and len(token.text) < 3 and contains(node, "var"):
         return False
     return (

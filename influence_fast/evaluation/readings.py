@@ -1,4 +1,4 @@
-r"""Read an answer as what it may mean: a number with a unit, a list, a set, an interval, a matrix, an equation, words.
+r"""Read the possible meanings of an answer: a number with a unit, a list, set, interval, matrix, equation or words.
 
 An answer may have more than one reading (`3 and 1/2` is a list or a mixed number); the first is the likeliest.
 """
@@ -30,12 +30,11 @@ _SEPARATORS = frozenset([",", ";", "and", "or", "&"])
 
 
 def readings(answer: str) -> list[Value]:
-    """Return what a bare answer may mean, the likeliest first; `Unread` alone where it is no known form.
+    """Return the possible meanings of a bare answer, the likeliest first; `Unread` alone where it is no known form.
 
     Example:
-        >>> readings("(2, 3]")
-        [Region(spans=(Span(low=('num', Fraction(2, 1), 0), low_closed=False, high=('num', Fraction(3, 1), 0), \
-high_closed=True),))]
+        >>> readings("3 and 1/2")[1]
+        Scalar(node=('num', Fraction(7, 2), 0), units=(), label=frozenset())
     """
     if len(answer) > MAX_ANSWER:
         return [Unread(answer)]
@@ -125,7 +124,7 @@ def _flat(values: Sequence[Value]) -> list[Value]:
 
 
 def _shared_variable(values: Sequence[Value]) -> list[Value] | None:
-    """Take off `x =` where all are values of one variable, also `x = 3, 7` and `x_1 = 3, x_2 = 7`."""
+    """Return the values without `x =` where all are of one variable (`x = 3, 7` or `x_1 = 3, x_2 = 7`), else None."""
     names = [value.left[1].partition("_")[0] if _assigns(value) else None for value in values]  # type: ignore[union-attr,index]
     if names[0] is None or any(name not in (None, names[0]) for name in names):
         return None
@@ -219,7 +218,7 @@ def _equation(sides: Sequence[Sequence[Token]], text: str) -> Value:
 
 
 def _call_name(tokens: Sequence[Token]) -> Sequence[Token]:
-    """The name of a function alone: `f(x) = 2x` defines f, as `f = 2x` does."""
+    """Return the name of a function alone: `f(x) = 2x` defines f, as `f = 2x` does; other tokens unchanged."""
     texts = [token.text for token in tokens]
     if len(texts) == 4 and texts[1] == "(" and texts[3] == ")" and texts[0].isalpha() and len(texts[0]) == 1:
         return tokens[:1]
@@ -269,7 +268,7 @@ def _group(tokens: Sequence[Token]) -> list[Value] | None:
 
 
 def _rows(values: Sequence[Value]) -> list[Value]:
-    """`[[1, 2], [3, 4]]`: rows of two look like intervals."""
+    """Read `[[1, 2], [3, 4]]` as a matrix, though its rows of two look like intervals."""
     rows: list[tuple[Value, ...]] = []
     for value in values:
         if isinstance(value, Items):

@@ -94,7 +94,7 @@ def intersection(regions: Sequence[Region]) -> Region | None:
 
 
 def without_points(whole: Value, points: Value, text: str) -> Value:
-    """`R \\setminus {a, b}` as the intervals that are left, where the points are rational."""
+    r"""Return `R \setminus {a, b}` as the intervals that remain, where the points are rational; else Unread."""
     if isinstance(whole, Unread | Words) and re.match(r"\s*\\mathbb\s*\{?\s*R", text):
         whole = Region((Span(None, False, None, False),))
     if not (isinstance(whole, Region) and whole.spans == (Span(None, False, None, False),)):

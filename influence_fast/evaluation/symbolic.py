@@ -18,17 +18,20 @@ from influence_fast.evaluation.expressions import Node
 from influence_fast.evaluation.readings import readings
 
 DIGITS = (60, 400)
-LONGEST_DECIMAL = 6  # decimals that an irrational number needs at least
-CHANGES = 24  # of an answer that math-verify is tried on
+# Decimals that an irrational number needs at least.
+LONGEST_DECIMAL = 6
+# Changes of an answer that math-verify is tried on.
+CHANGES = 24
 _POINTS = (Fraction(7, 5), Fraction(-13, 11), Fraction(31, 17), Fraction(-5, 23))
 
 
 class Symbolic(Exact):
-    """Judges by sympy what exact arithmetic leaves."""
+    """Judge by sympy the expressions that exact arithmetic leaves undecided."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Node, bool], Any] = {}
-        self._decimal = False  # whether `log` without a base is that of base 10
+        # Whether `log` without a base is to base 10.
+        self._decimal = False
 
     def equal(self, a: Node, b: Node) -> bool:
         try:
@@ -59,7 +62,7 @@ class Symbolic(Exact):
 
 
 def _has_log(node: Any) -> bool:
-    """Whether `log` stands without a base: that of calculus or of base 10."""
+    """Return whether `log` occurs without a base, which may be that of calculus or base 10."""
     return isinstance(node, tuple) and (node[:2] == ("call", "log") or any(_has_log(child) for child in node))
 
 
@@ -148,7 +151,7 @@ def _at_points(a: Any, b: Any) -> Any:
 
 
 def _rounded(decimal: Node, other: Node, judge: Symbolic) -> bool:
-    """Whether `decimal` is an irrational number rounded or cut at six decimals or more, six of which count."""
+    """Return whether `decimal` is an irrational number rounded or cut at six decimals or more, six of which count."""
     sign, literal = (-1, decimal[1]) if decimal[0] == "neg" else (1, decimal)
     if literal[0] != "num" or literal[2] < LONGEST_DECIMAL or exact(other) is not None:
         return False
@@ -165,7 +168,7 @@ def _rounded(decimal: Node, other: Node, judge: Symbolic) -> bool:
 
 
 def verdict(answer: str, gold: str) -> tuple[bool, str]:
-    """Compare two bare answers by everything there is: (equal, how it was decided)."""
+    """Compare two bare answers by all methods, and return (equal, how they were compared)."""
     try:
         return equal_values(readings(answer), readings(gold), Symbolic()), "compared by sympy"
     except Undecided:
@@ -219,5 +222,5 @@ def _changes(text: str) -> list[str]:
 
 
 def _bound(text: str, letter: str) -> bool:
-    """Whether a letter is the variable of a sum or an integral, whose name does not matter."""
+    """Return whether a letter is the variable of a sum or an integral, whose name does not matter."""
     return letter.isalpha() and bool(re.search(rf"_\{{?\s*{letter}\s*=|\bd\s*{letter}\b|{letter}\s*\\to", text))

@@ -1,4 +1,4 @@
-"""Evaluation tasks: small YAML files that say where questions come from, how they are put and how answers are judged.
+"""Evaluation tasks: small YAML files with the source of the questions, the prompt and the grading.
 
 Those of the package are in `eval_tasks/`; a file of one's own has the same keys:
 
@@ -27,7 +27,7 @@ from typing import Any
 from influence_fast.data.examples import check_limit
 from influence_fast.data.rows import load_rows
 from influence_fast.data.schemas import Cells, Example
-from influence_fast.errors import ConfigError, DataError, did_you_mean, listing, shown
+from influence_fast.errors import ConfigError, DataError, did_you_mean, shown, truncated_list
 from influence_fast.evaluation.evaluate import EvalConfig
 from influence_fast.evaluation.grading import ANSWER_KINDS, choice_letter, extract_answer
 from influence_fast.guards import reading
@@ -49,7 +49,7 @@ class TaskSource:
 
 @dataclass(frozen=True)
 class TaskColumns:
-    """What the source calls each column.
+    """The source's names of the columns that a task reads.
 
     Without an `answer` column the final answer is the solution's, in a box or after ####. With `distractors` (columns
     of text, or one column that is a list) the answer is the text of the right option, and the options are shuffled.
@@ -64,7 +64,7 @@ class TaskColumns:
 
 @dataclass(frozen=True)
 class TaskSampling:
-    """A task's own defaults for the settings of the same names in `EvalConfig`."""
+    """Defaults of a task for the settings of the same names in `EvalConfig`."""
 
     max_new_tokens: int = 2048
     temperature: float = 0.0
@@ -87,20 +87,28 @@ class Task:
 
     @property
     def evaluation(self) -> EvalConfig:
-        """The settings to evaluate with; `dataclasses.replace` changes them."""
+        """Return the settings to evaluate with; `dataclasses.replace` changes them."""
         return EvalConfig(answer_kind=self.answer, **asdict(self.sampling))
 
 
 def known_tasks() -> list[str]:
-    """The names of the tasks in the package."""
+    """Return the names of the tasks in the package."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load_task(name_or_path: str | Path) -> Task:
-    """A task of the package by its name, or one's own by the path of its YAML file.
+    """Load an evaluation task: one of the package by its name, or your own by the path of its YAML file.
 
-    Raises ConfigError: unknown name (with all known), no such file, unknown or missing key, a value that does not fit,
-    a prompt that is no Jinja template.
+    Args:
+        name_or_path: "gsm8k", "math500", ..., or a path that ends in .yaml or .yml.
+    Returns:
+        The task, for `task_examples`; its `evaluation` is the `EvalConfig` to use.
+    Raises:
+        ConfigError: unknown name (with all known), no such file, unknown or missing key, a value that does not fit, a
+            prompt that is no Jinja template.
+    Example:
+        >>> load_task("gsm8k").source.path
+        'openai/gsm8k'
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
@@ -135,18 +143,29 @@ def _check(task: Task) -> None:
         raise ConfigError("columns.distractors: needs 'answer: choice' and an 'answer' column, the right option's text")
     if why := _no_template(task.prompt):
         raise ConfigError(f"prompt: not a Jinja template: {why}")
-    _ = task.evaluation  # raises where the sampling does not fit together
+    # This raises where the sampling settings do not fit together.
+    _ = task.evaluation
 
 
 def task_examples(
     task: Task, limit: int | None = None, source: str | Path | None = None, split: str | None = None
 ) -> list[Example]:
-    """The questions of `task` as examples, in the order of the rows; `source` overrides the hub by a local file.
+    """Load the questions of a task as examples, in the order of the rows.
 
-    `prompt` is the rendered template, `answer` the reference (a letter for a choice), `completion` the solution where
-    the source has one, else the answer. Raises DataError: source not found, a column missing, repeated ids, a row
-    without a usable answer, a prompt that cannot be rendered, each with file and row. ConfigError: a `limit` that is
-    no whole number of at least 1.
+    Args:
+        task: as `load_task` returns it.
+        limit: the number of questions at most.
+        source: a local file in place of the task's own source.
+        split: in place of the task's own.
+    Returns:
+        Examples whose `prompt` is the rendered template, `answer` the reference (a letter for a choice), and
+        `completion` the solution where the source has one, else the answer.
+    Raises:
+        DataError: naming file and row: source not found, a column missing, repeated ids, a row without a usable
+            answer, a prompt that cannot be rendered.
+        ConfigError: a `limit` that is no whole number of at least 1.
+    Example:
+        >>> questions = task_examples(load_task("gsm8k"), limit=100)  # doctest: +SKIP
     """
     check_limit(limit)
     path = source if source is not None else _hub_path(task.source)
@@ -167,13 +186,15 @@ def task_examples(
         examples += _with_prompts(task, batch)
     repeated = [f"{name} ({n} times)" for name, n in Counter(e.id for e in examples).items() if n > 1]
     if repeated:
-        raise DataError(f"{rows.name}: ids must be unique, repeated are {listing(repeated)}; name another id column")
+        raise DataError(
+            f"{rows.name}: ids must be unique, repeated are {truncated_list(repeated)}; name another id column"
+        )
     return examples
 
 
 @dataclass(frozen=True)
 class _Question:
-    """A row as an example without its prompt, and what the prompt's template is given."""
+    """One row as an example without its prompt, and the values for the prompt's template."""
 
     cells: Cells
     example: Example
@@ -197,13 +218,18 @@ def _question(task: Task, cells: Cells) -> _Question:
 # ---- the prompt: a program of whoever wrote the task, so it runs in a limited process ------------------------------
 
 _BATCH = 1000  # questions rendered by one process
-_SECONDS = 2  # of processor time for those; a thousand prompts take a twentieth of a second
+# Seconds of processor time for a batch; a thousand prompts take a twentieth of a second.
+_SECONDS = 2
 _MEMORY = 1 << 30  # bytes of address space
-_CHARACTERS = 1 << 22  # of one prompt
+# Characters of one prompt.
+_CHARACTERS = 1 << 22
 
 
 def _render(template: str, values: list[dict[str, Any]]) -> tuple[list[str], int | None, str]:
-    """The texts of `template` for `values` as far as they go, the place of an error (None: in all), and the error."""
+    """Render `template` for `values` in a limited process.
+
+    Returns the texts up to an error, the error's place (None: in all), and the error ("" for none).
+    """
     work = {"task": "prompts", "template": template, "values": values, "characters": _CHARACTERS}
     done = limited(work, seconds=_SECONDS, memory=_MEMORY)
     if done.stopped == "time":
@@ -220,7 +246,10 @@ def _render(template: str, values: list[dict[str, Any]]) -> tuple[list[str], int
 
 @functools.lru_cache(maxsize=64)
 def _no_template(template: str) -> str:
-    """Why `template` cannot be compiled; empty where it can. Constant parts are computed then, and may never end."""
+    """Return why `template` cannot be compiled, "" where it can.
+
+    Compiling computes constant parts, which may never end.
+    """
     return _render(template, [])[2]
 
 
@@ -239,12 +268,12 @@ def _hub_path(source: TaskSource) -> str:
 
 
 def _joined(value: Any, between: str) -> str:
-    """Text of a cell; the texts of a list one after the other."""
+    """Return the text of a cell; the entries of a list are joined."""
     return between.join(str(part) for part in value) if isinstance(value, list) else str(value)
 
 
 def _answer(task: Task, cells: Cells) -> str:
-    """The reference answer of a row as text."""
+    """Return the reference answer of a row as text."""
     if task.columns.answer is None:
         answer = extract_answer(_joined(cells.value("solution"), "\n\n"))
         if answer is None:
@@ -255,7 +284,8 @@ def _answer(task: Task, cells: Cells) -> str:
     else:
         answer = _joined(cells.value("answer"), ", ")
     if task.answer != "choice":
-        answer = re.sub(r"(?<!\\)\$", "", answer)  # dollars around mathematics, not a price
+        # These dollar signs enclose mathematics and are no price.
+        answer = re.sub(r"(?<!\\)\$", "", answer)
     elif not task.columns.distractors and choice_letter(answer) is None:
         raise cells.error(f"the answer {answer!r} is no letter from A to J; name the columns of the other options")
     answer = answer.strip()
@@ -271,7 +301,7 @@ def _distractors(task: Task, cells: Cells) -> Iterator[str]:
 
 
 def _options(name: str, right: str, wrong: list[str], cells: Cells) -> tuple[list[tuple[str, str]], str]:
-    """The options as (letter, text), and the letter of the right one.
+    """Return the options as (letter, text), and the letter of the right one.
 
     Their order is a function of the row's id alone: that of SHA-256 over the id and the option's place.
     """

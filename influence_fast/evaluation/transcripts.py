@@ -1,4 +1,4 @@
-"""Transcripts of an evaluation on disk: written as the answers come, and found again when the run is repeated.
+"""Transcripts of an evaluation on disk: written as the answers come, and reused when the run is repeated.
 
 Beside `answers.jsonl` lies `answers.jsonl.run.json`, which says what the answers depend on. While the evaluation goes
 on, the answers are in `answers.jsonl.partial`, whose first line says the same.
@@ -21,7 +21,7 @@ from influence_fast.guards import reading
 
 @dataclass(frozen=True, slots=True)
 class EvalItem:
-    """One answer: `generation` as the model wrote it, `extracted` the answer found in it (None: none).
+    """One graded answer: `generation` as the model wrote it, and `extracted`, the answer found in it (None: none).
 
     `finish_reason`: "stop", or "length" when the model had not ended after `max_new_tokens` tokens. `token_ids`: the
     answer as it was generated, its end included; none in transcripts of earlier versions.
@@ -40,27 +40,28 @@ class EvalItem:
     token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "token_ids", tuple(self.token_ids))  # a list, where JSON was read
+        # JSON gives a list.
+        object.__setattr__(self, "token_ids", tuple(self.token_ids))
 
 
 def write_transcripts(items: Iterable[EvalItem], path: str | Path) -> None:
-    """One JSON object an answer; the file appears whole or not at all."""
+    """Write one JSON object a line for each answer, atomically."""
     with replacing(Path(path)) as partial, partial.open("w", encoding="utf-8") as file:
         for item in items:
             file.write(_line(asdict(item)))
 
 
 def record_of(transcripts: Path) -> Path:
-    """Where the record of finished transcripts lies."""
+    """Return the path of the record beside finished transcripts."""
     return transcripts.with_name(f"{transcripts.name}.run.json")
 
 
 class Journal:
-    """The answers of one evaluation as they come, by the place of their question.
+    """The answers of one evaluation as they come, by the index of their question.
 
-    `run` is a JSON object of all that the answers depend on. What an earlier run of the same left at `path` is taken
-    up: `found` has the items of each question that was finished. What a different run left is written over, or with
-    `overwrite` False is a ConfigError that names the first difference.
+    `run` is a JSON object of all that the answers depend on. What an earlier run with an equal `run` left at `path` is
+    used again: `found` has the items of each question that was finished. What a different run left is overwritten, or
+    with `overwrite` False is a ConfigError that names the first difference.
     """
 
     def __init__(self, path: str | Path, run: dict[str, Any], *, overwrite: bool = True) -> None:
@@ -83,21 +84,23 @@ class Journal:
         return self.path.with_name(f"{self.path.name}.partial")
 
     def add(self, question: int, items: Sequence[EvalItem]) -> None:
-        """Appends the items of a question; they are on their way to the disk when this returns."""
+        """Append the items of a question; they have been passed to the operating system when this returns."""
         with writing(self._partial):
             if self._file is None:
                 self._partial.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._partial.open("w", encoding="utf-8")
                 self._file.write(_line({"run": self.run}))
-                for earlier, kept in self.found.items():  # without the torn end that an interruption may leave
+                # Written again without the torn end that an interruption may leave.
+                for earlier, kept in self.found.items():
                     self._append(earlier, kept)
             self._append(question, items)
             self._file.flush()
 
     def finish(self, items: Sequence[EvalItem]) -> None:
-        """Puts the transcripts, in the order of the questions, and their record in the place of the journal."""
+        """Replace the journal by the transcripts, in the order of the questions, and their record."""
         self.close()
-        self._record.unlink(missing_ok=True)  # never beside transcripts that are not its own
+        # A record must never lie beside transcripts of another run.
+        self._record.unlink(missing_ok=True)
         write_transcripts(items, self.path)
         with replacing(self._record) as temporary:
             temporary.write_text(json.dumps({"run": self.run, "answers": len(items)}, indent=1) + "\n")
@@ -113,7 +116,7 @@ class Journal:
         self._file.write(_line({"question": question, "items": [asdict(item) for item in items]}))
 
     def _other(self) -> str:
-        """In what the run whose answers are there differs from this one; empty where none is, or it is this one."""
+        """Return how the run whose answers are there differs from this one; "" where none is, or it is this one."""
         from influence_fast.settings import difference
 
         there = self.path.exists() and self.path.stat().st_size > 0
@@ -127,10 +130,11 @@ class Journal:
             return ""
         found = difference(before, self.run) or ""
         name = found.partition(":")[0]
-        return f"other {name}" if len(str(before.get(name))) == 64 else found  # not two hashes
+        # Two hashes would tell the user nothing.
+        return f"other {name}" if len(str(before.get(name))) == 64 else found
 
     def _finished(self) -> dict[int, list[EvalItem]]:
-        """The items of whole transcripts, if their record is this run's."""
+        """Return the items of complete transcripts, if their record is this run's."""
         if not (self._record.exists() and self.path.exists()):
             return {}
         record = _record_in(self._record)
@@ -138,7 +142,8 @@ class Journal:
         if record["run"] != self.run:
             return {}
         samples = int(self.run["config"]["samples"])
-        if len(rows) != record["answers"]:  # which line is whose cannot be told by its place
+        # With missing lines a line's place does not tell its question.
+        if len(rows) != record["answers"]:
             warnings.warn(
                 f"{self.path} is damaged: {len(rows)} of its {record['answers']} lines can be read; it is kept as "
                 f"{self.path.name}.damaged, and the questions are asked again",
@@ -161,7 +166,7 @@ class Journal:
 
 
 def _check_own(path: Path) -> None:
-    """DataError where `path` is a file of something else, which transcripts would replace."""
+    """Raise DataError where `path` is a file of something else, which transcripts would replace."""
     if path.is_file() and path.stat().st_size:
         rows = _read_lines(path)
         if not rows or not isinstance(rows[0], dict) or not {"generation", "extracted"} <= rows[0].keys():
@@ -169,7 +174,7 @@ def _check_own(path: Path) -> None:
 
 
 def _record_in(path: Path) -> dict[str, Any]:
-    """The record beside finished transcripts. Raises ConfigError for a damaged one."""
+    """Return the record beside finished transcripts. Raises ConfigError for a damaged one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {"run": dict(found["run"]), "answers": int(found["answers"])}
@@ -180,13 +185,14 @@ def _record_in(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file up to the first line that is none: an interruption may have torn it."""
+    """Return the JSON objects of a file up to the first line that is none: an interruption may have torn it."""
     rows = []
     with path.open("rb") as file:
         for line in file:
             try:
                 rows.append(json.loads(line.decode("utf-8")))
-            except (ValueError, RecursionError):  # no JSON, or a character cut in two
+            except (ValueError, RecursionError):
+                # The line is no JSON, or ends within a character.
                 break
     return rows
 

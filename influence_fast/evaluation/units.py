@@ -1,4 +1,4 @@
-r"""Units of measure and currencies in answers: 5 cm is 0.05 m, is no 5 m, and answers a question for 5."""
+r"""Units of measure and currencies in answers: 5 cm equals 0.05 m and not 5 m, and answers a question for 5."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ PERCENT = Unit((("percent", 1),))
 DEGREE = Unit((("degree", 1),))
 RADIAN = Unit((("radian", 1),))
 DOZEN = Unit((("dozen", 1),))
-COUNTED = "unit"  # of "square units": any unit
+# The dimension of "square units", which stands for any unit.
+COUNTED = "unit"
 
 
 _PREFIXES = {

@@ -1,4 +1,4 @@
-r"""What an answer may be: a number with a unit, a list, an interval, a matrix, an equation, a time, words."""
+r"""The kinds of answers: a number with a unit, a list, an interval, a matrix, an equation, a time, words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from influence_fast.evaluation.units import Unit
 
 @dataclass(frozen=True, slots=True)
 class Scalar:
-    """A number or expression; `units` are what its unit may mean, `label` the other words behind it."""
+    """A number or expression; `units` are the possible meanings of its unit, `label` the other words behind it."""
 
     node: Node
     units: tuple[Unit, ...] = ()
@@ -59,7 +59,7 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Equation:
-    """`left = right`; a chain of equalities keeps its first and last side. `left` is None for words."""
+    """An equation `left = right`; a chain of equalities keeps its first and last side. `left` is None for words."""
 
     left: Node | None
     right: Value
@@ -75,7 +75,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """`a : b`, of two or more terms."""
+    """A ratio `a : b` of two or more terms."""
 
     terms: tuple[Node, ...]
 

@@ -1,4 +1,4 @@
-"""Owns the grading worker, a process of its own: sympy can hang in C code or eat all memory, which no exception stops.
+"""Own the grading worker, a process of its own: no exception stops sympy in C code or its use of memory.
 
 math-verify's own limits need the main thread. A worker that overruns is killed and replaced.
 """
@@ -22,7 +22,7 @@ PROGRAM = Path(__file__).resolve().with_name("worker_main.py")
 
 
 class Worker:
-    """Owns one worker process: one JSON line in, one out. Started on first use, restarted after a kill."""
+    """Own one worker process, which reads and writes a JSON line a pair; it starts on first use and after a kill."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -36,7 +36,8 @@ class Worker:
         Raises ConfigError where the worker does not start.
         """
         with self._lock:
-            for _ in range(2):  # a worker may have died since its last item: once more with a new one
+            # A worker may have died since its last item, so a new one gets a second try.
+            for _ in range(2):
                 process = self._started()
                 request = {"answer": answer, "gold": gold, "timeout": timeout}
                 try:
@@ -92,7 +93,8 @@ def _pump(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> Non
     assert process.stdout is not None
     for line in process.stdout:
         lines.put(line)
-    lines.put(None)  # the worker is gone
+    # None says that the worker has ended.
+    lines.put(None)
 
 
 WORKER = Worker()

@@ -1,4 +1,4 @@
-"""The grading worker: reads pairs of answers as JSON lines, writes verdicts. Started by `worker.Worker` alone.
+"""Run the grading worker: read pairs of answers as JSON lines and write verdicts. Started by `worker.Worker` alone.
 
 It is run as a file with `python -I`, so that neither the current folder nor PYTHONPATH is on its path.
 """
@@ -12,11 +12,12 @@ import signal
 import sys
 from pathlib import Path
 
-MEMORY = 2 << 30  # bytes of address space: 9^9^9^9 must fail here, not take the machine
+# Bytes of address space: 9^9^9^9 must fail here and not exhaust the machine.
+MEMORY = 2 << 30
 
 
 class _OutOfTime(BaseException):
-    """Not an Exception: math-verify and sympy catch those."""
+    """An interruption that is no Exception, since math-verify and sympy catch those."""
 
 
 def _find_packages(others: list[str]) -> None:
@@ -39,7 +40,8 @@ def _limit_memory() -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     except (ImportError, ValueError, OSError):
-        pass  # no such limit on this system; the time limit still holds
+        # Without this limit on a system the time limit still holds.
+        pass
 
 
 def _alarm(signum: int, frame: object) -> None:
@@ -50,13 +52,15 @@ def serve() -> None:
     """Answer requests until the input ends. An alarm ends most overruns, cheaper than a kill and a new import."""
     _limit_memory()
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not be read as a reply
+    # Output of a library must not be read as a reply.
+    os.dup2(2, 1)
     logging.disable(logging.CRITICAL)
     _find_packages(sys.argv[1:])
     from influence_fast.evaluation.symbolic import verdict
 
     signal.signal(signal.SIGALRM, _alarm)
-    verdict(r"\sum_{k=1}^{3} k^2", "14")  # imports sympy and warms math-verify's parser before the clock runs
+    # This imports sympy and warms up math-verify's parser before any time is measured.
+    verdict(r"\sum_{k=1}^{3} k^2", "14")
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         request = json.loads(line)

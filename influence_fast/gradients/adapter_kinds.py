@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from influence_fast.errors import ModelError, listing
+from influence_fast.errors import ModelError, truncated_list
 
 _LORA = "LORA"
 _PROMPTS = "it trains numbers that are put before the text and no weight of a layer"
@@ -125,8 +125,8 @@ def check_together(name: str, layer: Any, active: Sequence[str]) -> None:
             _refuse_variant(name, type(layer.lora_variant[adapter]).__name__)
     if dora and len(active) > 1:
         raise ModelError(
-            f"{name}: the adapters {listing(active)} are active together, and {dora[0]!r} (DoRA) would scale the "
-            "others' outputs too: activate one at a time by set_adapter"
+            f"{name}: the adapters {truncated_list(active)} are active together, and {dora[0]!r} (DoRA) would scale "
+            "the others' outputs too: activate one at a time by set_adapter"
         )
 
 

@@ -198,6 +198,39 @@ def current_bounds() -> list[int] | None:
     return _bounds
 
 
+@dataclass(frozen=True, slots=True)
+class _PackOf:
+    """What `call` passes through a model to its attention, by the names that transformers gives them.
+
+    `packed_probe` and `packed_windows` are ours: lists that are told what reached the attention.
+    """
+
+    cu_seq_lens_q: list[int] | torch.Tensor | None = None
+    cu_seq_lens_k: list[int] | torch.Tensor | None = None
+    max_length_q: int | None = None
+    packed_probe: list[bool] | None = None
+    packed_windows: set[int] | None = None
+
+    @classmethod
+    def of(cls, keywords: dict[str, Any]) -> _PackOf:
+        return cls(**{name: keywords.get(name) for name in cls.__slots__})
+
+    def tell(self, varlen: bool, sliding_window: int | None) -> None:
+        """Tell the lists that ask for it that the bounds did reach the attention, and with which window."""
+        if self.packed_windows is not None and sliding_window is not None:
+            self.packed_windows.add(sliding_window)
+        if self.packed_probe is not None and self.cu_seq_lens_q is not None:
+            self.packed_probe.append(varlen)
+
+    def lengths(self, tokens: int) -> list[int]:
+        """Return the tokens of each example; all of them where no bounds came, as for one text."""
+        bounds = self.cu_seq_lens_q
+        if bounds is None:
+            return [tokens]
+        bounds = bounds.tolist() if isinstance(bounds, torch.Tensor) else bounds
+        return [end - start for start, end in pairwise(bounds)]
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,  # [1, heads, T, head_dim]
@@ -205,50 +238,45 @@ def packed_attention(
     value: torch.Tensor,  # [1, kv_heads, T, head_dim]
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
-    cu_seq_lens_q: list[int] | torch.Tensor | None = None,
-    cu_seq_lens_k: list[int] | torch.Tensor | None = None,
-    max_length_q: int | None = None,
-    packed_probe: list[bool] | None = None,
-    packed_windows: set[int] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: returns ([1, T, heads, head_dim], None)."""
+    """Attend within each example of a pack, as transformers' attention interface: ([1, T, heads, head_dim], None).
+
+    kwargs: those of `_PackOf`; what else transformers passes (dropout, which is zero here) has no effect. Raises
+    ModelError for an attention that has more than scaling and a window.
+    """
     for unsupported in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(unsupported) is not None:
             raise ModelError(f"attention with {unsupported} is not supported in packed batches")
-    varlen = _has_varlen(query, value)
-    if packed_windows is not None and sliding_window is not None:
-        packed_windows.add(sliding_window)
-    if packed_probe is not None and cu_seq_lens_q is not None:
-        packed_probe.append(varlen)  # the boundaries do reach the attention
-    if isinstance(cu_seq_lens_k, torch.Tensor) and max_length_q is not None and varlen:
-        return _varlen(query, key, value, cu_seq_lens_k, max_length_q, scaling, sliding_window), None
-    if cu_seq_lens_q is None:
-        lengths = [query.shape[2]]
-    else:
-        bounds = cu_seq_lens_q.tolist() if isinstance(cu_seq_lens_q, torch.Tensor) else cu_seq_lens_q
-        lengths = [end - start for start, end in pairwise(bounds)]
+    pack, varlen = _PackOf.of(kwargs), _has_varlen(query, value)
+    pack.tell(varlen, sliding_window)
+    if isinstance(pack.cu_seq_lens_k, torch.Tensor) and pack.max_length_q is not None and varlen:
+        return _varlen(query, key, value, pack.cu_seq_lens_k, pack.max_length_q, scaling, sliding_window), None
+    lengths = pack.lengths(query.shape[2])
     grouped = query.shape[1] != key.shape[1]
     if grouped and query.device.type == "cuda" and query.dtype == torch.float32:
-        # the one fused attention of cards that takes fp32 takes no groups, and without it T x T numbers are kept
+        # The one fused attention of GPUs that takes fp32 takes no groups, and without it T x T numbers are kept.
         key, value = (_repeated(heads, query.shape[1] // key.shape[1]) for heads in (key, value))
         grouped = False
-    # split, not slicing: its backward is one concatenation, where each slice's would be a zero-filled copy
+    # Split, not slicing: its backward is one concatenation, where each slice's would be a zero-filled copy.
     parts = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2), strict=True)
     outputs = []
     for q, k, v in parts:
-        n = q.shape[2]
-        mask = None
-        if sliding_window is not None and n > sliding_window:
-            distance = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)[None, :]
-            mask = (distance >= 0) & (distance < sliding_window)
+        mask = _window_mask(q.shape[2], sliding_window, q.device)
         out = scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
         outputs.append(_in_order(out).transpose(1, 2))
     return torch.cat(outputs, dim=1), None
+
+
+def _window_mask(n: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Return which of n keys each query sees, [n, n] bool; None where that is all keys before it."""
+    if sliding_window is None or n <= sliding_window:
+        return None
+    distance = torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)[None, :]
+    return (distance >= 0) & (distance < sliding_window)
 
 
 def _repeated(heads: torch.Tensor, times: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 
 from influence_fast.data.packing import IGNORED, Pack, pack_examples, teaches
-from influence_fast.errors import ModelError, listing
+from influence_fast.errors import ModelError, truncated_list
 from influence_fast.gradients import attention, fp8
 from influence_fast.gradients.layer_outputs import outputs_of
 from influence_fast.gradients.opened import OpenedModel
@@ -91,7 +91,7 @@ def compare_losses(
     )
     raise ModelError(
         f"{referee.name}: the engine's mean losses are not those of the model's own forward for "
-        f"{listing(differing)}: {remedy}"
+        f"{truncated_list(differing)}: {remedy}"
     )
 
 

@@ -1,5 +1,7 @@
 """Rows of `width` numbers that keep `ekfac`'s H^-1: the leading coordinates of H^-1/2 g, fitted on a sample.
 
+`ekfac` is Shampoo's eigenbasis with EK-FAC's corrected eigenvalues (`influence/ekfac.py`).
+
 A random sketch mixes the blocks that `ekfac` needs, so nothing but plain cosines is left to score sketched rows with.
 This one is fitted to the data before the store is built. With U_A, U_B, S and lambda of each LoRA factor's block G
 (m, n) as in `ekfac`, from the projected rows of a few hundred training examples,

@@ -21,7 +21,8 @@ import torch
 from influence_fast.data.packing import Pack
 from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ConfigError
-from influence_fast.gradients import backends, comparison, direct_use, fp8, graphs, opened
+from influence_fast.gradients import backends, comparison, direct_use, fp8, opened
+from influence_fast.gradients.cuda_graphs import CudaRecorder, Wish
 from influence_fast.gradients.layout import LayoutEntry, layout_of
 from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.loss import drawn_tokens
@@ -48,7 +49,7 @@ class GradientEngine:
     tokens than gradient rows (see `streaming`). With `bf16_rows` the kernels may write rows in bf16.
     `precision`: "auto", products with the base weights in the model's own dtype, or "fp8", those of the LoRA linears in
     8 bits (see `fp8`; ConfigError on entry where that cannot be).
-    `cuda_graphs`: replay recorded steps in place of launching each operation (see `graphs`). By default wherever they
+    `cuda_graphs`: replay recorded steps in place of launching each operation (see `cuda_graphs`). By default where they
     can be and the environment does not forbid it; with True, ConfigError where they cannot.
     """
 
@@ -62,7 +63,6 @@ class GradientEngine:
         bf16_rows: bool = False,
         precision: str = fp8.AUTO,
         cuda_graphs: bool | None = None,
-        losses_only: bool = False,
     ) -> None:
         fp8.check_precision(precision)
         if loss_reduction not in ("mean", "sum"):
@@ -70,7 +70,7 @@ class GradientEngine:
         self.model = unwrapped(model)
         self.loss_reduction = loss_reduction
         self.precision = precision
-        self.linears = linear_for_losses(self.model) if losses_only else find_linears(self.model, projection)
+        self.linears = self._find_linears(projection)
         self.device = self.linears[0].device
         self.backend, self.backend_why = backends.choose(backend, self.device, self.linears[0].dtype)
         self.reducer = _reducer(self.linears, projection, reducer)
@@ -79,7 +79,7 @@ class GradientEngine:
         self.base = opened.base_of(self.model)
         check_predicts_tokens(self.base)
         self.compared = False  # whether data of the user's own were
-        self._wish = graphs.Wish.of(cuda_graphs)
+        self._wish = Wish.of(cuda_graphs)
         self._why_no_graphs = opened.not_recordable(
             self.base, self.linears, self.reducer, self.backend, self.backend_why
         )
@@ -87,6 +87,10 @@ class GradientEngine:
         self._runner: Runner | None = None
         self._stack = contextlib.ExitStack()
         self._opened: OpenedModel | None = None
+
+    def _find_linears(self, projection: Projection | None) -> list[LoraLinear]:
+        """Return the linears whose gradients are in a row. Raises ModelError where there is none."""
+        return find_linears(self.model, projection)
 
     @property
     def opened(self) -> OpenedModel:
@@ -128,7 +132,7 @@ class GradientEngine:
             direct_use.check_weights(self._opened)
             if not self._wish.said and self._opened.kept_bytes(1) is None:
                 self.cuda_graphs = False  # a second pack's activations might not fit, and nothing would say so before
-            recorder = graphs.CudaRecorder(self.device) if self.cuda_graphs else None
+            recorder = CudaRecorder(self.device) if self.cuda_graphs else None
             self._runner = Runner(self._opened, self.reducer, self.loss_reduction, self.backend, recorder)
             self._stack = stack.pop_all()
         return self
@@ -180,6 +184,16 @@ class GradientEngine:
     def as_given(self) -> contextlib.AbstractContextManager[None]:
         """While the block runs, the model has the forwards and the attention that it was given with; dropout is off."""
         return self.opened.given.restored()
+
+
+class LossEngine(GradientEngine):
+    """Opens a model for the losses of examples alone, where it may have no LoRA layer."""
+
+    def __init__(self, model: Any, loss_reduction: str = "mean", precision: str = fp8.AUTO) -> None:
+        super().__init__(model, None, loss_reduction, precision=precision)
+
+    def _find_linears(self, projection: Projection | None) -> list[LoraLinear]:
+        return linear_for_losses(self.model)
 
 
 def _reducer(

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from influence_fast.errors import ModelError, listing
+from influence_fast.errors import ModelError, truncated_list
 from influence_fast.gradients.projection import Projection
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def sides_of(name: str) -> tuple[Side, Side]:
     """Return (left, right) of the factor called `name`. Raises ModelError for a name of no known kind."""
     kind = name.partition(".")[0]
     if kind not in SIDES:
-        raise ModelError(f"{name}: no gradient is known for a factor of this name; known are {listing(SIDES)}")
+        raise ModelError(f"{name}: no gradient is known for a factor of this name; known are {truncated_list(SIDES)}")
     return SIDES[kind]
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from influence_fast.data.adapter_names import is_adapter_parameter
 from influence_fast.data.fingerprints import held_adapters
 from influence_fast.data.wrappers import unwrapped
-from influence_fast.errors import ModelError, listing, say_once
+from influence_fast.errors import ModelError, truncated_list, warn_once
 from influence_fast.gradients.adapter_kinds import check_active_kinds, check_together
 from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.lora_bases import is_a_product, is_supported, other_targets
@@ -46,8 +46,8 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
     if not active:
         held = sorted({adapter for _, layer in layers for adapter in held_adapters(layer) or ()})
         raise ModelError(
-            f"no layer has the active adapter {listing(layers[0][1].active_adapters)}; they have "
-            f"{listing(held)}: call set_adapter with one of these"
+            f"no layer has the active adapter {truncated_list(layers[0][1].active_adapters)}; they have "
+            f"{truncated_list(held)}: call set_adapter with one of these"
         )
     refused = [name for name, layer, _ in active if not is_supported(layer)]
     if refused:
@@ -64,12 +64,12 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
     several = len({adapter for _, _, adapters in active for adapter in adapters}) > 1
     found = [_as_plain(name, layer, adapters, activations, several) for name, layer, adapters in active]
     if others := _beside_in(model):
-        say_once(logger, beside_warning(others))
+        warn_once(logger, beside_warning(others))
     if unfrozen := _unfrozen_in(model):
-        say_once(
+        warn_once(
             logger,
-            f"parameters beside LoRA factors ask for gradients ({listing(unfrozen)}); gradients and scores here are of "
-            "the factors alone: train with these frozen to have all of it scored",
+            f"parameters beside LoRA factors ask for gradients ({truncated_list(unfrozen)}); gradients and scores here "
+            "are of the factors alone: train with these frozen to have all of it scored",
         )
     return found
 
@@ -95,7 +95,7 @@ def _as_plain(name: str, layer: Any, active: list[str], activations: torch.dtype
         return _linear_of(name, layer, active, activations, several)
     if several:
         raise ModelError(
-            f"{name}: several adapters are active ({listing(active)} here), and LoRA on parameters has rows of "
+            f"{name}: several adapters are active ({truncated_list(active)} here), and LoRA on parameters has rows of "
             "one alone: activate one at a time by set_adapter"
         )
     return parameter_of(name, layer, active[0])

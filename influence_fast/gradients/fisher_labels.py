@@ -21,7 +21,7 @@ from torch import nn
 
 from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import IGNORED
-from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.engine import LossEngine
 from influence_fast.gradients.per_example import packs_for
 from influence_fast.philox import key, philox4x32
 
@@ -35,7 +35,7 @@ def sample_labels(
     seed: int = 0,
     max_tokens: int | None = None,
     precision: str = "auto",
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """The examples with each label that counts drawn from the model's prediction of that token.
 
@@ -45,18 +45,18 @@ def sample_labels(
         seed: with an example's tokens it decides the draws: not its neighbours, nor the device but for the rounding
             of probabilities.
         max_tokens, precision: as for `per_example_gradients`.
-        beat: is called after each batch.
+        heartbeat: is called after each batch.
 
     Returns copies with other `labels`, in the same order; one forward pass. Raises as `per_example_gradients`.
     """
     examples = as_examples(examples)
-    with GradientEngine(model, None, precision=precision, losses_only=True) as engine:
+    with LossEngine(model, precision=precision) as engine:
         packs = packs_for(engine, examples, max_tokens)
         drawn = [dict(example) for example in examples]
         for pack in packs:
             uniform = [_uniform(seed, examples[i]) for i in pack.indices]
             made = engine.draw(pack, torch.cat(uniform)).cpu()
-            beat()
+            heartbeat()
             for i, mine in zip(pack.indices, made.split([len(numbers) for numbers in uniform]), strict=True):
                 labels = examples[i]["labels"].clone()
                 labels[1:][labels[1:] != IGNORED] = mine.to(labels.dtype)

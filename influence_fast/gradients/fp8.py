@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from influence_fast.errors import ConfigError, did_you_mean, listing, say_once
+from influence_fast.errors import ConfigError, did_you_mean, truncated_list, warn_once
 from influence_fast.gradients.backends import TORCH, Torch
 from influence_fast.gradients.lora import LoraLinear
 
@@ -158,7 +158,7 @@ def weights_of(linears: Sequence[LoraLinear], backend: Torch = TORCH) -> list[Fp
     weight fits.
     """
     check_precision(FP8, sharded=any(linear.sharded for linear in linears))
-    if quantised := listing(linear.name for linear in linears if linear.quantized):
+    if quantised := truncated_list(linear.name for linear in linears if linear.quantized):
         raise ConfigError(
             f"precision: fp8 rounds base weights to 8 bits, and these are quantised already: {quantised}; use 'auto'"
         )
@@ -166,13 +166,13 @@ def weights_of(linears: Sequence[LoraLinear], backend: Torch = TORCH) -> list[Fp
     product = Product.on(first.device, first.dtype)
     others = [linear for linear in linears if not _fits(linear)]
     if others:
-        names = listing(f"{linear.name} ({linear.d_out} x {linear.d_in})" for linear in others)
+        names = truncated_list(f"{linear.name} ({linear.d_out} x {linear.d_in})" for linear in others)
         if len(others) == len(linears):
             raise ConfigError(
                 f"precision: fp8 wants weights whose sides are multiples of {MULTIPLE}, and there is none: {names}; "
                 "use 'auto'"
             )
-        say_once(logger, f"precision fp8: sides are no multiples of {MULTIPLE}, multiplied in {first.dtype}: {names}")
+        warn_once(logger, f"precision fp8: sides are no multiples of {MULTIPLE}, multiplied in {first.dtype}: {names}")
     return [Fp8Weight(linear.weight, product, backend) if _fits(linear) else None for linear in linears]
 
 

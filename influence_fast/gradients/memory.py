@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from influence_fast.errors import ConfigError, listing
+from influence_fast.errors import ConfigError, truncated_list
+from influence_fast.gradients.fp8 import FP8
 from influence_fast.gradients.fp8 import MULTIPLE as fp8_multiple
 from influence_fast.gradients.loss import CARD_TOKENS
+from influence_fast.gradients.row_spec import RowSpec
 
 MODULES = 7  # q, k, v, o, gate, up, down
 _NEEDED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -78,36 +80,51 @@ def layer_bytes(
     return norms + attention + weight_bytes * ((2 if fused_mlp else 3) * s.mlp + MODULES * columns + x)
 
 
+@dataclass(frozen=True, slots=True)
+class PackSize:
+    """What is in one packed batch: tokens, examples, and tokens that the loss counts (None: all)."""
+
+    tokens: int
+    examples: int = 1
+    completion_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BaseWeights:
+    """The base model's weights: how many, the bytes of one (2 for bf16), and those that are stored in fewer bits.
+
+    Of the last, one is dequantised at a time.
+    """
+
+    parameters: int
+    bytes: int = 2
+    quantized: QuantizedWeights | None = None
+
+
 def gradient_memory(
     config: Any,
-    tokens: int,
+    pack: PackSize,
+    weights: BaseWeights,
+    spec: RowSpec,
     *,
-    parameters: int,
     rank: int = 16,
-    dim: int = 16,
-    examples: int = 1,
     row: int | None = None,
-    completion_tokens: int | None = None,
-    weight_bytes: int = 2,
     checkpointing: bool = True,
     triton: bool = True,
-    fp8: bool = False,
-    quantized: QuantizedWeights | None = None,
 ) -> GradientMemory:
-    """The sum for a pack of `tokens` tokens and `examples` examples, projected rows (`one_sided` or `kron`).
+    """Return the sum for a pack, with projected rows (`one_sided` or `kron`).
 
-    config: the model's transformers configuration. parameters: of the base model. row: numbers in a row, by default
-    those of the projection without a sketch. completion_tokens: that the loss counts, by default all. weight_bytes:
-    2 for bf16. checkpointing: layers are computed again in the backward. triton: else PyTorch adds up in fp32. fp8:
-    products with the frozen weights in 8 bits, on a card. quantized: those of the parameters that are stored in fewer
-    bits, one of which is dequantised at a time.
+    config: the model's transformers configuration. spec: how rows are made; with precision "fp8" on a card. rank: of
+    the adapter. row: numbers in a row, by default the spec's width, or those of the projection without a sketch.
+    checkpointing: layers are computed again in the backward. triton: else PyTorch adds up in fp32.
 
     Not in it: the CUDA context, what an operation uses inside itself, fragmentation. Raises ConfigError for a
     configuration that names no such sizes.
     """
     s = _Shape.of(config)
-    w, columns = weight_bytes, rank + dim
-    counted = tokens if completion_tokens is None else completion_tokens
+    w, columns, fp8, tokens = weights.bytes, rank + spec.dim, spec.precision == FP8, pack.tokens
+    quantized, parameters = weights.quantized, weights.parameters
+    counted = tokens if pack.completion_tokens is None else pack.completion_tokens
     ends = s.layers * s.module_ends
     throughout = {
         "weights": parameters * w if quantized is None else (parameters - quantized.parameters) * w + quantized.stored,
@@ -135,7 +152,7 @@ def gradient_memory(
         # PyTorch's norms hold on to theirs, but for the input of a layer that is computed again
         work += inputs if checkpointing else 2 * inputs
     chunk = min(counted, CARD_TOKENS)
-    numbers = row if row is not None else 2 * rank * dim * MODULES * s.layers
+    numbers = row or spec.width or 2 * rank * spec.dim * MODULES * s.layers
 
     def moment(saved: int, **more: int) -> dict[str, int]:
         named = {"layer inputs" if checkpointing else "activations of all layers": saved, "rotary angles": angles}
@@ -155,7 +172,7 @@ def gradient_memory(
             "kept for the sums: [h | z] and [u | y] of all layers": s.layers * sides,
             "the same, stacked by rank": s.layers * sides,
             "the same in fp32": 0 if triton or w >= 4 else 2 * s.layers * sides,
-            "rows, and by PyTorch the factors that become them": (1 if triton else 2) * 4 * examples * numbers,
+            "rows, and by PyTorch the factors that become them": (1 if triton else 2) * 4 * pack.examples * numbers,
         },
     }
     if checkpointing:
@@ -188,7 +205,7 @@ class _Shape:
         if missing:
             kind = getattr(config, "model_type", type(config).__name__)
             raise ConfigError(
-                f"no memory sum for a {kind} model: its configuration has no {listing(missing)}; "
+                f"no memory sum for a {kind} model: its configuration has no {truncated_list(missing)}; "
                 "measure a short batch instead"
             )
         heads = config.num_attention_heads

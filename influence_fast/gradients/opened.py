@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +28,11 @@ from influence_fast.gradients.input_groups import InputGroup, Product, replaced_
 from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.lora_parameters import LoraParameter
 from influence_fast.gradients.memory import layer_bytes
+from influence_fast.gradients.pack_isolation import Separation
 from influence_fast.gradients.probing import call_packed, heed_order, heed_parameters, probe, probe_tokens
 from influence_fast.gradients.reduction import Reducer
 from influence_fast.gradients.referee import Referee, decoder_of
-from influence_fast.gradients.separation import Separation
 from influence_fast.gradients.tolerance import Tolerance
-
-logger = logging.getLogger(__name__)
 
 # Heads that do more than a matrix product; their logits are taken from the model itself. Named, since two tokens of an
 # untrained model need not show it (softcapping); what has no name here is found by trying.

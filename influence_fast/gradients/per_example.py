@@ -19,11 +19,13 @@ from influence_fast.data.packing import (
     pack_examples,
     say_if_beyond,
 )
-from influence_fast.errors import ConfigError, DataError, NumericError, listing
-from influence_fast.gradients.engine import GradientEngine
+from influence_fast.deprecation import OldCall, also_called_as, moved
+from influence_fast.errors import ConfigError, DataError, NumericError, truncated_list
+from influence_fast.gradients.engine import GradientEngine, LossEngine
 from influence_fast.gradients.fp8 import AUTO
 from influence_fast.gradients.probe_texts import vocabulary_of
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.projection import EXACT, Projection
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.row_codec import decoded, encoded
 from influence_fast.transfer import WriteBehind, to_device
@@ -32,6 +34,8 @@ __all__ = ["Projection", "gradient_layout", "iter_gradient_rows", "per_example_g
 
 # Measured on a 2-core CPU at 256 wide: packs of 1k to 4k tokens differ by a few per cent; GPUs want more.
 DEFAULT_MAX_TOKENS = {"cpu": 2048, "cuda": 16384}
+EXACT_ROWS = RowSpec(EXACT, dtype="fp32")
+_OF_SPEC = ("projection", "loss_reduction", "max_tokens", "row_dtype", "precision")  # keywords before there were specs
 
 
 def per_example_gradients(
@@ -61,7 +65,7 @@ def per_example_gradients(
         backend: "auto", "triton" or "torch" (see `backends`); by default what INFLUENCE_FAST_BACKEND says, or "auto".
         precision: "auto", the model's own dtype throughout, or "fp8": the LoRA linears' products with their frozen
             weights in 8 bits (see `fp8`). That changes the numbers: compare with rows of the same precision alone.
-        cuda_graphs: replay recorded steps on a card (see `graphs`); by default wherever they can be, unless
+        cuda_graphs: replay recorded steps on a card (see `cuda_graphs`); by default wherever they can be, unless
             INFLUENCE_FAST_CUDA_GRAPHS is 0.
 
     Returns:
@@ -86,7 +90,7 @@ def per_example_gradients(
             out.index_copy_(0, to_device(torch.tensor(pack.indices), device), rows)
     bad = out.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist()
     if bad:
-        names = listing(example_name(examples[i], i) for i in bad)
+        names = truncated_list(example_name(examples[i], i) for i in bad)
         raise NumericError(
             f"the gradient is NaN or infinite for {names}: look at these examples and the adapter's weights, "
             "or run the model in float32"
@@ -122,46 +126,62 @@ class KeptEngine:
         return engine
 
 
+def _spec_of_old_call(values: dict[str, Any]) -> dict[str, Any]:
+    """Translate `iter_gradient_rows(model, examples, projection=..., loss_reduction=..., ...)`."""
+    made = moved(values, ("loss_reduction", "max_tokens", "precision"))
+    dtype = values.pop("row_dtype", "fp32")
+    return values | {"spec": RowSpec.of(values.pop("projection", None), dtype=dtype, **made)}
+
+
+@also_called_as(
+    OldCall(
+        positional=("model", "examples"),
+        keywords=(*_OF_SPEC, "backend", "skip", "losses", "engine"),
+        marks=_OF_SPEC,
+        translate=_spec_of_old_call,
+        instead="iter_gradient_rows(model, examples, RowSpec.of(projection, ...))",
+    )
+)
 def iter_gradient_rows(
     model: nn.Module,
     examples: Sequence[Mapping[str, Any]],
+    spec: RowSpec = EXACT_ROWS,
     *,
-    projection: Projection | None = None,
-    loss_reduction: str = "mean",
-    max_tokens: int | None = None,
     backend: str | None = None,
     skip: Collection[int] = (),
-    row_dtype: str = "fp32",
-    precision: str = AUTO,
     losses: torch.Tensor | None = None,
     engine: KeptEngine | None = None,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """As `per_example_gradients`, one packed batch at a time: (indices into `examples`, CPU rows [n, k]).
+    """Yield the rows of one packed batch after the other: (indices into `examples`, CPU rows [n, k]).
 
-    Rows come in packing order and may hold NaN or infinite numbers; the caller decides what to do with those.
-    `skip`: places whose rows are not needed. Batches of none but these are left out, and the others are what they
-    would have been.
-    `row_dtype`: the dtype of the store that the rows are for. From a card they come in it, and are fp32 again here:
-    rounded, but the same bits in that store. A batch then comes once the next one has been launched.
-    `losses`: fp32 [E] on the CPU, in which the completion losses of a batch's examples are when it comes.
-    `engine`: what keeps the engine open from one call to the next.
+    Rows come in packing order and may hold NaN or infinite numbers; the caller decides what to do with those. Raises
+    as `per_example_gradients`.
+
+    Args:
+        spec: how rows are made. From a card they come in its `dtype`, and are fp32 again here: rounded, but the same
+            bits in a store of that dtype. A batch then comes once the next one has been launched.
+        backend: as in `per_example_gradients`.
+        skip: places whose rows are not needed. Batches of none but these are left out, and the others are what they
+            would have been.
+        losses: fp32 [E] on the CPU, in which the completion losses of a batch's examples are when it comes.
+        engine: what keeps the engine open from one call to the next.
     """
     settings: dict[str, Any] = {
-        "projection": projection,
-        "loss_reduction": loss_reduction,
+        "projection": spec.projection(),
+        "loss_reduction": spec.loss_reduction,
         "backend": backend,
-        "bf16_rows": row_dtype == "bf16",
-        "precision": precision,
+        "bf16_rows": spec.dtype == "bf16",
+        "precision": spec.precision,
     }
     with KeptEngine() if engine is None else contextlib.nullcontext(engine) as kept:
         opened = kept.open(model, settings)
         behind = WriteBehind(opened.device)
-        for pack in packs_for(opened, examples, max_tokens):
+        for pack in packs_for(opened, examples, spec.max_tokens):
             if skip and set(pack.indices) <= set(skip):
                 continue
             rows, found = opened.run(pack)
             compare_once(opened, pack, found, examples)
-            sent = encoded(rows, row_dtype, opened.backend.int8_rows) if behind.crosses else [rows]
+            sent = encoded(rows, spec.dtype, opened.backend.int8_rows) if behind.crosses else [rows]
             for batch in behind.push(pack.indices, [*sent, found]):
                 yield _received(batch, losses)
         for batch in behind.flush():
@@ -197,7 +217,7 @@ def per_example_losses(model: nn.Module, examples: Held, *, loss_reduction: str 
     `examples` as for `per_example_gradients`. Raises DataError as that does.
     """
     examples = as_examples(examples)
-    with GradientEngine(model, None, loss_reduction, losses_only=True) as engine:
+    with LossEngine(model, loss_reduction) as engine:
         out = torch.empty(len(examples), dtype=engine.reducer.dtype)
         for pack in packs_for(engine, examples, None):
             losses = engine.losses(pack)

@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from influence_fast.data.packing import Pack
-from influence_fast.errors import ModelError, listing, say_once
+from influence_fast.errors import ModelError, truncated_list, warn_once
 from influence_fast.gradients import attention
 from influence_fast.gradients.autograd_parameters import AutogradParameters, Part, SplitModule
 from influence_fast.gradients.lora import LoraLinear
 from influence_fast.gradients.lora_bases import other_targets
 from influence_fast.gradients.lora_parameters import LoraParameter
+from influence_fast.gradients.pack_isolation import Separation
 from influence_fast.gradients.referee import Referee
 from influence_fast.gradients.routed import RoutedExperts
 from influence_fast.gradients.routed_modules import routed_modules
-from influence_fast.gradients.separation import Separation
 from influence_fast.gradients.token_order import out_of_order
 
 logger = logging.getLogger(__name__)
@@ -113,16 +113,16 @@ def _heed_calls(linears: Sequence[LoraLinear], calls: Sequence[int], strange: se
             f"or of an encoder: name layers of the text decoder in {linears[0].named_by}"
         )
     if unused:
-        say_once(
+        warn_once(
             logger,
-            f"the model's forward on text never calls the {linears[0].noun}s {listing(unused)}, whose gradients are "
-            f"zero; rows are shorter without them{other_targets(names, unused, linears[0].named_by)}",
+            f"the model's forward on text never calls the {linears[0].noun}s {truncated_list(unused)}, whose gradients "
+            f"are zero; rows are shorter without them{other_targets(names, unused, linears[0].named_by)}",
         )
     if not routed:
         return mode
     if mode.packs_pay:
         name = names[min(routed)]
-        say_once(logger, f"{name}: sees other tokens than a text's (a routed expert?), so examples go one at a time")
+        warn_once(logger, f"{name}: sees other tokens than a text's (a routed expert?), so examples go one at a time")
     return replace(mode, apart=False)
 
 
@@ -135,7 +135,7 @@ def heed_order(
     if found is None:
         return mode
     name = next(member.name for member in linears if member.layer is found)
-    say_once(logger, f"{name}: sees the tokens of a pack in another order, so examples go one at a time")
+    warn_once(logger, f"{name}: sees the tokens of a pack in another order, so examples go one at a time")
     return replace(mode, apart=False)
 
 
@@ -143,7 +143,7 @@ def heed_parameters(parts: Sequence[Part], mode: Separation) -> Separation:
     """Return how to call a model with LoRA on parameters, and say what of its experts is not scored."""
     kinds = {type(part) for part in parts}
     if RoutedExperts in kinds and SplitModule not in kinds:
-        say_once(
+        warn_once(
             logger,
             "routed experts are scored at the model's own choice of experts, which has no gradient; its routers have "
             "no LoRA and are left out",
@@ -154,5 +154,5 @@ def heed_parameters(parts: Sequence[Part], mode: Separation) -> Separation:
     if mode.packs_pay:
         _, member = alone[0].members[0]
         what = f"LoRA on the parameter {member.parameter} of {type(member.module).__name__}"
-        say_once(logger, f"{member.name}: {what} is differentiated as it stands, so examples go one at a time")
+        warn_once(logger, f"{member.name}: {what} is differentiated as it stands, so examples go one at a time")
     return replace(mode, apart=False)

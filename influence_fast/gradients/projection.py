@@ -49,7 +49,7 @@ class Projection:
 
     Raises ConfigError for an unknown kind or a value out of range, or a sketch that was fitted for other ones.
 
-        inf.Projection(kind="kron", dim=32, target="all-linear")
+        Projection(kind="kron", dim=32, target="all-linear")
     """
 
     kind: str = "one_sided"

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
 from influence_fast.data.packing import IGNORED, Pack, context_of, pack_examples
-from influence_fast.errors import ModelError, one_line, say_once
+from influence_fast.errors import ModelError, one_line, warn_once
 from influence_fast.gradients import attention
 from influence_fast.gradients.layer_outputs import (
     CoarsestRounding,
@@ -37,8 +37,8 @@ from influence_fast.gradients.layer_outputs import (
     recorded_layers,
     rounded_layers,
 )
+from influence_fast.gradients.pack_isolation import Separation, StatefulModelError, separation
 from influence_fast.gradients.probe_texts import limits, probe_texts
-from influence_fast.gradients.separation import Separation, StatefulModelError, separation
 from influence_fast.gradients.tolerance import FLOOR_16, Tolerance
 
 logger = logging.getLogger(__name__)
@@ -220,13 +220,13 @@ class Referee:
                 stack.close()
                 verdict = Separation(False, takes_bounds=False, own_attention=True, why=why)
                 self._require_own(module, whole, verdict)
-                say_once(
+                warn_once(
                     logger,
                     f"{self.name}: examples go one at a time and with the model's own attention, which packed "
                     f"attention does not reproduce ({why})",
                 )
             elif not verdict.apart:
-                say_once(logger, f"{self.name}: examples go one at a time ({why})")
+                warn_once(logger, f"{self.name}: examples go one at a time ({why})")
                 verdict = replace(verdict, why=why)
             yield verdict
 

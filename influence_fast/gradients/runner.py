@@ -9,7 +9,7 @@ import torch
 
 from influence_fast.data.packing import Pack
 from influence_fast.gradients.backends import Torch
-from influence_fast.gradients.graphs import Recorder, StepGraphs
+from influence_fast.gradients.cuda_graphs import Recorder, StepGraphs
 from influence_fast.gradients.opened import OpenedModel
 from influence_fast.gradients.reduction import Reducer
 from influence_fast.gradients.step import step

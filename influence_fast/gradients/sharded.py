@@ -16,9 +16,9 @@ from torch import nn
 from influence_fast.data.adapter_names import is_adapter_parameter
 from influence_fast.errors import ModelError
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.per_example import compare_once, packs_for
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.per_example import EXACT_ROWS, compare_once, packs_for
 from influence_fast.gradients.quantized import kind_of
+from influence_fast.gradients.row_spec import RowSpec
 
 
 def shard_model(model: Any, mesh: Any = None) -> Any:
@@ -75,10 +75,8 @@ class LockstepRows:
         self,
         model: nn.Module,
         examples: Sequence[Mapping[str, Any]],
+        spec: RowSpec = EXACT_ROWS,
         *,
-        projection: Projection | None = None,
-        loss_reduction: str = "mean",
-        max_tokens: int | None = None,
         skip: Collection[int] = (),
         losses: torch.Tensor | None = None,
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
@@ -86,8 +84,8 @@ class LockstepRows:
         import torch.distributed as dist
 
         rank, world = dist.get_rank(self.group), dist.get_world_size(self.group)
-        with GradientEngine(model, projection, loss_reduction) as engine:
-            packs = [p for p in packs_for(engine, examples, max_tokens) if not set(p.indices) <= set(skip)]
+        with GradientEngine(model, spec.projection(), spec.loss_reduction) as engine:
+            packs = [p for p in packs_for(engine, examples, spec.max_tokens) if not set(p.indices) <= set(skip)]
             for start in range(0, len(packs), world):
                 turn = packs[start : start + world]
                 rows, own_losses = engine.run(turn[rank % len(turn)])

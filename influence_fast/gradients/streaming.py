@@ -20,14 +20,16 @@ from torch import nn
 
 from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import example_name
-from influence_fast.errors import DataError, NumericError, listing
+from influence_fast.deprecation import OldCall, also_called_as, moved
+from influence_fast.errors import ConfigError, DataError, NumericError, truncated_list
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.factors import Block, Side, tokens_of
 from influence_fast.gradients.layout import LayoutEntry, layout_width
 from influence_fast.gradients.lora import LoraLinear
-from influence_fast.gradients.per_example import compare_once, packs_for
-from influence_fast.gradients.projection import EXACT, Projection
+from influence_fast.gradients.per_example import EXACT_ROWS, compare_once, packs_for
+from influence_fast.gradients.projection import EXACT
 from influence_fast.gradients.reduction import Reducer, pack_segments
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.progress import track
 from influence_fast.transfer import to_device
 
@@ -41,19 +43,31 @@ _CHUNK = 1 << 24
 _KERNEL_COLUMNS = 256
 # Queries whose columns cost no more than forming gradients, on a 256-wide model; riding keeps less memory.
 _RIDING = 4
+_OF_SPEC = ("loss_reduction", "max_tokens", "precision", "target")  # keywords before there were specs
 
 
+def _spec_of_old_call(values: dict[str, Any]) -> dict[str, Any]:
+    """Translate `stream_influence(model, examples, queries, loss_reduction=..., target=..., ...)`."""
+    return values | {"spec": RowSpec(EXACT, dtype="fp32", **moved(values, _OF_SPEC))}
+
+
+@also_called_as(
+    OldCall(
+        positional=("model", "examples", "query_gradients"),
+        keywords=(*_OF_SPEC, "backend", "progress"),
+        marks=_OF_SPEC,
+        translate=_spec_of_old_call,
+        instead="stream_influence(model, examples, query_gradients, RowSpec('none', ...))",
+    )
+)
 def stream_influence(
     model: nn.Module,
     examples: Held,
     query_gradients: torch.Tensor,
+    spec: RowSpec = EXACT_ROWS,
     *,
-    loss_reduction: str = "mean",
-    max_tokens: int | None = None,
     backend: str | None = None,
-    precision: str = "auto",
     progress: bool = False,
-    target: str | Sequence[str] | None = None,
 ) -> torch.Tensor:
     """Return inner products of every example's exact gradient with every query gradient, in one pass over the data.
 
@@ -63,39 +77,44 @@ def stream_influence(
         query_gradients: (q, k) exact rows, laid out as `gradient_layout(model)`: those of `per_example_gradients`
             with `projection=None`, their mean over a group of queries, or what a preconditioner's `apply` made of them.
             With a target: those of `Projection("none", target=target)`.
-        loss_reduction: `"mean"` over the example's completion tokens, or `"sum"`.
-        max_tokens: tokens in one packed batch; changes speed and memory, not the numbers.
+        spec: of kind "none": its loss reduction and precision, which the query gradients have too, and for a model
+            without an adapter the target, the linears that the gradients are of.
         backend: "auto", "triton" (kernel `segment_bilinear`) or "torch" (see `backends`).
-        precision: as in `per_example_gradients`; give query gradients of the same one.
         progress: a progress bar on stderr.
-        target: for a model without an adapter, the linears that the gradients are of (see `Projection`).
 
     Returns:
         (E, q) scores on the model's device: fp32, or fp64 for an fp64 model. Positive: more of the example lowers
         the query's loss.
 
     Raises:
+        ConfigError: a spec of other than exact rows.
         DataError: the queries do not fit the model, or an example is malformed (see `per_example_gradients`).
         ModelError: the model has no LoRA layer, or one this package cannot differentiate.
         NumericError: a query or a score is NaN or infinite; the message names the examples.
     """
+    if spec.kind != EXACT:
+        raise ConfigError(
+            f"stream_influence: the products are of whole gradients, not of rows of kind {spec.kind!r}; give "
+            f"RowSpec({EXACT!r}) and exact query gradients"
+        )
 
     def reducer(linears: list[LoraLinear], layout: list[LayoutEntry]) -> Reducer:
         return StreamReducer(linears, layout, query_gradients)
 
     examples = as_examples(examples)
-    exact = None if target is None else Projection(EXACT, target=target)
-    with GradientEngine(model, exact, loss_reduction, backend, reducer=reducer, precision=precision) as engine:
+    with GradientEngine(
+        model, spec.projection(), spec.loss_reduction, backend, reducer=reducer, precision=spec.precision
+    ) as engine:
         scores = torch.empty(len(examples), engine.width, dtype=engine.reducer.dtype, device=engine.device)
         places = list(range(len(examples)))
-        _score(engine, examples, places, scores, max_tokens, progress)
+        _score(engine, examples, places, scores, spec.max_tokens, progress)
         # A NaN may come from a neighbour in the pack (0 * NaN in masked attention): suspects go once more, alone.
         suspects = _not_finite(scores)
         if suspects:
             _score(engine, examples, suspects, scores, 1, False)
             suspects = _not_finite(scores)
     if suspects:
-        names = listing(example_name(examples[i], i) for i in suspects)
+        names = truncated_list(example_name(examples[i], i) for i in suspects)
         raise NumericError(
             f"the influence is NaN or infinite for {names}: look at these examples and the adapter's weights, "
             "or run the model in float32"
@@ -146,7 +165,8 @@ class StreamReducer(Reducer):
         bad = _not_finite(self.queries)
         if bad:
             raise NumericError(
-                f"query gradients: NaN or infinite numbers in row {listing(map(str, bad))}; leave these queries out"
+                f"query gradients: NaN or infinite numbers in row {truncated_list(map(str, bad))}; "
+                "leave these queries out"
             )
         self._wide = linears[0].dtype in (torch.float32, torch.float64)
         factors = [block.factor for blocks in self.blocks for block in blocks]

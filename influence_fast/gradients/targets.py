@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from influence_fast.data.wrappers import unwrapped
-from influence_fast.errors import ConfigError, ModelError, did_you_mean, listing, say_once
+from influence_fast.errors import ConfigError, ModelError, did_you_mean, truncated_list, warn_once
 from influence_fast.gradients.factors import Columns, Factor, make_factor
 from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.gradients.layout import LayoutEntry, in_top_layers, layout_of, layout_width
@@ -173,7 +173,9 @@ def _find_plain(model: nn.Module, target: str | tuple[str, ...]) -> list[LoraLin
             f"target{working_targets(names, [n for n, _ in shared]) or f', as by target={ALL_LINEAR!r}'}"
         )
     if shared:
-        say_once(logger, f"target {ALL_LINEAR!r} leaves out {listing(name for name, _ in shared)}: tied weights")
+        warn_once(
+            logger, f"target {ALL_LINEAR!r} leaves out {truncated_list(name for name, _ in shared)}: tied weights"
+        )
     chosen = [(name, layer) for name, layer in chosen if layer not in tied]
     faults = {name: fault for name, layer in chosen if (fault := _fault(layer)) is not None}
     if faults:
@@ -202,7 +204,7 @@ def _named(model: nn.Module, targets: Iterable[str]) -> list[tuple[str, Any]]:
             inner = sorted({n.rpartition(".")[2] for n, m in modules if n.startswith(f"{name}.") and _is_linear(m)})
             raise ModelError(
                 f"target {target!r}: {name} is a {type(module).__name__}, and rows are of the weights of linears; "
-                + (f"name those in it: {listing(inner, 10)}" if inner else "leave it out")
+                + (f"name those in it: {truncated_list(inner, 10)}" if inner else "leave it out")
             )
         if not found:
             known = {name.rpartition(".")[2] for name, module in modules if _is_linear(module)}
@@ -253,7 +255,7 @@ def _say_what_is_left(model: nn.Module, layers: Sequence[Any]) -> None:
     taken = sum(layer.weight.numel() for layer in layers)
     total = sum(counts.values())
     if taken < total:
-        say_once(
+        warn_once(
             logger,
             f"rows are of the weights of {len(layers)} linears, {100 * taken / total:.0f} % of the model's "
             "parameters: biases, norms, embeddings and what target leaves out are not in gradients and scores",

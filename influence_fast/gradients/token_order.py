@@ -1,4 +1,4 @@
-"""Do LoRA layers see a pack's tokens in the pack's order? Tried by differentiation, as packs are (`separation`).
+"""Do LoRA layers see a pack's tokens in the pack's order? Tried by differentiation, as packs are (`pack_isolation`).
 
 Sums over an example are over the rows between its bounds. A layer of as many rows in another order, as of tokens
 sorted by expert, would add one example's gradient to another's row.

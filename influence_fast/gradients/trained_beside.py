@@ -9,13 +9,13 @@ from torch import nn
 
 from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
 from influence_fast.data.fingerprints import active_adapters
-from influence_fast.errors import listing
+from influence_fast.errors import truncated_list
 
 
 def beside_warning(others: Sequence[str]) -> str:
     """What is said of an adapter that trains `others` (see `trained_beside`)."""
     return (
-        f"the adapter trains more than LoRA factors ({listing(others)}); gradients and scores here are of the "
+        f"the adapter trains more than LoRA factors ({truncated_list(others)}); gradients and scores here are of the "
         "factors alone: train without modules_to_save, trainable_token_indices and bias to have all of it scored"
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from influence_fast.errors import ConfigError, DataError, ModelError, listing, say_once
+from influence_fast.errors import ConfigError, DataError, ModelError, truncated_list, warn_once
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.statistics.ranks import average_ranks, spearman
 
@@ -58,9 +58,9 @@ def learning_rates(checkpoints: str | Path | Sequence[str | Path], *, average: b
     Raises ModelError where a checkpoint has no such file or no rate can be known, its groups of parameters have rates
     of their own (LoRA+), or the folder has no checkpoint, ConfigError for steps out of order.
 
-        rates = inf.learning_rates("run", average=True)
+        rates = learning_rates("run", average=True)
     """
-    from influence_fast.training.fine_tuning import list_checkpoints
+    from influence_fast.training.files import list_checkpoints
     from influence_fast.training.schedules import checkpoint_rates, group_rates
 
     if isinstance(checkpoints, (str, Path)):
@@ -78,8 +78,9 @@ def learning_rates(checkpoints: str | Path | Sequence[str | Path], *, average: b
         if len(groups := group_rates(folder)) > 1:
             raise ModelError(
                 f"{folder} was trained with {len(groups)} learning rates, one for each group of parameters "
-                f"({listing(f'{rate:g}' for rate in groups)}), and scores take one for each checkpoint: give the rates "
-                "yourself, for example those of the group that matters, as checkpoint_scores([(folder, rate), ...])"
+                f"({truncated_list(f'{rate:g}' for rate in groups)}), and scores take one for each checkpoint: give "
+                "the rates yourself, for example those of the group that matters, as "
+                "checkpoint_scores([(folder, rate), ...])"
             )
         replayed = checkpoint_rates(folder, state.step, previous, state.max_steps, state.logged)
         if replayed is not None:
@@ -121,7 +122,7 @@ def _logged_rate(folder: Path, state: _TrainerState, since: int, average: bool) 
             f"{folder / STATE} logs no learning rate up to step {state.step}, and its scheduler is not known: log more "
             "often, or give it"
         )
-    say_once(
+    warn_once(
         logger,
         f"{folder.parent}: the scheduler of its checkpoints cannot be run again (no training_args.bin, a schedule of "
         "its own, or skipped steps); learning rates are those that were logged, which are of some steps only",
@@ -153,7 +154,9 @@ def checkpoint_scores(
         raise ConfigError("no checkpoints to score: train with save_checkpoints set, or list them")
     wrong = [f"{path} ({rate})" for path, rate in zip(paths, rates, strict=True) if not 0 <= rate < math.inf]
     if wrong or not any(rates):
-        raise ConfigError(f"learning rates must be at least 0, and not all 0: {listing(wrong or map(str, paths))}")
+        raise ConfigError(
+            f"learning rates must be at least 0, and not all 0: {truncated_list(wrong or map(str, paths))}"
+        )
     tables: list[ScoreTable] = []
     for path in paths:
         table = score(path)
@@ -197,7 +200,7 @@ def _aligned(table: ScoreTable, first: ScoreTable, path: Path) -> ScoreTable:
     if odd or len(table.ids) != len(first.ids):
         raise DataError(
             f"{path}: its scores and those of the first checkpoint are not of the same examples: "
-            f"{listing(odd or table.ids)}; leave these out of both"
+            f"{truncated_list(odd or table.ids)}; leave these out of both"
         )
     missing = sorted({name for name in first.columns.keys() ^ table.columns.keys() if name.startswith("s_")})
     if missing:

@@ -1,4 +1,9 @@
-"""`ekfac`: eigenvalue-corrected Kronecker factors of each LoRA factor's block (George et al. 2018, arXiv 1806.03884).
+"""`ekfac`: Shampoo's eigenbasis of each LoRA factor's block, with EK-FAC's corrected eigenvalues.
+
+The two sides come from second moments of whole per-example gradients, E[G G^T] and E[G^T G], as Shampoo's do (Gupta et
+al. 2018, arXiv 1802.09568), where K-FAC takes those of a layer's inputs and of its output gradients. In the basis that
+their eigenvectors span, the eigenvalues are those that EK-FAC puts there: the mean squares of the rotated gradients
+(George et al. 2018, arXiv 1806.03884). Peers' EK-FAC has K-FAC's basis, so its scores are near these and not equal.
 
 A block of a row is a matrix G (m, n): (r, p) and (p, r) for projected rows, (r, d_in) and (d_out, r) for exact ones.
 
@@ -31,7 +36,7 @@ from influence_fast.influence.damping import (
 
 @dataclass(frozen=True)
 class Ekfac:
-    """The eigenbases and damped eigenvalues of every factor block, fp64."""
+    """Shampoo's eigenbases of every factor block and EK-FAC's damped, corrected eigenvalues in them, fp64."""
 
     factors: list[LayoutEntry]
     bases: list[tuple[torch.Tensor, torch.Tensor]]  # U_A [m, m], U_B [n, n]
@@ -57,7 +62,7 @@ class Ekfac:
 
 
 def fit_ekfac(row_blocks: RowBlocks, factors: list[LayoutEntry] | None, damping: Damping) -> Ekfac:
-    """Fits `Ekfac` in two passes over the rows (four for "auto"): Kronecker factors, then corrected eigenvalues.
+    """Fit `Ekfac` in two passes over the rows (four for "auto"): Shampoo's factors, then EK-FAC's eigenvalues.
 
     factors: shape and offset of every factor's block in a row, as `gradient_layout` lists them. Raises ConfigError
     where they are unknown (a row that was sketched has no such blocks) or a side is too wide.

@@ -18,24 +18,27 @@ import numpy as np
 import torch
 
 from influence_fast.data.packing import IGNORED
-from influence_fast.errors import ConfigError, DataError, did_you_mean, listing
+from influence_fast.errors import ConfigError, DataError, did_you_mean, truncated_list
 from influence_fast.gradients.per_example import per_example_losses
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.influence.damping import Damping
-from influence_fast.influence.pool_gradients import fisher_folders, pool_gradients
-from influence_fast.influence.preconditioners import FROM_DATA
-from influence_fast.influence.scoring import influence_matrix
-from influence_fast.influence.settings import WHOLE, GradientConfig, InfluenceConfig, check_influence
+from influence_fast.influence.fisher_rows import fisher_folders
+from influence_fast.influence.pool_gradients import pool_gradients
+from influence_fast.influence.preconditioners import FROM_DATA, PRECONDITIONERS
+from influence_fast.influence.recipe import Recipe
+from influence_fast.influence.settings import WHOLE, InfluenceConfig
+from influence_fast.settings import in_section
 from influence_fast.timing import timed
 from influence_fast.training.fine_tuning import finetuned
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way of scoring. What it does not say is as in `GradientConfig` and `InfluenceConfig`.
+    """One way of scoring. What it does not say is as in `RowSpec` and `InfluenceConfig`.
 
     fisher, fisher_examples: what the preconditioner is fitted on (see `InfluenceConfig`).
     projection: kind, or "none" for exact gradients; dim, width, layers: see `Projection`. sketch, sketch_examples: how
-    rows get to that width (see `GradientConfig`). store_dtype: fp32, bf16 or int8. tokens: share of each trace's
+    rows get to that width (see `RowSpec`). store_dtype: fp32, bf16 or int8. tokens: share of each trace's
     completion tokens that is kept, from its start. checkpoints: sum over the reference's saved checkpoints, weighted by
     learning rate (TracIn), in place of its final adapter alone. moments: second moments of the reference's optimizer,
     for "adam" and "less". proxy: folder or hub id of a smaller model that is fine-tuned on the same pool, as the
@@ -48,13 +51,13 @@ class Method:
     damping: Damping = InfluenceConfig.damping
     fisher: str = InfluenceConfig.fisher
     fisher_examples: int = InfluenceConfig.fisher_examples
-    projection: str = GradientConfig.kind
-    dim: int = GradientConfig.dim
-    width: int | None = GradientConfig.width
-    layers: float = GradientConfig.layers
-    sketch: str = GradientConfig.sketch
-    sketch_examples: int = GradientConfig.sketch_examples
-    store_dtype: str = GradientConfig.store_dtype
+    projection: str = RowSpec.kind
+    dim: int = RowSpec.dim
+    width: int | None = RowSpec.width
+    layers: float = RowSpec.layers
+    sketch: str = "auto"
+    sketch_examples: int = RowSpec.sketch_examples
+    store_dtype: str = RowSpec.dtype
     tokens: float = 1.0
     checkpoints: bool = False
     moments: bool = False
@@ -64,27 +67,32 @@ class Method:
     def __post_init__(self) -> None:
         if not 0 < self.tokens <= 1:
             raise ConfigError(f"method {self.name}: tokens is {self.tokens}; it is a share, above 0 and at most 1")
-        if self.moments and self.preconditioner not in ("adam", "less"):
+        if self.moments and self.preconditioner in PRECONDITIONERS and not self.recipe().reads_moments:
             raise ConfigError(f"method {self.name}: moments are read by 'adam' and 'less' only")
         if self.proxy is not None and (self.moments or self.checkpoints):
             raise ConfigError(f"method {self.name}: a proxy has one adapter, and neither checkpoints nor moments")
         try:
-            check_influence(self.influence(), self.gradients())
+            self.recipe().check()
         except ConfigError as error:
-            raise ConfigError(f"method {self.name}: {re.sub(r'(gradients|influence)[.]', '', str(error))}") from None
+            text = re.sub(r"(gradients|influence)[.]", "", str(in_section(error, RowSpec, "")))
+            raise ConfigError(f"method {self.name}: {text}") from None
 
-    def gradients(self, shared: GradientConfig | None = None) -> GradientConfig:
+    def gradients(self, shared: RowSpec | None = None) -> RowSpec:
         """How its rows are made; what methods share (seed, loss reduction, precision, max_tokens) is `shared`'s."""
         return dataclasses.replace(
-            shared or GradientConfig(),
+            shared or RowSpec(),
             kind=self.projection,
             dim=self.dim,
             width=self.width,
             layers=self.layers,
             sketch=self.sketch,
             sketch_examples=self.sketch_examples,
-            store_dtype=self.store_dtype,
+            dtype=self.store_dtype,
         )
+
+    def recipe(self) -> Recipe:
+        """What goes together in it."""
+        return Recipe.of(self.gradients(), self.influence())
 
     def influence(self, adapter: Path | None = None) -> InfluenceConfig:
         """What its scores under one adapter are made of."""
@@ -94,7 +102,8 @@ class Method:
         )
 
 
-#: What can be named in a configuration; anything else is spelt out as a mapping.
+#: What can be named in a configuration; anything else is spelt out as a mapping. "ekfac" is Shampoo's eigenbasis with
+#: EK-FAC's corrected eigenvalues, as everywhere here.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -152,7 +161,7 @@ def score_by(
     pool: Sequence[dict[str, Any]],
     queries: Sequence[dict[str, Any]],
     scratch: Path,
-    gradients: GradientConfig | None = None,
+    gradients: RowSpec | None = None,
 ) -> Scored:
     """Scores of the tokenized `pool` on the tokenized `queries`, from start to end and with nothing reused.
 
@@ -176,10 +185,10 @@ def score_by(
             settings = (method.gradients(gradients), influence)
             made = pool_gradients(model, shortened, queries, scratch, *settings, seconds, progress=False)
             if made.store.set_aside:
-                names = listing(name for name, _ in made.store.set_aside)
+                names = truncated_list(name for name, _ in made.store.set_aside)
                 raise DataError(f"method {method.name}: no gradient for {names}; leave these examples out of the pool")
             with timed(seconds, "scores"):
-                matrix = influence_matrix(made.store, made.queries, **made.scored_by(influence))
+                matrix = made.scorer(influence).matrix(made.queries)
             total += np.float32(weight) * matrix
             size = sum(file.stat().st_size for file in scratch.glob("rows-*"))
             bytes_per_example += size // max(1, len(made.store))

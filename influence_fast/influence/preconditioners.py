@@ -4,13 +4,14 @@
     cosine    the same between unit-norm rows
     adam      diag(sqrt(v) + eps), the optimizer's second moments (`adam.py`)
     fisher    damped Fisher of each module (`fisher.py`)
-    ekfac     eigenvalue-corrected Kronecker factors of each LoRA factor (`ekfac.py`)
+    ekfac     Shampoo's eigenbasis of each LoRA factor with EK-FAC's corrected eigenvalues (`ekfac.py`)
     datainf   mean of the inverses of each row's damped outer product (`datainf.py`)
     fisher_cosine, ekfac_cosine, less    the same between unit-norm rows in the metric of H^-1 (`whitened.py`)
 
-A preconditioner is a function from (training rows, damping) to an object with `normalize` and
-`apply(queries) -> queries` (and `row_norms`, where it is a `whitened.UnitNorm`); add one by writing it and registering
-its name in `PRECONDITIONERS`.
+A preconditioner registers as selection strategies do: one small class with a `fit` method and one `@register` line,
+whose attributes say what rows it needs, what it is fitted on, and what is left of it after a fitted sketch. `recipe.py`
+draws its rules from these alone. What `fit` returns has `normalize` and `apply(queries) -> queries` (and `row_norms`,
+where it is a `whitened.UnitNorm`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import torch
 
 from influence_fast.errors import ConfigError, DataError, did_you_mean
 from influence_fast.gradients.layout import LayoutEntry
-from influence_fast.gradients.projection import Projection
 from influence_fast.influence.adam import Adam, adam_moments, fit_adam
 from influence_fast.influence.damping import AUTO, DEFAULT_DAMPING, MAX_DENSE, Damping, RowBlocks, check_damping
 from influence_fast.influence.datainf import DataInf, fit_datainf
@@ -33,34 +33,38 @@ from influence_fast.influence.whitened import UnitNorm
 
 __all__ = [
     "AUTO",
+    "CANDIDATES",
     "DEFAULT",
     "DEFAULT_DAMPING",
+    "DENSE",
+    "FACTORS",
+    "FISHER",
     "FISHER_EXAMPLES",
     "FISHER_LABELS",
     "FROM_DATA",
     "FROM_MODEL",
     "MAX_DENSE",
+    "MOMENTS",
     "PRECONDITIONERS",
-    "READ_FISHER",
-    "SKETCHES",
     "Adam",
     "Damping",
     "DataInf",
     "Ekfac",
     "Fisher",
     "Identity",
+    "Kind",
     "Preconditioner",
     "TrainingRows",
     "UnitNorm",
     "adam_moments",
-    "after_sketch",
     "check_damping",
+    "find",
     "fit",
     "fit_adam",
     "fit_datainf",
     "fit_ekfac",
     "fit_fisher",
-    "fits_sketch",
+    "register",
 ]
 
 
@@ -68,14 +72,12 @@ __all__ = [
 #: have a block for each LoRA factor or were made by a fitted sketch, "cosine" where they were sketched at random or
 #: imported without blocks.
 DEFAULT = "default"
-SKETCHES = (AUTO, "random", "eigen")  # how rows get to their width
 FROM_MODEL, FROM_DATA = "model", "data"
 FISHER_LABELS = (FROM_MODEL, FROM_DATA)  # whose gradients a Fisher information is of: see `fisher_labels`
 FISHER_EXAMPLES = 1024  # of so many at most; in the small worlds of the proof some hundred do (docs/results.md)
-# Fitted on second moments that stand for a Fisher information; those of `adam` and `less` stand for an optimizer's
-# state, which saw the data's own labels.
-READ_FISHER = ("fisher", "fisher_cosine", "ekfac", "ekfac_cosine", "datainf")
-_AFTER_SKETCH = {DEFAULT: "cosine", "ekfac_cosine": "cosine", "ekfac": "none"}  # see `after_sketch`
+
+FACTORS, DENSE = "factors", "dense"  # what rows are needed: see `Kind.needs`
+FISHER, MOMENTS = "fisher", "moments"  # what a preconditioner is fitted on: see `Kind.fit_on`
 
 
 class Preconditioner(Protocol):
@@ -117,6 +119,150 @@ class TrainingRows:
     moments: torch.Tensor | None = None
 
 
+class Kind(Protocol):
+    """What `register` takes: how one preconditioner is fitted, and what goes together with it.
+
+    needs: of the rows it is fitted on: FACTORS, a block for each LoRA factor, which a random sketch mixes; DENSE, no
+        block of more than `MAX_DENSE` numbers.
+    fit_on: FISHER, second moments that stand for a Fisher information, so that labels may be drawn from the model for
+        it; MOMENTS, those of an optimizer's state, which saw the data's own labels (or of the rows in its place); None,
+        it is not fitted at all.
+    after_sketch: the preconditioner that is left to apply to rows of a fitted sketch, which have `ekfac`'s H^-1/2 in
+        them already; None where they cannot be scored by this one: the scores would be `ekfac`'s under a wrong name.
+    """
+
+    needs: tuple[str, ...]
+    fit_on: str | None
+    after_sketch: str | None
+
+    def fit(self, rows: TrainingRows, damping: Damping) -> Preconditioner:
+        """Fit it on training rows."""
+        ...
+
+
+PRECONDITIONERS: dict[str, Kind] = {}
+
+
+def register(name: str) -> Callable[[type], type]:
+    """Add a preconditioner class under `name`, for scores, the command line and configurations alike."""
+
+    def add(kind: type) -> type:
+        PRECONDITIONERS[name] = kind()
+        return kind
+
+    return add
+
+
+def find(name: str) -> Kind:
+    """Return the preconditioner called `name`. Raises ConfigError with the nearest name for an unknown one."""
+    if name not in PRECONDITIONERS:
+        raise ConfigError(f"unknown preconditioner {name!r}; {did_you_mean(name, (DEFAULT, *PRECONDITIONERS))}")
+    return PRECONDITIONERS[name]
+
+
+@register("none")
+class Dot:
+    """Plain gradient dot product (TracIn at one checkpoint)."""
+
+    needs: tuple[str, ...] = ()
+    fit_on: str | None = None
+    after_sketch: str | None = None
+
+    def fit(self, rows: TrainingRows, damping: Damping) -> Preconditioner:
+        return Identity()
+
+
+@register("cosine")
+class Cosine:
+    """Inner products of unit-norm rows."""
+
+    needs: tuple[str, ...] = ()
+    fit_on: str | None = None
+    after_sketch: str | None = None
+
+    def fit(self, rows: TrainingRows, damping: Damping) -> Preconditioner:
+        return Identity(normalize=True)
+
+
+@register("adam")
+class OptimizerDiagonal:
+    """Adam's own diagonal, from an optimizer's state or from the rows."""
+
+    needs: tuple[str, ...] = ()
+    fit_on: str | None = MOMENTS
+    after_sketch: str | None = None
+
+    def fit(self, rows: TrainingRows, damping: Damping) -> Preconditioner:
+        return fit_adam(rows.row_blocks, rows.blocks, damping, rows.moments)
+
+
+@register("less")
+class Less(OptimizerDiagonal):
+    """LESS's cosine of a plain query with what Adam makes of a training gradient."""
+
+    def fit(self, rows: TrainingRows, damping: Damping) -> Preconditioner:
+        inner = fit_adam(rows.row_blocks, rows.blocks, damping, rows.moments)
+        return UnitNorm(inner, plain_queries=True, row_power=2)
+
+
+@register("fisher")
+class DenseFisher:
+    """Damped Fisher of each module, inverted densely."""
+
+    needs: tuple[str, ...] = (DENSE,)
+    fit_on: str | None = FISHER
+    after_sketch: str | None = None
+
+    def fit(self, rows: TrainingRows, damping: Damping) -> Preconditioner:
+        return fit_fisher(rows.row_blocks, rows.blocks, damping)
+
+
+@register("fisher_cosine")
+class DenseFisherCosine(DenseFisher):
+    """`fisher` between rows of unit norm in its metric."""
+
+    def fit(self, rows: TrainingRows, damping: Damping) -> Preconditioner:
+        return UnitNorm(fit_fisher(rows.row_blocks, rows.blocks, damping))
+
+
+@register("ekfac")
+class CorrectedEigenbasis:
+    """Shampoo's eigenbasis of each LoRA factor with EK-FAC's corrected eigenvalues (see `ekfac.py`)."""
+
+    needs: tuple[str, ...] = (FACTORS,)
+    fit_on: str | None = FISHER
+    after_sketch: str | None = "none"
+
+    def fit(self, rows: TrainingRows, damping: Damping) -> Preconditioner:
+        return fit_ekfac(rows.row_blocks, rows.factors, damping)
+
+
+@register("ekfac_cosine")
+class CorrectedEigenbasisCosine(CorrectedEigenbasis):
+    """`ekfac` between rows of unit norm in its metric."""
+
+    after_sketch: str | None = "cosine"
+
+    def fit(self, rows: TrainingRows, damping: Damping) -> Preconditioner:
+        return UnitNorm(fit_ekfac(rows.row_blocks, rows.factors, damping))
+
+
+@register("datainf")
+class MeanOfInverses:
+    """Mean of the inverses of each row's damped outer product."""
+
+    needs: tuple[str, ...] = ()
+    fit_on: str | None = FISHER
+    after_sketch: str | None = None
+
+    def fit(self, rows: TrainingRows, damping: Damping) -> Preconditioner:
+        return fit_datainf(rows.row_blocks, rows.blocks, damping)
+
+
+#: What `DEFAULT` stands for: the first of these whose needs the rows meet.
+CANDIDATES = ("ekfac_cosine", "cosine")
+
+
 def fit(
     name: str,
     row_blocks: Callable[[], Iterable[torch.Tensor]],
@@ -126,9 +272,10 @@ def fit(
     factors: list[LayoutEntry] | None = None,
     moments: torch.Tensor | None = None,
 ) -> Preconditioner:
-    """Fits the preconditioner called `name`.
+    """Fit the preconditioner called `name`.
 
     Args:
+        name: as it is registered (`Recipe` resolves "default").
         row_blocks, blocks, factors, moments: see `TrainingRows`. "ekfac" needs `factors`; "adam" uses `moments`, or
             else those of the rows.
         damping: share of the mean eigenvalue of each block that is added to its eigenvalues, or "auto" (see
@@ -140,7 +287,7 @@ def fit(
         DataError: the rows and the blocks are of different widths.
         NumericError: the rows hold NaN or infinite numbers.
     """
-    name = resolve(name, factors)
+    kind = find(name)
     width = blocks[-1][1]
 
     def checked() -> Iterable[torch.Tensor]:
@@ -149,53 +296,4 @@ def fit(
                 raise DataError(f"training rows of shape {tuple(rows.shape)} do not fit blocks of {width} numbers")
             yield rows
 
-    return PRECONDITIONERS[name](TrainingRows(checked, blocks, factors, moments), damping)
-
-
-def resolve(name: str, factors: list[LayoutEntry] | None) -> str:
-    """The preconditioner that `name` stands for on rows with these `factors`. Raises ConfigError for an unknown one."""
-    if name == DEFAULT:
-        return "cosine" if factors is None else "ekfac_cosine"
-    if name not in PRECONDITIONERS:
-        raise ConfigError(f"unknown preconditioner {name!r}; {did_you_mean(name, (DEFAULT, *PRECONDITIONERS))}")
-    return name
-
-
-def after_sketch(name: str) -> str:
-    """What is left of `name` to do on rows that a fitted sketch made, which have `ekfac`'s H^-1/2 in them already.
-
-    Raises ConfigError for another preconditioner: its scores would be `ekfac`'s under a wrong name.
-    """
-    if name not in _AFTER_SKETCH:
-        raise ConfigError(
-            f"rows of a fitted sketch have the H^-1 of 'ekfac' in them, and cannot be scored by {name!r}: take 'ekfac' "
-            "or 'ekfac_cosine', or rows of a random sketch"
-        )
-    return _AFTER_SKETCH[name]
-
-
-def fits_sketch(sketch: str, projection: Projection | None, name: str) -> bool:
-    """Whether rows of `projection` that are to be scored by the preconditioner `name` are made by a fitted sketch.
-
-    sketch: one of `SKETCHES`, or the folder of a store whose sketch is used again; "auto" fits one where that has the
-    preconditioner's H^-1 in it and rows have a width.
-    """
-    if sketch != AUTO:
-        return sketch != "random"
-    sketched = projection is not None and projection.width is not None and not projection.flat
-    return sketched and name in _AFTER_SKETCH
-
-
-PRECONDITIONERS: dict[str, Callable[[TrainingRows, Damping], Preconditioner]] = {
-    "none": lambda rows, damping: Identity(),
-    "cosine": lambda rows, damping: Identity(normalize=True),
-    "adam": lambda rows, damping: fit_adam(rows.row_blocks, rows.blocks, damping, rows.moments),
-    "fisher": lambda rows, damping: fit_fisher(rows.row_blocks, rows.blocks, damping),
-    "ekfac": lambda rows, damping: fit_ekfac(rows.row_blocks, rows.factors, damping),
-    "datainf": lambda rows, damping: fit_datainf(rows.row_blocks, rows.blocks, damping),
-    "fisher_cosine": lambda rows, damping: UnitNorm(fit_fisher(rows.row_blocks, rows.blocks, damping)),
-    "ekfac_cosine": lambda rows, damping: UnitNorm(fit_ekfac(rows.row_blocks, rows.factors, damping)),
-    "less": lambda rows, damping: UnitNorm(
-        fit_adam(rows.row_blocks, rows.blocks, damping, rows.moments), plain_queries=True, row_power=2
-    ),
-}
+    return kind.fit(TrainingRows(checked, blocks, factors, moments), damping)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from influence_fast.data.examples import Example
-from influence_fast.errors import ConfigError, listing
+from influence_fast.errors import ConfigError, truncated_list
 from influence_fast.evaluation.evaluate import EvalConfig, evaluate
 from influence_fast.evaluation.generation import CUT
 
@@ -138,7 +138,7 @@ def with_tasks(queries: Queries, tasks: Sequence[str]) -> Queries:
         groups.setdefault(tasks[queries.examples[place].row], []).append(place)
     asked = {tasks[example.row] for example in queries.examples}
     silent = sorted(asked - groups.keys())
-    warnings = [f"no correct answer to ask for the tasks {listing(silent)}"] if silent else []
+    warnings = [f"no correct answer to ask for the tasks {truncated_list(silent)}"] if silent else []
     return dataclasses.replace(queries, groups=groups, warnings=queries.warnings + warnings)
 
 

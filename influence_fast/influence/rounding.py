@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from influence_fast.errors import listing
+from influence_fast.errors import truncated_list
 from influence_fast.gradients.layout import LayoutEntry
 from influence_fast.row_codec import decoded_arrays
 from influence_fast.store.reader import Store
@@ -41,7 +41,7 @@ def warn_if_coarse(
     if lost:
         warnings.warn(
             f"{store.path}: 8 bits with one scale a row are too few for {len(lost)} of {len(factors)} LoRA factors "
-            f"({listing(lost)}), where rounding is more than a tenth of the gradients, and {preconditioner!r} weighs "
-            "all alike: build the store in bf16, or with a fitted sketch (a width)",
+            f"({truncated_list(lost)}), where rounding is more than a tenth of the gradients, and {preconditioner!r} "
+            "weighs all alike: build the store in bf16, or with a fitted sketch (a width)",
             stacklevel=4,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,23 @@ import numpy as np
 import torch
 
 from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
+from influence_fast.deprecation import OldCall, also_called_as, moved
 from influence_fast.errors import ConfigError, DataError, StoreError, did_you_mean
 from influence_fast.gradients.eigen_sketch import DEFAULT_EXAMPLES, FILES, EigenSketch, check_projection, file_of
 from influence_fast.gradients.fisher_labels import sample_labels
 from influence_fast.gradients.layout import layout_width
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec, names_store
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence.damping import AUTO, DEFAULT_DAMPING, Damping, check_damping
 from influence_fast.influence.ekfac import Ekfac, fit_ekfac
-from influence_fast.influence.preconditioners import FISHER_LABELS, FROM_DATA, FROM_MODEL, SKETCHES, fits_sketch
+from influence_fast.influence.preconditioners import FISHER_LABELS, FROM_DATA, FROM_MODEL
+from influence_fast.influence.recipe import sketch_for
 from influence_fast.store.manifest import MANIFEST_NAME, Manifest
-from influence_fast.store.reader import fitted_sketch, open_store
-from influence_fast.store.shard_rows import GradientSource, tokenized
+from influence_fast.store.reader import open_store
+from influence_fast.store.shard_rows import GradientSource, Texts, called_with_spec, tokenized
+from influence_fast.store.verification import fitted_sketch
 from influence_fast.store.writer import make_folder
 
 _SAID = {"labels": "labels (--fisher, influence.fisher)", "damping": "damping (--damping, influence.damping)"}
@@ -35,92 +39,162 @@ Fit = Callable[[Callable[[], None]], EigenSketch]  # fits it anew; its argument 
 Keep = Callable[[EigenSketch], None]
 
 
+@dataclass(frozen=True)
+class SketchFit:
+    """Say how a sketch is fitted.
+
+    damping: share of each block's mean eigenvalue that is added to its eigenvalues, or "auto" (see `damping`).
+    labels: "model" draws them from the model's predictions (see `fisher_labels`), whatever makes the `gradients`;
+        "data" takes the examples' own.
+    gradients: another source of rows, as in `BuildOptions`.
+    share: how the processes that share a store's folder agree on who fits; by default there is this one (`alone`).
+
+    Raises ConfigError for values that do not exist.
+    """
+
+    damping: Damping = DEFAULT_DAMPING
+    labels: str = FROM_MODEL
+    gradients: GradientSource | None = None
+    share: Callable[[Find, Fit, Keep], EigenSketch] | None = None
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        if self.labels not in FISHER_LABELS:
+            raise ConfigError(f"labels: unknown value {self.labels!r}; {did_you_mean(self.labels, FISHER_LABELS)}")
+
+
+AS_USUAL = SketchFit()
+_OF_SPEC = ("loss_reduction", "precision", "max_tokens")  # keywords before there were specs
+_OF_FIT = ("damping", "labels", "gradients", "share")
+
+
+def _translated(values: dict[str, Any]) -> dict[str, Any]:
+    """Translate `fit_projection(model, dataset, tokenizer, projection=..., examples=..., ...)`."""
+    projection = values.pop("projection")
+    check_projection(projection)
+    spec = RowSpec.of(
+        projection.plain,
+        sketch_examples=values.pop("examples", DEFAULT_EXAMPLES),
+        dtype="fp32",
+        **moved(values, _OF_SPEC),
+    )
+    return {"data": values.pop("dataset"), "spec": spec, "fit": SketchFit(**moved(values, _OF_FIT)), **values}
+
+
+@also_called_as(
+    OldCall(
+        positional=("model", "dataset", "tokenizer"),
+        keywords=("projection", "examples", "max_length", "truncate", "folder", *_OF_SPEC, *_OF_FIT),
+        marks=("projection",),
+        translate=_translated,
+        instead="fit_projection(model, data, spec, tokenizer=..., fit=SketchFit(...))",
+    )
+)
 def fit_projection(
     model: torch.nn.Module,
-    dataset: Sequence[Any],
-    tokenizer: Any = None,
+    data: Sequence[Any],
+    spec: RowSpec,
     *,
-    projection: Projection,
-    examples: int = DEFAULT_EXAMPLES,
-    damping: Damping = DEFAULT_DAMPING,
-    labels: str = FROM_MODEL,
-    loss_reduction: str = "mean",
-    precision: str = "auto",
-    max_tokens: int | None = None,
+    tokenizer: Any = None,
     max_length: int | None = None,
     truncate: bool = False,
+    fit: SketchFit = AS_USUAL,
     folder: str | Path | None = None,
-    gradients: GradientSource | None = None,
-    share: Callable[[Find, Fit, Keep], EigenSketch] | None = None,
 ) -> Projection:
-    """`projection` with a sketch (see `eigen_sketch`) that is fitted on some examples of `dataset`, drawn unseen.
+    """Return the projection of `spec` with a sketch (see `eigen_sketch`) that is fitted on some examples of `data`.
+
+    `build_store` fits one itself where the spec asks for it; `spec.with_projection(found)` makes rows by this one.
 
     Args:
-        model, dataset, tokenizer, loss_reduction, precision, max_tokens, max_length, truncate, gradients: as for
-            `build_store`; give both the same. Tokenized examples need no "id" here.
-        projection: kind "one_sided" or "kron", with the `width` that rows are to have.
-        examples: how many are drawn.
-        damping: share of each block's mean eigenvalue that is added to its eigenvalues, or "auto" (see `damping`).
-        labels: "model" draws them from the model's predictions (see `fisher_labels`), whatever makes the `gradients`;
-            "data" takes the examples' own.
+        model, data, tokenizer, max_length, truncate: as for `build_store`; give both the same. Tokenized examples need
+            no "id" here.
+        spec: of kind "one_sided" or "kron", with the `width` that rows are to have; `sketch_examples` are drawn unseen.
+        fit: the damping and the labels that it is fitted with.
         folder: the store's folder. What was fitted there before for the same is taken; else the result is kept there.
-        share: how the processes that share `folder` agree on who fits; by default there is this one (`alone`).
 
     Raises:
-        ConfigError: a projection that has no blocks or no width, or a width above the numbers that it chooses from.
+        ConfigError: a spec that has no blocks or no width, or a width above the numbers that it chooses from.
         DataError: no example, or none with a finite gradient.
         StoreError: the store in `folder` was made by another sketch (the message names the setting and both sides), or
             by one that was lost since and comes out otherwise now; it holds something else, or the disk refuses.
     """
+    projection = _plain(spec)
+    _check_width(model, spec)
+    sample = _sample(data, spec, Texts(tokenizer, max_length, truncate))
+    purpose = _purpose(model, sample, spec, fit)
+
+    def anew(heartbeat: Callable[[], None]) -> EigenSketch:
+        return _fitted(model, sample, spec, fit, purpose, heartbeat)
+
+    if folder is None:
+        return replace(projection, sketch=anew(lambda: None))
+    path = Path(folder)
+    make_folder(path)
+    sketch = (fit.share or alone)(lambda: kept_sketch(path, purpose), anew, lambda made: keep_sketch(path, made))
+    return replace(projection, sketch=sketch)
+
+
+def _plain(spec: RowSpec) -> Projection:
+    """Return a spec's projection without a sketch. Raises ConfigError unless one can be fitted for it."""
+    projection = spec.projection()
     check_projection(projection)
-    projection = projection.plain
-    check_damping(damping)
-    if examples < 1:
-        raise ConfigError(f"a sketch is fitted on at least one example, not {examples}")
-    whole = replace(projection, width=None)
-    layout = gradient_layout(model, whole)
-    if projection.width is not None and projection.width > layout_width(layout):
+    assert projection is not None
+    return projection.plain
+
+
+def _check_width(model: torch.nn.Module, spec: RowSpec) -> None:
+    """Raise ConfigError for a width above the numbers that a row of the model has."""
+    projection = _plain(spec)
+    numbers = layout_width(gradient_layout(model, replace(projection, width=None)))
+    if projection.width is not None and projection.width > numbers:
         raise ConfigError(
-            f"a width of {projection.width} is more than the {layout_width(layout)} numbers that a row has: leave the "
-            "width out"
+            f"a width of {projection.width} is more than the {numbers} numbers that a row has: leave the width out"
         )
-    if labels not in FISHER_LABELS:
-        raise ConfigError(f"labels: unknown value {labels!r}; {did_you_mean(labels, FISHER_LABELS)}")
-    sample = _tokens(drawn_unseen(dataset, examples), tokenizer, max_length, truncate)
+
+
+def _purpose(model: torch.nn.Module, sample: list[dict[str, Any]], spec: RowSpec, fit: SketchFit) -> dict[str, Any]:
+    """Return what a sketch is fitted on and for, as its file keeps it."""
     base, adapter = weight_hashes(model)
-    purpose: dict[str, Any] = {
-        "projection": repr(projection),
-        "labels": labels,
-        "damping": damping if isinstance(damping, str) else float(damping),
-        "loss_reduction": loss_reduction,
-        "precision": precision,
+    return {
+        "projection": repr(_plain(spec)),
+        "labels": fit.labels,
+        "damping": fit.damping if isinstance(fit.damping, str) else float(fit.damping),
+        "loss_reduction": spec.loss_reduction,
+        "precision": spec.precision,
         "model": base,
         "adapter": adapter,
         "sample": f"{len(sample)} examples, {dataset_fingerprint(sample)}",
     }
 
-    def fit(beat: Callable[[], None]) -> EigenSketch:
-        options: dict[str, Any] = {"projection": whole, "loss_reduction": loss_reduction, "max_tokens": max_tokens}
-        if gradients is None:
-            options["precision"] = precision
-        source: GradientSource = iter_gradient_rows if gradients is None else gradients
-        asked = sample
-        if labels == FROM_MODEL:
-            asked = sample_labels(
-                model, sample, seed=projection.seed, max_tokens=max_tokens, precision=precision, beat=beat
-            )
-        rows = _finite(source(model, asked, **options), beat)
-        piece = max(1, _PIECE // rows.shape[1])
-        fitted = fit_ekfac(lambda: rows.split(piece), layout, damping)
-        picked = {PICKED: fitted.damping} if isinstance(damping, str) else {}
-        return leading(fitted, projection, purpose | picked)
 
-    if folder is None:
-        return replace(projection, sketch=fit(lambda: None))
-    path = Path(folder)
-    make_folder(path)
-    sketch = (share or alone)(lambda: kept_sketch(path, purpose), fit, lambda made: keep_sketch(path, made))
-    return replace(projection, sketch=sketch)
+def _fitted(
+    model: torch.nn.Module,
+    sample: list[dict[str, Any]],
+    spec: RowSpec,
+    fit: SketchFit,
+    purpose: dict[str, Any],
+    heartbeat: Callable[[], None],
+) -> EigenSketch:
+    """Fit a sketch on the unsketched rows of a sample; `heartbeat` is called after each batch."""
+    projection = _plain(spec)
+    whole = replace(projection, width=None)
+    rows_of = replace(spec.with_projection(whole), dtype="fp32")
+    source = iter_gradient_rows if fit.gradients is None else called_with_spec(fit.gradients)
+    asked = sample
+    if fit.labels == FROM_MODEL:
+        asked = sample_labels(
+            model,
+            sample,
+            seed=projection.seed,
+            max_tokens=spec.max_tokens,
+            precision=spec.precision,
+            heartbeat=heartbeat,
+        )
+    rows = _finite(source(model, asked, spec=rows_of), heartbeat)
+    piece = max(1, _PIECE // rows.shape[1])
+    found = fit_ekfac(lambda: rows.split(piece), gradient_layout(model, whole), fit.damping)
+    picked = {PICKED: found.damping} if isinstance(fit.damping, str) else {}
+    return leading(found, projection, purpose | picked)
 
 
 def alone(find: Find, fit: Fit, keep: Keep) -> EigenSketch:
@@ -138,37 +212,38 @@ def kept(find: Find) -> EigenSketch:
     return sketch
 
 
-def resolved(
-    projection: Projection | None, sketch: str, preconditioner: str, model: Any, fit: Callable[[Projection], Projection]
-) -> Projection | None:
-    """The projection of a run's rows, with its sketch.
-
-    Args:
-        sketch: "auto", "random", "eigen", or the folder of a store whose sketch is used again.
-        preconditioner: what the rows are to be scored by.
-        fit: `fit_projection` with all but the projection given.
+def resolved(spec: RowSpec, preconditioner: str, model: Any, fit: Callable[[RowSpec], Projection]) -> RowSpec:
+    """Return the spec of a run's rows with its sketch settled: fitted, taken from a store, or none.
 
     With "auto", rows that are no longer than the width are left as they are. Raises as `fit_projection`, and
     ConfigError for a store of another projection.
+
+    Args:
+        preconditioner: what the rows are to be scored by.
+        fit: `fit_projection` with all but the spec given.
     """
-    if projection is None or not fits_sketch(sketch, projection, preconditioner):
-        return projection
-    if sketch not in SKETCHES:
-        found = open_store(sketch).projection
+    if sketch_for(spec, preconditioner) is None:
+        return spec if spec.is_settled else replace(spec, sketch="random")
+    if spec.is_settled:
+        return spec
+    projection = spec.projection()
+    if isinstance(spec.sketch, str) and names_store(spec.sketch):
+        found = open_store(spec.sketch).projection
         if found is None or found.sketch is None or found.plain != projection:
-            raise ConfigError(f"{sketch}: its rows are of {found}, not of a sketch fitted for {projection}")
-        return found
-    short = replace(projection, width=None)
-    if sketch == AUTO and width_of(projection, sketch, preconditioner, model) == width_of(short, sketch, "", model):
+            raise ConfigError(f"{spec.sketch}: its rows are of {found}, not of a sketch fitted for {projection}")
+        return spec.with_projection(found)
+    short = replace(spec, width=None, sketch=AUTO)
+    if spec.sketch == AUTO and width_of(spec, preconditioner, model) == width_of(short, preconditioner, model):
         return short
-    return fit(projection)
+    return spec.with_projection(fit(spec))
 
 
-def width_of(projection: Projection | None, sketch: str, preconditioner: str, model: Any) -> int:
-    """Numbers in a row of what `resolved` makes of the same arguments."""
+def width_of(spec: RowSpec, preconditioner: str, model: Any) -> int:
+    """Return how many numbers a row has of what `resolved` makes of the same arguments."""
+    projection = spec.projection()
     if projection is None or projection.width is None:
         return layout_width(gradient_layout(model, projection))
-    if sketch != AUTO or not fits_sketch(sketch, projection, preconditioner):
+    if spec.sketch != AUTO or sketch_for(spec, preconditioner) is None:
         return projection.width
     return min(projection.width, layout_width(gradient_layout(model, replace(projection.plain, width=None))))
 
@@ -259,15 +334,17 @@ def drawn_unseen(dataset: Sequence[Any], examples: int) -> list[Any]:
     return [{"id": str(p), **e} if isinstance(e, Mapping) else e for p, e in zip(places, sample, strict=True)]
 
 
-def _tokens(sample: list[Any], tokenizer: Any, max_length: int | None, truncate: bool) -> list[dict[str, Any]]:
-    examples, set_aside = tokenized(sample, tokenizer, max_length, truncate)
+def _sample(data: Sequence[Any], spec: RowSpec, texts: Texts) -> list[dict[str, Any]]:
+    """Return the examples, tokenized, that a sketch is fitted on."""
+    drawn = drawn_unseen(data, spec.sketch_examples)
+    examples, set_aside = tokenized(drawn, texts)
     if not examples:
         name, reason = set_aside[0]
-        raise DataError(f"a sketch cannot be fitted: none of {len(sample)} examples has a gradient ({name}: {reason})")
+        raise DataError(f"a sketch cannot be fitted: none of {len(drawn)} examples has a gradient ({name}: {reason})")
     return examples
 
 
-def _finite(batches: Iterable[tuple[list[int], torch.Tensor]], beat: Callable[[], None]) -> torch.Tensor:
+def _finite(batches: Iterable[tuple[list[int], torch.Tensor]], heartbeat: Callable[[], None]) -> torch.Tensor:
     """The finite ones of the gradient rows [n, K] in `batches`, in the order of their examples: which of them are held
     out for damping "auto" follows from it, and batches come by length."""
     parts, places = [], []
@@ -275,7 +352,7 @@ def _finite(batches: Iterable[tuple[list[int], torch.Tensor]], beat: Callable[[]
         finite = batch.isfinite().all(dim=1)
         parts.append(batch[finite].to("cpu", torch.float32))
         places += [index for index, kept in zip(indices, finite.tolist(), strict=True) if kept]
-        beat()
+        heartbeat()
     rows = torch.cat(parts)[torch.tensor(places, dtype=torch.int64).argsort()]
     if not len(rows):
         raise DataError(

@@ -1,5 +1,6 @@
-"""The operations of `influence_fast._native` on a CUDA device, for int8 and bf16 rows (csrc/cuda/): the same names and
-arguments as `pytorch`, whose Queries and TopK it shares.
+"""Inner products of int8 and bf16 rows by the mma kernel of csrc/cuda, with the names and arguments of `pytorch`.
+
+Rows that lie on the GPU go to cuBLAS where Triton is there (`gpu`, which says when they come here all the same).
 
 Rows may lie on the device, or be numpy arrays (memory-mapped shards), which are streamed through two pinned buffers.
 Products, cosines, group sums and the search for NaN are one kernel; the sort of whole columns for ranks and that of a
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 
 from influence_fast.products import native, pytorch
+from influence_fast.products.blocks import Block, Wanted
 from influence_fast.products.pytorch import TopK, rank
+from influence_fast.products.terms import Terms
 
 __all__ = ["KINDS", "Queries", "TopK", "finish", "rank", "score"]
 
@@ -33,23 +36,9 @@ class Queries:
     """
 
     def __init__(self, values: Tensor, rows: str, high: bool = False, isa: str = "", threads: int = 1) -> None:
-        rounded = pytorch.Queries(values, rows, high)
-        self.rows, self.count, self.width = rows, rounded.count, values.shape[1]
-        self.device = values.device
-        first, second, step = _terms(rounded.values, rows)
-        terms = [first, second] if high else [first]
-        exact = sum((term.double() * step**t for t, term in enumerate(terms)), torch.zeros((), device=self.device))
-        norm = torch.linalg.vector_norm(exact, dim=1)  # [Q]
-        steps = torch.tensor([step**t for t in range(len(terms))], dtype=torch.float64, device=self.device)
-        self.factor = (steps[:, None] * rounded.factor.double()).float().contiguous()  # [terms, Q]
-        self.cosine = (steps[:, None] * torch.where(norm == 0, 0.0, 1.0 / norm)).float().contiguous()
-        # Zeros up to whole granules of 16 bytes.
-        stride = _native().cuda_padded_row(self.width * first.element_size())
-        self.terms = torch.zeros(
-            (len(terms), self.count, stride // first.element_size()), dtype=first.dtype, device=self.device
-        )
-        for t, term in enumerate(terms):
-            self.terms[t, :, : self.width] = term
+        made = Terms(values, rows, high)
+        self.rows, self.count, self.width, self.device = rows, made.count, made.width, values.device
+        self.terms, self.factor, self.cosine = made.terms, made.factor, made.cosine
         self.flags: list[tuple[int, Tensor]] = []  # (first row, int32 [n]: 1 where a score is not finite)
         self._stream: Any = None
         self._lists: tuple[Any, Any, Tensor, Tensor] | None = None
@@ -89,62 +78,57 @@ class Queries:
         return self._lists[2], self._lists[3]
 
 
-def score(
-    queries: Queries,
-    rows: Any,
-    scales: Any = None,
-    start: int = 0,
-    normalize: bool = False,
-    scores: Any = None,
-    columns: Tensor | None = None,
-    group_sums: Tensor | None = None,
-    group_begin: Any = None,
-    group_query: Any = None,
-    topk: TopK | None = None,
-    threads: int = 1,
-) -> list[int]:
-    """See `csrc/cuda/score.h`. Work is queued on PyTorch's current stream; rows with a NaN or infinite score are
-    named by `finish`, so that no block waits for the one before: the list returned here is empty.
+def score(queries: Queries, block: Block, wanted: Wanted) -> list[int]:
+    """Queue the work of a block on PyTorch's current stream; see `csrc/cuda/score.h`.
 
-    rows, scales and scores may be numpy arrays or tensors of the device; columns and group_sums are of the device.
+    Rows with a NaN or infinite score are named by `finish`, so that no block waits for the one before: the list
+    returned here is empty. rows, scales and scores may be numpy arrays or tensors of the device; columns and
+    group_sums are of the device.
     """
-    n = rows.shape[0]
+    n = block.rows.shape[0]
     flags = torch.zeros(n, dtype=torch.int32, device=queries.device)
-    queries.flags.append((start, flags))
+    queries.flags.append((block.start, flags))
     if n == 0 or queries.count == 0:
         return []
-    row_factor = torch.empty(n if normalize else 0, dtype=torch.float32, device=queries.device)
-    packed = queries.packed(normalize)
-    out = pytorch.tensor(scores) if scores is not None else None
+    row_factor = torch.empty(n if wanted.normalize else 0, dtype=torch.float32, device=queries.device)
+    packed = queries.packed(wanted.normalize)
+    out = pytorch.tensor(wanted.scores) if wanted.scores is not None else None
     direct = out is not None and out.device == queries.device and (out.stride(1) == 1 or queries.count == 1)
-    held = topk is not None or (out is not None and not direct)
+    held = wanted.topk is not None or (out is not None and not direct)
     slab = max(1, _SCRATCH_BYTES // (4 * queries.count)) if held else n
     scratch = torch.empty((min(slab, n), queries.count), dtype=torch.float32, device=queries.device) if held else None
     for first in range(0, n, slab):
         last = min(n, first + slab)
-        wanted: dict[str, Any] = {"bad": flags[first:].data_ptr(), "normalize": normalize}
-        if normalize:
-            wanted["row_factor"] = row_factor[first:].data_ptr()
         target = scratch if held else out[first:last] if out is not None else None
-        if target is not None:
-            wanted |= {"scores": target.data_ptr(), "scores_stride": target.stride(0)}
-        if columns is not None:
-            wanted |= {"columns": columns[:, start + first :].data_ptr(), "columns_stride": columns.stride(0)}
-        if group_sums is not None:
-            begin, column = queries.tile_lists(group_begin, group_query)
-            wanted |= {"group_sums": group_sums[first:].data_ptr(), "group_stride": group_sums.stride(0)}
-            wanted |= {"groups": group_sums.shape[1], "group_begin": begin.data_ptr()}
-            wanted |= {"group_column": column.data_ptr()}
-        part = rows[first:last]
-        by_row = None if scales is None else scales[first:last]
-        _queue(queries, packed, part, by_row, _native().CudaOutputs(**wanted), n, threads)
+        part = block.part(first, last)
+        addresses = _addresses(queries, part, wanted.part(first, last), target)
+        addresses |= {"bad": flags[first:].data_ptr(), "normalize": wanted.normalize}
+        if wanted.normalize:
+            addresses["row_factor"] = row_factor[first:].data_ptr()
+        _queue(queries, packed, part, _native().CudaOutputs(**addresses), n, wanted.threads)
         if scratch is not None:
             finished = scratch[: last - first]
             if out is not None:
                 out[first:last] = finished
-            if topk is not None:
-                topk.offer(start + first, finished)
+            if wanted.topk is not None:
+                wanted.topk.offer(part.start, finished)
     return []
+
+
+def _addresses(queries: Queries, block: Block, wanted: Wanted, scores: Tensor | None) -> dict[str, Any]:
+    """Return the results that the kernel writes itself, as `Outputs` of csrc/cuda/score.h names them."""
+    found: dict[str, Any] = {}
+    if scores is not None:
+        found |= {"scores": scores.data_ptr(), "scores_stride": scores.stride(0)}
+    if wanted.columns is not None:
+        columns = wanted.columns
+        found |= {"columns": columns[:, block.start :].data_ptr(), "columns_stride": columns.stride(0)}
+    if wanted.group_sums is not None:
+        begin, column = queries.tile_lists(wanted.group_begin, wanted.group_query)
+        sums = wanted.group_sums
+        found |= {"group_sums": sums.data_ptr(), "group_stride": sums.stride(0), "groups": sums.shape[1]}
+        found |= {"group_begin": begin.data_ptr(), "group_column": column.data_ptr()}
+    return found
 
 
 def finish(queries: Queries) -> list[int]:
@@ -157,8 +141,10 @@ def finish(queries: Queries) -> list[int]:
     return bad
 
 
-def _queue(queries: Queries, packed: Any, rows: Any, scales: Any, out: Any, block: int, threads: int) -> None:
+def _queue(queries: Queries, packed: Any, part: Block, out: Any, block: int, threads: int) -> None:
+    """Queue a part of a block of `block` rows, from wherever its rows lie."""
     stream = torch.cuda.current_stream(queries.device).cuda_stream
+    rows, scales = part.rows, part.scales
     if isinstance(rows, Tensor):
         by_row = None if scales is None else pytorch.tensor(scales).to(queries.device)
         size, stride = rows.element_size(), rows.stride(0) * rows.element_size()
@@ -169,15 +155,6 @@ def _queue(queries: Queries, packed: Any, rows: Any, scales: Any, out: Any, bloc
     else:
         scales = scales.cpu().numpy() if isinstance(scales, Tensor) else scales
         queries.stream(block).push(packed, rows, scales, out, threads, stream)
-
-
-def _terms(values: Tensor, rows: str) -> tuple[Tensor, Tensor, float]:
-    """Rounded queries (of `pytorch.Queries`) as first + step * second, both of the rows' dtype."""
-    if rows == "int8":
-        first = values.round()
-        return first.to(torch.int8), ((values - first) * 254.0).round().to(torch.int8), 1.0 / 254.0
-    first = values.bfloat16()
-    return first, (values - first.float()).bfloat16(), 1.0
 
 
 def _native() -> Any:

@@ -8,23 +8,24 @@ and the rows are read once for each such set of columns. Memory above rows and r
 N and Q (up to 20 million rows; beyond, one column and its sort are 20 bytes a row).
 
 The work is done by `influence_fast._native` (csrc/), or by `products.pytorch` where that is missing. On a CUDA
-device int8 and bf16 rows go to our kernels (`products.cuda`), streamed from the host where they lie there, and
-fp32 rows to PyTorch.
+device int8 and bf16 rows that lie there are multiplied by cuBLAS and read once more by fused kernels (`products.gpu`),
+those of the host are streamed to the kernels of csrc/cuda (`products.cuda`), and fp32 rows go to PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 
+from influence_fast.deprecation import also_called_as
 from influence_fast.errors import DataError
 from influence_fast.philox import key
-from influence_fast.products import cuda as inner_products_cuda
-from influence_fast.products import native
+from influence_fast.products import engines, native
+from influence_fast.products.blocks import Block, Wanted
 from influence_fast.products.inputs import (
     Array,
     Source,
@@ -38,8 +39,9 @@ from influence_fast.products.inputs import (
     shape_of,
     source_of,
 )
+from influence_fast.products.options import ProductOptions, old_keywords
 
-__all__ = ["InnerProducts", "inner_products", "quantize_rows", "to_bf16"]
+__all__ = ["InnerProducts", "ProductOptions", "inner_products", "quantize_rows", "to_bf16"]
 
 _COLUMN_BYTES = 224 << 20  # fp32 columns held for ranks
 _SORT_BYTES = 128 << 20  # 16 bytes a row for each thread that sorts
@@ -74,11 +76,7 @@ def inner_products(
     groups: None = ...,
     topk: None = ...,
     ranks: Literal[False] = ...,
-    out: Array | None = ...,
-    threads: int | None = ...,
-    precision: str = ...,
-    isa: str | None = ...,
-    device: str | torch.device | None = ...,
+    options: ProductOptions | None = ...,
 ) -> Array: ...
 @overload
 def inner_products(
@@ -90,12 +88,9 @@ def inner_products(
     groups: Sequence[Sequence[int]] | None = ...,
     topk: int | None = ...,
     ranks: bool = ...,
-    out: Array | None = ...,
-    threads: int | None = ...,
-    precision: str = ...,
-    isa: str | None = ...,
-    device: str | torch.device | None = ...,
+    options: ProductOptions | None = ...,
 ) -> InnerProducts: ...
+@also_called_as(old_keywords())
 def inner_products(
     rows: Any,
     queries: Array,
@@ -105,13 +100,9 @@ def inner_products(
     groups: Sequence[Sequence[int]] | None = None,
     topk: int | None = None,
     ranks: bool = False,
-    out: Array | None = None,
-    threads: int | None = None,
-    precision: str = "fast",
-    isa: str | None = None,
-    device: str | torch.device | None = None,
+    options: ProductOptions | None = None,
 ) -> Array | InnerProducts:
-    """Scores N rows against Q queries; sums are accumulated in fp32 (int32 for int8 rows).
+    """Score N rows against Q queries; sums are accumulated in fp32 (int32 for int8 rows).
 
     Args:
         rows: [N, k] numpy array or torch tensor: fp32, bf16 (torch.bfloat16, or its bits as numpy uint16) or int8
@@ -124,25 +115,25 @@ def inner_products(
         groups: lists of query numbers (no names: a list of lists); they may overlap, and may not be empty.
         topk: rows to return for each query (at most N).
         ranks: mean rank of every row in the columns of each group (one group of all queries where `groups` is None).
-        out: fp32 [N, Q] to write the scores to; with `groups`, `topk` or `ranks` it also asks for them.
-        threads: by default every core this process may use, or OMP_NUM_THREADS.
-        precision: "fast" rounds queries to the dtype of the rows (int8: scale max|q| / 127), which lets the matrix
-            units multiply; "high" keeps 16 significant bits of a query, at twice the multiplications. For few
-            queries the time is that of reading the rows, and "high" is free. fp32 rows meet fp32 queries either way.
-        isa: a path of `native.available()`, for tests; the variable INFLUENCE_FAST_ISA does the same. On a device
-            "torch" asks for PyTorch, other names say nothing.
-        device: "cuda" scores rows of the host on a GPU, streamed block by block; results come back to the host. By
-            default rows are scored where they lie, which is faster for up to some hundred queries: with 200,000 int8
-            rows of 8,192 numbers 2 queries take 16 cores 17 ms and 512 take them 326, and an H200 109 and 299.
+        options: where scores are written, threads, precision and device; see `ProductOptions`.
 
     Returns:
-        fp32 scores [N, Q] (`out` if given), or `InnerProducts` when any of `groups`, `topk` and `ranks` is given.
+        fp32 scores [N, Q] (`options.out` if given), or `InnerProducts` when any of `groups`, `topk` and `ranks` is
+        given.
 
     Raises:
         DataError: shapes, dtypes or strides do not fit, or a group is empty or names no query.
         NumericError: a NaN or infinite value in the queries, or in rows, which are named.
         ConfigError: unknown `isa`, or a `device` that is not there.
+
+    Example:
+        >>> rows, queries = np.eye(3, dtype=np.float32), np.ones((2, 3), np.float32)
+        >>> inner_products(rows, queries).shape
+        (3, 2)
+        >>> inner_products(rows, queries, groups=[[0, 1]]).group_means.tolist()
+        [[1.0], [1.0], [1.0]]
     """
+    choices = ProductOptions() if options is None else options
     source = source_of(rows, row_scales)
     if source.kind == "int8" and row_scales is None and source.array is not None:
         raise DataError("int8 rows need row_scales, one a row; pass numpy.ones(N, numpy.float32) for plain integers")
@@ -151,73 +142,116 @@ def inner_products(
         raise DataError(
             f"queries have {width} numbers and rows {source.width}: project both in the same way, or transpose"
         )
-    if precision not in ("fast", "high"):
-        raise DataError(f"unknown precision {precision!r}; use 'fast' or 'high'")
+    if choices.precision not in ("fast", "high"):
+        raise DataError(f"unknown precision {choices.precision!r}; use 'fast' or 'high'")
     members = check_groups(groups, q_count, ranks)
     keep = check_topk(topk, source.count)
-    fused = groups is not None or topk is not None or ranks
-    threads = native.default_threads() if threads is None else positive("threads", threads)
-
-    target = scoring_device(source, device)
-    engine, path = native.engine(isa) if target is None else native.device_engine(target, source.kind, isa)
-    new = _allocator(target)
-    scores = check_out(out, source.count, q_count) if out is not None else None
-    if scores is None and not fused:
-        scores = _allocator(target if source.on_device else None)((source.count, q_count), np.float32)
-    sums = new((source.count, len(members)), np.float64, zero=True) if groups is not None else None
-    rank_sums = new((source.count, len(members)), np.float64, zero=True) if ranks else None
-    top: list[tuple[Array, Array]] = []
-
-    chunk = _columns_at_once(q_count, source, precision, ranks)
-    sort_threads = max(1, min(threads, _SORT_BYTES // (16 * max(1, source.count))))
-    held = new((chunk, source.count), np.float32) if ranks else None
+    threads = native.default_threads() if choices.threads is None else positive("threads", choices.threads)
+    target = scoring_device(source, choices.device)
+    engine, path = (
+        engines.engine(choices.isa) if target is None else engines.device_engine(target, source.kind, choices.isa)
+    )
+    call = _Call(source, queries, members, keep, normalize, choices.precision == "high", threads, target, engine, path)
+    results = _new_results(call, choices.out, groups is not None, topk is not None, ranks)
+    chunk = _columns_at_once(q_count, source, choices.precision, ranks)
+    held = call.new((chunk, source.count), np.float32) if ranks else None
     for first in range(0, q_count, chunk):
-        last = min(q_count, first + chunk)
-        begin, query = _members_in(members, first, last)
-        packed = engine.Queries(
-            query_values(queries, first, last, target),
-            rows=source.kind,
-            high=precision == "high",
-            isa="" if target is not None or path == native.TORCH else path,
-            threads=threads,
-        )
-        columns = held[: last - first] if held is not None else None
-        best = engine.TopK(last - first, keep, threads) if keep else None
-        bad: list[int] = []
-        for start, block, scales in source.blocks():
-            stop = start + block.shape[0]
-            bad += engine.score(
-                packed,
-                block,
-                scales,
-                start,
-                normalize,
-                None if scores is None else scores[start:stop, first:last],
-                columns,
-                None if sums is None else sums[start:stop],
-                begin,
-                query,
-                best,
-                threads,
-            )
-        if path == native.CUDA:
-            bad += inner_products_cuda.finish(packed)
-        check_finite(bad, source)
-        if best is not None:
-            top.append(best.result())
-        if columns is not None:
-            engine.rank(columns, begin, query, rank_sums, sort_threads)
+        _score_columns(call, results, first, min(q_count, first + chunk), held)
+    if not results.fused:
+        return choices.out if choices.out is not None else call.as_rows(results.scores)
+    return _finished(call, results, choices.out)
 
-    def as_rows(array: Array) -> Array:
-        if source.is_torch:
-            return torch.as_tensor(array, device=source.device)
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of `inner_products`, checked; target: the device it is scored on, None for the CPU's own paths."""
+
+    source: Source
+    queries: Array
+    members: list[list[int]]  # queries of each group
+    keep: int  # of the top k
+    normalize: bool
+    high: bool
+    threads: int
+    target: torch.device | None
+    engine: Any
+    path: str
+
+    def new(self, shape: tuple[int, ...], dtype: type, zero: bool = False) -> Array:
+        """Return memory where the engine writes results."""
+        return _new(self.target, shape, dtype, zero)
+
+    def as_rows(self, array: Array) -> Array:
+        """Return results as an array of the kind of the rows."""
+        if self.source.is_torch:
+            return torch.as_tensor(array, device=self.source.device)
         return array.cpu().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
 
-    if not fused:
-        return out if out is not None else as_rows(scores)
-    sizes = np.array([len(group) for group in members], dtype=np.float64)
+
+@dataclass(frozen=True, slots=True)
+class _Results:
+    """What the passes over the rows fill; None where not asked for."""
+
+    fused: bool
+    scores: Array | None
+    sums: Array | None  # float64 [N, G]
+    rank_sums: Array | None  # float64 [N, G]
+    top: list[tuple[Array, Array]] | None  # of each set of columns
+
+
+def _new_results(call: _Call, out: Array | None, groups: bool, topk: bool, ranks: bool) -> _Results:
+    source, shape = call.source, (call.source.count, len(call.members))
+    fused = groups or topk or ranks
+    q_count = call.queries.shape[0]
+    scores = check_out(out, source.count, q_count) if out is not None else None
+    if scores is None and not fused:
+        scores = _new(call.target if source.on_device else None, (source.count, q_count), np.float32)
+    sums = call.new(shape, np.float64, zero=True) if groups else None
+    rank_sums = call.new(shape, np.float64, zero=True) if ranks else None
+    return _Results(fused, scores, sums, rank_sums, [] if topk else None)
+
+
+def _score_columns(call: _Call, results: _Results, first: int, last: int, held: Array | None) -> None:
+    """Score all rows against the queries `first` to `last`; held: memory for at least as many columns, for ranks."""
+    source, engine = call.source, call.engine
+    begin, query = _members_in(call.members, first, last)
+    packed = engine.Queries(
+        query_values(call.queries, first, last, call.target),
+        rows=source.kind,
+        high=call.high,
+        isa="" if call.target is not None or call.path == native.TORCH else call.path,
+        threads=call.threads,
+    )
+    columns = held[: last - first] if held is not None else None
+    best = engine.TopK(last - first, call.keep, call.threads) if call.keep else None
+    bad: list[int] = []
+    for start, rows, scales in source.blocks():
+        part = slice(start, start + rows.shape[0])
+        wanted = Wanted(
+            normalize=call.normalize,
+            scores=None if results.scores is None else results.scores[part, first:last],
+            columns=columns,
+            group_sums=None if results.sums is None else results.sums[part],
+            group_begin=begin,
+            group_query=query,
+            topk=best,
+            threads=call.threads,
+        )
+        bad += engine.score(packed, Block(start, rows, scales), wanted)
+    bad += engine.finish(packed)
+    check_finite(bad, source)
+    if best is not None and results.top is not None:
+        results.top.append(best.result())
+    if columns is not None:
+        sort_threads = max(1, min(call.threads, _SORT_BYTES // (16 * max(1, source.count))))
+        engine.rank(columns, begin, query, results.rank_sums, sort_threads)
+
+
+def _finished(call: _Call, results: _Results, out: Array | None) -> InnerProducts:
+    sizes = np.array([len(group) for group in call.members], dtype=np.float64)
+    sums, rank_sums, q_count = results.sums, results.rank_sums, call.queries.shape[0]
     if not isinstance(sums if sums is not None else rank_sums, np.ndarray):
-        sizes = torch.as_tensor(sizes, device=target)  # type: ignore[assignment]
+        sizes = torch.as_tensor(sizes, device=call.target)  # type: ignore[assignment]
     means = sums
     if means is not None:
         means /= sizes
@@ -225,14 +259,14 @@ def inner_products(
     if rank_sums is not None:
         rank_sums /= sizes
     best_rows = None
-    if topk is not None:
-        values = np.concatenate([v for v, _ in top]) if top else np.empty((q_count, keep), np.float32)
-        indices = np.concatenate([r for _, r in top]) if top else np.empty((q_count, keep), np.int64)
-        best_rows = (as_rows(values), as_rows(indices))
+    if results.top is not None:
+        empty = (np.empty((q_count, call.keep), np.float32), np.empty((q_count, call.keep), np.int64))
+        values, indices = (np.concatenate(parts) for parts in zip(*results.top, strict=True)) if results.top else empty
+        best_rows = (call.as_rows(values), call.as_rows(indices))
     return InnerProducts(
         scores=out,
-        group_means=None if means is None else as_rows(means),
-        mean_ranks=None if rank_sums is None else as_rows(rank_sums),
+        group_means=None if means is None else call.as_rows(means),
+        mean_ranks=None if rank_sums is None else call.as_rows(rank_sums),
         topk=best_rows,
     )
 
@@ -251,7 +285,7 @@ def quantize_rows(
     source = source_of(rows, None)
     if source.kind != "float32" or source.array is None:
         raise DataError(f"quantize_rows takes fp32 rows, not {source.kind}; convert them first")
-    engine, _ = native.engine()
+    engine, _ = engines.engine()
     key0, key1 = key(seed, "quantize")
     quantized, scales, bad = engine.quantize(
         source.array, stochastic, key0, key1, first_row, threads or native.default_threads()
@@ -267,7 +301,7 @@ def to_bf16(rows: Array, *, threads: int | None = None) -> Array:
     source = source_of(rows, None)
     if source.kind != "float32":
         raise DataError(f"to_bf16 takes fp32 rows, not {source.kind}; convert them first")
-    engine, _ = native.engine()
+    engine, _ = engines.engine()
     return engine.to_bf16(source.array, threads or native.default_threads())
 
 
@@ -290,11 +324,8 @@ def _members_in(groups: list[list[int]], first: int, last: int) -> tuple[np.ndar
     return begin, np.array([q for group in inside for q in group], dtype=np.int64)
 
 
-def _allocator(device: torch.device | None) -> Callable[..., Array]:
-    def new(shape: tuple[int, ...], dtype: type, zero: bool = False) -> Array:
-        if device is None:
-            return np.zeros(shape, dtype) if zero else np.empty(shape, dtype)
-        make = torch.zeros if zero else torch.empty
-        return make(shape, dtype=torch.float64 if dtype is np.float64 else torch.float32, device=device)
-
-    return new
+def _new(device: torch.device | None, shape: tuple[int, ...], dtype: type, zero: bool = False) -> Array:
+    if device is None:
+        return np.zeros(shape, dtype) if zero else np.empty(shape, dtype)
+    make = torch.zeros if zero else torch.empty
+    return make(shape, dtype=torch.float64 if dtype is np.float64 else torch.float32, device=device)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_fast.errors import ConfigError, DataError, NumericError, listing, shown
+from influence_fast.errors import ConfigError, DataError, NumericError, shown, truncated_list
 from influence_fast.row_codec import bf16_bits
 
 Array = Any  # numpy array or torch tensor
@@ -166,7 +166,7 @@ def query_values(queries: Array, first: int, last: int, device: torch.device | N
     finite = torch.isfinite(part).all(1) if isinstance(part, torch.Tensor) else np.isfinite(part).all(1)
     if not bool(finite.all()):
         bad = [str(first + i) for i, good in enumerate(finite.tolist()) if not good]
-        raise NumericError(f"queries {listing(bad)} have NaN or infinite values; recompute or drop them")
+        raise NumericError(f"queries {truncated_list(bad)} have NaN or infinite values; recompute or drop them")
     return part
 
 
@@ -239,5 +239,5 @@ def check_finite(bad: list[int], source: Source) -> None:
     if bad:
         names = [str(i) if source.ids is None else str(source.ids[i]) for i in bad]
         raise NumericError(
-            f"rows {listing(names)} have NaN or infinite values, or scores beyond fp32; recompute or drop them"
+            f"rows {truncated_list(names)} have NaN or infinite values, or scores beyond fp32; recompute or drop them"
         )

@@ -15,7 +15,8 @@ from influence_fast.errors import ConfigError, did_you_mean
 
 ISA_VARIABLE = "INFLUENCE_FAST_ISA"
 TORCH = "torch"  # the name that asks for the fallback
-CUDA = "cuda"  # the kernels of csrc/cuda, chosen where rows or the call name a CUDA device
+CUDA = "cuda"  # cuBLAS and the passes of kernels/, chosen where rows or the call name a CUDA device
+MMA = "mma"  # the kernel of csrc/cuda
 
 _REINSTALL = "install g++ or clang++ and reinstall influence-fast"
 
@@ -33,43 +34,23 @@ def load() -> tuple[ModuleType | None, str]:
         return None, f"it does not load here ({error}); {_REINSTALL}"
 
 
-def engine(isa: str | None = None) -> tuple[ModuleType, str]:
-    """What computes inner products on the CPU, and the instruction set to name to it.
+def chosen(isa: str | None = None) -> str:
+    """Return the path that computes inner products on the CPU.
 
     isa: one of `available()`, "torch" for the fallback, or None: the variable INFLUENCE_FAST_ISA, else the best.
     Warns once where the native module is missing. Raises ConfigError for a path that is not available.
     """
-    from influence_fast.products import pytorch as inner_products_torch
-
     name = isa or os.environ.get(ISA_VARIABLE, "")
     if name == TORCH:
-        return inner_products_torch, TORCH
-    module, _ = load()
-    if module is None:
+        return TORCH
+    if load()[0] is None:
         if name:
             raise ConfigError(f"instruction set {name!r} needs the native module; use {TORCH!r} or {_REINSTALL}")
         _warn_once()
-        return inner_products_torch, TORCH
+        return TORCH
     if name and name not in available():
         raise ConfigError(f"instruction set {name!r} is not available here; {did_you_mean(name, available())}")
-    return module, name or available()[0]
-
-
-def device_engine(device: torch.device, rows: str, isa: str | None = None) -> tuple[ModuleType, str]:
-    """What computes inner products on `device`: our CUDA kernels where they can be used, else PyTorch.
-
-    rows: "float32", "bfloat16" or "int8". isa: "torch" (or the variable INFLUENCE_FAST_ISA) asks for PyTorch; names
-    of instruction sets say nothing about a device.
-    """
-    from influence_fast.products import cuda as inner_products_cuda
-    from influence_fast.products import pytorch as inner_products_torch
-
-    name = isa or os.environ.get(ISA_VARIABLE, "")
-    if name != TORCH and device.type == "cuda" and rows in inner_products_cuda.KINDS and not cuda_why():
-        major, _ = torch.cuda.get_device_capability(device)
-        if major >= 8:
-            return inner_products_cuda, CUDA
-    return inner_products_torch, TORCH
+    return name or available()[0]
 
 
 def cuda_why() -> str:
@@ -106,17 +87,17 @@ def status() -> list[tuple[str, bool, str]]:
         ]
     config = build_config()
     try:
-        chosen = engine()[1]
+        active_name = chosen()
         note = f"not chosen; {ISA_VARIABLE}=%s chooses it"
     except ConfigError as error:
-        chosen, note = "", str(error)
+        active_name, note = "", str(error)
     rows = []
     for name in available():
         if name == TORCH:
             what = "PyTorch products and sorts, several times slower"
         else:
             what = ", ".join(f"{dtype} by {how}" for dtype, how in config["paths"][name].items())
-        active = name == chosen
+        active = name == active_name
         reason = note % name if "%s" in note else note
         rows.append((f"inner products: {name}", active, what if active else f"{what} ({reason})"))
     missing = [name for name in config["compiled"] if name.split("_")[0] not in {n.split("_")[0] for n in available()}]
@@ -144,7 +125,7 @@ def default_threads() -> int:
 @functools.cache
 def _warn_once() -> None:
     warnings.warn(
-        f"influence_fast._native is missing, so inner products use slower PyTorch code: {load()[1]}", stacklevel=4
+        f"influence_fast._native is missing, so inner products use slower PyTorch code: {load()[1]}", stacklevel=5
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from influence_fast.philox import philox4x32
+from influence_fast.products.blocks import Block, Wanted
 from influence_fast.row_codec import bf16_bits, int8_scales
 
 _SLAB_BYTES = 1 << 26  # of fp32 rows or scores held at a time
@@ -62,53 +63,49 @@ class TopK:
         return self.scores.cpu().numpy(), self.rows.cpu().numpy()
 
 
-def score(
-    queries: Queries,
-    rows: Any,
-    scales: Any = None,
-    start: int = 0,
-    normalize: bool = False,
-    scores: Any = None,
-    columns: Any = None,
-    group_sums: Any = None,
-    group_begin: Any = None,
-    group_query: Any = None,
-    topk: TopK | None = None,
-    threads: int = 1,
-) -> list[int]:
-    """See `csrc/score.h`; returns the indices of rows with a NaN or infinite score."""
-    n, k = rows.shape
-    device = queries.values.device
+def score(queries: Queries, block: Block, wanted: Wanted) -> list[int]:
+    """Compute what is wanted of a block; return its rows with a NaN or infinite score. See `csrc/score.h`."""
+    n, k = block.rows.shape
     slab = max(1, _SLAB_BYTES // (4 * max(1, k, queries.count)))
     bad: list[int] = []
     for first in range(0, n, slab):
         last = min(n, first + slab)
-        x = _row_values(rows[first:last]).to(device)  # [m, k]
-        s = x @ queries.values.T  # [m, Q]
-        by_row = torch.ones(last - first, device=device)
-        if scales is not None:
-            by_row = tensor(scales[first:last]).to(device)
-        if normalize:
-            norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
-            sign = torch.where(torch.isfinite(by_row) & torch.isfinite(norm), by_row.sign(), torch.nan)
-            by_row = torch.where(norm == 0, sign * 0, sign / norm).float()
-            s = s * torch.where(queries.norm == 0, 0.0, 1.0 / queries.norm).float() * by_row[:, None]
-        else:
-            s = s * queries.factor * by_row[:, None]
-        finite = torch.isfinite(s).all(1)
-        if not finite.all():
-            bad += (start + first + torch.nonzero(~finite)[:, 0]).tolist()
-        if scores is not None:
-            tensor(scores)[first:last] = s
-        if columns is not None:
-            tensor(columns)[:, start + first : start + last] = s.T
-        if group_sums is not None:
-            assert group_begin is not None
-            for g, members in enumerate(_members(group_begin, group_query)):
-                tensor(group_sums)[first:last, g] += s[:, members.to(device)].sum(1, dtype=torch.float64)
-        if topk is not None:
-            topk.offer(start + first, s)
+        bad += _score_slab(queries, block.part(first, last), wanted.part(first, last))
     return bad
+
+
+def _score_slab(queries: Queries, block: Block, wanted: Wanted) -> list[int]:
+    device = queries.values.device
+    x = _row_values(block.rows).to(device)  # [m, k]
+    s = x @ queries.values.T  # [m, Q]
+    by_row = torch.ones(len(x), device=device)
+    if block.scales is not None:
+        by_row = tensor(block.scales).to(device)
+    if wanted.normalize:
+        norm = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+        sign = torch.where(torch.isfinite(by_row) & torch.isfinite(norm), by_row.sign(), torch.nan)
+        by_row = torch.where(norm == 0, sign * 0, sign / norm).float()
+        s = s * torch.where(queries.norm == 0, 0.0, 1.0 / queries.norm).float() * by_row[:, None]
+    else:
+        s = s * queries.factor * by_row[:, None]
+    finite = torch.isfinite(s).all(1)
+    bad = [] if finite.all() else (block.start + torch.nonzero(~finite)[:, 0]).tolist()
+    if wanted.scores is not None:
+        tensor(wanted.scores)[:] = s
+    if wanted.columns is not None:
+        tensor(wanted.columns)[:, block.start : block.start + len(x)] = s.T
+    if wanted.group_sums is not None:
+        sums = tensor(wanted.group_sums)
+        for g, members in enumerate(_members(wanted.group_begin, wanted.group_query)):
+            sums[:, g] += s[:, members.to(device)].sum(1, dtype=torch.float64)
+    if wanted.topk is not None:
+        wanted.topk.offer(block.start, s)
+    return bad
+
+
+def finish(queries: Queries) -> list[int]:
+    """Return the rows with a NaN or infinite score that `score` has not named: none here."""
+    return []
 
 
 def rank(columns: Any, group_begin: Any, group_query: Any, sums: Any, threads: int = 1) -> None:

@@ -1,1 +1,1 @@
-"""What came of a run, for people: statistics, plots, self-contained HTML pages."""
+"""The results of a run for people: statistics, plots, self-contained HTML pages."""

@@ -1,4 +1,4 @@
-"""Answer by answer: the training examples that made it likelier and those that made it less likely.
+"""Explain each answer by the training examples that made it likelier and those that made it less likely.
 
 A score table says what an example does to all answers of a group; this says what stands behind a single one.
 """
@@ -16,25 +16,32 @@ import numpy as np
 from influence_fast.atomic import replacing
 from influence_fast.data.examples import Example
 from influence_fast.influence.queries import Queries
-from influence_fast.influence.scoring import TopInfluences
+from influence_fast.influence.scorer import TopInfluences
+from influence_fast.report.context import clipped
 from influence_fast.report.page import templates
-from influence_fast.report.view import clipped
-from influence_fast.report.words import percent, signed
+from influence_fast.report.text import percent, signed
 
-EXPLAINED = "explained"  # .html and .jsonl of a run
-SHOWN_ANSWERS = 100  # on a page, of each group
-_MOST_NAMED = 10  # examples that are counted over all answers
-_MOST_TEXT = 4000  # characters of an example, which are many
-_STARTS = 100  # characters of an example's prompt where it is only named
+# Name of a run's .html and .jsonl file.
+EXPLAINED = "explained"
+# Answers of each group that are shown on a page.
+SHOWN_ANSWERS = 100
+# Examples listed as named most often over all answers.
+_MOST_NAMED = 10
+# Characters shown of an example; a page has many of them.
+_MOST_TEXT = 4000
+# Characters of an example's prompt where it is only named.
+_STARTS = 100
 DIRECTIONS = ("raising", "lowering")
 
 
 def explanations(top: TopInfluences, ids: Sequence[str], queries: Queries) -> list[dict[str, Any]]:
-    """For each query: its `id`, the `groups` it belongs to, `prompt`, `answer`, `reference` (whether that is the
+    """Return the examples that made each answer likelier and those that made it less likely, query by query.
+
+    Each has the query's `id`, the `groups` it belongs to, `prompt`, `answer`, `reference` (whether that is the
     reference solution, not an answer of the model), and `raising` and `lowering`: lists of an example's `id` and
     `influence`, the strongest first.
 
-    ids: of the rows that `top` counts. Examples whose influence has the other sign, or is 0, are no part of a list.
+    ids: of the rows that `top` counts. Examples whose influence has the other sign, or is 0, are not in a list.
     """
     groups: list[list[str]] = [[] for _ in queries.examples]
     for name, members in queries.groups.items():
@@ -68,10 +75,10 @@ def save_explanations(
     *,
     title: str | None = None,
 ) -> list[Path]:
-    """Writes `path`.jsonl, a line for each answer, and `path`.html, with the texts of answers and examples; returns
-    both. Each file appears whole or not at all.
+    """Write `path`.jsonl, a line for each answer, and the page `path`.html with all texts; return both paths.
 
-    pool: the training examples by id. title: heads the page, before "answer by answer".
+    Each file is written atomically. pool: the training examples by id. title: heads the page, before "answer by
+    answer".
     """
     lines, page = Path(f"{path}.jsonl"), Path(f"{path}.html")
     with replacing(lines) as temporary:
@@ -84,7 +91,8 @@ def save_explanations(
 def _page(found: Sequence[Mapping[str, Any]], pool: Mapping[str, Example], title: str | None) -> str:
     environment = templates()
     environment.filters.update(signed=signed, percent=percent)
-    places: dict[str, int] = {}  # of the examples that are named, in the order of their naming
+    # Named examples, numbered in the order in which they are named.
+    places: dict[str, int] = {}
 
     def named(name: str) -> dict[str, Any]:
         label = pool[name].label
@@ -121,28 +129,27 @@ def _page(found: Sequence[Mapping[str, Any]], pool: Mapping[str, Example], title
 
 
 def _heading(group: str, references: bool) -> str:
-    """`Incorrect answers`, or whose reference solutions: all, or those of a task."""
+    """Return a group's heading: "Incorrect answers", or of which task the reference solutions are."""
     if not references:
         return f"{group[:1].upper()}{group[1:]} answers"
     return "Reference solutions" if group == "correct" else f"{group} reference solutions"
 
 
 def _by_interest(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names of the groups: first the wrong answers, whose cause is what is looked for."""
+    """Return the names of the groups, that of the wrong answers first, whose cause is looked for."""
     names = dict.fromkeys(name for one in found for name in one["groups"])
     return sorted(names, key=lambda name: name != "incorrect")
 
 
 def _often(members: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Examples that are named for several answers: for how many in either list, the most named first."""
+    """Return the examples that are named for several answers, and for how many in either list, the most named first."""
     counts = {d: Counter(each["id"] for one in members for each in one[d]) for d in DIRECTIONS}
     both = sorted((counts["raising"] + counts["lowering"]).items(), key=lambda item: (-item[1], item[0]))
     return [{"id": name, **{d: counts[d][name] for d in DIRECTIONS}} for name, times in both[:_MOST_NAMED] if times > 1]
 
 
 def _labels(members: Sequence[Mapping[str, Any]], pool: Mapping[str, Example]) -> list[dict[str, Any]]:
-    """A row for each label of the pool: its share of the examples in either list, and of the pool; none where none has
-    a label."""
+    """Return each label's share of either list's examples and of the pool; [] where no example has a label."""
     named = {d: Counter(pool[each["id"]].label for one in members for each in one[d]) for d in DIRECTIONS}
     whole = Counter(example.label for example in pool.values())
     if not set(whole) - {None}:
@@ -158,11 +165,11 @@ def _labels(members: Sequence[Mapping[str, Any]], pool: Mapping[str, Example]) -
 
 
 def _texts(*texts: tuple[str, str]) -> list[tuple[str, str, str, int]]:
-    """As the template `folding` shows them."""
+    """Return named texts in the form that the template macro `folding` takes."""
     return [(name, *clipped(text, _MOST_TEXT)) for name, text in texts]
 
 
 def _start(text: str) -> str:
-    """The first words on one line."""
+    """Return the first words of a text on one line."""
     line = " ".join(text.split())
     return line if len(line) <= _STARTS + 1 else line[:_STARTS] + "…"

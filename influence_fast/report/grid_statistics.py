@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from influence_fast.errors import DataError, listing
+from influence_fast.errors import DataError, truncated_list
 from influence_fast.statistics.paired_tests import compare, holm
 from influence_fast.statistics.two_level import DRAWS, two_level_interval
 
@@ -27,7 +27,7 @@ class Answers:
     correct: np.ndarray
 
     def of(self, seeds: Sequence[int]) -> np.ndarray:
-        """[len(seeds), N]: the rows of these seeds."""
+        """Return the rows of the given seeds, [len(seeds), N]."""
         return self.correct[[self.seeds.index(seed) for seed in seeds]]
 
 
@@ -38,7 +38,7 @@ def grid_statistics(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Means, intervals and paired tests of a grid, as the report's `settings` and `comparisons`.
+    """Compute means, intervals and paired tests of a grid, as the report's `settings` and `comparisons`.
 
     Args:
         cells: one run each: "strategy", "fraction", "seed"; "low" and "high" are used where a setting has one seed.
@@ -104,7 +104,7 @@ def _collect(
         if odd or not questions:
             raise DataError(
                 f"{cell['strategy']} at {cell['fraction']}, seed {cell['seed']}: other questions than the first run "
-                f"({listing(odd) or 'none at all'}): evaluate all runs of a grid on the same test questions"
+                f"({truncated_list(odd) or 'none at all'}): evaluate all runs of a grid on the same test questions"
             )
         seeds = rows.setdefault((str(cell["strategy"]), float(cell["fraction"])), {})
         if int(cell["seed"]) in seeds:

@@ -33,7 +33,7 @@ number that is None, NaN or infinite is shown as `n/a`. Accuracies, fractions an
                       report, in its folder or below; anything else is left out, with a warning
     warnings         [str]
 
-Tens of thousands of scores are fine: above `view.MAX_POINTS` the scatter shows all traces as a density, and only the
+Tens of thousands of scores are fine: above `context.MAX_POINTS` the scatter shows all traces as a density, and only the
 extremes and an even sample as points with their text.
 """
 
@@ -51,16 +51,16 @@ from influence_fast.atomic import replacing
 from influence_fast.errors import DataError, one_line
 from influence_fast.guards import check_no_pipe, reading
 from influence_fast.report import summary
+from influence_fast.report.context import page_context
 from influence_fast.report.svg import key_svg
-from influence_fast.report.view import view
-from influence_fast.report.words import between, count, decimal, duration, fraction_name, p_value, percent, signed
+from influence_fast.report.text import between, count, decimal, duration, fraction_name, p_value, percent, signed
 
 REPORT_NAME = "report.html"
 RESULTS_NAME = "results.json"
 
 
 def save_results(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Write `results` as strict JSON, atomically; `path` is a file, or a run folder that gets `results.json`."""
+    """Write `results` atomically as strict JSON; `path` is a file, or a run folder that gets `results.json`."""
     summary.check_results(results)
     target = Path(path)
     target = target / RESULTS_NAME if target.is_dir() else target
@@ -91,10 +91,19 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_report(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Write the HTML report of `results` (schema above) to `path`, atomically, and return where it is.
+    """Write the HTML report of `results` atomically to `path`.
 
-    `path` is a file, or a folder that gets `report.html`. The same results give the same bytes. Raises `DataError`
-    naming the part, row and key that do not follow the schema; nothing is written then.
+    Args:
+        results: a dictionary as this module's docstring describes.
+        path: a file, or a folder that gets `report.html`. The same results give the same bytes.
+    Returns:
+        The path of the file.
+    Raises:
+        DataError: naming the part, row and key that do not follow the schema; nothing is written then.
+    Example:
+        >>> import tempfile
+        >>> inf.write_report({"title": "A run"}, tempfile.mkdtemp()).name
+        'report.html'
     """
     target = Path(path)
     target = target / REPORT_NAME if target.is_dir() else target
@@ -104,7 +113,7 @@ def write_report(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pa
 
 
 def render(results: Mapping[str, Any]) -> str:
-    """The page as a string; see `write_report`."""
+    """Return the HTML report as a string; see `write_report`."""
     with reading("the results"):
         return _rendered(results)
 
@@ -117,11 +126,11 @@ def _rendered(results: Mapping[str, Any]) -> str:
         decimal=decimal, key=key_svg,
     )  # fmt: skip
     environment.globals.update(between=between)
-    return environment.get_template("report.html.j2").render(view(results))
+    return environment.get_template("report.html.j2").render(page_context(results))
 
 
 def templates() -> Environment:
-    """The package's templates: everything is escaped, and a name that is not given is an error."""
+    """Return the template environment of the package: everything is escaped, and an undefined name is an error."""
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

@@ -13,13 +13,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from influence_fast.report.summary import Setting, number
 from influence_fast.report.svg import INK, Chart, Key, plain, render_chart
-from influence_fast.report.words import fraction_name
+from influence_fast.report.text import fraction_name
 
 # --- one row a strategy, one panel a fraction ----------------------------------------------------------------
 
 
 def _panels(settings: Sequence[Setting]) -> tuple[list[str], list[float]]:
-    """Strategies from best to worst mean, and fractions ascending; `full` is a line and not a row."""
+    """Return the strategies from best to worst mean, and the fractions ascending; `full` is a line and not a row."""
     rows = [s for s in settings if s.kind != "full"]
     score: dict[str, list[float]] = {}
     for s in rows:
@@ -69,7 +69,7 @@ def _rows_size(strategies: int, fractions: int) -> tuple[tuple[float, float], tu
 
 
 def accuracy_chart(settings: Sequence[Setting], base: Mapping[str, Any] | None) -> Chart | None:
-    """Mean accuracy and 95 % interval of every setting; all data and the model before as vertical lines.
+    """Draw mean accuracy and 95 % interval of every setting; all data and the model before are vertical lines.
 
     Returns None when nothing but `full` was run.
     """
@@ -124,7 +124,7 @@ def accuracy_chart(settings: Sequence[Setting], base: Mapping[str, Any] | None) 
 
 
 def harmful_chart(settings: Sequence[Setting]) -> Chart | None:
-    """Share of the known harmful traces that each setting dropped, and what random would drop; None where unknown."""
+    """Draw the share of known harmful traces that each setting dropped, and that by chance; None where unknown."""
     known = [s for s in settings if s.kind != "full" and math.isfinite(s.harmful_dropped) and s.harmful_total > 0]
     if not known:
         return None
@@ -165,16 +165,13 @@ def harmful_chart(settings: Sequence[Setting]) -> Chart | None:
     return Chart(render_chart("harmful", draw, _rows_size(len(strategies), len(fractions)), alt), keys)
 
 
-# --- scores ----------------------------------------------------------------------------------------------------
-
-
 # --- curves ----------------------------------------------------------------------------------------------------
 
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), "-", (0, (5, 2)))
 
 
 def thin(points: Sequence[Sequence[Any]], most: int = 60) -> tuple[list[float], list[float]]:
-    """Steps and losses of a curve without points that are not finite; means of equal stretches above `most`."""
+    """Return steps and losses of a curve, finite points only, averaged over equal stretches above `most` points."""
     rows = [(number(p[0]), number(p[1])) for p in points]
     kept = np.array([r for r in rows if math.isfinite(r[0]) and math.isfinite(r[1])], dtype=np.float64).reshape(-1, 2)
     if len(kept) > most:
@@ -183,7 +180,7 @@ def thin(points: Sequence[Sequence[Any]], most: int = 60) -> tuple[list[float], 
 
 
 def curves_chart(curves: Mapping[str, Sequence[Sequence[Any]]]) -> Chart | None:
-    """Training loss by step; six runs in colour and dash, further runs in grey; None without a finite point."""
+    """Draw training loss by step, six runs in colour and dash and further runs in grey; None without a finite point."""
     lines = {name: thin(points) for name, points in curves.items()}
     lines = {name: line for name, line in lines.items() if line[0]}
     if not lines:

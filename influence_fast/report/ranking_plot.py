@@ -1,4 +1,4 @@
-"""How the ranking moved over a training run, as a plot (see `influence.checkpoints`)."""
+"""Plot how the ranking changed over a training run (see `influence.checkpoints`)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,19 @@ FORMATS = (".svg", ".png", ".pdf")
 def plot_ranking_over_training(
     scores: CheckpointScores, path: str | Path, *, column: str = "s_correct", follow: int = 5
 ) -> Path:
-    """Draws `ranking_over_training`, and the ranks of the `follow` examples at either end of the final ranking.
+    """Plot `ranking_over_training`, and the ranks of the `follow` examples at either end of the final ranking.
 
-    path: .svg, .png or .pdf, by the ending; the file appears whole or not at all. Returns it.
+    Args:
+        scores: the result of `checkpoint_scores`.
+        path: .svg, .png or .pdf; the extension chooses the format. The file is written atomically.
+        column: the score to rank by.
+        follow: number of examples followed at each end.
+    Returns:
+        `path`.
+    Raises:
+        ConfigError: another extension.
+    Example:
+        >>> plot_ranking_over_training(scores, "ranking.svg")  # doctest: +SKIP
     """
     path = Path(path)
     if path.suffix not in FORMATS:

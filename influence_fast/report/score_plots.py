@@ -1,4 +1,4 @@
-"""Charts of single scores: two against each other, and how they are spread."""
+"""Charts of single scores: two against each other, and their distributions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from influence_fast.report.svg import INK, SHAPES, Chart, Key, plain, render_cha
 
 
 def _heavy_tailed(values: np.ndarray) -> float:
-    """Linear width of an asinh axis where a few values would squash the rest, else 0."""
+    """Return the linear width for an asinh axis where a few values would squash the rest, else 0."""
     finite = np.abs(values[np.isfinite(values)])
     bulk = float(np.quantile(finite, 0.75)) if finite.size else 0.0
     return bulk if bulk > 0 and finite.max() > 8 * bulk else 0.0
@@ -26,9 +26,9 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def _scaled(axis: Any, largest: float, ticks: int | Sequence[float]) -> str:
-    """Tick numbers without exponents, and the common power of ten for the axis' name: ` (×10⁻³)` or nothing.
+    """Set tick labels without exponents, and return the common power of ten for the axis label: ` (×10⁻³)` or "".
 
-    `ticks` is how many there should be at most, or where they are.
+    `ticks` is their maximal number, or their positions.
     """
     power = math.floor(math.log10(largest)) if largest > 0 else 0
     power = 0 if -2 <= power <= 3 else power
@@ -40,7 +40,7 @@ def _scaled(axis: Any, largest: float, ticks: int | Sequence[float]) -> str:
 
 
 def _asinh_ticks(low: float, high: float, width: float) -> list[float]:
-    """Zero and 1, 2, 5 x 10^k on both sides, as far as they stand apart on an asinh axis of that linear width."""
+    """Return zero and 1, 2, 5 x 10^k on both sides, where they stand apart on an asinh axis of linear width `width`."""
     span = math.asinh(high / width) - math.asinh(low / width)
     sizes = [m * 10.0**e for e in range(-3, 7) for m in (1, 2, 5)]
     unit = 10.0 ** math.floor(math.log10(width))
@@ -57,7 +57,7 @@ def _asinh_ticks(low: float, high: float, width: float) -> list[float]:
 
 
 def _score_axis(axis: Any, ax: Axes, name: str, values: np.ndarray, narrow: bool) -> None:
-    """Limits, ticks and name of one score axis over finite `values` (n,); asinh where tails are heavy."""
+    """Set limits, ticks and label of one score axis over finite `values` (n,); asinh where tails are heavy."""
     low, high = float(values.min()), float(values.max())
     which = axis.axis_name
     if width := _heavy_tailed(values):
@@ -85,9 +85,9 @@ def scatter_chart(
     *,
     density: bool,
 ) -> Chart:
-    """s_correct (N,) against s_incorrect (N,); `drawn` indexes the traces that become points of their own.
+    """Draw s_correct (N,) against s_incorrect (N,); `drawn` indexes the traces that become points of their own.
 
-    `category` (0..6, shape and colour) and `dropped_by` (strategy numbers) and `titles` are one a drawn trace;
+    `category` (0..6, shape and colour), `dropped_by` (strategy numbers) and `titles` have one entry a drawn trace;
     points dropped by strategy `marked` are ringed. With `density` all finite traces are shown as hexagons behind.
     """
 
@@ -140,7 +140,7 @@ def scatter_chart(
 
 
 def _hexagons(spots: np.ndarray, radius: float) -> list[str]:
-    """Hexagons over points (N, 2) in pixels, opacity by the logarithm of their count."""
+    """Return hexagons over points (N, 2) in pixels, with an opacity by the logarithm of their count."""
     w, h = radius * math.sqrt(3), radius * 1.5
     row = np.round(spots[:, 1] / h).astype(np.int64)
     column = np.round(spots[:, 0] / w - 0.5 * (row % 2)).astype(np.int64)
@@ -158,7 +158,7 @@ def _hexagons(spots: np.ndarray, radius: float) -> list[str]:
 
 
 def distribution_chart(groups: Sequence[tuple[str, int, np.ndarray, np.ndarray]]) -> Chart | None:
-    """Histograms of both scores, one row a label: (name, category, s_correct (n,), s_incorrect (n,)).
+    """Draw histograms of both scores, one row a label: (name, category, s_correct (n,), s_incorrect (n,)).
 
     Each histogram is scaled to its own height and holds the middle 99 % of all traces; the line is the median.
     """

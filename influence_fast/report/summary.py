@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 
 
 def number(value: Any) -> float:
-    """`value` as a float; None, booleans and anything that is not a number become NaN."""
+    """Return `value` as a float; None, booleans and anything that is not a number become NaN."""
     if value is None or isinstance(value, bool | str):
         return math.nan
     try:
@@ -32,7 +32,7 @@ def number(value: Any) -> float:
 
 
 def jsonable(value: Any) -> Any:
-    """`value` as strict JSON has it: numpy and torch values as numbers, NaN and infinities as null."""
+    """Return `value` as strict JSON has it: numpy and torch values as numbers, NaN and infinities as null."""
     if isinstance(value, Mapping):
         return {str(k): jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -48,7 +48,7 @@ def jsonable(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One (strategy, fraction) with its seeds put together.
+    """One (strategy, fraction) aggregated over its seeds.
 
     `mean` is the mean accuracy over the seeds with a finite accuracy (NaN if there is none), `low`/`high` its
     95 % interval, both in 0..1. `harmful_dropped`, `harmful_total`, `by_chance`, `kept`, `dropped` and `seconds`
@@ -76,15 +76,16 @@ class Setting:
 
     @property
     def finished(self) -> int:
-        """How many of the seeds have a finite accuracy."""
+        """Return how many of the seeds have a finite accuracy."""
         return sum(math.isfinite(a) for a in self.accuracies)
 
     @property
     def kind(self) -> str:
-        """`influence`, `random`, `full` or `baseline`: decides the colour."""
+        """Return the kind of strategy, which decides the colour: `influence`, `random`, `full` or `baseline`."""
         if self.strategy in ("random", "full"):
             return self.strategy
-        known = self.strategy in STRATEGIES  # results may be of a strategy that was registered elsewhere
+        # Results may be of a strategy that was registered elsewhere.
+        known = self.strategy in STRATEGIES
         return "influence" if known and reads_influence(self.strategy) else "baseline"
 
 
@@ -94,7 +95,7 @@ def _mean(values: Iterable[Any]) -> float:
 
 
 def interval(cells: Sequence[Row]) -> tuple[float, float, float]:
-    """Mean accuracy of one setting over its seeds, and a 95 % interval, in 0..1.
+    """Return the mean accuracy of one setting over its seeds and a 95 % interval, in 0..1.
 
     One seed: the cell's own interval over test questions. n seeds: mean +- t(n-1) s / sqrt(n) over the seeds, but
     on neither side narrower than the cells' own half-width / sqrt(n): that much is left by the questions even if
@@ -119,7 +120,7 @@ def _setting_key(row: Row) -> tuple[str, float]:
 
 
 def aggregate(cells: Sequence[Row], intervals: Sequence[Row] = ()) -> list[Setting]:
-    """Cells grouped by (strategy, fraction), fractions rounded to 1e-6, in order of first appearance.
+    """Group cells by (strategy, fraction), fractions rounded to 1e-6, in order of first appearance.
 
     `intervals`: the results' `settings`; a setting that is not among them gets its interval from its cells.
     """
@@ -162,7 +163,7 @@ def aggregate(cells: Sequence[Row], intervals: Sequence[Row] = ()) -> list[Setti
 
 
 def further_measures(row: Row) -> dict[str, float]:
-    """What several answers a question give beside the accuracy: {"maj@8": share, "pass@4": estimate}."""
+    """Return what several answers a question give beside the accuracy: {"maj@8": share, "pass@4": estimate}."""
     found = {}
     if row.get("majority") is not None:
         found[f"maj@{row['samples']}" if row.get("samples") else "maj"] = number(row["majority"])
@@ -172,7 +173,7 @@ def further_measures(row: Row) -> dict[str, float]:
 
 
 def best_setting(settings: Sequence[Setting]) -> Setting | None:
-    """Highest mean accuracy among the strategies other than `full` and `random`; the first one on a tie."""
+    """Return the setting of highest mean accuracy other than `full` and `random`; the first one on a tie."""
     tried = [s for s in settings if s.kind not in ("full", "random") and math.isfinite(s.mean)]
     return max(tried, key=lambda s: s.mean, default=None)
 
@@ -181,7 +182,7 @@ def best_setting(settings: Sequence[Setting]) -> Setting | None:
 
 
 def score_arrays(scores: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-    """`s_correct` and `s_incorrect` as float64 arrays (N,), NaN where missing."""
+    """Return `s_correct` and `s_incorrect` as float64 arrays (N,), NaN where missing."""
     return (
         np.array([number(s.get("s_correct")) for s in scores], dtype=np.float64),
         np.array([number(s.get("s_incorrect")) for s in scores], dtype=np.float64),
@@ -197,12 +198,12 @@ def ranks_of(values: np.ndarray) -> list[float | None]:
 
 
 def balance(scores: Sequence[Row]) -> np.ndarray:
-    """rank(s_correct) - rank(s_incorrect) in -1..1 (N,): high helps, low harms; NaN where a score is not finite.
+    """Return rank(s_correct) - rank(s_incorrect) in -1..1 (N,): high helps, low harms; NaN where one is not finite.
 
-    Where one of the two scores is finite for no trace at all, the order is the other's alone.
+    Where one of the two scores is finite for no trace at all, the order is that of the other alone.
 
-    The order of the `combined` strategy. By rank and not by value: traces with large gradients have large scores
-    of both kinds, and would lead both lists.
+    This is the order of the `combined` strategy. It uses ranks and not values: traces with large gradients have large
+    scores of both kinds, and would lead both lists.
     """
     s_correct, s_incorrect = score_arrays(scores)
     neither = ~np.isfinite(s_correct) & ~np.isfinite(s_incorrect)
@@ -210,7 +211,7 @@ def balance(scores: Sequence[Row]) -> np.ndarray:
 
 
 def extremes(scores: Sequence[Row], each: int) -> tuple[list[int], list[int]]:
-    """Indices of the `each` most helpful and most harmful traces, most extreme first, never the same trace twice."""
+    """Return indices of the `each` most helpful and most harmful traces, most extreme first, no trace twice."""
     value = balance(scores)
     order = [int(i) for i in np.argsort(value, kind="stable") if math.isfinite(value[i])]
     each = min(each, len(order) // 2)

@@ -100,13 +100,16 @@ class Chart:
 
 
 def plain(text: Any, limit: int = 26) -> str:
-    """One short printable line of `text`, for a label inside a chart."""
+    """Return `text` as one short printable line, for a label inside a chart."""
     line = "".join(c if c.isprintable() else " " for c in str(text).encode("utf-8", "replace").decode())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def _inline(svg: str, name: str, alt: str, extra: str, *, scatter: bool = False) -> str:
-    """matplotlib's SVG document as an inline element: no namespaces, metadata or styles, ids prefixed by `name`."""
+    """Return matplotlib's SVG document as an inline element without namespaces, metadata or styles.
+
+    Its ids are prefixed by `name`.
+    """
     root = ElementTree.fromstring(svg)
     used = set(re.findall(r"#([\w.-]+)", " ".join(v for e in root.iter() for v in e.attrib.values())))
     for parent in list(root.iter()):
@@ -150,7 +153,7 @@ def _inline(svg: str, name: str, alt: str, extra: str, *, scatter: bool = False)
 def render_chart(
     name: str, draw: Draw, sizes: tuple[tuple[float, float], tuple[float, float]], alt: str, **how: Any
 ) -> Markup:
-    """Both versions of a chart; sizes are (width, height) in CSS pixels, wide then narrow."""
+    """Render the wide and the narrow version of a chart; `sizes` are (width, height) in CSS pixels, wide first."""
     parts = []
     for narrow, (width, height) in enumerate(sizes):
         with matplotlib.rc_context(_RC), warnings.catch_warnings():
@@ -169,7 +172,7 @@ def render_chart(
 
 
 def key_svg(key: Key) -> Markup:
-    """The small drawing before a legend's name."""
+    """Return the small drawing before a legend's name."""
     colour = f"var(--{key.colour})"
     marks = {
         "line": f'<path d="M1 8H19" stroke="{colour}"/>',

@@ -26,7 +26,8 @@ from influence_fast.progress import track
 from influence_fast.run import demo_data
 from influence_fast.run.demo_data import draw_examples, draw_pool, drill
 from influence_fast.settings import check_seed
-from influence_fast.training.fine_tuning import TrainConfig, quiet_libraries
+from influence_fast.training.fine_tuning import quiet_libraries
+from influence_fast.training.settings import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,11 +17,10 @@ from typing import Any
 
 from influence_fast.config import ModelConfig, RunConfig, Source
 from influence_fast.errors import ConfigError, DataError, ModelError, one_line
-from influence_fast.gradients.fp8 import FP8
-from influence_fast.gradients.memory import GradientMemory, QuantizedWeights, gradient_memory
+from influence_fast.gradients.memory import BaseWeights, GradientMemory, PackSize, QuantizedWeights, gradient_memory
 from influence_fast.gradients.projection import SIDED_KINDS
 from influence_fast.guards import reading
-from influence_fast.influence.settings import fitted_examples
+from influence_fast.influence.recipe import Recipe
 from influence_fast.run.inputs import changed, examples_hash, source_inputs
 from influence_fast.run.workdir import occupied
 from influence_fast.store.manifest import row_bytes
@@ -150,8 +149,8 @@ def plan(
         training = round(tokens * epochs * (kept * len(grid.seeds) + own))
     row = shape.row if shape else config.gradients.width
     stores = _stores(config, examples)
-    fitted = min(examples, fitted_examples(config.influence, config.gradients))
-    kept = 0 if config.gradients.fits_sketch(config.influence.preconditioner) else fitted
+    recipe = Recipe.of(config.gradients, config.influence)
+    fitted, kept = (min(examples, count) for count in (recipe.fitted_examples, recipe.fisher_examples))
     gradients = None if tokens is None else stores * (tokens + tokens * fitted // max(1, examples))
     return Plan(
         pool=pool,
@@ -167,7 +166,7 @@ def plan(
         training_tokens=training,
         stores=stores,
         row=row,
-        store_bytes=None if row is None else stores * examples * row_bytes(row, config.gradients.store_dtype),
+        store_bytes=None if row is None else stores * examples * row_bytes(row, config.gradients.dtype),
         fitted=fitted,
         fitted_bytes=None if row is None else stores * kept * row_bytes(row, "fp32"),
         model=shape,
@@ -200,10 +199,11 @@ def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from influence_fast.influence.sketch_fitting import width_of
-    from influence_fast.training.fine_tuning import attach_lora, quiet_libraries
+    from influence_fast.training.fine_tuning import quiet_libraries
+    from influence_fast.training.fresh_adapter import attach_lora
 
     def row_of(scored: Any) -> int:
-        return width_of(config.gradients.projection, config.gradients.sketch, config.influence.preconditioner, scored)
+        return width_of(config.gradients, config.influence.preconditioner, scored)
 
     check_model_sizes(model.path)
     try:
@@ -281,17 +281,13 @@ def _gradient_memory(config: RunConfig, shape: ModelShape | None, tokens: int) -
     described = gradients.kind in SIDED_KINDS and gradients.layers == 1.0 and gradients.target is None
     if shape is None or not described or config.lora.target_modules != "all-linear":
         return {}
-    sizes: dict[str, Any] = {
-        "parameters": shape.parameters,
-        "rank": config.lora.r,
-        "dim": gradients.dim,
-        "row": shape.row,
-        "weight_bytes": WEIGHT_BYTES.get(config.model.dtype, 4),
-        "fp8": gradients.precision == FP8,
-        "quantized": shape.quantized,
-    }
+    weights = BaseWeights(shape.parameters, WEIGHT_BYTES.get(config.model.dtype, 4), shape.quantized)
+    options: dict[str, Any] = {"rank": config.lora.r, "row": shape.row}
     try:
-        return {again: gradient_memory(shape.config, tokens, checkpointing=again, **sizes) for again in (False, True)}
+        return {
+            again: gradient_memory(shape.config, PackSize(tokens), weights, gradients, checkpointing=again, **options)
+            for again in (False, True)
+        }
     except ConfigError:  # another kind of model
         return {}
 

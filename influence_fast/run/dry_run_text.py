@@ -56,7 +56,7 @@ def describe(config: RunConfig, found: Plan) -> str:
                 f"{config.evaluation.max_new_tokens:,} tokens each",
             )
         )
-    dtype = config.gradients.store_dtype
+    dtype = config.gradients.dtype
     stores = f"{found.stores} checkpoints x " if found.stores > 1 else ""
     if found.row is None or found.store_bytes is None:
         lines.append(

@@ -22,7 +22,7 @@ from influence_fast.data.fingerprints import tokenizer_hash
 from influence_fast.data.grouping import row_groups
 from influence_fast.errors import ConfigError
 from influence_fast.gradients.eigen_sketch import FILES as SKETCH_FILES
-from influence_fast.influence.preconditioners import SKETCHES
+from influence_fast.gradients.row_spec import names_store
 from influence_fast.run.pieces import EVERYTHING, QUESTIONS, SCORES, TARGET, TEST, finished, way_out
 from influence_fast.store.checksums import checksum
 
@@ -231,8 +231,8 @@ def model_inputs(config: RunConfig) -> dict[str, Input]:
     if config.influence.optimizer is not None:
         path = config.influence.optimizer
         inputs["influence.optimizer"] = Input(path, hash_files(Path(path).expanduser().glob("*")), SCORES)
-    if config.gradients.sketch not in SKETCHES:
-        path = config.gradients.sketch
+    if names_store(config.gradients.sketch):
+        path = str(config.gradients.sketch)
         inputs["gradients.sketch"] = Input(path, hash_files(Path(path).expanduser().glob(SKETCH_FILES)), SCORES)
     return inputs
 

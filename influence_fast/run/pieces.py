@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from influence_fast.errors import listing
+from influence_fast.errors import truncated_list
 from influence_fast.selection.strategies import PASS_RATE, STRATEGIES, needed_columns
 
 # kinds of dependence: the keys of `_PIECES`
@@ -113,4 +113,4 @@ def way_out(folder: Path, kinds: set[str], also: tuple[str, ...] = ()) -> str:
         if not covered.issuperset(found):
             names[found[0] if len(found) == 1 else pattern] = None
             covered.update(found)
-    return f", or delete what was made with the other: {listing(names, limit=len(names))}"
+    return f", or delete what was made with the other: {truncated_list(names, limit=len(names))}"

@@ -32,6 +32,7 @@ from influence_fast.influence.checkpoints import (
     ranking_over_training,
 )
 from influence_fast.influence.queries import Queries, make_queries, own_answers, with_tasks
+from influence_fast.influence.recipe import Recipe
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.report.explain import EXPLAINED
@@ -46,9 +47,10 @@ from influence_fast.run.scoring import explained_scores
 from influence_fast.run.splits import load_splits
 from influence_fast.run.workdir import RunFolder
 from influence_fast.selection import pruning
-from influence_fast.selection.pool_scores import PoolScores, baseline_columns
+from influence_fast.selection.pool_scores import PoolScores, ScoredPool, baseline_columns
 from influence_fast.selection.strategies import BASELINE_COLUMNS, needed_columns
-from influence_fast.training.fine_tuning import RECORD, TrainResult, finetune, finetuned, list_checkpoints
+from influence_fast.training.files import list_checkpoints
+from influence_fast.training.fine_tuning import RECORD, TrainResult, finetune, finetuned
 from influence_fast.training.models import adapter_warnings, check_tokenizer
 
 
@@ -58,7 +60,7 @@ class Pipeline:
     def __init__(self, config: RunConfig, *, progress: bool = True) -> None:
         choose_engine(config.evaluation.engine)  # an engine that is not installed is an error now, not after training
         self.config = config
-        self.talks = progress
+        self.verbose = progress
         self.progress = progress and sys.stderr.isatty()  # bars are for terminals; a log gets a line a piece of work
         self.started = time.perf_counter()
         self.folder = RunFolder(config)
@@ -83,7 +85,7 @@ class Pipeline:
         if of is not None:
             digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
             self.folder.forget_other(name, digest, unsaid=unsaid)
-        if self.talks and not self.folder.has(name):
+        if self.verbose and not self.folder.has(name):
             print(f"{time.perf_counter() - self.started:7.1f} s  {name}", file=sys.stderr, flush=True)
         return self.folder.once(name, work, digest)
 
@@ -264,11 +266,7 @@ class Pipeline:
     def _score_under(self, adapter: str | Path, queries: Queries, store: str, influence: InfluenceConfig) -> PoolScores:
         with finetuned(self.base, adapter) as model:
             scored, _ = explained_scores(
-                model,
-                self.tokenizer,
-                self.splits.pool,
-                self.splits.tokenized.examples,
-                queries,
+                self._scored_pool(model, queries),
                 self.folder.store(store, made_with(self.config.gradients, influence, self.inputs)),
                 self.config.gradients,
                 influence,
@@ -279,6 +277,9 @@ class Pipeline:
             )
         return scored
 
+    def _scored_pool(self, model: Any, queries: Queries) -> ScoredPool:
+        return ScoredPool(model, self.tokenizer, self.splits.pool, self.splits.tokenized.examples, queries)
+
     def _over_checkpoints(self, reference: Path, queries: Queries) -> tuple[ScoreTable, dict[str, float]]:
         """Scores summed over the reference's checkpoints, and how the ranking moved, as a table and a plot."""
         saved = list_checkpoints(reference)
@@ -288,7 +289,7 @@ class Pipeline:
 
         def score(checkpoint: Path) -> ScoreTable:
             influence = self.config.influence
-            if influence.preconditioner in ("adam", "less"):  # each checkpoint has moments of its own
+            if Recipe.of(self.config.gradients, influence).reads_moments:  # each checkpoint has moments of its own
                 influence = dataclasses.replace(influence, optimizer=str(checkpoint))
             scored = self._score_under(checkpoint, queries, f"store-{checkpoint.name}", influence)
             for stage, value in scored.seconds.items():
@@ -308,11 +309,7 @@ class Pipeline:
         table, seconds = baseline_columns(
             table,
             [column],
-            self.base,
-            self.tokenizer,
-            self.splits.pool,
-            self.splits.tokenized.examples,
-            queries,
+            self._scored_pool(self.base, queries),
             self.config.pruning.pass_rate_config(self.config.evaluation),
             transcripts=self.folder / "transcripts" / "pool.jsonl",
             progress=self.progress,
@@ -367,7 +364,7 @@ class Pipeline:
         """The cluster of near-duplicates that each pool example's completion is in."""
         assert self.config.pruning.max_similar is not None
         completions = [e.completion for e in self.splits.pool]
-        clusters = near_duplicates(completions, self.config.pruning.max_similar, progress=self.talks)
+        clusters = near_duplicates(completions, self.config.pruning.max_similar, progress=self.verbose)
         return {e.id: int(cluster) for e, cluster in zip(self.splits.pool, clusters, strict=True)}
 
     def _write_pruned(self, name: str, rows: Sequence[int]) -> Path:

@@ -23,7 +23,6 @@ from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.influence.methods import Method, method_of
 from influence_fast.influence.preconditioners import FROM_MODEL
-from influence_fast.influence.settings import fitted_examples
 from influence_fast.influence.sketch_fitting import width_of
 from influence_fast.store.manifest import row_bytes
 
@@ -81,12 +80,13 @@ def plan(
     for row in fidelity_table():
         method = method_of(row["settings"])
         gradients = method.gradients()
-        width = width_of(gradients.projection, gradients.sketch, method.preconditioner, model)
-        size = row_bytes(width, gradients.store_dtype)
+        width = width_of(gradients, method.preconditioner, model)
+        size = row_bytes(width, gradients.dtype)
         # once, and with labels that the model draws: a forward pass is a third of a gradient
-        extra = min(len(dataset), fitted_examples(method.influence(), gradients))
+        recipe = method.recipe()
+        extra = min(len(dataset), recipe.fitted_examples)
         passes = row["cost"] + extra / len(dataset) * (4 / 3 if method.fisher == FROM_MODEL else 1)
-        beside = 0 if gradients.fits_sketch(method.preconditioner) else extra * row_bytes(width, "fp32")
+        beside = min(extra, recipe.fisher_examples) * row_bytes(width, "fp32")
         proposals.append(
             Proposal(
                 method,
@@ -115,11 +115,11 @@ def measure(model: nn.Module, dataset: Sequence[Mapping[str, Any]]) -> float:
         tokens += len(sample[-1]["input_ids"])
         if tokens >= SAMPLE_TOKENS:
             break
-    projection = method_of("ekfac-cosine").gradients().projection
+    spec = method_of("ekfac-cosine").gradients()
     elapsed = []
     for _ in range(2):
         start = time.perf_counter()
-        for _ in iter_gradient_rows(model, sample, projection=projection):
+        for _ in iter_gradient_rows(model, sample, spec):
             pass
         elapsed.append(time.perf_counter() - start)
     return tokens / min(elapsed)

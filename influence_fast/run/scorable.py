@@ -13,7 +13,8 @@ from influence_fast.config import RunConfig
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.projection import SIDED_KINDS
 from influence_fast.influence.sketch_fitting import width_of
-from influence_fast.training.fine_tuning import attach_lora, finetuned, quiet_libraries
+from influence_fast.training.fine_tuning import finetuned, quiet_libraries
+from influence_fast.training.fresh_adapter import attach_lora
 
 
 def check_scorable(base: Any, config: RunConfig) -> None:
@@ -22,9 +23,9 @@ def check_scorable(base: Any, config: RunConfig) -> None:
     Raises ModelError where that adapter cannot be scored, and ConfigError where the run's rows do not fit it.
     """
     gradients = config.gradients
-    projection = gradients.projection
+    projection = gradients.projection()
     with _tuned(base, config) as model:
-        width_of(projection, gradients.sketch, config.influence.preconditioner, model)
+        width_of(gradients, config.influence.preconditioner, model)
         if projection is not None and projection.kind in SIDED_KINDS:
             projection = replace(projection.plain, width=None)  # sketches are of no importance here, and take time
         with GradientEngine(model, projection, precision=gradients.precision):

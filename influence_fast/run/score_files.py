@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from influence_fast.data.examples import Example
-from influence_fast.errors import DataError, listing, one_line
+from influence_fast.errors import DataError, one_line, truncated_list
+from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.influence.recipe import sketch_for
 from influence_fast.influence.scores import ScoreTable
-from influence_fast.influence.settings import GradientConfig, InfluenceConfig
+from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.report.explain import DIRECTIONS, EXPLAINED
 from influence_fast.run.inputs import Input
 from influence_fast.run.workdir import RunFolder
 from influence_fast.selection.strategies import BASELINE_COLUMNS
+from influence_fast.settings import to_dict
 
 SCORES = "scores.parquet"
 EXPLAINED_COUNT = "explained_count"
@@ -47,17 +49,23 @@ def damaged_table(folder: RunFolder, pool: Sequence[Example]) -> str:
     missing = [column for column in sorted(BASELINE_COLUMNS) if folder.has(f"baselines/{column}")]
     missing = [column for column in missing if column not in table.columns]
     if strangers or missing:
-        what = f"has {listing(sorted(strangers))}, not in the pool" if strangers else f"has no {listing(missing)}"
+        what = (
+            f"has {truncated_list(sorted(strangers))}, not in the pool"
+            if strangers
+            else f"has no {truncated_list(missing)}"
+        )
         return f"{path} is not the run's score table ({what})"
     return ""
 
 
-def made_with(gradients: GradientConfig, influence: InfluenceConfig, inputs: Mapping[str, Input]) -> dict[str, Any]:
+def made_with(gradients: RowSpec, influence: InfluenceConfig, inputs: Mapping[str, Input]) -> dict[str, Any]:
     """Return all settings that the rows of a run's gradient store depend on."""
-    settings = dataclasses.asdict(gradients)
+    settings = to_dict(gradients)
     del settings["max_tokens"]  # a row does not depend on its batch
+    if gradients.target is not None and gradients.kind == "kron":
+        settings["kind"] = "one_sided"  # the same rows: stores of earlier versions are recorded by this name
     fitted = {}
-    if gradients.fits_sketch(influence.preconditioner):
+    if sketch_for(gradients, influence.preconditioner) is not None:
         fitted = {"damping": influence.damping, "fisher": influence.fisher}
     kept = inputs.get("gradients.sketch")
     return {"gradients": settings, "fitted": fitted, "sketch": None if kept is None else dict(kept.hashes)}

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from influence_fast.data.examples import Example
-from influence_fast.influence.queries import Queries
-from influence_fast.influence.settings import GradientConfig, InfluenceConfig
+from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.report.explain import explanations, save_explanations
-from influence_fast.selection.pool_scores import PoolScores, score_pool
+from influence_fast.selection.pool_scores import PoolScores, ScoredPool, score_pool
 
 
 def explained_scores(
-    model: Any,
-    tokenizer: Any,
-    pool: Sequence[Example],
-    tokenized: Sequence[dict[str, Any]],
-    queries: Queries,
+    asked: ScoredPool,
     store_path: Path,
-    gradients: GradientConfig,
+    gradients: RowSpec,
     influence: InfluenceConfig,
     explained: str | Path,
     *,
@@ -28,14 +21,12 @@ def explained_scores(
     title: str | None = None,
     progress: bool = True,
 ) -> tuple[PoolScores, list[Path]]:
-    """`score_pool`, then, unless top is 0, the `top` examples for each query and direction in `explained`.jsonl and
-    .html; returns the scores and the files written. Files of other scores are removed from there."""
-    scored = score_pool(
-        model, tokenizer, tokenized, queries, store_path, gradients, influence, top=top, progress=progress
-    )
+    """Score a pool, then, unless top is 0, write the `top` examples for each query and direction to `explained`.jsonl
+    and .html; return the scores and the files written. Files of other scores are removed from there."""
+    scored = score_pool(asked, store_path, gradients, influence, top=top, progress=progress)
     for old in (Path(f"{explained}{suffix}") for suffix in (".html", ".jsonl")):
         old.unlink(missing_ok=True)
     if scored.top is None:
         return scored, []
-    found = explanations(scored.top, scored.table.ids, queries)
-    return scored, save_explanations(found, {example.id: example for example in pool}, explained, title=title)
+    found = explanations(scored.top, scored.table.ids, asked.queries)
+    return scored, save_explanations(found, {example.id: example for example in asked.pool}, explained, title=title)

@@ -10,7 +10,7 @@ from typing import Any
 from influence_fast.config import DataConfig, RunConfig
 from influence_fast.data.decontamination import contaminated, plain_prompt
 from influence_fast.data.examples import Example, TokenizedSet, tokenize
-from influence_fast.errors import ConfigError, DataError, listing
+from influence_fast.errors import ConfigError, DataError, truncated_list
 from influence_fast.run.inputs import examples_hash, read_source
 from influence_fast.selection.difficulty import check_answers
 from influence_fast.selection.strategies import PASS_RATE, needed_columns
@@ -94,7 +94,7 @@ def _check_graded(config: RunConfig, validation: Sequence[Example], test: Sequen
         without = [example.id for example in part if example.answer is None]
         if without:
             raise DataError(
-                f"{name}: no final answer to grade against in {listing(without)}: add an 'answer' column, "
+                f"{name}: no final answer to grade against in {truncated_list(without)}: add an 'answer' column, "
                 r"or solutions that end in \boxed{} or ####"
             )
 
@@ -106,7 +106,7 @@ def _decontaminated(pool: list[Example], test: list[Example]) -> tuple[list[Exam
         raise DataError("data.decontaminate: every pool example shares words with the test set; is it the same data?")
     warnings = []
     if overlaps:
-        names = listing(f"{found.id} ({found.item}: {found.ngram!r})" for found in overlaps)
+        names = truncated_list(f"{found.id} ({found.item}: {found.ngram!r})" for found in overlaps)
         warnings.append(
             f"{len(overlaps)} of {len(pool)} pool examples share words with the test set and were set aside: {names}"
         )
@@ -122,14 +122,14 @@ def _asked_again(pool: list[Example], name: str, part: Sequence[Example]) -> lis
     if not same:
         return []
     why = "which raises their scores" if name == "validation" else "and give its answer away"
-    return [f"{len(same)} of {len(pool)} pool examples ask a question of the {name} set, {why}: {listing(same)}"]
+    return [f"{len(same)} of {len(pool)} pool examples ask a question of the {name} set, {why}: {truncated_list(same)}"]
 
 
 def _about(tokens: TokenizedSet, count: int, data: DataConfig, whose: str = "") -> list[str]:
     """Warnings of the `count` examples that were left out or cut."""
     warnings = []
     if tokens.too_long:
-        names = listing(f"{name} ({n} tokens)" for name, n in tokens.too_long)
+        names = truncated_list(f"{name} ({n} tokens)" for name, n in tokens.too_long)
         why = ", where cut nothing of their completion is left," if data.truncate else ""
         warnings.append(
             f"{len(tokens.too_long)} of {count} pool examples are longer than max_length {data.max_length}{whose}{why} "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from influence_fast.data.examples import Example
-from influence_fast.errors import DataError, listing
+from influence_fast.errors import DataError, truncated_list
 from influence_fast.evaluation.evaluate import EvalConfig, evaluate
 from influence_fast.selection.embeddings import pretrained
 
@@ -19,8 +19,8 @@ def check_answers(examples: Sequence[Example]) -> None:
     without = [example.id for example in examples if example.answer is None]
     if without:
         raise DataError(
-            f"no final answer to compute a pass rate from in {listing(without)}: add an 'answer' column, or leave "
-            "the strategies difficulty, easy and hard out"
+            f"no final answer to compute a pass rate from in {truncated_list(without)}: add an 'answer' column, or "
+            "leave the strategies difficulty, easy and hard out"
         )
 
 

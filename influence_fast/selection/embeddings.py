@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from influence_fast.data.packing import Pack, example_name, pack_examples
-from influence_fast.errors import DataError, NumericError, listing
+from influence_fast.errors import DataError, NumericError, truncated_list
+from influence_fast.gradients.pack_isolation import Separation
 from influence_fast.gradients.per_example import DEFAULT_MAX_TOKENS
 from influence_fast.gradients.referee import Referee, call, decoder_of
-from influence_fast.gradients.separation import Separation
 
 _AHEAD = 1024  # wishes looked at in one step
 
@@ -64,7 +64,7 @@ def example_embeddings(
     out = torch.stack([row for row in rows if row is not None])
     bad = out.isfinite().all(dim=1).logical_not().nonzero().flatten().tolist()
     if bad:
-        names = listing(example_name(examples[i], i) for i in bad)
+        names = truncated_list(example_name(examples[i], i) for i in bad)
         raise NumericError(f"the embedding is NaN or infinite for {names}: run the model in float32")
     return out
 

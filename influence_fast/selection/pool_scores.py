@@ -13,40 +13,51 @@ from influence_fast.data.examples import Example, tokenize
 from influence_fast.data.packing import IGNORED
 from influence_fast.evaluation.evaluate import EvalConfig
 from influence_fast.gradients.per_example import per_example_losses
-from influence_fast.influence import scoring
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.influence.pool_gradients import pool_gradients
 from influence_fast.influence.queries import Queries
+from influence_fast.influence.scorer import TopInfluences
 from influence_fast.influence.scores import ScoreTable
-from influence_fast.influence.scoring import TopInfluences
-from influence_fast.influence.settings import GradientConfig, InfluenceConfig
+from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.selection.difficulty import pass_rates
 from influence_fast.selection.embeddings import embedding_ranks
 from influence_fast.selection.strategies import EMBEDDING_RANK, PASS_RATE
 from influence_fast.timing import timed
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredPool:
+    """A pool of training examples, what it is scored against, and the model that does.
+
+    pool: the examples. tokens: the same tokenized, `{"id", "input_ids", "labels"}`. queries: what is asked.
+    """
+
+    model: Any
+    tokenizer: Any
+    pool: Sequence[Example]
+    tokens: Sequence[dict[str, Any]]
+    queries: Queries
+
+
 def baseline_columns(
     table: ScoreTable,
     needs: Collection[str],
-    model: Any,
-    tokenizer: Any,
-    pool: Sequence[Example],
-    tokenized: Sequence[dict[str, Any]],
-    queries: Queries,
+    scored: ScoredPool,
     config: EvalConfig,
     *,
     transcripts: Path | None = None,
     progress: bool = True,
 ) -> tuple[ScoreTable, dict[str, float]]:
-    """`table` with those of `BASELINE_COLUMNS` that are in `needs`, and the seconds of each.
+    """Return `table` with those of `BASELINE_COLUMNS` that are in `needs`, and the seconds of each.
 
-    `embedding_rank` by the correct queries and `pass_rate` under `config`, both of the pretrained model. `pool` and
-    `tokenized` have, in any order, an example for each row of the table.
+    `embedding_rank` by the correct queries and `pass_rate` under `config`, both of the pretrained model. The pool has,
+    in any order, an example for each row of the table.
     """
     columns: dict[str, np.ndarray] = {}
     seconds: dict[str, float] = {}
-    by_id = {example.id: example for example in pool}
-    tokens = {example["id"]: example for example in tokenized}
+    model, tokenizer, queries = scored.model, scored.tokenizer, scored.queries
+    by_id = {example.id: example for example in scored.pool}
+    tokens = {example["id"]: example for example in scored.tokens}
     if EMBEDDING_RANK in needs:
         with timed(seconds, "embeddings"):
             asked = tokenize([queries.examples[i] for i in queries.groups["correct"]], tokenizer).examples
@@ -71,29 +82,28 @@ class PoolScores:
 
 
 def score_pool(
-    model: Any,
-    tokenizer: Any,
-    pool: Sequence[dict[str, Any]],
-    queries: Queries,
+    asked: ScoredPool,
     store_path: Path,
-    gradients: GradientConfig,
+    gradients: RowSpec,
     influence: InfluenceConfig,
     *,
     top: int = 0,
     progress: bool = True,
 ) -> PoolScores:
-    """Gradients of the tokenized `pool` into a store, gradients of the queries, and the scores.
+    """Put gradients of the tokenized pool into a store, and score them against gradients of the queries.
 
     top: examples to find for each query and direction; 0 for none. Examples without a finite gradient are set aside by
     the store and have no row in the table.
     """
     seconds: dict[str, float] = {}
-    asked = tokenize(queries.examples, tokenizer).examples
-    made = pool_gradients(model, pool, asked, store_path, gradients, influence, seconds, progress=progress)
+    model, pool, queries = asked.model, asked.tokens, asked.queries
+    tokenized = tokenize(queries.examples, asked.tokenizer).examples
+    made = pool_gradients(model, pool, tokenized, store_path, gradients, influence, seconds, progress=progress)
     store = made.store
     with timed(seconds, "inner products and ranks"):
-        how = made.scored_by(influence)
-        table, found = scoring.scores_and_top(store, made.queries, queries.groups, top, **how)
+        scorer = made.scorer(influence)
+        table = scorer.scores(made.queries, queries.groups)
+        found = scorer.top(made.queries, top) if top else None
     by_id = {example["id"]: example for example in pool}
     stored = [by_id[name] for name in table.ids]
     tokens = np.array([int((example["labels"] != IGNORED).sum()) for example in stored], dtype=np.float64)

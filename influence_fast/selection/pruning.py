@@ -7,18 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from influence_fast.data.fingerprints import text_fingerprint
 from influence_fast.data.schemas import Example
-from influence_fast.errors import ConfigError, DataError, listing, shown
+from influence_fast.deprecation import OldCall, also_called_as
+from influence_fast.errors import ConfigError, DataError, shown, truncated_list
 from influence_fast.influence.scores import FINGERPRINT, ScoreTable
 from influence_fast.selection.strategies import STRATEGIES, check_columns, find
 from influence_fast.settings import check_seed
 
 __all__ = [
-    "STRATEGIES", "Selection", "aligned_examples", "save_selection", "select", "selection_table", "with_fingerprints",
+    "STRATEGIES", "Clusters", "Selection", "aligned_examples", "save_selection", "select", "selection_table",
+    "with_fingerprints",
 ]  # fmt: skip
 
 
@@ -44,6 +47,29 @@ class Selection:
         return [example for example in examples if example.id in kept]
 
 
+@dataclass(frozen=True)
+class Clusters:
+    """A cluster number for each example (see `diversity.near_duplicates`), of each of which `keep` stay at most."""
+
+    numbers: Sequence[int] | np.ndarray
+    keep: int = 1
+
+
+def _with_clusters(values: dict[str, Any]) -> dict[str, Any]:
+    """Translate `select(..., clusters=numbers, keep_similar=2)`."""
+    keep, numbers = values.pop("keep_similar"), values.pop("clusters", None)
+    return values | {"clusters": None if numbers is None else Clusters(numbers, keep)}
+
+
+@also_called_as(
+    OldCall(
+        positional=("table", "strategy"),
+        keywords=("fraction", "count", "seed", "groups", "clusters", "keep_similar", "exclude"),
+        marks=("keep_similar",),
+        translate=_with_clusters,
+        instead="select(..., clusters=Clusters(numbers, keep=...)), from influence_fast.selection.pruning",
+    )
+)
 def select(
     table: ScoreTable,
     strategy: str,
@@ -52,11 +78,10 @@ def select(
     count: int | None = None,
     seed: int = 0,
     groups: Sequence[str] | None = None,
-    clusters: Sequence[int] | np.ndarray | None = None,
-    keep_similar: int = 1,
+    clusters: Sequence[int] | np.ndarray | Clusters | None = None,
     exclude: Mapping[str, str] | None = None,
 ) -> Selection:
-    """Drops `fraction` of the examples (rounded to the nearest whole one), or exactly `count` of them.
+    """Drop `fraction` of the examples (rounded to the nearest whole one), or exactly `count` of them.
 
     Args:
         table: scores of N examples.
@@ -66,8 +91,8 @@ def select(
         seed: breaks ties, and makes the choice of `random`.
         groups: a name for each example (its task, say): the fraction is dropped inside each group, of which at least
             one example stays.
-        clusters: a cluster number for each example (see `diversity.near_duplicates`): of each cluster only the
-            `keep_similar` examples that the strategy would drop last stay.
+        clusters: a cluster number for each example (see `diversity.near_duplicates`): of each cluster only the example
+            that the strategy would drop last stays, or `keep` of them where the numbers are given as `Clusters`.
         exclude: id -> reason of examples that must go (see `decontamination`).
 
     Examples that must go (excluded ones and near-duplicates) are dropped first and count towards the size, so
@@ -90,36 +115,54 @@ def select(
     unknown = np.flatnonzero(np.isnan(priority))
     if len(unknown):
         raise DataError(
-            f"strategy {strategy!r} has no number for {listing(table.ids[i] for i in unknown)} "
+            f"strategy {strategy!r} has no number for {truncated_list(table.ids[i] for i in unknown)} "
             f"(NaN in {', '.join(chosen.needs)}): score the data again"
         )
     # lexsort's last key is the first to count: by priority, then by the shuffle
     order = np.lexsort((rng.permutation(total), -priority))
-    forced = {i: exclude[name] for i, name in enumerate(table.ids) if name in exclude} if exclude else {}
-    if clusters is not None:
-        numbers = _of_each(clusters, total, "clusters")
-        if not np.issubdtype(numbers.dtype, np.integer):
-            raise DataError(f"clusters are {numbers.dtype}; give a cluster's whole number for each row of the table")
-        forced |= _near_duplicates(table, order, numbers, keep_similar, forced)
-    why = ["kept"] * total
-    members = {"": order}
-    if groups is not None:
+    forced = _forced(table, order, clusters, exclude or {})
+    if groups is None:
+        dropped = _first_dropped(order, count, forced, strategy)
+    else:
+        dropped = {}
         names = _of_each(groups, total, "groups")
-        members = {str(name): order[names[order] == name] for name in dict.fromkeys(names.tolist())}
-    dropped: list[int] = []
-    for group, ordered in members.items():
-        first = [i for i in ordered.tolist() if i in forced]
-        wanted = count if groups is None else min(_rounded(fraction or 0.0, len(ordered)), len(ordered) - 1)
-        gone = (first + [i for i in ordered.tolist() if i not in forced])[: max(wanted, len(first))]
-        place = {i: rank for rank, i in enumerate(ordered.tolist(), 1)}
-        inside = f" in {group!r}" if groups is not None else ""
-        for i in gone:
-            why[i] = f"dropped: {forced.get(i) or f'{strategy} rank {place[i]} of {len(ordered)}{inside}'}"
-        dropped += gone
+        for name in dict.fromkeys(names.tolist()):
+            members = order[names[order] == name]
+            wanted = min(_rounded(fraction or 0.0, len(members)), len(members) - 1)
+            dropped |= _first_dropped(members, wanted, forced, strategy, f" in {str(name)!r}")
     if len(dropped) == total:
         raise DataError("nothing would be left: every example is excluded or in a group that is")
     drop = np.array(sorted(dropped), dtype=np.int64)
-    return Selection(strategy, np.setdiff1d(np.arange(total), drop), drop, priority, tuple(why), len(forced))
+    why = tuple(dropped.get(i, "kept") for i in range(total))
+    return Selection(strategy, np.setdiff1d(np.arange(total), drop), drop, priority, why, len(forced))
+
+
+def _forced(
+    table: ScoreTable,
+    order: np.ndarray,
+    clusters: Sequence[int] | np.ndarray | Clusters | None,
+    exclude: Mapping[str, str],
+) -> dict[int, str]:
+    """Row -> reason of the examples that must go; `order` begins with what the strategy drops first."""
+    forced = {i: exclude[name] for i, name in enumerate(table.ids) if name in exclude}
+    if clusters is None:
+        return forced
+    asked = clusters if isinstance(clusters, Clusters) else Clusters(clusters)
+    numbers = _of_each(asked.numbers, len(table.ids), "clusters")
+    if not np.issubdtype(numbers.dtype, np.integer):
+        raise DataError(f"clusters are {numbers.dtype}; give a cluster's whole number for each row of the table")
+    return forced | _near_duplicates(table, order, numbers, asked.keep, forced)
+
+
+def _first_dropped(
+    ordered: np.ndarray, wanted: int, forced: Mapping[int, str], strategy: str, inside: str = ""
+) -> dict[int, str]:
+    """Row -> why it is dropped, of `wanted` rows or all that are forced: those first, then as they are ordered."""
+    rows = ordered.tolist()
+    first = [i for i in rows if i in forced]
+    gone = (first + [i for i in rows if i not in forced])[: max(wanted, len(first))]
+    place = {i: rank for rank, i in enumerate(rows, 1)}
+    return {i: f"dropped: {forced.get(i) or f'{strategy} rank {place[i]} of {len(rows)}{inside}'}" for i in gone}
 
 
 def selection_table(table: ScoreTable, selection: Selection) -> ScoreTable:
@@ -146,8 +189,8 @@ def aligned_examples(table: ScoreTable, examples: Sequence[Example]) -> list[Exa
     missing = [name for name in table.ids if name not in known]
     if missing:
         raise DataError(
-            f"the score table has ids that the data does not: {listing(missing)}; give the data that was scored, "
-            "read with the same options"
+            f"the score table has ids that the data does not: {truncated_list(missing)}; give the data that was "
+            "scored, read with the same options"
         )
     aligned = [known[name] for name in table.ids]
     scored = table.texts.get(FINGERPRINT, [])  # a row without one is of a table made by hand
@@ -155,8 +198,8 @@ def aligned_examples(table: ScoreTable, examples: Sequence[Example]) -> list[Exa
     if changed:
         raise DataError(
             f"the data is not what was scored: {len(changed)} of {len(aligned)} examples have other text under the "
-            f"same id or place ({listing(changed)}); give the data that was scored, read with the same options, or "
-            "score this data"
+            f"same id or place ({truncated_list(changed)}); give the data that was scored, read with the same options, "
+            "or score this data"
         )
     return aligned
 
@@ -202,7 +245,7 @@ def _near_duplicates(
 ) -> dict[int, str]:
     """Row -> reason of all but the best `keep` of each cluster; `order` begins with what is dropped first."""
     if keep < 1:
-        raise ConfigError(f"keep_similar is {keep}; at least one of a cluster of near-duplicates stays")
+        raise ConfigError(f"Clusters.keep is {keep}; at least one of a cluster of near-duplicates stays")
     stay: dict[int, list[int]] = {}
     gone = {}
     for i in order[::-1].tolist():

@@ -11,7 +11,7 @@ Z95 = 1.959963984540054  # 97.5 % point of the normal distribution
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share (Wilson, JASA 1927): sane at 0 and 1 and for small n."""
+    """Return Wilson's 95 % score interval of a share (Wilson, JASA 1927), valid at 0 and 1 and for small n."""
     z, share = Z95, correct / n
     centre = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -21,9 +21,9 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 
 
 def bootstrap_interval(values: Sequence[float], *, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean, resampling `values` (one a question, 0 to 1) `draws` times.
+    """Return the 95 % percentile interval of a mean, resampling `values` (one a question, 0 to 1) `draws` times.
 
-    Where all are 0, or all 1, resampling shows no spread: then Wilson's interval, of one answer a question.
+    Where all are 0, or all 1, resampling shows no spread, and Wilson's interval of one answer a question is returned.
     """
     if all(value == values[0] for value in values) and values[0] in (0.0, 1.0):
         return wilson_interval(round(sum(values)), len(values))
@@ -39,7 +39,7 @@ _T975 = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 
 
 
 def t_quantile(degrees: int) -> float:
-    """97.5 % quantile of Student's t; above nine degrees by the Cornish-Fisher expansion (error < 5e-5)."""
+    """Return the 97.5 % quantile of Student's t; above nine degrees by the Cornish-Fisher expansion (error < 5e-5)."""
     if degrees < 1:
         return math.nan
     if degrees <= len(_T975):

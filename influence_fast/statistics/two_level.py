@@ -56,6 +56,6 @@ def two_level_means(tables: np.ndarray, *, draws: int = DRAWS, seed: int = 0) ->
 
 
 def _counts(rng: np.random.Generator, draws: int, size: int) -> np.ndarray:
-    """[draws, size] float64: how often each of `size` things is drawn in `size` draws with replacement."""
+    """Return how often each of `size` things is drawn in `size` draws with replacement, [draws, size] float64."""
     picked = rng.integers(0, size, (draws, size)) + size * np.arange(draws)[:, None]
     return np.bincount(picked.ravel(), minlength=draws * size).reshape(draws, size).astype(np.float64)

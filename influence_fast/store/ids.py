@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from influence_fast.errors import StoreError, listing, one_line
+from influence_fast.errors import StoreError, one_line, truncated_list
 from influence_fast.store.checksums import read_checked
 from influence_fast.store.identity import short
 from influence_fast.store.manifest import REBUILD, ShardRecord
@@ -38,7 +38,9 @@ def check_unique(ids: Iterable[str], where: str) -> None:
     """Raise StoreError naming the ids that come more than once."""
     double = [name for name, count in Counter(ids).items() if count > 1]
     if double:
-        raise StoreError(f"{where}: an id must name one example, but these come more than once: {listing(double)}")
+        raise StoreError(
+            f"{where}: an id must name one example, but these come more than once: {truncated_list(double)}"
+        )
 
 
 class UniqueIds:

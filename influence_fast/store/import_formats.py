@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_fast.errors import ConfigError, StoreError, did_you_mean, listing, one_line, shown
+from influence_fast.errors import ConfigError, StoreError, did_you_mean, one_line, shown, truncated_list
 from influence_fast.guards import check_no_pipe
 from influence_fast.row_codec import bf16_of_bits
 from influence_fast.store.manifest import ModuleEntry
@@ -34,6 +34,9 @@ class Source:
     read: Callable[[int, int], torch.Tensor]
     modules: tuple[ModuleEntry, ...] = ()
     absent: dict[int, str] = field(default_factory=dict)
+
+
+# ---- LESS: <output>/dim8192/{grads-160.pt, grads-320.pt, ..., all_orig.pt, all_unormalized.pt} ---------------------
 
 
 def less(path: Path, *, file: str | None = None) -> Source:
@@ -57,7 +60,11 @@ def less(path: Path, *, file: str | None = None) -> Source:
         files = [folder / "all_orig.pt"]
     if not files[0].exists():
         dims = sorted(p.name for p in folder.glob("dim*"))
-        hint = f"give one of its folders: {listing(dims)}" if dims else "give a folder with all_orig.pt or grads-*.pt"
+        hint = (
+            f"give one of its folders: {truncated_list(dims)}"
+            if dims
+            else "give a folder with all_orig.pt or grads-*.pt"
+        )
         raise StoreError(f"{files[0]} does not exist; {hint}")
     tensors = [_load_tensor(name) for name in files]
     if files == pieces and wanted is None:
@@ -120,6 +127,9 @@ def _concatenated(tensors: list[torch.Tensor], where: Path, note: str) -> Source
     return Source(int(starts[-1]), tensors[0].shape[1], note, read)
 
 
+# ---- TRAK: <save_dir>/metadata.json, <save_dir>/<model id>/{grads,features,_is_featurized}.mmap (npy files) --------
+
+
 def trak(path: Path, *, model_id: int | str | None = None, kind: str = "grads") -> Source:
     """A TRAK save_dir: for one checkpoint the projected gradients ("grads") or features ("features",
     `grads (grads^T grads)^-1`); TRAK's default deletes neither, but `del_grads=True` does the first."""
@@ -130,9 +140,11 @@ def trak(path: Path, *, model_id: int | str | None = None, kind: str = "grads") 
     metadata = _json(path / "metadata.json") if (path / "metadata.json").exists() else {}
     found = sorted(int(p.name) for p in path.iterdir() if p.is_dir() and p.name.isdigit())
     if model_id is None and len(found) != 1:
-        raise StoreError(f"{path} has checkpoints {listing(map(str, found)) or 'none'}; choose one with model_id=")
+        raise StoreError(
+            f"{path} has checkpoints {truncated_list(map(str, found)) or 'none'}; choose one with model_id="
+        )
     if model_id is not None and str(model_id) not in map(str, found):
-        raise StoreError(f"{path} has no checkpoint {model_id!r}, but {listing(map(str, found)) or 'none'}")
+        raise StoreError(f"{path} has no checkpoint {model_id!r}, but {truncated_list(map(str, found)) or 'none'}")
     folder = path / str(found[0] if model_id is None else model_id)
     array = _load_npy(folder / f"{kind}.mmap")
     for axis, field_name in enumerate(("train set size", "JL dimension")):
@@ -150,6 +162,9 @@ def trak(path: Path, *, model_id: int | str | None = None, kind: str = "grads") 
         raise StoreError(f"{flags} has {done.shape[0]} flags for {source.rows} rows; they do not belong together")
     absent = {int(i): "TRAK did not featurize it" for i in np.flatnonzero(done == 0)}
     return replace(source, absent=absent)
+
+
+# ---- bergson: {info.json, gradients.bin}, or one folder with these for each shard ----------------------------------
 
 
 def bergson(path: Path) -> Source:
@@ -205,6 +220,9 @@ def _bergson_piece(folder: Path) -> tuple[torch.Tensor, dict[str, int]]:
     return torch.from_numpy(array), sizes
 
 
+# ---- plain files ---------------------------------------------------------------------------------------------------
+
+
 def npy(path: Path) -> Source:
     """A numpy file of one float array [rows, width]."""
     return _from_array(_load_npy(path), path, f"{path.name}")
@@ -220,7 +238,7 @@ def safetensors(path: Path, *, key: str | None = None) -> Source:
     except (SafetensorError, OSError) as error:
         raise StoreError(f"{path} cannot be read as safetensors ({_line(error)}); save it again") from None
     if key is None and len(keys) != 1:
-        raise StoreError(f"{path} holds {len(keys)} tensors ({listing(keys)}); choose one with key=")
+        raise StoreError(f"{path} holds {len(keys)} tensors ({truncated_list(keys)}); choose one with key=")
     name = keys[0] if key is None else key
     if name not in keys:
         raise StoreError(f"{path} has no tensor {shown(name)}; {did_you_mean(name, keys)}")

@@ -2,7 +2,7 @@
 
 What a foreign file does not record (model, tokenizer, projection) is "not recorded" in the store; say it with
 `identity` where you know it. Rows are imported as they are: query gradients must be made by the same tool, with the
-same projection. Formats as written by LESS (its only release), traker 0.1 to 0.3, bergson up to 2.5.
+same projection.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from influence_fast.store.building import warn_of_set_aside
 from influence_fast.store.identity import StoreIdentity
 from influence_fast.store.ids import check_unique
 from influence_fast.store.import_formats import FORMATS, Source, detect
-from influence_fast.store.manifest import Manifest, Part, digest
-from influence_fast.store.reader import Store, check_dtype
+from influence_fast.store.manifest import Manifest, Part, check_dtype, digest
+from influence_fast.store.reader import Store
 from influence_fast.store.writer import StoreWriter
 
 __all__ = ["FORMATS", "import_gradients"]
@@ -153,15 +153,3 @@ def _content_hash(rows: Source, names: list[str], step: int) -> str:
     for start in range(0, rows.rows, step):
         found.update(rows.read(start, min(start + step, rows.rows)).to(torch.float32).contiguous().numpy().data)
     return found.hexdigest()
-
-
-# ---- LESS: <output>/dim8192/{grads-160.pt, grads-320.pt, ..., all_orig.pt, all_unormalized.pt} ---------------------
-
-
-# ---- TRAK: <save_dir>/metadata.json, <save_dir>/<model id>/{grads,features,_is_featurized}.mmap (npy files) --------
-
-
-# ---- bergson: {info.json, gradients.bin}, or one folder with these for each shard ----------------------------------
-
-
-# ---- plain files ---------------------------------------------------------------------------------------------------

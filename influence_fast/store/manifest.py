@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from influence_fast.errors import StoreError, did_you_mean, one_line
+from influence_fast.errors import ConfigError, StoreError, did_you_mean, one_line
 from influence_fast.store.identity import StoreIdentity, short
 
 FORMAT = "influence-fast gradient store"
@@ -378,3 +378,9 @@ def joined_fingerprint(parts: Sequence[Part]) -> str | None:
     if len(values) == 1:
         return values[0]
     return None if None in values else digest(values)
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ConfigError for a dtype that stores do not have."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown store dtype {dtype!r}; {did_you_mean(str(dtype), DTYPES)}")

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from influence_fast.errors import StoreError, listing
+from influence_fast.errors import StoreError, truncated_list
 from influence_fast.store.identity import StoreIdentity
 from influence_fast.store.ids import check_unique, read_ids
 from influence_fast.store.manifest import Manifest, ShardRecord, file_name, joined_fingerprint
-from influence_fast.store.reader import Store, fitted_sketch, open_store
+from influence_fast.store.reader import Store, open_store
+from influence_fast.store.verification import fitted_sketch
 from influence_fast.store.writer import StoreWriter, load_records
 
 __all__ = ["append_store", "merge_stores"]
@@ -101,7 +102,7 @@ def _pieces(folders: list[Path], manifests: list[Manifest]) -> list[tuple[Path, 
             found.setdefault(index, (folder, record))
     missing = [str(i) for i in range(manifests[0].shard_count) if i not in found]
     if missing:
-        raise StoreError(f"shards {listing(missing)} are in none of the stores; finish them first")
+        raise StoreError(f"shards {truncated_list(missing)} are in none of the stores; finish them first")
     return [found[index] for index in range(manifests[0].shard_count)]
 
 

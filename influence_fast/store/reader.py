@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,23 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_fast.errors import ConfigError, StoreError, did_you_mean, listing, one_line
-from influence_fast.gradients.eigen_sketch import MEND, EigenSketch, file_of
+from influence_fast.data.held import Held
+from influence_fast.errors import StoreError, truncated_list
+from influence_fast.gradients.fp8 import AUTO
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.row_codec import decoded_arrays
-from influence_fast.store.checksums import damage, file_damage, read_checked
+from influence_fast.store.checksums import file_damage, read_checked
 from influence_fast.store.identity import StoreIdentity
-from influence_fast.store.ids import UniqueIds, check_unique, read_ids
-from influence_fast.store.manifest import (
-    DTYPES,
-    LOSS_DTYPE,
-    REBUILD,
-    SCALE_DTYPE,
-    Manifest,
-    ShardRecord,
-    file_name,
-    inside,
-)
+from influence_fast.store.ids import check_unique, read_ids
+from influence_fast.store.manifest import DTYPES, LOSS_DTYPE, REBUILD, SCALE_DTYPE, Manifest, ShardRecord, inside
+from influence_fast.store.verification import fitted_sketch, verify_store, wrong_files
 
 __all__ = ["Store", "StoreIdentity", "open_store", "verify_store"]
 
@@ -65,6 +58,8 @@ class Store:
         self._small = [_small_arrays(path, record) for record in records]
         self.set_aside: list[tuple[str, str]] = [item for record in records for item in record.set_aside]
         self._unread = set(range(len(self._records))) if check_rows else set()  # shards whose rows are to be checked
+        #: The data that it was built of and how that became tokens, in the process that built it.
+        self.built_of: tuple[Sequence[Any], Any] | None = None
         self._mapped = functools.lru_cache(maxsize=_MAPPED_SHARDS)(self._map)
 
     def __len__(self) -> int:
@@ -137,6 +132,30 @@ class Store:
         plain = self.identity.projection
         return None if plain is None else replace(plain, sketch=fitted_sketch(self.path, self.manifest))
 
+    @functools.cached_property
+    def spec(self) -> RowSpec:
+        """How the rows were made: build another store by it, or queries.
+
+        `sketch` is the fitted one, where there is one. Raises StoreError as `projection` does.
+        """
+        made = self.identity
+        spec = RowSpec.of(
+            self.projection,
+            dtype=self.dtype,
+            loss_reduction=made.loss_reduction or "mean",
+            precision=made.precision or AUTO,
+        )
+        return spec if made.projection_dim is not None else replace(spec, dim=RowSpec.dim)
+
+    def query_gradients(self, model: Any, queries: Held, *, max_tokens: int | None = None) -> torch.Tensor:
+        """Return gradients of tokenized examples, [Q, k] fp32 on the host, made as the store's rows were.
+
+        See `influence_fast.query_gradients`, of which this is the method.
+        """
+        from influence_fast.store.queries import query_gradients
+
+        return query_gradients(self, model, queries, max_tokens=max_tokens)
+
     def rows(self, index: slice | int | Sequence[int] | np.ndarray | torch.Tensor = slice(None)) -> torch.Tensor:
         """Rows as (n, width) fp32 on the CPU, bf16 and int8 turned back into numbers.
 
@@ -192,7 +211,7 @@ class Store:
         if missing:
             reasons = dict(self.set_aside)
             names = [f"{i} (set aside: {reasons[i]})" if i in reasons else str(i) for i in missing]
-            raise StoreError(f"{self.path} has no row for {listing(names)}; build it over a dataset with them")
+            raise StoreError(f"{self.path} has no row for {truncated_list(names)}; build it over a dataset with them")
         return [self._place_of[i] for i in ids]
 
     def verify(self) -> None:
@@ -221,7 +240,7 @@ class Store:
         places = places.astype(np.int64)
         outside = places[(places < -n) | (places >= n)]
         if outside.size:
-            raise StoreError(f"{self.path} has {n} rows; there is no row {listing(map(str, outside.tolist()))}")
+            raise StoreError(f"{self.path} has {n} rows; there is no row {truncated_list(map(str, outside.tolist()))}")
         return np.where(places < 0, places + n, places)
 
     def _check_rows(self, shards: Iterable[int]) -> None:
@@ -282,7 +301,7 @@ def open_store(
     records = []
     for index, fingerprint in enumerate(manifest.fingerprints()):
         record = ShardRecord.load(folder, index, manifest, fingerprint)
-        problems = [*_listed(folder, manifest, record), *_sizes(folder, record)]
+        problems = wrong_files(folder, manifest, record)
         if problems:
             raise StoreError(problems[0])
         records.append(record)
@@ -292,66 +311,6 @@ def open_store(
     if verify:
         store.verify()
     return store
-
-
-def verify_store(path: str | Path) -> list[str]:
-    """Read every byte of a finished store and return what is wrong, a line a file (an empty list: all is well).
-
-    Raises StoreError when there is no readable manifest to check against.
-    """
-    folder = Path(path)
-    manifest = Manifest.load(folder)
-    if not manifest.complete:
-        return [f"{folder} is not finished; run the same build again to finish it"]
-    problems = []
-    try:
-        fitted_sketch(folder, manifest)
-    except StoreError as error:
-        problems.append(str(error))
-    rows, seen = 0, UniqueIds()
-    for index, fingerprint in enumerate(manifest.fingerprints()):
-        try:
-            record = ShardRecord.load(folder, index, manifest, fingerprint)
-            wrong = [*_listed(folder, manifest, record), *_sizes(folder, record)]
-            if not wrong:
-                wrong = [f"{problem}; {REBUILD}" for problem in damage(folder, record)]
-            if not wrong:
-                seen.add(read_ids(folder, record))
-            problems += wrong
-            rows += record.rows
-        except StoreError as error:
-            problems.append(str(error))
-    if not problems and rows != manifest.row_count:
-        problems.append(f"{folder}: the manifest says {manifest.row_count} rows, the shards hold {rows}")
-    if not problems:
-        problems += _repeated(folder, manifest, seen)
-    known = {file_name("shard", index) for index in range(manifest.shard_count)}
-    problems += [
-        f"{extra} is not in the manifest (an append that did not finish?); append again, or delete it"
-        for extra in sorted(folder.glob("shard-*.json"))
-        if extra.name not in known
-    ]
-    return problems
-
-
-def fitted_sketch(folder: Path, manifest: Manifest) -> EigenSketch | None:
-    """The fitted sketch that the manifest of the store in `folder` names, if any.
-
-    Raises StoreError: its file is missing, damaged or another's.
-    """
-    fingerprint = manifest.identity.projection_sketch
-    if fingerprint is None:
-        return None
-    path = inside(folder, file_of(fingerprint))
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-        raise StoreError(f"{path} is no file; {MEND}")
-    try:
-        sketch = EigenSketch.load(path)
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        raise StoreError(f"{path} is damaged ({one_line(error)}); {MEND}") from None
-    if sketch.fingerprint != fingerprint:
-        raise StoreError(f"{path} is not the one that the rows were made by; {MEND}")
-    return sketch
 
 
 def _small_arrays(folder: Path, record: ShardRecord) -> dict[str, np.ndarray]:
@@ -364,20 +323,6 @@ def _small_arrays(folder: Path, record: ShardRecord) -> dict[str, np.ndarray]:
     }
 
 
-def _repeated(folder: Path, manifest: Manifest, seen: UniqueIds) -> list[str]:
-    """What is wrong where an id names two rows of a store whose files are otherwise as written."""
-
-    def again() -> Iterator[str]:
-        for index, fingerprint in enumerate(manifest.fingerprints()):
-            yield from read_ids(folder, ShardRecord.load(folder, index, manifest, fingerprint))
-
-    try:
-        seen.check(again, str(folder))
-    except StoreError as error:
-        return [str(error)]
-    return []
-
-
 def _map_file(folder: Path, record: ShardRecord, kind: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     if record.rows == 0:
         return np.zeros(shape, dtype=dtype)  # an empty file cannot be mapped
@@ -386,29 +331,3 @@ def _map_file(folder: Path, record: ShardRecord, kind: str, dtype: np.dtype, sha
         return np.memmap(path, dtype=dtype, mode="r", shape=shape)
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} cannot be mapped ({error}); {REBUILD}") from None
-
-
-def _listed(folder: Path, manifest: Manifest, record: ShardRecord) -> Iterator[str]:
-    name = file_name("shard", record.index)
-    if manifest.shards is not None and manifest.shards[record.index] != record.checksum:
-        yield f"{folder / name} is foreign: it is not the record that the manifest lists; {REBUILD}"
-
-
-def _sizes(folder: Path, record: ShardRecord) -> Iterator[str]:
-    for entry in record.files.values():
-        path = inside(folder, entry.name)
-        try:
-            found = path.stat()
-            size = found.st_size if stat.S_ISREG(found.st_mode) else -1
-        except OSError:
-            yield f"{path} is missing; {REBUILD}"
-            continue
-        if size != entry.bytes:
-            how = "truncated" if size < entry.bytes else "too long"
-            yield f"{path} is {how}: {size} bytes instead of {entry.bytes}; {REBUILD}"
-
-
-def check_dtype(dtype: str) -> None:
-    """Raises ConfigError for a dtype that stores do not have."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"unknown store dtype {dtype!r}; {did_you_mean(str(dtype), DTYPES)}")

@@ -3,22 +3,101 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from influence_fast.data.packing import teaches
-from influence_fast.errors import DataError, ModelError, listing
+from influence_fast.errors import DataError, ModelError, truncated_list
+from influence_fast.gradients.per_example import KeptEngine
+from influence_fast.gradients.row_spec import RowSpec
 
-#: As `gradients.per_example.iter_gradient_rows`: (model, examples, *, projection, loss_reduction, max_tokens) ->
-#: batches of (places in `examples`, rows [n, width]). Ours also take `skip`, places that need no row, and any may take
-#: `losses`, which it fills in.
+#: As `gradients.per_example.iter_gradient_rows`: (model, examples, spec=...) -> batches of (places in `examples`, rows
+#: [n, width]). Ours also take `skip`, places that need no row, and any may take `losses`, which it fills in.
 GradientSource = Callable[..., Iterator[tuple[list[int], torch.Tensor]]]
 #: Told of the examples that are now done: the tokens of each, 0 for one that was set aside.
 Advance = Callable[[Sequence[int]], None]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How texts become tokens; examples that came as tokens are cut or set aside by the same limit.
+
+    tokenizer: the model's own; None where examples are tokens. max_length: longer examples are set aside, or cut when
+    `truncate`.
+    """
+
+    tokenizer: Any = None
+    max_length: int | None = None
+    truncate: bool = False
+
+
+AS_TOKENS = Texts()
+
+
+@dataclass(frozen=True)
+class RowMaker:
+    """A source of rows, with the model and the spec that it is called with.
+
+    ours: whether it is `iter_gradient_rows`, which takes an engine and places to skip.
+    """
+
+    source: GradientSource
+    model: nn.Module
+    spec: RowSpec
+    ours: bool
+    takes_losses: bool
+    engine: KeptEngine | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, spec: RowSpec, source: GradientSource | None) -> RowMaker:
+        """Return the maker of rows by `source`, by default our own."""
+        from influence_fast.gradients.per_example import iter_gradient_rows
+
+        if source is None:
+            return cls(iter_gradient_rows, model, spec, True, _takes_losses(iter_gradient_rows))
+        return cls(called_with_spec(source), model, spec, False, _takes_losses(source))
+
+    def keeping(self, engine: KeptEngine) -> RowMaker:
+        """Return the same with an engine that its calls share, where the source takes one."""
+        return replace(self, engine=engine if self.ours else None)
+
+    def batches(
+        self, examples: list[dict[str, Any]], done: Collection[int], losses: torch.Tensor
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Yield the rows of examples that are not `done`, some at a time; `losses` [E] are filled in."""
+        more: dict[str, Any] = {"skip": frozenset(done)} if done else {}
+        if self.takes_losses:
+            more["losses"] = losses
+        if self.engine is not None:
+            more["engine"] = self.engine
+        return self.source(self.model, examples, spec=self.spec, **more)
+
+    def alone(self) -> RowMaker:
+        """Return the same with every example in a pack of its own."""
+        return replace(self, spec=replace(self.spec, max_tokens=1))
+
+
+def called_with_spec(source: GradientSource) -> GradientSource:
+    """Return a source that is called with `spec`; one of loose keywords is adapted, with a warning."""
+    if "spec" in inspect.signature(source).parameters:
+        return source
+    warnings.warn(
+        "a source of gradients is called with spec=RowSpec(...) in place of projection, loss_reduction and max_tokens; "
+        "give it a parameter `spec`",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+
+    def adapted(model: nn.Module, examples: Any, *, spec: RowSpec, **more: Any) -> Any:
+        made = {"loss_reduction": spec.loss_reduction, "max_tokens": spec.max_tokens}
+        return source(model, examples, projection=spec.projection(), **made, **more)
+
+    return adapted
 
 
 @dataclass
@@ -47,27 +126,17 @@ class ShardWork:
             work.done.update(places)
         return work
 
-    def compute(
-        self,
-        gradients: GradientSource,
-        model: nn.Module,
-        options: dict[str, Any],
-        max_tokens: int | None,
-        advance: Advance,
-    ) -> None:
+    def compute(self, maker: RowMaker, advance: Advance) -> None:
         """Fills in what is not done. After an interruption, `rows` holds every pack that `done` names.
 
         Raises ModelError: the source leaves an example out, or gives rows of another width.
         """
         if not self.examples:
             return
-        more: dict[str, Any] = {"skip": frozenset(self.done)} if self.done else {}
-        if _takes_losses(gradients):
-            more["losses"] = self.losses
         if self.done:
             advance([0] * len(self.done))  # their tokens were counted when they were computed
         width = self.rows.shape[1]
-        for places, batch in gradients(model, self.examples, **options, max_tokens=max_tokens, **more):
+        for places, batch in maker.batches(self.examples, self.done.copy(), self.losses):
             if batch.shape != (len(places), width):
                 raise ModelError(
                     f"the gradient source gave rows {tuple(batch.shape)} for {len(places)} examples of width {width}; "
@@ -79,18 +148,16 @@ class ShardWork:
             advance(self._lengths(new))
         missing = [i for i in range(len(self.examples)) if i not in self.done]
         if missing:
-            names = listing(self.examples[i]["id"] for i in missing)
+            names = truncated_list(self.examples[i]["id"] for i in missing)
             raise ModelError(f"the gradient source gave no row for {names}; it must give one for each example")
 
-    def finite(
-        self, gradients: GradientSource, model: nn.Module, options: dict[str, Any]
-    ) -> tuple[list[int], list[int]]:
+    def finite(self, maker: RowMaker) -> tuple[list[int], list[int]]:
         """Places of finite and of other rows. A NaN may come from a neighbour in the pack (0 * NaN in masked
         attention), so each suspect is computed once more, in a pack of its own, and `rows` is mended in place."""
         suspects = (~torch.isfinite(self.rows).all(dim=1)).nonzero().flatten().tolist()
         if suspects:
             alone = ShardWork.start([self.examples[i] for i in suspects], self.rows.shape[1])
-            alone.compute(gradients, model, options, 1, lambda _: None)
+            alone.compute(maker.alone(), lambda _: None)
             self.rows[suspects], self.losses[suspects] = alone.rows, alone.losses
         finite = torch.isfinite(self.rows).all(dim=1)
         return finite.nonzero().flatten().tolist(), (~finite).nonzero().flatten().tolist()
@@ -110,11 +177,10 @@ def id_of(example: Any) -> Any:
     return example["id"] if isinstance(example, Mapping) else getattr(example, "id", None)
 
 
-def tokenized(
-    shard: list[Any], tokenizer: Any, max_length: int | None, truncate: bool
-) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+def tokenized(shard: list[Any], texts: Texts) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     """The shard's examples that have a gradient, tokenized, and (id, reason) of the others."""
     set_aside: dict[str, str] = {}
+    tokenizer, max_length, truncate = texts.tokenizer, texts.max_length, texts.truncate
     if shard and not isinstance(shard[0], Mapping):
         from influence_fast.data.examples import tokenize
 

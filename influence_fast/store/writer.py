@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from influence_fast.atomic import replacing
-from influence_fast.errors import NumericError, StoreError, listing
+from influence_fast.errors import NumericError, StoreError, truncated_list
 from influence_fast.gradients.eigen_sketch import FILES, EigenSketch, file_of
 from influence_fast.products.inner_products import quantize_rows
 from influence_fast.row_codec import bf16_bits
@@ -38,10 +38,11 @@ from influence_fast.store.manifest import (
     ForeignShardError,
     Manifest,
     ShardRecord,
+    check_dtype,
     file_name,
     inside,
 )
-from influence_fast.store.reader import Store, check_dtype, open_store
+from influence_fast.store.reader import Store, open_store
 
 _COPY_CHUNK = 1 << 24
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -143,7 +144,9 @@ class StoreWriter:
             )
         bad = (~torch.isfinite(values).all(dim=1)).nonzero().flatten().tolist()
         if bad:
-            raise NumericError(f"NaN or infinite rows cannot be stored: {listing(ids[i] for i in bad)}; set them aside")
+            raise NumericError(
+                f"NaN or infinite rows cannot be stored: {truncated_list(ids[i] for i in bad)}; set them aside"
+            )
         lines = b"".join(json.dumps(i).encode() + b"\n" for i in ids)
         payload: dict[str, memoryview] = {"ids": memoryview(lines)}
         payload |= _encoded(values, self.manifest.dtype)
@@ -217,7 +220,9 @@ class StoreWriter:
         records = load_records(self.path, self.manifest)
         missing = [str(i) for i in range(self.manifest.shard_count) if i not in records]
         if missing:
-            raise StoreError(f"{self.path}: shards {listing(missing)} are not written yet; run the same build again")
+            raise StoreError(
+                f"{self.path}: shards {truncated_list(missing)} are not written yet; run the same build again"
+            )
         ordered = [records[i] for i in range(self.manifest.shard_count)]
         seen = UniqueIds()
         for record in ordered:
@@ -311,7 +316,7 @@ def make_folder(path: Path) -> None:
     except OSError as error:
         raise StoreError(f"{path} cannot be a store's folder ({error.strerror}); give another one") from None
     if strangers and not (path / MANIFEST_NAME).exists():
-        raise StoreError(f"{path} is not empty and not a store ({listing(strangers)}); give another folder")
+        raise StoreError(f"{path} is not empty and not a store ({truncated_list(strangers)}); give another folder")
 
 
 def load_records(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:

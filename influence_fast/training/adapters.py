@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
-from influence_fast.errors import ModelError, listing, one_line, say_once
+from influence_fast.errors import ModelError, one_line, truncated_list, warn_once
 from influence_fast.gradients.trained_beside import beside_warning
 from influence_fast.guards import reading
 from influence_fast.training.adapter_bases import warnings_of
@@ -75,9 +75,9 @@ def _attached(model: nn.Module, adapter: str, source: str, trainable: bool) -> n
     check_whole_modules(model, shapes, config, adapter)
     named, source = source, source or "this model"
     for warning in warnings_of(config, adapter, model, named):
-        say_once(logger, warning)
+        warn_once(logger, warning)
     if replaced := _replaced_weights(model, folder, config, shapes):
-        say_once(logger, beside_warning(replaced))
+        warn_once(logger, beside_warning(replaced))
     fit_to_adapter(model, shapes, config, adapter, source)
     check_fit(model, shapes, adapter, source)
     check_ranks(config, shapes, adapter)
@@ -98,7 +98,9 @@ def _attached(model: nn.Module, adapter: str, source: str, trainable: bool) -> n
         name for name, p in wrapped.named_parameters() if is_adapter_parameter(name) and not bool(p.isfinite().all())
     ]
     if bad:
-        raise ModelError(f"the adapter {adapter} holds NaN or infinite numbers in {listing(bad)}; train it again")
+        raise ModelError(
+            f"the adapter {adapter} holds NaN or infinite numbers in {truncated_list(bad)}; train it again"
+        )
     check_loaded(wrapped, folder, config, adapter, experts)
     return wrapped
 

@@ -7,7 +7,7 @@ import re
 from itertools import islice
 from pathlib import Path
 
-from influence_fast.errors import ModelError, listing, one_line
+from influence_fast.errors import ModelError, one_line, truncated_list
 from influence_fast.guards import check_no_pipe
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -30,7 +30,7 @@ def check_folder(source: str, needed: str, what: str) -> None:
                 remedy = f"it holds a peft adapter: give its base model, and adapter={source!r}"
             if what == "adapter" and (named := sorted(path.glob(f"*/{ADAPTER_CONFIG}"))):
                 # what save_pretrained makes of adapters that are not called "default"; a training's checkpoints too
-                remedy = f"it holds several adapters: give one of {listing(str(file.parent) for file in named)}"
+                remedy = f"it holds several adapters: give one of {truncated_list(str(file.parent) for file in named)}"
             raise ModelError(f"{source} is no {what} folder (no {needed}); {remedy}")
     else:
         check_place(source, what)
@@ -69,3 +69,9 @@ def cannot_load(source: str, what: str, error: BaseException) -> str:
         f"the {what} {source} is no local folder, and could not be loaded from the hub "
         f"({type(error).__name__}: {reason}); check the id and the network, or give a local folder"
     )
+
+
+def list_checkpoints(path: str | Path) -> list[Path]:
+    """Return the checkpoints kept in a result's folder, `checkpoint-<step>`, in the order of training."""
+    saved = [p for p in Path(path).glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", p.name) and p.is_dir()]
+    return sorted(saved, key=lambda p: int(p.name.rpartition("-")[2]))

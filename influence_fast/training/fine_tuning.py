@@ -10,125 +10,33 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import torch
 from safetensors import SafetensorError
 
 from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.data.packing import context_of, example_name, say_if_beyond, teaches
-from influence_fast.errors import (
-    ConfigError,
-    DataError,
-    ModelError,
-    NumericError,
-    did_you_mean,
-    listing,
-    one_line,
-    say_once,
-)
-from influence_fast.gradients.scorable import unscorable_layers
+from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, one_line, truncated_list
 from influence_fast.guards import reading
-from influence_fast.settings import MAX_TRAINING_SEED, check_seed
 from influence_fast.training import sft
-from influence_fast.training.adapter_settings import check_patterns
+from influence_fast.training.files import list_checkpoints
+from influence_fast.training.fresh_adapter import attach_lora
+from influence_fast.training.memory import TrainingMemory, check_memory, training_memory
 from influence_fast.training.model_sizes import check_model_sizes
 from influence_fast.training.optimizer_states import AdamState, named_adam
+from influence_fast.training.settings import LoraSettings, TrainConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger(__name__)
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 RECORD = "training.json"
-PRECISIONS = ("auto", "fp32", "bf16")
-_WIDEST = 8  # times the rank of a weight that an adapter's may have: more than any use has
-SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
-
-
-@dataclass(frozen=True, slots=True)
-class TrainConfig:
-    """How to fine-tune. Batches hold examples of like length; the loss is the mean over completion tokens.
-
-    `max_steps` > 0 overrides `epochs`. `save_checkpoints`: True keeps one checkpoint an epoch, a number N one
-    every N optimizer steps, each with its optimizer state. `precision`: "auto" is bf16 where a GPU has it.
-    `packing`: examples share rows of so many tokens (best fit decreasing), each seeing itself alone, and `batch_size`
-    counts rows; None pads.
-    """
-
-    epochs: float = 3.0
-    learning_rate: float = 2e-4
-    batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    schedule: str = "cosine"
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    max_steps: int = -1
-    save_checkpoints: bool | int = False
-    precision: str = "auto"
-    gradient_checkpointing: bool = False
-    packing: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("precision", self.precision, PRECISIONS),
-            ("schedule", self.schedule, SCHEDULES),
-        ):
-            if value not in known:
-                raise ConfigError(f"training.{name} {value!r} is unknown; {did_you_mean(str(value), known)}")
-        for name in ("learning_rate", "batch_size", "gradient_accumulation_steps"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be above 0")
-        check_seed("training.seed", self.seed, MAX_TRAINING_SEED)
-        if self.epochs <= 0 and self.max_steps <= 0:
-            raise ConfigError("training.epochs and training.max_steps are both not above 0; set one of them")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ConfigError(f"training.warmup_ratio is {self.warmup_ratio}; it must be at least 0 and below 1")
-        if self.packing is not None and self.packing < 2:
-            raise ConfigError(f"training.packing is {self.packing}; it is the tokens of a row, or left out")
-        if self.save_checkpoints < 0:
-            raise ConfigError(f"training.save_checkpoints is {self.save_checkpoints}; use true, false or a step count")
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSettings:
-    """The peft adapter: `y = W x + (alpha / r) B A x` on `target_modules` (Hu et al., arXiv 2106.09685).
-
-    `target_modules`: "all-linear" is every linear layer but the head that can be scored. `target_parameters`: names of
-    parameters with an adapter too, as of experts in one tensor ("experts.gate_up_proj"), for which dropout is 0.
-    """
-
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    target_parameters: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ConfigError(f"lora.r is {self.r}; it must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
-        if tuple(self.target_modules) == ("all-linear",):
-            object.__setattr__(self, "target_modules", "all-linear")
-        if not isinstance(self.target_modules, str):
-            object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        object.__setattr__(self, "target_parameters", tuple(self.target_parameters))
-        if self.target_parameters and self.dropout:
-            raise ConfigError(f"lora.dropout is {self.dropout}; it must be 0 with lora.target_parameters")
-
-    def record(self) -> dict[str, Any]:
-        """Return the settings as they are written beside a result; those without an effect are left out."""
-        return {name: value for name, value in asdict(self).items() if name != "target_parameters" or value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +57,23 @@ class TrainResult:
     reused: bool = False
 
 
+class FinetuneOptions(TypedDict, total=False):
+    """What `finetune` takes beside what decides the result.
+
+    progress: a progress bar on stderr (default True).
+    overwrite: replace another result in `output_dir` (default False).
+    callbacks: of transformers' `TrainerCallback`, such as an `InfluenceCallback`, whose scores are then kept in the
+        folder `influence` of the result. They are not called where a finished result is returned at once.
+    on_memory: called with the `TrainingMemory` that is expected, before the training; by default `check_memory`, which
+        refuses what clearly does not fit. None estimates nothing.
+    """
+
+    progress: bool
+    overwrite: bool
+    callbacks: Sequence[TrainerCallback]
+    on_memory: Callable[[TrainingMemory], None] | None
+
+
 def finetune(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -157,21 +82,23 @@ def finetune(
     *,
     config: TrainConfig,
     lora: LoraSettings | None,
-    progress: bool = True,
-    overwrite: bool = False,
+    **options: Unpack[FinetuneOptions],
 ) -> TrainResult:
     """Fine-tunes `model` on tokenized examples {"id", "input_ids" (n,), "labels" (n,)}, -100 labels ignored.
 
     With `lora` a fresh adapter is trained and saved, and `model` comes back as it was given: attach the adapter
     by `load_finetuned`. Without it every weight of `model` is trained in place, or, where `model` is a PeftModel,
     the adapter that it carries. `output_dir` is written under a temporary name and renamed when it is whole.
+    `options` are `progress`, `overwrite`, `callbacks` and `on_memory`: see `FinetuneOptions`.
 
     Raises DataError (no examples, malformed or fully masked ones), ConfigError (`output_dir` holds something else
-    and `overwrite` is False, or the arguments come in another order), ModelError (unknown target modules) and
+    and `overwrite` is False, the arguments come in another order, or the training clearly does not fit in memory),
+    ModelError (unknown target modules) and
     NumericError (the loss became NaN).
     """
     from peft import PeftModel
 
+    chosen = _with_defaults(options)
     _check_order(model, tokenizer, examples)
     final = Path(output_dir)
     _check(examples)
@@ -188,7 +115,7 @@ def finetune(
     found = _finished(final, record)
     if found is not None:
         return found
-    if final.exists() and any(final.iterdir()) and not overwrite:
+    if final.exists() and any(final.iterdir()) and not chosen["overwrite"]:
         if not (final / RECORD).exists():  # not ours, so nothing that we tell anybody to delete
             raise ConfigError(
                 f"{final} is not empty and holds no fine-tuning of this tool: choose another output folder"
@@ -206,8 +133,11 @@ def finetune(
     with quiet_libraries():
         trained = model if lora is None else attach_lora(model, lora, config.seed)
         try:
+            if chosen["on_memory"] is not None and (memory := training_memory(trained, examples, config)):
+                chosen["on_memory"](memory)
+            callbacks = [*chosen["callbacks"], *([sft.progress_bar()] if chosen["progress"] else [])]
             with _writing(partial, "a checkpoint"):
-                history, seconds, tokens = sft.train(trained, tokenizer, examples, partial, config, progress)
+                history, seconds, tokens = sft.train(trained, tokenizer, examples, partial, config, callbacks)
             with _writing(partial, "the result"):
                 trained.save_pretrained(partial)  # type: ignore[operator]
             tokenizer.save_pretrained(partial)  # beside an adapter too: it goes with these tokens alone
@@ -291,12 +221,6 @@ def finetuned(base: torch.nn.Module, path: str | Path) -> Iterator[Any]:
                 model.unload()
 
 
-def list_checkpoints(path: str | Path) -> list[Path]:
-    """The checkpoints kept in a result's folder, `checkpoint-<step>`, in the order of training."""
-    saved = [p for p in Path(path).glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", p.name) and p.is_dir()]
-    return sorted(saved, key=lambda p: int(p.name.rpartition("-")[2]))
-
-
 def load_adam_moments(checkpoint: str | Path) -> dict[str, dict[str, torch.Tensor]]:
     """Adam's state of a checkpoint by parameter name: {name: {"exp_avg", "exp_avg_sq", "step"}}.
 
@@ -315,6 +239,15 @@ def load_adam_states(checkpoint: str | Path, beta2: float | None = None) -> dict
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; name a checkpoint-* folder that a fine-tuning has saved")
     return named_adam(folder, folder / sft.NAMES, beta2)
+
+
+def _with_defaults(options: FinetuneOptions) -> FinetuneOptions:
+    """Return all options. Raises TypeError for one that there is not."""
+    known: FinetuneOptions = {"progress": True, "overwrite": False, "callbacks": (), "on_memory": check_memory}
+    strange = sorted(options.keys() - known.keys())
+    if strange:
+        raise TypeError(f"finetune() got an unexpected keyword argument {strange[0]!r}")
+    return {**known, **options}
 
 
 def _check_order(model: Any, tokenizer: Any, examples: Any) -> None:
@@ -347,7 +280,7 @@ def _check(examples: Sequence[Mapping[str, Any]]) -> None:
             masked.append(name)
     if masked:
         raise DataError(
-            f"no completion token to learn from (every label is -100) in {listing(masked)}: drop these examples"
+            f"no completion token to learn from (every label is -100) in {truncated_list(masked)}: drop these examples"
         )
 
 
@@ -370,66 +303,6 @@ def _finished(path: Path, record: Mapping[str, Any]) -> TrainResult | None:
         list_checkpoints(path),
         reused=True,
     )
-
-
-def attach_lora(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.nn.Module:
-    """`model` with a fresh adapter, its A factors drawn from `seed`; of "all-linear" those that can be scored.
-
-    Raises ModelError where LoRA does not fit.
-    """
-    wrapped = _wrapped(model, lora, seed)
-    if lora.target_modules != "all-linear":
-        return wrapped
-    if not (left_out := unscorable_layers(wrapped)):
-        return wrapped
-    name, why = next(iter(left_out.items()))
-    say_once(
-        logger,
-        f"lora.target_modules: all-linear leaves out layers that cannot be scored: {listing(left_out)} ({name}: {why})",
-    )
-    wrapped.unload()  # type: ignore[operator]
-    return _wrapped(model, lora, seed, exclude=list(left_out))
-
-
-def _wrapped(model: torch.nn.Module, lora: LoraSettings, seed: int, exclude: Sequence[str] = ()) -> torch.nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    settings = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        target_parameters=list(lora.target_parameters) or None,
-        exclude_modules=list(exclude) or None,
-        task_type="CAUSAL_LM",
-    )
-    check_patterns(model, settings, "lora")
-    check_rank(model, lora.r)
-    torch.manual_seed(seed)
-    try:
-        wrapped = get_peft_model(model, settings)  # type: ignore[arg-type]
-        for one in wrapped.peft_config.values():
-            for name in ("target_modules", "exclude_modules", "target_parameters"):
-                names = getattr(one, name, None)
-                if isinstance(names, set):  # its order, which is written, is another in each process
-                    setattr(one, name, sorted(names))
-        return wrapped
-    except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        remedy = "Mend lora.target_modules" + (" or lora.target_parameters." if lora.target_parameters else ".")
-        if "lora_dropout" in reason:  # peft turns names of expert linears into those of their fused parameters
-            remedy = "Set lora.dropout to 0, or leave experts out of lora.target_modules."
-        raise ModelError(f"LoRA does not fit this model: {reason} {remedy}") from error
-
-
-def check_rank(model: torch.nn.Module, rank: int) -> None:
-    """Raise ConfigError for a rank far beyond every weight of the model, whose factors would fill the memory."""
-    widths = [min(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    if widths and rank > _WIDEST * max(widths):
-        raise ConfigError(
-            f"lora.r is {rank}, and no weight of the model has a rank above {max(widths)}: choose a lower one"
-        )
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from influence_fast.errors import ConfigError, ModelError, did_you_mean, listing
+from influence_fast.errors import ConfigError, ModelError, did_you_mean, truncated_list
 from influence_fast.guards import reading
 from influence_fast.training.adapter_bases import adapter_warnings
 from influence_fast.training.adapters import attach_adapter
@@ -137,7 +137,7 @@ def _load_base(source: str, dtype: torch.dtype, attn_implementation: str | None,
     missing = sorted(info["missing_keys"])
     if missing:  # transformers fills them with random numbers and goes on
         raise ModelError(
-            f"the weights of {source} have none for {listing(missing, 3)}; the checkpoint is incomplete or of "
+            f"the weights of {source} have none for {truncated_list(missing, 3)}; the checkpoint is incomplete or of "
             "another architecture: save it again with save_pretrained"
         )
     return model

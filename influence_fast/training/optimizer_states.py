@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from influence_fast.errors import ModelError, one_line, say_once, shown
+from influence_fast.errors import ModelError, one_line, shown, warn_once
 from influence_fast.guards import reading
 
 logger = logging.getLogger(__name__)
@@ -211,5 +211,5 @@ def _beta2_of(path: Path, group: Mapping[str, Any], given: float | None) -> floa
     if group.get("beta2") is not None:
         return float(group["beta2"])
     if given is None:
-        say_once(logger, f"{path} does not say its betas; {BETA2} is taken for beta2: give another by beta2=")
+        warn_once(logger, f"{path} does not say its betas; {BETA2} is taken for beta2: give another by beta2=")
     return BETA2 if given is None else float(given)

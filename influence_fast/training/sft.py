@@ -20,13 +20,14 @@ import torch
 
 from influence_fast.atomic import replacing
 from influence_fast.data.packing import IGNORED, example_name
-from influence_fast.errors import ConfigError, NumericError, listing, one_line
+from influence_fast.errors import ConfigError, NumericError, one_line, truncated_list
 from influence_fast.gradients.referee import Referee, decoder_of
+from influence_fast.training.files import list_checkpoints
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-    from influence_fast.training.fine_tuning import TrainConfig
+    from influence_fast.training.settings import TrainConfig
 
 NAMES = "optimizer_names.json"  # the last file of a checkpoint
 _SECONDS = "seconds.json"
@@ -40,7 +41,7 @@ def train(
     examples: Sequence[Mapping[str, Any]],
     folder: Path,
     config: TrainConfig,
-    progress: bool,
+    callbacks: Sequence[TrainerCallback],
 ) -> tuple[list[tuple[int, float]], float, int]:
     """Trains what of `model` asks for gradients, from the last checkpoint in `folder` where there is one.
 
@@ -48,12 +49,10 @@ def train(
     tokens seen (padding not counted).
     Raises ConfigError (packs that cannot be kept apart, or settings that trl refuses) and NumericError (NaN loss).
     """
-    from influence_fast.training.fine_tuning import list_checkpoints
-
     with _no_data_bars(), _left_as_it_was(model), _packs_apart(model, config):
         trainer = make_trainer(model, tokenizer, examples, folder, config)
-        if progress:
-            trainer.add_callback(_progress_bar())
+        for callback in callbacks:
+            trainer.add_callback(callback)
         # a checkpoint that a killed run was still writing has no names yet
         kept = [checkpoint for checkpoint in list_checkpoints(folder) if (checkpoint / NAMES).exists()]
         spent = _read_seconds(kept[-1]) if kept else 0.0
@@ -97,7 +96,9 @@ def make_trainer(
     if config.packing is not None:
         long = [example_name(e, i) for i, e in enumerate(examples) if len(e["input_ids"]) > config.packing]
         if long:
-            raise ConfigError(f"training.packing is {config.packing} tokens, and longer are {listing(long)}: raise it")
+            raise ConfigError(
+                f"training.packing is {config.packing} tokens, and longer are {truncated_list(long)}: raise it"
+            )
     save_steps = 0 if isinstance(config.save_checkpoints, bool) else config.save_checkpoints
     saving = "no" if not config.save_checkpoints else ("steps" if save_steps else "epoch")
     cuda = torch.cuda.is_available() and next(model.parameters()).is_cuda
@@ -149,7 +150,11 @@ def make_trainer(
     if not packing:
         # trl wants a Dataset, and then does nothing to rows that are tokenized; plain rows are not copied into Arrow
         # and read 0.2 ms each faster, at every step and for every length that batches are grouped by
-        trainer.train_dataset = [{key: torch.as_tensor(e[key]) for key in FIELDS} for e in examples]
+        # (ids are for callbacks that name examples)
+        trainer.train_dataset = [
+            {key: torch.as_tensor(e[key]) for key in FIELDS} | {key: e[key] for key in ("id",) if key in e}
+            for e in examples
+        ]
     steps = config.max_steps
     if steps <= 0:  # known only now: packing makes fewer rows
         rows = len(trainer.train_dataset)  # type: ignore[arg-type]
@@ -356,7 +361,8 @@ def _read_seconds(checkpoint: Path) -> float:
     return float(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else 0.0
 
 
-def _progress_bar() -> Any:
+def progress_bar() -> Any:
+    """Return a callback that shows the steps on stderr."""
     from rich.console import Console
     from rich.progress import Progress
     from transformers import TrainerCallback

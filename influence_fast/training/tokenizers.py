@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from influence_fast.data.fingerprints import tokenizer_hash
-from influence_fast.errors import ModelError, one_line, say_once, shown
+from influence_fast.errors import ModelError, one_line, shown, warn_once
 from influence_fast.guards import reading
 from influence_fast.training.files import cannot_load, check_folder, check_no_pipes, check_place
 from influence_fast.training.tokenizer_limits import check_tokenizer_file
@@ -114,7 +114,7 @@ def _of_adapter(adapter: str, base: str, trust_remote_code: bool) -> Any:
         found = _open(base, trust_remote_code)
         if template is not None and template != found.chat_template:
             found.chat_template = template
-            say_once(logger, f"the adapter {adapter} has its own chat template, used in place of that of {base}")
+            warn_once(logger, f"the adapter {adapter} has its own chat template, used in place of that of {base}")
         return found
     own = _open(str(folder), trust_remote_code, base=base)
     if own.chat_template is None:
@@ -125,7 +125,7 @@ def _of_adapter(adapter: str, base: str, trust_remote_code: bool) -> Any:
         return own  # the only one there is
     if tokenizer_hash(own) != tokenizer_hash(of_base):
         why = _difference(own, of_base)
-        say_once(logger, f"the adapter {adapter} has its own tokenizer, used in place of that of {base} ({why})")
+        warn_once(logger, f"the adapter {adapter} has its own tokenizer, used in place of that of {base} ({why})")
     return own
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from influence_fast.data.adapter_names import plain_name
-from influence_fast.errors import ModelError, listing, say_once
+from influence_fast.errors import ModelError, truncated_list, warn_once
 from influence_fast.guards import reading
 from influence_fast.training.adapter_bases import name_of
 from influence_fast.training.adapter_files import WRAPPERS, Shapes, adapter_folder, lora_config, stored_shapes
@@ -90,8 +90,8 @@ def fit_to_adapter(model: Any, shapes: Shapes, config: Any, adapter: str, source
     sizes = sorted(set().union(*stored.values()))
     if len(sizes) > 1:
         raise ModelError(
-            f"the adapter {adapter} stores embeddings of {listing(map(str, sizes))} tokens in one; save it again from "
-            "the model it was trained in"
+            f"the adapter {adapter} stores embeddings of {truncated_list(map(str, sizes))} tokens in one; save it "
+            "again from the model it was trained in"
         )
     if sizes and sizes[0] != size:
         tied = len({id(weight) for weight in matrices.values()}) == 1
@@ -101,7 +101,7 @@ def fit_to_adapter(model: Any, shapes: Shapes, config: Any, adapter: str, source
                 f"{missing[0]}; save it again with save_pretrained(..., save_embedding_layers=True)"
             )
         _resize(model, sizes[0])
-        say_once(
+        warn_once(
             logger,
             f"the adapter {adapter} was trained with {sizes[0]} embeddings: those of {source} ({size}) are resized; "
             "without the adapter the added ones are the mean of the others",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-import influence_fast as inf
 from benches import launches
+from influence_fast.gradients.projection import Projection
 
 
 def test_the_kernels_take_fewer_operations_than_a_plain_lora_step() -> None:
     """The loss counts too: its chunks of tokens must not grow into a launch for every few of them."""
     pytest.importorskip("triton", reason="triton is not installed")
-    projection = inf.Projection(dim=16)
+    projection = Projection(dim=16)
     plain = launches.per_layer(launches.plain)
     ours = launches.per_layer(lambda layers: launches.ours(layers, "triton", projection))
     assert ours["layer"] < 0.4 * plain["layer"]

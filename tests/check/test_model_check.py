@@ -18,6 +18,7 @@ from influence_fast.cli import main
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.reduction import FullReducer
+from influence_fast.gradients.targets import gradient_layout
 
 FAST = {"count": 2, "directions": 1}
 
@@ -91,7 +92,7 @@ def test_a_part_that_rows_lack_shows_along_random_directions(
     tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_lora("qwen2")
-    lost = next(entry.columns for entry in inf.gradient_layout(model) if entry.factor == "lora_B")
+    lost = next(entry.columns for entry in gradient_layout(model) if entry.factor == "lora_B")
     _rows_as(lambda rows: rows.index_fill(1, torch.arange(lost.start, lost.stop), 0), monkeypatch)
     found = inf.check_model(model, make_examples(), **FAST)
     assert verdicts(found) | {"rows": ""} == {
@@ -105,8 +106,8 @@ def test_a_part_that_rows_lack_shows_along_random_directions(
 
 def test_one_factor_that_is_too_large_is_found(tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_lora("qwen2")
-    scales = torch.ones(sum(e.shape[0] * e.shape[1] for e in inf.gradient_layout(model)))
-    scales[inf.gradient_layout(model)[1].columns] = 1.2
+    scales = torch.ones(sum(e.shape[0] * e.shape[1] for e in gradient_layout(model)))
+    scales[gradient_layout(model)[1].columns] = 1.2
     _rows_as(lambda rows: rows * scales, monkeypatch)
     found = inf.check_model(model, make_examples(), **FAST)
     assert found["rows"].verdict == DIFFERS

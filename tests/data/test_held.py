@@ -15,6 +15,7 @@ from transformers import BatchEncoding, DataCollatorForSeq2Seq
 import influence_fast as inf
 from influence_fast.data.held import as_examples
 from influence_fast.errors import DataError
+from influence_fast.gradients.per_example import per_example_losses
 
 LENGTHS = (5, 3, 7, 2, 4)
 
@@ -199,7 +200,7 @@ def weighted() -> list[dict[str, Any]]:
 def test_rows_of_weighted_tokens_are_autograds(tiny_lora: Callable[..., Any], reduction: str) -> None:
     model = tiny_lora(dtype=torch.float64)
     rows = inf.per_example_gradients(model, weighted(), loss_reduction=reduction)
-    losses = inf.per_example_losses(model, weighted(), loss_reduction=reduction)
+    losses = per_example_losses(model, weighted(), loss_reduction=reduction)
     factors = [p for name, p in model.named_parameters() if "lora_" in name]
     for place, row in enumerate(weighted()):
         logits = model(input_ids=row["input_ids"][None]).logits[0, :-1]
@@ -232,10 +233,10 @@ def test_weights_of_nothing_but_zeros_are_named(tiny_lora: Callable[..., Any]) -
 def test_a_store_of_a_dataset_numbers_its_rows_and_knows_weights(tmp_path: Any, tiny_lora: Callable[..., Any]) -> None:
     model = tiny_lora()
     data = Dataset.from_list(lists())
-    store = inf.build_store(tmp_path / "plain", model, None, data, projection=None, dtype="fp32")
+    store = inf.build_store(tmp_path / "plain", model, data, inf.RowSpec("none", dtype="fp32"))
     assert store.ids == ["0", "1", "2", "3", "4"]
     assert torch.allclose(store.rows(), inf.per_example_gradients(model, made()))
-    heavy = inf.build_store(tmp_path / "heavy", model, None, weighted(), projection=None, dtype="fp32")
+    heavy = inf.build_store(tmp_path / "heavy", model, weighted(), inf.RowSpec("none", dtype="fp32"))
     assert torch.allclose(heavy.rows(), inf.per_example_gradients(model, weighted()))
     assert heavy.tokens_hash != store.tokens_hash
     assert heavy.identity.dataset_fingerprint != store.identity.dataset_fingerprint

@@ -154,7 +154,7 @@ def test_rows_without_a_trace_are_counted(tmp_path: Path, tiny_tokenizer: Callab
 def test_work_for_all_is_done_once(tmp_path: Path) -> None:
     calls: list[int] = []
     for rank in range(3):
-        once(tmp_path, World(rank, 3), lambda: bool(calls), lambda beat: calls.append(beat() or 1))  # type: ignore[func-returns-value]
+        once(tmp_path, World(rank, 3), lambda: bool(calls), lambda heartbeat: calls.append(heartbeat() or 1))  # type: ignore[func-returns-value]
     assert calls == [1]
     assert list(tmp_path.iterdir()) == []
 
@@ -165,8 +165,9 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
-from influence_fast.store.building import build_store
-from influence_fast.gradients.projection import Projection
+from influence_fast.influence.building import build_store
+from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.store.building import BuildOptions
 from influence_fast.data.spooling import Tokens, TokenSource, spool
 
 torch.set_num_threads(1)
@@ -185,7 +186,7 @@ def rows(n):
     for i in range(n):
         yield dict(id=f"r{i}", prompt=f"{i}?", completion=" ".join(str(rng.randint(0, 99)) for _ in range(300)))
 
-def ones(model, examples, **options):
+def ones(model, examples, spec):
     for start in range(0, len(examples), 16):
         places = list(range(start, min(start + 16, len(examples))))
         yield places, torch.ones(len(places), 512)
@@ -193,8 +194,9 @@ def ones(model, examples, **options):
 def work(name, n):
     spool(folder / name / "tokens", TokenSource(rows(n)), tokenizer)
     tokens = Tokens(folder / name / "tokens")
-    store = build_store(folder / name / "store", model, None, tokens, projection=Projection(dim=4, width=512),
-                        dtype="int8", shard_rows=128, gradients=ones)
+    store = build_store(folder / name / "store", model, tokens,
+                        RowSpec(dim=4, width=512, sketch="random", dtype="int8"),
+                        options=BuildOptions(shard_rows=128, gradients=ones))
     assert len(store) == n
     return sum(len(tokens[i]["input_ids"]) for i in range(0, n, 100)) * 100
 

@@ -13,6 +13,8 @@ from benches.model_zoo import examples_for, tiny, with_adapter
 from influence_fast.data.fingerprints import weight_hashes
 from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ModelError
+from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.targets import gradient_layout
 
 
 class OptimizedModule(nn.Module):
@@ -29,12 +31,12 @@ WRAPPERS = {"DataParallel": nn.DataParallel, "torch.compile": OptimizedModule}
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_wrapped_model_has_the_rows_of_the_model_inside(wrapper: str) -> None:
     model = with_adapter(tiny("llama"))
-    examples, projection = examples_for(model), inf.Projection(kind="one_sided", dim=4)
+    examples, projection = examples_for(model), Projection(kind="one_sided", dim=4)
     wrapped: Any = WRAPPERS[wrapper](model)
     assert [name for name, _ in wrapped.named_modules()] != [name for name, _ in model.named_modules()]
     assert unwrapped(wrapped) is model
     assert weight_hashes(wrapped) == weight_hashes(model)
-    assert inf.gradient_layout(wrapped) == inf.gradient_layout(model)
+    assert gradient_layout(wrapped) == gradient_layout(model)
     # projected, since modules of other names would have other random matrices
     rows, wanted = (inf.per_example_gradients(m, examples, projection=projection) for m in (wrapped, model))
     assert torch.equal(rows, wanted)

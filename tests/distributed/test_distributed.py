@@ -23,7 +23,8 @@ from influence_fast.distributed.claims import Claims, Owner, WaitNotice
 from influence_fast.distributed.metrics import Follower, board, folder_of, peak_flops, rates_text, summary, time_left
 from influence_fast.distributed.processes import Preempted, World, once, retried
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.store.reader import open_store, verify_store
+from influence_fast.store.reader import open_store
+from influence_fast.store.verification import verify_store
 
 EXAMPLES = 48
 SHARDS = 16
@@ -33,16 +34,19 @@ NURSERY = (
     world(longest=60)
     + """
 import json, os, signal, sys, time
-from influence_fast.store.building import build_store
-from influence_fast.distributed.builds import build_distributed
+from dataclasses import replace
+from influence_fast.influence.building import build_store
+from influence_fast.distributed.builds import DistributedOptions, build_distributed
 from influence_fast.distributed.processes import Preempted, World
 from influence_fast.gradients import per_example as gradients
 from influence_fast.store import writer as store_writer
 from influence_fast.gradients.per_example import iter_gradient_rows
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.store.building import BuildOptions
 
 examples[25]["labels"] = torch.full_like(examples[25]["labels"], -100)
-options = dict(projection=Projection(dim=4, width=64), dtype="int8", shard_rows=3, progress=False)
+spec = RowSpec(dim=4, width=64, sketch="random", dtype="int8")
+options = dict(shard_rows=3, progress=False)
 
 def slow(*args, pause, **more):
     for batch in iter_gradient_rows(*args, **more):
@@ -53,6 +57,7 @@ def child(task):
     torch.set_num_threads(1)
     settings = dict(options)
     settings.update(task.get("options", {}))
+    made = replace(spec, max_tokens=settings.pop("max_tokens", None))
     if task.get("pause"):
         gradients.iter_gradient_rows = lambda *args, **more: slow(*args, pause=task["pause"], **more)
     if task.get("full"):
@@ -63,11 +68,12 @@ def child(task):
         store_writer._write = full
     try:
         if task["world"] == 0:
-            build_store(task["path"], model, None, examples, **settings)
+            build_store(task["path"], model, examples, made, options=BuildOptions(**settings))
         else:
             world = World(task["rank"], task["world"])
-            build_distributed(task["path"], model, None, examples, world=world, time_limit=task["time_limit"],
-                              lease=task.get("lease", 60.0), profile=task.get("profile", False), **settings)
+            how = DistributedOptions(world=world, time_limit=task["time_limit"], lease=task.get("lease", 60.0),
+                                     profile=task.get("profile", False), **settings)
+            build_distributed(task["path"], model, examples, made, options=how)
     except Preempted as stop:
         print("stopped:", stop, file=sys.stderr)
         os._exit(stop.exit_code)
@@ -324,26 +330,31 @@ def test_alone_it_shows_one_bar_keeps_metrics_and_a_trace(
 ) -> None:
     import torch
 
-    from influence_fast.distributed.builds import build_distributed
-    from influence_fast.gradients.projection import Projection
-    from influence_fast.store.building import build_store
+    from influence_fast.distributed.builds import DistributedOptions, build_distributed
+    from influence_fast.gradients.row_spec import RowSpec
+    from influence_fast.influence.building import build_store
+    from influence_fast.store.building import BuildOptions
 
     model, generator = tiny_lora(), torch.Generator().manual_seed(0)
     examples = []
     for i in range(12):
         ids = torch.randint(5, 300, (int(torch.randint(3, 40, (), generator=generator)),), generator=generator)
         examples.append({"id": f"e{i}", "input_ids": ids, "labels": ids.clone()})
-    options: dict[str, Any] = {"projection": Projection(dim=4), "dtype": "fp32", "shard_rows": 4, "max_tokens": 30}
+    spec = RowSpec(dim=4, dtype="fp32", max_tokens=30)
     before = signal.getsignal(signal.SIGTERM)
     build_distributed(
-        tmp_path / "s", model, None, examples, world=World(), progress=True, profile=True, peak=1e9, **options
+        tmp_path / "s",
+        model,
+        examples,
+        spec,
+        options=DistributedOptions(shard_rows=4, world=World(), progress=True, profile=True, peak=1e9),
     )
     assert signal.getsignal(signal.SIGTERM) is before
     said = capsys.readouterr().err
     assert "12/12" in said
     assert "tokens/s" in said
     assert "MFU" in said
-    build_store(tmp_path / "whole", model, None, examples, **options)
+    build_store(tmp_path / "whole", model, examples, spec, options=BuildOptions(shard_rows=4))
     assert stored_bytes(tmp_path / "s") == stored_bytes(tmp_path / "whole")
     totals = summary(folder_of(tmp_path / "s"))
     assert (totals.examples, totals.tokens) == (12, sum(len(e["input_ids"]) for e in examples))
@@ -444,12 +455,12 @@ def test_a_claim_whose_owner_hangs_is_renewed_no_more(tmp_path: Path) -> None:
     claims = Claims(tmp_path, Owner.here(0), 60.0, hang_limit=600.0, clock=clock)
     assert claims.take("a")
     path = tmp_path / ".claim-a"
-    claims.beat()
+    claims.heartbeat()
     for clock.now, renewed in ((599.0, True), (601.0, False)):
         os.utime(path, ns=(5, 5))
         claims.renew("a")
         assert (path.stat().st_mtime_ns != 5) is renewed
-    claims.beat()
+    claims.heartbeat()
     claims.renew("a")
     assert path.stat().st_mtime_ns != 5
 
@@ -492,7 +503,7 @@ def test_a_claim_of_a_dead_container_does_not_stall_a_build(
 def test_what_one_process_does_for_all_is_taken_from_a_dead_container(tmp_path: Path) -> None:
     assert Claims(tmp_path, owner(1, "gone")).take("once")
     made: list[int] = []
-    once(tmp_path, World(0, 2), lambda: bool(made), lambda beat: made.append(1), lease=0.2)
+    once(tmp_path, World(0, 2), lambda: bool(made), lambda heartbeat: made.append(1), lease=0.2)
     assert made == [1]
     assert list(tmp_path.iterdir()) == []
 
@@ -508,7 +519,7 @@ def test_sigterm_in_what_one_process_does_for_all_gives_its_claim_back(tmp_path:
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
     try:
         with pytest.raises(Preempted):
-            once(tmp_path, World(0, 2), lambda: False, lambda beat: os.kill(os.getpid(), signal.SIGTERM))
+            once(tmp_path, World(0, 2), lambda: False, lambda heartbeat: os.kill(os.getpid(), signal.SIGTERM))
         assert list(tmp_path.iterdir()) == []
         os.kill(os.getpid(), signal.SIGTERM)  # the handler from before is back
         assert heard == [signal.SIGTERM]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import influence_fast as inf
 from influence_fast.gradients.backends import TORCH, TRITON
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.find_lora import find_lora_linears
+from influence_fast.gradients.fisher_labels import sample_labels
 from influence_fast.gradients.per_example import iter_gradient_rows, packs_for
+from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.reduction import random_columns
+from influence_fast.influence.sketch_fitting import fit_projection
 from influence_fast.kernels.runtime import INTERPRETED, unavailable
 from influence_fast.row_codec import encoded
 
@@ -28,11 +32,11 @@ pytestmark = [
 CUDA = torch.device("cuda")
 PROJECTIONS = [
     None,
-    inf.Projection(dim=8),
-    inf.Projection(dim=8, width=64),
-    inf.Projection("kron", dim=8),
-    inf.Projection("sjlt", width=64),
-    inf.Projection("rademacher", width=64),
+    Projection(dim=8),
+    Projection(dim=8, width=64),
+    Projection("kron", dim=8),
+    Projection("sjlt", width=64),
+    Projection("rademacher", width=64),
 ]
 
 
@@ -52,7 +56,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("projection", PROJECTIONS, ids=str)
 def test_rows_agree_with_float64_on_the_cpu(
-    tiny_lora: Callable[..., Any], backend: str, projection: inf.Projection | None
+    tiny_lora: Callable[..., Any], backend: str, projection: Projection | None
 ) -> None:
     model, examples = tiny_lora(hidden_size=64, num_attention_heads=4), make_examples()
     truth = inf.per_example_gradients(copy.deepcopy(model).double(), examples, projection=projection)
@@ -66,13 +70,14 @@ def test_rows_agree_with_float64_on_the_cpu(
 
 @pytest.mark.parametrize("projection", PROJECTIONS, ids=str)
 def test_rows_repeat_bit_for_bit_and_cross_the_bus_unchanged(
-    tiny_lora: Callable[..., Any], backend: str, projection: inf.Projection | None
+    tiny_lora: Callable[..., Any], backend: str, projection: Projection | None
 ) -> None:
     model, examples = tiny_lora().to(CUDA, torch.bfloat16), make_examples()
     options: dict[str, Any] = {"projection": projection, "max_tokens": 300, "backend": backend}
     whole = inf.per_example_gradients(model, examples, **options)
     assert torch.equal(whole, inf.per_example_gradients(model, examples, **options))
-    for places, rows in iter_gradient_rows(model, examples, **options):
+    spec = inf.RowSpec.of(projection, dtype="fp32", max_tokens=300)
+    for places, rows in iter_gradient_rows(model, examples, spec, backend=backend):
         assert rows.device.type == "cpu"
         assert torch.equal(rows, whole[places].cpu())
 
@@ -82,7 +87,7 @@ def test_long_traces_repeat_bit_for_bit(tiny_lora: Callable[..., Any], backend: 
     """Of many blocks of keys, whose parts of the queries' gradient attention adds up."""
     model = tiny_lora(hidden_size=256, num_attention_heads=4, max_position_embeddings=4096).to(CUDA, dtype)
     examples = make_examples(6, longest=3000)
-    options: dict[str, Any] = {"projection": inf.Projection(dim=8), "max_tokens": 8192, "backend": backend}
+    options: dict[str, Any] = {"projection": Projection(dim=8), "max_tokens": 8192, "backend": backend}
     first = inf.per_example_gradients(model, examples, **options)
     for _ in range(5):
         assert torch.equal(first, inf.per_example_gradients(model, examples, **options))
@@ -93,7 +98,7 @@ def test_recorded_steps_give_the_rows_of_steps_run_by_operations(
     tiny_lora: Callable[..., Any],
     caplog: pytest.LogCaptureFixture,
     recwarn: pytest.WarningsRecorder,
-    projection: inf.Projection | None,
+    projection: Projection | None,
 ) -> None:
     """Many packs of one shape, of examples that the kernels split, and packs of other shapes between; three times, so
     that graphs are replayed after others were recorded, and every result is kept while the next ones are made."""
@@ -125,7 +130,7 @@ def test_recorded_steps_give_the_rows_of_steps_run_by_operations(
 def test_random_columns_made_on_the_card_are_those_of_the_cpu(
     tiny_lora: Callable[..., Any], backend: str, dim: int
 ) -> None:
-    projection, model = inf.Projection(dim=dim), tiny_lora()
+    projection, model = Projection(dim=dim), tiny_lora()
     here = [random_columns(projection, linear, TORCH) for linear in find_lora_linears(model)]
     chosen = TRITON if backend == "triton" else TORCH
     there = [random_columns(projection, linear, chosen) for linear in find_lora_linears(model.to(CUDA))]
@@ -140,7 +145,7 @@ def test_a_fitted_sketch_makes_the_rows_of_the_cpu(tiny_lora: Callable[..., Any]
     if recorded and backend == "torch":
         pytest.skip("only the Triton kernels are recorded")
     model, examples = tiny_lora(), make_examples()
-    projection = inf.fit_projection(model, examples, projection=inf.Projection(dim=8, width=100))
+    projection = fit_projection(model, examples, inf.RowSpec.of(Projection(dim=8, width=100)))
     truth = inf.per_example_gradients(copy.deepcopy(model).double(), examples, projection=projection)
     dtype, bound = (torch.bfloat16, 0.15) if recorded else (torch.float32, 3e-5)  # 16-bit models alone are recorded
     results = []
@@ -159,11 +164,11 @@ def test_a_fitted_sketch_makes_the_rows_of_the_cpu(tiny_lora: Callable[..., Any]
 def test_labels_are_drawn_as_on_the_cpu(tiny_lora: Callable[..., Any], backend: str, dtype: torch.dtype) -> None:
     """But where a uniform number falls between two roundings of a probability."""
     model, examples = tiny_lora(), make_examples(60)
-    here = inf.sample_labels(model.to(dtype), examples)
+    here = sample_labels(model.to(dtype), examples)
     model.to(CUDA)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("INFLUENCE_FAST_BACKEND", backend)
-        there = inf.sample_labels(model, examples)
+        there = sample_labels(model, examples)
     pairs = [(a["labels"], b["labels"]) for a, b in zip(here, there, strict=True)]
     same = torch.cat([(a == b)[a != -100] for a, b in pairs]).double().mean()
     assert float(same) > (0.999 if dtype == torch.float32 else 0.9)
@@ -172,12 +177,12 @@ def test_labels_are_drawn_as_on_the_cpu(tiny_lora: Callable[..., Any], backend: 
 
 @pytest.mark.parametrize(
     "projection",
-    [None, inf.Projection(dim=8), inf.Projection(dim=8, width=64), inf.Projection("sjlt", width=64)],
+    [None, Projection(dim=8), Projection(dim=8, width=64), Projection("sjlt", width=64)],
     ids=str,
 )
 @pytest.mark.parametrize("recorded", [False, True])
 def test_no_batch_after_the_first_waits_for_the_card(
-    tiny_lora: Callable[..., Any], backend: str, projection: inf.Projection | None, recorded: bool
+    tiny_lora: Callable[..., Any], backend: str, projection: Projection | None, recorded: bool
 ) -> None:
     if recorded and backend == "torch":
         pytest.skip("only the Triton kernels are recorded")
@@ -197,24 +202,27 @@ def test_no_batch_after_the_first_waits_for_the_card(
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("projection", [inf.Projection(dim=8), inf.Projection(dim=8, width=64)], ids=str)
+@pytest.mark.parametrize("projection", [Projection(dim=8), Projection(dim=8, width=64)], ids=str)
 def test_a_store_has_the_bits_of_one_whose_rows_crossed_as_fp32(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     tiny_lora: Callable[..., Any],
-    projection: inf.Projection,
+    projection: Projection,
     dtype: str,
 ) -> None:
     model, examples = tiny_lora().to(CUDA, torch.bfloat16), make_examples()
-    given = {"projection": projection, "dtype": dtype, "max_tokens": 300}
-    built = inf.build_store(tmp_path / "short", model, None, examples, **given).path
+    given = replace(inf.RowSpec.of(projection, dtype=dtype, max_tokens=300), sketch="random")
+
+    def in_fp32(model: Any, examples: Any, spec: inf.RowSpec, **more: Any) -> Any:
+        return iter_gradient_rows(model, examples, replace(spec, dtype="fp32"), **more)
+
+    built = inf.build_store(tmp_path / "short", model, examples, given).path
     as_fp32 = inf.build_store(
         tmp_path / "fp32",
         model,
-        None,
         examples,
-        **given,
-        gradients=lambda *args, **options: iter_gradient_rows(*args, **options),  # asked for no dtype
+        given,
+        options=inf.BuildOptions(gradients=in_fp32),
     ).path
     for path in Path(built).iterdir():
         assert (Path(as_fp32) / path.name).read_bytes() == path.read_bytes()

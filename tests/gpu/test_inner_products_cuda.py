@@ -12,9 +12,10 @@ import torch
 from scipy.stats import rankdata
 
 from influence_fast.errors import DataError, NumericError
+from influence_fast.kernels.runtime import WHY_NO_TRITON
 from influence_fast.products import cuda as inner_products_cuda
-from influence_fast.products import native
-from influence_fast.products.inner_products import inner_products, quantize_rows
+from influence_fast.products import engines, gpu, native
+from influence_fast.products.inner_products import ProductOptions, inner_products, quantize_rows
 
 pytestmark = [
     pytest.mark.requires_gpu,
@@ -22,7 +23,8 @@ pytestmark = [
 ]
 needs_kernels = pytest.mark.skipif(bool(native.cuda_why()), reason=f"no CUDA kernels: {native.cuda_why()}")
 
-PATHS = [pytest.param("cuda", marks=needs_kernels), "torch"]
+needs_triton = pytest.mark.skipif(bool(WHY_NO_TRITON), reason=WHY_NO_TRITON)
+PATHS = [pytest.param("cuda", marks=needs_triton), pytest.param("mma", marks=needs_kernels), "torch"]
 SHAPES = [  # rows, queries, k: one, primes, tile and granule ± 1, several launches
     (1, 1, 1),
     (127, 15, 63),
@@ -89,9 +91,11 @@ def test_the_path_that_is_meant_runs() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     if torch.cuda.get_device_capability(device)[0] >= 8 and shutil.which("nvcc"):
         assert native.cuda_why() == "", "there is an nvcc here, and the CUDA part was not built"
-        assert native.device_engine(device, "int8")[0] is inner_products_cuda
-    assert native.device_engine(device, "int8", "torch")[1] == native.TORCH
-    assert native.device_engine(device, "float32")[1] == native.TORCH
+        assert engines.device_engine(device, "int8", "mma")[0] is inner_products_cuda
+    if not gpu.why_not(device):
+        assert engines.device_engine(device, "int8") == (gpu, native.CUDA)
+    assert engines.device_engine(device, "int8", "torch")[1] == native.TORCH
+    assert engines.device_engine(device, "float32")[1] == native.TORCH
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -106,11 +110,15 @@ def test_scores(path: str, kind: str, shape: tuple[int, ...], normalize: bool, p
     if place == "device":
         rows, scales = rows.cuda(), None if scales is None else scales.cuda()
     got = inner_products(
-        rows, queries, row_scales=scales, normalize=normalize, precision=precision, isa=path, device="cuda"
+        rows,
+        queries,
+        row_scales=scales,
+        normalize=normalize,
+        options=ProductOptions(precision=precision, isa=path, device="cuda"),
     )
     assert got.device.type == ("cuda" if place == "device" else "cpu")
     bound = 2e-6
-    if kind == "bf16" and path == "cuda":  # tensor cores cut sums off: by simulation 2.5e-6 over 2048 columns
+    if kind == "bf16" and path != "torch":  # tensor cores cut sums off: by simulation 2.5e-6 over 2048 columns
         bound *= max(1, shape[2] / 512)
     elif (
         kind != "int8" and path == "torch"
@@ -133,7 +141,8 @@ def test_fused_results(path: str, kind: str, place: str, q: int) -> None:
         source, by_row = rows.cuda(), None if scales is None else scales.cuda()
     elif place == "store":
         source, by_row = Blocks(rows, scales, [1, 300, 129]), None
-    asked = {"normalize": True, "groups": groups, "topk": 7, "ranks": True, "isa": path, "device": "cuda"}
+    asked: dict[str, Any] = {"normalize": True, "groups": groups, "topk": 7, "ranks": True}
+    asked["options"] = ProductOptions(isa=path, device="cuda")
     got = inner_products(source, queries, row_scales=by_row, **asked)
     assert relative(got.group_means, np.stack([want[:, g].mean(1) for g in groups], 1)) < 2e-6
     ranks = rankdata(want, axis=0)
@@ -156,7 +165,12 @@ def test_many_chunks_come_in_order(kind: str, monkeypatch: pytest.MonkeyPatch) -
     want = reference(rows, scales, queries, "fast", False)
     out = np.empty(want.shape, np.float32)
     got = inner_products(
-        Blocks(rows, scales, [777, 1500]), queries, groups=[[0, 29]], topk=3, ranks=True, out=out, device="cuda"
+        Blocks(rows, scales, [777, 1500]),
+        queries,
+        groups=[[0, 29]],
+        topk=3,
+        ranks=True,
+        options=ProductOptions(out=out, device="cuda"),
     )
     assert relative(out, want) < 2e-6
     assert relative(got.group_means[:, 0], want[:, [0, 29]].mean(1)) < 2e-6
@@ -202,7 +216,7 @@ def test_work_is_on_the_callers_stream(kind: str, place: str) -> None:
         late_rows.copy_(given)
         late_queries.copy_(asked)
         source = late_rows if place == "device" else rows
-        got = inner_products(source, late_queries, row_scales=scales, device="cuda")
+        got = inner_products(source, late_queries, row_scales=scales, options=ProductOptions(device="cuda"))
         assert relative(got, want) < 2e-6
 
 
@@ -214,7 +228,13 @@ def test_terms_of_high_precision_add_up_in_every_result(kind: str) -> None:
     out = torch.full((700, 12), 9.0, device="cuda")
     by_row = None if scales is None else scales.cuda()
     got = inner_products(
-        rows.cuda(), queries, row_scales=by_row, precision="high", groups=[[0, 11]], topk=3, ranks=True, out=out
+        rows.cuda(),
+        queries,
+        row_scales=by_row,
+        options=ProductOptions(precision="high", out=out),
+        groups=[[0, 11]],
+        topk=3,
+        ranks=True,
     )
     assert relative(out, want) < 1e-4
     assert relative(got.group_means[:, 0], want[:, [0, 11]].mean(1)) < 1e-4
@@ -227,11 +247,11 @@ def test_terms_of_high_precision_add_up_in_every_result(kind: str) -> None:
 def test_out_on_the_device() -> None:
     rows, scales, queries = make("int8", 140, 18, 50)
     out = torch.full((140, 20), 9.0, device="cuda")
-    inner_products(rows.cuda(), queries, row_scales=scales, out=out[:, :18])
+    inner_products(rows.cuda(), queries, row_scales=scales, options=ProductOptions(out=out[:, :18]))
     assert relative(out[:, :18], reference(rows, scales, queries, "fast", False)) < 2e-6
     assert bool((out[:, 18:] == 9.0).all())
     with pytest.raises(DataError, match="device"):
-        inner_products(rows.cuda(), queries, row_scales=scales, device="cpu")
+        inner_products(rows.cuda(), queries, row_scales=scales, options=ProductOptions(device="cpu"))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -245,7 +265,8 @@ def test_non_finite_rows_are_named(path: str, kind: str, normalize: bool, store:
             scales[i] = torch.nan
         else:
             rows[i, 2] = torch.inf
-    asked = {"normalize": normalize, "groups": [[0, 1]], "isa": path, "device": "cuda"}
+    asked: dict[str, Any] = {"normalize": normalize, "groups": [[0, 1]]}
+    asked["options"] = ProductOptions(isa=path, device="cuda")
     if store:
         with pytest.raises(NumericError, match="rows row-3, row-399 "):
             inner_products(Blocks(rows, scales, [100]), queries, **asked)
@@ -261,7 +282,7 @@ def test_rows_and_queries_of_zeros_have_cosine_zero(path: str) -> None:
     rows[2] = 0
     queries = torch.ones(3, 10)
     queries[1] = 0
-    got = inner_products(rows, queries, normalize=True, isa=path)
+    got = inner_products(rows, queries, normalize=True, options=ProductOptions(isa=path))
     want = np.ones((4, 3))
     want[2], want[:, 1] = 0, 0
     assert relative(got, want) < 1e-6

@@ -10,6 +10,8 @@ from interpreted_rounding import round_as_cards_do
 from interpreted_world import tiny_world
 
 import influence_fast as inf
+from influence_fast.gradients.projection import Projection
+from influence_fast.influence.sketch_fitting import fit_projection
 
 BF16 = ("width", "exact", "rademacher")
 
@@ -19,15 +21,15 @@ def main() -> None:
     model, examples = tiny_world()
 
     errors = {}
-    fitted = inf.fit_projection(model, examples, projection=inf.Projection(dim=8, width=60))
+    fitted = fit_projection(model, examples, inf.RowSpec.of(Projection(dim=8, width=60)))
     for name, projection in (
-        ("one_sided", inf.Projection(dim=8)),
-        ("width", inf.Projection(dim=8, width=64)),
+        ("one_sided", Projection(dim=8)),
+        ("width", Projection(dim=8, width=64)),
         ("eigen", fitted),
-        ("kron", inf.Projection("kron", dim=8)),
+        ("kron", Projection("kron", dim=8)),
         ("exact", None),
-        ("sjlt", inf.Projection("sjlt", width=64)),
-        ("rademacher", inf.Projection("rademacher", width=64)),
+        ("sjlt", Projection("sjlt", width=64)),
+        ("rademacher", Projection("rademacher", width=64)),
     ):
         exact = copy.deepcopy(model).double()
         truth = inf.per_example_gradients(exact, examples, projection=projection, backend="torch")

@@ -8,6 +8,7 @@ from interpreted_rounding import round_as_cards_do
 from interpreted_world import tiny_world
 
 import influence_fast as inf
+from influence_fast.gradients.projection import Projection
 
 
 def main() -> None:
@@ -15,7 +16,7 @@ def main() -> None:
     model, examples = tiny_world()
     rows = {
         (backend, precision): inf.per_example_gradients(
-            model, examples, projection=inf.Projection(dim=8), backend=backend, precision=precision
+            model, examples, projection=Projection(dim=8), backend=backend, precision=precision
         ).double()
         for backend, precision in (("triton", "fp8"), ("torch", "fp8"), ("torch", "auto"))
     }

@@ -1,4 +1,4 @@
-"""Run by test_graphs.py with TRITON_INTERPRET=1: recorded steps against steps run operation by operation."""
+"""Run by test_cuda_graphs.py with TRITON_INTERPRET=1: recorded steps against steps run operation by operation."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from varlen import varlen_attn
 
 import influence_fast as inf
-from influence_fast.gradients import attention, graphs, opened
+from influence_fast.gradients import attention, opened
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.per_example import packs_for
+from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.streaming import StreamReducer
+from influence_fast.influence.sketch_fitting import fit_projection
 from influence_fast.kernels.segments import Segments
 
 
@@ -48,15 +50,15 @@ def world() -> tuple[Any, list[dict[str, torch.Tensor]]]:
 
 def main() -> None:
     model, examples = world()
-    fitted = inf.fit_projection(model, examples, projection=inf.Projection(dim=8, width=60))
+    fitted = fit_projection(model, examples, inf.RowSpec.of(Projection(dim=8, width=60)))
     queries = inf.per_example_gradients(model, examples[:2], backend="torch")
     ways: dict[str, dict[str, Any]] = {
-        "one_sided": {"projection": inf.Projection(dim=8)},
-        "width": {"projection": inf.Projection(dim=8, width=64)},
+        "one_sided": {"projection": Projection(dim=8)},
+        "width": {"projection": Projection(dim=8, width=64)},
         "eigen": {"projection": fitted},
         "exact": {"projection": None},
-        "sjlt": {"projection": inf.Projection("sjlt", width=32)},
-        "rademacher": {"projection": inf.Projection("rademacher", width=32)},
+        "sjlt": {"projection": Projection("sjlt", width=32)},
+        "rademacher": {"projection": Projection("rademacher", width=32)},
         "stream": {"projection": None, "reducer": lambda *layout: StreamReducer(*layout, queries)},
     }
     recorders: list[TapeRecorder] = []
@@ -67,7 +69,7 @@ def main() -> None:
 
     found = {}
     with (
-        mock.patch.object(graphs, "CudaRecorder", recorder),
+        mock.patch("influence_fast.gradients.engine.CudaRecorder", recorder),
         mock.patch.object(opened, "not_recordable", return_value=""),
         mock.patch.object(attention, "_has_varlen", return_value=True),
         mock.patch.object(attention, "varlen_attention", return_value=causal),

@@ -12,13 +12,13 @@ from interpreted_rounding import round_as_cards_do
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import influence_fast as inf
 from influence_fast.gradients.backends import TORCH, TRITON
 from influence_fast.gradients.layout import layout_of
 from influence_fast.gradients.lora import LoraLinear
+from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.reduction import FullReducer, ProjectedReducer
 from influence_fast.gradients.streaming import StreamReducer
-from influence_fast.kernels import project_flat
+from influence_fast.kernels import sign_product, sjlt_scatter
 
 SHAPES = ((50, 40, 20), (24, 70, 4), (7, 5, 1))  # (d_in, d_out, r)
 SLAB = 512  # in the place of 32,768: factors this small then have several, in both directions
@@ -26,8 +26,8 @@ PACKS = ((5, 1, 530), (7, 2))  # the long one is cut in chunks
 CALLS = (2, 0, 1, 0)  # in the order of a backward; module 0 is called twice
 PROJECTIONS = {
     "exact": None,
-    "sjlt": inf.Projection("sjlt", seed=3, width=70),
-    "rademacher": inf.Projection("rademacher", seed=3, width=70),
+    "sjlt": Projection("sjlt", seed=3, width=70),
+    "rademacher": Projection("rademacher", seed=3, width=70),
 }
 
 
@@ -61,7 +61,7 @@ def calls_of(tokens: int, dtype: torch.dtype) -> list[tuple[Any, ...]]:
     return calls
 
 
-def reducer_of(projection: inf.Projection | None, dtype: torch.dtype, triton: bool) -> FullReducer:
+def reducer_of(projection: Projection | None, dtype: torch.dtype, triton: bool) -> FullReducer:
     linears = linears_of(dtype)
     reducer = FullReducer(linears, layout_of(linears, projection), projection)
     reducer.backend, reducer.bf16_rows = TRITON if triton else TORCH, triton
@@ -87,7 +87,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def largest(projection: inf.Projection, triton: bool) -> int:
+def largest(projection: Projection, triton: bool) -> int:
     """Numbers in the largest tensor there is while the factors of module 0 are summed for one token."""
     reducer = reducer_of(projection, torch.float32, triton)
     reducer.begin([0, 1])
@@ -102,7 +102,7 @@ def other_factors() -> dict[str, float]:
     """Errors of modules of one and four factors by the kernels, each called once, against explicit matrices."""
     errors = {}
 
-    def compare(case: str, kept: list[int], make: Any, projection: inf.Projection | None = None) -> None:
+    def compare(case: str, kept: list[int], make: Any, projection: Projection | None = None) -> None:
         modules = factor_cases.make_modules(torch.float32)
         calls = factor_cases.make_calls(modules, torch.float32)[:-1]
         calls = [(kept.index(n), *rest) for n, *rest in calls if n in kept]
@@ -129,8 +129,8 @@ def other_factors() -> dict[str, float]:
 
 def main() -> None:
     round_as_cards_do()
-    project_flat.SLAB = SLAB
-    project_flat.TILES_A_PROGRAM, project_flat.MOST_SPLITS = 1, 2  # so that a program has several tiles
+    sign_product.SLAB = SLAB
+    sjlt_scatter.TILES_A_PROGRAM, sjlt_scatter.MOST_SPLITS = 1, 2  # so that a program has several tiles
     errors = {}
     for name, projection in PROJECTIONS.items():
         for dtype in (torch.float32, torch.bfloat16):

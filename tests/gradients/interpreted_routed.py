@@ -9,6 +9,7 @@ from interpreted_rounding import round_as_cards_do
 from routed_cases import fused_model, make_examples, relative
 
 import influence_fast as inf
+from influence_fast.gradients.projection import Projection
 
 
 def main() -> None:
@@ -16,7 +17,7 @@ def main() -> None:
     model = fused_model("mixtral", ("q_proj",))
     examples = make_examples((5, 2))
     cast = copy.deepcopy(model).float()
-    projection = inf.Projection(dim=8)
+    projection = Projection(dim=8)
     truth = inf.per_example_gradients(model, examples, projection=projection, backend="torch")
     rows = inf.per_example_gradients(cast, examples, projection=projection, backend="triton")
     print(json.dumps(relative(rows.double(), truth)))

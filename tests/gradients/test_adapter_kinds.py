@@ -10,9 +10,9 @@ import peft
 import pytest
 from peft import LoraConfig, get_peft_model
 
-import influence_fast as inf
 from influence_fast.errors import ModelError
 from influence_fast.gradients.adapter_kinds import check_kind, kind_of
+from influence_fast.gradients.targets import gradient_layout
 from influence_fast.training.adapters import attach_adapter
 
 TARGETS = {"target_modules": ["q_proj", "v_proj"]}
@@ -38,7 +38,7 @@ def test_adapters_of_other_kinds_are_named(name: str, tiny_model: Callable[..., 
     model = get_peft_model(tiny_model("llama", num_hidden_layers=1), KINDS[name]())
     model.save_pretrained(tmp_path)
     for call in (
-        lambda: inf.gradient_layout(model),
+        lambda: gradient_layout(model),
         lambda: attach_adapter(tiny_model("llama", num_hidden_layers=1), str(tmp_path), ""),
     ):
         with pytest.raises(ModelError, match=rf" is {name}\W.*only gradients of LoRA.*peft\.LoraConfig") as error:
@@ -59,11 +59,11 @@ def test_only_active_adapters_have_to_be_lora(tiny_model: Callable[..., Any]) ->
     model = peft.PeftMixedModel(tiny_model("llama", num_hidden_layers=1), LoraConfig(**TARGETS), "one")
     model.add_adapter("other", peft.LoHaConfig(**TARGETS))
     model.set_adapter("one")
-    assert len(inf.gradient_layout(model)) == 4
+    assert len(gradient_layout(model)) == 4
     for active in ("other", ["one", "other"]):
         model.set_adapter(active)
         with pytest.raises(ModelError, match="the model's adapter 'other' is LoHa"):
-            inf.gradient_layout(model)
+            gradient_layout(model)
 
 
 @pytest.mark.parametrize(
@@ -79,4 +79,4 @@ def test_variants_that_are_no_plain_lora_are_named(
 ) -> None:
     model = get_peft_model(tiny_model("llama", num_hidden_layers=1), LoraConfig(**TARGETS, r=2, **config))
     with pytest.raises(ModelError, match=rf"q_proj: {name}.*train the adapter without {setting}"):
-        inf.gradient_layout(model)
+        gradient_layout(model)

@@ -22,6 +22,7 @@ from influence_fast.gradients.layout import LayoutEntry
 from influence_fast.gradients.projection import Projection, random_matrix
 from influence_fast.gradients.row_sketch import RowSketch
 from influence_fast.gradients.streaming import stream_influence
+from influence_fast.gradients.targets import gradient_layout
 from influence_fast.training.adapters import attach_adapter
 
 PROJECTIONS = {
@@ -81,7 +82,7 @@ def parameter_of(model: Any, entry: LayoutEntry) -> torch.Tensor:
 def by_autograd(model: Any, reduction: str = "mean") -> torch.Tensor:
     """[E, k] rows of the layout, an example at a time through the peft model as it stands."""
     model = copy.deepcopy(model)
-    parameters = [parameter_of(model, entry).requires_grad_() for entry in inf.gradient_layout(model)]
+    parameters = [parameter_of(model, entry).requires_grad_() for entry in gradient_layout(model)]
     rows = []
     for example in make_examples():
         ids = example["input_ids"]
@@ -94,7 +95,7 @@ def projected(model: Any, exact: torch.Tensor, projection: Projection | None) ->
     """What `projection` makes of exact rows, by its matrices written out."""
     if projection is None:
         return exact
-    layout = inf.gradient_layout(model)
+    layout = gradient_layout(model)
     if projection.flat:
         sketch, out = RowSketch(layout, projection, exact.device), exact.new_zeros(len(exact), projection.width)
         for row, whole in zip(out, exact, strict=True):
@@ -117,7 +118,7 @@ def projected(model: Any, exact: torch.Tensor, projection: Projection | None) ->
     rows = torch.cat(blocks, dim=1)
     if projection.width is None:
         return rows
-    return RowSketch(inf.gradient_layout(model, replace(projection, width=None)), projection, rows.device)(rows)
+    return RowSketch(gradient_layout(model, replace(projection, width=None)), projection, rows.device)(rows)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -155,7 +156,7 @@ def test_rows_of_other_adapters_are_autograds(name: str, tiny_model: Callable[..
 def test_factors_of_several_adapters_follow_the_parameters(tiny_model: Callable[..., Any]) -> None:
     """One that changes one layer alone is named there too, and a single active one has the rows that it has alone."""
     model = make_two(tiny_model, lora_bias=True)
-    layout = inf.gradient_layout(model)
+    layout = gradient_layout(model)
     names = [f"{entry.module}.{entry.factor}" for entry in layout]
     expected = []
     for name, _ in model.named_parameters():
@@ -167,7 +168,7 @@ def test_factors_of_several_adapters_follow_the_parameters(tiny_model: Callable[
     examples = make_examples()
     model.set_adapter("default")
     alone = inf.per_example_gradients(model, examples)
-    assert {entry.factor for entry in inf.gradient_layout(model)} == {"lora_A", "lora_B"}
+    assert {entry.factor for entry in gradient_layout(model)} == {"lora_A", "lora_B"}
     model.delete_adapter("b")
     assert torch.equal(inf.per_example_gradients(model, examples), alone)
 
@@ -198,7 +199,7 @@ def test_other_first_factors_are_plain_lora(start: str, tiny_model: Callable[...
 def test_dora_beside_another_active_adapter_is_refused(tiny_model: Callable[..., Any]) -> None:
     model = make_two(tiny_model, use_dora=True)
     with pytest.raises(ModelError, match=r"'?b'? \(DoRA\) would scale the others' outputs too: activate one at a time"):
-        inf.gradient_layout(model)
+        gradient_layout(model)
 
 
 @pytest.mark.parametrize("mark", ["lora_B.bias", "lora_magnitude_vector"])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loose import built_by, fitted_by
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -20,16 +21,21 @@ from influence_fast.gradients.eigen_sketch import EigenRows, EigenSketch, file_o
 from influence_fast.gradients.layout import LayoutEntry, layout_width
 from influence_fast.gradients.per_example import iter_gradient_rows, per_example_gradients
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import sketch_fitting
+from influence_fast.influence.building import build_store
 from influence_fast.influence.ekfac import fit_ekfac
-from influence_fast.influence.scoring import influence_matrix, influence_scores
-from influence_fast.influence.settings import GradientConfig, InfluenceConfig, check_influence
-from influence_fast.influence.sketch_fitting import fit_projection, leading, resolved, width_of
+from influence_fast.influence.recipe import Recipe
+from influence_fast.influence.scorer import Scorer
+from influence_fast.influence.settings import InfluenceConfig
+from influence_fast.influence.sketch_fitting import SketchFit, fit_projection, leading, resolved, width_of
 from influence_fast.statistics.ranks import spearman
-from influence_fast.store.building import build_shards, build_store, identity_of
+from influence_fast.store.building import BuildOptions, build_shards
 from influence_fast.store.merge import append_store, merge_stores
-from influence_fast.store.reader import open_store, verify_store
+from influence_fast.store.planning import identity_of
+from influence_fast.store.reader import open_store
+from influence_fast.store.verification import verify_store
 
 WHOLE = Projection(dim=6, seed=3)
 NARROW = replace(WHOLE, width=40)
@@ -56,7 +62,7 @@ def examples() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def fitted(model: Any, examples: list[dict[str, Any]]) -> Projection:
-    return fit_projection(model, examples, projection=NARROW)
+    return fit_projection(model, examples, RowSpec.of(NARROW))
 
 
 @pytest.fixture(scope="module")
@@ -111,16 +117,17 @@ def test_a_block_without_gradients_is_left_out_first() -> None:
 
 def test_at_full_width_scores_are_those_of_ekfac(tmp_path: Path, model: Any, examples: list[dict[str, Any]]) -> None:
     full = replace(WHOLE, width=layout_width(gradient_layout(model, WHOLE)))
-    made = fit_projection(model, examples, projection=full, damping=0.3, labels="data")
-    options: dict[str, Any] = {"dtype": "fp32", "progress": False}
-    plain = build_store(tmp_path / "plain", model, None, examples, projection=WHOLE, **options)
-    fitted = build_store(tmp_path / "fitted", model, None, examples, projection=made, **options)
+    made = fit_projection(model, examples, RowSpec.of(full), fit=SketchFit(damping=0.3, labels="data"))
+    plain, fitted = (
+        build_store(tmp_path / name, model, examples, RowSpec.of(projection, dtype="fp32"))
+        for name, projection in (("plain", WHOLE), ("fitted", made))
+    )
     asked = make_examples(5, seed=9)
     for name in ("ekfac", "ekfac_cosine", "default"):
         matrices = []
         for store in (plain, fitted):
             queries = per_example_gradients(model, asked, projection=store.projection)
-            matrices.append(influence_matrix(store, queries, preconditioner=name, damping=0.3))
+            matrices.append(Scorer.fit(store, preconditioner=name, damping=0.3, fisher="data").matrix(queries))
         assert np.linalg.norm(matrices[1] - matrices[0]) < 1e-4 * np.linalg.norm(matrices[0])
 
 
@@ -133,7 +140,7 @@ def test_on_rows_that_it_was_not_fitted_on_it_agrees_better_than_a_random_sketch
     white = fitted.whiten(per_example_gradients(model, others, projection=WHOLE))
     truth = torch.nn.functional.normalize(white, dim=1)
     found = {}
-    for name, projection in (("eigen", fit_projection(model, examples, projection=half)), ("random", half)):
+    for name, projection in (("eigen", fit_projection(model, examples, RowSpec.of(half))), ("random", half)):
         rows = per_example_gradients(model, others, projection=projection)
         unit = torch.nn.functional.normalize(rows.double(), dim=1)
         off = ~torch.eye(len(unit), dtype=torch.bool)
@@ -145,7 +152,7 @@ def test_on_rows_that_it_was_not_fitted_on_it_agrees_better_than_a_random_sketch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_row_does_not_depend_on_its_batch(tiny_lora: Callable[..., Any], kind: str, dtype: torch.dtype) -> None:
     model, examples = tiny_lora("qwen2", dtype), make_examples(12)
-    fitted = fit_projection(model, examples, projection=Projection(kind, dim=6, width=30))
+    fitted = fit_projection(model, examples, RowSpec.of(Projection(kind, dim=6, width=30)))
     whole = per_example_gradients(model, examples, projection=fitted)
     assert whole.shape == (12, 30)
     assert whole.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -159,16 +166,16 @@ def test_a_row_does_not_depend_on_its_batch(tiny_lora: Callable[..., Any], kind:
 def test_the_sample_is_drawn_from_the_data_and_no_larger(model: Any, examples: list[dict[str, Any]]) -> None:
     seen: list[str] = []
 
-    def watched(model: Any, given: Any, **options: Any) -> Any:
+    def watched(model: Any, given: Any, spec: RowSpec) -> Any:
         seen.extend(example["id"] for example in given)
-        return iter_gradient_rows(model, given, **options)
+        return iter_gradient_rows(model, given, spec)
 
-    fit_projection(model, examples, projection=NARROW, examples=7, gradients=watched)
+    fit_projection(model, examples, RowSpec.of(NARROW, sketch_examples=7), fit=SketchFit(gradients=watched))
     assert len(seen) == len(set(seen)) == 7
     assert seen != [example["id"] for example in examples[:7]]
     again = list(seen)
     seen.clear()
-    fit_projection(model, examples, projection=NARROW, examples=7, gradients=watched)
+    fit_projection(model, examples, RowSpec.of(NARROW, sketch_examples=7), fit=SketchFit(gradients=watched))
     assert seen == again
 
 
@@ -178,18 +185,19 @@ def test_rows_are_fitted_on_in_the_order_of_their_examples(
 ) -> None:
     """Which rows are held out follows from their order, and batches come by length."""
 
-    def shuffled(model: Any, given: Any, **options: Any) -> Any:
+    def shuffled(model: Any, given: Any, spec: RowSpec) -> Any:
         rows = {
             place: row
-            for places, batch in iter_gradient_rows(model, given, **options)
+            for places, batch in iter_gradient_rows(model, given, spec)
             for place, row in zip(places, batch, strict=True)
         }
         for place, row in sorted(rows.items(), reverse=True):
             yield [place], row[None]
 
-    options: dict[str, Any] = {"projection": NARROW, "damping": damping, "labels": "data"}
-    usual = fit_projection(model, examples, **options)
-    assert fit_projection(model, examples, gradients=shuffled, **options) == usual
+    spec, fit = RowSpec.of(NARROW), SketchFit(damping=damping, labels="data")
+    usual = fit_projection(model, examples, spec, fit=fit)
+    assert usual.sketch is not None
+    assert fit_projection(model, examples, spec, fit=replace(fit, gradients=shuffled)) == usual
     whole = per_example_gradients(model, examples, projection=WHOLE)
     by_hand = leading(fit_ekfac(lambda: [whole], gradient_layout(model, WHOLE), damping), NARROW)
     torch.testing.assert_close(usual.sketch.scale, by_hand.scale, rtol=1e-4, atol=0)
@@ -204,7 +212,7 @@ def test_texts_tokens_and_tokens_without_ids_give_one_sketch(
     texts = [Example(f"t{i}", f"what is {i}", f"The answer is {i}.") for i in range(9)]
     tokens = tokenize(texts, tokenizer).examples
     nameless = [{k: v for k, v in e.items() if k != "id"} for e in tokens]
-    made = [fit_projection(model, data, tokenizer, projection=NARROW) for data in (texts, tokens, nameless)]
+    made = [fit_projection(model, data, RowSpec.of(NARROW), tokenizer=tokenizer) for data in (texts, tokens, nameless)]
     assert made[0] == made[1] == made[2]
     assert made[0] != NARROW
 
@@ -214,13 +222,15 @@ def test_examples_without_a_finite_gradient_are_left_out(
 ) -> None:
     nothing = torch.full((1, layout_width(gradient_layout(model, WHOLE))), torch.nan)
 
-    def with_nan(model: Any, given: Any, **options: Any) -> Any:
+    def with_nan(model: Any, given: Any, spec: RowSpec) -> Any:
         yield [0], nothing
-        yield from iter_gradient_rows(model, given, **options)
+        yield from iter_gradient_rows(model, given, spec)
 
-    assert fit_projection(model, examples, projection=NARROW, gradients=with_nan) == fitted
+    assert fit_projection(model, examples, RowSpec.of(NARROW), fit=SketchFit(gradients=with_nan)) == fitted
     with pytest.raises(DataError, match="has a finite gradient"):
-        fit_projection(model, examples, projection=NARROW, gradients=lambda *args, **options: [([0], nothing)])
+        fit_projection(
+            model, examples, RowSpec.of(NARROW), fit=SketchFit(gradients=lambda *args, spec: [([0], nothing)])
+        )
 
 
 def test_what_cannot_be_fitted_is_refused(model: Any, examples: list[dict[str, Any]]) -> None:
@@ -229,13 +239,13 @@ def test_what_cannot_be_fitted_is_refused(model: Any, examples: list[dict[str, A
         ({"projection": WHOLE}, ConfigError, "needs the width"),
         ({"projection": Projection("sjlt", width=8)}, ConfigError, "'sjlt' is a random sketch itself"),
         ({"projection": replace(WHOLE, width=10**6)}, ConfigError, "more than the 672 numbers that a row has"),
-        ({"projection": NARROW, "examples": 0}, ConfigError, "at least one example"),
+        ({"projection": NARROW, "sketch_examples": 0}, ConfigError, "sketch_examples is 0; it must be at least 1"),
         ({"projection": NARROW, "damping": 0}, ConfigError, "damping must be above 0"),
-        ({"projection": NARROW, "dataset": []}, DataError, "no example to fit"),
-        ({"projection": NARROW, "dataset": silent}, DataError, "no completion token to learn from"),
+        ({"projection": NARROW, "data": []}, DataError, "no example to fit"),
+        ({"projection": NARROW, "data": silent}, DataError, "no completion token to learn from"),
     ):
         with pytest.raises(kind, match=message):
-            fit_projection(model, **{"dataset": examples, **settings})
+            fit_projection(model, **fitted_by(**{"data": examples, **settings}))
 
 
 def test_another_model_or_projection_cannot_use_it(
@@ -277,7 +287,7 @@ def test_a_missing_or_damaged_file_is_named(tmp_path: Path, sketch: EigenSketch)
 
 def built(path: Path, model: Any, examples: Any, projection: Projection = NARROW, **options: Any) -> Any:
     settings = {"dtype": "fp32", "shard_rows": 7, "progress": False} | options
-    return build_store(path, model, None, examples, projection=projection, **settings)
+    return build_store(path, model, examples, **built_by(projection=projection, **settings))
 
 
 def test_a_store_keeps_it_and_checks_it(
@@ -292,7 +302,7 @@ def test_a_store_keeps_it_and_checks_it(
         open_store(tmp_path / "s", expect={"projection": NARROW})
     with pytest.raises(StoreError, match="rows were made by the fitted sketch"):
         built(tmp_path / "s", model, examples)
-    other = fit_projection(model, examples, projection=NARROW, examples=9)
+    other = fit_projection(model, examples, RowSpec.of(NARROW, sketch_examples=9))
     with pytest.raises(StoreError, match="rows were made by the fitted sketch"):
         built(tmp_path / "s", model, examples, other)
     assert open_store(tmp_path / "s").projection == fitted
@@ -327,20 +337,21 @@ def test_scores_of_its_rows(tmp_path: Path, model: Any, examples: list[dict[str,
     dot = rows @ queries.double().T
     cosine = dot / rows.norm(dim=1, keepdim=True) / queries.double().norm(dim=1)
     for name, expected in (("default", cosine), ("ekfac_cosine", cosine), ("ekfac", dot)):
-        table = influence_scores(store, queries, {"all": range(4)}, preconditioner=name)
+        table = Scorer.fit(store, preconditioner=name, fisher="data").scores(queries, {"all": range(4)})
         assert np.allclose(table.columns["s_all"], expected.mean(dim=1).numpy(), rtol=1e-4, atol=1e-6)
     for name in ("none", "cosine", "fisher", "adam"):
         with pytest.raises(ConfigError, match=f"cannot be scored by '{name}'"):
-            influence_matrix(store, queries, preconditioner=name)
+            Scorer.fit(store, preconditioner=name, fisher="data").matrix(queries)
 
 
 def test_merged_and_appended_stores_keep_it(
     tmp_path: Path, model: Any, examples: list[dict[str, Any]], fitted: Projection
 ) -> None:
     whole = built(tmp_path / "whole", model, examples, fitted)
-    options: dict[str, Any] = {"projection": fitted, "dtype": "fp32", "shard_rows": 7, "progress": False}
+    spec = RowSpec.of(fitted, dtype="fp32")
     for rank in range(2):
-        build_shards(tmp_path / f"part{rank}", model, None, examples, part=(rank, 2), **options)
+        options = BuildOptions(shard_rows=7, progress=False, part=(rank, 2))
+        build_shards(tmp_path / f"part{rank}", model, examples, spec, options=options)
     merged = merge_stores([tmp_path / "part0", tmp_path / "part1"], tmp_path / "merged")
     assert torch.equal(merged.rows(), whole.rows())
     assert merged.projection == fitted
@@ -356,7 +367,7 @@ def test_a_merge_that_is_refused_changes_nothing(
     tmp_path: Path, model: Any, examples: list[dict[str, Any]], fitted: Projection
 ) -> None:
     built(tmp_path / "a", model, examples, fitted)
-    other = fit_projection(model, examples, projection=NARROW, examples=9)
+    other = fit_projection(model, examples, RowSpec.of(NARROW, sketch_examples=9))
     built(tmp_path / "b", model, examples, other)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.txt").touch()
@@ -365,7 +376,7 @@ def test_a_merge_that_is_refused_changes_nothing(
         with pytest.raises(StoreError):
             merge_stores([tmp_path / "a"], tmp_path / target)
         with pytest.raises(StoreError):
-            fit_projection(model, examples, projection=NARROW, damping=0.7, folder=tmp_path / target)
+            fit_projection(model, examples, RowSpec.of(NARROW), fit=SketchFit(damping=0.7), folder=tmp_path / target)
         assert sorted((tmp_path / target).iterdir()) == before
     assert verify_store(tmp_path / "b") == []
 
@@ -386,37 +397,39 @@ def test_what_was_fitted_for_the_same_is_not_fitted_again(
 ) -> None:
     assert fitted.sketch is not None
     fitted.sketch.save(tmp_path)  # by a build that was killed before its manifest
-    assert fit_projection(model, examples, projection=NARROW, damping=0.1, folder=tmp_path) == fitted
-    for other in ({"damping": 0.5}, {"examples": 5}, {"projection": replace(NARROW, width=39)}):
+    assert fit_projection(model, examples, RowSpec.of(NARROW), fit=SketchFit(damping=0.1), folder=tmp_path) == fitted
+    for other in ({"damping": 0.5}, {"sketch_examples": 5}, {"projection": replace(NARROW, width=39)}):
         with pytest.raises(AssertionError, match="gradients were computed"):  # no store stands on it yet
-            fit_projection(model, examples, **{"projection": NARROW, "folder": tmp_path, **other})
+            fit_projection(model, examples, **fitted_by(**{"projection": NARROW, "folder": tmp_path, **other}))
     the_file(tmp_path).write_bytes(b"torn")
     with pytest.raises(AssertionError, match="gradients were computed"):
-        fit_projection(model, examples, projection=NARROW, folder=tmp_path)
+        fit_projection(model, examples, RowSpec.of(NARROW), folder=tmp_path)
 
 
 def test_the_base_model_counts(
     tmp_path: Path, tiny_lora: Callable[..., Any], examples: list[dict[str, Any]], fitted: Projection
 ) -> None:
     model = tiny_lora("qwen2")
-    assert fit_projection(model, examples, projection=NARROW, folder=tmp_path) == fitted
+    assert fit_projection(model, examples, RowSpec.of(NARROW), folder=tmp_path) == fitted
     with torch.no_grad():
         model.get_base_model().model.norm.weight += 0.5
-    assert fit_projection(model, examples, projection=NARROW, folder=tmp_path) != fitted
+    assert fit_projection(model, examples, RowSpec.of(NARROW), folder=tmp_path) != fitted
 
 
 def test_one_that_a_store_stands_on_is_not_fitted_anew(
     tmp_path: Path, model: Any, examples: list[dict[str, Any]], fitted: Projection, no_gradients: None
 ) -> None:
     built(tmp_path / "s", model, examples, fitted)
-    assert fit_projection(model, examples, projection=NARROW, damping=0.1, folder=tmp_path / "s") == fitted
+    assert (
+        fit_projection(model, examples, RowSpec.of(NARROW), fit=SketchFit(damping=0.1), folder=tmp_path / "s") == fitted
+    )
     with pytest.raises(StoreError, match=r"influence.damping\): 0.1 there and 0.5 here"):
-        fit_projection(model, examples, projection=NARROW, damping=0.5, folder=tmp_path / "s")
+        fit_projection(model, examples, RowSpec.of(NARROW), fit=SketchFit(damping=0.5), folder=tmp_path / "s")
     with pytest.raises(StoreError, match=r"another setting of sample: 24 examples, .* there and 5 examples"):
-        fit_projection(model, examples, projection=NARROW, examples=5, folder=tmp_path / "s")
+        fit_projection(model, examples, RowSpec.of(NARROW, sketch_examples=5), folder=tmp_path / "s")
     built(tmp_path / "random", model, examples)
     with pytest.raises(StoreError, match="its rows were made by a random sketch or none"):
-        fit_projection(model, examples, projection=NARROW, folder=tmp_path / "random")
+        fit_projection(model, examples, RowSpec.of(NARROW), folder=tmp_path / "random")
     assert not list((tmp_path / "random").glob("sketch-*"))
 
 
@@ -431,8 +444,8 @@ def test_one_that_a_store_stands_on_and_that_was_lost_is_fitted_again_and_taken_
     with pytest.raises(
         StoreError, match=rf"{path.name} is missing or damaged, and fitted again it comes out otherwise"
     ):
-        fit_projection(model, examples, projection=NARROW, examples=9, folder=tmp_path)
-    assert fit_projection(model, examples, projection=NARROW, folder=tmp_path) == fitted
+        fit_projection(model, examples, RowSpec.of(NARROW, sketch_examples=9), folder=tmp_path)
+    assert fit_projection(model, examples, RowSpec.of(NARROW), folder=tmp_path) == fitted
     assert the_file(tmp_path).read_bytes() == whole
     assert verify_store(tmp_path) == []
 
@@ -441,10 +454,10 @@ def test_two_processes_that_fit_at_once_end_with_one_store(
     tmp_path: Path, model: Any, examples: list[dict[str, Any]]
 ) -> None:
     """Each with other bits, as another number of threads gives: the slower one takes what the store was built with."""
-    first = fit_projection(model, examples, projection=NARROW, max_tokens=64)
+    first = fit_projection(model, examples, RowSpec.of(NARROW, max_tokens=64))
 
-    def slower(model: Any, given: Any, **options: Any) -> Any:
-        rows = list(iter_gradient_rows(model, given, **options))
+    def slower(model: Any, given: Any, spec: RowSpec) -> Any:
+        rows = list(iter_gradient_rows(model, given, spec))
         built(tmp_path, model, examples, first)
         for places, batch in rows:
             yield places, batch * (1 + 1e-6)
@@ -452,7 +465,7 @@ def test_two_processes_that_fit_at_once_end_with_one_store(
     assert first.sketch is not None
     first.sketch.save(tmp_path)
     (tmp_path / file_of(first.sketch.fingerprint)).unlink()  # not there yet when the slower one looks
-    found = fit_projection(model, examples, projection=NARROW, folder=tmp_path, gradients=slower)
+    found = fit_projection(model, examples, RowSpec.of(NARROW), fit=SketchFit(gradients=slower), folder=tmp_path)
     assert found == first == open_store(tmp_path).projection
     assert verify_store(tmp_path) == []
 
@@ -460,8 +473,8 @@ def test_two_processes_that_fit_at_once_end_with_one_store(
 def test_a_build_that_stopped_before_its_manifest_starts_anew(
     tmp_path: Path, tiny_lora: Callable[..., Any], model: Any, examples: list[dict[str, Any]]
 ) -> None:
-    fit_projection(tiny_lora("qwen2", seed=5), examples, projection=NARROW, folder=tmp_path / "s")  # then killed
-    made = fit_projection(model, examples, projection=NARROW, folder=tmp_path / "s")
+    fit_projection(tiny_lora("qwen2", seed=5), examples, RowSpec.of(NARROW), folder=tmp_path / "s")  # then killed
+    made = fit_projection(model, examples, RowSpec.of(NARROW), folder=tmp_path / "s")
     assert len(list((tmp_path / "s").glob("sketch-*"))) == 2
     store = built(tmp_path / "s", model, examples, made)
     assert the_file(tmp_path / "s").name == file_of(store.identity.projection_sketch)  # the other was swept
@@ -487,20 +500,21 @@ def test_a_build_that_stopped_before_its_manifest_starts_anew(
     ],
 )
 def test_when_a_sketch_is_fitted(gradients: dict[str, Any], preconditioner: str, fits: bool) -> None:
-    config = GradientConfig(**gradients)
-    check_influence(InfluenceConfig(preconditioner=preconditioner), config)
-    assert config.fits_sketch(preconditioner) is fits
+    config = RowSpec(**gradients)
+    recipe = Recipe.of(config, InfluenceConfig(preconditioner=preconditioner))
+    recipe.check()
+    assert recipe.fits_sketch is fits
 
 
 @pytest.mark.parametrize(
     ("gradients", "influence", "message"),
     [
-        ({"sketch": "eigen"}, {}, "gradients.sketch: a fitted sketch needs the width"),
-        ({"sketch": "eigen", "kind": "sjlt", "width": 9}, {}, "gradients.sketch: .*random sketch itself"),
+        ({"sketch": "eigen"}, {}, "RowSpec.sketch: a fitted sketch needs the width"),
+        ({"sketch": "eigen", "kind": "sjlt", "width": 9}, {}, "RowSpec.sketch: .*random sketch itself"),
         ({"sketch": "eigne", "width": 9}, {}, "is no store's folder; did you mean 'eigen'"),
-        ({"width": 9, "sketch_examples": 0}, {}, "sketch_examples must be at least 1"),
-        ({"kind": "none", "width": 9}, {}, "'none' keeps whole gradients of all layers: leave out gradients.width"),
-        ({"kind": "none", "sketch": "eigen"}, {}, "gradients.sketch: exact rows have no sketch"),
+        ({"width": 9, "sketch_examples": 0}, {}, "sketch_examples is 0; it must be at least 1"),
+        ({"kind": "none", "width": 9}, {}, "'none' keeps whole gradients of all layers: leave out RowSpec.width"),
+        ({"kind": "none", "sketch": "eigen"}, {}, "RowSpec.sketch: exact rows have no sketch"),
         ({"kind": "one_side"}, {}, "did you mean 'one_sided'"),
         ({"width": 9, "sketch": "random"}, {"preconditioner": "ekfac"}, "random sketch to gradients.width mixes"),
         ({"width": 9, "sketch": "eigen"}, {"preconditioner": "adam"}, "cannot be scored by 'adam'"),
@@ -509,31 +523,37 @@ def test_when_a_sketch_is_fitted(gradients: dict[str, Any], preconditioner: str,
 )
 def test_settings_that_do_not_fit_together(gradients: Any, influence: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_influence(InfluenceConfig(**influence), GradientConfig(**gradients))
+        Recipe.of(RowSpec(**gradients), InfluenceConfig(**influence)).check()
 
 
 def test_short_rows_are_left_as_they_are_and_a_store_lends_its_sketch(
     tmp_path: Path, model: Any, examples: list[dict[str, Any]], fitted: Projection
 ) -> None:
-    def fit(projection: Projection) -> Projection:
-        return fit_projection(model, examples, projection=projection)
+    def settled(projection: Projection | None, sketch: str, preconditioner: str = "default", fit: Any = None) -> Any:
+        def refuse(spec: RowSpec) -> Projection:
+            raise AssertionError("fitted")
 
-    def refuse(projection: Projection) -> Projection:
-        raise AssertionError("fitted")
+        spec = RowSpec.of(projection) if projection is None else replace(RowSpec.of(projection), sketch=sketch)
+        found = resolved(spec, preconditioner, model, fit or refuse)
+        assert found.is_settled
+        return found.projection()
 
-    assert resolved(NARROW, "auto", "default", model, fit) == fitted
+    def width(wide: int, sketch: str, preconditioner: str) -> int:
+        return width_of(replace(RowSpec.of(WHOLE), width=wide, sketch=sketch), preconditioner, model)
+
+    assert settled(NARROW, "auto", fit=lambda spec: fit_projection(model, examples, spec)) == fitted
     for wide in (672, 8192):
-        assert resolved(replace(WHOLE, width=wide), "auto", "default", model, refuse) == WHOLE
-        assert width_of(replace(WHOLE, width=wide), "auto", "default", model) == 672
-        assert width_of(replace(WHOLE, width=wide), "auto", "cosine", model) == wide
-        assert width_of(replace(WHOLE, width=wide), "random", "default", model) == wide
-    assert resolved(NARROW, "random", "default", model, refuse) == NARROW
-    assert resolved(NARROW, "auto", "cosine", model, refuse) == NARROW
-    assert resolved(None, "auto", "default", model, refuse) is None
+        assert settled(replace(WHOLE, width=wide), "auto") == WHOLE
+        assert width(wide, "auto", "default") == 672
+        assert width(wide, "auto", "cosine") == wide
+        assert width(wide, "random", "default") == wide
+    assert settled(NARROW, "random") == NARROW
+    assert settled(NARROW, "auto", "cosine") == NARROW
+    assert settled(None, "auto") is None
     built(tmp_path / "s", model, examples, fitted)
-    assert resolved(NARROW, str(tmp_path / "s"), "default", model, refuse) == fitted
+    assert settled(NARROW, str(tmp_path / "s")) == fitted
     with pytest.raises(ConfigError, match="not of a sketch fitted for"):
-        resolved(replace(NARROW, width=39), str(tmp_path / "s"), "default", model, refuse)
+        settled(replace(NARROW, width=39), str(tmp_path / "s"))
     built(tmp_path / "random", model, examples)
     with pytest.raises(ConfigError, match="not of a sketch fitted for"):
-        resolved(NARROW, str(tmp_path / "random"), "default", model, refuse)
+        settled(NARROW, str(tmp_path / "random"))

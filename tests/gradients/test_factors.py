@@ -22,7 +22,7 @@ from influence_fast.gradients.reduction import FullReducer, ProjectedReducer
 from influence_fast.gradients.streaming import StreamReducer, stream_influence
 from influence_fast.influence import adam, preconditioners
 from influence_fast.influence.ekfac import fit_ekfac
-from influence_fast.influence.scoring import module_blocks
+from influence_fast.influence.row_access import module_blocks
 from influence_fast.influence.sketch_fitting import leading
 
 

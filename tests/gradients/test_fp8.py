@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from loose import built_by
 
 import influence_fast as inf
 from benches.fp8_effect import RoundedLinear
@@ -19,14 +20,19 @@ from benches.fp8_effect import fp8 as rounding
 from influence_fast import cli
 from influence_fast.config import RunConfig
 from influence_fast.distributed import builds as distributed
-from influence_fast.errors import ConfigError, StoreError, say_once
+from influence_fast.distributed.builds import DistributedOptions
+from influence_fast.errors import ConfigError, StoreError, warn_once
 from influence_fast.gradients import fp8
 from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.gradients.per_example import iter_gradient_rows
+from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.influence.building import build_store
 from influence_fast.kernels import fp8_rows
 from influence_fast.settings import from_dict
-from influence_fast.store.building import build_store, identity_of
+from influence_fast.store.building import BuildOptions
 from influence_fast.store.merge import merge_stores
+from influence_fast.store.planning import identity_of
 from influence_fast.store.reader import open_store
 
 CPU = torch.device("cpu")
@@ -201,7 +207,9 @@ def test_weights_that_are_spread_over_processes_are_refused(tiny_lora: Callable[
     with pytest.raises(ConfigError, match="spread over processes"):
         fp8.weights_of([linears[0], replace(linears[1], weight=spread)])
     with pytest.raises(ConfigError, match="spread over processes"):
-        distributed.build_distributed(tmp_path / "s", None, None, [], group=object(), precision="fp8", projection=None)  # type: ignore[arg-type]
+        distributed.build_distributed(
+            tmp_path / "s", None, [], RowSpec("none", precision="fp8"), options=DistributedOptions(group=object())
+        )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("tokens", "rows"), [(1, 272), (33, 272), (271, 272), (272, 272), (273, 288), (1000, 1008)])
@@ -219,9 +227,9 @@ def test_rows_of_zeros_beside_too_few_change_no_product(tokens: int, rows: int, 
 # ---- gradient rows ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("projection", [None, inf.Projection(dim=8), inf.Projection("kron", dim=4)])
+@pytest.mark.parametrize("projection", [None, Projection(dim=8), Projection("kron", dim=4)])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
-def test_rows_are_8_bit_ones(tiny_lora: Callable[..., Any], kind: str, projection: inf.Projection | None) -> None:
+def test_rows_are_8_bit_ones(tiny_lora: Callable[..., Any], kind: str, projection: Projection | None) -> None:
     model, examples = tiny_lora(kind, **FITS), make_examples()
     exact = inf.per_example_gradients(model, examples, projection=projection)
     rows = inf.per_example_gradients(model, examples, projection=projection, precision="fp8")
@@ -242,7 +250,7 @@ def test_shapes_that_do_not_fit_keep_their_own_product_and_are_reported_once(
     tiny_lora: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     model, examples = tiny_lora("qwen2", intermediate_size=56), make_examples()
-    say_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="influence_fast.gradients.fp8"):
         rows = inf.per_example_gradients(model, examples, precision="fp8")
         inf.per_example_gradients(model, examples, precision="fp8")
@@ -306,9 +314,9 @@ def test_an_unknown_precision_is_named_wherever_it_is_given(tiny_lora: Callable[
     with pytest.raises(ConfigError, match=wrong):
         inf.per_example_gradients(model, examples, precision="fp9")
     with pytest.raises(ConfigError, match=wrong):
-        next(iter_gradient_rows(model, examples, precision="fp9"))
+        next(iter_gradient_rows(model, examples, RowSpec("none", dtype="fp32", precision="fp9")))
     with pytest.raises(ConfigError, match=wrong):
-        build_store(tmp_path / "s", model, None, examples, projection=None, precision="fp9")
+        build_store(tmp_path / "s", model, examples, RowSpec("none", precision="fp9"))
     assert not (tmp_path / "s").exists()
     config = {"output": "o", "model": {"path": "m"}, "data": {"pool": "p", "validation": "v", "test": "t"}}
     with pytest.raises(ConfigError, match=f"gradients.precision: {wrong}"):
@@ -328,10 +336,10 @@ def test_the_command_line_refuses_it_before_any_work(capsys: pytest.CaptureFixtu
 
 def test_the_store_records_it_and_keeps_its_rows_apart(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
     model, examples = tiny_lora("qwen2", **FITS), make_examples()
-    settings: dict[str, Any] = {"projection": inf.Projection(dim=4), "dtype": "fp32", "progress": False}
+    settings: dict[str, Any] = {"projection": Projection(dim=4), "dtype": "fp32", "progress": False}
 
     def build(name: str, precision: str, few: list[dict[str, Any]] = examples) -> Any:
-        return build_store(tmp_path / name, model, None, few, precision=precision, **settings)
+        return build_store(tmp_path / name, model, few, **built_by(precision=precision, **settings))
 
     store = build("eight", "fp8")
     expected = inf.per_example_gradients(model, examples, projection=settings["projection"], precision="fp8")
@@ -361,7 +369,7 @@ def test_the_store_records_it_and_keeps_its_rows_apart(tiny_lora: Callable[..., 
 def test_a_store_without_8_bits_says_nothing_new(tiny_lora: Callable[..., Any], tmp_path: Path) -> None:
     """Its files are those of a version that knew no precision: such stores are read, and gone on with."""
     model, examples = tiny_lora("qwen2", **FITS), make_examples()
-    build_store(tmp_path / "s", model, None, examples, projection=inf.Projection(dim=4), progress=False)
+    build_store(tmp_path / "s", model, examples, RowSpec.of(Projection(dim=4)), options=BuildOptions(progress=False))
     manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
     assert "loss_reduction" in manifest["identity"]
     assert "precision" not in manifest["identity"]
@@ -377,5 +385,9 @@ def test_another_source_of_rows_has_its_own_precision(tiny_lora: Callable[..., A
     model, examples = tiny_lora("qwen2", **FITS), make_examples()
     with pytest.raises(ConfigError, match="precision: 'fp8' is for rows made here"):
         build_store(
-            tmp_path / "s", model, None, examples, projection=None, precision="fp8", gradients=iter_gradient_rows
+            tmp_path / "s",
+            model,
+            examples,
+            RowSpec("none", precision="fp8"),
+            options=BuildOptions(gradients=iter_gradient_rows),
         )

@@ -20,14 +20,16 @@ from transformers import (
 
 import influence_fast as inf
 from influence_fast.data.packing import pack_examples
-from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, say_once
+from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, warn_once
 from influence_fast.gradients import loss
 from influence_fast.gradients.backends import TORCH
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.input_groups import InputGroup
 from influence_fast.gradients.layout import LayoutEntry, in_top_layers
-from influence_fast.gradients.per_example import KeptEngine, iter_gradient_rows
-from influence_fast.gradients.projection import random_matrix
+from influence_fast.gradients.per_example import KeptEngine, iter_gradient_rows, per_example_losses
+from influence_fast.gradients.projection import Projection, random_matrix
+from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.targets import gradient_layout
 
 VOCAB = 97
 SIZES = {
@@ -88,10 +90,10 @@ def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return float(((ours - reference).norm(dim=1) / reference.norm(dim=1)).max())
 
 
-def projected_by_hand(rows: torch.Tensor, model: Any, projection: inf.Projection) -> torch.Tensor:
+def projected_by_hand(rows: torch.Tensor, model: Any, projection: Projection) -> torch.Tensor:
     """Projects exact rows factor by factor, straight from the definition."""
     out = []
-    for entry in inf.gradient_layout(model):
+    for entry in gradient_layout(model):
         size = entry.shape[0] * entry.shape[1]
         grad = rows[:, entry.offset : entry.offset + size].view(-1, *entry.shape)
         key = entry.module.removeprefix("base_model.model.")
@@ -139,7 +141,7 @@ def test_bf16_rows_are_as_close_as_a_plain_bf16_backward() -> None:
 def test_outputs_and_input_gradients_of_a_group(pattern: dict[str, int]) -> None:
     """Where the factors are not folded into the weights, as in 16-bit models and on cards; with biases."""
     model = make_model("llama", rank_pattern=pattern).eval()
-    engine = GradientEngine(model, inf.Projection(dim=8))
+    engine = GradientEngine(model, Projection(dim=8))
     q, k, v = engine.linears[:3]
     group = InputGroup(
         [q, k, v], [0, 1, 2], engine.reducer, fused=False, backend=TORCH, products=[None] * 3, dtype=q.dtype
@@ -172,7 +174,7 @@ def test_a_kept_engine_serves_several_calls_and_closes_at_the_end() -> None:
             assert all(torch.equal(one, other) for one, other in zip(again, fresh, strict=True))
             assert "forward" in vars(layer)
         with pytest.raises(ValueError, match="one set of settings"):
-            next(iter_gradient_rows(model, examples, engine=kept, loss_reduction="sum"))
+            next(iter_gradient_rows(model, examples, RowSpec("none", dtype="fp32", loss_reduction="sum"), engine=kept))
         with pytest.raises(ValueError, match="one model"):
             next(iter_gradient_rows(make_model(), examples, engine=kept))
     assert "forward" not in vars(layer)
@@ -180,7 +182,7 @@ def test_a_kept_engine_serves_several_calls_and_closes_at_the_end() -> None:
 
 def test_layout_follows_named_parameters() -> None:
     model = make_model(target_modules=["q_proj", "down_proj"])
-    layout = inf.gradient_layout(model)
+    layout = gradient_layout(model)
     parameters = dict(model.named_parameters())
     offset = 0
     for entry in layout:
@@ -194,22 +196,22 @@ def test_layout_follows_named_parameters() -> None:
 @pytest.mark.parametrize("width", [None, 50])
 def test_projected_is_the_projection_of_exact(kind: str, width: int | None) -> None:
     model, examples = make_model("qwen3-untied"), make_examples()
-    projection = inf.Projection(kind, dim=6, seed=3)
+    projection = Projection(kind, dim=6, seed=3)
     expected = projected_by_hand(by_autograd(model, examples), model, projection)
     rows = inf.per_example_gradients(model, examples, projection=projection)
     assert relative(rows, expected) < 1e-10
     if width is not None:
-        sketched = inf.Projection(kind, dim=6, seed=3, width=width)
+        sketched = Projection(kind, dim=6, seed=3, width=width)
         rows = inf.per_example_gradients(model, examples, projection=sketched)
         assert relative(rows, sketch_by_hand(expected, model, sketched)) < 1e-10
 
 
-def sketch_by_hand(rows: torch.Tensor, model: Any, projection: inf.Projection) -> torch.Tensor:
+def sketch_by_hand(rows: torch.Tensor, model: Any, projection: Projection) -> torch.Tensor:
     from influence_fast.philox import sjlt_map
 
     assert projection.width is not None
     out = torch.zeros(rows.shape[0], projection.width, dtype=rows.dtype)
-    for entry in inf.gradient_layout(model, projection):
+    for entry in gradient_layout(model, projection):
         n = entry.shape[0] * entry.shape[1]
         key = entry.module.removeprefix("base_model.model.")
         bucket, sign = sjlt_map(projection.seed, f"{key}/row/{entry.factor}", n, projection.width)
@@ -220,7 +222,7 @@ def sketch_by_hand(rows: torch.Tensor, model: Any, projection: inf.Projection) -
 
 def test_flat_sjlt_sketches_the_exact_row() -> None:
     model, examples = make_model(target_modules=["q_proj", "up_proj"]), make_examples()
-    projection = inf.Projection("sjlt", seed=5, width=64)
+    projection = Projection("sjlt", seed=5, width=64)
     rows = inf.per_example_gradients(model, examples, projection=projection)
     assert relative(rows, sketch_by_hand(by_autograd(model, examples), model, projection)) < 1e-10
 
@@ -229,10 +231,10 @@ def test_flat_rademacher_is_a_dense_sign_product() -> None:
     from influence_fast.philox import sign_matrix
 
     model, examples = make_model(target_modules=["k_proj", "gate_proj"]), make_examples()
-    projection = inf.Projection("rademacher", seed=5, width=40)
+    projection = Projection("rademacher", seed=5, width=40)
     exact = by_autograd(model, examples)
     expected = torch.zeros(len(examples), 40, dtype=torch.float64)
-    for entry in inf.gradient_layout(model):
+    for entry in gradient_layout(model):
         n = entry.shape[0] * entry.shape[1]
         key = entry.module.removeprefix("base_model.model.")
         signs = sign_matrix(5, f"{key}/row/{entry.factor}", n, 40, dtype=torch.float64)
@@ -252,7 +254,7 @@ def test_projected_inner_products_are_unbiased(kind: str) -> None:
     estimates = []
     for seed in range(150):
         width = 32 if kind in ("sjlt", "rademacher") else None
-        projection = inf.Projection(kind, dim=8, seed=seed, width=width)
+        projection = Projection(kind, dim=8, seed=seed, width=width)
         rows = projected_by_hand(exact, model, projection) if width is None else None
         if rows is None:
             rows = inf.per_example_gradients(model, examples, projection=projection).double()
@@ -263,9 +265,9 @@ def test_projected_inner_products_are_unbiased(kind: str) -> None:
     assert standard_error > 0
 
 
-@pytest.mark.parametrize("projection", [None, inf.Projection(dim=8), inf.Projection(dim=8, width=100)], ids=str)
+@pytest.mark.parametrize("projection", [None, Projection(dim=8), Projection(dim=8, width=100)], ids=str)
 @pytest.mark.parametrize("max_tokens", [1, 20, 33, 4096])
-def test_a_row_does_not_depend_on_its_batch(projection: inf.Projection | None, max_tokens: int) -> None:
+def test_a_row_does_not_depend_on_its_batch(projection: Projection | None, max_tokens: int) -> None:
     """Alone, packed with others and in another order: the same row, to fp32 rounding."""
     model, examples = make_model("qwen3-untied", torch.float32), make_examples()
     alone = torch.cat([inf.per_example_gradients(model, [e], projection=projection) for e in examples])
@@ -299,11 +301,11 @@ def test_length_one_completion() -> None:
 
 def test_gradient_checkpointing_gives_the_same_rows() -> None:
     model, examples = make_model(lora_dropout=0.0), make_examples()
-    expected = inf.per_example_gradients(model, examples, projection=inf.Projection(dim=8))
+    expected = inf.per_example_gradients(model, examples, projection=Projection(dim=8))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     layer = model.get_base_model().model.layers[0]
     calls = []
-    with GradientEngine(model, inf.Projection(dim=8)) as engine:
+    with GradientEngine(model, Projection(dim=8)) as engine:
         handle = layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
         (pack,) = pack_examples(examples, 10_000)
         rows = engine.run(pack)[0]
@@ -318,7 +320,7 @@ def test_model_is_left_as_it_was() -> None:
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     before = {name: p.clone() for name, p in model.named_parameters()}
     implementation = model.get_base_model().config._attn_implementation
-    for projection in (None, inf.Projection(dim=4)):
+    for projection in (None, Projection(dim=4)):
         inf.per_example_gradients(model, examples, projection=projection)
     assert model.training
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
@@ -336,7 +338,7 @@ def test_rank_pattern_and_rslora() -> None:
     examples = make_examples()
     exact = by_autograd(model, examples)
     assert relative(inf.per_example_gradients(model, examples), exact) < 1e-10
-    projection = inf.Projection(dim=5)
+    projection = Projection(dim=5)
     rows = inf.per_example_gradients(model, examples, projection=projection)
     assert relative(rows, projected_by_hand(exact, model, projection)) < 1e-10
 
@@ -368,14 +370,14 @@ def test_losses_are_the_models_own() -> None:
     expected = torch.tensor(
         [float(model(input_ids=e["input_ids"][None], labels=e["labels"][None]).loss.detach()) for e in examples]
     )
-    torch.testing.assert_close(inf.per_example_losses(model, examples), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(per_example_losses(model, examples), expected, rtol=1e-5, atol=0)
 
 
 def test_rows_come_once_each_with_their_indices() -> None:
     model, examples = make_model(dtype=torch.float32), make_examples()
     whole = inf.per_example_gradients(model, examples)
     seen = []
-    for indices, rows in iter_gradient_rows(model, examples, max_tokens=33):
+    for indices, rows in iter_gradient_rows(model, examples, RowSpec("none", dtype="fp32", max_tokens=33)):
         assert relative(rows, whole[indices]) < 1e-5
         seen += indices
     assert sorted(seen) == list(range(len(examples)))
@@ -438,7 +440,7 @@ def test_models_that_cannot_be_differentiated_are_refused_by_name() -> None:
     with pytest.raises(ModelError, match="merged"):
         inf.per_example_gradients(merged, make_examples())
     model = make_model()
-    for ask in (inf.per_example_gradients, inf.per_example_losses):
+    for ask in (inf.per_example_gradients, per_example_losses):
         with model.disable_adapter(), pytest.raises(ModelError, match=r"the adapter is disabled; leave"):
             ask(model, make_examples())
 
@@ -450,7 +452,7 @@ def test_layers_of_another_adapter_are_no_part_of_a_row() -> None:
     model = model.double()
     for name, other in (("b", "default"), ("default", "b")):
         model.set_adapter(name)
-        found = {entry.module.rpartition(".")[2] for entry in inf.gradient_layout(model)}
+        found = {entry.module.rpartition(".")[2] for entry in gradient_layout(model)}
         assert found == set(targets[name])
         alone = copy.deepcopy(model)
         alone.delete_adapter(other)
@@ -465,20 +467,20 @@ def test_an_active_adapter_that_no_layer_has_is_named() -> None:
         if hasattr(module, "lora_A"):
             module._active_adapter = ["other"]
     with pytest.raises(ModelError, match=r"no layer has the active adapter other; they have default: call set_adapter"):
-        inf.gradient_layout(model)
+        gradient_layout(model)
 
 
 def test_top_layers_are_a_part_of_the_whole_row() -> None:
     model, examples = make_model(), make_examples()
-    whole, part = inf.Projection(dim=4), inf.Projection(dim=4, layers=0.5)
+    whole, part = Projection(dim=4), Projection(dim=4, layers=0.5)
     rows = inf.per_example_gradients(model, examples, projection=whole)
     upper = inf.per_example_gradients(model, examples, projection=part)
-    names = {entry.module for entry in inf.gradient_layout(model, part)}
+    names = {entry.module for entry in gradient_layout(model, part)}
     assert names
     assert all(".layers.1." in name for name in names)
     columns = [
         torch.arange(entry.offset, entry.offset + entry.shape[0] * entry.shape[1])
-        for entry in inf.gradient_layout(model, whole)
+        for entry in gradient_layout(model, whole)
         if entry.module in names
     ]
     torch.testing.assert_close(upper, rows[:, torch.cat(columns)], rtol=1e-5, atol=1e-7)
@@ -490,14 +492,14 @@ def test_top_layers_are_a_part_of_the_whole_row() -> None:
 )
 def test_a_share_of_layers_is_rounded_up_from_what_was_meant(share: float, count: int, kept: int) -> None:
     entries = [LayoutEntry(f"model.layers.{n}.self_attn.q_proj", "lora_A", (1, 1), n) for n in range(count)]
-    assert in_top_layers(entries, inf.Projection(dim=4, layers=share)) == entries[count - kept :]
+    assert in_top_layers(entries, Projection(dim=4, layers=share)) == entries[count - kept :]
 
 
 def test_the_backward_ends_at_the_lowest_layer_in_the_row() -> None:
     model = make_model()
     layers = model.get_base_model().model.layers
     seen = []
-    with GradientEngine(model, inf.Projection(dim=4, layers=0.5)) as engine:
+    with GradientEngine(model, Projection(dim=4, layers=0.5)) as engine:
         handles = [layer.register_full_backward_hook(lambda *_, n=n: seen.append(n)) for n, layer in enumerate(layers)]
         for pack in pack_examples(make_examples(), 10_000):
             engine.run(pack)
@@ -538,15 +540,15 @@ def test_what_an_adapter_trains_beside_its_factors_is_named(
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"], **more))
-    say_once.cache_clear()
-    inf.gradient_layout(model)
-    inf.gradient_layout(model)
+    warn_once.cache_clear()
+    gradient_layout(model)
+    gradient_layout(model)
     (record,) = caplog.records
     assert "trains more than LoRA factors" in record.getMessage()
     assert ("lm_head" if "modules_to_save" in more else "bias='lora_only'") in record.getMessage()
     caplog.clear()
-    say_once.cache_clear()
-    inf.gradient_layout(get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"])))
+    warn_once.cache_clear()
+    gradient_layout(get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"])))
     assert not caplog.records
 
 
@@ -555,8 +557,8 @@ def test_lora_that_was_injected_without_peft_models_is_found(tiny_model: Any) ->
 
     injected = inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), tiny_model("llama"))
     wrapped = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
-    assert len(inf.gradient_layout(injected)) == len(inf.gradient_layout(wrapped)) == 4
-    assert len(inf.gradient_layout(wrapped.get_base_model())) == 4
+    assert len(gradient_layout(injected)) == len(gradient_layout(wrapped)) == 4
+    assert len(gradient_layout(wrapped.get_base_model())) == 4
 
 
 def test_what_is_no_tokens_is_named(tiny_lora: Any) -> None:

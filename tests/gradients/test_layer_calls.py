@@ -14,10 +14,13 @@ from torch.nn.functional import pad
 import influence_fast as inf
 from benches.model_zoo import by_autograd, examples_for, tiny, with_adapter
 from influence_fast.errors import ModelError
+from influence_fast.gradients.backends import TORCH
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.gradients.input_groups import InputGroup
+from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.reduction import random_columns
+from influence_fast.gradients.targets import gradient_layout
 
 
 def _product(mlp: Any, x: torch.Tensor) -> torch.Tensor:
@@ -74,10 +77,10 @@ def test_layers_that_see_other_tokens_have_autograds_rows() -> None:
 def test_projected_rows_of_such_layers_are_the_rows_projected() -> None:
     model = _model(_in_two_streams, _of_the_token_before)
     examples = examples_for(model, (9, 2))
-    projection = inf.Projection(kind="one_sided", dim=5)
+    projection = Projection(kind="one_sided", dim=5)
     exact, rows = (inf.per_example_gradients(model, examples, projection=kind) for kind in (None, projection))
-    layouts = [inf.gradient_layout(model, kind) for kind in (None, projection)]
-    sides = [side for linear in find_lora_linears(model) for side in random_columns(projection, linear, False)]
+    layouts = [gradient_layout(model, kind) for kind in (None, projection)]
+    sides = [side for linear in find_lora_linears(model) for side in random_columns(projection, linear, TORCH)]
     for wide, narrow, side in zip(*layouts, sides, strict=True):
         factors = exact[:, wide.columns].view(-1, *wide.shape)
         wanted = factors @ side.double() if wide.factor == "lora_A" else side.double().T @ factors
@@ -91,7 +94,7 @@ def test_layers_that_text_never_calls_have_zero_rows(caplog: pytest.LogCaptureFi
         rows = inf.per_example_gradients(model, examples)
     assert "never calls the LoRA layers" in caplog.text
     assert _error(rows, by_autograd(model, examples)) < 1e-12
-    unused = [entry for entry in inf.gradient_layout(model) if ".layers.0.mlp." in entry.module]
+    unused = [entry for entry in gradient_layout(model) if ".layers.0.mlp." in entry.module]
     assert len(unused) == 6
     assert not any(rows[:, entry.columns].any() for entry in unused)
     with GradientEngine(model, None) as engine:
@@ -104,7 +107,7 @@ def test_a_layer_first_called_by_a_longer_text_is_in_its_row() -> None:
     examples = examples_for(model)
     rows = inf.per_example_gradients(model, examples, max_tokens=1)
     assert _error(rows, by_autograd(model, examples)) < 1e-12
-    reached = next(entry for entry in inf.gradient_layout(model) if ".layers.0.mlp." in entry.module)
+    reached = next(entry for entry in gradient_layout(model) if ".layers.0.mlp." in entry.module)
     assert rows[0, reached.columns].any()
     assert not rows[1, reached.columns].any()
 

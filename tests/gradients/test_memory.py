@@ -19,7 +19,8 @@ from influence_fast.gradients import attention
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.gradients.fp8 import weights_of
-from influence_fast.gradients.memory import GradientMemory, gradient_memory, layer_bytes
+from influence_fast.gradients.memory import BaseWeights, GradientMemory, PackSize, gradient_memory, layer_bytes
+from influence_fast.gradients.projection import Projection
 from influence_fast.kernels import runtime
 
 # The sum leaves out ids, positions and losses: some tens of bytes a token of some thousands.
@@ -70,7 +71,7 @@ class Forgetful(list[Any]):
 
 
 def measured(
-    model: Any, lengths: list[int], projection: inf.Projection, precision: str = "auto", triton: bool = False
+    model: Any, lengths: list[int], projection: Projection, precision: str = "auto", triton: bool = False
 ) -> int:
     """Peak bytes of one batch, weights and what the engine keeps of them not counted; kernels are not run."""
     vocabulary = model.get_base_model().config.vocab_size
@@ -87,14 +88,13 @@ def measured(
     return memory.peak
 
 
-def summed(model: Any, lengths: list[int], **options: Any) -> GradientMemory:
+def summed(model: Any, lengths: list[int], spec: inf.RowSpec, **options: Any) -> GradientMemory:
     """The sum for examples of these lengths of which all tokens but the first are predicted."""
     return gradient_memory(
         model.get_base_model().config,
-        sum(lengths),
-        parameters=1,
-        examples=len(lengths),
-        completion_tokens=sum(lengths) - len(lengths),
+        PackSize(sum(lengths), len(lengths), sum(lengths) - len(lengths)),
+        BaseWeights(1),
+        spec,
         **options,
     )
 
@@ -119,10 +119,9 @@ def test_the_sum_is_the_measured_peak(
     model = tiny_lora(kind, torch.bfloat16, r=rank, **changes)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    memory = summed(
-        model, lengths, rank=rank, dim=dim, checkpointing=checkpointing, triton=False, fp8=precision == "fp8"
-    )
-    found = measured(model, lengths, inf.Projection(dim=dim), precision)
+    spec = inf.RowSpec(dim=dim, precision=precision)
+    memory = summed(model, lengths, spec, rank=rank, checkpointing=checkpointing, triton=False)
+    found = measured(model, lengths, Projection(dim=dim), precision)
     assert memory.batch == pytest.approx(found, rel=TOLERANCE), memory.fullest
 
 
@@ -141,9 +140,9 @@ def test_the_sum_for_the_kernels(
     lengths, rank = [300, 211, 1, 100], 16
     model = tiny_lora("llama", torch.bfloat16, r=rank, **changes)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    memory = summed(model, lengths, rank=rank, dim=dim)
+    memory = summed(model, lengths, inf.RowSpec(dim=dim), rank=rank)
     assert memory.fullest == fullest
-    assert memory.batch == pytest.approx(measured(model, lengths, inf.Projection(dim=dim), triton=True), rel=TOLERANCE)
+    assert memory.batch == pytest.approx(measured(model, lengths, Projection(dim=dim), triton=True), rel=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -166,28 +165,29 @@ def test_the_sum_for_the_kernels_of_every_kind(
     model = tiny_lora("llama" if kind == "gelu" else kind, torch.bfloat16, r=16, **(changes | more))
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    memory = summed(model, lengths, checkpointing=checkpointing, fp8=precision == "fp8")
-    found = measured(model, lengths, inf.Projection(dim=16), precision, triton=True)
+    memory = summed(model, lengths, inf.RowSpec(dim=16, precision=precision), checkpointing=checkpointing)
+    found = measured(model, lengths, Projection(dim=16), precision, triton=True)
     assert memory.batch == pytest.approx(found, rel=TOLERANCE), memory.fullest
 
 
 def test_short_layers_and_many_columns_fill_up_at_the_sums(tiny_lora: Callable[..., Any]) -> None:
     model = tiny_lora("qwen2", torch.bfloat16, r=16, **(BASE | {"num_hidden_layers": 8, "intermediate_size": 64}))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    options: dict[str, Any] = {"rank": 16, "dim": 64, "checkpointing": True, "triton": False, "examples": 2}
-    memory = gradient_memory(model.get_base_model().config, 600, parameters=1, **options)
+    memory = gradient_memory(
+        model.get_base_model().config, PackSize(600, 2), BaseWeights(1), inf.RowSpec(dim=64), triton=False
+    )
     assert memory.fullest == "the sums of examples"
-    assert memory.batch == pytest.approx(measured(model, [400, 200], inf.Projection(dim=64)), rel=TOLERANCE)
+    assert memory.batch == pytest.approx(measured(model, [400, 200], Projection(dim=64)), rel=TOLERANCE)
 
 
 def test_the_factors_are_those_of_the_engine(tiny_lora: Callable[..., Any]) -> None:
     model = tiny_lora("llama", torch.bfloat16, r=4, **BASE)
     config = model.get_base_model().config
     parameters = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
-    memory = gradient_memory(config, 100, parameters=parameters, rank=4, dim=8)
+    memory = gradient_memory(config, PackSize(100), BaseWeights(parameters), inf.RowSpec(dim=8), rank=4)
     weights, factors = memory.throughout.values()
     assert weights == 2 * parameters
-    with GradientEngine(model, inf.Projection(dim=8), backend="torch") as engine:
+    with GradientEngine(model, Projection(dim=8), backend="torch") as engine:
         kept = [g.forward_weight.nbytes + sum(b.nbytes for b in g.backward_weights) for g in engine.opened.groups]
         kept += [g.factors_a.nbytes for g in engine.opened.groups if len(g.members) > 1]  # else a view
         lora = sum(p.nbytes for name, p in model.named_parameters() if "lora_" in name)
@@ -196,7 +196,7 @@ def test_the_factors_are_those_of_the_engine(tiny_lora: Callable[..., Any]) -> N
 
 def test_the_copies_in_8_bits_are_those_of_the_engine(tiny_lora: Callable[..., Any]) -> None:
     model = tiny_lora("llama", torch.bfloat16, r=4, **BASE)
-    memory = gradient_memory(model.get_base_model().config, 100, parameters=1, fp8=True)
+    memory = gradient_memory(model.get_base_model().config, PackSize(100), BaseWeights(1), inf.RowSpec(precision="fp8"))
     *_, copies = memory.throughout.values()
     weights = [weight for weight in weights_of(find_lora_linears(model)) if weight is not None]
     rounded = [rows for weight in weights for rows in (weight.rows, weight.columns)]
@@ -246,14 +246,17 @@ def test_the_shape_of_a_7b_model_with_no_numbers_in_it(
         model = get_peft_model(model, lora, autocast_adapter_dtype=False).to(torch.bfloat16)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    memory = gradient_memory(config, tokens, parameters=7_615_616_512, checkpointing=checkpointing, triton=triton)
-    found = measured(model, [tokens], inf.Projection(dim=16), triton=triton)
+    weights = BaseWeights(7_615_616_512)
+    memory = gradient_memory(
+        config, PackSize(tokens), weights, inf.RowSpec(dim=16), checkpointing=checkpointing, triton=triton
+    )
+    found = measured(model, [tokens], Projection(dim=16), triton=triton)
     assert memory.batch == pytest.approx(found, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("projection", [inf.Projection(dim=8), None], ids=str)
+@pytest.mark.parametrize("projection", [Projection(dim=8), None], ids=str)
 def test_a_pack_that_would_not_fit_is_computed_again_with_the_same_bits(
-    tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, projection: inf.Projection | None
+    tiny_lora: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, projection: Projection | None
 ) -> None:
     """On a pretended card of which so much is free that a pack of 300 tokens fits, and one of 301 does not."""
     model = tiny_lora("qwen2", torch.bfloat16, **BASE)
@@ -292,7 +295,7 @@ def test_what_the_kernels_keep_decides_whether_a_pack_overflows(
     assert layer < layer_bytes(base.config, columns=12)
     room = int(300 * layer * len(base.model.layers) / 0.8) + 1
     monkeypatch.setattr("influence_fast.gradients.opened.free_bytes", lambda device: room)
-    with runtime.recording(), GradientEngine(model, inf.Projection(dim=8), backend="triton") as engine:
+    with runtime.recording(), GradientEngine(model, Projection(dim=8), backend="triton") as engine:
         assert (engine.overflows(300), engine.overflows(301)) == (False, True)
 
 
@@ -307,4 +310,4 @@ def test_a_model_of_another_kind_is_named() -> None:
     from transformers import GPT2Config
 
     with pytest.raises(ConfigError, match="no memory sum for a gpt2 model: its configuration has no intermediate_size"):
-        gradient_memory(GPT2Config(), 10, parameters=1)
+        gradient_memory(GPT2Config(), PackSize(10), BaseWeights(1), inf.RowSpec())

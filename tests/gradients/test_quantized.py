@@ -18,7 +18,9 @@ from influence_fast.errors import ConfigError, ModelError
 from influence_fast.gradients import quantized
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.find_lora import find_lora_linears
+from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.sharded import shard_model
+from influence_fast.gradients.targets import gradient_layout
 
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -62,7 +64,7 @@ def with_lora(base: Any, **config: Any) -> Any:
 
 def plain_rows(model: Any, examples: list[dict[str, torch.Tensor]] = EXAMPLES) -> torch.Tensor:
     """[E, k]: autograd through peft's own layers, an example at a time."""
-    layers = [(model.get_submodule(entry.module), entry.factor) for entry in inf.gradient_layout(model)]
+    layers = [(model.get_submodule(entry.module), entry.factor) for entry in gradient_layout(model)]
     factors = [
         layer.lora_B["default"].bias if factor == "lora_bias" else getattr(layer, factor)["default"].weight
         for layer, factor in layers
@@ -94,7 +96,7 @@ def test_rows_equal_autograd_through_the_quantised_model(folder: Path, kind: str
 
 def test_biases_of_an_adapter_over_a_quantised_base(folder: Path) -> None:
     model = with_lora(load(folder, "nf4"), lora_bias=True)
-    assert sum(entry.factor == "lora_bias" for entry in inf.gradient_layout(model)) == 14
+    assert sum(entry.factor == "lora_bias" for entry in gradient_layout(model)) == 14
     assert worst(inf.per_example_gradients(model, EXAMPLES), plain_rows(model)) < 1e-5
 
 
@@ -103,7 +105,7 @@ def test_dora_over_a_quantised_base_is_refused(folder: Path) -> None:
     with pytest.raises(
         ModelError, match=r"q_proj: DoRA \(use_dora\) needs the norms .* quantised here: load the model"
     ):
-        inf.gradient_layout(model)
+        gradient_layout(model)
 
 
 def test_outliers_of_a_neighbour_change_int8_products(folder: Path) -> None:
@@ -144,8 +146,8 @@ def test_a_model_prepared_for_training_computes_between_its_dtypes(folder: Path)
     assert worst(inf.per_example_gradients(model, EXAMPLES), plain_rows(model)) < 1e-2
 
 
-@pytest.mark.parametrize("projection", [inf.Projection(dim=8), inf.Projection(dim=4, width=60)], ids=["wide", "sketch"])
-def test_projected_rows_are_those_of_the_dequantised_model(folder: Path, projection: inf.Projection) -> None:
+@pytest.mark.parametrize("projection", [Projection(dim=8), Projection(dim=4, width=60)], ids=["wide", "sketch"])
+def test_projected_rows_are_those_of_the_dequantised_model(folder: Path, projection: Projection) -> None:
     model, plain = with_lora(load(folder, "nf4")), with_lora(AutoModelForCausalLM.from_pretrained(folder))
     for quantised, linear in zip(model.modules(), plain.modules(), strict=True):
         if isinstance(quantised, bnb.nn.Linear4bit):

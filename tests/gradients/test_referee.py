@@ -13,9 +13,10 @@ from influence_fast.errors import ModelError
 from influence_fast.gradients.attention import implementations
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.layer_outputs import CoarsestRounding
-from influence_fast.gradients.per_example import iter_gradient_rows
+from influence_fast.gradients.per_example import iter_gradient_rows, per_example_losses
 from influence_fast.gradients.probe_texts import limits
 from influence_fast.gradients.referee import Referee
+from influence_fast.gradients.targets import gradient_layout
 
 # Model type -> targets, and how it is called: in packs, alone, or with its own attention.
 EXACT = {
@@ -98,10 +99,10 @@ def test_the_first_pack_is_compared_and_its_examples_are_named() -> None:
     mlp.register_forward_hook(lambda _, __, output: output * 2 if output.shape[1] > 60 else output)
     examples = [{"id": f"ex-{n}", **example} for n, example in enumerate(examples_for(model, (20, 19, 18, 17, 16)))]
     message = r"not those of the model's own forward for ex-0 \(loss [\d.]+, plain [\d.]+\), ex-1 .*max_tokens=1"
-    for ask in (inf.per_example_gradients, lambda *args: list(iter_gradient_rows(*args)), inf.per_example_losses):
+    for ask in (inf.per_example_gradients, lambda *args: list(iter_gradient_rows(*args)), per_example_losses):
         with pytest.raises(ModelError, match=message):
             ask(model, examples)
-    queries = torch.ones(1, sum(e.shape[0] * e.shape[1] for e in inf.gradient_layout(model)), dtype=torch.float64)
+    queries = torch.ones(1, sum(e.shape[0] * e.shape[1] for e in gradient_layout(model)), dtype=torch.float64)
     with pytest.raises(ModelError, match=message):
         inf.stream_influence(model, examples, queries)
     rows = inf.per_example_gradients(model, examples, max_tokens=1)

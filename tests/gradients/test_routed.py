@@ -25,10 +25,11 @@ from influence_fast.gradients.autograd_parameters import AutogradParameters, Spl
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.gradients.layout import layout_of
-from influence_fast.gradients.projection import random_matrix
+from influence_fast.gradients.projection import Projection, random_matrix
 from influence_fast.gradients.routed import RoutedExperts, Routing
 from influence_fast.gradients.routed_modules import routed_modules
 from influence_fast.gradients.row_sketch import RowSketch
+from influence_fast.gradients.targets import gradient_layout
 
 EXACT = 1e-10
 
@@ -84,7 +85,7 @@ def mixed() -> tuple[Any, list[dict[str, Any]], torch.Tensor]:
 @pytest.mark.parametrize("kind", ["one_sided", "kron"])
 def test_projected_rows_are_projections_of_exact_ones(kind: str, mixed: Any) -> None:
     model, examples, exact = mixed
-    linears, projection = find_lora_linears(model), inf.Projection(kind, dim=4)
+    linears, projection = find_lora_linears(model), Projection(kind, dim=4)
     layout = layout_of(linears)
     parts = []
     for linear, (a, b) in zip(linears, zip(layout[::2], layout[1::2], strict=True), strict=True):
@@ -98,14 +99,14 @@ def test_projected_rows_are_projections_of_exact_ones(kind: str, mixed: Any) -> 
     wanted = torch.cat(parts, dim=1)
     rows = inf.per_example_gradients(model, examples, projection=projection)
     assert relative(rows, wanted) < EXACT
-    short = inf.Projection(kind, dim=4, width=32)
+    short = Projection(kind, dim=4, width=32)
     sketched = RowSketch(layout_of(linears, projection), short, torch.device("cpu"))(wanted)
     assert relative(inf.per_example_gradients(model, examples, projection=short), sketched) < EXACT
 
 
 def test_flat_sketches_are_those_of_exact_rows(mixed: Any) -> None:
     model, examples, exact = mixed
-    projection = inf.Projection("sjlt", width=32)
+    projection = Projection("sjlt", width=32)
     wanted = RowSketch(layout_of(find_lora_linears(model)), projection, torch.device("cpu"))(exact)
     assert relative(inf.per_example_gradients(model, examples, projection=projection), wanted) < EXACT
 
@@ -124,15 +125,15 @@ def test_rows_of_listed_experts_are_exact_one_at_a_time(ordered: bool) -> None:
     wanted = by_autograd(model, examples)
     assert relative(inf.per_example_gradients(model, examples), wanted) < EXACT
     assert parts_of(model) == (set(), False)
-    never = [e.columns for e in inf.gradient_layout(model) if ".experts.3." in e.module]
+    never = [e.columns for e in gradient_layout(model) if ".experts.3." in e.module]
     assert never
     assert all(not wanted[:, columns].any() for columns in never)
     asked = torch.randn(2, wanted.shape[1], dtype=torch.float64)
     assert relative(inf.stream_influence(model, examples, asked), wanted @ asked.T) < EXACT
-    projection = inf.Projection(dim=4)
+    projection = Projection(dim=4)
     rows = inf.per_example_gradients(model, examples, projection=projection)
-    entry = next(e for e in inf.gradient_layout(model) if e.factor == "lora_A" and ".experts.0.up" in e.module)
-    mine = next(e for e in inf.gradient_layout(model, projection) if e[:2] == entry[:2])
+    entry = next(e for e in gradient_layout(model) if e.factor == "lora_A" and ".experts.0.up" in e.module)
+    mine = next(e for e in gradient_layout(model, projection) if e[:2] == entry[:2])
     r_in = random_matrix(projection, f"{entry.module.removeprefix('base_model.model.')}/in", 16).double()
     d_a = wanted[:, entry.columns].view(-1, *entry.shape)
     assert relative(rows[:, mine.columns], (d_a @ r_in).flatten(1)) < EXACT

@@ -18,7 +18,8 @@ from influence_fast.distributed.processes import World, init_group
 from influence_fast.errors import ConfigError, ModelError
 from influence_fast.gradients.eigen_sketch import FILES
 from influence_fast.gradients.sharded import shard_model
-from influence_fast.store.reader import open_store, verify_store
+from influence_fast.store.reader import open_store
+from influence_fast.store.verification import verify_store
 
 WORKER = """
 import gc, json, sys
@@ -31,6 +32,7 @@ from influence_fast.data.fingerprints import weight_hashes
 from influence_fast.errors import ModelError
 from influence_fast.gradients.per_example import per_example_gradients, per_example_losses
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.sharded import LockstepRows, shard_model
 
 def make():
@@ -64,8 +66,8 @@ for name, projection in dict(exact=None, projected=Projection(dim=4), sketched=P
     shard_model(model, mesh)
     held = sum(p.to_local().numel() for p in model.parameters() if hasattr(p, "to_local"))
     rows = torch.full_like(expected, torch.nan)
-    options = dict(projection=projection, max_tokens=50, skip=[0], losses=losses)
-    for places, batch in LockstepRows(group)(model, examples, **options):
+    spec = RowSpec.of(projection, max_tokens=50)
+    for places, batch in LockstepRows(group)(model, examples, spec, skip=[0], losses=losses):
         rows[places] = batch
     again = per_example_gradients(model, examples, projection=projection)
     found[name] = dict(lockstep=float((rows - expected).norm() / expected.norm()),
@@ -76,7 +78,7 @@ model = shard_model(make(), mesh)
 mlp = model.get_base_model().model.layers[1].mlp
 mlp.register_forward_hook(lambda _, __, output: output * 2 if output.shape[1] > 40 else output)
 try:
-    list(LockstepRows(group)(model, examples, max_tokens=50))
+    list(LockstepRows(group)(model, examples, RowSpec("none", max_tokens=50)))
     found["fault"] = "none was found"
 except ModelError as error:
     found["fault"] = str(error)

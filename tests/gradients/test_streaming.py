@@ -12,7 +12,9 @@ import torch
 import influence_fast as inf
 from influence_fast.errors import DataError, NumericError
 from influence_fast.gradients import streaming
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.streaming import StreamReducer, stream_influence
+from influence_fast.gradients.targets import gradient_layout
 
 LENGTHS = (7, 2, 13, 31, 5, 17)
 FEW, MANY = 2, 9  # queries that ride along as columns, and queries that do not
@@ -34,7 +36,7 @@ def make_queries(model: Any, count: int, **options: Any) -> torch.Tensor:
     lengths = tuple(3 + 5 * i % 19 for i in range(count))
     rows = inf.per_example_gradients(copy.deepcopy(model).double(), make_examples(lengths, seed=1), **options)
     generator = torch.Generator().manual_seed(2)
-    for entry in inf.gradient_layout(model):
+    for entry in gradient_layout(model):
         rows[:, entry.offset : entry.offset + entry.shape[0] * entry.shape[1]] *= torch.rand(1, generator=generator) + 1
     return rows
 
@@ -86,7 +88,9 @@ def test_summed_losses_and_small_packs(model: Any, count: int, monkeypatch: pyte
     expected = truth(model, queries, "sum")
     for max_tokens, chunk in ((1, 1 << 24), (33, 1), (None, 400)):
         monkeypatch.setattr(streaming, "_CHUNK", chunk)  # examples one by one, and a few at a time
-        scores = stream_influence(model, make_examples(), queries, loss_reduction="sum", max_tokens=max_tokens)
+        scores = stream_influence(
+            model, make_examples(), queries, RowSpec("none", loss_reduction="sum", max_tokens=max_tokens)
+        )
         assert relative(scores, expected) < 1e-10
 
 
@@ -139,10 +143,10 @@ def test_an_example_scores_the_same_whatever_it_is_packed_with(model: Any) -> No
 def test_a_preconditioner_folds_into_the_queries(model: Any) -> None:
     """Stream mode with H^-1 on the query side equals the stored rows' own scores."""
     from influence_fast.influence import preconditioners
-    from influence_fast.influence.scoring import module_blocks
+    from influence_fast.influence.row_access import module_blocks
 
     rows = inf.per_example_gradients(model, make_examples())
-    fitted = preconditioners.fit("fisher", lambda: [rows], module_blocks(inf.gradient_layout(model)))
+    fitted = preconditioners.fit("fisher", lambda: [rows], module_blocks(gradient_layout(model)))
     queries = fitted.apply(make_queries(model, FEW))
     assert relative(stream_influence(model, make_examples(), queries), rows @ queries.T) < 1e-10
 

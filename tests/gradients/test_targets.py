@@ -17,7 +17,11 @@ from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.per_example import packs_for, per_example_losses
 from influence_fast.gradients.projection import Projection, random_matrix
 from influence_fast.gradients.row_sketch import RowSketch
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.streaming import stream_influence
+from influence_fast.gradients.targets import gradient_layout
+from influence_fast.influence.sketch_fitting import fit_projection
+from influence_fast.store.queries import query_gradients
 
 ALL = "all-linear"
 EXACT = Projection("none", target=ALL)
@@ -44,7 +48,7 @@ def make_gpt2(dtype: torch.dtype = torch.float64) -> Any:
 
 def by_autograd(model: Any, examples: list[dict[str, Any]], projection: Projection = EXACT) -> list[torch.Tensor]:
     """Gradients [E, d_out, d_in] of each linear in the layout, of the mean loss of one example at a time."""
-    layout = inf.gradient_layout(model, projection)
+    layout = gradient_layout(model, projection)
     weights = [model.get_submodule(entry.module).weight for entry in layout]
     rows = []
     for example in examples:
@@ -77,7 +81,7 @@ def test_rows_of_plain_weights_are_autograds(kind: str, tiny_model: Callable[...
     grads = by_autograd(model, make_examples())
     assert relative(inf.per_example_gradients(model, make_examples(), projection=EXACT), flat(grads)) < 1e-12
     projection = Projection("kron", dim=5, seed=3, target=ALL)
-    layout = inf.gradient_layout(model, projection)
+    layout = gradient_layout(model, projection)
     assert {entry.shape for entry in layout} == {(5, 5)}
     assert not any("head" in entry.module for entry in layout)
     by_hand = [projected(block, projection, entry.module) for entry, block in zip(layout, grads, strict=True)]
@@ -92,7 +96,7 @@ def test_rows_of_plain_weights_are_autograds(kind: str, tiny_model: Callable[...
 @pytest.mark.parametrize("kind", ["sjlt", "rademacher"])
 def test_flat_kinds_sketch_whole_weights(kind: str, llama: Any) -> None:
     projection = Projection(kind, width=40, target=["q_proj", "down_proj"])
-    sketch = RowSketch(inf.gradient_layout(llama, projection), projection, torch.device("cpu"))
+    sketch = RowSketch(gradient_layout(llama, projection), projection, torch.device("cpu"))
     expected = torch.zeros(3, 40, dtype=torch.float64)
     for number, block in enumerate(by_autograd(llama, make_examples(), projection)):
         for row, values in zip(expected, block.flatten(1), strict=True):
@@ -102,7 +106,9 @@ def test_flat_kinds_sketch_whole_weights(kind: str, llama: Any) -> None:
 
 def test_streamed_scores_of_plain_weights(llama: Any) -> None:
     exact = flat(by_autograd(llama, make_examples()))
-    assert relative(stream_influence(llama, make_examples(), exact, target=ALL), exact @ exact.T) < 1e-12
+    assert (
+        relative(stream_influence(llama, make_examples(), exact, RowSpec("none", target=ALL)), exact @ exact.T) < 1e-12
+    )
 
 
 def test_losses_and_draws_of_a_model_without_an_adapter(llama: Any) -> None:
@@ -118,7 +124,7 @@ def test_losses_and_draws_of_a_model_without_an_adapter(llama: Any) -> None:
 
 def test_targets_name_linears_by_endings_and_patterns(llama: Any) -> None:
     def names(target: Any, **more: Any) -> list[str]:
-        layout = inf.gradient_layout(llama, Projection("kron", target=target, **more))
+        layout = gradient_layout(llama, Projection("kron", target=target, **more))
         return [entry.module.removeprefix("model.layers.") for entry in layout]
 
     assert names("q_proj") == ["0.self_attn.q_proj", "1.self_attn.q_proj"]
@@ -143,9 +149,9 @@ def test_targets_of_no_use_are_refused(llama: Any, tiny_model: Callable[..., Any
     }
     for target, message in cases.items():
         with pytest.raises(ModelError, match=message):
-            inf.gradient_layout(llama, Projection(target=target))
+            gradient_layout(llama, Projection(target=target))
     with pytest.raises(ModelError, match=r"lm_head: its weight is model.embed_tokens's too.*target='all-linear'"):
-        inf.gradient_layout(tiny_model("qwen2"), Projection(target="lm_head"))
+        gradient_layout(tiny_model("qwen2"), Projection(target="lm_head"))
     with pytest.raises(ModelError, match=r"no LoRA adapter.*target='all-linear'"):
         inf.per_example_gradients(llama, make_examples(), projection=Projection())
     monkeypatch.setattr(targets, "MOST_EXACT", 1000)
@@ -156,7 +162,7 @@ def test_targets_of_no_use_are_refused(llama: Any, tiny_model: Callable[..., Any
 def test_a_model_with_an_adapter_takes_no_target(tiny_lora: Callable[..., Any]) -> None:
     for model in (tiny_lora(), tiny_lora().get_base_model()):
         with pytest.raises(ModelError, match=r"the model carries an adapter: call merge_and_unload"):
-            inf.gradient_layout(model, Projection(target=ALL))
+            gradient_layout(model, Projection(target=ALL))
 
 
 def test_projection_checks_its_target() -> None:
@@ -179,7 +185,7 @@ def test_an_unused_linear_has_zeros_which_is_said(
     model = tiny_model("llama", torch.float64)
     model.model.tower = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(4, 4).double()})
     found = inf.per_example_gradients(model, make_examples(), projection=EXACT)
-    entry = next(entry for entry in inf.gradient_layout(model, EXACT) if "tower" in entry.module)
+    entry = next(entry for entry in gradient_layout(model, EXACT) if "tower" in entry.module)
     assert not bool(found[:, entry.columns].any())
     kept = torch.cat([found[:, : entry.offset], found[:, entry.columns.stop :]], dim=1)
     del model.model.tower
@@ -198,7 +204,7 @@ def test_a_linear_called_twice_adds_both_calls(tiny_model: Callable[..., Any]) -
         rows = inf.per_example_gradients(model, make_examples(), projection=projection)
         grads = by_autograd(model, make_examples())
         if projection.kind == "kron":
-            names = [entry.module for entry in inf.gradient_layout(model, EXACT)]
+            names = [entry.module for entry in gradient_layout(model, EXACT)]
             grads = [projected(block, projection, name) for block, name in zip(grads, names, strict=True)]
         assert relative(rows, flat(grads)) < (1e-12 if projection.exact else 1e-6)
 
@@ -236,8 +242,8 @@ def test_weights_with_another_use_are_refused_or_left_out(tiny_model: Callable[.
     first, second = (model.model.layers[n].mlp for n in (0, 1))
     second.up_proj.weight = first.up_proj.weight  # two modules, one weight
     with pytest.raises(ModelError, match=r"0.mlp.up_proj: its weight is model.layers.1.mlp.up_proj's too"):
-        inf.gradient_layout(model, Projection(target=["up_proj", "q_proj"]))
-    layout = inf.gradient_layout(model, Projection(target=ALL))
+        gradient_layout(model, Projection(target=["up_proj", "q_proj"]))
+    layout = gradient_layout(model, Projection(target=ALL))
     assert not any("up_proj" in entry.module for entry in layout)
 
     model = tiny_model("llama", torch.float64)
@@ -247,7 +253,7 @@ def test_weights_with_another_use_are_refused_or_left_out(tiny_model: Callable[.
         inf.per_example_gradients(model, make_examples(), projection=Projection(target=["gate_proj", "q_proj"]))
     torch.nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.down_proj)
     with pytest.raises(ModelError, match="down_proj: its weight is computed from other parameters"):
-        inf.gradient_layout(model, Projection(target="down_proj"))
+        gradient_layout(model, Projection(target="down_proj"))
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -278,25 +284,28 @@ def test_a_projected_step_forms_no_weight_gradient(tiny_model: Callable[..., Any
 def test_store_and_scores_of_a_fully_trained_model(llama: Any, tmp_path: Path) -> None:
     projection = Projection("kron", dim=4, target=["q_proj", "down_proj"])
     pool = make_examples(12)
-    store = inf.build_store(tmp_path / "s", llama, None, pool, projection=projection, dtype="fp32", progress=False)
+    store = inf.build_store(
+        tmp_path / "s", llama, pool, inf.RowSpec.of(projection, dtype="fp32"), options=inf.BuildOptions(progress=False)
+    )
     assert (store.identity.adapter_hash, store.projection) == (None, projection)
-    queries = inf.query_gradients(store, llama, pool[:2])
+    queries = query_gradients(store, llama, pool[:2])
     assert relative(queries.double(), inf.per_example_gradients(llama, pool[:2], projection=projection)) < 1e-6
     for name in ("default", "fisher_cosine", "ekfac", "less", "datainf"):
-        table = inf.influence_scores(store, queries, {"correct": [0, 1]}, preconditioner=name)
+        table = inf.Scorer.fit(store, preconditioner=name, fisher="data").scores(queries, {"correct": [0, 1]})
         assert bool(torch.as_tensor(table.columns["s_correct"]).isfinite().all())
     other = Projection("kron", dim=4, target=ALL)
     with pytest.raises(StoreError, match=r"projection_target is '\[.*down_proj.*' in the store and 'all-linear'"):
-        inf.build_store(tmp_path / "s", llama, None, pool, projection=other, dtype="fp32", progress=False)
+        inf.build_store(
+            tmp_path / "s", llama, pool, inf.RowSpec.of(other, dtype="fp32"), options=inf.BuildOptions(progress=False)
+        )
     with pytest.raises(StoreError, match="projection_target"):
         inf.open_store(tmp_path / "s", expect={"projection": other})
 
 
 def test_a_fitted_sketch_of_plain_weights_is_kept_with_its_target(llama: Any, tmp_path: Path) -> None:
     projection = Projection("kron", dim=3, width=6, target="q_proj")
-    fitted = inf.fit_projection(llama, make_examples(8), projection=projection)
-    options = {"projection": fitted, "dtype": "fp32", "progress": False}
-    inf.build_store(tmp_path / "s", llama, None, make_examples(8), **options)
+    fitted = fit_projection(llama, make_examples(8), inf.RowSpec.of(projection))
+    inf.build_store(tmp_path / "s", llama, make_examples(8), inf.RowSpec.of(fitted, dtype="fp32"))
     found = inf.open_store(tmp_path / "s").projection
     assert found == fitted
     assert found.target == "q_proj"

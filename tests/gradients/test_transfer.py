@@ -19,7 +19,9 @@ from influence_fast.gradients import per_example as gradients
 from influence_fast.gradients import reduction, row_sketch
 from influence_fast.gradients.backends import TRITON
 from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.row_sketch import BucketSums
+from influence_fast.influence.sketch_fitting import fit_projection
 from influence_fast.kernels.runtime import recording
 from influence_fast.products.inner_products import quantize_rows, to_bf16
 from influence_fast.row_codec import decoded, encoded
@@ -183,7 +185,7 @@ def test_a_store_built_on_a_card_has_the_bits_of_one_whose_rows_came_as_fp32(
     model, examples = tiny_lora(), make_examples()
 
     def build(name: str) -> dict[str, bytes]:
-        inf.build_store(tmp_path / name, model, None, examples, projection=None, dtype=dtype, max_tokens=20)
+        inf.build_store(tmp_path / name, model, examples, inf.RowSpec("none", dtype=dtype, max_tokens=20))
         return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
 
     crossed = build("card")
@@ -196,8 +198,8 @@ def test_an_interrupted_build_on_a_card_goes_on_to_the_same_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, card: list[str], tiny_lora: Callable[..., Any]
 ) -> None:
     model, examples = tiny_lora(), make_examples()
-    options: dict[str, Any] = {"projection": None, "dtype": "int8", "max_tokens": 20}
-    inf.build_store(tmp_path / "whole", model, None, examples, **options)
+    spec = inf.RowSpec("none", dtype="int8", max_tokens=20)
+    inf.build_store(tmp_path / "whole", model, examples, spec)
     launch = GradientEngine.run
     launched: list[int] = []
 
@@ -210,9 +212,9 @@ def test_an_interrupted_build_on_a_card_goes_on_to_the_same_store(
     with monkeypatch.context() as patch:
         patch.setattr(GradientEngine, "run", stop_at_the_third)
         with pytest.raises(KeyboardInterrupt, match="0 of 1 shards"):
-            inf.build_store(tmp_path / "s", model, None, examples, **options)
+            inf.build_store(tmp_path / "s", model, examples, spec)
     card.clear()
-    inf.build_store(tmp_path / "s", model, None, examples, **options)
+    inf.build_store(tmp_path / "s", model, examples, spec)
     assert card.count("launch") == 2  # the first pack was kept
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "s" / path.name).read_bytes() == path.read_bytes()
@@ -253,21 +255,21 @@ def no_waiting_copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostCopies]:
     ("projection", "fitted"),
     [
         (None, False),
-        (inf.Projection(dim=4), False),
-        (inf.Projection(dim=4, width=64), False),
-        (inf.Projection(dim=4, width=64), True),
-        (inf.Projection("kron", dim=4), False),
-        (inf.Projection("sjlt", width=64), False),
+        (Projection(dim=4), False),
+        (Projection(dim=4, width=64), False),
+        (Projection(dim=4, width=64), True),
+        (Projection("kron", dim=4), False),
+        (Projection("sjlt", width=64), False),
     ],
     ids=str,
 )
 def test_no_batch_after_the_first_waits_for_the_device(
-    no_waiting_copies: HostCopies, tiny_lora: Callable[..., Any], projection: inf.Projection | None, fitted: bool
+    no_waiting_copies: HostCopies, tiny_lora: Callable[..., Any], projection: Projection | None, fitted: bool
 ) -> None:
     """On the meta device, which has no numbers: a host that asks for one fails, and its other copies are listed."""
     model = tiny_lora()
     if fitted and projection:
-        projection = inf.fit_projection(model, make_examples(), projection=projection)
+        projection = fit_projection(model, make_examples(), inf.RowSpec.of(projection))
     model = model.to("meta")
     with GradientEngine(model, projection) as engine:
         first, *others = gradients.packs_for(engine, make_examples(), 20)

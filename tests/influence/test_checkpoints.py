@@ -14,7 +14,9 @@ from scipy import stats
 
 import influence_fast as inf
 from influence_fast.errors import ConfigError, DataError, ModelError
+from influence_fast.gradients.projection import Projection
 from influence_fast.gradients.streaming import stream_influence
+from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence.adam import adam_moments
 from influence_fast.influence.checkpoints import (
     CheckpointScores,
@@ -25,15 +27,14 @@ from influence_fast.influence.checkpoints import (
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.report.ranking_plot import plot_ranking_over_training
 from influence_fast.statistics.ranks import average_ranks
+from influence_fast.training.files import list_checkpoints
 from influence_fast.training.fine_tuning import (
-    LoraSettings,
-    TrainConfig,
     TrainResult,
     finetune,
-    list_checkpoints,
     load_adam_moments,
     load_finetuned,
 )
+from influence_fast.training.settings import LoraSettings, TrainConfig
 
 RATE, EPOCHS, BATCH = 3e-2, 3, 4
 
@@ -167,7 +168,7 @@ def test_adams_moments_come_from_the_same_checkpoint(base: Any, trained: TrainRe
     checkpoint = trained.checkpoints[-1]
     model: Any = load_finetuned(base, checkpoint)
     try:
-        layout = inf.gradient_layout(model)
+        layout = gradient_layout(model)
     finally:
         model.unload()
     moments = adam_moments(checkpoint, layout)
@@ -199,14 +200,14 @@ def test_adams_moments_of_a_plain_trainer_are_those_of_its_optimizer(tiny_model:
     model: Any = get_peft_model(tiny_model("qwen2"), LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
     trainer = train_plainly(model, tmp_path)
     live = {name: trainer.optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters() if p.requires_grad}
-    layout = inf.gradient_layout(model)
+    layout = gradient_layout(model)
     moments = adam_moments(tmp_path / "checkpoint-4", layout)
     assert len(layout) == len(live) == 16
     for entry in layout:
         v = live[f"{entry.module}.{entry.factor}.default.weight"].double().flatten() / (1 - 0.999**4)
         torch.testing.assert_close(moments[entry.columns], v, rtol=1e-12, atol=0)
         assert float(v.max()) > 0
-    top = inf.Projection(dim=3, layers=0.5)
+    top = Projection(dim=3, layers=0.5)
     assert len(adam_moments(tmp_path / "checkpoint-4", layout, projection=top)) == 4 * 2 * 2 * 3
 
 
@@ -227,7 +228,7 @@ def test_a_plain_trainers_moments_of_other_factors(kind: str, tiny_model: Any, t
     trainer = train_plainly(model, tmp_path)
     live = [trainer.optimizer.state[p]["exp_avg_sq"] for p in model.parameters() if p.requires_grad]
     expected = torch.cat([v.double().flatten() for v in live]) / (1 - 0.999**4)
-    moments = adam_moments(tmp_path / "checkpoint-4", inf.gradient_layout(model))
+    moments = adam_moments(tmp_path / "checkpoint-4", gradient_layout(model))
     torch.testing.assert_close(moments, expected, rtol=1e-12, atol=0)
 
 
@@ -240,7 +241,7 @@ def test_moments_that_may_be_of_other_factors_are_refused(tiny_model: Any, tmp_p
         return get_peft_model(tiny_model("qwen2"), LoraConfig(**settings))
 
     plain = adapter()
-    layout = inf.gradient_layout(plain)
+    layout = gradient_layout(plain)
     train_plainly(plain, tmp_path / "sgd", optim="sgd")
     train_plainly(plain, tmp_path / "good")
     good = tmp_path / "good" / "checkpoint-4"
@@ -251,7 +252,7 @@ def test_moments_that_may_be_of_other_factors_are_refused(tiny_model: Any, tmp_p
         adam_moments(tmp_path / "bias" / "checkpoint-4", layout)
     # o_proj has q_proj's shapes here, and only its name tells
     with pytest.raises(ModelError, match="have another adapter's factors than the model"):
-        adam_moments(good, inf.gradient_layout(adapter(target_modules=["o_proj"])))
+        adam_moments(good, gradient_layout(adapter(target_modules=["o_proj"])))
     optimizer = create_loraplus_optimizer(plain, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=4.0)
     sum(p.sum() for p in plain.parameters() if p.requires_grad).backward()
     optimizer.step()
@@ -304,7 +305,7 @@ def test_mistakes_are_named(scores: CheckpointScores, trained: TrainResult, tmp_
 def test_moments_are_corrected_by_the_optimizers_own_beta(tiny_lora: Any, tmp_path: Path, beta2: float) -> None:
     model = tiny_lora()
     trainer = train_plainly(model, tmp_path, adam_beta2=beta2)
-    layout = inf.gradient_layout(model)
+    layout = gradient_layout(model)
     live = {name: trainer.optimizer.state[p]["exp_avg_sq"] for name, p in model.named_parameters() if p.requires_grad}
     moments = adam_moments(tmp_path / "checkpoint-4", layout)
     for entry in layout:
@@ -319,7 +320,7 @@ def test_moments_that_accelerate_saved_are_read(tiny_lora: Any, tmp_path: Path) 
     model = tiny_lora()
     train_plainly(model, tmp_path)
     checkpoint, saved = tmp_path / "checkpoint-4", tmp_path / "accelerate"
-    layout = inf.gradient_layout(model)
+    layout = gradient_layout(model)
     expected = adam_moments(checkpoint, layout)
     saved.mkdir()
     (checkpoint / "optimizer.pt").rename(saved / "optimizer.bin")
@@ -331,7 +332,7 @@ def test_moments_that_fsdp_gathered_are_read_by_name(tiny_lora: Any, tmp_path: P
     model = tiny_lora()
     train_plainly(model, tmp_path)
     checkpoint = tmp_path / "checkpoint-4"
-    layout = inf.gradient_layout(model)
+    layout = gradient_layout(model)
     expected = adam_moments(checkpoint, layout)
     loaded = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     names = [name for name, p in model.named_parameters() if p.requires_grad]

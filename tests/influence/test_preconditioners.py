@@ -17,14 +17,17 @@ from influence_fast.data.adapter_names import plain_name
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError
 from influence_fast.gradients.layout import LayoutEntry
 from influence_fast.gradients.projection import Projection, random_matrix
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import preconditioners
 from influence_fast.influence.adam import adam_moments
+from influence_fast.influence.building import build_store
 from influence_fast.influence.damping import GRID
-from influence_fast.influence.scoring import factors_of, influence_scores, module_blocks
+from influence_fast.influence.row_access import factors_of, module_blocks
+from influence_fast.influence.scorer import Scorer
 from influence_fast.philox import sjlt_map
 from influence_fast.settings import from_dict
-from influence_fast.store.building import build_store
+from influence_fast.store.building import BuildOptions
 
 # two modules, ranks 2 and 1, p = 3 and 5
 FACTORS = [
@@ -165,16 +168,17 @@ def test_scores_from_a_store(tmp_path: Path, tiny_lora: Any, name: str) -> None:
     width = entries[-1].offset + entries[-1].shape[0] * entries[-1].shape[1]
     data, queries = rows(12, width), rows(2, width, seed=1)
 
-    def source(model: Any, examples: list[dict[str, Any]], **_: Any) -> Any:
+    def source(model: Any, examples: list[dict[str, Any]], spec: RowSpec) -> Any:
         yield list(range(len(examples))), torch.stack([data[int(e["id"])] for e in examples])
 
     ids = torch.tensor([1, 2, 3])
     examples = [{"id": str(i), "input_ids": ids, "labels": ids} for i in range(len(data))]
-    options = {"projection": projection, "dtype": "fp32", "shard_rows": 5, "progress": False}
-    store = build_store(tmp_path / "store", model, None, examples, gradients=source, **options)
+    options = BuildOptions(shard_rows=5, gradients=source)
+    store = build_store(tmp_path / "store", model, examples, RowSpec(dim=3, dtype="fp32"), options=options)
     assert factors_of(store) == entries
     moments = torch.rand(width) if name == "adam" else None
-    found = influence_scores(store, queries, {"all": [0, 1]}, preconditioner=name, damping=0.3, moments=moments)
+    scorer = Scorer.fit(store, preconditioner=name, damping=0.3, moments=moments, fisher="data")
+    found = scorer.scores(queries, {"all": [0, 1]})
     h = preconditioners.fit(
         name, lambda: [data.double()], module_blocks(entries), damping=0.3, factors=entries, moments=moments
     )
@@ -185,12 +189,12 @@ def test_scores_from_a_store(tmp_path: Path, tiny_lora: Any, name: str) -> None:
 def test_a_sketched_store_has_no_factor_blocks(tmp_path: Path, tiny_lora: Any) -> None:
     ids = torch.arange(6)
     examples = [{"id": str(i), "input_ids": ids[: 3 + i], "labels": ids[: 3 + i]} for i in range(3)]
-    options = {"projection": Projection(dim=3, width=40), "progress": False}
-    store = build_store(tmp_path / "store", tiny_lora("qwen2"), None, examples, **options)
+    spec = RowSpec(dim=3, width=40, sketch="random")
+    store = build_store(tmp_path / "store", tiny_lora("qwen2"), examples, spec)
     assert factors_of(store) is None
     with pytest.raises(ConfigError, match="'ekfac' needs rows with a block for each LoRA factor"):
-        influence_scores(store, rows(2, 40), {"all": [0, 1]}, preconditioner="ekfac")
-    table = influence_scores(store, rows(2, 40), {"all": [0, 1]}, preconditioner="datainf")
+        Scorer.fit(store, preconditioner="ekfac", fisher="data").scores(rows(2, 40), {"all": [0, 1]})
+    table = Scorer.fit(store, preconditioner="datainf", fisher="data").scores(rows(2, 40), {"all": [0, 1]})
     assert np.isfinite(table.columns["s_all"]).all()
 
 

@@ -13,6 +13,7 @@ import influence_fast as inf
 from influence_fast.data.fingerprints import adapter_hash
 from influence_fast.errors import StoreError
 from influence_fast.gradients.projection import Projection
+from influence_fast.store.queries import query_gradients
 
 KINDS = {
     "exact": None,
@@ -48,11 +49,11 @@ def test_renamed_or_reordered_adapters_are_refused(
     tmp_path: Path, tiny_model: Any, kind: str, names: tuple[str, ...], values: tuple[int, ...]
 ) -> None:
     model = with_adapters(tiny_model, ("one", "two"), (0, 1))
-    store = inf.build_store(tmp_path / "s", model, None, examples(), projection=KINDS[kind], dtype="fp32")
+    store = inf.build_store(tmp_path / "s", model, examples(), inf.RowSpec.of(KINDS[kind], dtype="fp32"))
     same = with_adapters(tiny_model, ("one", "two"), (0, 1))
-    assert torch.allclose(inf.query_gradients(store, same, examples()), store.rows(), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(query_gradients(store, same, examples()), store.rows(), rtol=1e-5, atol=1e-6)
     with pytest.raises(StoreError, match="adapter"):
-        inf.query_gradients(store, with_adapters(tiny_model, names, values), examples())
+        query_gradients(store, with_adapters(tiny_model, names, values), examples())
 
 
 @pytest.mark.parametrize("active", [["one", "one"], ["two"], []])
@@ -69,10 +70,8 @@ def test_one_adapter_by_another_name_is_the_same(tmp_path: Path, tiny_model: Any
     store = inf.build_store(
         tmp_path / "s",
         with_adapters(tiny_model, ("one",), (0,)),
-        None,
         examples(),
-        projection=KINDS["kron"],
-        dtype="fp32",
+        inf.RowSpec.of(KINDS["kron"], dtype="fp32"),
     )
-    rows = inf.query_gradients(store, with_adapters(tiny_model, ("other",), (0,)), examples())
+    rows = query_gradients(store, with_adapters(tiny_model, ("other",), (0,)), examples())
     assert torch.allclose(rows, store.rows(), rtol=1e-5, atol=1e-6)

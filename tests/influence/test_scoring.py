@@ -14,15 +14,11 @@ from scipy import stats
 
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.projection import Projection
-from influence_fast.influence.scoring import (
-    blocks_of,
-    factors_of,
-    influence_matrix,
-    influence_scores,
-    scores_and_top,
-    top_influences,
-)
-from influence_fast.store.building import build_store
+from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.influence.building import build_store
+from influence_fast.influence.row_access import blocks_of, factors_of
+from influence_fast.influence.scorer import Scorer
+from influence_fast.store.building import BuildOptions
 from influence_fast.store.reader import Store
 
 N, Q = 37, 6
@@ -39,13 +35,13 @@ def exact(tiny_lora: Any) -> torch.Tensor:
 
 
 def store_of(path: Path, model: Any, exact: torch.Tensor, dtype: str = "fp32") -> Store:
-    def rows(model: Any, examples: list[dict[str, Any]], **_: Any) -> Any:
+    def rows(model: Any, examples: list[dict[str, Any]], spec: RowSpec) -> Any:
         yield list(range(len(examples))), torch.stack([exact[int(e["id"][1:])] for e in examples])
 
     ids = torch.tensor([1, 2, 3])
     examples = [{"id": f"d{i}", "input_ids": ids, "labels": ids} for i in range(N)]
-    options = {"projection": Projection(dim=4), "dtype": dtype, "shard_rows": 10, "progress": False}
-    return build_store(path, model, None, examples, gradients=rows, **options)
+    options = BuildOptions(shard_rows=10, gradients=rows)
+    return build_store(path, model, examples, RowSpec(dim=4, dtype=dtype), options=options)
 
 
 @pytest.fixture
@@ -69,7 +65,7 @@ def test_scores_agree_with_float64(store: Store, exact: torch.Tensor, name: str)
         rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
     scores = rows @ queries.T
-    table = influence_scores(store, exact[N:], GROUPS, preconditioner=name)
+    table = Scorer.fit(store, preconditioner=name, fisher="data").scores(exact[N:], GROUPS)
     assert table.ids == [f"d{i}" for i in range(N)]
     for group, members in GROUPS.items():
         mean = scores[:, members].mean(axis=1)
@@ -86,8 +82,8 @@ def test_the_matrix_and_its_group_means_agree(
 ) -> None:
     exact /= exact.norm(dim=0)  # four decades in one row are more than 8 bits can hold
     store = store_of(tmp_path / "store", tiny_lora(), exact, dtype)
-    matrix = influence_matrix(store, exact[N:], preconditioner=name)
-    table = influence_scores(store, exact[N:], GROUPS, preconditioner=name)
+    matrix = Scorer.fit(store, preconditioner=name, fisher="data").matrix(exact[N:])
+    table = Scorer.fit(store, preconditioner=name, fisher="data").scores(exact[N:], GROUPS)
     for group, members in GROUPS.items():
         wanted = matrix[:, members].astype(np.float64).mean(axis=1)
         assert np.linalg.norm(table.columns[f"s_{group}"] - wanted) < 1e-5 * np.linalg.norm(wanted)
@@ -97,25 +93,26 @@ def test_the_matrix_and_its_group_means_agree(
 
 @pytest.mark.parametrize("name", ["none", "cosine", "fisher_cosine", "ekfac_cosine"])
 def test_top_influences_are_the_ends_of_the_matrix(store: Store, exact: torch.Tensor, name: str) -> None:
-    matrix = influence_matrix(store, exact[N:], preconditioner=name)
+    matrix = Scorer.fit(store, preconditioner=name, fisher="data").matrix(exact[N:])
     order = np.argsort(matrix, axis=0)  # [N, Q], lowest first
-    top = top_influences(store, exact[N:], 5, preconditioner=name)
+    top = Scorer.fit(store, preconditioner=name, fisher="data").top(exact[N:], 5)
     for (values, rows), expected in ((top.raising, order[::-1][:5].T), (top.lowering, order[:5].T)):
         np.testing.assert_array_equal(rows, expected)
         np.testing.assert_allclose(values, np.take_along_axis(matrix.T, expected, axis=1), rtol=1e-5)
-    table, again = scores_and_top(store, exact[N:], GROUPS, 5, preconditioner=name)
-    alone = influence_scores(store, exact[N:], GROUPS, preconditioner=name)
+    scorer = Scorer.fit(store, preconditioner=name, fisher="data")
+    table, again = scorer.scores(exact[N:], GROUPS), scorer.top(exact[N:], 5)
+    alone = Scorer.fit(store, preconditioner=name, fisher="data").scores(exact[N:], GROUPS)
     for column, values in alone.columns.items():
         np.testing.assert_array_equal(table.columns[column], values)
     np.testing.assert_array_equal(again.lowering[1], top.lowering[1])
-    assert top_influences(store, exact[N:], 500, preconditioner=name).raising[0].shape == (Q, N)
+    assert Scorer.fit(store, preconditioner=name, fisher="data").top(exact[N:], 500).raising[0].shape == (Q, N)
 
 
 def test_a_zero_row_scores_zero_in_every_metric(tmp_path: Path, tiny_lora: Any, exact: torch.Tensor) -> None:
     exact[3] = 0
     store = store_of(tmp_path / "store", tiny_lora(), exact)
     for name in ("fisher_cosine", "less"):
-        matrix = influence_matrix(store, exact[N:], preconditioner=name)
+        matrix = Scorer.fit(store, preconditioner=name, fisher="data").matrix(exact[N:])
         assert (matrix[3] == 0).all()
         assert np.abs(matrix[4]).min() > 0
 
@@ -129,22 +126,22 @@ def test_blocks_are_the_modules(store: Store) -> None:
 
 
 def test_an_empty_group_is_left_out(store: Store, exact: torch.Tensor) -> None:
-    table = influence_scores(store, exact[N:], {"correct": [], "incorrect": [1]}, preconditioner="none")
+    table = Scorer.fit(store, preconditioner="none").scores(exact[N:], {"correct": [], "incorrect": [1]})
     assert "s_correct" not in table.columns
     assert "s_incorrect" in table.columns
     with pytest.raises(DataError, match="every group is empty"):
-        influence_scores(store, exact[N:], {"correct": []}, preconditioner="none")
+        Scorer.fit(store, preconditioner="none").scores(exact[N:], {"correct": []})
 
 
 def test_misfits_are_named(store: Store, exact: torch.Tensor) -> None:
     with pytest.raises(DataError, match="groups are named"):
-        influence_scores(store, exact[N:], [[0, 1]])  # type: ignore[arg-type]
+        Scorer.fit(store, fisher="data").scores(exact[N:], [[0, 1]])  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="must be an open one"):
-        influence_scores(str(store.path), exact[N:], GROUPS)  # type: ignore[arg-type]
+        Scorer.fit(str(store.path), fisher="data").scores(exact[N:], GROUPS)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="project them as the store was"):
-        influence_scores(store, exact[N:, :-1], GROUPS)
+        Scorer.fit(store, fisher="data").scores(exact[N:, :-1], GROUPS)
     with pytest.raises(ConfigError, match="did you mean 'fisher'"):
-        influence_scores(store, exact[N:], GROUPS, preconditioner="fischer")
+        Scorer.fit(store, preconditioner="fischer", fisher="data").scores(exact[N:], GROUPS)
 
 
 def test_int8_rows_that_lose_factors_are_said_where_h_raises_them(tmp_path: Path, tiny_lora: Any, exact: Any) -> None:
@@ -153,14 +150,14 @@ def test_int8_rows_that_lose_factors_are_said_where_h_raises_them(tmp_path: Path
     even = store_of(tmp_path / "even", tiny_lora(), exact / exact.std(dim=0), "int8")
     wide = store_of(tmp_path / "bf16", tiny_lora(), exact, "bf16")
     with pytest.warns(UserWarning, match=r"too few for \d+ of \d+ LoRA factors \(.*lora_A.*'ekfac_cosine' weighs all"):
-        influence_scores(coarse, exact[N:], GROUPS, preconditioner="ekfac_cosine")
+        Scorer.fit(coarse, preconditioner="ekfac_cosine", fisher="data").scores(exact[N:], GROUPS)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        influence_scores(coarse, exact[N:], GROUPS, preconditioner="cosine")
-        influence_scores(even, exact[N:], GROUPS, preconditioner="ekfac_cosine")
-        influence_scores(wide, exact[N:], GROUPS, preconditioner="ekfac_cosine")
+        Scorer.fit(coarse, preconditioner="cosine").scores(exact[N:], GROUPS)
+        Scorer.fit(even, preconditioner="ekfac_cosine", fisher="data").scores(exact[N:], GROUPS)
+        Scorer.fit(wide, preconditioner="ekfac_cosine", fisher="data").scores(exact[N:], GROUPS)
         # the A of a new adapter, whose B is zero: nothing that 8 bits could lose
         fresh = exact / exact.std(dim=0)
         (first, *_) = factors_of(wide) or ()
         fresh[:, : first.shape[0] * first.shape[1]] = 0
-        influence_scores(store_of(tmp_path / "fresh", tiny_lora(), fresh, "int8"), fresh[N:], GROUPS)
+        Scorer.fit(store_of(tmp_path / "fresh", tiny_lora(), fresh, "int8"), fisher="data").scores(fresh[N:], GROUPS)

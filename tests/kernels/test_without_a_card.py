@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from influence_fast.errors import ConfigError
 from influence_fast.kernels import (
+    flat_sketch,
     fp8_rows,
     gated_silu,
     project_flat,
@@ -26,6 +27,7 @@ from influence_fast.kernels import (
 from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY
 from influence_fast.kernels.runtime import INTERPRETED, WHY_NO_TRITON, unavailable
 from influence_fast.kernels.segments import Segments
+from influence_fast.philox import sjlt_map
 from influence_fast.products import inner_products as products
 from influence_fast.row_codec import to_int8
 
@@ -192,8 +194,8 @@ def test_scatter_rounds_never_meet() -> None:
     """Within one tile and one round every bucket is named at most once, and the rounds are as few as can be."""
     d, r, width = 200, 20, 50
     sketch = project_flat.FlatSketch.of("sjlt", 0, "m/row", d, r, width)
-    bucket, _ = project_flat.sjlt_map(0, "m/row", d * r, width)
-    block_d, block_r = project_flat.tile_sides(d, r)
+    bucket, _ = sjlt_map(0, "m/row", d * r, width)
+    block_d, block_r = flat_sketch.tile_sides(d, r)
     tile = (torch.arange(d)[:, None] // block_d) * -(-r // block_r) + torch.arange(r)[None, :] // block_r
     tile = tile.flatten()
     for t in range(int(tile.max()) + 1):

@@ -15,7 +15,7 @@ import torch
 
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.products import native
-from influence_fast.products.inner_products import inner_products
+from influence_fast.products.inner_products import ProductOptions, inner_products
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
 GRANULE, TILE_ROWS = 16, 128  # bytes, rows: csrc/cuda/plan.h
@@ -84,13 +84,13 @@ def test_a_stream_without_a_device_is_an_error(module: Any) -> None:
 def test_device_that_is_not_there() -> None:
     rows, queries = torch.zeros(3, 4), torch.zeros(2, 4)
     with pytest.raises(ConfigError, match="unknown device 'gpu'"):
-        inner_products(rows, queries, device="gpu")
+        inner_products(rows, queries, options=ProductOptions(device="gpu"))
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="device 'cuda' is not available"):
-            inner_products(rows, queries, device="cuda")
+            inner_products(rows, queries, options=ProductOptions(device="cuda"))
     with pytest.raises(DataError, match="rows are a meta tensor"):
-        inner_products(rows.to("meta"), queries, device="cpu")
-    assert torch.equal(inner_products(rows, queries, device="cpu"), torch.zeros(3, 2))
+        inner_products(rows.to("meta"), queries, options=ProductOptions(device="cpu"))
+    assert torch.equal(inner_products(rows, queries, options=ProductOptions(device="cpu")), torch.zeros(3, 2))
 
 
 def test_rows_are_padded_to_granules(module: Any) -> None:

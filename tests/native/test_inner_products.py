@@ -21,7 +21,7 @@ from scipy.stats import rankdata
 
 from influence_fast.errors import ConfigError, DataError, NumericError
 from influence_fast.products import native
-from influence_fast.products.inner_products import InnerProducts, inner_products, quantize_rows, to_bf16
+from influence_fast.products.inner_products import InnerProducts, ProductOptions, inner_products, quantize_rows, to_bf16
 
 PATHS = native.available()
 NATIVE = [name for name in PATHS if name != native.TORCH]
@@ -94,7 +94,11 @@ def test_scores(path: str, kind: str, shape: tuple[int, int, int]) -> None:
     queries = normal(q, k)
     for precision, normalize, threads in itertools.product(("fast", "high"), (False, True), (1, 3)):
         got = inner_products(
-            rows, queries, row_scales=scales, normalize=normalize, precision=precision, threads=threads, isa=path
+            rows,
+            queries,
+            row_scales=scales,
+            normalize=normalize,
+            options=ProductOptions(precision=precision, threads=threads, isa=path),
         )
         assert_scores(got, values, queries, TOLERANCES[kind, precision], normalize)
 
@@ -106,7 +110,7 @@ def test_integers_are_exact(path: str) -> None:
         rows = rng.integers(-128, 128, (n, k), dtype=np.int8)
         queries = rng.integers(-127, 128, (q, k)).astype(np.float32)
         queries[:, 0] = 127  # so that the scale is one
-        got = inner_products(rows, queries, row_scales=np.ones(n, np.float32), isa=path)
+        got = inner_products(rows, queries, row_scales=np.ones(n, np.float32), options=ProductOptions(isa=path))
         assert np.array_equal(got, (rows.astype(np.int64) @ queries.T.astype(np.int64)).astype(np.float32))
 
 
@@ -117,7 +121,7 @@ def test_fused_results_are_those_of_the_scores(path: str, kind: str) -> None:
     queries = normal(70, 321)
     groups = [[0], [5, 69, 3], list(range(70)), [3, 4]]
     for normalize in (False, True):
-        scores = inner_products(rows, queries, row_scales=scales, normalize=normalize, isa=path)
+        scores = inner_products(rows, queries, row_scales=scales, normalize=normalize, options=ProductOptions(isa=path))
         out = np.full((157, 70), np.nan, np.float32)
         fused = inner_products(
             rows,
@@ -127,9 +131,7 @@ def test_fused_results_are_those_of_the_scores(path: str, kind: str) -> None:
             groups=groups,
             topk=11,
             ranks=True,
-            out=out,
-            threads=2,
-            isa=path,
+            options=ProductOptions(out=out, threads=2, isa=path),
         )
         assert isinstance(fused, InnerProducts)
         assert fused.scores is out
@@ -152,7 +154,7 @@ def test_ties(path: str) -> None:
     queries = np.concatenate([rng.integers(-2, 3, (12, 3)), np.zeros((1, 3))]).astype(np.float32)
     queries[3] = [-0.0, 1, 0]
     scores = rows.astype(np.float64) @ queries.T
-    got = inner_products(rows, queries, ranks=True, topk=9, isa=path)
+    got = inner_products(rows, queries, ranks=True, topk=9, options=ProductOptions(isa=path))
     assert got.group_means is None
     assert got.scores is None
     assert got.mean_ranks.shape == (400, 1)
@@ -164,9 +166,9 @@ def test_ties(path: str) -> None:
 def test_columns_chunk_by_chunk(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, queries = normal(230, 40), normal(150, 40, seed=2)
     groups = [[149, 0, 70], list(range(100))]
-    whole = inner_products(rows, queries, groups=groups, topk=4, ranks=True, isa=path)
+    whole = inner_products(rows, queries, groups=groups, topk=4, ranks=True, options=ProductOptions(isa=path))
     monkeypatch.setattr("influence_fast.products.inner_products._COLUMN_BYTES", 230 * 4 * 65)
-    parts = inner_products(rows, queries, groups=groups, topk=4, ranks=True, isa=path)
+    parts = inner_products(rows, queries, groups=groups, topk=4, ranks=True, options=ProductOptions(isa=path))
     assert np.allclose(parts.group_means, whole.group_means, rtol=1e-5, atol=1e-5)
     assert np.allclose(parts.mean_ranks, whole.mean_ranks, rtol=1e-12)
     assert np.array_equal(parts.topk[1], whole.topk[1])
@@ -196,8 +198,12 @@ def test_store(path: str, kind: str, tmp_path: Path) -> None:
     rows.tofile(tmp_path / "rows.bin")
     mapped = np.memmap(tmp_path / "rows.bin", rows.dtype, "r", shape=rows.shape)
     queries = torch.from_numpy(normal(21, 77))
-    want = inner_products(rows, queries, row_scales=scales, groups=[[1, 2]], topk=3, ranks=True, isa=path)
-    got = inner_products(Blocks(mapped, scales, 50), queries, groups=[[1, 2]], topk=3, ranks=True, isa=path)
+    want = inner_products(
+        rows, queries, row_scales=scales, groups=[[1, 2]], topk=3, ranks=True, options=ProductOptions(isa=path)
+    )
+    got = inner_products(
+        Blocks(mapped, scales, 50), queries, groups=[[1, 2]], topk=3, ranks=True, options=ProductOptions(isa=path)
+    )
     assert isinstance(got.group_means, np.ndarray)
     assert np.allclose(got.group_means, want.group_means, rtol=1e-6)
     assert np.array_equal(got.mean_ranks, want.mean_ranks)
@@ -208,9 +214,9 @@ def test_store(path: str, kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("n", [0, 1])
 def test_no_row_and_one_row(path: str, n: int) -> None:
     rows, queries = normal(n, 9), normal(3, 9)
-    assert np.allclose(inner_products(rows, queries, isa=path), rows @ queries.T, rtol=1e-5)
+    assert np.allclose(inner_products(rows, queries, options=ProductOptions(isa=path)), rows @ queries.T, rtol=1e-5)
     for source in (rows, Blocks(rows, None, 4)):
-        got = inner_products(source, queries, groups=[[0, 2]], topk=2, ranks=True, isa=path)
+        got = inner_products(source, queries, groups=[[0, 2]], topk=2, ranks=True, options=ProductOptions(isa=path))
         assert got.group_means.shape == (n, 1)
         assert np.array_equal(got.mean_ranks, np.ones((n, 1)))
         assert got.topk[1].shape == (3, n)
@@ -226,10 +232,10 @@ def test_non_finite_rows_are_named(path: str, kind: str, q: int) -> None:
         rows[row, 69] = to_bf16(np.array([[value]], np.float32))[0, 0] if kind == "bf16" else value
     for normalize in (False, True):
         with pytest.raises(NumericError, match="rows 7, 96, 119 have NaN"):
-            inner_products(rows, normal(q, 70), normalize=normalize, isa=path)
+            inner_products(rows, normal(q, 70), normalize=normalize, options=ProductOptions(isa=path))
         named = Blocks(rows, None, 50, ids=[f"ex{i}" for i in range(120)])
         with pytest.raises(NumericError, match="rows ex7, ex96, ex119 have NaN"):
-            inner_products(named, normal(q, 70), normalize=normalize, ranks=True, isa=path)
+            inner_products(named, normal(q, 70), normalize=normalize, ranks=True, options=ProductOptions(isa=path))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -239,11 +245,13 @@ def test_non_finite_scales_and_queries_are_named(path: str) -> None:
     scales[4] = np.nan
     for normalize in (False, True):
         with pytest.raises(NumericError, match="rows 4 have NaN"):
-            inner_products(rows, normal(3, 33), row_scales=scales, normalize=normalize, isa=path)
+            inner_products(
+                rows, normal(3, 33), row_scales=scales, normalize=normalize, options=ProductOptions(isa=path)
+            )
     queries = normal(5, 33)
     queries[2, 1] = np.inf
     with pytest.raises(NumericError, match="queries 2 have NaN"):
-        inner_products(normal(4, 33), queries, isa=path)
+        inner_products(normal(4, 33), queries, options=ProductOptions(isa=path))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -257,7 +265,9 @@ def test_cosine_of_zero_tiny_and_huge(path: str, kind: str) -> None:
         rows = to_bf16(rows)
     elif kind == "int8":
         rows, scales = quantize_rows(rows)
-    got = inner_products(rows, queries, row_scales=scales, normalize=True, precision="high", isa=path)
+    got = inner_products(
+        rows, queries, row_scales=scales, normalize=True, options=ProductOptions(precision="high", isa=path)
+    )
     one, other = base.astype(np.float64), queries[:2].astype(np.float64)
     want = one @ other.T / np.linalg.norm(one, axis=1)[:, None] / np.linalg.norm(other, axis=1)
     want[0] = 0
@@ -273,7 +283,7 @@ def test_torch_tensors_without_a_copy() -> None:
         assert isinstance(got, torch.Tensor)
         assert_scores(got.numpy(), rows.detach().double().numpy(), queries.numpy(), 4e-3, False)
     out = torch.full((33, 10), torch.nan)
-    assert inner_products(x.detach(), queries, out=out) is out
+    assert inner_products(x.detach(), queries, options=ProductOptions(out=out)) is out
     assert torch.equal(out, inner_products(x.detach(), queries))
     quantized, scales = quantize_rows(x.detach())
     assert isinstance(quantized, torch.Tensor)
@@ -287,7 +297,7 @@ def test_strided_rows_and_out(path: str) -> None:
     wide = normal(60, 100)
     rows, queries = wide[::-2, 10:83], normal(66, 100)[:, 3:76]
     out = np.full((30, 80), np.nan, np.float32)
-    inner_products(rows, queries, out=out[:, 7:73], isa=path)
+    inner_products(rows, queries, options=ProductOptions(out=out[:, 7:73], isa=path))
     assert_scores(out[:, 7:73], rows.astype(np.float64), queries, 1e-6, False)
     assert np.isnan(out[:, :7]).all()
     assert np.isnan(out[:, 73:]).all()
@@ -298,7 +308,9 @@ def test_threads_change_nothing() -> None:
         rows, scales, _ = make(kind, 500, 300)
         queries = normal(30, 300)
         one, many = (
-            inner_products(rows, queries, row_scales=scales, threads=t, topk=5, groups=[[0, 3]], ranks=True)
+            inner_products(
+                rows, queries, row_scales=scales, options=ProductOptions(threads=t), topk=5, groups=[[0, 3]], ranks=True
+            )
             for t in (1, 5)
         )
         assert np.array_equal(one.group_means, many.group_means)
@@ -368,13 +380,13 @@ def test_quantizing_bad_rows_names_them() -> None:
         ({"groups": [[0.5]]}, "group 0 names query 0.5"),
         ({"groups": [[1, 2, 1]]}, "group 0 names query 1 twice"),
         ({"topk": 0}, "topk is 0"),
-        ({"threads": 0}, "threads is 0"),
-        ({"precision": "double"}, "unknown precision 'double'"),
-        ({"out": np.empty((4, 4), np.float32)}, r"out has shape \(4, 4\)"),
-        ({"out": np.empty((4, 3))}, "out has dtype float64"),
-        ({"out": np.empty((3, 4), np.float32).T}, "out is not contiguous"),
-        ({"out": np.broadcast_to(np.float32(0), (4, 3))}, "out is read-only"),
-        ({"out": np.empty((4, 3), np.float32)[::-1]}, "out has its rows in reverse"),
+        ({"options": ProductOptions(threads=0)}, "threads is 0"),
+        ({"options": ProductOptions(precision="double")}, "unknown precision 'double'"),
+        ({"options": ProductOptions(out=np.empty((4, 4), np.float32))}, r"out has shape \(4, 4\)"),
+        ({"options": ProductOptions(out=np.empty((4, 3)))}, "out has dtype float64"),
+        ({"options": ProductOptions(out=np.empty((3, 4), np.float32).T)}, "out is not contiguous"),
+        ({"options": ProductOptions(out=np.broadcast_to(np.float32(0), (4, 3)))}, "out is read-only"),
+        ({"options": ProductOptions(out=np.empty((4, 3), np.float32)[::-1])}, "out has its rows in reverse"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
@@ -395,7 +407,7 @@ def test_disordered_blocks_are_named() -> None:
 
 def test_unknown_path_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="'avx9' is not available here"):
-        inner_products(normal(2, 3), normal(2, 3), isa="avx9")
+        inner_products(normal(2, 3), normal(2, 3), options=ProductOptions(isa="avx9"))
     monkeypatch.setenv(native.ISA_VARIABLE, "avx9")
     with pytest.raises(ConfigError, match="'avx9' is not available here"):
         inner_products(normal(2, 3), normal(2, 3))
@@ -443,7 +455,7 @@ def test_native_calls_let_other_threads_run() -> None:
 
     other = threading.Thread(target=tick)
     other.start()
-    inner_products(rows, queries, threads=1, isa="portable")
+    inner_products(rows, queries, options=ProductOptions(threads=1, isa="portable"))
     done.set()
     other.join()
     assert ticks > 5
@@ -452,14 +464,14 @@ def test_native_calls_let_other_threads_run() -> None:
 INTERRUPTED = """
 import os, signal, threading, time
 import numpy as np
-from influence_fast import inner_products
+from influence_fast import ProductOptions, inner_products
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process of a background job is born ignoring it
 rows = np.ones((4000, 4096), np.float32)
 queries = np.ones((20000, 4096), np.float32)  # minutes of work
 threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
 start = time.monotonic()
 try:
-    inner_products(rows, queries, groups=[[0]], isa="portable", threads=2)
+    inner_products(rows, queries, groups=[[0]], options=ProductOptions(isa="portable", threads=2))
 except KeyboardInterrupt:
     print("interrupted")
 """
@@ -488,13 +500,13 @@ def test_an_out_whose_rows_share_memory_is_refused(kind: str) -> None:
     if kind == "torch":
         out = torch.from_numpy(row).expand(3, len(queries))
     with pytest.raises(DataError, match="share memory"):
-        inner_products(rows, queries, out=out)
+        inner_products(rows, queries, options=ProductOptions(out=out))
 
 
 def test_an_out_that_requires_a_gradient_is_written() -> None:
     rows = torch.eye(3)
     out = torch.zeros(3, 3, requires_grad=True)
-    assert torch.equal(inner_products(rows, rows, out=out).detach(), rows)
+    assert torch.equal(inner_products(rows, rows, options=ProductOptions(out=out)).detach(), rows)
 
 
 def test_sparse_and_meta_rows_are_refused_by_kind() -> None:

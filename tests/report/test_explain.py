@@ -12,7 +12,7 @@ import pytest
 
 from influence_fast.data.examples import Example
 from influence_fast.influence.queries import Queries, make_queries, with_tasks
-from influence_fast.influence.scoring import TopInfluences
+from influence_fast.influence.scorer import TopInfluences
 from influence_fast.report.explain import explanations, save_explanations
 
 IDS = ["a", "b", "c", "d"]

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from influence_fast.errors import DataError
+from influence_fast.report import context, summary
 from influence_fast.report import page as report
-from influence_fast.report import summary, view
 from influence_fast.report.grid_statistics import grid_statistics
-from influence_fast.report.words import headline, p_value
+from influence_fast.report.text import headline, p_value
 from influence_fast.selection.strategies import STRATEGIES
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
@@ -419,7 +419,7 @@ def test_scatter_puts_every_trace_where_its_scores_are(results: dict[str, Any], 
 
 
 def test_extreme_traces_stand_side_by_side_with_their_text(results: dict[str, Any], html: str) -> None:
-    helpful, harmful = summary.extremes(results["scores"], view.EXTREME_TRACES)
+    helpful, harmful = summary.extremes(results["scores"], context.EXTREME_TRACES)
     left, right = html.split('<div class="help">')[1].split('<div class="harm">')
     right = right.split("</section>")[0]
     for side, indices in ((left, helpful), (right, harmful)):
@@ -544,15 +544,15 @@ def test_scores_all_alike_still_draw(same: float) -> None:
 
 
 def test_many_traces_are_limited_and_keep_the_extremes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(view, "MAX_POINTS", 300)
-    monkeypatch.setattr(view, "SAMPLED_POINTS", 100)
+    monkeypatch.setattr(context, "MAX_POINTS", 300)
+    monkeypatch.setattr(context, "SAMPLED_POINTS", 100)
     results = make_results(seeds=1, traces=3000)
     for s in results["scores"]:
         s["completion"] = "long " * 2000
     html = report.render(results)
     drawn = {p["id"] for p in _points(html)}
     assert 100 <= len(drawn) <= 350
-    helpful, harmful = summary.extremes(results["scores"], view.EXTREME_TRACES)
+    helpful, harmful = summary.extremes(results["scores"], context.EXTREME_TRACES)
     s_correct, s_incorrect = summary.score_arrays(results["scores"])
     must = [*helpful, *harmful, *np.argsort(s_correct)[[0, -1]], *np.argsort(s_incorrect)[[0, -1]]]
     assert {results["scores"][i]["id"] for i in must} <= drawn
@@ -563,11 +563,11 @@ def test_many_traces_are_limited_and_keep_the_extremes(monkeypatch: pytest.Monke
 
 def test_long_text_is_folded_and_then_cut() -> None:
     words = " ".join(f"w{i}" for i in range(9000))
-    shown, folded, left_out = view.clipped(words)
+    shown, folded, left_out = context.clipped(words)
     assert words.startswith(shown + folded)
-    assert len(shown) <= view.SHOWN_TEXT
+    assert len(shown) <= context.SHOWN_TEXT
     assert len(shown) + len(folded) + left_out == len(words)
-    assert view.clipped("short") == ("short", "", 0)
+    assert context.clipped("short") == ("short", "", 0)
     scores = [{"id": str(i), "s_correct": i, "s_incorrect": -i, "completion": words} for i in range(2)]
     html = report.render({"title": "t", "scores": scores})
     assert html.count("more characters</summary>") == 2

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from influence_fast.cli import main
 from influence_fast.config import DataConfig, ModelConfig, PruningConfig, RunConfig, Source, load_config
 from influence_fast.data.examples import load_examples, tokenize
 from influence_fast.errors import ConfigError, ModelError
-from influence_fast.influence.settings import GradientConfig, InfluenceConfig
+from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.influence.building import build_store
+from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.run.dry_run import model_shape, plan
 from influence_fast.run.dry_run_text import describe
 from influence_fast.run.workdir import RunFolder
-from influence_fast.store.building import build_store
-from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune
+from influence_fast.training.fine_tuning import finetune
 from influence_fast.training.models import load_tokenizer
+from influence_fast.training.settings import LoraSettings, TrainConfig
 
 RECIPES = sorted(Path(__file__).parents[2].glob("recipes/*.yaml"))
 LORA = LoraSettings(r=4)
@@ -45,26 +48,23 @@ def config_of(folder: Path, **changes: Any) -> RunConfig:
         "model": ModelConfig(str(folder / "model")),
         "data": DataConfig(pool, validation=pool, test=Source("some/where", limit=7)),
         "lora": LORA,
-        "gradients": GradientConfig(dim=3),
+        "gradients": RowSpec(dim=3),
         "training": TrainConfig(epochs=2, batch_size=4),
         "pruning": PruningConfig(strategies=("random", "combined"), fractions=(0.25,), seeds=(0, 1)),
     }
     return RunConfig(**{**settings, **changes})
 
 
-@pytest.mark.parametrize("gradients", [{}, {"width": 50}, {"store_dtype": "int8"}, {"kind": "kron"}, {"layers": 0.5}])
+@pytest.mark.parametrize("gradients", [{}, {"width": 50}, {"dtype": "int8"}, {"kind": "kron"}, {"layers": 0.5}])
 def test_rows_tokens_and_bytes_are_those_of_the_run(
     folder: Path, tmp_path: Path, tiny_model: Any, tiny_lora: Any, gradients: dict[str, Any]
 ) -> None:
-    config = config_of(
-        folder, gradients=GradientConfig(dim=3, **gradients), pruning=PruningConfig(strategies=("full",))
-    )
+    config = config_of(folder, gradients=RowSpec(dim=3, **gradients), pruning=PruningConfig(strategies=("full",)))
     found = plan(config)
     tokenizer = load_tokenizer(folder / "model")
     examples = tokenize(load_examples(folder / "pool.jsonl"), tokenizer).examples
     tuned = tiny_lora("llama")
-    options = {"projection": config.gradients.projection, "dtype": config.gradients.store_dtype}
-    store = build_store(tmp_path / "store", tuned, None, examples, **options)
+    store = build_store(tmp_path / "store", tuned, examples, replace(config.gradients, sketch="random"))
     size = sum(p.stat().st_size for name in ("rows", "scales") for p in (tmp_path / "store").glob(f"{name}-*.bin"))
     assert found.row == store.width
     assert found.store_bytes == size
@@ -143,7 +143,7 @@ def test_what_is_on_the_hub_is_unknown_and_not_asked_for(
     assert (found.pool, found.examples, found.tokens, found.model, found.store_bytes) == (None, 1000, None, None, None)
     assert "2 r dim numbers" in describe(config, found)
     known = plan(
-        dataclasses.replace(config, gradients=GradientConfig(width=64, store_dtype="int8")),
+        dataclasses.replace(config, gradients=RowSpec(width=64, dtype="int8")),
         rows=107, tokens_per_example=10.0,
     )  # fmt: skip
     assert (known.pool, known.tokens, known.store_bytes) == (100, 1000, 100 * (64 + 4))
@@ -188,7 +188,7 @@ def test_a_folder_that_the_run_cannot_use_is_said(folder: Path, tmp_path: Path) 
     RunFolder(config)
     (tmp_path / "run" / "scoring_seconds.json").write_text("{}")
     assert "warning" not in describe(config, plan(config))
-    other = dataclasses.replace(config, gradients=GradientConfig(dim=5))
+    other = dataclasses.replace(config, gradients=RowSpec(dim=5))
     said = describe(other, plan(other))
     assert "\nwarning            the run would stop at once: " in f"\n{said}"
     assert "holds a run of another configuration (gradients.dim" in said
@@ -224,10 +224,10 @@ def test_memory_of_the_gradients_is_that_of_their_largest_batch(folder: Path) ->
     assert kept.peak > again.peak > sum(again.throughout.values()) > 4 * found.model.parameters
     text = describe(config, found)
     assert "a batch of 16,384 tokens, layers computed again; fullest at" in text
-    short = plan(config_of(folder, gradients=GradientConfig(dim=3, max_tokens=1)))
+    short = plan(config_of(folder, gradients=RowSpec(dim=3, max_tokens=1)))
     assert short.gradient_batch == found.longest
     assert short.gradient_memory[True].batch < again.batch / 10
-    exact = config_of(folder, gradients=GradientConfig(kind="sjlt", width=50))
+    exact = config_of(folder, gradients=RowSpec(kind="sjlt", width=50))
     assert plan(exact).gradient_memory == {}
     assert "memory, gradients" not in describe(exact, plan(exact))
 

@@ -17,9 +17,12 @@ from influence_fast.cli import main
 from influence_fast.config import load_config
 from influence_fast.errors import ConfigError, ModelError
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence.adam import adam_moments
 from influence_fast.influence.checkpoints import checkpoint_scores, learning_rates
-from influence_fast.training.fine_tuning import TrainConfig, finetune, load_adam_states, load_finetuned
+from influence_fast.store.queries import query_gradients
+from influence_fast.training.fine_tuning import finetune, load_adam_states, load_finetuned
+from influence_fast.training.settings import TrainConfig
 
 ALL = "all-linear"
 EXACT = Projection("none", target=ALL)
@@ -53,7 +56,7 @@ def trained(tiny_tokenizer: Callable[..., Any], tmp_path_factory: pytest.TempPat
 def test_adam_moments_of_whole_weights_keep_their_orientation(trained: Path) -> None:
     """GPT-2's square Conv1D would fit the wrong way round too."""
     checkpoint = trained / "model" / "checkpoint-4"
-    layout = inf.gradient_layout(make_gpt2(), EXACT)
+    layout = gradient_layout(make_gpt2(), EXACT)
     states = load_adam_states(checkpoint)
     by_hand = [states[f"{entry.module}.weight"].unbiased.T for entry in layout]
     expected = torch.cat([block.flatten() for block in by_hand]).double()
@@ -72,7 +75,7 @@ def test_adam_moments_of_numbered_weights_are_refused(trained: Path, tmp_path: P
     shutil.copytree(trained / "model" / "checkpoint-4", tmp_path / "trainers")
     (tmp_path / "trainers" / NAMES).unlink()
     with pytest.raises(ModelError, match=r"which weight's cannot be told.*lora=None and save_checkpoints"):
-        adam_moments(tmp_path / "trainers", inf.gradient_layout(make_gpt2(), EXACT))
+        adam_moments(tmp_path / "trainers", gradient_layout(make_gpt2(), EXACT))
 
 
 def test_scores_over_full_checkpoints_are_their_weighted_sum(trained: Path, tmp_path: Path) -> None:
@@ -82,11 +85,10 @@ def test_scores_over_full_checkpoints_are_their_weighted_sum(trained: Path, tmp_
         return inf.per_example_gradients(load_finetuned(base, path), pool, projection=EXACT)
 
     def score(path: Path) -> inf.ScoreTable:
-        options = {"projection": EXACT, "dtype": "fp32", "progress": False}
         model = load_finetuned(base, path)
-        store = inf.build_store(tmp_path / path.name, model, None, pool, **options)
-        queries = inf.query_gradients(store, model, pool[:2])
-        return inf.influence_scores(store, queries, {"correct": [0, 1]}, preconditioner="none")
+        store = inf.build_store(tmp_path / path.name, model, pool, inf.RowSpec.of(EXACT, dtype="fp32"))
+        queries = query_gradients(store, model, pool[:2])
+        return inf.Scorer.fit(store, preconditioner="none").scores(queries, {"correct": [0, 1]})
 
     folders = sorted((trained / "model").glob("checkpoint-*"))
     rates = learning_rates(folders, average=True)
@@ -137,7 +139,7 @@ def test_a_run_that_trains_adapters_takes_no_target(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gradients.target is of a fully fine-tuned model"):
         load_config(file)
     file.write_text(file.read_text().replace("{path: m}", "{path: m, adapter: a}"))
-    assert load_config(file).gradients.projection == Projection("kron", dim=64, target=("q_proj", "v_proj"))
+    assert load_config(file).gradients.projection() == Projection("kron", dim=64, target=("q_proj", "v_proj"))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "adapter_config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"gradients.target is of a fully fine-tuned model"):

@@ -440,7 +440,7 @@ def test_the_remedy_of_an_error_keeps_the_fine_tuning(
         pipeline.run(_config(tmp_path), progress=False)
     asked = {"influence": {"queries": "reference"}}
     with monkeypatch.context() as patched:
-        patched.setattr("influence_fast.selection.pool_scores.scoring.scores_and_top", _stopped)
+        patched.setattr("influence_fast.influence.scorer.Scorer.scores", _stopped)
         with pytest.raises(KeyboardInterrupt):
             pipeline.run(_config(tmp_path, **asked), progress=False)
     results = pipeline.run(_config(tmp_path, gradients={"dim": 8}, **asked), progress=False)

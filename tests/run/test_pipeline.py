@@ -88,16 +88,19 @@ def test_scores_are_inner_products_of_exact_pieces(world: Path, results: dict[st
     mean over the groups."""
     import influence_fast as inf
     from influence_fast.data.examples import tokenize
-    from influence_fast.influence.scoring import module_blocks
+    from influence_fast.gradients.fisher_labels import sample_labels
+    from influence_fast.gradients.projection import Projection
+    from influence_fast.gradients.targets import gradient_layout
+    from influence_fast.influence.row_access import module_blocks
     from influence_fast.training.fine_tuning import load_finetuned
     from influence_fast.training.models import load_model, load_tokenizer
 
     run = world / "run"
     model = load_finetuned(load_model(world / "model"), run / "adapters" / "full-seed0")
     tokenizer = load_tokenizer(world / "model")
-    projection = inf.Projection(dim=4)
+    projection = Projection(dim=4)
     pool = tokenize(load_examples(world / "pool.jsonl"), tokenizer).examples
-    drawn = inf.sample_labels(model, pool)
+    drawn = sample_labels(model, pool)
     model = model.double()
     drawn_rows = inf.per_example_gradients(model, drawn, projection=projection)
     rows = inf.per_example_gradients(model, pool, projection=projection)
@@ -105,7 +108,7 @@ def test_scores_are_inner_products_of_exact_pieces(world: Path, results: dict[st
     queries = make_queries(load_examples(world / "validation.jsonl"), answers, None)
     asked = inf.per_example_gradients(model, tokenize(queries.examples, tokenizer).examples, projection=projection)
     scores = torch.zeros(len(pool), len(queries.examples), dtype=torch.float64)
-    for start, end in module_blocks(inf.gradient_layout(model, projection)):
+    for start, end in module_blocks(gradient_layout(model, projection)):
         block = rows[:, start:end]
         fisher = drawn_rows[:, start:end].T @ drawn_rows[:, start:end] / len(drawn_rows)
         damped = fisher + 0.1 * fisher.diagonal().mean() * torch.eye(end - start)
@@ -898,7 +901,7 @@ def test_tasks_may_not_be_called_as_groups_are() -> None:
 
 def test_scores_over_checkpoints_are_their_weighted_sum(world: Path, tmp_path: Path) -> None:
     from influence_fast.influence.checkpoints import learning_rates
-    from influence_fast.training.fine_tuning import list_checkpoints
+    from influence_fast.training.files import list_checkpoints
 
     config = load_config(world / "config.yaml")
     config = dataclasses.replace(

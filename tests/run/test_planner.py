@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from influence_fast.errors import ConfigError, DataError
+from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.influence.building import build_store
 from influence_fast.influence.methods import Method
 from influence_fast.run import planner
-from influence_fast.store.building import build_store
 
 
 def row(cost: float, lds: float, **settings: Any) -> dict[str, Any]:
@@ -84,10 +85,8 @@ def test_the_bytes_are_those_of_the_store(tiny_lora: Any, tmp_path: Path) -> Non
         build_store(
             path,
             model,
-            None,
             examples(),
-            projection=proposal.method.gradients().projection,
-            dtype=proposal.method.store_dtype,
+            RowSpec.of(proposal.method.gradients().projection(), dtype=proposal.method.store_dtype),
         )
         stored = sum(f.stat().st_size for kind in ("rows-*", "scales-*") for f in path.glob(kind))
         assert proposal.bytes <= stored <= proposal.bytes + 256  # files are padded to 64 bytes

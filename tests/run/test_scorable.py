@@ -12,11 +12,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import influence_fast as inf
 from influence_fast.config import RunConfig
-from influence_fast.errors import ModelError, say_once
+from influence_fast.errors import ModelError, warn_once
+from influence_fast.gradients.targets import gradient_layout
 from influence_fast.run import pipeline
 from influence_fast.run.scorable import check_scorable
 from influence_fast.settings import from_dict
-from influence_fast.training.fine_tuning import LoraSettings, attach_lora
+from influence_fast.training.fresh_adapter import attach_lora
+from influence_fast.training.settings import LoraSettings
 
 SIZES = {
     "vocab_size": 61,
@@ -51,12 +53,12 @@ def config_of(**lora: Any) -> RunConfig:
 
 
 def test_all_linear_is_what_can_be_scored(caplog: pytest.LogCaptureFixture) -> None:
-    say_once.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         model = attach_lora(make_model(), LoraSettings(r=2), 0)
     assert "all-linear leaves out layers that cannot be scored" in caplog.text
     assert "it is a Doubling" in caplog.text
-    modules = {entry.module.removeprefix("base_model.model.model.") for entry in inf.gradient_layout(model)}
+    modules = {entry.module.removeprefix("base_model.model.model.") for entry in gradient_layout(model)}
     assert len(modules) == 2 * 7 - 1
     assert not modules & {"vision", "layers.1.mlp.up_proj"}
 

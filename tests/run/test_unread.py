@@ -22,7 +22,8 @@ from influence_fast.config import (
     load_config,
 )
 from influence_fast.data.examples import write_rows
-from influence_fast.influence.settings import GradientConfig, InfluenceConfig
+from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.run.unread import unread_settings
 from influence_fast.selection.strategies import STRATEGIES
 
@@ -46,22 +47,22 @@ def config_of(**changes: Any) -> RunConfig:
         ({"influence": InfluenceConfig("ekfac", fisher_examples=9)}, []),
         ({"influence": InfluenceConfig(fisher="data", fisher_examples=9)}, ["influence.fisher_examples"]),
         # a row that is no longer than its width is not sketched
-        ({"influence": InfluenceConfig(fisher_examples=9), "gradients": GradientConfig(width=64)}, []),
+        ({"influence": InfluenceConfig(fisher_examples=9), "gradients": RowSpec(width=64)}, []),
         (
-            {"influence": InfluenceConfig(fisher_examples=9), "gradients": GradientConfig(width=64, sketch="eigen")},
+            {"influence": InfluenceConfig(fisher_examples=9), "gradients": RowSpec(width=64, sketch="eigen")},
             ["influence.fisher_examples"],
         ),
-        ({"influence": InfluenceConfig(fisher="data"), "gradients": GradientConfig(width=64, sketch_examples=9)}, []),
-        ({"gradients": GradientConfig(sketch_examples=9)}, ["gradients.sketch_examples"]),
-        ({"gradients": GradientConfig(sketch="random")}, ["gradients.sketch"]),
-        ({"gradients": GradientConfig("none", dim=9, seed=3)}, ["gradients.dim"]),  # the seed draws labels
-        ({"influence": InfluenceConfig(damping=0.5), "gradients": GradientConfig(width=64)}, []),
+        ({"influence": InfluenceConfig(fisher="data"), "gradients": RowSpec(width=64, sketch_examples=9)}, []),
+        ({"gradients": RowSpec(sketch_examples=9)}, ["gradients.sketch_examples"]),
+        ({"gradients": RowSpec(sketch="random")}, ["gradients.sketch"]),
+        ({"gradients": RowSpec("none", dim=9, seed=3)}, ["gradients.dim"]),  # the seed draws labels
+        ({"influence": InfluenceConfig(damping=0.5), "gradients": RowSpec(width=64)}, []),
         (
-            {"influence": InfluenceConfig(damping=0.5), "gradients": GradientConfig(width=64, sketch="random")},
+            {"influence": InfluenceConfig(damping=0.5), "gradients": RowSpec(width=64, sketch="random")},
             ["influence.damping"],
         ),
         (
-            {"gradients": GradientConfig("sjlt", dim=9, width=64, seed=3), "influence": InfluenceConfig("cosine")},
+            {"gradients": RowSpec("sjlt", dim=9, width=64, seed=3), "influence": InfluenceConfig("cosine")},
             ["gradients.dim"],
         ),
         ({"influence": InfluenceConfig(queries="reference", fallback="reference")}, ["influence.fallback"]),

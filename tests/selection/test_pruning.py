@@ -13,7 +13,14 @@ from influence_fast.data.examples import Example, load_examples
 from influence_fast.data.fingerprints import text_fingerprint
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.influence.scores import ScoreTable
-from influence_fast.selection.pruning import STRATEGIES, save_selection, select, selection_table, with_fingerprints
+from influence_fast.selection.pruning import (
+    STRATEGIES,
+    Clusters,
+    save_selection,
+    select,
+    selection_table,
+    with_fingerprints,
+)
 from influence_fast.selection.strategies import needed_columns
 
 
@@ -109,7 +116,7 @@ def test_ties_fall_by_the_seed_not_by_order() -> None:
         ({"strategy": "random"}, "either a fraction or a count"),
         ({"strategy": "random", "fraction": 0.1, "count": 2}, "either a fraction or a count"),
         ({"strategy": "random", "count": 2, "groups": ["a"] * 20}, "cannot be shared out over groups"),
-        ({"strategy": "random", "count": 2, "clusters": [0] * 20, "keep_similar": 0}, "at least one of a cluster"),
+        ({"strategy": "random", "count": 2, "clusters": Clusters([0] * 20, keep=0)}, "at least one of a cluster"),
     ],
 )
 def test_impossible_selections_are_refused(arguments: dict, message: str) -> None:
@@ -154,7 +161,16 @@ def test_of_near_duplicates_the_best_stay() -> None:
     assert selection.why[7] == "kept"
     # more of them than are to go: all go
     assert select(line(8), "low_benefit", count=1, clusters=clusters).drop.tolist() == [0, 1, 2]
-    assert select(line(8), "low_benefit", count=1, clusters=clusters, keep_similar=2).drop.tolist() == [0]
+    assert select(line(8), "low_benefit", count=1, clusters=Clusters(clusters, keep=2)).drop.tolist() == [0]
+
+
+def test_keep_similar_still_works_and_says_what_replaces_it() -> None:
+    clusters = [0, 1, 0, 2, 0, 3, 1, 4]
+    with pytest.warns(DeprecationWarning, match=r"Clusters\(numbers, keep=...\)") as said:
+        old = select(line(8), "low_benefit", count=1, clusters=clusters, keep_similar=2)  # type: ignore[call-arg]
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    assert old.drop.tolist() == [0]
 
 
 @pytest.mark.parametrize("strategy", ["random", "combined", "embedding", "easy"])

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from loose import built_by
 from trials import stored_bytes, world
 
 from influence_fast.data.examples import Example
@@ -25,12 +26,17 @@ from influence_fast.errors import ConfigError, DataError, ModelError, NumericErr
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.per_example import iter_gradient_rows, per_example_gradients, per_example_losses
 from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.influence.building import build_store
 from influence_fast.store import writer as store_writer
-from influence_fast.store.building import build_shards, build_store, identity_of
+from influence_fast.store.building import BuildOptions, build_shards
 from influence_fast.store.merge import merge_stores
-from influence_fast.store.reader import open_store, verify_store
+from influence_fast.store.planning import identity_of
+from influence_fast.store.reader import open_store
+from influence_fast.store.verification import verify_store
 
 PROJECTION = Projection(dim=4, seed=3, width=64)
+SPEC = RowSpec.of(PROJECTION, dtype="fp32")
 # fp32 gradients of one example in different packs: rounding only, summed in another order
 BATCH_TOLERANCE = 1e-4
 ROWS_OF = "influence_fast.gradients.per_example.iter_gradient_rows"
@@ -59,7 +65,7 @@ def model(tiny_lora: Callable[..., Any]) -> Any:
 
 def build(path: Path, model: Any, examples: Any, **options: Any) -> Any:
     settings = {"projection": PROJECTION, "dtype": "fp32", "shard_rows": 4, "progress": False} | options
-    return build_store(path, model, settings.pop("tokenizer", None), examples, **settings)
+    return build_store(path, model, examples, **built_by(**settings))
 
 
 # ---- what is stored ----------------------------------------------------------------------------------------------
@@ -75,11 +81,11 @@ def test_losses_are_stored_on_the_way(tmp_path: Path, model: Any, projection: An
 
 
 def test_a_source_that_gives_no_losses_leaves_the_store_without(tmp_path: Path, model: Any) -> None:
-    def without(model: Any, examples: Any, *, projection: Any, loss_reduction: str, max_tokens: int | None) -> Any:
-        return iter_gradient_rows(model, examples, projection=projection, loss_reduction=loss_reduction)
+    def without(model: Any, examples: Any, spec: RowSpec) -> Any:
+        return iter_gradient_rows(model, examples, spec)
 
-    def leaving_it(*args: Any, losses: torch.Tensor, **options: Any) -> Any:
-        return iter_gradient_rows(*args, **options)
+    def leaving_it(model: Any, examples: Any, spec: RowSpec, losses: torch.Tensor) -> Any:
+        return iter_gradient_rows(model, examples, spec)
 
     assert build(tmp_path / "a", model, make_examples(), gradients=without).losses is None
     assert build(tmp_path / "b", model, make_examples(), gradients=leaving_it).losses is None
@@ -89,9 +95,11 @@ def test_an_example_that_was_computed_again_has_its_own_loss(tmp_path: Path, mod
     """Its neighbour in the pack gave it a NaN, and by itself it has a row and a loss."""
     examples = make_examples(4)
 
-    def poisoned(*args: Any, losses: torch.Tensor, **options: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
-        for places, rows in iter_gradient_rows(*args, losses=losses, **options):
-            if len(args[1]) == 4 and 2 in places:
+    def poisoned(
+        model: Any, given: Any, spec: RowSpec, losses: torch.Tensor
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        for places, rows in iter_gradient_rows(model, given, spec, losses=losses):
+            if len(given) == 4 and 2 in places:
                 rows[places.index(2)], losses[2] = torch.nan, torch.nan
             yield places, rows
 
@@ -132,7 +140,11 @@ def test_a_shard_does_not_depend_on_the_others(tmp_path: Path, model: Any) -> No
     """Bit for bit: the shard is computed alone, whatever was done before."""
     whole = build(tmp_path / "whole", model, make_examples())
     rank = build_shards(
-        tmp_path / "part", model, None, make_examples(), projection=PROJECTION, dtype="fp32", shard_rows=4, part=(1, 3)
+        tmp_path / "part",
+        model,
+        make_examples(),
+        SPEC,
+        options=BuildOptions(shard_rows=4, part=(1, 3)),
     )
     assert rank.pending() == [0, 2]
     name = "rows-00001.bin"
@@ -141,7 +153,7 @@ def test_a_shard_does_not_depend_on_the_others(tmp_path: Path, model: Any) -> No
 
 
 def test_wide_rows_make_short_shards(tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("influence_fast.store.building._SHARD_BYTES", 4 * 64 * 5)
+    monkeypatch.setattr("influence_fast.store.planning._SHARD_BYTES", 4 * 64 * 5)
     store = build(tmp_path / "s", model, make_examples(), shard_rows=None)
     assert [part.shard_rows for part in store.manifest.parts] == [5]
     assert store.manifest.shard_count == 3
@@ -277,7 +289,7 @@ def test_bad_input_is_named(tmp_path: Path, model: Any, tiny_model: Callable[...
         build(tmp_path / "s", model, [examples[0], {"input_ids": examples[1]["input_ids"]}])
     with pytest.raises(DataError, match=r"examples\[1\] is a Example, not tokens"):
         build(tmp_path / "s", model, [examples[0], Example("a", "b", "c")])
-    with pytest.raises(ConfigError, match="unknown store dtype"):
+    with pytest.raises(ConfigError, match=r"RowSpec\.dtype: unknown value 'float32'; did you mean"):
         build(tmp_path / "s", model, examples, dtype="float32")
     with pytest.raises(ConfigError, match="on_nonfinite"):
         build(tmp_path / "s", model, examples, on_nonfinite="skip")
@@ -286,13 +298,13 @@ def test_bad_input_is_named(tmp_path: Path, model: Any, tiny_model: Callable[...
     with pytest.raises(ModelError, match="LoRA"):
         build(tmp_path / "s", tiny_model(), examples)
     with pytest.raises(ConfigError, match="part"):
-        build_shards(tmp_path / "s", model, None, examples, projection=None, part=(2, 2))
+        build_shards(tmp_path / "s", model, examples, RowSpec("none"), options=BuildOptions(part=(2, 2)))
     assert not (tmp_path / "s").exists()
 
 
 def test_a_source_that_skips_an_example_is_an_error(tmp_path: Path, model: Any) -> None:
-    def forgetful(*args: Any, **options: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
-        for places, rows in iter_gradient_rows(*args, **options):
+    def forgetful(model: Any, examples: Any, spec: RowSpec) -> Iterator[tuple[list[int], torch.Tensor]]:
+        for places, rows in iter_gradient_rows(model, examples, spec):
             yield places[1:], rows[1:]
 
     with pytest.raises(ModelError, match="no row for e"):
@@ -400,13 +412,17 @@ def test_the_dataset_fingerprint_sees_order_ids_and_every_field() -> None:
 
 def test_several_processes_share_one_folder_or_have_one_each(tmp_path: Path, model: Any) -> None:
     build(tmp_path / "whole", model, make_examples())
-    options: dict[str, Any] = {"projection": PROJECTION, "dtype": "fp32", "shard_rows": 4}
-    writers = [build_shards(tmp_path / "shared", model, None, make_examples(), part=(r, 2), **options) for r in (0, 1)]
+
+    def share(name: str, rank: int) -> Any:
+        options = BuildOptions(shard_rows=4, part=(rank, 2))
+        return build_shards(tmp_path / name, model, make_examples(), SPEC, options=options)
+
+    writers = [share("shared", rank) for rank in (0, 1)]
     for writer in writers:  # any of them, more than once
         writer.finalize()
     assert stored_bytes(tmp_path / "shared") == stored_bytes(tmp_path / "whole")
     for r in (0, 1):
-        build_shards(tmp_path / str(r), model, None, make_examples(), part=(r, 2), **options)
+        share(str(r), r)
     merge_stores([tmp_path / "0", tmp_path / "1"], tmp_path / "merged")
     assert stored_bytes(tmp_path / "merged") == stored_bytes(tmp_path / "whole")
 
@@ -419,7 +435,7 @@ def test_a_store_joined_of_stores_of_the_datas_pieces_is_one_of_the_data(tmp_pat
     whole = stored_bytes(tmp_path / "s")
     rows = joined.rows()
 
-    def refuse(*args: Any, **options: Any) -> Any:
+    def refuse(model: Any, examples: Any, spec: RowSpec) -> Any:
         raise AssertionError("gradients were computed")
 
     again = build(tmp_path / "s", model, data, shard_rows=None, gradients=refuse)
@@ -439,14 +455,14 @@ def test_ctrl_c_says_what_is_done_and_the_build_goes_on(tmp_path: Path, model: A
     build(tmp_path / "whole", model, make_examples())
     computed: list[str] = []
 
-    def interrupted(model: Any, examples: Any, **options: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
+    def interrupted(model: Any, examples: Any, spec: RowSpec, **more: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
         if examples[0]["id"] == "e4":
             raise KeyboardInterrupt
-        yield from iter_gradient_rows(model, examples, **options)
+        yield from iter_gradient_rows(model, examples, spec, **more)
 
-    def counted(model: Any, examples: Any, **options: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
+    def counted(model: Any, examples: Any, spec: RowSpec, **more: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
         computed.extend(example["id"] for example in examples)
-        yield from iter_gradient_rows(model, examples, **options)
+        yield from iter_gradient_rows(model, examples, spec, **more)
 
     with pytest.raises(KeyboardInterrupt, match=r"1 of 3 shards of .* are done"):
         build(tmp_path / "s", model, make_examples(), gradients=interrupted)
@@ -493,9 +509,9 @@ def test_a_damaged_shard_is_computed_again(tmp_path: Path, model: Any, name: str
         file.write(b"\x55\xaa")
     computed = []
 
-    def counted(model: Any, examples: Any, **options: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
+    def counted(model: Any, examples: Any, spec: RowSpec, **more: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
         computed.extend(example["id"] for example in examples)
-        yield from iter_gradient_rows(model, examples, **options)
+        yield from iter_gradient_rows(model, examples, spec, **more)
 
     with pytest.warns(UserWarning, match=rf"computed again: .*{name} is not what was written"):
         build(tmp_path / "s", model, make_examples(), gradients=counted)
@@ -512,7 +528,11 @@ def test_a_partial_shard_that_does_not_fit_is_left_aside(tmp_path: Path, model: 
 
     build(tmp_path / "whole", model, make_examples())
     part = build_shards(
-        tmp_path / "s", model, None, make_examples(), projection=PROJECTION, dtype="fp32", shard_rows=4, part=(2, 3)
+        tmp_path / "s",
+        model,
+        make_examples(),
+        SPEC,
+        options=BuildOptions(shard_rows=4, part=(2, 3)),
     )
     path = tmp_path / "s" / ".partial-00000.safetensors"
     part.keep_partial(0, torch.ones(4, 64), torch.ones(4), {0, 1})
@@ -534,7 +554,7 @@ def test_a_partial_shard_that_does_not_fit_is_left_aside(tmp_path: Path, model: 
 
 
 def test_a_finished_store_is_opened_and_nothing_computed(tmp_path: Path, model: Any) -> None:
-    def never(*args: Any, **options: Any) -> Iterator[tuple[list[int], torch.Tensor]]:
+    def never(model: Any, examples: Any, spec: RowSpec) -> Iterator[tuple[list[int], torch.Tensor]]:
         raise AssertionError("computed again")
 
     build(tmp_path / "s", model, make_examples())
@@ -578,7 +598,9 @@ def test_one_engine_serves_all_shards_and_none_is_opened_for_a_finished_store(
 
     monkeypatch.setattr(GradientEngine, "__enter__", counted)
     for _ in range(2):
-        store = build_store(tmp_path / "s", model, None, make_examples(10), projection=None, shard_rows=2)
+        store = build_store(
+            tmp_path / "s", model, make_examples(10), RowSpec("none"), options=BuildOptions(shard_rows=2)
+        )
         assert len(store) == 10
         assert len(opened) == 1
     assert not any("forward" in vars(module) for module in model.modules())
@@ -589,9 +611,10 @@ BUILDER = (
     world(longest=40)
     + """
 import gc, glob, os, signal, sys, time
-from influence_fast.store.building import build_store
+from influence_fast.influence.building import build_store
 from influence_fast.gradients.per_example import iter_gradient_rows
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.store.building import BuildOptions
 
 gc.collect()
 gc.freeze()  # a collection of all that was imported takes as long as a build, and would fall into one and not another
@@ -600,8 +623,8 @@ for line in sys.stdin:
     path, shards, later = line.rstrip("\\n").split("\\t")
     child = os.fork()
     if child == 0:
-        build_store(path, model, None, examples, projection=Projection(dim=4, width=64), dtype="int8",
-                    shard_rows=3, progress=False)
+        build_store(path, model, examples, RowSpec(dim=4, width=64, sketch="random", dtype="int8"),
+                    options=BuildOptions(shard_rows=3, progress=False))
         os._exit(0)
     if shards:
         # The moment is counted in shards and not in seconds: on a busy machine a build takes several times as long.

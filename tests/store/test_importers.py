@@ -20,7 +20,8 @@ from influence_fast.store.identity import projection_fields
 from influence_fast.store.importers import import_gradients
 from influence_fast.store.manifest import ModuleEntry
 from influence_fast.store.merge import merge_stores
-from influence_fast.store.reader import StoreIdentity, open_store, verify_store
+from influence_fast.store.reader import StoreIdentity, open_store
+from influence_fast.store.verification import verify_store
 
 ROWS, WIDTH = 37, 24
 

@@ -22,7 +22,8 @@ from influence_fast.store import checksums
 from influence_fast.store import writer as store_writer
 from influence_fast.store.manifest import Manifest, ModuleEntry, Part, digest, row_bytes
 from influence_fast.store.merge import append_store, merge_stores
-from influence_fast.store.reader import Store, open_store, verify_store
+from influence_fast.store.reader import Store, open_store
+from influence_fast.store.verification import verify_store
 from influence_fast.store.writer import StoreWriter
 
 WIDTH = 37

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from influence_fast.errors import ConfigError, ModelError
-from influence_fast.training.fine_tuning import LoraSettings, attach_lora
+from influence_fast.training.fresh_adapter import attach_lora
 from influence_fast.training.models import load_model
+from influence_fast.training.settings import LoraSettings
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_target_modules_are_written_in_one_order(tmp_path: Path) -> None:
     """Sets of text are in another order in each process, as their hashes are."""
     script = (
         "import sys; from transformers import Qwen2Config, Qwen2ForCausalLM\n"
-        "from influence_fast.training.fine_tuning import LoraSettings, attach_lora\n"
+        "from influence_fast.training.fresh_adapter import LoraSettings, attach_lora\n"
         "sizes = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)\n"
         "model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=1))\n"
         "attach_lora(model, LoraSettings(r=1), 0).save_pretrained(sys.argv[1])\n"

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from influence_fast.errors import ModelError, say_once
+from influence_fast.errors import ModelError, warn_once
 from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.training.adapter_bases import adapter_warnings
 from influence_fast.training.fine_tuning import finetuned, load_finetuned
@@ -27,7 +27,7 @@ IDS = torch.tensor([[5, 9, 100, 42, 7, 300]])
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    say_once.cache_clear()
+    warn_once.cache_clear()
     caplog.set_level(logging.WARNING, logger="influence_fast")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("influence_fast")]
 

@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from influence_fast.errors import ModelError
-from influence_fast.training.fine_tuning import LoraSettings, attach_lora, load_finetuned
+from influence_fast.training.fine_tuning import load_finetuned
+from influence_fast.training.fresh_adapter import attach_lora
 from influence_fast.training.listed_experts import is_listed
+from influence_fast.training.settings import LoraSettings
 
 EXPERTS, RANK = 3, 2
 SHAPES = {"gate_proj": (10, 16), "up_proj": (10, 16), "down_proj": (16, 10)}

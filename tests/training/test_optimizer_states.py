@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from influence_fast.errors import ModelError, say_once
+from influence_fast.errors import ModelError, warn_once
 from influence_fast.training.optimizer_states import named_adam, read_adam
 
 Factory = Callable[..., Any]
@@ -19,7 +19,7 @@ Factory = Callable[..., Any]
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    say_once.cache_clear()
+    warn_once.cache_clear()
     caplog.set_level(logging.WARNING, logger="influence_fast")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("influence_fast")]
 

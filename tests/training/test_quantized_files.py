@@ -15,7 +15,7 @@ from worlds import write_model, write_rows
 from influence_fast.cli import main
 from influence_fast.config import DataConfig, EvalConfig, ModelConfig, RunConfig, Source
 from influence_fast.errors import ConfigError, ModelError
-from influence_fast.influence.settings import GradientConfig
+from influence_fast.gradients.row_spec import RowSpec
 from influence_fast.run.dry_run import model_shape, plan
 from influence_fast.store.reader import open_store
 from influence_fast.training.models import adapter_warnings, load_model, load_tokenizer
@@ -95,7 +95,7 @@ def test_quantisations_that_cannot_be_are_refused(world: Path) -> None:
     quantised = ModelConfig(str(world / "model"), quantize="nf4")
     settings: dict[str, Any] = {"output": "o", "model": quantised, "data": DataConfig(Source("pool"))}
     with pytest.raises(ConfigError, match=r"gradients\.precision: fp8 .* use 'auto'"):
-        RunConfig(**settings, gradients=GradientConfig(precision="fp8"))
+        RunConfig(**settings, gradients=RowSpec(precision="fp8"))
     with pytest.raises(ConfigError, match=r"evaluation\.engine: vllm .* use 'transformers'"):
         RunConfig(**settings, evaluation=EvalConfig(engine="vllm"))
 

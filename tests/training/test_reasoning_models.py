@@ -10,8 +10,12 @@ import torch
 
 import influence_fast as inf
 from benches.text_fidelity import templates, tokenizer_for
+from influence_fast.evaluation.evaluate import EvalConfig
+from influence_fast.gradients.projection import Projection
 from influence_fast.influence.queries import make_queries, own_answers
-from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune, load_finetuned
+from influence_fast.store.queries import query_gradients
+from influence_fast.training.fine_tuning import finetune, load_finetuned
+from influence_fast.training.settings import LoraSettings, TrainConfig
 
 FAMILIES = ("deepseek_r1_distill", "deepseekv3", "nemotron_3_nano", "qwen3_5_think")
 
@@ -35,16 +39,16 @@ def test_reasoning_families_train_answer_and_score(tiny_model: Any, tmp_path: Pa
         lora=LoraSettings(r=2), progress=False,
     )  # fmt: skip
     tuned = load_finetuned(model, result.path)
-    answers = own_answers(tuned, tokenizer, examples, inf.EvalConfig(max_new_tokens=5), progress=False)
+    answers = own_answers(tuned, tokenizer, examples, EvalConfig(max_new_tokens=5), progress=False)
     assert [answer["id"] for answer in answers] == [example.id for example in examples]
     said = [
         answer | {"generation": text, "token_ids": tokenizer(text)["input_ids"], "correct": i < 3, "ended": False}
         for i, (answer, text) in enumerate(zip(answers, ["and 1 is 2</think>2"] * 6, strict=True))
     ]
     queries = make_queries(examples, said, None, needed=())
-    store = inf.build_store(tmp_path / "store", tuned, tokenizer, examples, projection=inf.Projection(dim=4))
-    asked = inf.query_gradients(store, tuned, inf.tokenize(queries.examples, tokenizer).examples)
-    table = inf.influence_scores(store, asked, queries.groups, preconditioner="cosine")
+    store = inf.build_store(tmp_path / "store", tuned, examples, inf.RowSpec.of(Projection(dim=4)), tokenizer=tokenizer)
+    asked = query_gradients(store, tuned, inf.tokenize(queries.examples, tokenizer).examples)
+    table = inf.Scorer.fit(store, preconditioner="cosine").scores(asked, queries.groups)
     assert len(table.ids) == 6
     for column in table.columns.values():
         assert torch.isfinite(torch.as_tensor(column).double()).all()

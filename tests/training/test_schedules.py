@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from influence_fast.errors import ModelError, say_once
+from influence_fast.errors import ModelError, warn_once
 from influence_fast.influence.checkpoints import learning_rates
-from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune, list_checkpoints
+from influence_fast.training.files import list_checkpoints
+from influence_fast.training.fine_tuning import finetune
 from influence_fast.training.schedules import group_rates, read_arguments
+from influence_fast.training.settings import LoraSettings, TrainConfig
 
 Factory = Callable[..., Any]
 SCHEDULES = ["constant", "constant_with_warmup", "cosine", "linear"]
@@ -27,7 +29,7 @@ SCHEDULES = ["constant", "constant_with_warmup", "cosine", "linear"]
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    say_once.cache_clear()
+    warn_once.cache_clear()
     caplog.set_level(logging.WARNING, logger="influence_fast")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("influence_fast")]
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from influence_fast.data.fingerprints import tokenizer_hash
-from influence_fast.errors import ModelError, say_once
-from influence_fast.training.fine_tuning import LoraSettings, TrainConfig, finetune
+from influence_fast.errors import ModelError, warn_once
+from influence_fast.training.fine_tuning import finetune
+from influence_fast.training.settings import LoraSettings, TrainConfig
 from influence_fast.training.tokenizers import load_tokenizer
 
 Factory = Callable[..., Any]
@@ -35,7 +36,7 @@ def adapter(tmp_path: Path, tiny_lora: Factory) -> Path:
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
-    say_once.cache_clear()
+    warn_once.cache_clear()
     caplog.set_level(logging.WARNING, logger="influence_fast")
     return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("influence_fast")]
 

@@ -11,19 +11,14 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, say_once
+from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, warn_once
 from influence_fast.gradients import attention
 from influence_fast.run.demo import make_tokenizer
 from influence_fast.training import sft
-from influence_fast.training.fine_tuning import (
-    LoraSettings,
-    TrainConfig,
-    attach_lora,
-    finetune,
-    list_checkpoints,
-    load_adam_moments,
-    load_finetuned,
-)
+from influence_fast.training.files import list_checkpoints
+from influence_fast.training.fine_tuning import finetune, load_adam_moments, load_finetuned
+from influence_fast.training.fresh_adapter import attach_lora
+from influence_fast.training.settings import LoraSettings, TrainConfig
 
 LORA = LoraSettings(r=4, alpha=8)
 CONFIG = TrainConfig(epochs=3, learning_rate=3e-2, batch_size=4, precision="fp32")
@@ -432,7 +427,7 @@ def test_a_training_that_diverges_leaves_nothing_behind(
 def test_examples_beyond_the_models_context_are_said(
     model: Any, tokenizer: Any, examples: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    say_once.cache_clear()
+    warn_once.cache_clear()
     context = max(len(example["input_ids"]) for example in examples)
     before = model.config.max_position_embeddings
     try:

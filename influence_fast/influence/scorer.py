@@ -1,0 +1,378 @@
+"""A preconditioner that is fitted once, and answers any number of questions about the rows of one store."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from influence_fast.data.held import Held
+from influence_fast.errors import ConfigError, DataError
+from influence_fast.gradients.layout import LayoutEntry
+from influence_fast.gradients.projection import exact_rows
+from influence_fast.gradients.targets import gradient_layout
+from influence_fast.influence import preconditioners
+from influence_fast.influence.fisher_rows import (
+    check_fisher,
+    drawn_examples,
+    fisher_rows,
+    kept_fisher_rows,
+    made_like,
+)
+from influence_fast.influence.lifting import exact_coordinates
+from influence_fast.influence.preconditioners import (
+    DEFAULT,
+    DEFAULT_DAMPING,
+    FISHER_EXAMPLES,
+    FISHER_LABELS,
+    FROM_DATA,
+    FROM_MODEL,
+    Damping,
+)
+from influence_fast.influence.recipe import Recipe
+from influence_fast.influence.rounding import warn_if_coarse
+from influence_fast.influence.row_access import DividedRows, blocks_of, factors_of, row_blocks
+from influence_fast.influence.scorer_files import Parts, load_parts, save_parts
+from influence_fast.influence.scores import ScoreTable
+from influence_fast.influence.settings import InfluenceConfig
+from influence_fast.influence.whitened import UnitNorm
+from influence_fast.products.inner_products import inner_products
+from influence_fast.products.options import ProductOptions
+from influence_fast.settings import one_of
+from influence_fast.statistics.ranks import average_ranks
+from influence_fast.store.planning import identity_of
+from influence_fast.store.reader import Store
+from influence_fast.store.shard_rows import AS_TOKENS
+
+GIVEN = "a store"  # whose gradients a Fisher information is of, beside `FISHER_LABELS`
+
+
+@dataclass(frozen=True, slots=True)
+class TopInfluences:
+    """The rows of a store that count most for each of Q queries, k of them (fewer where the store has fewer).
+
+    raising, lowering: (influence [Q, k] fp32, rows [Q, k] int64), the strongest first. More training on a raising row
+    makes the query's answer likelier, on a lowering one less likely; with weak rows among the first k the signs of the
+    last can be the other way.
+    """
+
+    raising: tuple[np.ndarray, np.ndarray]
+    lowering: tuple[np.ndarray, np.ndarray]
+
+
+class Scorer:
+    """Score the rows of a store, I(d, v) = grad l(v)^T H^-1 grad l(d), by an H^-1 that is fitted once.
+
+    A score is positive where more of the training example d lowers the loss of the query v. `Scorer.fit` makes one,
+    `save` and `Scorer.load` keep it beside the store.
+
+    store: the rows that are scored. recipe: what goes together (see `Recipe`). fitted: the preconditioner.
+
+        scorer = inf.Scorer.fit(store, preconditioner="ekfac_cosine", model=model, examples=tokens)
+        scores = scorer.scores(queries, {"correct": [0, 1], "incorrect": [2]})
+        top = scorer.top(queries, k=5)
+    """
+
+    def __init__(self, store: Store, recipe: Recipe, parts: Parts) -> None:
+        self.store = store
+        self.recipe = recipe
+        self.fitted = parts.fitted
+        self._parts = parts
+        if parts.lengths is not None:
+            self.__dict__["lengths"] = parts.lengths
+
+    def __repr__(self) -> str:
+        return f"Scorer({str(self.store.path)!r}, rows={len(self.store)}, preconditioner={self.recipe.name!r})"
+
+    @classmethod
+    def fit(
+        cls,
+        store: Store,
+        *,
+        preconditioner: str = DEFAULT,
+        damping: Damping = DEFAULT_DAMPING,
+        fisher: str | Store = FROM_MODEL,
+        fisher_examples: int = FISHER_EXAMPLES,
+        model: Any = None,
+        examples: Held | None = None,
+        moments: torch.Tensor | None = None,
+    ) -> Scorer:
+        """Fit a preconditioner for the rows of a store.
+
+        Args:
+            store: training gradients.
+            preconditioner: see `preconditioners`; "default" is the best one that the rows allow. What its name calls
+                EK-FAC is Shampoo's eigenbasis with EK-FAC's corrected eigenvalues.
+            damping: share of a block's mean eigenvalue added to its eigenvalues, or "auto" (see `damping`). Rows of a
+                fitted sketch keep the damping that it was fitted with.
+            fisher: what "ekfac", "fisher" and "datainf" are fitted on: "model", gradients of labels that the model
+                draws (see `sample_labels`); "data", the rows of the store, the empirical Fisher; or a store of such
+                gradients. What reads no Fisher information ignores it.
+            fisher_examples: for "model", of how many examples at most.
+            model: what the store was built with. "model" draws labels from it; `apply` takes the shapes of its layers.
+            examples: the tokenized examples that the store was built of, which "model" draws labels for. A store that
+                this process built knows them. The rows are kept beside the store, and taken again from there.
+            moments: [k] second moments for "adam" and "less" (see `adam_moments`); by default those of the rows.
+
+        Raises:
+            ConfigError: an unknown preconditioner, one that does not fit these rows, or "model" without what it needs.
+            StoreError: the model is not the store's, or `fisher` is of another model, adapter or projection.
+            DataError: the examples are not the store's.
+            NumericError: a NaN or infinite value in the rows.
+        """
+        check_open(store)
+        labels = fisher if isinstance(fisher, str) else GIVEN
+        one_of("fisher", labels, (*FISHER_LABELS, GIVEN))
+        recipe = Recipe.of_store(store, InfluenceConfig(preconditioner, damping, labels, fisher_examples))
+        applied = recipe.applied
+        layout = None if model is None else _layout_of(store, model)
+        source = store
+        if recipe.reads_fisher:
+            source = _fisher_store(store, fisher, fisher_examples, model, examples)
+        fitted = preconditioners.fit(
+            applied,
+            lambda: row_blocks(source),
+            blocks_of(store),
+            damping=damping,
+            factors=factors_of(store),
+            moments=moments,
+        )
+        return cls(store, recipe, Parts(fitted, source, layout))
+
+    def scores(self, queries: torch.Tensor | np.ndarray, groups: Mapping[str, Sequence[int]]) -> ScoreTable:
+        """Score every row against groups of query gradients; the [N, Q] matrix is never held.
+
+        Args:
+            queries: [Q, k] fp32 query gradients, projected as the store's rows are.
+            groups: name -> row numbers of `queries`; the paper's are "correct" and "incorrect". An empty group is left
+                out of the table.
+
+        Returns:
+            For each group g: `s_g` (mean influence), `rank_g` (rank of that mean, 1 = lowest, ties averaged) and
+            `mean_rank_g` (mean of the ranks of the single queries).
+
+        Raises:
+            DataError: the queries do not fit the store, or every group is empty.
+            NumericError: a NaN or infinite value in the queries, or in rows of the store.
+        """
+        used = used_groups(groups)
+        result = self._products(queries, groups=list(used.values()), ranks=True)
+        means, ranks = np.asarray(result.group_means, np.float64), np.asarray(result.mean_ranks, np.float64)
+        columns = {}
+        for g, name in enumerate(used):
+            columns[f"s_{name}"] = means[:, g]
+            columns[f"rank_{name}"] = average_ranks(means[:, g])
+            columns[f"mean_rank_{name}"] = ranks[:, g]
+        return ScoreTable(list(self.store.ids), columns)
+
+    def top(self, queries: torch.Tensor | np.ndarray, k: int = 10) -> TopInfluences:
+        """Return the k rows that raise, and the k that lower, each of the queries [Q, width] most.
+
+        Raises as `scores`.
+        """
+        found = self._products(queries, both_signs=True, topk=k)
+        values, places = (np.asarray(part) for part in found.topk)
+        count = len(values) // 2
+        return TopInfluences((values[:count], places[:count]), (-values[count:], places[count:]))
+
+    def matrix(self, queries: torch.Tensor | np.ndarray) -> np.ndarray:
+        """Return I(d, v) of every row (in the order of `store.ids`) on every query, [N, Q] fp32.
+
+        For many queries take `scores`, which never holds the matrix. Raises as `scores`.
+        """
+        return np.asarray(self._products(queries), np.float32)
+
+    def self_influence(self) -> np.ndarray:
+        """Return the influence of every row on itself, [N] fp64: the diagonal of `matrix(store.rows())`.
+
+        Between unit-norm rows (`cosine`, `ekfac_cosine`, `fisher_cosine`) it is 1 for every row but a zero one: take
+        `none`, `ekfac` or `fisher` to see which examples weigh most.
+        """
+        parts = []
+        for rows in row_blocks(self.store):
+            wide = rows.double()
+            parts.append((self._preconditioned(wide) * wide).sum(dim=1))
+        found: np.ndarray = torch.cat([torch.zeros(0, dtype=torch.float64), *parts]).cpu().numpy()
+        return found if self.lengths is None else _divided(found, self.lengths)
+
+    def apply(self, queries: torch.Tensor | np.ndarray) -> torch.Tensor:
+        """Return H^-1 q of queries [Q, k] in the coordinates of exact gradients, [Q, K]: for `stream_influence`.
+
+        `stream_influence(model, examples, scorer.apply(q))` gives the scores of examples that need not be in the store;
+        row `gradient_layout(model)` says what the K numbers are. Projections, sketches at random and fitted ones are
+        undone by their transposed maps, for which the fit needs the model (`Scorer.fit(..., model=model)`) wherever
+        rows are projected. Rows that were imported keep their own coordinates.
+
+            none                        q
+            adam                        q / (sqrt(v) + eps)
+            fisher, ekfac, datainf      H^-1 q
+            cosine                      q / |q|; left to do: divide by |g|, the length of the example's row
+            fisher_cosine, ekfac_cosine H^-1 q / |H^-1/2 q|; left: divide by |H^-1/2 g|
+            less                        H^-1 q / |q|; left: divide by |H^-1 g|
+
+        What is left is a division by a length of each example's own row, which gives a direction its score; `lengths`
+        has those of the store's rows, in order. It moves no sign, and no ranking of queries for one example. On rows of
+        a fitted sketch, `ekfac` and `ekfac_cosine` are S^T z and S^T z / |z| of the query's row z = S g.
+
+        Raises ConfigError where the way back is not known, StoreError where the store does not say how it was
+        projected, DataError where the queries do not fit it.
+        """
+        queries = check_queries(self.store, queries)
+        made = self._preconditioned(queries.float())
+        if self.store.identity.projection_kind in (None, "unknown"):
+            return made
+        projection = self.store.projection
+        if projection is None or projection.exact:
+            return made
+        if self._parts.layout is None:
+            raise ConfigError(
+                "the way from projected rows back to whole gradients needs the shapes of the model's layers: give "
+                "Scorer.fit (or Scorer.load) the model"
+            )
+        return exact_coordinates(made, projection, self._parts.layout).to(made.dtype)
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray | None:
+        """What the scores of each row are divided by, [N] fp64; None where they are not divided.
+
+        A row of zeros has the length 0, and scores 0.
+        """
+        if isinstance(self.fitted, UnitNorm):
+            norms = [self.fitted.row_norms(rows) for rows in row_blocks(self.store)]
+        elif self.fitted.normalize:
+            norms = [rows.double().norm(dim=1) for rows in row_blocks(self.store)]
+        else:
+            return None
+        lengths: np.ndarray = torch.cat([torch.zeros(0, dtype=torch.float64), *norms]).cpu().numpy()
+        return lengths
+
+    def save(self, folder: str | Path | None = None) -> Path:
+        """Write the scorer to a folder, by default beside the store (`<store>.scorer`), and return the folder.
+
+        The rows of the store are not copied. Raises StoreError: the disk refuses.
+        """
+        lengths = self.__dict__.get("lengths")
+        return save_parts(self.store, self.recipe, self._parts.with_lengths(lengths), folder)
+
+    @classmethod
+    def load(
+        cls,
+        source: Store | str | Path,
+        *,
+        model: Any = None,
+        preconditioner: str | None = None,
+        damping: Damping | None = None,
+        fisher: str | None = None,
+        store: Store | None = None,
+    ) -> Scorer:
+        """Read what `save` wrote.
+
+        Args:
+            source: the store, its folder, or the folder that was given to `save`.
+            model: where given, has to be the store's, and `apply` takes the shapes of its layers.
+            preconditioner, damping, fisher: where given, have to be those that it was fitted with.
+            store: where given, has to be the store that it was fitted for, which may have been moved since.
+
+        Raises StoreError: there is none, it is damaged, or it was fitted for another store, model or other settings.
+        """
+        wanted = {"preconditioner": preconditioner, "damping": damping, "fisher": fisher}
+        found, recipe, parts = load_parts(source, store, wanted)
+        if model is not None:
+            parts = parts.with_layout(_layout_of(found, model))
+        return cls(found, recipe, parts)
+
+    def _preconditioned(self, queries: torch.Tensor) -> torch.Tensor:
+        """[Q, k] -> [Q, k], whose product with a row is its score before the row's own division."""
+        made = self.fitted.apply(queries)
+        if not self.fitted.normalize:
+            return made
+        lengths = made.norm(dim=1, keepdim=True)
+        return made / torch.where(lengths > 0, lengths, 1.0)
+
+    def _products(self, queries: torch.Tensor | np.ndarray, *, both_signs: bool = False, **asked: Any) -> Any:
+        """`inner_products` of the rows with what the preconditioner makes of the queries, and with -1 times that."""
+        queries = check_queries(self.store, queries)
+        plain = isinstance(self.fitted, preconditioners.Identity)
+        if not plain:
+            warn_if_coarse(self.store, queries, factors_of(self.store), self.recipe.name)
+        rows: Any = self._divided if isinstance(self.fitted, UnitNorm) else self.store
+        made = self.fitted.apply(queries.float())
+        if both_signs:
+            made = torch.cat([made, -made])
+        # H^-1 q spreads over decades where the rows are small: 8 bits of it would be too few
+        precision = "fast" if plain else "high"
+        return inner_products(
+            rows, made, normalize=self.fitted.normalize, options=ProductOptions(precision=precision), **asked
+        )
+
+    @functools.cached_property
+    def _divided(self) -> DividedRows:
+        assert self.lengths is not None
+        return DividedRows(self.store, _divided(np.ones(len(self.store)), self.lengths).astype(np.float32))
+
+
+def check_open(store: object) -> None:
+    """Raise ConfigError unless `store` is an open one."""
+    if not isinstance(store, Store):
+        raise ConfigError(f"the store must be an open one (inf.open_store), not a {type(store).__name__}")
+
+
+def check_queries(store: Store, queries: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """Return queries as a tensor [Q, k]. Raises DataError where they do not fit the store's rows."""
+    queries = torch.as_tensor(queries)
+    if queries.ndim != 2 or queries.shape[1] != store.width:
+        raise DataError(
+            f"queries of shape {tuple(queries.shape)} do not fit rows of {store.width} numbers: "
+            "project them as the store was"
+        )
+    return queries
+
+
+def used_groups(groups: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """Return the groups that have members. Raises DataError: groups without names, or none has a member."""
+    if not isinstance(groups, Mapping):
+        raise DataError('groups are named, as {"correct": [0, 1]}, not a ' + type(groups).__name__)
+    used = {name: list(members) for name, members in groups.items() if len(members)}
+    if not used:
+        raise DataError("there is no query to score against: every group is empty")
+    return used
+
+
+def _fisher_store(store: Store, fisher: str | Store, count: int, model: Any, examples: Held | None) -> Store:
+    """The rows that a preconditioner which reads a Fisher information is fitted on."""
+    if fisher == FROM_DATA:
+        return store
+    if not isinstance(fisher, str):
+        check_fisher(store, fisher)
+        return fisher
+    found = kept_fisher_rows(store, count) if examples is None else None
+    data, texts = (examples, AS_TOKENS) if examples is not None else store.built_of or (None, AS_TOKENS)
+    if found is None and model is not None and data is not None:
+        drawn = drawn_examples(store, data, count, texts)
+        return fisher_rows(store, model, drawn, count=count, seed=store.identity.projection_seed or 0)
+    if found is None:
+        raise ConfigError(
+            "fisher: 'model' fits on gradients of labels that the model draws: give the model and the tokenized "
+            "examples that the store was built of (model=, examples=), a store of such gradients, or fisher='data' to "
+            "fit on the store's own rows"
+        )
+    return found
+
+
+def _layout_of(store: Store, model: Any) -> list[LayoutEntry] | None:
+    """The layout of the model's exact rows; None for rows that are imported. Raises StoreError: not the store's."""
+    if store.identity.projection_kind in (None, "unknown"):
+        return None
+    options = made_like(store)
+    store.identity.check(identity_of(model, **options), store.path)
+    return gradient_layout(model, exact_rows(options["projection"]))
+
+
+def _divided(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """values / lengths [N]; 0 where a row has no length."""
+    return np.divide(values, lengths, out=np.zeros_like(lengths), where=lengths > 0)
