@@ -14,7 +14,7 @@ from influence_fast.evaluation.answer_text import MAX_ANSWER, normalise
 from influence_fast.evaluation.comparison import Exact, Undecided, equal_values
 from influence_fast.evaluation.extraction import choice_letter, extract_answer, extract_choice, stated_choice
 from influence_fast.evaluation.readings import readings
-from influence_fast.evaluation.spelled_units import spelled
+from influence_fast.evaluation.spelled_forms import spelled
 from influence_fast.evaluation.worker import WORKER
 
 __all__ = [

@@ -1,4 +1,4 @@
-r"""Answers whose units stand in front of the number or are marks: `USD 5`, `5 Ω`, `5'6''` and `30^\circ 30'`."""
+r"""Units in front of the number or as marks, turned brackets and distances from 0, in the forms that are read."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ _DEGREES = re.compile(
     rf"(?:\s?({_NUMBER}){_SECOND})?",
     re.ASCII,
 )
+# An open end as a bracket turned away, in an interval of ends without brackets.
+_OPEN = re.compile(r"([\[\]])([^\[\](),;]{1,200},[^\[\](),;]{1,200})([\[\]])")
+_BAR = r"(?:\\left|\\right)?(?:\||\\[lr]?vert\b)"
+_DISTANCE = re.compile(
+    rf"{_BAR}\s?[a-zA-Z]\s?{_BAR}\s?(>|<|≥|≤|\\geq?(?:slant)?\b|\\leq?(?:slant)?\b|\\[gl]t\b)\s?({_NUMBER})", re.ASCII
+)
 
 
 def spelled(answer: str) -> str:
-    r"""Return an answer that is such a measure and nothing more in words, any other as it is.
+    r"""Return an answer that is of such a form and nothing more in the usual one, any other as it is.
 
     Example:
         >>> spelled("USD 5"), spelled("5'6''"), spelled(r"30^\circ 30'")
@@ -40,4 +46,18 @@ def spelled(answer: str) -> str:
         minutes, seconds = Fraction(found[2]), Fraction(found[3] or 0)
         if minutes < 60 and seconds < 60:
             return f"{Fraction(found[1]) + minutes / 60 + seconds / 3600} degrees"
-    return answer
+    return _interval(text) or answer
+
+
+def _interval(text: str) -> str | None:
+    """Return `]a,b[` and `|x| > c` for a number c above 0 as intervals with round brackets; None for anything else."""
+    if (found := _OPEN.fullmatch(text)) and (found[1], found[3]) != ("[", "]"):
+        return f"{'[' if found[1] == '[' else '('}{found[2]}{']' if found[3] == ']' else ')'}"
+    if (found := _DISTANCE.fullmatch(text)) and Fraction(found[2]) > 0:
+        sign, end = found[1], found[2]
+        closed = sign in "≥≤" or "e" in sign
+        if sign in "<≤" or sign.startswith(r"\l"):
+            return f"[-{end},{end}]" if closed else f"-{end}<x<{end}"
+        low, high = ("]", "[") if closed else (")", "(")
+        return rf"(-\infty,-{end}{low}\cup{high}{end},\infty)"
+    return None
