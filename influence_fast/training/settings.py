@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,8 +46,11 @@ class TrainConfig:
             if value not in known:
                 raise ConfigError(f"training.{name} {value!r} is unknown; {did_you_mean(str(value), known)}")
         for name in ("learning_rate", "batch_size", "gradient_accumulation_steps"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be above 0, and finite")
+        for name in ("epochs", "weight_decay", "max_grad_norm"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be a finite number")
         check_seed("training.seed", self.seed, MAX_TRAINING_SEED)
         if self.epochs <= 0 and self.max_steps <= 0:
             raise ConfigError("training.epochs and training.max_steps are both not above 0; set one of them")
@@ -75,6 +79,8 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise ConfigError(f"lora.r is {self.r}; it must be at least 1")
+        if not math.isfinite(self.alpha) or self.alpha == 0:
+            raise ConfigError(f"lora.alpha is {self.alpha}; it must be a finite number, and not 0")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
         if tuple(self.target_modules) == ("all-linear",):
