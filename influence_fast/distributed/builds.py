@@ -237,7 +237,7 @@ class ClaimedTurns:
         self.signals.check()
 
     def finish(self, writer: StoreWriter, examples: int) -> Store:
-        """Closes the store, or waits until another process has. Raises as `StoreWriter.finalize`."""
+        """Close the store, or wait until another process has. Raises as `StoreWriter.finalize`."""
         claims = self._claims_on(writer.path)
         notice = WaitNotice(claims)
         for pause in pauses():
@@ -255,7 +255,7 @@ class ClaimedTurns:
         raise AssertionError("unreachable")
 
     def _swept(self, writer: StoreWriter, claims: Claims) -> Store:
-        """The finished store, without what was left by processes that were killed, closing it included."""
+        """Return the finished store, without what killed processes left, those killed while they closed it included."""
         claims.sweep()
         writer.sweep()
         return open_store(writer.path)
@@ -279,7 +279,7 @@ class ClaimedTurns:
             self._board.update()
 
     def _tell(self) -> None:
-        """Says what was taken over since the last time, and from whom."""
+        """Log what was taken over since the last time, and from whom."""
         assert self._claims is not None
         for lost in self._claims.lost[self._said :]:
             print(f"rank {self.world.rank} takes over shard {lost}", file=sys.stderr, flush=True)
@@ -297,7 +297,7 @@ class ClaimedTurns:
 
 
 class LockstepTurns:
-    """The same for a group of processes that hold one model together: its first process takes shards for all."""
+    """Turns for a group of processes that hold one model together: its first process takes shards for all."""
 
     def __init__(self, turns: ClaimedTurns, group: Any) -> None:
         self.turns = turns

@@ -44,13 +44,13 @@ class Owner:
 
     @classmethod
     def here(cls, rank: int) -> Owner:
-        """This process."""
+        """Return the claimant that this process is."""
         import psutil
 
         return cls(rank, _host(), os.getpid(), psutil.Process().create_time())
 
     def is_dead(self) -> bool:
-        """Whether it has certainly ended; on another host nobody can tell."""
+        """Return whether the process has certainly ended; of another host's nobody can tell."""
         import psutil
 
         if self.host != _host():
@@ -129,18 +129,18 @@ class Claims:
         return self._read(name) == self._mine
 
     def heartbeat(self) -> None:
-        """Note that the work gets on; cheap enough to be called for every batch."""
+        """Record that the work gets on; cheap enough to be called for every batch."""
         self._progressed = self._clock()
 
     def renew(self, name: str) -> None:
-        """Move the claim's time stamp, unless it was lost or nothing got on for `hang_limit` seconds."""
+        """Update the claim's time stamp, unless it was lost or nothing got on for `hang_limit` seconds."""
         if self._clock() - self._progressed <= self.hang_limit and self.holds(name):
             with contextlib.suppress(OSError):
                 os.utime(self._path(name))
 
     @contextlib.contextmanager
     def renewing(self, name: str) -> Iterator[None]:
-        """Renew a claim that was taken, at once and then by a thread, and release it at the end."""
+        """Keep a claim that was taken renewed, at once and then by a thread, and release it at the end."""
         ended = threading.Event()
 
         def run() -> None:
@@ -181,7 +181,7 @@ class Claims:
         )
 
     def _patience(self, state: _State) -> float:
-        """Seconds for which a claim may stay as it is before it is given up for lost."""
+        """Return the seconds for which a claim may stay as it is before it is given up for lost."""
         content, stamp = state
         if stamp == _NEVER or _owner(content) is None:
             return self.lease / 4
@@ -198,7 +198,7 @@ class Claims:
             return None
 
     def _create(self, name: str) -> bool:
-        """Makes the claim with its content, or leaves the one that is there."""
+        """Write the claim with its content, or leave the one that is there."""
         path = self._path(name)
         if path.exists():
             return False
@@ -271,12 +271,12 @@ class WaitNotice:
         self.over()
 
     def over(self) -> None:
-        """There is work again: the next wait is told anew."""
+        """Record that there is work again, so that the next wait is logged anew."""
         self._since: float | None = None
         self._said = False
 
     def waiting(self, pieces: Iterable[tuple[str, str]]) -> None:
-        """Note that nothing could be taken of `pieces`: (name of the claim, what it is in words)."""
+        """Record that nothing could be taken of `pieces`: (name of the claim, what it is in words)."""
         now = self._clock()
         self._since = now if self._since is None else self._since
         if self._said or now - self._since < _TOLD_AFTER:
@@ -301,7 +301,7 @@ def check_lease(lease: float) -> None:
 
 
 def _renewed_every(content: bytes) -> float:
-    """Seconds between two renewals, as the owner of a claim states them; 0 where it does not."""
+    """Return the seconds between two renewals, as the owner of a claim states them; 0 where it does not."""
     try:
         every = float(json.loads(content)["every"])
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -318,7 +318,7 @@ def _owner(content: bytes) -> Owner | None:
 
 
 def _host() -> str:
-    """The host's name and, where there is such a thing, its process namespace: containers may share a name."""
+    """Return the host's name and, where there is one, its process namespace: containers may share a name."""
     try:
         return f"{socket.gethostname()}/{os.readlink('/proc/self/ns/pid')}"
     except OSError:

@@ -38,7 +38,7 @@ def build_from_source(
     fsdp: int = 1,
     told: Callable[[spooling.Tokens], None] = lambda tokens: None,
 ) -> Store:
-    """Tokens spooled beside `folder` by one process, a sketch fitted where one is asked for, rows made by all.
+    """Build a store of files: one process spools the tokens beside `folder`, all make rows.
 
     Args:
         model: device "auto" or "cuda" is each process's own card.

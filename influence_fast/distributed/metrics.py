@@ -48,12 +48,12 @@ PEAK_FLOPS = {
 
 
 def folder_of(store: Path) -> Path:
-    """Where the metrics of the store at `store` are."""
+    """Return the folder of the metrics of the store at `store`."""
     return beside(store, ".metrics")
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """What a card can do in dense bf16, FLOP/s; None for a CPU or a card that is not in PEAK_FLOPS."""
+    """Return what a GPU can do in dense bf16, FLOP/s; None for a CPU or a GPU that is not in PEAK_FLOPS."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -61,7 +61,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def example_flops(model: Any) -> Callable[[int], float]:
-    """FLOPs of the forward and the activation backward of one example, by its tokens n.
+    """Return the FLOPs of the forward and the activation backward of one example, by its tokens n.
 
     4 P n + 6 L H n^2: P weights in the decoder's linears, multiplied once forward and once backward, 2 FLOPs each;
     L layers of causal attention over H = heads x head size numbers (2 H n^2 forward, twice that backward). The head,
@@ -101,7 +101,7 @@ class Meter:
         self.write("start")
 
     def add(self, lengths: Sequence[int]) -> None:
-        """Some examples are done, of so many tokens each."""
+        """Count examples that are done, of so many tokens each."""
         self._pass(waiting=False)
         self._examples += len(lengths)
         self._tokens += sum(lengths)
@@ -111,7 +111,7 @@ class Meter:
             self.write("progress")
 
     def begin(self, shard: int) -> None:
-        """What went before was waiting."""
+        """Start a shard; the time since the last event counts as idle."""
         self._pass(waiting=True)
         self.shard = shard
 
@@ -121,7 +121,7 @@ class Meter:
         self.shard = None
 
     def wait(self) -> None:
-        """Still nothing to do."""
+        """Count the time since the last event as idle: there is still nothing to do."""
         self._pass(waiting=True)
         if time.perf_counter() - self._written >= EVERY:
             self.write("progress")
@@ -168,7 +168,7 @@ class Totals:
 
     @property
     def idle_share(self) -> float:
-        """Share of the ranks' time in which they had no shard to work on."""
+        """Return the share of the ranks' time in which they had no shard to work on."""
         spent = self.work_s + self.wait_s
         return self.wait_s / spent if spent else 0.0
 
@@ -205,12 +205,12 @@ class Follower:
 
 
 def summary(folder: Path) -> Totals:
-    """All lines of all ranks in a store's metrics folder, summed."""
+    """Return the sums over all lines of all ranks in a store's metrics folder."""
     return Follower(folder).look()
 
 
 class Board(ABC):
-    """How far all ranks are, looked up every `every` seconds and at the end."""
+    """A progress bar of all ranks, whose metrics are read every `every` seconds and at the end."""
 
     every: float
 
@@ -229,7 +229,7 @@ class Board(ABC):
 
     @abstractmethod
     def _show(self, done: int, totals: Totals, seconds: float) -> None:
-        """`done` examples in all, of which those of `totals` in the last `seconds`."""
+        """Log or draw `done` examples in all, of which those of `totals` in the last `seconds`."""
 
     def close(self) -> None:
         self.update(at_once=True)
@@ -257,7 +257,7 @@ class Bar(Board):
 
 
 class Log(Board):
-    """The same for a job's log, where a bar cannot be drawn: a line a minute on stderr, and one at the end."""
+    """Progress in a job's log, where a bar cannot be drawn: a line a minute on stderr, and one at the end."""
 
     every = LOGGED
 
@@ -271,12 +271,12 @@ class Log(Board):
 
 
 def time_left(examples: int, done: int, seconds: float) -> str:
-    """`0:01:40` for 100 examples at the pace of `done` in `seconds`, to the second."""
+    """Return the time left, `0:01:40` for 100 examples at the pace of `done` in `seconds`, to the second."""
     return str(timedelta(seconds=round(examples * seconds / done)))
 
 
 def rates_text(totals: Totals, seconds: float, peak: float | None) -> str:
-    """`1200 tokens/s, 2.4 examples/s, 4 ranks, MFU 31 %`: over `seconds`, `peak` FLOP/s a rank."""
+    """Return `1200 tokens/s, 2.4 examples/s, 4 ranks, MFU 31 %`: over `seconds`, `peak` FLOP/s a rank."""
     ranks = max(1, len(totals.ranks))
     text = f"{totals.tokens / seconds:.0f} tokens/s, {totals.examples / seconds:.2f} examples/s, {ranks} ranks"
     return text if peak is None else f"{text}, MFU {100 * totals.flops / seconds / (peak * ranks):.0f} %"
@@ -286,7 +286,7 @@ def rates_text(totals: Totals, seconds: float, peak: float | None) -> str:
 def board(
     wanted: bool | None, folder: Path | None, done: int, total: int, peak: float | None
 ) -> Iterator[Board | None]:
-    """The bar where it is wanted and, with None, on a terminal; else with None a log. None where nothing is left."""
+    """Yield a bar where it is wanted and, with None, on a terminal; else with None a log; None if nothing is left."""
     if folder is None or done >= total or wanted is False:
         yield None
         return
@@ -299,7 +299,7 @@ def board(
 
 @contextlib.contextmanager
 def chrome_trace(path: Path | None) -> Iterator[Callable[[], None]]:
-    """Traces `TRACED` batches from the third on to `path`, for chrome://tracing; what it gives is called after each."""
+    """Record `TRACED` batches from the third on to `path`, for chrome://tracing; what it gives is called after each."""
     if path is None:
         yield lambda: None
         return

@@ -39,7 +39,9 @@ class World:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> World:
-        """From RANK, WORLD_SIZE and LOCAL_RANK (torchrun, accelerate), else a SLURM job array's, else srun's variables.
+        """Read the world from RANK, WORLD_SIZE and LOCAL_RANK (torchrun, accelerate), else from SLURM's variables.
+
+        Those of a job array come before those of srun.
 
         Raises ConfigError: values that are no numbers, or do not fit together.
         """
@@ -160,7 +162,7 @@ def once(
     time_limit: float = TIME_LIMIT,
     lease: float = LEASE,
 ) -> None:
-    """`work(heartbeat)`, done by one process for all that share `folder`; the others wait until `done()`.
+    """Run `work(heartbeat)` in one process for all that share `folder`; the others wait until `done()`.
 
     `heartbeat` is to be called as the work gets on; where it has not been for `time_limit` seconds, the claim is
     renewed no more, and `lease` seconds later another takes over. Who waits longer than five seconds says for whom.
@@ -184,7 +186,7 @@ def once(
 
 
 def init_group(world: World, ranks: int, device: str) -> tuple[Any, Any]:
-    """(mesh, process group) of the `ranks` neighbouring processes that hold one copy of a model together.
+    """Return (mesh, process group) of the `ranks` neighbouring processes that hold one copy of a model together.
 
     Starts `torch.distributed` (gloo on CPUs, NCCL on GPUs) under the launcher's rendezvous. A group waits for
     its turn as long as it takes; a process that hangs is `build_distributed`'s affair.
@@ -207,7 +209,7 @@ def init_group(world: World, ranks: int, device: str) -> tuple[Any, Any]:
 
 
 def close_group() -> None:
-    """Ends `torch.distributed` in all processes together: none leaves while another may still talk to it."""
+    """End `torch.distributed` in all processes together: none leaves while another may still talk to it."""
     import torch.distributed as dist
 
     dist.barrier()
@@ -215,7 +217,7 @@ def close_group() -> None:
 
 
 def retried(work: Callable[[], T], attempts: int = 5, first_pause: float = 2.0) -> T:
-    """`work()`, again after 2, 4, 8, ... seconds while it fails for a reason that passes: the hub or the network."""
+    """Run `work()`, again after 2, 4, 8, ... seconds while it fails for a passing reason: hub or network."""
     for attempt in range(attempts - 1):
         try:
             return work()
@@ -229,7 +231,7 @@ def retried(work: Callable[[], T], attempts: int = 5, first_pause: float = 2.0) 
 
 
 def _passes(error: BaseException) -> bool:
-    """Whether the error, or one that led to it, is the network's or a busy server's."""
+    """Return whether the error, or one that led to it, is the network's or a busy server's."""
     seen: BaseException | None = error
     while seen is not None:
         status = getattr(getattr(seen, "response", None), "status_code", None)
@@ -252,7 +254,7 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 
 def largest(value: int, group: Any) -> int:
-    """The largest of the values that the group's processes (None: all) give."""
+    """Return the largest of the values that the group's processes (None: all) give."""
     import torch
     import torch.distributed as dist
 

@@ -15,7 +15,7 @@ from influence_fast.selection.embeddings import pretrained
 
 
 def check_answers(examples: Sequence[Example]) -> None:
-    """DataError naming the examples that have no final answer, without which there is no pass rate."""
+    """Raise DataError naming the examples that have no final answer, without which there is no pass rate."""
     without = [example.id for example in examples if example.answer is None]
     if without:
         raise DataError(
@@ -33,7 +33,7 @@ def pass_rates(
     transcripts: Path | None = None,
     progress: bool = False,
 ) -> np.ndarray:
-    """(E,) float64 in 0 to 1: the share of `config.samples` answers to each example's question that is right.
+    """Return (E,) float64 in 0 to 1: the share of `config.samples` answers to each example's question that is right.
 
     A question that several examples share (several traces of one problem) is asked once. `transcripts`: a jsonl file
     for the answers. It is the pretrained model that answers, an adapter on `model` is switched off for it: the

@@ -28,7 +28,7 @@ _AHEAD = 1024  # wishes looked at in one step
 def example_embeddings(
     model: nn.Module, examples: Sequence[Mapping[str, Any]], max_tokens: int | None = None
 ) -> torch.Tensor:
-    """The position-weighted mean of each example's last hidden states: `sum_t t h_t / sum_t t`, t = 1, 2, ...
+    """Return the position-weighted mean of each example's last hidden states: `sum_t t h_t / sum_t t`, t = 1, 2, ...
 
     Args:
         model: a causal LM that transformers can run; of a peft model the adapter counts unless it is disabled.
@@ -70,12 +70,12 @@ def example_embeddings(
 
 
 def cosine_similarity(rows: torch.Tensor, queries: torch.Tensor) -> np.ndarray:
-    """[E, Q] cosines of rows [E, d] with queries [Q, d]; 0 for a row of zeros."""
+    """Return [E, Q] cosines of rows [E, d] with queries [Q, d]; 0 for a row of zeros."""
     return (nn.functional.normalize(rows, dim=1) @ nn.functional.normalize(queries, dim=1).T).numpy()
 
 
 def round_robin_order(similarity: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """(E,) float64: when each example is taken, 1 = first.
+    """Return (E,) float64: when each example is taken, 1 = first.
 
     `similarity` [E, Q]: the queries take turns, and each takes its most similar example that nobody has yet. Equal
     similarities fall by a seeded shuffle, not by the examples' order.
@@ -110,7 +110,7 @@ def round_robin_order(similarity: np.ndarray, *, seed: int = 0) -> np.ndarray:
 def embedding_ranks(
     model: nn.Module, examples: Sequence[Mapping[str, Any]], queries: Sequence[Mapping[str, Any]]
 ) -> np.ndarray:
-    """(E,) float64: the `round_robin_order` of tokenized `examples` by tokenized `queries`.
+    """Return (E,) float64: the `round_robin_order` of tokenized `examples` by tokenized `queries`.
 
     The embeddings are the pretrained model's: an adapter on `model` is switched off for them.
     """
@@ -120,11 +120,11 @@ def embedding_ranks(
 
 
 def pretrained(model: Any) -> contextlib.AbstractContextManager[Any]:
-    """`model` without its adapter while the block runs, where it has one."""
+    """Disable the adapter of `model` while the block runs, where it has one."""
     return model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext()
 
 
 def _hidden_states(decoder: Any, pack: Pack, device: torch.device, mode: Separation) -> torch.Tensor:
-    """[T, d]: the decoder's last hidden states, after its final norm."""
+    """Return [T, d]: the decoder's last hidden states, after its final norm."""
     hidden: torch.Tensor = call(decoder, decoder.config, pack, device, mode).last_hidden_state[0]
     return hidden

@@ -73,8 +73,11 @@ def baseline_columns(
 
 @dataclass(frozen=True, slots=True)
 class PoolScores:
-    """table: the scores, `loss` and `tokens`. seconds: of each step. top: rows of the table that count most for each
-    query, where they were asked for."""
+    """Scores of a pool, and what they took.
+
+    table: the scores, `loss` and `tokens`. seconds: of each step. top: rows of the table that count most for each query,
+    where they were asked for.
+    """
 
     table: ScoreTable
     seconds: dict[str, float]
@@ -90,7 +93,7 @@ def score_pool(
     top: int = 0,
     progress: bool = True,
 ) -> PoolScores:
-    """Put gradients of the tokenized pool into a store, and score them against gradients of the queries.
+    """Write gradients of the tokenized pool into a store, and score them against gradients of the queries.
 
     top: examples to find for each query and direction; 0 for none. Examples without a finite gradient are set aside by
     the store and have no row in the table.

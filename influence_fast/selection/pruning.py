@@ -41,7 +41,7 @@ class Selection:
     forced: int = 0
 
     def kept_examples(self, table: ScoreTable, examples: Sequence[Example]) -> list[Example]:
-        """The examples to keep, in their own order. Raises DataError where they are not those of the table."""
+        """Return the examples to keep, in their own order. Raises DataError where they are not those of the table."""
         aligned_examples(table, examples)
         kept = {table.ids[i] for i in self.keep}
         return [example for example in examples if example.id in kept]
@@ -143,7 +143,7 @@ def _forced(
     clusters: Sequence[int] | np.ndarray | Clusters | None,
     exclude: Mapping[str, str],
 ) -> dict[int, str]:
-    """Row -> reason of the examples that must go; `order` begins with what the strategy drops first."""
+    """Return row -> reason of the examples that must go; `order` begins with what the strategy drops first."""
     forced = {i: exclude[name] for i, name in enumerate(table.ids) if name in exclude}
     if clusters is None:
         return forced
@@ -157,7 +157,7 @@ def _forced(
 def _first_dropped(
     ordered: np.ndarray, wanted: int, forced: Mapping[int, str], strategy: str, inside: str = ""
 ) -> dict[int, str]:
-    """Row -> why it is dropped, of `wanted` rows or all that are forced: those first, then as they are ordered."""
+    """Return row -> why it is dropped, of `wanted` rows or all that are forced: these first, then in order."""
     rows = ordered.tolist()
     first = [i for i in rows if i in forced]
     gone = (first + [i for i in rows if i not in forced])[: max(wanted, len(first))]
@@ -166,21 +166,21 @@ def _first_dropped(
 
 
 def selection_table(table: ScoreTable, selection: Selection) -> ScoreTable:
-    """`table` with what became of each example: `kept` (1 or 0), the strategy's `drop_priority`, and `why`."""
+    """Return `table` with what became of each example: `kept` (1 or 0), the strategy's `drop_priority`, and `why`."""
     kept = np.zeros(len(table.ids))
     kept[selection.keep] = 1
     return table.with_columns({"kept": kept, "drop_priority": selection.priority}, texts={"why": list(selection.why)})
 
 
 def save_selection(table: ScoreTable, selection: Selection, output: str | Path) -> None:
-    """Writes the `selection_table` beside the pruned data `output`, as `<output>.table.parquet` and `.table.csv`."""
+    """Write the `selection_table` beside the pruned data `output`, as `<output>.table.parquet` and `.table.csv`."""
     result = selection_table(table, selection)
     for suffix in (".parquet", ".csv"):
         result.save(f"{output}.table{suffix}")
 
 
 def aligned_examples(table: ScoreTable, examples: Sequence[Example]) -> list[Example]:
-    """The example of each row of `table`.
+    """Return the example of each row of `table`.
 
     Raises DataError naming the ids that `examples` do not have, and those of other text than what was scored, where the
     table has fingerprints: rows without ids are named by their places, which say nothing of what stands there.
@@ -205,7 +205,7 @@ def aligned_examples(table: ScoreTable, examples: Sequence[Example]) -> list[Exa
 
 
 def with_fingerprints(table: ScoreTable, examples: Sequence[Example]) -> ScoreTable:
-    """`table` with the fingerprint of each row's example, which may come in any order and be more."""
+    """Return `table` with the fingerprint of each row's example, which may come in any order and be more."""
     known = {example.id: example for example in examples}
     return table.with_columns({}, texts={FINGERPRINT: [text_fingerprint(known[name]) for name in table.ids]})
 
@@ -243,7 +243,7 @@ def _of_each(values: Sequence[object] | np.ndarray, total: int, what: str) -> np
 def _near_duplicates(
     table: ScoreTable, order: np.ndarray, clusters: np.ndarray, keep: int, excluded: Mapping[int, str]
 ) -> dict[int, str]:
-    """Row -> reason of all but the best `keep` of each cluster; `order` begins with what is dropped first."""
+    """Return row -> reason of all but the best `keep` of each cluster; `order` begins with what is dropped first."""
     if keep < 1:
         raise ConfigError(f"Clusters.keep is {keep}; at least one of a cluster of near-duplicates stays")
     stay: dict[int, list[int]] = {}

@@ -23,12 +23,12 @@ BASELINE_COLUMNS = (EMBEDDING_RANK, PASS_RATE)  # computed only where a strategy
 
 
 class Strategy(Protocol):
-    """What `register` takes."""
+    """A class that `register` takes."""
 
     needs: tuple[str, ...]  # columns of the table it reads; `tasks = True` beside it: every task's score too
 
     def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
-        """[N] float64, higher = dropped sooner."""
+        """Return [N] float64, higher = dropped sooner."""
         ...
 
 
@@ -36,7 +36,7 @@ STRATEGIES: dict[str, Strategy] = {}
 
 
 def register(name: str) -> Callable[[type], type]:
-    """Adds a strategy class under `name`, for `select`, the command line and configurations alike."""
+    """Add a strategy class under `name`, for `select`, the command line and configurations alike."""
 
     def add(kind: type) -> type:
         STRATEGIES[name] = kind()
@@ -46,30 +46,30 @@ def register(name: str) -> Callable[[type], type]:
 
 
 def find(name: str) -> Strategy:
-    """The strategy called `name`; ConfigError with the nearest name for an unknown one."""
+    """Return the strategy called `name`; raise ConfigError with the nearest name for an unknown one."""
     if name not in STRATEGIES:
         raise ConfigError(f"unknown strategy {name!r}; {did_you_mean(name, STRATEGIES)}")
     return STRATEGIES[name]
 
 
 def needed_columns(names: Iterable[str]) -> set[str]:
-    """All columns that the strategies called `names` read. Raises ConfigError for an unknown name."""
+    """Return all columns that the strategies called `names` read. Raises ConfigError for an unknown name."""
     return {column for name in names for column in find(name).needs}
 
 
 def reads_influence(name: str) -> bool:
-    """Whether the strategy called `name` reads influence scores. Raises ConfigError for an unknown name."""
+    """Return whether the strategy called `name` reads influence scores. Raises ConfigError for an unknown name."""
     return any(_INFLUENCE.fullmatch(column) for column in find(name).needs)
 
 
 def reads_tasks(name: str) -> bool:
-    """Whether it reads the scores of single tasks. Raises ConfigError for an unknown name."""
+    """Return whether the strategy reads the scores of single tasks. Raises ConfigError for an unknown name."""
     groups = {found[1] for column in find(name).needs if (found := _INFLUENCE.fullmatch(column))}
     return bool(groups - {"correct", "incorrect"}) or getattr(find(name), "tasks", False)
 
 
 def check_columns(table: ScoreTable, name: str) -> None:
-    """DataError where `table` lacks a column that the strategy called `name` reads, saying how to compute it."""
+    """Raise DataError where `table` lacks a column that the strategy called `name` reads, saying how to compute it."""
     for column in find(name).needs:
         if column not in table.columns:
             raise DataError(
