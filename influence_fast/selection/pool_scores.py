@@ -75,8 +75,8 @@ def baseline_columns(
 class PoolScores:
     """Scores of a pool, and what they took.
 
-    table: the scores, `loss` and `tokens`. seconds: of each step. top: rows of the table that count most for each query,
-    where they were asked for.
+    table: the scores, `loss` and `tokens`. seconds: of each step. top: rows of the table that count most for each
+    query, where they were asked for.
     """
 
     table: ScoreTable

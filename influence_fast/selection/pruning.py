@@ -98,8 +98,18 @@ def select(
     Examples that must go (excluded ones and near-duplicates) are dropped first and count towards the size, so
     strategies are compared at one size; where there are more of them than that, all of them go.
 
-    Raises ConfigError for an unknown strategy or an impossible size, DataError where the table lacks the scores
-    that the strategy reads or nothing would be left.
+    Returns:
+        What is kept and dropped, and why.
+
+    Raises:
+        ConfigError: an unknown strategy or an impossible size.
+        DataError: the table lacks the scores that the strategy reads, or nothing would be left.
+
+    Example:
+        >>> table = inf.ScoreTable(["a", "b", "c"], {"s_correct": np.array([0.2, -0.1, 0.3])})
+        >>> selection = inf.select(table, "low_benefit", count=1)
+        >>> [table.ids[i] for i in selection.keep]
+        ['a', 'c']
     """
     chosen = find(strategy)
     total = len(table.ids)
