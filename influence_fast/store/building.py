@@ -47,6 +47,10 @@ class BuildOptions:
     part: (rank, world): of `build_shards`, which computes the shards rank, rank + world, ...
 
     Raises ConfigError for values that do not exist.
+
+    Example:
+        >>> inf.BuildOptions(shard_rows=256, on_nonfinite="error").resume
+        True
     """
 
     shard_rows: int | None = None
@@ -93,7 +97,7 @@ class ShardBuild:
         texts: Texts,
         options: BuildOptions,
     ) -> ShardBuild:
-        """Look over a dataset (of `survey.held`) and begin its store in `path`, or go on with it.
+        """Read over a dataset (of `survey.held`) and begin its store in `path`, or go on with it.
 
         Raises as `build_store`, and ConfigError for a spec whose sketch has yet to be fitted.
         """
@@ -121,7 +125,7 @@ class ShardBuild:
 
     @property
     def examples(self) -> int:
-        """How many the dataset has."""
+        """Return how many examples the dataset has."""
         return sum(part.examples for part in self.writer.manifest.parts)
 
     def run(self, turns: Turns) -> None:
@@ -255,7 +259,7 @@ def _own_shards(
 
 
 def warn_of_set_aside(store: Store, examples: int) -> None:
-    """One warning that sums up which of the dataset's `examples` have no row, if any. Raises as `check_some`."""
+    """Warn once with a sum of which of the dataset's `examples` have no row, if any. Raises as `check_some`."""
     check_some(store, examples)
     if store.set_aside:
         warnings.warn(
@@ -266,7 +270,7 @@ def warn_of_set_aside(store: Store, examples: int) -> None:
 
 
 def check_some(store: Store, examples: int) -> None:
-    """DataError where none of the dataset's `examples` has a row."""
+    """Raise DataError where none of the dataset's `examples` has a row."""
     if len(store) == 0 and store.set_aside:
         raise DataError(f"{store.path}: none of {examples} examples has a row: {_without_row(store)}")
 

@@ -26,7 +26,9 @@ _LABELS = {
 
 @dataclass(frozen=True, slots=True)
 class StoreIdentity:
-    """What the rows of a store belong to. None: not known (in a store), or not checked (in an expectation).
+    """The model, data and settings that the rows of a store belong to.
+
+    None stands for what is not known (in a store), or not checked (in an expectation).
 
     The hashes are SHA-256 in hex (see `influence_fast.data.fingerprints`). `model_id` is a label: where both sides
     know `model_hash`, that decides. `tokenization` says how text became tokens ("text, max_length=4096,
@@ -57,7 +59,9 @@ class StoreIdentity:
 
     @classmethod
     def of(cls, expect: StoreIdentity | Mapping[str, Any]) -> StoreIdentity:
-        """From a mapping of the fields above; the key "projection" takes a `Projection` (None: exact gradients).
+        """Make one from a mapping of the fields above.
+
+        The key "projection" takes a `Projection` (None: exact gradients).
 
         Raises StoreError for a name that is no field.
         """
@@ -76,7 +80,7 @@ class StoreIdentity:
         return cls(**values)
 
     def check(self, expect: StoreIdentity, where: Path) -> None:
-        """Raises StoreError at the first field that `expect` knows and that differs, with both sides."""
+        """Raise StoreError at the first field that `expect` knows and that differs, with both sides."""
         same_weights = self.model_hash is not None and self.model_hash == expect.model_hash
         for name in (f.name for f in fields(self)):
             mine, theirs = getattr(self, name), getattr(expect, name)
@@ -101,8 +105,11 @@ class StoreIdentity:
             )
 
     def body(self) -> dict[str, Any]:
-        """The fields as the files hold them. Precision "auto", no fitted sketch and no target are left out: stores that
-        were made before there were others keep their hashes."""
+        """Return the fields as the files hold them.
+
+        Precision "auto", no fitted sketch and no target are left out: stores that were made before there were others
+        keep their hashes.
+        """
         fields = asdict(self)
         if self.precision in (None, AUTO):
             del fields["precision"]
@@ -114,8 +121,9 @@ class StoreIdentity:
 
     @property
     def projection(self) -> Projection | None:
-        """The projection of the rows, without a sketch that was fitted (`Store.projection` has it); None for exact
-        gradients.
+        """Return the projection of the rows; None for exact gradients.
+
+        A sketch that was fitted is not in it: `Store.projection` has that.
 
         Raises StoreError when it is not known (imported gradients).
         """
@@ -129,7 +137,7 @@ class StoreIdentity:
 
 
 def projection_fields(projection: Projection | None) -> dict[str, Any]:
-    """The `projection_*` fields of a StoreIdentity."""
+    """Return the `projection_*` fields of a StoreIdentity."""
     if projection is None:
         return {"projection_kind": EXACT}
     return {
@@ -148,7 +156,7 @@ def _sketch(fingerprint: str | None) -> str:
 
 
 def short(value: object) -> str:
-    """`value` in a message: hashes by their first 12 digits, anything else by 80 characters at most."""
+    """Return `value` as a message shows it: hashes by their first 12 digits, anything else by 80 characters at most."""
     if isinstance(value, str) and len(value) == 64:
         return value[:12]
     text = repr(value)

@@ -40,7 +40,7 @@ class Source:
 
 
 def less(path: Path, *, file: str | None = None) -> Source:
-    """A LESS gradient folder, or one of its .pt files: fp16 or fp32 tensors [rows, dim] of projected gradients.
+    """Read a LESS gradient folder, or one of its .pt files: fp16 or fp32 tensors [rows, dim] of projected gradients.
 
     Unless `file` names one: `all_unormalized.pt` (the gradients), else the pieces `grads-N.pt` (N: rows up to its
     end), else `all_orig.pt` (each row scaled to unit norm, so only its direction is left).
@@ -131,7 +131,7 @@ def _concatenated(tensors: list[torch.Tensor], where: Path, note: str) -> Source
 
 
 def trak(path: Path, *, model_id: int | str | None = None, kind: str = "grads") -> Source:
-    """A TRAK save_dir: for one checkpoint the projected gradients ("grads") or features ("features",
+    """Read a TRAK save_dir: for one checkpoint the projected gradients ("grads") or features ("features",
     `grads (grads^T grads)^-1`); TRAK's default deletes neither, but `del_grads=True` does the first."""
     if kind not in ("grads", "features"):
         raise ConfigError(f"unknown kind {kind!r} of TRAK rows; {did_you_mean(kind, ('grads', 'features'))}")
@@ -168,7 +168,7 @@ def trak(path: Path, *, model_id: int | str | None = None, kind: str = "grads") 
 
 
 def bergson(path: Path) -> Source:
-    """A bergson index: a flat [rows, sum of module sizes] of one dtype, modules in the order of `grad_sizes`."""
+    """Read a bergson index: a flat [rows, sum of module sizes] of one dtype, modules in the order of `grad_sizes`."""
     folders = [path] if (path / "info.json").exists() else sorted(p.parent for p in path.glob("*/info.json"))
     if not folders:
         raise StoreError(f"{path} is no bergson index: neither it nor a folder in it has an info.json")
@@ -224,12 +224,12 @@ def _bergson_piece(folder: Path) -> tuple[torch.Tensor, dict[str, int]]:
 
 
 def npy(path: Path) -> Source:
-    """A numpy file of one float array [rows, width]."""
+    """Read a numpy file of one float array [rows, width]."""
     return _from_array(_load_npy(path), path, f"{path.name}")
 
 
 def safetensors(path: Path, *, key: str | None = None) -> Source:
-    """A safetensors file; `key` names the tensor [rows, width] where there are several."""
+    """Read a safetensors file; `key` names the tensor [rows, width] where there are several."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -44,7 +44,7 @@ def import_gradients(
     resume: bool = True,
     **options: Any,
 ) -> Store:
-    """Copies gradients of another tool into a new store in `out`.
+    """Copy gradients of another tool into a new store in `out`.
 
     Args:
         source: the file or folder, see `FORMATS`.
@@ -105,7 +105,7 @@ def _imported(
 
 
 def options_of(format: str) -> list[str]:
-    """The names of the options that a key of `FORMATS` takes."""
+    """Return the names of the options that a key of `FORMATS` takes."""
     return [name for name in inspect.signature(FORMATS[format]).parameters if name != "path"]
 
 
@@ -148,7 +148,7 @@ def _copy(rows: Source, names: list[str], out: str | Path, dtype: str, identity:
 
 
 def _content_hash(rows: Source, names: list[str], step: int) -> str:
-    """One pass over the source: a file of the same name and shape with other numbers is another dataset."""
+    """Hash the source in one pass: a file of the same name and shape with other numbers is another dataset."""
     found = hashlib.sha256(digest([names, sorted(rows.absent.items())]).encode())
     for start in range(0, rows.rows, step):
         found.update(rows.read(start, min(start + step, rows.rows)).to(torch.float32).contiguous().numpy().data)

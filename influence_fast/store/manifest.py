@@ -40,7 +40,7 @@ _KINDS: dict[str, Any] = {"str | None": str, "int | None": int, "float | None": 
 
 
 def row_bytes(row: int, dtype: str) -> int:
-    """Bytes of one stored row of `row` numbers: `dtype` is a key of DTYPES; int8 has a scale a row."""
+    """Return the bytes of one stored row of `row` numbers: `dtype` is a key of DTYPES; int8 has a scale a row."""
     return row * DTYPES[dtype].itemsize + (SCALE_DTYPE.itemsize if dtype == "int8" else 0)
 
 
@@ -96,7 +96,7 @@ class Manifest:
         return sum(part.shards for part in self.parts)
 
     def fingerprints(self) -> list[str]:
-        """For each shard, the hash that its record must carry: what the rows are, but not the dataset's rest."""
+        """Return for each shard the hash that its record must carry: what the rows are, but not the dataset's rest."""
         identity = self.identity.body() | {"model_id": None, "dataset_fingerprint": None}
         common = {
             "identity": identity,
@@ -111,7 +111,7 @@ class Manifest:
         return [value for value, part in zip(per_part, self.parts, strict=True) for _ in range(part.shards)]
 
     def ranges(self) -> list[tuple[int, int, int]]:
-        """For each shard (offset, first, last): examples [first, last) of its part, which begins at `offset`."""
+        """Return for each shard (offset, first, last): examples [first, last) of its part, which begins at `offset`."""
         found = []
         offset = 0
         for part in self.parts:
@@ -126,7 +126,7 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Raises StoreError: not a store, a damaged manifest, or one of a newer format."""
+        """Read a store's manifest. Raises StoreError: not a store, a damaged manifest, or one of a newer format."""
         path = folder / MANIFEST_NAME
         body = _signed_body(path, _anew(path))
         if body is None:
@@ -160,7 +160,7 @@ class Manifest:
         return manifest
 
     def _problem(self) -> str | None:
-        """What is of no type or size that a store can have, if anything."""
+        """Return what is of no type or size that a store can have, if anything."""
         for name in ("dtype", "source", "code_version"):
             if not isinstance(getattr(self, name), str):
                 return f"{name} is no text"
@@ -202,7 +202,7 @@ class Manifest:
         return None
 
     def check_same_work(self, wanted: Manifest, where: Path) -> None:
-        """Raises StoreError naming what differs, when `wanted` would give other rows or other shards."""
+        """Raise StoreError naming what differs, when `wanted` would give other rows or other shards."""
         self.identity.check(wanted.identity, where)
         mine = {"dtype": self.dtype, "width": self.width, "modules": self.modules, "parts": self.parts}
         for name, value in mine.items():
@@ -228,7 +228,7 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """What shard-NNNNN.json holds: the shard's place, its files with checksums, and what was left out of it.
+    """Contents of shard-NNNNN.json: the shard's place, its files with checksums, and what was left out of it.
 
     `first` and `last` are the range of examples covered, in the order of its part's dataset; of these, `rows` are
     stored and the rest is in `set_aside` as (id, reason). `tokens`: SHA-256 of the token ids and labels that the rows
@@ -258,13 +258,13 @@ class ShardRecord:
         return _signed(self._body())
 
     def moved(self, index: int) -> ShardRecord:
-        """The same shard at another place in another store."""
+        """Return the same shard at another place in another store."""
         files = {k: replace(f, name=file_name(k, index)) for k, f in self.files.items()}
         return replace(self, index=index, files=files)
 
     @classmethod
     def load(cls, folder: Path, index: int, manifest: Manifest, fingerprint: str) -> ShardRecord:
-        """Raises StoreError naming the record: missing, damaged, of another store, or pointing elsewhere."""
+        """Read a shard's record. Raises StoreError naming it: missing, damaged, another store's, pointing elsewhere."""
         path = folder / file_name("shard", index)
         body = _signed_body(path, REBUILD)
         if body is None:
@@ -292,7 +292,7 @@ class ShardRecord:
         return record
 
     def _problem(self, manifest: Manifest) -> str | None:
-        """What does not fit together in a record of a store with this manifest, if anything."""
+        """Return what does not fit together in a record of a store with this manifest, if anything."""
         if not all(map(is_count, (self.first, self.last, self.rows))) or not self.first <= self.last:
             return "a count is not a whole number"
         if not isinstance(self.tokens, str | None):
@@ -317,12 +317,12 @@ REBUILD = "delete it and build the store again, which keeps what is whole"
 
 
 def _anew(path: Path) -> str:
-    """The remedy for a manifest that says nothing: no shard counts without it, and none is taken for a stranger's."""
+    """Return the remedy for a manifest that says nothing: no shard counts without it."""
     return f"restore it, or delete the folder {path.parent} and build the store again"
 
 
 def file_name(kind: str, index: int) -> str:
-    """The only name that a shard's file may have: nothing in a record can lead out of the folder."""
+    """Return the only name that a shard's file may have: nothing in a record can lead out of the folder."""
     suffix = {"ids": "jsonl", "shard": "json"}.get(kind, "bin")
     return f"{kind}-{index:05d}.{suffix}"
 
@@ -333,7 +333,7 @@ def is_count(value: object) -> bool:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder / name`, followed through links. Raises StoreError when that is outside the folder."""
+    """Return `folder / name`, followed through links. Raises StoreError when that is outside the folder."""
     path = folder / name
     try:
         leads_to = path.resolve()
@@ -345,12 +345,12 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _signed(body: dict[str, Any]) -> bytes:
-    """A JSON file that carries its own checksum."""
+    """Return a JSON file that carries its own checksum."""
     return (json.dumps({**body, "checksum": digest(body)}, indent=1) + "\n").encode()
 
 
 def _signed_body(path: Path, remedy: str) -> dict[str, Any] | None:
-    """What `_signed` wrote; None where there is no file. Raises StoreError when it was changed."""
+    """Return what `_signed` wrote; None where there is no file. Raises StoreError when it was changed."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait for ever
             raise StoreError(f"{path} is no file; {remedy}")
@@ -367,13 +367,13 @@ def _signed_body(path: Path, remedy: str) -> dict[str, Any] | None:
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of the value's canonical JSON, in hex."""
+    """Return the SHA-256 of the value's canonical JSON, in hex."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def joined_fingerprint(parts: Sequence[Part]) -> str | None:
-    """The dataset fingerprint of a whole store: its only part's, or a hash over the parts in order."""
+    """Return the dataset fingerprint of a whole store: its only part's, or a hash over the parts in order."""
     values = [part.dataset_fingerprint for part in parts]
     if len(values) == 1:
         return values[0]
@@ -381,6 +381,6 @@ def joined_fingerprint(parts: Sequence[Part]) -> str | None:
 
 
 def check_dtype(dtype: str) -> None:
-    """Raises ConfigError for a dtype that stores do not have."""
+    """Raise ConfigError for a dtype that stores do not have."""
     if dtype not in DTYPES:
         raise ConfigError(f"unknown store dtype {dtype!r}; {did_you_mean(str(dtype), DTYPES)}")

@@ -19,15 +19,25 @@ __all__ = ["append_store", "merge_stores"]
 
 
 def merge_stores(paths: Sequence[str | Path], out: str | Path) -> Store:
-    """One store out of several: the shards of each, in order, copied and checked.
+    """Make one store of several: the shards of each, in order, copied and checked.
 
     Stores that are pieces of one build (the same work, each with its own shards: `build_shards` into separate
     folders) become that build, in the dataset's order. Otherwise each must be finished, and the rows of the
     first come first. Going on with an interrupted merge is running it again.
 
+    Args:
+        paths: folders of the stores, in the order that their rows are to have.
+        out: a new folder, or that of an interrupted merge of the same stores.
+
+    Returns:
+        The finished store.
+
     Raises:
         StoreError: made with another model, adapter, tokenizer, projection, dtype or layout (the message names the
             field and both sides); an id in two of them; shards missing, changed or damaged.
+
+    Example:
+        >>> inf.merge_stores(["part-0", "part-1"], "whole")  # doctest: +SKIP
     """
     folders = [Path(path) for path in paths]
     if not folders:
@@ -54,7 +64,7 @@ def merge_stores(paths: Sequence[str | Path], out: str | Path) -> Store:
 
 
 def append_store(path: str | Path, other: str | Path) -> Store:
-    """Adds the rows of the finished store `other` behind those of the finished store `path`.
+    """Add the rows of the finished store `other` behind those of the finished store `path`.
 
     Until the last step `path` stays the store it was; an interrupted append is run again. Raises StoreError as
     `merge_stores` does.
@@ -73,7 +83,7 @@ def append_store(path: str | Path, other: str | Path) -> Store:
 
 
 def _check_alike(first: Manifest, other: Manifest, where: Path) -> None:
-    """Rows of both can stand in one store: same identity but for the dataset, same layout."""
+    """Check that rows of both can stand in one store: same identity but for the dataset, same layout."""
 
     def comparable(manifest: Manifest) -> Manifest:
         identity = replace(manifest.identity, dataset_fingerprint=None)

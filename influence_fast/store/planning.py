@@ -76,7 +76,7 @@ def identity_of(
     loss_reduction: str = "mean",
     precision: str = AUTO,
 ) -> StoreIdentity:
-    """What a store built with these carries; give it to `open_store(path, expect=...)` (data left unchecked)."""
+    """Return the identity of a store built with these, for `open_store(path, expect=...)`; data is left unchecked."""
     model_hash, adapter_hash = weight_hashes(model)
     return StoreIdentity(
         model_id=_model_id(model),
@@ -90,7 +90,7 @@ def identity_of(
 
 
 def tokenization_of(tokenizer: Any, max_length: int | None, truncate: bool) -> str:
-    """How a store's texts became tokens, as its identity has it; `tokenizer` None: they came as tokens."""
+    """Return how a store's texts became tokens, as its identity has it; `tokenizer` None: they came as tokens."""
     how = f"max_length={max_length}, truncate={truncate}"
     if tokenizer is None:
         return f"as given, {how}"
@@ -100,7 +100,7 @@ def tokenization_of(tokenizer: Any, max_length: int | None, truncate: bool) -> s
 
 
 def _joined_there(folder: Path, dataset: Sequence[Any]) -> tuple[Part, ...] | None:
-    """The parts of a store that was joined of stores of the dataset's pieces, in its order; None for any other."""
+    """Return the parts of a store joined of stores of the dataset's pieces, in its order; None for any other."""
     if not (folder / MANIFEST_NAME).exists():
         return None
     parts = Manifest.load(folder).parts

@@ -43,6 +43,10 @@ class Store:
     set_aside: (id, reason) of every example that was reported and not stored.
 
     `open_store` makes one, and says what is checked when.
+
+    Example:
+        >>> store = inf.open_store("store")  # doctest: +SKIP
+        >>> store["q17"], len(store), store.rows([0, 1]).shape  # doctest: +SKIP
     """
 
     def __init__(
@@ -86,7 +90,7 @@ class Store:
             yield from decoded_arrays(raw, scales)
 
     def __contains__(self, name: object) -> bool:
-        """Tell whether the store has a row for an id."""
+        """Return whether the store has a row for an id."""
         return name in self._place_of
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -111,12 +115,12 @@ class Store:
 
     @property
     def width(self) -> int:
-        """Numbers in a row."""
+        """Return how many numbers a row has."""
         return self.manifest.width
 
     @property
     def dtype(self) -> str:
-        """How numbers are stored: "fp32", "bf16" or "int8"."""
+        """Return how numbers are stored: "fp32", "bf16" or "int8"."""
         return self.manifest.dtype
 
     @property
@@ -125,7 +129,7 @@ class Store:
 
     @functools.cached_property
     def projection(self) -> Projection | None:
-        """What query gradients must be projected with, a fitted sketch included.
+        """Return what query gradients must be projected with, a fitted sketch included.
 
         Raises StoreError: it is not known, or the sketch's file is missing, damaged or another's.
         """
@@ -134,7 +138,7 @@ class Store:
 
     @functools.cached_property
     def spec(self) -> RowSpec:
-        """How the rows were made: build another store by it, or queries.
+        """Return how the rows were made: build another store by it, or queries.
 
         `sketch` is the fitted one, where there is one. Raises StoreError as `projection` does.
         """
@@ -157,7 +161,7 @@ class Store:
         return query_gradients(self, model, queries, max_tokens=max_tokens)
 
     def rows(self, index: slice | int | Sequence[int] | np.ndarray | torch.Tensor = slice(None)) -> torch.Tensor:
-        """Rows as (n, width) fp32 on the CPU, bf16 and int8 turned back into numbers.
+        """Return rows as (n, width) fp32 on the CPU, bf16 and int8 turned back into numbers.
 
         `index` is a slice, a place (n = 1), places in any order, or a mask of `len(store)` booleans; negative
         places count from the end. Raises StoreError for a place outside the store, and for rows that were changed.
@@ -175,19 +179,19 @@ class Store:
 
     @functools.cached_property
     def losses(self) -> np.ndarray | None:
-        """The rows' losses, [N] float32, reduced as `identity.loss_reduction` says; None where a shard has none."""
+        """Return the rows' losses, [N] float32, reduced by `identity.loss_reduction`; None where a shard has none."""
         if any("losses" not in record.files for record in self._records):
             return None
         return np.concatenate([np.zeros(0, LOSS_DTYPE), *(small["losses"] for small in self._small)])
 
     @functools.cached_property
     def tokens_hash(self) -> str | None:
-        """SHA-256 over the hashes of the tokens that each shard's rows were made from; None where one is not known."""
+        """Return the SHA-256 over the hashes of the tokens of each shard's rows; None where one is not known."""
         hashes = [record.tokens for record in self._records]
         return None if None in hashes else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
     def blocks(self, max_rows: int = 4096) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
-        """The rows as they lie on disk, in order: (place of the first row, raw rows, scales).
+        """Yield the rows as they lie on disk, in order: (place of the first row, raw rows, scales).
 
         raw: (n, width) with 1 <= n <= max_rows, memory-mapped and read-only: float32, uint16 (bf16 bits) or
         int8. scales: (n,) float32 for int8, else None. A block never spans two shards. Raises StoreError for rows that
@@ -206,7 +210,7 @@ class Store:
                 yield self._starts[shard] + start, raw[start:stop], None if scales is None else scales[start:stop]
 
     def positions(self, ids: Sequence[str]) -> list[int]:
-        """The place of each id. Raises StoreError naming those that the store does not hold, and why if known."""
+        """Return the place of each id. Raises StoreError naming those that are not in the store, and why if known."""
         missing = [i for i in ids if i not in self._place_of]
         if missing:
             reasons = dict(self.set_aside)
@@ -215,7 +219,7 @@ class Store:
         return [self._place_of[i] for i in ids]
 
     def verify(self) -> None:
-        """Reads every byte and raises StoreError naming each missing, truncated, changed or foreign file."""
+        """Read every byte and raises StoreError naming each missing, truncated, changed or foreign file."""
         problems = verify_store(self.path)
         if problems:
             raise StoreError("; ".join(problems))
@@ -287,6 +291,12 @@ def open_store(
     Raises:
         StoreError: not a store, unfinished, made with something else (the message names the field and both sides),
             or a file of it is missing, truncated, too long, changed or foreign.
+
+    Returns:
+        The store, of whose rows nothing is in memory yet.
+
+    Example:
+        >>> inf.open_store("store", verify=True).spec  # doctest: +SKIP
     """
     folder = Path(path)
     manifest = Manifest.load(folder)
@@ -314,7 +324,7 @@ def open_store(
 
 
 def _small_arrays(folder: Path, record: ShardRecord) -> dict[str, np.ndarray]:
-    """The scales and losses of a shard, [rows] float32 each and read-only, checked as the ids are."""
+    """Return the scales and losses of a shard, [rows] float32 each and read-only, checked as the ids are."""
     kinds = {"scales": SCALE_DTYPE, "losses": LOSS_DTYPE}
     return {
         kind: np.frombuffer(read_checked(folder, record.files[kind], REBUILD), dtype)

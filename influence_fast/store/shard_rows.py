@@ -25,7 +25,7 @@ Advance = Callable[[Sequence[int]], None]
 
 @dataclass(frozen=True)
 class Texts:
-    """How texts become tokens; examples that came as tokens are cut or set aside by the same limit.
+    """The way texts become tokens; examples that came as tokens are cut or set aside by the same limit.
 
     tokenizer: the model's own; None where examples are tokens. max_length: longer examples are set aside, or cut when
     `truncate`.
@@ -117,7 +117,7 @@ class ShardWork:
         width: int,
         found: tuple[torch.Tensor, torch.Tensor, list[int]] | None = None,
     ) -> ShardWork:
-        """Nothing done yet, or what `found` (rows [n, width], losses [n], their places) has of it."""
+        """Return work with nothing done yet but `found`: rows [n, width], losses [n] and their places."""
         count = len(examples)
         work = cls(examples, torch.full((count, width), torch.nan), torch.full((count,), torch.nan))
         if found is not None:
@@ -127,7 +127,7 @@ class ShardWork:
         return work
 
     def compute(self, maker: RowMaker, advance: Advance) -> None:
-        """Fills in what is not done. After an interruption, `rows` holds every pack that `done` names.
+        """Fill in what is not done. After an interruption, `rows` holds every pack that `done` names.
 
         Raises ModelError: the source leaves an example out, or gives rows of another width.
         """
@@ -152,7 +152,7 @@ class ShardWork:
             raise ModelError(f"the gradient source gave no row for {names}; it must give one for each example")
 
     def finite(self, maker: RowMaker) -> tuple[list[int], list[int]]:
-        """Places of finite and of other rows. A NaN may come from a neighbour in the pack (0 * NaN in masked
+        """Return the places of finite and of other rows. A NaN may come from a neighbour in the pack (0 * NaN in masked
         attention), so each suspect is computed once more, in a pack of its own, and `rows` is mended in place."""
         suspects = (~torch.isfinite(self.rows).all(dim=1)).nonzero().flatten().tolist()
         if suspects:
@@ -167,18 +167,18 @@ class ShardWork:
 
 
 def _takes_losses(gradients: GradientSource) -> bool:
-    """Whether a source can be called with `losses`; one that takes it and leaves it alone gives none."""
+    """Return whether a source can be called with `losses`; one that takes it and leaves it alone gives none."""
     parameters = inspect.signature(gradients).parameters.values()
     return any(p.name == "losses" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def id_of(example: Any) -> Any:
-    """The id of a tokenized example or a text; None where it has none."""
+    """Return the id of a tokenized example or a text; None where it has none."""
     return example["id"] if isinstance(example, Mapping) else getattr(example, "id", None)
 
 
 def tokenized(shard: list[Any], texts: Texts) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """The shard's examples that have a gradient, tokenized, and (id, reason) of the others."""
+    """Return the shard's examples that have a gradient, tokenized, and (id, reason) of the others."""
     set_aside: dict[str, str] = {}
     tokenizer, max_length, truncate = texts.tokenizer, texts.max_length, texts.truncate
     if shard and not isinstance(shard[0], Mapping):

@@ -25,7 +25,7 @@ def held(dataset: Any) -> Sequence[Any]:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over a dataset finds out, in a few bytes an example."""
+    """Facts of a dataset that one pass finds out, in a few bytes an example."""
 
     fingerprint: str
     texts: bool  # examples as text, not as tokens
@@ -33,8 +33,10 @@ class Survey:
 
     @classmethod
     def of(cls, dataset: Sequence[Any]) -> Survey:
-        """Raises DataError naming the place of an example without an id, or of another kind than the first;
-        StoreError naming ids that come twice."""
+        """Look over a dataset once.
+
+        Raises DataError naming the place of an example without an id, or of another kind than the first; StoreError
+        naming ids that come twice."""
         texts = len(dataset) > 0 and not isinstance(dataset[0], Mapping)
         sizes, seen = array("q"), UniqueIds()
 
@@ -50,13 +52,13 @@ class Survey:
         return cls(fingerprint, texts, np.array(sizes, dtype=np.int64))
 
     def shard_sizes(self, ranges: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
-        """(examples, sum of their sizes) of each shard, of `Manifest.ranges`."""
+        """Return (examples, sum of their sizes) of each shard, of `Manifest.ranges`."""
         shards = [self.sizes[offset + first : offset + last] for offset, first, last in ranges]
         return [(len(sizes), int(sizes.sum())) for sizes in shards]
 
 
 def check_example(example: Any, place: int, texts: bool) -> None:
-    """Raises DataError for what is no example, or of another kind than the dataset's first."""
+    """Raise DataError for what is no example, or of another kind than the dataset's first."""
     if isinstance(example, Mapping) == texts:
         raise DataError(f"dataset[{place}]: texts and tokenized examples are mixed; give one kind")
     if not texts and not {"id", "input_ids", "labels"} <= example.keys():

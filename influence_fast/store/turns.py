@@ -15,16 +15,18 @@ class Turns(Protocol):
     """Which shards this process computes, in which order, and who hears of it."""
 
     def shards(self, writer: StoreWriter, sizes: Sequence[tuple[int, int]]) -> Generator[int]:
-        """The shards, one after the other; going on means that the last one is done. `sizes`: (examples, tokens or
-        characters) of every shard of the store."""
+        """Yield the shards, one after the other; going on means that the last one is done.
+
+        sizes: (examples, tokens or characters) of every shard of the store.
+        """
         ...
 
     def owns(self, index: int) -> bool:
-        """Whether shard `index`, computed, is this process's to write."""
+        """Return whether shard `index`, computed, is this process's to write."""
         ...
 
     def advance(self, lengths: Sequence[int]) -> None:
-        """Some examples are done, of so many tokens each (0: set aside). May raise KeyboardInterrupt to stop."""
+        """Count examples that are done, of so many tokens each (0: set aside). May raise KeyboardInterrupt to stop."""
         ...
 
 

@@ -54,7 +54,7 @@ def verify_store(path: str | Path) -> list[str]:
 
 
 def fitted_sketch(folder: Path, manifest: Manifest) -> EigenSketch | None:
-    """The fitted sketch that the manifest of the store in `folder` names, if any.
+    """Return the fitted sketch that the manifest of the store in `folder` names, if any.
 
     Raises StoreError: its file is missing, damaged or another's.
     """
@@ -79,7 +79,7 @@ def wrong_files(folder: Path, manifest: Manifest, record: ShardRecord) -> list[s
 
 
 def _repeated(folder: Path, manifest: Manifest, seen: UniqueIds) -> list[str]:
-    """What is wrong where an id names two rows of a store whose files are otherwise as written."""
+    """Return what is wrong where an id names two rows of a store whose files are otherwise as written."""
 
     def again() -> Iterator[str]:
         for index, fingerprint in enumerate(manifest.fingerprints()):

@@ -73,12 +73,12 @@ class StoreWriter:
         self._fingerprints = found.fingerprints()
 
     def extend(self, manifest: Manifest) -> None:
-        """Takes a longer manifest, whose first shards are this store's; the one on disk changes at `finalize`."""
+        """Take a longer manifest, whose first shards are this store's; the one on disk changes at `finalize`."""
         self.manifest = manifest
         self._fingerprints = manifest.fingerprints()
 
     def is_done(self, index: int) -> bool:
-        """Whether shard `index` is recorded and its files have the recorded sizes.
+        """Return whether shard `index` is recorded and its files have the recorded sizes.
 
         Raises StoreError for a shard of another store: it is not ours to overwrite.
         """
@@ -91,7 +91,7 @@ class StoreWriter:
             return False
 
     def drop_damaged(self) -> list[str]:
-        """Lets go of finished shards whose bytes are not those that were written, which are pending then.
+        """Drop finished shards whose bytes are not those that were written, which are pending then.
 
         Reads every byte of what is finished. Returns what was wrong, a line a file. No other process may be at work on
         the folder. Raises StoreError where the record of such a shard cannot be removed.
@@ -112,7 +112,7 @@ class StoreWriter:
         return problems
 
     def pending(self) -> list[int]:
-        """The shards that are still to be written."""
+        """Return the shards that are still to be written."""
         return [index for index in range(self.manifest.shard_count) if not self.is_done(index)]
 
     def write_shard(
@@ -127,7 +127,7 @@ class StoreWriter:
         losses: torch.Tensor | np.ndarray | None = None,
         tokens: str | None = None,
     ) -> None:
-        """Stores `rows` (len(ids), width), any float dtype, as shard `index`, and their examples' losses if given.
+        """Store `rows` (len(ids), width), any float dtype, as shard `index`, and their examples' losses if given.
 
         `first` and `last` are the range of examples it covers; those without a row are in `set_aside`. `tokens` is the
         hash of the tokens that the rows were made from, where it is known.
@@ -165,7 +165,7 @@ class StoreWriter:
         (self.path / _partial_name(index)).unlink(missing_ok=True)
 
     def keep_partial(self, index: int, rows: torch.Tensor, losses: torch.Tensor, done: Collection[int]) -> None:
-        """Keeps the rows and losses at the places `done` of a shard that is not finished, for `partial` to find.
+        """Keep the rows and losses at the places `done` of a shard that is not finished, for `partial` to find.
 
         rows: [E, width] fp32 and losses: [E] fp32, for the shard's E examples that have a gradient. Raises StoreError:
         the disk refuses.
@@ -182,8 +182,10 @@ class StoreWriter:
             raise StoreError(f"{path} cannot be written ({error}); the finished shards are kept") from error
 
     def partial(self, index: int, examples: int) -> tuple[torch.Tensor, torch.Tensor, list[int]] | None:
-        """(rows [n, width], losses [n], their n places among the shard's `examples`) that `keep_partial` left; None
-        where there are none, or none that can be used."""
+        """Return what `keep_partial` left; None where there is nothing, or nothing that can be used.
+
+        It is rows [n, width], losses [n], and their n places among the shard's `examples`.
+        """
         from safetensors import safe_open
 
         path = inside(self.path, _partial_name(index))
@@ -202,7 +204,7 @@ class StoreWriter:
         return rows, losses, places.tolist()
 
     def copy_shard(self, index: int, source: Path, record: ShardRecord) -> None:
-        """Shard `index` as a copy of a shard of the store in `source`, checked against its record on the way."""
+        """Copy a shard of the store in `source` to shard `index`, checked against its record on the way."""
         target = replace(record.moved(index), fingerprint=self._fingerprints[index])
         for kind, entry in record.files.items():
             path = inside(source, entry.name)
@@ -213,7 +215,7 @@ class StoreWriter:
         self._record(target)
 
     def finalize(self) -> Store:
-        """Closes the store once every shard is recorded, and opens it. Any number of processes may call it.
+        """Close the store once every shard is recorded, and opens it. Any number of processes may call it.
 
         Raises StoreError: shards are missing, or an id is in two shards.
         """
@@ -246,7 +248,7 @@ class StoreWriter:
         return open_store(self.path)
 
     def sweep(self) -> None:
-        """Removes what killed processes left in a finished store; no other process may be closing it meanwhile."""
+        """Remove what killed processes left in a finished store; no other process may be closing it meanwhile."""
         self._remove(".*.tmp", ".partial-*", "..partial-*")
 
     def _remove(self, *patterns: str) -> None:
@@ -272,7 +274,7 @@ class StoreWriter:
     def _publish(
         self, name: str, chunks: Iterable[bytes | memoryview], size: int, *, keep_existing: bool = False
     ) -> str:
-        """Writes a file whole or not at all; returns its SHA-256."""
+        """Write a file whole or not at all; returns its SHA-256."""
         # Not `inside`: renaming over a link replaces the link, so nothing outside the folder can be written.
         path = self.path / name
         temporary = self.path / f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
@@ -305,7 +307,7 @@ class StoreWriter:
 
 
 def make_folder(path: Path) -> None:
-    """The folder of a store that is there or is to be, made where it is missing.
+    """Return the folder of a store that is there or is to be, made where it is missing.
 
     Raises StoreError: it holds something else, or cannot be made.
     """
@@ -320,7 +322,7 @@ def make_folder(path: Path) -> None:
 
 
 def load_records(folder: Path, manifest: Manifest) -> dict[int, ShardRecord]:
-    """The records that are there, by shard. Raises StoreError for a damaged or foreign one."""
+    """Return the records that are there, by shard. Raises StoreError for a damaged or foreign one."""
     return {
         index: ShardRecord.load(folder, index, manifest, fingerprint)
         for index, fingerprint in enumerate(manifest.fingerprints())
@@ -333,7 +335,7 @@ def _partial_name(index: int) -> str:
 
 
 def _encoded(values: torch.Tensor, dtype: str) -> dict[str, memoryview]:
-    """fp32 rows [n, width] as the bytes of "rows" and, for int8, of "scales" [n]."""
+    """Return fp32 rows [n, width] as the bytes of "rows" and, for int8, of "scales" [n]."""
     if dtype == "fp32":
         return {"rows": _bytes_of(values.numpy(), DTYPES[dtype])}
     if dtype == "bf16":
