@@ -23,6 +23,8 @@ from influence_fast.settings import difference, from_dict, parse_yaml, to_dict
 CONFIG = "config.yaml"
 STORES = "stores.json"
 LOCK = ".lock"
+# Seconds to wait for another process that writes a record, as processes that begin on one run together do.
+PATIENCE = 2.0
 
 
 def occupied(config: RunConfig) -> str:
@@ -91,7 +93,7 @@ class RunFolder:
         if path.exists() and path.read_bytes() == text.encode():
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        with self._lock():
+        with self._lock(PATIENCE):
             write_text(path, text)
 
     def check(self, inputs: Mapping[str, Input]) -> None:
@@ -146,7 +148,8 @@ class RunFolder:
             yield
 
     @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
+    def _lock(self, patience: float = 0.0) -> Iterator[None]:
+        """Hold the run's lock while the block runs; where another process has it, wait `patience` seconds for it."""
         try:
             import fcntl
         except ImportError:  # no such locks on this system
@@ -156,14 +159,21 @@ class RunFolder:
             yield
             return
         with (self.path / LOCK).open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"{self.path}: another process is at work on this run; wait for it, or give another output folder"
-                ) from None
-            except OSError:
-                pass
+            end = time.monotonic() + patience
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() < end:
+                        time.sleep(0.01)
+                        continue
+                    raise ConfigError(
+                        f"{self.path}: another process is at work on this run; wait for it, or give another output "
+                        "folder"
+                    ) from None
+                except OSError:
+                    break
             self._locked = True
             try:
                 yield

@@ -24,7 +24,7 @@ from influence_fast.influence.scores import ScoreTable
 from influence_fast.run import pipeline
 from influence_fast.run.dry_run import plan
 from influence_fast.run.inputs import examples_hash, hash_files
-from influence_fast.run.workdir import RunFolder
+from influence_fast.run.workdir import LOCK, RunFolder
 from influence_fast.training.fine_tuning import finetune
 
 Change = Callable[[Path], Any]
@@ -478,6 +478,28 @@ def test_a_run_at_work_keeps_its_record(finished: Path, tmp_path: Path) -> None:
             RunFolder(other)
         assert (tmp_path / "run" / "config.yaml").read_text() == record
         RunFolder(config)
+
+
+def test_a_record_waits_for_a_process_that_writes_one(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes that begin on one run together write the same record, one after the other."""
+    import fcntl
+
+    config = dataclasses.replace(_config(finished), output=str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    waits = []
+    with (tmp_path / "run" / LOCK).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+        def release(seconds: float) -> None:
+            waits.append(seconds)
+            fcntl.flock(held, fcntl.LOCK_UN)
+
+        monkeypatch.setattr("influence_fast.run.workdir.time.sleep", release)
+        RunFolder(config)
+    assert len(waits) == 1
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["gradients"]["dim"] == 4
 
 
 # ---- hashes ------------------------------------------------------------------------------------------------
