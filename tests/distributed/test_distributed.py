@@ -26,6 +26,9 @@ from influence_fast.errors import ConfigError, DataError
 from influence_fast.store.reader import open_store
 from influence_fast.store.verification import verify_store
 
+# It depends on a clock or on other processes: a failure is run once more and listed (RERUN).
+pytestmark = pytest.mark.flaky(reruns=1)
+
 EXAMPLES = 48
 SHARDS = 16
 
@@ -311,7 +314,9 @@ def test_a_suspended_rank_loses_its_shard_and_does_no_harm(
     assert nursery.wait(other) == 0
     os.kill(suspended, signal.SIGCONT)
     assert nursery.wait(suspended) == 0
-    assert "not renewed in 1 s" in nursery.said()
+    # Stopped before its first renewal, it loses the shard after a quarter of the lease.
+    taken = rf"rank 0 takes over shard \d+ of rank 1 \(process {suspended} on .*\): "
+    assert re.search(taken + r"(not renewed in 1 s|never renewed in 0.25 s)", nursery.said())
     assert stored_bytes(folder) == expected
 
 

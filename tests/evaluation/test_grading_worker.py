@@ -15,6 +15,9 @@ from influence_fast.evaluation import worker
 from influence_fast.evaluation.worker import Worker
 from influence_fast.isolation import current_folder_off_path, isolated_environment, trusted_folders
 
+# It depends on a clock or on other processes: a failure is run once more and listed (RERUN).
+pytestmark = pytest.mark.flaky(reruns=1)
+
 # Modules of the standard library, of math-verify, and those that Python runs at its start.
 HOSTILE = (
     *("sitecustomize", "usercustomize", "json", "logging", "signal", "resource", "threading", "re", "fractions"),

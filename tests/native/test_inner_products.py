@@ -477,6 +477,7 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.flaky(reruns=1)  # a signal after a second of another process
 @pytest.mark.skipif(not NATIVE, reason="influence_fast._native was not built")
 @pytest.mark.skipif(not hasattr(signal, "SIGINT") or os.name != "posix", reason="needs POSIX signals")
 def test_ctrl_c_stops_a_long_call() -> None:
