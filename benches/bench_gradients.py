@@ -24,8 +24,8 @@ from benches.interleave import timed
 from benches.models import qwen2_model, train_tokenizer, with_lora
 from influence_fast.data.examples import load_examples, tokenize
 from influence_fast.gradients.per_example import iter_gradient_rows
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
 
 
 def padded(model: Any, examples: list[dict[str, Any]], batch_size: int) -> None:

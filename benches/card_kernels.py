@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._functorch import config as functorch
 
-from influence_fast.gradients.loss import CARD_TOKENS, by_pytorch
+from influence_fast.gradients.model.loss import CARD_TOKENS, by_pytorch
 from influence_fast.kernels import fp8_rows as eight
 from influence_fast.kernels import gated_silu as gated
 from influence_fast.kernels import quantize_rows as quantize

@@ -16,15 +16,16 @@ import torch
 
 from benches.card_kernels import DIM, RANK, failing, matmul_peak, profiled, summary, timed
 from influence_fast.data.packing import pack_examples
-from influence_fast.gradients import attention, fp8
 from influence_fast.gradients import streaming as stream
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.fused_layers import Fused
-from influence_fast.gradients.layout import layout_width
-from influence_fast.gradients.memory import BaseWeights, PackSize, gradient_memory
+from influence_fast.gradients.model import packed_attention as attention
+from influence_fast.gradients.model.fused_layers import Fused
 from influence_fast.gradients.per_example import iter_gradient_rows
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.layout import layout_width
+from influence_fast.gradients.rows.precision import FP8
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
+from influence_fast.gradients.step.memory import BaseWeights, PackSize, gradient_memory
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY
 
@@ -79,7 +80,7 @@ def ways_of(device: torch.device) -> dict[str, dict[str, Any]]:
     ways |= {way: {"backend": "triton"} for way in ("triton", OWN_LAYERS, ANY_ORDER)}
     ways[NO_GRAPHS] = {"backend": "triton", "cuda_graphs": False}
     if torch.cuda.get_device_capability(device) >= LOWEST_CAPABILITY:
-        ways["triton fp8"] = {"backend": "triton", "precision": fp8.FP8}
+        ways["triton fp8"] = {"backend": "triton", "precision": FP8}
     return ways
 
 
@@ -91,7 +92,7 @@ def without(way: str) -> Iterator[None]:
             stack.enter_context(mock.patch.object(attention, "_is_fused", return_value=False))
         if way == OWN_LAYERS:
             none = contextlib.nullcontext(Fused())
-            stack.enter_context(mock.patch("influence_fast.gradients.backends.fused", return_value=none))
+            stack.enter_context(mock.patch("influence_fast.gradients.model.backends.fused", return_value=none))
         yield
 
 

@@ -31,9 +31,9 @@ from torch.utils._pytree import tree_leaves
 
 from benches.environment import describe
 from influence_fast.data.packing import pack_examples
-from influence_fast.gradients import attention
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.model import packed_attention as attention
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.kernels.runtime import recording
 
 SHAPE = {  # Qwen2.5-0.5B, whose layers are the smallest

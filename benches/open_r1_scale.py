@@ -40,7 +40,7 @@ from benches.environment import describe
 from benches.models import heavy_tailed, qwen2_model, with_lora
 from influence_fast.distributed.metrics import PEAK_FLOPS, example_flops
 from influence_fast.gradients.per_example import per_example_gradients
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.products import native
 from influence_fast.products.inner_products import ProductOptions, inner_products
 from influence_fast.store.identity import StoreIdentity

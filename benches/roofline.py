@@ -32,7 +32,7 @@ from benches.suites.test_preconditioners import blocks_of, world
 from benches.suites.test_store import write_store
 from influence_fast.distributed.metrics import example_flops
 from influence_fast.gradients.per_example import per_example_gradients
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.influence.fisher import fit_fisher
 from influence_fast.kernels import project_flat, segment_bilinear, segment_outer, skinny_project
 from influence_fast.kernels.runtime import Cost

@@ -17,7 +17,7 @@ _EXPORTS: dict[str, str] = {
     "InfluenceCallback": "influence.callback",
     "LoraSettings": "training.settings",
     "ProductOptions": "products.options",
-    "RowSpec": "gradients.row_spec",
+    "RowSpec": "gradients.rows.row_spec",
     "ScoreTable": "influence.scores",
     "Scorer": "influence.scorer",
     "Store": "store.reader",
@@ -44,7 +44,7 @@ _EXPORTS: dict[str, str] = {
 # Reachable here for one release more, with a warning that names the submodule.
 _MOVED: dict[str, str] = {
     "EvalConfig": "evaluation.evaluate",
-    "Projection": "gradients.projection",
+    "Projection": "gradients.rows.projection",
     "adam_moments": "influence.adam",
     "append_store": "store.merge",
     "build_distributed": "distributed.builds",
@@ -98,8 +98,8 @@ if TYPE_CHECKING:
     from influence_fast.gradients.fisher_labels import sample_labels as sample_labels
     from influence_fast.gradients.per_example import per_example_gradients as per_example_gradients
     from influence_fast.gradients.per_example import per_example_losses as per_example_losses
-    from influence_fast.gradients.projection import Projection as Projection
-    from influence_fast.gradients.row_spec import RowSpec as RowSpec
+    from influence_fast.gradients.rows.projection import Projection as Projection
+    from influence_fast.gradients.rows.row_spec import RowSpec as RowSpec
     from influence_fast.gradients.streaming import stream_influence as stream_influence
     from influence_fast.gradients.targets import gradient_layout as gradient_layout
     from influence_fast.influence.adam import adam_moments as adam_moments

@@ -18,8 +18,8 @@ from influence_fast.data.schemas import check_turns
 from influence_fast.errors import ConfigError, shown
 from influence_fast.evaluation.evaluate import EvalConfig
 from influence_fast.evaluation.generation_settings import EXPLICIT
-from influence_fast.gradients.fp8 import FP8
-from influence_fast.gradients.row_spec import SKETCHES, RowSpec
+from influence_fast.gradients.rows.precision import FP8
+from influence_fast.gradients.rows.row_spec import SKETCHES, RowSpec
 from influence_fast.guards import reading
 from influence_fast.influence.recipe import Recipe
 from influence_fast.influence.settings import InfluenceConfig

@@ -58,7 +58,8 @@ def paths() -> list[tuple[str, bool, str]]:
 def _gradients() -> list[tuple[str, bool, str]]:
     import torch
 
-    from influence_fast.gradients import backends, cuda_graphs
+    from influence_fast.gradients.model import backends
+    from influence_fast.gradients.step import cuda_graphs
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -16,7 +16,7 @@ from influence_fast.distributed.builds import build_distributed
 from influence_fast.distributed.processes import World
 from influence_fast.errors import ConfigError
 from influence_fast.gradients.per_example import iter_gradient_rows
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.influence.sketch_fitting import SketchFit, fit_projection
 from influence_fast.store import shard_rows
 from influence_fast.store.building import build_shards

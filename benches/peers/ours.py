@@ -23,7 +23,7 @@ from worker import (
 
 import influence_fast as inf
 from influence_fast.gradients.per_example import iter_gradient_rows
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.influence import preconditioners, row_access
 
 

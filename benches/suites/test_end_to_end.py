@@ -14,8 +14,8 @@ from benches.models import qwen2_model, train_tokenizer, with_lora
 from benches.suites.case import Case, Scale
 from influence_fast.data.examples import Example, tokenize
 from influence_fast.gradients.per_example import per_example_gradients
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.gradients.streaming import stream_influence
 from influence_fast.influence.building import build_store
 from influence_fast.influence.scorer import Scorer

@@ -11,10 +11,10 @@ from benches.bench_gradients import one_by_one, ours, padded
 from benches.interleave import Variants
 from benches.models import qwen2_model, with_lora
 from benches.suites.case import VOCABULARY, Case, Scale, ragged_examples
-from influence_fast.gradients.layout import layout_width
 from influence_fast.gradients.per_example import gradient_layout, iter_gradient_rows, per_example_gradients
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.layout import layout_width
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.gradients.streaming import stream_influence
 from influence_fast.influence.sketch_fitting import fit_projection
 

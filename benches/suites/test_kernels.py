@@ -17,7 +17,7 @@ from benches.interleave import Variants
 from benches.models import qwen2_model, with_lora
 from benches.suites.case import Case, Scale
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.kernels import segment_outer, skinny_project
 from influence_fast.kernels.runtime import Cost
 from influence_fast.philox import sign_matrix, sjlt_map

@@ -9,7 +9,7 @@ import torch
 from benches.interleave import Variants
 from benches.models import heavy_tailed
 from benches.suites.case import Case, Scale
-from influence_fast.gradients.layout import LayoutEntry
+from influence_fast.gradients.rows.layout import LayoutEntry
 from influence_fast.influence import preconditioners
 
 QUERIES, SIDE, DAMPING = 32, 16, 0.1

@@ -11,7 +11,7 @@ from benches.bench_gradients import one_by_one, ours
 from benches.interleave import Variants
 from benches.models import heavy_tailed, qwen2_model, with_lora
 from benches.suites.case import VOCABULARY, Case, Scale, example
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.products.inner_products import ProductOptions, inner_products, quantize_rows
 
 WIDTH = 2048

@@ -19,8 +19,8 @@ from torch import nn
 from influence_fast.data.adapter_names import ADAPTER_MARK
 from influence_fast.data.fingerprints import active_adapters
 from influence_fast.data.packing import IGNORED
-from influence_fast.gradients.fused_layers import overridden
-from influence_fast.gradients.layout import LayoutEntry
+from influence_fast.gradients.model.fused_layers import overridden
+from influence_fast.gradients.rows.layout import LayoutEntry
 
 # Tokens whose logits are in fp64 at a time: with a vocabulary of 152k they take 0.3 GB.
 _CHUNK = 256

@@ -13,11 +13,11 @@ import torch
 
 from influence_fast.data.packing import pack_examples
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.layer_outputs import rounded_layers
-from influence_fast.gradients.layout import LayoutEntry, layout_of
-from influence_fast.gradients.opened import free_bytes
+from influence_fast.gradients.model.layer_outputs import rounded_layers
+from influence_fast.gradients.model.tolerance import Tolerance
 from influence_fast.gradients.per_example import packs_for
-from influence_fast.gradients.tolerance import Tolerance
+from influence_fast.gradients.rows.layout import LayoutEntry, layout_of
+from influence_fast.gradients.step.opened import free_bytes
 
 # Share of the free memory that a copy of the model in fp32 may take: its gradients and activations need the rest.
 _ROOM = 0.5

@@ -18,12 +18,12 @@ from influence_fast.check.verdicts import AGREES, REFUSED, UNJUDGED, Check, Mode
 from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import IGNORED, check_examples, example_name, teaches
 from influence_fast.errors import ConfigError, DataError, ModelError, one_line
-from influence_fast.gradients.frozen import frozen
-from influence_fast.gradients.layer_outputs import rounded_layers
-from influence_fast.gradients.opened import base_of
-from influence_fast.gradients.quantized import unrounded
-from influence_fast.gradients.referee import decoder_of
-from influence_fast.gradients.trained_beside import unscored_in
+from influence_fast.gradients.model.frozen import frozen
+from influence_fast.gradients.model.layer_outputs import rounded_layers
+from influence_fast.gradients.model.quantized import unrounded
+from influence_fast.gradients.model.referee import decoder_of
+from influence_fast.gradients.model.trained_beside import unscored_in
+from influence_fast.gradients.step.opened import base_of
 from influence_fast.settings import check_seed
 
 # Rows of the data that examples are chosen from.

@@ -16,7 +16,7 @@ from influence_fast.errors import ConfigError, shown
 from influence_fast.settings import MAX_SEED, MAX_TRAINING_SEED, check_seed
 
 if TYPE_CHECKING:
-    from influence_fast.gradients.row_spec import RowSpec
+    from influence_fast.gradients.rows.row_spec import RowSpec
 
 TURNS_HELP = "assistant turns of a conversation that the loss is on: the last (default) or all"
 
@@ -132,7 +132,7 @@ def given(args: Any, *names: str) -> dict[str, Any]:
 
 
 def gradients_of(args: Any) -> RowSpec:
-    from influence_fast.gradients.row_spec import RowSpec
+    from influence_fast.gradients.rows.row_spec import RowSpec
     from influence_fast.settings import from_dict
 
     settings = given(args, "dim", "width", "sketch", "store_dtype", "precision", "max_tokens")

@@ -66,7 +66,7 @@ def _build(args: Any) -> None:
     from influence_fast.distributed import metrics, processes
     from influence_fast.distributed.builds import DistributedOptions
     from influence_fast.distributed.from_source import build_from_source
-    from influence_fast.gradients.fp8 import check_precision
+    from influence_fast.gradients.rows.precision import check_precision
     from influence_fast.influence.recipe import Recipe
     from influence_fast.influence.settings import InfluenceConfig
 
@@ -148,7 +148,7 @@ def _inspect(args: Any) -> None:
 
 
 def _inspect_sketch(store: Any) -> None:
-    from influence_fast.gradients.layout import layout_width
+    from influence_fast.gradients.rows.layout import layout_width
     from influence_fast.influence.sketch_fitting import PICKED
 
     sketch = store.projection.sketch

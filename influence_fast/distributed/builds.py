@@ -24,10 +24,10 @@ from influence_fast.distributed.claims import LEASE, Claims, Owner, WaitNotice, 
 from influence_fast.distributed.metrics import Board, Meter, board, chrome_trace, example_flops, folder_of
 from influence_fast.distributed.processes import TIME_LIMIT, Signals, Watch, World, largest, once, pauses, rank_in
 from influence_fast.errors import ConfigError, StoreError
-from influence_fast.gradients.eigen_sketch import EigenSketch
-from influence_fast.gradients.fp8 import check_precision
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.eigen_sketch import EigenSketch
+from influence_fast.gradients.rows.precision import check_precision
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.gradients.sharded import LockstepRows
 from influence_fast.influence.preconditioners import DEFAULT
 from influence_fast.influence.sketch_fitting import AS_USUAL, Find, Fit, Keep, SketchFit, kept, resolved

@@ -16,8 +16,8 @@ from influence_fast.distributed import builds as distributed
 from influence_fast.distributed import metrics, processes
 from influence_fast.distributed.builds import DistributedOptions
 from influence_fast.gradients import sharded
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.influence.sketch_fitting import SketchFit, resolved
 from influence_fast.store.reader import Store

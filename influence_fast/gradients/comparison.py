@@ -9,11 +9,12 @@ import torch
 
 from influence_fast.data.packing import IGNORED, Pack, pack_examples, teaches
 from influence_fast.errors import ModelError, truncated_list
-from influence_fast.gradients import attention, fp8
-from influence_fast.gradients.layer_outputs import outputs_of
-from influence_fast.gradients.opened import OpenedModel
-from influence_fast.gradients.referee import Referee
-from influence_fast.gradients.step import losses_of
+from influence_fast.gradients.model import packed_attention as attention
+from influence_fast.gradients.model.layer_outputs import outputs_of
+from influence_fast.gradients.model.referee import Referee
+from influence_fast.gradients.rows.precision import FP8
+from influence_fast.gradients.step.opened import OpenedModel
+from influence_fast.gradients.step.step import losses_of
 
 # Of the user's own data, what is compared with plain forwards. At 2,048 tokens the logits of a vocabulary of 152k take
 # 0.6 GB in 16 bits; 4 forwards of a build of 1,000 examples are a thousandth of it.
@@ -119,7 +120,7 @@ def _referee_of(opened: OpenedModel) -> Referee | None:
 
 def _remedy(opened: OpenedModel) -> str:
     """What to change where the engine's numbers are not the model's; empty where it is not known."""
-    if opened.precision == fp8.FP8:
+    if opened.precision == FP8:
         return "leave precision at 'auto'"
     return opened.backend.remedy
 

@@ -6,10 +6,10 @@ import torch
 
 from influence_fast.data.packing import Pack
 from influence_fast.errors import ModelError
-from influence_fast.gradients.lora import LoraLinear
-from influence_fast.gradients.opened import OpenedModel
-from influence_fast.gradients.step import hidden_of
-from influence_fast.gradients.step_inputs import StepInputs
+from influence_fast.gradients.model.lora import LoraLinear
+from influence_fast.gradients.step.opened import OpenedModel
+from influence_fast.gradients.step.step import hidden_of
+from influence_fast.gradients.step.step_inputs import StepInputs
 from influence_fast.gradients.targets import PlainLinear, working_targets
 
 

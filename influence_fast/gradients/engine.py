@@ -21,19 +21,22 @@ import torch
 from influence_fast.data.packing import Pack
 from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ConfigError
-from influence_fast.gradients import backends, comparison, direct_use, fp8, opened
-from influence_fast.gradients.cuda_graphs import CudaRecorder, Wish
-from influence_fast.gradients.layout import LayoutEntry, layout_of
-from influence_fast.gradients.lora import LoraLinear
-from influence_fast.gradients.loss import drawn_tokens
-from influence_fast.gradients.model_kinds import check_predicts_tokens
-from influence_fast.gradients.opened import OpenedModel
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.reduction import FullReducer, ProjectedReducer, Reducer
-from influence_fast.gradients.referee import Referee
-from influence_fast.gradients.runner import Runner
-from influence_fast.gradients.step import hidden_of, losses_of
-from influence_fast.gradients.step_inputs import StepInputs
+from influence_fast.gradients import comparison, direct_use
+from influence_fast.gradients.model import backends
+from influence_fast.gradients.model.lora import LoraLinear
+from influence_fast.gradients.model.loss import drawn_tokens
+from influence_fast.gradients.model.model_kinds import check_predicts_tokens
+from influence_fast.gradients.model.referee import Referee
+from influence_fast.gradients.rows.layout import LayoutEntry, layout_of
+from influence_fast.gradients.rows.precision import AUTO, check_precision
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.step import opened
+from influence_fast.gradients.step.cuda_graphs import CudaRecorder, Wish
+from influence_fast.gradients.step.opened import OpenedModel
+from influence_fast.gradients.step.reduction import FullReducer, ProjectedReducer, Reducer
+from influence_fast.gradients.step.runner import Runner
+from influence_fast.gradients.step.step import hidden_of, losses_of
+from influence_fast.gradients.step.step_inputs import StepInputs
 from influence_fast.gradients.targets import check_exact, find_linears, linear_for_losses
 from influence_fast.transfer import to_device
 
@@ -61,10 +64,10 @@ class GradientEngine:
         backend: str | None = None,
         reducer: Callable[[list[LoraLinear], list[LayoutEntry]], Reducer] | None = None,
         bf16_rows: bool = False,
-        precision: str = fp8.AUTO,
+        precision: str = AUTO,
         cuda_graphs: bool | None = None,
     ) -> None:
-        fp8.check_precision(precision)
+        check_precision(precision)
         if loss_reduction not in ("mean", "sum"):
             raise ConfigError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}")
         self.model = unwrapped(model)
@@ -189,7 +192,7 @@ class GradientEngine:
 class LossEngine(GradientEngine):
     """Opens a model for the losses of examples alone, where it may have no LoRA layer."""
 
-    def __init__(self, model: Any, loss_reduction: str = "mean", precision: str = fp8.AUTO) -> None:
+    def __init__(self, model: Any, loss_reduction: str = "mean", precision: str = AUTO) -> None:
         super().__init__(model, None, loss_reduction, precision=precision)
 
     def _find_linears(self, projection: Projection | None) -> list[LoraLinear]:

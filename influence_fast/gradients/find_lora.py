@@ -12,14 +12,14 @@ from influence_fast.data.adapter_names import is_adapter_parameter
 from influence_fast.data.fingerprints import held_adapters
 from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ModelError, truncated_list, warn_once
-from influence_fast.gradients.adapter_kinds import check_active_kinds, check_together
-from influence_fast.gradients.lora import LoraLinear
-from influence_fast.gradients.lora_bases import is_a_product, is_supported, other_targets
-from influence_fast.gradients.lora_embedding import embedding_of
-from influence_fast.gradients.lora_parameters import parameter_of
-from influence_fast.gradients.lora_parts import Magnitude, join_adapters
-from influence_fast.gradients.quantized import kind_of
-from influence_fast.gradients.trained_beside import _beside_in, _unfrozen_in, beside_warning
+from influence_fast.gradients.model.adapter_kinds import check_active_kinds, check_together
+from influence_fast.gradients.model.lora import LoraLinear
+from influence_fast.gradients.model.lora_bases import is_a_product, is_supported, other_targets
+from influence_fast.gradients.model.lora_parameters import parameter_of
+from influence_fast.gradients.model.lora_parts import Magnitude, join_adapters
+from influence_fast.gradients.model.quantized import kind_of
+from influence_fast.gradients.model.trained_beside import _beside_in, _unfrozen_in, beside_warning
+from influence_fast.gradients.step.lora_embedding import embedding_of
 
 logger = logging.getLogger(__name__)
 

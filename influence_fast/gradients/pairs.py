@@ -17,7 +17,7 @@ import torch
 from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import IGNORED, check_examples, example_name
 from influence_fast.errors import ConfigError, DataError, ModelError
-from influence_fast.gradients.frozen import frozen
+from influence_fast.gradients.model.frozen import frozen
 
 
 def pair_examples(

@@ -22,10 +22,10 @@ from influence_fast.data.packing import (
 from influence_fast.deprecation import OldCall, also_called_as, moved
 from influence_fast.errors import ConfigError, DataError, NumericError, truncated_list
 from influence_fast.gradients.engine import GradientEngine, LossEngine
-from influence_fast.gradients.fp8 import AUTO
-from influence_fast.gradients.probe_texts import vocabulary_of
-from influence_fast.gradients.projection import EXACT, Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.model.probe_texts import vocabulary_of
+from influence_fast.gradients.rows.precision import AUTO
+from influence_fast.gradients.rows.projection import EXACT, Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.row_codec import decoded, encoded
 from influence_fast.transfer import WriteBehind, to_device

@@ -16,9 +16,9 @@ from torch import nn
 from influence_fast.data.adapter_names import is_adapter_parameter
 from influence_fast.errors import ModelError
 from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.model.quantized import kind_of
 from influence_fast.gradients.per_example import EXACT_ROWS, compare_once, packs_for
-from influence_fast.gradients.quantized import kind_of
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.row_spec import RowSpec
 
 
 def shard_model(model: Any, mesh: Any = None) -> Any:

@@ -23,13 +23,13 @@ from influence_fast.data.packing import example_name
 from influence_fast.deprecation import OldCall, also_called_as, moved
 from influence_fast.errors import ConfigError, DataError, NumericError, truncated_list
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.factors import Block, Side, tokens_of
-from influence_fast.gradients.layout import LayoutEntry, layout_width
-from influence_fast.gradients.lora import LoraLinear
+from influence_fast.gradients.model.lora import LoraLinear
 from influence_fast.gradients.per_example import EXACT_ROWS, compare_once, packs_for
-from influence_fast.gradients.projection import EXACT
-from influence_fast.gradients.reduction import Reducer, pack_segments
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.factors import Block, Side, tokens_of
+from influence_fast.gradients.rows.layout import LayoutEntry, layout_width
+from influence_fast.gradients.rows.projection import EXACT
+from influence_fast.gradients.rows.row_spec import RowSpec
+from influence_fast.gradients.step.reduction import Reducer, pack_segments
 from influence_fast.progress import track
 from influence_fast.transfer import to_device
 

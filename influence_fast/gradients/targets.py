@@ -19,13 +19,13 @@ from torch import nn
 
 from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ConfigError, ModelError, did_you_mean, truncated_list, warn_once
-from influence_fast.gradients.factors import Columns, Factor, make_factor
 from influence_fast.gradients.find_lora import find_lora_linears
-from influence_fast.gradients.layout import LayoutEntry, in_top_layers, layout_of, layout_width
-from influence_fast.gradients.lora import LoraLinear
-from influence_fast.gradients.lora_bases import is_a_product, other_targets
-from influence_fast.gradients.projection import ALL_LINEAR, Projection
-from influence_fast.gradients.quantized import kind_of
+from influence_fast.gradients.model.lora import LoraLinear
+from influence_fast.gradients.model.lora_bases import is_a_product, other_targets
+from influence_fast.gradients.model.quantized import kind_of
+from influence_fast.gradients.rows.factors import Columns, Factor, make_factor
+from influence_fast.gradients.rows.layout import LayoutEntry, in_top_layers, layout_of, layout_width
+from influence_fast.gradients.rows.projection import ALL_LINEAR, Projection
 
 logger = logging.getLogger(__name__)
 

@@ -27,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 
 from influence_fast.data.adapter_names import plain_name
 from influence_fast.errors import ConfigError, ModelError, one_line
-from influence_fast.gradients.factors import projected_axes
-from influence_fast.gradients.layout import LayoutEntry, in_top_layers
-from influence_fast.gradients.projection import Projection, row_name
+from influence_fast.gradients.rows.factors import projected_axes
+from influence_fast.gradients.rows.layout import LayoutEntry, in_top_layers
+from influence_fast.gradients.rows.projection import Projection, row_name
 from influence_fast.gradients.targets import TRANSPOSED, WEIGHT
 from influence_fast.guards import reading
 from influence_fast.influence.damping import GRID, Damping, RowBlocks, check_damping, ridge, split_rows

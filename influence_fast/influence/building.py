@@ -11,8 +11,8 @@ from torch import nn
 from influence_fast.data.held import Held
 from influence_fast.deprecation import also_called_as
 from influence_fast.errors import ConfigError
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.influence.preconditioners import DEFAULT
 from influence_fast.influence.sketch_fitting import fit_projection, resolved
 from influence_fast.store.building import DEFAULT_OPTIONS, DEFAULT_SPEC, BuildOptions, build_rows, old_build

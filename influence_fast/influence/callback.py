@@ -26,8 +26,8 @@ from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import check_examples, example_name, teaches
 from influence_fast.errors import ConfigError, DataError, NumericError, shown, truncated_list, warn_once
 from influence_fast.gradients.per_example import iter_gradient_rows
-from influence_fast.gradients.projection import EXACT
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.projection import EXACT
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.gradients.streaming import stream_influence
 from influence_fast.influence.building import build_store
 from influence_fast.influence.scores import ScoreTable

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from influence_fast.errors import ConfigError
-from influence_fast.gradients.layout import LayoutEntry
+from influence_fast.gradients.rows.layout import LayoutEntry
 from influence_fast.influence.damping import (
     Damping,
     RowBlocks,

@@ -12,10 +12,10 @@ import torch
 
 from influence_fast.data.adapter_names import plain_name
 from influence_fast.errors import ConfigError
-from influence_fast.gradients.eigen_sketch import EigenSketch
-from influence_fast.gradients.factors import Side, projected_axes, sides_of
-from influence_fast.gradients.layout import LayoutEntry, in_top_layers, layout_width
-from influence_fast.gradients.projection import Projection, random_matrix, row_name
+from influence_fast.gradients.rows.eigen_sketch import EigenSketch
+from influence_fast.gradients.rows.factors import Side, projected_axes, sides_of
+from influence_fast.gradients.rows.layout import LayoutEntry, in_top_layers, layout_width
+from influence_fast.gradients.rows.projection import Projection, random_matrix, row_name
 from influence_fast.philox import sign_matrix, sjlt_map
 
 # Rows of a dense Rademacher matrix made at once: 2^24 signs, 64 MiB in fp32.

@@ -20,7 +20,7 @@ import torch
 from influence_fast.data.packing import IGNORED
 from influence_fast.errors import ConfigError, DataError, did_you_mean, truncated_list
 from influence_fast.gradients.per_example import per_example_losses
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.influence.damping import Damping
 from influence_fast.influence.fisher_rows import fisher_folders
 from influence_fast.influence.pool_gradients import pool_gradients

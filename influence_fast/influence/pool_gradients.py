@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from influence_fast.gradients.per_example import per_example_gradients
-from influence_fast.gradients.projection import Projection, exact_rows
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.projection import Projection, exact_rows
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence.adam import adam_moments
 from influence_fast.influence.fisher_rows import fisher_rows

@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 
 from influence_fast.errors import ConfigError, DataError, did_you_mean
-from influence_fast.gradients.layout import LayoutEntry
+from influence_fast.gradients.rows.layout import LayoutEntry
 from influence_fast.influence.adam import Adam, adam_moments, fit_adam
 from influence_fast.influence.damping import AUTO, DEFAULT_DAMPING, MAX_DENSE, Damping, RowBlocks, check_damping
 from influence_fast.influence.datainf import DataInf, fit_datainf

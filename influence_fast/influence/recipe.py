@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from influence_fast.errors import ConfigError, did_you_mean
-from influence_fast.gradients.eigen_sketch import check_projection
-from influence_fast.gradients.layout import LayoutEntry, layout_width
-from influence_fast.gradients.projection import FLAT_KINDS, SIDED_KINDS
-from influence_fast.gradients.row_spec import SKETCHES, RowSpec, is_fitted, names_store
+from influence_fast.gradients.rows.eigen_sketch import check_projection
+from influence_fast.gradients.rows.layout import LayoutEntry, layout_width
+from influence_fast.gradients.rows.projection import FLAT_KINDS, SIDED_KINDS
+from influence_fast.gradients.rows.row_spec import SKETCHES, RowSpec, is_fitted, names_store
 from influence_fast.influence import preconditioners
 from influence_fast.influence.damping import FEWEST_ROWS, check_width
 from influence_fast.influence.preconditioners import (

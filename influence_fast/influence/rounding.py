@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from influence_fast.errors import truncated_list
-from influence_fast.gradients.layout import LayoutEntry
+from influence_fast.gradients.rows.layout import LayoutEntry
 from influence_fast.row_codec import decoded_arrays
 from influence_fast.store.reader import Store
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_fast.gradients.layout import LayoutEntry, layout_width
+from influence_fast.gradients.rows.layout import LayoutEntry, layout_width
 from influence_fast.store.reader import Store
 
 

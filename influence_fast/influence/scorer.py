@@ -13,8 +13,8 @@ import torch
 
 from influence_fast.data.held import Held
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.gradients.layout import LayoutEntry
-from influence_fast.gradients.projection import exact_rows
+from influence_fast.gradients.rows.layout import LayoutEntry
+from influence_fast.gradients.rows.projection import exact_rows
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import preconditioners
 from influence_fast.influence.fisher_rows import (

@@ -15,7 +15,7 @@ import torch
 
 from influence_fast.atomic import beside, replacing
 from influence_fast.errors import ConfigError, StoreError, one_line, shown
-from influence_fast.gradients.layout import LayoutEntry
+from influence_fast.gradients.rows.layout import LayoutEntry
 from influence_fast.influence.preconditioners import (
     Adam,
     DataInf,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from influence_fast.gradients.projection import EXACT
+from influence_fast.gradients.rows.projection import EXACT
 from influence_fast.influence.damping import DEFAULT_DAMPING, Damping
 from influence_fast.influence.preconditioners import DEFAULT, FISHER_EXAMPLES, FROM_MODEL
 

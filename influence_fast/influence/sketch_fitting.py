@@ -13,12 +13,12 @@ import torch
 from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.deprecation import OldCall, also_called_as, moved
 from influence_fast.errors import ConfigError, DataError, StoreError, did_you_mean
-from influence_fast.gradients.eigen_sketch import DEFAULT_EXAMPLES, FILES, EigenSketch, check_projection, file_of
 from influence_fast.gradients.fisher_labels import sample_labels
-from influence_fast.gradients.layout import layout_width
 from influence_fast.gradients.per_example import iter_gradient_rows
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec, names_store
+from influence_fast.gradients.rows.eigen_sketch import DEFAULT_EXAMPLES, FILES, EigenSketch, check_projection, file_of
+from influence_fast.gradients.rows.layout import layout_width
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec, names_store
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence.damping import AUTO, DEFAULT_DAMPING, Damping, check_damping
 from influence_fast.influence.ekfac import Ekfac, fit_ekfac

@@ -17,8 +17,14 @@ from typing import Any
 
 from influence_fast.config import ModelConfig, RunConfig, Source
 from influence_fast.errors import ConfigError, DataError, ModelError, one_line
-from influence_fast.gradients.memory import BaseWeights, GradientMemory, PackSize, QuantizedWeights, gradient_memory
-from influence_fast.gradients.projection import SIDED_KINDS
+from influence_fast.gradients.rows.projection import SIDED_KINDS
+from influence_fast.gradients.step.memory import (
+    BaseWeights,
+    GradientMemory,
+    PackSize,
+    QuantizedWeights,
+    gradient_memory,
+)
 from influence_fast.guards import reading
 from influence_fast.influence.recipe import Recipe
 from influence_fast.run.inputs import changed, examples_hash, source_inputs

@@ -21,8 +21,8 @@ from influence_fast.data.examples import Example, load_examples, load_rows
 from influence_fast.data.fingerprints import tokenizer_hash
 from influence_fast.data.grouping import row_groups
 from influence_fast.errors import ConfigError
-from influence_fast.gradients.eigen_sketch import FILES as SKETCH_FILES
-from influence_fast.gradients.row_spec import names_store
+from influence_fast.gradients.rows.eigen_sketch import FILES as SKETCH_FILES
+from influence_fast.gradients.rows.row_spec import names_store
 from influence_fast.run.pieces import EVERYTHING, QUESTIONS, SCORES, TARGET, TEST, finished, way_out
 from influence_fast.store.checksums import checksum
 

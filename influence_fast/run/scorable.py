@@ -11,7 +11,7 @@ import torch
 
 from influence_fast.config import RunConfig
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.projection import SIDED_KINDS
+from influence_fast.gradients.rows.projection import SIDED_KINDS
 from influence_fast.influence.sketch_fitting import width_of
 from influence_fast.training.fine_tuning import finetuned, quiet_libraries
 from influence_fast.training.fresh_adapter import attach_lora

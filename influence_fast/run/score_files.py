@@ -8,7 +8,7 @@ from typing import Any
 
 from influence_fast.data.examples import Example
 from influence_fast.errors import DataError, one_line, truncated_list
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.influence.recipe import sketch_for
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import InfluenceConfig

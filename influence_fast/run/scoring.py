@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.report.explain import explanations, save_explanations
 from influence_fast.selection.pool_scores import PoolScores, ScoredPool, score_pool

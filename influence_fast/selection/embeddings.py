@@ -17,9 +17,9 @@ from torch import nn
 
 from influence_fast.data.packing import Pack, example_name, pack_examples
 from influence_fast.errors import DataError, NumericError, truncated_list
-from influence_fast.gradients.pack_isolation import Separation
+from influence_fast.gradients.model.pack_isolation import Separation
+from influence_fast.gradients.model.referee import Referee, call, decoder_of
 from influence_fast.gradients.per_example import DEFAULT_MAX_TOKENS
-from influence_fast.gradients.referee import Referee, call, decoder_of
 
 _AHEAD = 1024  # wishes looked at in one step
 

@@ -13,7 +13,7 @@ from influence_fast.data.examples import Example, tokenize
 from influence_fast.data.packing import IGNORED
 from influence_fast.evaluation.evaluate import EvalConfig
 from influence_fast.gradients.per_example import per_example_losses
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.influence.pool_gradients import pool_gradients
 from influence_fast.influence.queries import Queries
 from influence_fast.influence.scorer import TopInfluences

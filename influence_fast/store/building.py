@@ -15,9 +15,9 @@ from influence_fast.data.fingerprints import dataset_fingerprint
 from influence_fast.data.held import Held
 from influence_fast.deprecation import OldCall, also_called_as, moved
 from influence_fast.errors import ConfigError, DataError, NumericError, did_you_mean, truncated_list
-from influence_fast.gradients.fp8 import AUTO
 from influence_fast.gradients.per_example import KeptEngine
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.precision import AUTO
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.store.manifest import MANIFEST_NAME, Manifest
 from influence_fast.store.planning import plan, with_parts_there
 from influence_fast.store.reader import Store

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from influence_fast.errors import StoreError, did_you_mean
-from influence_fast.gradients.fp8 import AUTO
-from influence_fast.gradients.projection import EXACT, Projection, target_of, target_text
+from influence_fast.gradients.rows.precision import AUTO
+from influence_fast.gradients.rows.projection import EXACT, Projection, target_of, target_text
 from influence_fast.philox import FLAT_KINDS
 
 _LABELS = {

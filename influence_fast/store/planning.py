@@ -11,10 +11,10 @@ from torch import nn
 
 import influence_fast
 from influence_fast.data.fingerprints import dataset_fingerprint, tokenizer_hash, weight_hashes
-from influence_fast.gradients.fp8 import AUTO
-from influence_fast.gradients.layout import layout_width
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.layout import layout_width
+from influence_fast.gradients.rows.precision import AUTO
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.store.identity import StoreIdentity, projection_fields
 from influence_fast.store.manifest import MANIFEST_NAME, Manifest, ModuleEntry, Part, joined_fingerprint

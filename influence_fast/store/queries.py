@@ -10,7 +10,7 @@ from influence_fast.data.adapter_names import plain_name
 from influence_fast.data.held import Held
 from influence_fast.errors import StoreError
 from influence_fast.gradients.per_example import per_example_gradients
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.store.planning import identity_of
 

@@ -20,9 +20,9 @@ import torch
 
 from influence_fast.data.held import Held
 from influence_fast.errors import StoreError, truncated_list
-from influence_fast.gradients.fp8 import AUTO
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.precision import AUTO
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.row_codec import decoded_arrays
 from influence_fast.store.checksums import file_damage, read_checked
 from influence_fast.store.identity import StoreIdentity

@@ -14,7 +14,7 @@ from torch import nn
 from influence_fast.data.packing import teaches
 from influence_fast.errors import DataError, ModelError, truncated_list
 from influence_fast.gradients.per_example import KeptEngine
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.row_spec import RowSpec
 
 #: As `gradients.per_example.iter_gradient_rows`: (model, examples, spec=...) -> batches of (places in `examples`, rows
 #: [n, width]). Ours also take `skip`, places that need no row, and any may take `losses`, which it fills in.

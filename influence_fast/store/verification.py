@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from influence_fast.errors import StoreError, one_line
-from influence_fast.gradients.eigen_sketch import MEND, EigenSketch, file_of
+from influence_fast.gradients.rows.eigen_sketch import MEND, EigenSketch, file_of
 from influence_fast.store.checksums import damage
 from influence_fast.store.ids import UniqueIds, read_ids
 from influence_fast.store.manifest import REBUILD, Manifest, ShardRecord, file_name, inside

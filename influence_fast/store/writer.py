@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from influence_fast.atomic import replacing
 from influence_fast.errors import NumericError, StoreError, truncated_list
-from influence_fast.gradients.eigen_sketch import FILES, EigenSketch, file_of
+from influence_fast.gradients.rows.eigen_sketch import FILES, EigenSketch, file_of
 from influence_fast.products.inner_products import quantize_rows
 from influence_fast.row_codec import bf16_bits
 from influence_fast.store.checksums import damage

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from influence_fast.errors import ModelError
-from influence_fast.gradients.trained_beside import beside_warning, trained_beside
+from influence_fast.gradients.model.trained_beside import beside_warning, trained_beside
 from influence_fast.guards import reading
 from influence_fast.training.adapter_files import adapter_folder, lora_config
 from influence_fast.training.files import ADAPTER_CONFIG

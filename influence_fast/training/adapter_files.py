@@ -12,7 +12,7 @@ import torch
 
 from influence_fast.data.adapter_names import plain_name
 from influence_fast.errors import ModelError
-from influence_fast.gradients.adapter_kinds import check_kind, kind_of
+from influence_fast.gradients.model.adapter_kinds import check_kind, kind_of
 from influence_fast.training.adapter_settings import check_kinds
 from influence_fast.training.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, cannot_load, check_folder
 

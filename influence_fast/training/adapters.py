@@ -15,7 +15,7 @@ from torch import nn
 
 from influence_fast.data.adapter_names import is_adapter_parameter, plain_name
 from influence_fast.errors import ModelError, one_line, truncated_list, warn_once
-from influence_fast.gradients.trained_beside import beside_warning
+from influence_fast.gradients.model.trained_beside import beside_warning
 from influence_fast.guards import reading
 from influence_fast.training.adapter_bases import warnings_of
 from influence_fast.training.adapter_checks import (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from influence_fast.errors import ConfigError, ModelError, truncated_list, warn_once
-from influence_fast.gradients.scorable import unscorable_layers
+from influence_fast.gradients.model.scorable import unscorable_layers
 from influence_fast.training.adapter_settings import check_patterns
 from influence_fast.training.settings import LoraSettings
 

@@ -1,6 +1,6 @@
 """Adapters of experts in a list, as older model classes have them, over experts in one parameter.
 
-peft puts the factors of all experts into one pair (`gradients/lora_parameters.py`), those of two linears that the
+peft puts the factors of all experts into one pair (`gradients/model/lora_parameters.py`), those of two linears that the
 parameter holds (gate and up) side by side. Here is checked that all that the file stores came to be there, and no more.
 """
 

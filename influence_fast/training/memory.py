@@ -14,8 +14,8 @@ import torch
 
 from influence_fast.data.packing import text_config
 from influence_fast.errors import ConfigError, warn_once
-from influence_fast.gradients.opened import base_of, free_bytes
-from influence_fast.gradients.referee import decoder_of
+from influence_fast.gradients.model.referee import decoder_of
+from influence_fast.gradients.step.opened import base_of, free_bytes
 from influence_fast.training.settings import TrainConfig
 from influence_fast.training.undisturbed import undisturbed
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from influence_fast.errors import ConfigError, ModelError, did_you_mean
-from influence_fast.gradients.memory import QuantizedWeights
+from influence_fast.gradients.step.memory import QuantizedWeights
 
 #: How weights can be quantised while they are loaded, by bitsandbytes; what that library calls it.
 QUANTIZATIONS: dict[str, dict[str, Any]] = {

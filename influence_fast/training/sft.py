@@ -21,7 +21,7 @@ import torch
 from influence_fast.atomic import replacing
 from influence_fast.data.packing import IGNORED, example_name
 from influence_fast.errors import ConfigError, NumericError, one_line, truncated_list
-from influence_fast.gradients.referee import Referee, decoder_of
+from influence_fast.gradients.model.referee import Referee, decoder_of
 from influence_fast.training.files import list_checkpoints
 
 if TYPE_CHECKING:

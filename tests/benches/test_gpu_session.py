@@ -15,7 +15,7 @@ import torch
 
 from benches import card_steps, gpu_session, tune_kernels
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.kernels.runtime import recording
 from influence_fast.kernels.segments import Segments
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benches import launches
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 
 
 def test_the_kernels_take_fewer_operations_than_a_plain_lora_step() -> None:

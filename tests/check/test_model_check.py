@@ -17,7 +17,7 @@ from influence_fast.check.verdicts import AGREES, DIFFERS, REFUSED, UNJUDGED, Ch
 from influence_fast.cli import main
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.reduction import FullReducer
+from influence_fast.gradients.step.reduction import FullReducer
 from influence_fast.gradients.targets import gradient_layout
 
 FAST = {"count": 2, "directions": 1}

@@ -166,7 +166,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 from influence_fast.influence.building import build_store
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.store.building import BuildOptions
 from influence_fast.data.spooling import Tokens, TokenSource, spool
 

@@ -13,7 +13,7 @@ from benches.model_zoo import examples_for, tiny, with_adapter
 from influence_fast.data.fingerprints import weight_hashes
 from influence_fast.data.wrappers import unwrapped
 from influence_fast.errors import ModelError
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.gradients.targets import gradient_layout
 
 

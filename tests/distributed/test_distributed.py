@@ -44,7 +44,7 @@ from influence_fast.distributed.processes import Preempted, World
 from influence_fast.gradients import per_example as gradients
 from influence_fast.store import writer as store_writer
 from influence_fast.gradients.per_example import iter_gradient_rows
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.store.building import BuildOptions
 
 examples[25]["labels"] = torch.full_like(examples[25]["labels"], -100)
@@ -336,7 +336,7 @@ def test_alone_it_shows_one_bar_keeps_metrics_and_a_trace(
     import torch
 
     from influence_fast.distributed.builds import DistributedOptions, build_distributed
-    from influence_fast.gradients.row_spec import RowSpec
+    from influence_fast.gradients.rows.row_spec import RowSpec
     from influence_fast.influence.building import build_store
     from influence_fast.store.building import BuildOptions
 

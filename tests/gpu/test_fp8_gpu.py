@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import influence_fast as inf
-from influence_fast.gradients import fp8
-from influence_fast.gradients.backends import TORCH, TRITON
 from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.model import fp8
+from influence_fast.gradients.model.backends import TORCH, TRITON
 from influence_fast.gradients.per_example import packs_for
 from influence_fast.kernels.fp8_rows import LOWEST_CAPABILITY
 from influence_fast.kernels.runtime import INTERPRETED, unavailable

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import influence_fast as inf
-from influence_fast.gradients.backends import TORCH, TRITON
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.gradients.fisher_labels import sample_labels
+from influence_fast.gradients.model.backends import TORCH, TRITON
 from influence_fast.gradients.per_example import iter_gradient_rows, packs_for
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.reduction import random_columns
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.step.reduction import random_columns
 from influence_fast.influence.sketch_fitting import fit_projection
 from influence_fast.kernels.runtime import INTERPRETED, unavailable
 from influence_fast.row_codec import encoded

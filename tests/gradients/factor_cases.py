@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from influence_fast.gradients.factors import Columns, Factor, Side, make_factor
-from influence_fast.gradients.layout import layout_of
-from influence_fast.gradients.lora import LoraLinear
-from influence_fast.gradients.projection import Projection, random_matrix
-from influence_fast.gradients.reduction import Reducer
-from influence_fast.gradients.row_sketch import RowSketch
+from influence_fast.gradients.model.lora import LoraLinear
+from influence_fast.gradients.rows.factors import Columns, Factor, Side, make_factor
+from influence_fast.gradients.rows.layout import layout_of
+from influence_fast.gradients.rows.projection import Projection, random_matrix
+from influence_fast.gradients.rows.row_sketch import RowSketch
+from influence_fast.gradients.step.reduction import Reducer
 
 LENGTHS = (5, 1, 9)
 CALLS = (3, 0, 2, 4, 1, 0)  # in the order of a backward; module 0 is called twice

@@ -10,7 +10,7 @@ from interpreted_rounding import round_as_cards_do
 from interpreted_world import tiny_world
 
 import influence_fast as inf
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.influence.sketch_fitting import fit_projection
 
 BF16 = ("width", "exact", "rademacher")

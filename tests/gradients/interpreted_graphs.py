@@ -14,10 +14,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from varlen import varlen_attn
 
 import influence_fast as inf
-from influence_fast.gradients import attention, opened
 from influence_fast.gradients.engine import GradientEngine
+from influence_fast.gradients.model import packed_attention as attention
 from influence_fast.gradients.per_example import packs_for
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.step import opened
 from influence_fast.gradients.streaming import StreamReducer
 from influence_fast.influence.sketch_fitting import fit_projection
 from influence_fast.kernels.segments import Segments

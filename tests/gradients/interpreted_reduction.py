@@ -12,11 +12,11 @@ from interpreted_rounding import round_as_cards_do
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from influence_fast.gradients.backends import TORCH, TRITON
-from influence_fast.gradients.layout import layout_of
-from influence_fast.gradients.lora import LoraLinear
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.reduction import FullReducer, ProjectedReducer
+from influence_fast.gradients.model.backends import TORCH, TRITON
+from influence_fast.gradients.model.lora import LoraLinear
+from influence_fast.gradients.rows.layout import layout_of
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.step.reduction import FullReducer, ProjectedReducer
 from influence_fast.gradients.streaming import StreamReducer
 from influence_fast.kernels import sign_product, sjlt_scatter
 

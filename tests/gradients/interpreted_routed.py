@@ -9,7 +9,7 @@ from interpreted_rounding import round_as_cards_do
 from routed_cases import fused_model, make_examples, relative
 
 import influence_fast as inf
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 
 
 def main() -> None:

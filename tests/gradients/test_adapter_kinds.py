@@ -11,7 +11,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from influence_fast.errors import ModelError
-from influence_fast.gradients.adapter_kinds import check_kind, kind_of
+from influence_fast.gradients.model.adapter_kinds import check_kind, kind_of
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.training.adapters import attach_adapter
 

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 import influence_fast as inf
 from influence_fast.data.fingerprints import weight_hashes
 from influence_fast.errors import ModelError
-from influence_fast.gradients.layout import LayoutEntry
-from influence_fast.gradients.projection import Projection, random_matrix
-from influence_fast.gradients.row_sketch import RowSketch
+from influence_fast.gradients.rows.layout import LayoutEntry
+from influence_fast.gradients.rows.projection import Projection, random_matrix
+from influence_fast.gradients.rows.row_sketch import RowSketch
 from influence_fast.gradients.streaming import stream_influence
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.training.adapters import attach_adapter

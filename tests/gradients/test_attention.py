@@ -10,7 +10,7 @@ import pytest
 import torch
 from varlen import varlen_attn
 
-from influence_fast.gradients import attention
+from influence_fast.gradients.model import packed_attention as attention
 
 LENGTHS = (5, 1, 9, 3)
 BOUNDS = [0, 5, 6, 15, 18]

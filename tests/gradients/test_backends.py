@@ -10,7 +10,7 @@ import torch
 
 from influence_fast import doctor
 from influence_fast.errors import ConfigError
-from influence_fast.gradients import backends
+from influence_fast.gradients.model import backends
 
 CPU = torch.device("cpu")
 

@@ -19,14 +19,15 @@ from torch.utils._pytree import tree_leaves
 import influence_fast as inf
 from influence_fast.data.packing import Pack, pack_examples
 from influence_fast.errors import ConfigError, warn_once
-from influence_fast.gradients import attention, opened
-from influence_fast.gradients import cuda_graphs as graphs
-from influence_fast.gradients.backends import TRITON
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.runner import Runner
-from influence_fast.gradients.step import hidden_of
-from influence_fast.gradients.step_inputs import StepInputs, StepShape
+from influence_fast.gradients.model import packed_attention as attention
+from influence_fast.gradients.model.backends import TRITON
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.step import cuda_graphs as graphs
+from influence_fast.gradients.step import opened
+from influence_fast.gradients.step.runner import Runner
+from influence_fast.gradients.step.step import hidden_of
+from influence_fast.gradients.step.step_inputs import StepInputs, StepShape
 from influence_fast.kernels.runtime import recording
 from influence_fast.kernels.segments import CHUNK, Segments
 

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 
 from influence_fast.data.examples import Example, tokenize
 from influence_fast.errors import ConfigError, DataError, StoreError
-from influence_fast.gradients.eigen_sketch import EigenRows, EigenSketch, file_of
-from influence_fast.gradients.layout import LayoutEntry, layout_width
 from influence_fast.gradients.per_example import iter_gradient_rows, per_example_gradients
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.eigen_sketch import EigenRows, EigenSketch, file_of
+from influence_fast.gradients.rows.layout import LayoutEntry, layout_width
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import sketch_fitting
 from influence_fast.influence.building import build_store

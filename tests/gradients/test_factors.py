@@ -12,13 +12,14 @@ from factor_cases import PROJECTIONS, exact_rows, make_calls, make_modules, proj
 
 import influence_fast as inf
 from influence_fast.errors import ModelError
-from influence_fast.gradients import engine, factors, streaming
-from influence_fast.gradients.factors import Columns, Side, blocks_of, sides_of, tokens_of
+from influence_fast.gradients import engine, streaming
 from influence_fast.gradients.find_lora import find_lora_linears
-from influence_fast.gradients.layout import LayoutEntry, layout_of, layout_width
-from influence_fast.gradients.lora import LoraLinear
-from influence_fast.gradients.projection import SIDED_KINDS, Projection, random_matrix
-from influence_fast.gradients.reduction import FullReducer, ProjectedReducer
+from influence_fast.gradients.model.lora import LoraLinear
+from influence_fast.gradients.rows import factors
+from influence_fast.gradients.rows.factors import Columns, Side, blocks_of, sides_of, tokens_of
+from influence_fast.gradients.rows.layout import LayoutEntry, layout_of, layout_width
+from influence_fast.gradients.rows.projection import SIDED_KINDS, Projection, random_matrix
+from influence_fast.gradients.step.reduction import FullReducer, ProjectedReducer
 from influence_fast.gradients.streaming import StreamReducer, stream_influence
 from influence_fast.influence import adam, preconditioners
 from influence_fast.influence.ekfac import fit_ekfac

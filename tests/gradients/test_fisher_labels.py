@@ -13,12 +13,13 @@ import torch
 
 import influence_fast as inf
 from influence_fast.errors import ConfigError, DataError, StoreError
-from influence_fast.gradients import fisher_labels, loss
+from influence_fast.gradients import fisher_labels
 from influence_fast.gradients.fisher_labels import sample_labels
-from influence_fast.gradients.loss import drawn_tokens
+from influence_fast.gradients.model import loss
+from influence_fast.gradients.model.loss import drawn_tokens
 from influence_fast.gradients.per_example import per_example_losses
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.influence.fisher_rows import fisher_folders
 from influence_fast.influence.pool_gradients import pool_gradients
 from influence_fast.influence.preconditioners import fit

@@ -22,11 +22,11 @@ from influence_fast.config import RunConfig
 from influence_fast.distributed import builds as distributed
 from influence_fast.distributed.builds import DistributedOptions
 from influence_fast.errors import ConfigError, StoreError, warn_once
-from influence_fast.gradients import fp8
 from influence_fast.gradients.find_lora import find_lora_linears
+from influence_fast.gradients.model import fp8
 from influence_fast.gradients.per_example import iter_gradient_rows
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.influence.building import build_store
 from influence_fast.kernels import fp8_rows
 from influence_fast.settings import from_dict
@@ -251,7 +251,7 @@ def test_shapes_that_do_not_fit_keep_their_own_product_and_are_reported_once(
 ) -> None:
     model, examples = tiny_lora("qwen2", intermediate_size=56), make_examples()
     warn_once.cache_clear()
-    with caplog.at_level(logging.WARNING, logger="influence_fast.gradients.fp8"):
+    with caplog.at_level(logging.WARNING, logger="influence_fast.gradients.model.fp8"):
         rows = inf.per_example_gradients(model, examples, precision="fp8")
         inf.per_example_gradients(model, examples, precision="fp8")
     (record,) = caplog.records

@@ -14,9 +14,9 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from influence_fast.data.packing import pack_examples
-from influence_fast.gradients import fused_layers
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.model import fused_layers
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.kernels.runtime import recording
 
 LLAMAS = (0.0, True)

@@ -21,14 +21,14 @@ from transformers import (
 import influence_fast as inf
 from influence_fast.data.packing import pack_examples
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, warn_once
-from influence_fast.gradients import loss
-from influence_fast.gradients.backends import TORCH
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.input_groups import InputGroup
-from influence_fast.gradients.layout import LayoutEntry, in_top_layers
+from influence_fast.gradients.model import loss
+from influence_fast.gradients.model.backends import TORCH
 from influence_fast.gradients.per_example import KeptEngine, iter_gradient_rows, per_example_losses
-from influence_fast.gradients.projection import Projection, random_matrix
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.layout import LayoutEntry, in_top_layers
+from influence_fast.gradients.rows.projection import Projection, random_matrix
+from influence_fast.gradients.rows.row_spec import RowSpec
+from influence_fast.gradients.step.input_groups import InputGroup
 from influence_fast.gradients.targets import gradient_layout
 
 VOCAB = 97

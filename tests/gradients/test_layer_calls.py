@@ -14,12 +14,12 @@ from torch.nn.functional import pad
 import influence_fast as inf
 from benches.model_zoo import by_autograd, examples_for, tiny, with_adapter
 from influence_fast.errors import ModelError
-from influence_fast.gradients.backends import TORCH
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.find_lora import find_lora_linears
-from influence_fast.gradients.input_groups import InputGroup
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.reduction import random_columns
+from influence_fast.gradients.model.backends import TORCH
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.step.input_groups import InputGroup
+from influence_fast.gradients.step.reduction import random_columns
 from influence_fast.gradients.targets import gradient_layout
 
 

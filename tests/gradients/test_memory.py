@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_leaves
 import influence_fast as inf
 from influence_fast.data.packing import pack_examples
 from influence_fast.errors import ConfigError
-from influence_fast.gradients import attention
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.find_lora import find_lora_linears
-from influence_fast.gradients.fp8 import weights_of
-from influence_fast.gradients.memory import BaseWeights, GradientMemory, PackSize, gradient_memory, layer_bytes
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.model import packed_attention as attention
+from influence_fast.gradients.model.fp8 import weights_of
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.step.memory import BaseWeights, GradientMemory, PackSize, gradient_memory, layer_bytes
 from influence_fast.kernels import runtime
 
 # The sum leaves out ids, positions and losses: some tens of bytes a token of some thousands.
@@ -268,7 +268,7 @@ def test_a_pack_that_would_not_fit_is_computed_again_with_the_same_bits(
     handle = model.get_base_model().model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
 
     def run(tokens: int, free: int | None) -> tuple[torch.Tensor, int]:
-        monkeypatch.setattr("influence_fast.gradients.opened.free_bytes", lambda device: free)
+        monkeypatch.setattr("influence_fast.gradients.step.opened.free_bytes", lambda device: free)
         (pack,) = pack_examples([{"input_ids": ids[:tokens], "labels": ids[:tokens]}], tokens)
         with GradientEngine(model, projection) as engine:
             calls.clear()
@@ -294,7 +294,7 @@ def test_what_the_kernels_keep_decides_whether_a_pack_overflows(
     layer = layer_bytes(base.config, columns=12, fused_norms=True, fused_mlp=activation == "silu")
     assert layer < layer_bytes(base.config, columns=12)
     room = int(300 * layer * len(base.model.layers) / 0.8) + 1
-    monkeypatch.setattr("influence_fast.gradients.opened.free_bytes", lambda device: room)
+    monkeypatch.setattr("influence_fast.gradients.step.opened.free_bytes", lambda device: room)
     with runtime.recording(), GradientEngine(model, Projection(dim=8), backend="triton") as engine:
         assert (engine.overflows(300), engine.overflows(301)) == (False, True)
 

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import influence_fast as inf
 from influence_fast.errors import ModelError
-from influence_fast.gradients import attention
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.pack_isolation import Separation, separation
+from influence_fast.gradients.model import packed_attention as attention
+from influence_fast.gradients.model.pack_isolation import Separation, separation
 
 COMMON = {
     "vocab_size": 300,

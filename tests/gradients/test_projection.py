@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from influence_fast.errors import ConfigError
-from influence_fast.gradients.projection import Projection, random_matrix
+from influence_fast.gradients.rows.projection import Projection, random_matrix
 from influence_fast.philox import key, philox4x32, sign_matrix, sjlt_map
 
 # philox4x32 10 rounds, from kat_vectors of Random123 (Salmon et al. 2011): counter, key, output.

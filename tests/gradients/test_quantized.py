@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import influence_fast as inf
 from influence_fast.errors import ConfigError, ModelError
-from influence_fast.gradients import quantized
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.find_lora import find_lora_linears
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.model import quantized
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.gradients.sharded import shard_model
 from influence_fast.gradients.targets import gradient_layout
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from influence_fast.gradients import reduction
-from influence_fast.gradients.backends import TORCH
-from influence_fast.gradients.projection import Projection, random_matrix
+from influence_fast.gradients.model.backends import TORCH
+from influence_fast.gradients.rows.projection import Projection, random_matrix
+from influence_fast.gradients.step import reduction
 
 
 @pytest.fixture(scope="module")

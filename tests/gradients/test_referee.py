@@ -10,12 +10,12 @@ import torch
 import influence_fast as inf
 from benches.model_zoo import by_autograd, examples_for, rows_against_autograd, tiny, tiny_config, with_adapter
 from influence_fast.errors import ModelError
-from influence_fast.gradients.attention import implementations
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.layer_outputs import CoarsestRounding
+from influence_fast.gradients.model.layer_outputs import CoarsestRounding
+from influence_fast.gradients.model.packed_attention import implementations
+from influence_fast.gradients.model.probe_texts import limits
+from influence_fast.gradients.model.referee import Referee
 from influence_fast.gradients.per_example import iter_gradient_rows, per_example_losses
-from influence_fast.gradients.probe_texts import limits
-from influence_fast.gradients.referee import Referee
 from influence_fast.gradients.targets import gradient_layout
 
 # Model type -> targets, and how it is called: in packs, alone, or with its own attention.

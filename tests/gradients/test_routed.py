@@ -21,14 +21,14 @@ from routed_cases import (
 from torch import nn
 
 import influence_fast as inf
-from influence_fast.gradients.autograd_parameters import AutogradParameters, SplitModule
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.find_lora import find_lora_linears
-from influence_fast.gradients.layout import layout_of
-from influence_fast.gradients.projection import Projection, random_matrix
-from influence_fast.gradients.routed import RoutedExperts, Routing
-from influence_fast.gradients.routed_modules import routed_modules
-from influence_fast.gradients.row_sketch import RowSketch
+from influence_fast.gradients.model.routed_modules import routed_modules
+from influence_fast.gradients.rows.layout import layout_of
+from influence_fast.gradients.rows.projection import Projection, random_matrix
+from influence_fast.gradients.rows.row_sketch import RowSketch
+from influence_fast.gradients.step.autograd_parameters import AutogradParameters, SplitModule
+from influence_fast.gradients.step.routed import RoutedExperts, Routing
 from influence_fast.gradients.targets import gradient_layout
 
 EXACT = 1e-10

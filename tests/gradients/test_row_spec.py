@@ -12,10 +12,10 @@ import torch
 
 import influence_fast as inf
 from influence_fast.errors import ConfigError
-from influence_fast.gradients.eigen_sketch import EigenSketch
-from influence_fast.gradients.layout import LayoutEntry
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import ROW_DTYPES
+from influence_fast.gradients.rows.eigen_sketch import EigenSketch
+from influence_fast.gradients.rows.layout import LayoutEntry
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import ROW_DTYPES
 from influence_fast.settings import from_dict, to_dict
 from influence_fast.store.manifest import DTYPES
 

@@ -16,7 +16,7 @@ import torch
 from influence_fast.cli import main
 from influence_fast.distributed.processes import World, init_group
 from influence_fast.errors import ConfigError, ModelError
-from influence_fast.gradients.eigen_sketch import FILES
+from influence_fast.gradients.rows.eigen_sketch import FILES
 from influence_fast.gradients.sharded import shard_model
 from influence_fast.store.reader import open_store
 from influence_fast.store.verification import verify_store
@@ -31,8 +31,8 @@ from influence_fast.distributed.processes import World, close_group, init_group
 from influence_fast.data.fingerprints import weight_hashes
 from influence_fast.errors import ModelError
 from influence_fast.gradients.per_example import per_example_gradients, per_example_losses
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.gradients.sharded import LockstepRows, shard_model
 
 def make():

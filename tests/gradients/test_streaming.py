@@ -12,7 +12,7 @@ import torch
 import influence_fast as inf
 from influence_fast.errors import DataError, NumericError
 from influence_fast.gradients import streaming
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.gradients.streaming import StreamReducer, stream_influence
 from influence_fast.gradients.targets import gradient_layout
 
@@ -72,7 +72,7 @@ def test_scores_are_inner_products_of_exact_gradients(tiny_lora: Any, kind: str,
 def test_both_ways_of_multiplying_are_taken(model: Any) -> None:
     """Few queries need no x in the backward, many do: what the parameters above stand for."""
     from influence_fast.gradients.find_lora import find_lora_linears
-    from influence_fast.gradients.layout import layout_of
+    from influence_fast.gradients.rows.layout import layout_of
 
     linears = find_lora_linears(model)
     for count, way in ((FEW, "ride"), (MANY, "form")):

@@ -15,9 +15,9 @@ from influence_fast.errors import ConfigError, ModelError, StoreError
 from influence_fast.gradients import targets
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.per_example import packs_for, per_example_losses
-from influence_fast.gradients.projection import Projection, random_matrix
-from influence_fast.gradients.row_sketch import RowSketch
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.projection import Projection, random_matrix
+from influence_fast.gradients.rows.row_sketch import RowSketch
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.gradients.streaming import stream_influence
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence.sketch_fitting import fit_projection

@@ -16,11 +16,12 @@ from torch.utils._pytree import tree_leaves
 import influence_fast as inf
 from influence_fast import transfer
 from influence_fast.gradients import per_example as gradients
-from influence_fast.gradients import reduction, row_sketch
-from influence_fast.gradients.backends import TRITON
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_sketch import BucketSums
+from influence_fast.gradients.model.backends import TRITON
+from influence_fast.gradients.rows import row_sketch
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_sketch import BucketSums
+from influence_fast.gradients.step import reduction
 from influence_fast.influence.sketch_fitting import fit_projection
 from influence_fast.kernels.runtime import recording
 from influence_fast.products.inner_products import quantize_rows, to_bf16

@@ -18,9 +18,9 @@ import torch
 from trials import made_up_identity
 
 from influence_fast.errors import InfluenceFastError
-from influence_fast.gradients.eigen_sketch import EigenSketch, file_of
-from influence_fast.gradients.layout import LayoutEntry
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.eigen_sketch import EigenSketch, file_of
+from influence_fast.gradients.rows.layout import LayoutEntry
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.products.inner_products import inner_products
 from influence_fast.store.manifest import Manifest, ModuleEntry, Part, digest
 from influence_fast.store.merge import merge_stores

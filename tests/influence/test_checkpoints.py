@@ -14,7 +14,7 @@ from scipy import stats
 
 import influence_fast as inf
 from influence_fast.errors import ConfigError, DataError, ModelError
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.gradients.streaming import stream_influence
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence.adam import adam_moments

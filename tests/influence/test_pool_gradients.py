@@ -11,8 +11,8 @@ import torch
 
 import influence_fast as inf
 from influence_fast.errors import StoreError
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.influence.pool_gradients import pool_gradients
 from influence_fast.influence.scorer import Scorer
 from influence_fast.influence.settings import InfluenceConfig

@@ -15,9 +15,9 @@ from scipy import stats
 from influence_fast.config import RunConfig
 from influence_fast.data.adapter_names import plain_name
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError
-from influence_fast.gradients.layout import LayoutEntry
-from influence_fast.gradients.projection import Projection, random_matrix
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.layout import LayoutEntry
+from influence_fast.gradients.rows.projection import Projection, random_matrix
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import preconditioners
 from influence_fast.influence.adam import adam_moments

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 import influence_fast as inf
 from influence_fast.data.fingerprints import adapter_hash
 from influence_fast.errors import StoreError
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.store.queries import query_gradients
 
 KINDS = {

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from influence_fast.gradients.layout import LayoutEntry
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.layout import LayoutEntry
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.influence.preconditioners import PRECONDITIONERS, Identity, register
 from influence_fast.influence.recipe import Recipe
 from influence_fast.influence.settings import InfluenceConfig

@@ -14,7 +14,7 @@ import torch
 
 import influence_fast as inf
 from influence_fast.errors import ConfigError, DataError, StoreError
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.influence import preconditioners
 from influence_fast.influence.fisher_rows import fisher_folders
 from influence_fast.influence.preconditioners import PRECONDITIONERS

@@ -13,8 +13,8 @@ import torch
 from scipy import stats
 
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.influence.building import build_store
 from influence_fast.influence.row_access import blocks_of, factors_of
 from influence_fast.influence.scorer import Scorer
@@ -26,7 +26,7 @@ N, Q = 37, 6
 
 @pytest.fixture
 def exact(tiny_lora: Any) -> torch.Tensor:
-    from influence_fast.gradients.layout import layout_width
+    from influence_fast.gradients.rows.layout import layout_width
     from influence_fast.gradients.targets import gradient_layout
 
     width = layout_width(gradient_layout(tiny_lora(), Projection(dim=4)))

@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from influence_fast.data.packing import pack_examples
 from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.engine import GradientEngine
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.kernels.counter import fill_signs, fill_sjlt
 from influence_fast.kernels.fp8_rows import fp8_rows
 from influence_fast.kernels.fp8_rows import reference as fp8_reference

@@ -16,7 +16,7 @@ from influence_fast.cli import main
 from influence_fast.config import DataConfig, ModelConfig, PruningConfig, RunConfig, Source, load_config
 from influence_fast.data.examples import load_examples, tokenize
 from influence_fast.errors import ConfigError, ModelError
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.influence.building import build_store
 from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.run.dry_run import model_shape, plan

@@ -16,7 +16,7 @@ import influence_fast as inf
 from influence_fast.cli import main
 from influence_fast.config import load_config
 from influence_fast.errors import ConfigError, ModelError
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence.adam import adam_moments
 from influence_fast.influence.checkpoints import checkpoint_scores, learning_rates

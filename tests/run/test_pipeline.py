@@ -89,7 +89,7 @@ def test_scores_are_inner_products_of_exact_pieces(world: Path, results: dict[st
     import influence_fast as inf
     from influence_fast.data.examples import tokenize
     from influence_fast.gradients.fisher_labels import sample_labels
-    from influence_fast.gradients.projection import Projection
+    from influence_fast.gradients.rows.projection import Projection
     from influence_fast.gradients.targets import gradient_layout
     from influence_fast.influence.row_access import module_blocks
     from influence_fast.training.fine_tuning import load_finetuned

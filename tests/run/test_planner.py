@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.influence.building import build_store
 from influence_fast.influence.methods import Method
 from influence_fast.run import planner

@@ -22,7 +22,7 @@ from influence_fast.config import (
     load_config,
 )
 from influence_fast.data.examples import write_rows
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.influence.settings import InfluenceConfig
 from influence_fast.run.unread import unread_settings
 from influence_fast.selection.strategies import STRATEGIES

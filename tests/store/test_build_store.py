@@ -25,8 +25,8 @@ from influence_fast.data.fingerprints import dataset_fingerprint, tokenizer_hash
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, StoreError
 from influence_fast.gradients.engine import GradientEngine
 from influence_fast.gradients.per_example import iter_gradient_rows, per_example_gradients, per_example_losses
-from influence_fast.gradients.projection import Projection
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.projection import Projection
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.influence.building import build_store
 from influence_fast.store import writer as store_writer
 from influence_fast.store.building import BuildOptions, build_shards
@@ -613,7 +613,7 @@ BUILDER = (
 import gc, glob, os, signal, sys, time
 from influence_fast.influence.building import build_store
 from influence_fast.gradients.per_example import iter_gradient_rows
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.store.building import BuildOptions
 
 gc.collect()

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from influence_fast.cli import main
 from influence_fast.errors import ConfigError, StoreError
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.store.identity import projection_fields
 from influence_fast.store.importers import import_gradients
 from influence_fast.store.manifest import ModuleEntry

@@ -13,7 +13,7 @@ import torch
 
 import influence_fast as inf
 from influence_fast.errors import ConfigError, StoreError
-from influence_fast.gradients.eigen_sketch import EigenSketch
+from influence_fast.gradients.rows.eigen_sketch import EigenSketch
 from influence_fast.influence.sketch_fitting import fit_projection
 from influence_fast.store.building import build_shards
 from influence_fast.store.importers import import_gradients

@@ -16,7 +16,7 @@ import torch
 from trials import made_up_identity, stored_bytes
 
 from influence_fast.errors import ConfigError, NumericError, StoreError
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.products.inner_products import inner_products
 from influence_fast.store import checksums
 from influence_fast.store import writer as store_writer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.store.identity import StoreIdentity, projection_fields
 
 _WORLD = """

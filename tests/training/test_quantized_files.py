@@ -15,7 +15,7 @@ from worlds import write_model, write_rows
 from influence_fast.cli import main
 from influence_fast.config import DataConfig, EvalConfig, ModelConfig, RunConfig, Source
 from influence_fast.errors import ConfigError, ModelError
-from influence_fast.gradients.row_spec import RowSpec
+from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.run.dry_run import model_shape, plan
 from influence_fast.store.reader import open_store
 from influence_fast.training.models import adapter_warnings, load_model, load_tokenizer

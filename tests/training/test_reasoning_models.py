@@ -11,7 +11,7 @@ import torch
 import influence_fast as inf
 from benches.text_fidelity import templates, tokenizer_for
 from influence_fast.evaluation.evaluate import EvalConfig
-from influence_fast.gradients.projection import Projection
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.influence.queries import make_queries, own_answers
 from influence_fast.store.queries import query_gradients
 from influence_fast.training.fine_tuning import finetune, load_finetuned

@@ -12,7 +12,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, warn_once
-from influence_fast.gradients import attention
+from influence_fast.gradients.model import packed_attention as attention
 from influence_fast.run.demo import make_tokenizer
 from influence_fast.training import sft
 from influence_fast.training.files import list_checkpoints

@@ -1,0 +1,1 @@
+"""What a row is: its modules' factors, projections, sketches and width."""
