@@ -80,6 +80,9 @@ def separation(module: Any, implementation: str | None, device: torch.device) ->
             alone, takes_bounds = outputs(1), True
         except ValueError:
             alone, takes_bounds = outputs(1, with_bounds=False), False
+        if not bool(alone.isfinite().all()):
+            # nothing can be told from NaN; examples go one at a time, and their gradients name the weights' fault
+            return Separation(False, takes_bounds, masked=implementation in REPLACED)
         # thrice at most: in 16 bits a token can be routed to another expert by how a sum was rounded
         if not any(agree(alone, outputs(1, with_bounds=takes_bounds)) for _ in range(2)):
             raise StatefulModelError(
