@@ -34,7 +34,7 @@ class Splits:
 
 
 def load_splits(config: RunConfig, tokenizer: Any, target_tokenizer: Any) -> Splits:
-    """Load, hold out, decontaminate and tokenize what `config.data` names.
+    """Load what `config.data` names, hold out, decontaminate and tokenize it.
 
     `target_tokenizer` is `tokenizer` itself where one model scores and is fine-tuned. Raises ConfigError where holding
     out would leave nothing, DataError for rows that cannot be used.

@@ -18,7 +18,7 @@ _WIDEST = 8  # times the rank of a weight that an adapter's may have: more than 
 
 
 def attach_lora(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.nn.Module:
-    """`model` with a fresh adapter, its A factors drawn from `seed`; of "all-linear" those that can be scored.
+    """Return `model` with a fresh adapter, its A factors drawn from `seed`; of "all-linear" those that can be scored.
 
     Raises ModelError where LoRA does not fit.
     """

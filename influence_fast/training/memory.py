@@ -52,17 +52,17 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """Bytes that the training adds."""
+        """Return the bytes that the training adds."""
         return sum(self.needed.values())
 
     @property
     def fits(self) -> bool:
-        """Whether the training is expected to fit, with something to spare."""
+        """Return whether the training is expected to fit, with something to spare."""
         return self.free is None or self.total <= _TIGHT * self.free
 
     @property
     def refused(self) -> bool:
-        """Whether it clearly does not fit: estimates are right to about a fifth."""
+        """Return whether the training clearly does not fit: estimates are right to about a fifth."""
         return self.free is not None and self.total > _REFUSED * self.free
 
     def __str__(self) -> str:

@@ -15,12 +15,21 @@ SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """How to fine-tune. Batches hold examples of like length; the loss is the mean over completion tokens.
+    """Settings of a fine-tuning.
 
-    `max_steps` > 0 overrides `epochs`. `save_checkpoints`: True keeps one checkpoint an epoch, a number N one
-    every N optimizer steps, each with its optimizer state. `precision`: "auto" is bf16 where a GPU has it.
-    `packing`: examples share rows of so many tokens (best fit decreasing), each seeing itself alone, and `batch_size`
-    counts rows; None pads.
+    Batches hold examples of like length; the loss is the mean over completion tokens.
+
+    Attributes:
+        epochs, max_steps: how long; `max_steps` > 0 overrides `epochs`.
+        save_checkpoints: True keeps one checkpoint an epoch, a number N one every N optimizer steps, each with its
+            optimizer state.
+        precision: "auto" is bf16 on a GPU that has it.
+        packing: examples share rows of so many tokens (best fit decreasing), each seeing itself alone, and `batch_size`
+            counts rows; None pads.
+
+    Example:
+        >>> inf.TrainConfig(epochs=2, learning_rate=1e-4).batch_size
+        16
     """
 
     epochs: float = 3.0
@@ -64,10 +73,16 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """The peft adapter: `y = W x + (alpha / r) B A x` on `target_modules` (Hu et al., arXiv 2106.09685).
+    """Settings of a peft adapter: `y = W x + (alpha / r) B A x` on `target_modules` (Hu et al., arXiv 2106.09685).
 
-    `target_modules`: "all-linear" is every linear layer but the head that can be scored. `target_parameters`: names of
-    parameters with an adapter too, as of experts in one tensor ("experts.gate_up_proj"), for which dropout is 0.
+    Attributes:
+        target_modules: "all-linear" is every linear layer but the head that can be scored.
+        target_parameters: names of parameters with an adapter too, as of experts in one tensor
+            ("experts.gate_up_proj"), for which dropout is 0.
+
+    Example:
+        >>> inf.LoraSettings(r=8, alpha=16).target_modules
+        'all-linear'
     """
 
     r: int = 16

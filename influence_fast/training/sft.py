@@ -43,7 +43,7 @@ def train(
     config: TrainConfig,
     callbacks: Sequence[TrainerCallback],
 ) -> tuple[list[tuple[int, float]], float, int]:
-    """Trains what of `model` asks for gradients, from the last checkpoint in `folder` where there is one.
+    """Train the parameters of `model` that ask for gradients, from the last checkpoint in `folder` if there is one.
 
     Returns [(optimizer step, mean loss since the last entry)], seconds (those before that checkpoint included), and
     tokens seen (padding not counted).
@@ -76,13 +76,13 @@ def make_trainer(
     folder: Path,
     config: TrainConfig,
 ) -> Any:
-    """A `trl.SFTTrainer` for tokenized `examples`, ready to train; `model` keeps trl's patches (see `train`)."""
+    """Make a `trl.SFTTrainer` for tokenized `examples`, ready to train; `model` keeps trl's patches (see `train`)."""
     from transformers import PrinterCallback, ProgressCallback
     from trl import SFTConfig, SFTTrainer
 
     class Trainer(SFTTrainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
-            """An order that a run which goes on in the middle of an epoch finds again."""
+            """Return an order that a run which goes on in the middle of an epoch finds again."""
             args: Any = self.args
             rows: Any = self.train_dataset if train_dataset is None else train_dataset
             lengths = None if packing else [len(row["input_ids"]) for row in rows]
@@ -90,7 +90,7 @@ def make_trainer(
             return EpochOrder(len(rows), lambda: int(self.state.epoch or 0), args.seed, lengths, group)
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """None: the result's record (training.json) says what made it."""
+            """Write no model card: the result's record (training.json) says what made it."""
 
     packing = config.packing is not None
     if config.packing is not None:
@@ -167,7 +167,7 @@ def make_trainer(
 
 
 def _dataset(examples: Sequence[Mapping[str, Any]]) -> Any:
-    """A `datasets.Dataset` of int32 `input_ids` and `labels`."""
+    """Make a `datasets.Dataset` of int32 `input_ids` and `labels`."""
     from datasets import Dataset
 
     columns = {key: [torch.as_tensor(e[key]).to(torch.int32).numpy() for e in examples] for key in FIELDS}
@@ -239,7 +239,7 @@ def _no_data_bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _left_as_it_was(model: Any) -> Iterator[None]:
-    """Takes back what trl and transformers change in a model beside its weights."""
+    """Undo what trl and transformers change in a model beside its weights."""
     base = _base(model)
     patched = [base, model] if base is not model else [base]
     forwards = [part.__dict__.get("forward") for part in patched]
@@ -266,7 +266,7 @@ def _left_as_it_was(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _packs_apart(model: Any, config: TrainConfig) -> Iterator[None]:
-    """With `config.packing`: attention that keeps the examples of a pack apart, shown to do so on two of them.
+    """Set attention that keeps the examples of a pack apart, if `config.packing` is set, and test it on two of them.
 
     Flash-attention stays where the model has it; the others are replaced by `attention.packed_attention`, since they
     see a pack as one text.
@@ -287,7 +287,7 @@ def _packs_apart(model: Any, config: TrainConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _keeps_packs_apart(base: Any) -> Iterator[bool]:
-    """While the block runs, the model's attention is what agrees with its own forward; yields whether packed."""
+    """Set the attention that agrees with the model's own forward, for the block; yield whether packs are apart."""
     training = {module: module.training for module in base.modules()}
 
     def restore() -> None:
@@ -309,7 +309,7 @@ def _base(model: Any) -> Any:
 
 
 def _end_checkpoints(spent: float) -> Any:
-    """A callback that writes, beside each optimizer.pt, which parameter each of its indices is; a checkpoint's end.
+    """Return a callback that writes, beside each optimizer.pt, which parameter each of its indices is.
 
     The seconds of training so far, after `spent` ones, are kept with it.
     """
@@ -342,8 +342,10 @@ def _count_on(trainer: Any) -> Any:
 
 
 def _stop_at_nan() -> Any:
-    """A callback that raises NumericError at the first loss that is not finite: what follows would be trained for
-    nothing."""
+    """Return a callback that raises NumericError at the first loss that is not finite.
+
+    What follows would be trained for nothing.
+    """
     from transformers import TrainerCallback
 
     class StopAtNan(TrainerCallback):
