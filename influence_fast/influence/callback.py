@@ -144,7 +144,7 @@ class InfluenceCallback(TrainerCallback):
 
     @property
     def _exact(self) -> RowSpec:
-        """How whole gradients are made, with the settings of `spec` that count for them."""
+        """Return how whole gradients are made, with the settings of `spec` that count for them."""
         kept = {n: getattr(self.spec, n) for n in ("loss_reduction", "precision", "max_tokens", "target")}
         return RowSpec(EXACT, dtype="fp32", **kept)
 
@@ -327,7 +327,7 @@ def _check_one_process(args: Any) -> None:
 
 
 def _log(args: Any, state: Any, logs: dict[str, float]) -> None:
-    """Report numbers to wherever the trainer reports.
+    """Write numbers to wherever the trainer reports.
 
     Not by `Trainer.log`: trl's averages and empties what has been measured since the last log, so that the training's
     own numbers would change, and the trainer would then leave out its own log of this step.

@@ -16,7 +16,7 @@ from influence_fast.evaluation.generation import CUT
 
 @dataclass(frozen=True)
 class Queries:
-    """What the training examples are scored against: texts, and their places by group.
+    """Texts that the training examples are scored against, and their places by group.
 
     `references`: the places of reference solutions; the others are answers of the model.
     """
@@ -28,12 +28,12 @@ class Queries:
 
     @property
     def of_references(self) -> list[str]:
-        """The groups that are reference solutions alone."""
+        """Return the groups that are reference solutions alone."""
         return [name for name, members in self.groups.items() if members and self.references.issuperset(members)]
 
     @property
     def sizes(self) -> str:
-        """`3 correct answers, 1 incorrect answers`, or `4 reference solutions`."""
+        """Return the sizes in words: `3 correct answers, 1 incorrect answers`, or `4 reference solutions`."""
         solutions = {name: "reference solutions" + f" of {name}" * (name != "correct") for name in self.of_references}
         return ", ".join(f"{len(m)} {solutions.get(name, f'{name} answers')}" for name, m in self.groups.items())
 
@@ -47,7 +47,7 @@ def own_answers(
     *,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Let the model answer the validation questions.
+    """Generate the model's answers to the validation questions and grade them.
 
     Returns for each answer its `id`, `generation` (text), `token_ids` as they were generated, whether it was `correct`,
     and whether it `ended` before it was cut.
@@ -71,7 +71,7 @@ def make_queries(
     fallback: str | None,
     needed: Collection[str] = ("correct", "incorrect"),
 ) -> Queries:
-    """Queries from the model's own `answers`, or from the reference solutions where `answers` is None.
+    """Make queries from the model's own `answers`, or from the reference solutions if `answers` is None.
 
     Raises ConfigError when one of the groups `needed` is empty and `fallback` does not cover it; another one that is
     empty is left out, with a warning.
@@ -114,7 +114,7 @@ def make_queries(
 
 
 def _answered(question: Example, answer: Mapping[str, Any]) -> Example:
-    """The question with the model's answer: its own tokens, which rendering the text again might change."""
+    """Return the question with the model's answer: its own tokens, which rendering the text again might change."""
     return dataclasses.replace(
         question,
         completion=answer["generation"],
@@ -126,7 +126,7 @@ def _answered(question: Example, answer: Mapping[str, Any]) -> Example:
 
 
 def with_tasks(queries: Queries, tasks: Sequence[str]) -> Queries:
-    """`queries` with a group for each task: its members of the correct group (see the strategy `less`).
+    """Return `queries` with a group for each task: its members of the correct group (see the strategy `less`).
 
     `tasks` has the task of each row of the validation data. Raises ConfigError for a task with a group's own name.
     """
@@ -143,7 +143,7 @@ def with_tasks(queries: Queries, tasks: Sequence[str]) -> Queries:
 
 
 def _check_groups(groups: Mapping[str, Sequence[int]], *, silent: bool = False) -> None:
-    """ConfigError saying which of the `groups` of own answers is empty, and what can be done about it.
+    """Raise ConfigError saying which of the `groups` of own answers is empty, and what can be done about it.
 
     silent: every answer was empty, so that there is none of either kind.
     """

@@ -50,7 +50,7 @@ class Unused(NamedTuple):
 
     @property
     def changed(self) -> bool:
-        """Whether somebody set it, and should hear that it does nothing."""
+        """Return whether somebody set it, and should hear that it does nothing."""
         return bool(self.value != self.default)
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ def unused_field(settings: Any, part: str, name: str, why: str) -> Unused:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What goes together for these rows and scores; `of` and `of_store` make one.
+    """The settings that go together for these rows and scores; `of` and `of_store` make one.
 
     rows: how rows are made; None for those of a store, which is finished. influence: what the scores are made of.
     sketch: whether rows are made by a fitted sketch: FITTED for them, KEPT from before, or None. blocks: whether a row
@@ -106,7 +106,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The registered name that the preconditioner asked for stands for, "default" resolved."""
+        """Return the registered name that the preconditioner asked for stands for, "default" resolved."""
         name = self.influence.preconditioner
         if name != DEFAULT:
             return name
@@ -115,12 +115,12 @@ class Recipe:
 
     @property
     def kind(self) -> Kind:
-        """The preconditioner that is asked for. Raises ConfigError for an unknown name."""
+        """Return the preconditioner that is asked for; raise ConfigError for an unknown name."""
         return preconditioners.find(self.name)
 
     @property
     def applied(self) -> str:
-        """The registered name of what is left to fit and apply to the rows that are stored.
+        """Return the registered name of what is left to fit and apply to the rows that are stored.
 
         Raises ConfigError for an unknown name, and for one that rows of a fitted sketch cannot be scored by.
         """
@@ -137,39 +137,43 @@ class Recipe:
 
     @property
     def fits_sketch(self) -> bool:
-        """Whether a sketch is fitted for the rows."""
+        """Return whether a sketch is fitted for the rows."""
         return self.sketch == FITTED
 
     @property
     def reads_fisher(self) -> bool:
-        """Whether the preconditioner that scores stored rows is fitted on rows that stand for a Fisher information; a
-        fitted sketch has that in it."""
+        """Return whether the preconditioner of the stored rows is fitted on rows that stand for a Fisher information.
+
+        A fitted sketch has that in it.
+        """
         return self.sketch is None and self.kind.fit_on == FISHER
 
     @property
     def reads_labels(self) -> bool:
-        """Whether anything is fitted on a Fisher information, so that it matters whose labels it is of."""
+        """Return whether anything is fitted on a Fisher information, so that it matters whose labels it is of."""
         return self.fits_sketch or self.reads_fisher
 
     @property
     def reads_moments(self) -> bool:
-        """Whether the preconditioner reads an optimizer's second moments, or the rows' in their place."""
+        """Return whether the preconditioner reads an optimizer's second moments, or the rows' in their place."""
         return self.kind.fit_on == MOMENTS
 
     @property
     def inverts(self) -> bool:
-        """Whether a damped inverse is made here; a sketch that is used again was fitted with a damping of its own."""
+        """Return whether a damped inverse is made here; a sketch that is used again was fitted with a damping of its
+        own.
+        """
         return self.fits_sketch if self.sketch is not None else self.kind.fit_on is not None
 
     @property
     def fisher_examples(self) -> int:
-        """How many examples' rows are made and kept beside the store, with labels that the model draws."""
+        """Return how many examples' rows are kept beside the store, with labels that the model draws."""
         wanted = self.reads_fisher and self.influence.fisher == FROM_MODEL
         return self.influence.fisher_examples if wanted else 0
 
     @property
     def fitted_examples(self) -> int:
-        """Of how many examples gradients are made beside the pool's, to fit a sketch or a preconditioner; 0 for none.
+        """Return of how many examples gradients are made beside the pool's, to fit a sketch or a preconditioner.
 
         As far as settings tell: a row that is no longer than its width is not sketched.
         """

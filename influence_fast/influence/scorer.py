@@ -238,7 +238,7 @@ class Scorer:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray | None:
-        """What the scores of each row are divided by, [N] fp64; None where they are not divided.
+        """Return what the scores of each row are divided by, [N] fp64; None if they are not divided.
 
         A row of zeros has the length 0, and scores 0.
         """
@@ -287,7 +287,7 @@ class Scorer:
         return cls(found, recipe, parts)
 
     def _preconditioned(self, queries: torch.Tensor) -> torch.Tensor:
-        """[Q, k] -> [Q, k], whose product with a row is its score before the row's own division."""
+        """Return queries [Q, k] whose product with a row is its score before the row's own division."""
         made = self.fitted.apply(queries)
         if not self.fitted.normalize:
             return made
@@ -295,7 +295,7 @@ class Scorer:
         return made / torch.where(lengths > 0, lengths, 1.0)
 
     def _products(self, queries: torch.Tensor | np.ndarray, *, both_signs: bool = False, **asked: Any) -> Any:
-        """`inner_products` of the rows with what the preconditioner makes of the queries, and with -1 times that."""
+        """Multiply the rows with what the preconditioner makes of the queries, and with -1 times that if asked."""
         queries = check_queries(self.store, queries)
         plain = isinstance(self.fitted, preconditioners.Identity)
         if not plain:
@@ -344,7 +344,7 @@ def used_groups(groups: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
 
 
 def _fisher_store(store: Store, fisher: str | Store, count: int, model: Any, examples: Held | None) -> Store:
-    """The rows that a preconditioner which reads a Fisher information is fitted on."""
+    """Return the rows that a preconditioner which reads a Fisher information is fitted on."""
     if fisher == FROM_DATA:
         return store
     if not isinstance(fisher, str):
@@ -365,7 +365,7 @@ def _fisher_store(store: Store, fisher: str | Store, count: int, model: Any, exa
 
 
 def _layout_of(store: Store, model: Any) -> list[LayoutEntry] | None:
-    """The layout of the model's exact rows; None for rows that are imported. Raises StoreError: not the store's."""
+    """Return the layout of the model's exact rows, None for imported rows; raise StoreError if it is not the store's."""
     if store.identity.projection_kind in (None, "unknown"):
         return None
     options = made_like(store)
@@ -374,5 +374,5 @@ def _layout_of(store: Store, model: Any) -> list[LayoutEntry] | None:
 
 
 def _divided(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """values / lengths [N]; 0 where a row has no length."""
+    """Return values / lengths [N]; 0 for a row without length."""
     return np.divide(values, lengths, out=np.zeros_like(lengths), where=lengths > 0)

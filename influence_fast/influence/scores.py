@@ -19,14 +19,14 @@ FINGERPRINT = "fingerprint"  # the text column that holds `text_fingerprint` of 
 
 
 def check_format(path: str | Path) -> None:
-    """DataError for a file that no score table can be written to."""
+    """Raise DataError for a file that no score table can be written to."""
     if Path(path).suffix not in (".parquet", ".csv"):
         raise DataError(f"{path}: a score table is written as .parquet or .csv")
 
 
 @dataclass(frozen=True, repr=False)
 class ScoreTable:
-    """`ids` in the data's order, float64 `columns` and text columns (`texts`) of the same length.
+    """Scores of examples: `ids` in the data's order, float64 `columns` and text columns (`texts`) of the same length.
 
     Columns that scoring writes: `s_correct`, `s_incorrect` (mean influence on the queries of each group),
     `rank_correct`, `rank_incorrect` (rank of that mean), `mean_rank_correct`, `mean_rank_incorrect` (mean over queries
@@ -90,11 +90,11 @@ class ScoreTable:
     def with_columns(
         self, columns: Mapping[str, np.ndarray], *, texts: Mapping[str, list[str]] | None = None
     ) -> ScoreTable:
-        """A copy with more columns."""
+        """Return a copy with more columns."""
         return ScoreTable(self.ids, {**self.columns, **columns}, {**self.texts, **(texts or {})})
 
     def save(self, path: str | Path) -> None:
-        """Writes `.parquet` or `.csv`, by the ending; the file appears whole or not at all."""
+        """Write `.parquet` or `.csv`, by the ending; the file appears whole or not at all."""
         import pyarrow as pa
         import pyarrow.csv
         import pyarrow.parquet
@@ -109,8 +109,11 @@ class ScoreTable:
 
     @classmethod
     def load(cls, path: str | Path) -> ScoreTable:
-        """Reads what `save` wrote. Raises DataError naming the file: no score table, a column that comes twice or is
-        neither number nor text, ids that are missing or come twice."""
+        """Read what `save` wrote.
+
+        Raises DataError naming the file: no score table, a column that comes twice or is neither number nor text, ids that
+        are missing or come twice.
+        """
         path = Path(path)
         check_no_pipe(path)
         if not os.path.exists(path):
@@ -154,12 +157,12 @@ class ScoreTable:
 
 
 def _repeated(names: Sequence[str]) -> str | None:
-    """The first name that comes twice."""
+    """Return the first name that comes twice."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _ids(path: Path, column: Any) -> list[str]:
-    """The ids of a table, which may be whole numbers where another tool wrote it."""
+    """Return the ids of a table, which may be whole numbers where another tool wrote it."""
     found = column.to_pylist()
     if not all(isinstance(name, str | int) and not isinstance(name, bool) for name in found):
         raise DataError(f"{path}: the column 'id' holds {column.type} or nothing in some rows; ids are texts")

@@ -25,7 +25,7 @@ def influence_scores(
     moments: torch.Tensor | None = None,
     fisher: Store | None = None,
 ) -> ScoreTable:
-    """Deprecated: `Scorer.fit(store, ...).scores(queries, groups)`, with `fisher` None for "data"."""
+    """Score as `Scorer.fit(store, ...).scores(queries, groups)` does (deprecated; `fisher` None is "data")."""
     _say("influence_scores", "scores(queries, groups)")
     used = used_groups(groups)
     return _fitted(store, queries, preconditioner, damping, moments, fisher).scores(queries, used)
@@ -41,7 +41,7 @@ def top_influences(
     moments: torch.Tensor | None = None,
     fisher: Store | None = None,
 ) -> TopInfluences:
-    """Deprecated: `Scorer.fit(store, ...).top(queries, k)`, with `fisher` None for "data"."""
+    """Find as `Scorer.fit(store, ...).top(queries, k)` does (deprecated; `fisher` None is "data")."""
     _say("top_influences", "top(queries, k)")
     return _fitted(store, queries, preconditioner, damping, moments, fisher).top(queries, k)
 
@@ -55,7 +55,7 @@ def influence_matrix(
     moments: torch.Tensor | None = None,
     fisher: Store | None = None,
 ) -> np.ndarray:
-    """Deprecated: `Scorer.fit(store, ...).matrix(queries)`, with `fisher` None for "data"."""
+    """Compute as `Scorer.fit(store, ...).matrix(queries)` does (deprecated; `fisher` None is "data")."""
     _say("influence_matrix", "matrix(queries)")
     return _fitted(store, queries, preconditioner, damping, moments, fisher).matrix(queries)
 

@@ -14,7 +14,7 @@ WHOLE = EXACT  # in place of a projection's kind
 
 @dataclass(frozen=True)
 class InfluenceConfig:
-    """What the scores are made of.
+    """Settings of the scores.
 
     `queries: own_answers` uses the model's own answers to the validation questions, split into correct and
     incorrect (the paper's s_C and s_I); `reference` uses the reference solutions as the correct group alone.
