@@ -76,9 +76,11 @@ class InfluenceCallback(TrainerCallback):
     Raises, when the training begins: ConfigError (several processes, DeepSpeed or FSDP; a setting that does not exist),
     DataError (training examples that cannot be read again, or malformed ones), ModelError (no LoRA adapter).
 
-        callback = inf.InfluenceCallback(validation, every=100)
-        SFTTrainer(model, args, train_dataset=dataset, callbacks=[callback]).train()
-        callback.scores[100].sort("s_validation", ascending=True)
+    Example:
+        >>> callback = inf.InfluenceCallback(validation, every=100)  # doctest: +SKIP
+        >>> trainer = SFTTrainer(model, args, train_dataset=data, callbacks=[callback])  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+        >>> callback.scores[100].sort("s_validation", ascending=True)  # doctest: +SKIP
     """
 
     def __init__(

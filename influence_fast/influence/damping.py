@@ -51,8 +51,7 @@ def check_width(name: str, width: int) -> None:
 
 
 def split_rows(name: str, row_blocks: RowBlocks, damping: Damping) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield, in one pass of fp64 pieces, (rows to fit on [n, k], rows held out [m, k]); none held out for a given
-    damping.
+    """Split one pass into fp64 pieces (rows to fit on [n, k], rows held out [m, k]); a given damping holds none out.
 
     Raises ConfigError, naming the preconditioner `name`, where there are too few rows.
     """

@@ -73,9 +73,10 @@ class Scorer:
 
     store: the rows that are scored. recipe: what goes together (see `Recipe`). fitted: the preconditioner.
 
-        scorer = inf.Scorer.fit(store, preconditioner="ekfac_cosine", model=model, examples=tokens)
-        scores = scorer.scores(queries, {"correct": [0, 1], "incorrect": [2]})
-        top = scorer.top(queries, k=5)
+    Example:
+        >>> scorer = inf.Scorer.fit(store, preconditioner="ekfac_cosine", model=model)  # doctest: +SKIP
+        >>> scores = scorer.scores(queries, {"correct": [0, 1], "incorrect": [2]})  # doctest: +SKIP
+        >>> top = scorer.top(queries, k=5)  # doctest: +SKIP
     """
 
     def __init__(self, store: Store, recipe: Recipe, parts: Parts) -> None:
@@ -365,7 +366,7 @@ def _fisher_store(store: Store, fisher: str | Store, count: int, model: Any, exa
 
 
 def _layout_of(store: Store, model: Any) -> list[LayoutEntry] | None:
-    """Return the layout of the model's exact rows, None for imported rows; raise StoreError if it is not the store's."""
+    """Return the layout of the model's exact rows, None for imported ones; raise StoreError if it is another's."""
     if store.identity.projection_kind in (None, "unknown"):
         return None
     options = made_like(store)

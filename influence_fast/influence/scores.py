@@ -35,6 +35,11 @@ class ScoreTable:
     scores go from 1 = lowest to the number of rows = highest, here, in results.json and in the report. The text
     `fingerprint` tells which text each row is of (see `data.fingerprints.text_fingerprint`). Pruning adds `kept`,
     `drop_priority` and the text `why`.
+
+    Example:
+        >>> table = inf.ScoreTable(["a", "b"], {"s_correct": np.array([0.5, -0.25])})
+        >>> table.sort("s_correct", ascending=True).ids
+        ['b', 'a']
     """
 
     ids: list[str]
@@ -111,8 +116,8 @@ class ScoreTable:
     def load(cls, path: str | Path) -> ScoreTable:
         """Read what `save` wrote.
 
-        Raises DataError naming the file: no score table, a column that comes twice or is neither number nor text, ids that
-        are missing or come twice.
+        Raises DataError naming the file: no score table, a column that comes twice or is neither number nor text, ids
+        that are missing or come twice.
         """
         path = Path(path)
         check_no_pipe(path)

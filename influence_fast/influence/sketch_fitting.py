@@ -268,8 +268,8 @@ def leading(fitted: Ekfac, projection: Projection, purpose: Mapping[str, Any] | 
 def kept_sketch(folder: Path, purpose: Mapping[str, Any]) -> EigenSketch | None:
     """Find the sketch in a store's folder that was fitted for `purpose`.
 
-    None if there is none and no store either, or if the store's was lost or damaged since. Raises StoreError if the store
-    was made by another one, or by none.
+    None if there is none and no store either, or if the store's was lost or damaged since. Raises StoreError if the
+    store was made by another one, or by none.
     """
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(folder)
