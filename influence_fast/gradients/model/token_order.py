@@ -54,7 +54,9 @@ def out_of_order(
 
 
 def _apart(leaf: torch.Tensor, rows: Sequence[torch.Tensor], half: int) -> bool:
-    """Whether the first `half` of rows [n, d] have no gradient in the embeddings of the rest, nor these in those."""
+    """Return whether the first `half` of rows [n, d] have no gradient in the embeddings of the rest, nor these in
+    those.
+    """
     for place, part in ((slice(None, half), slice(half, None)), (slice(half, None), slice(None, half))):
         # other weights for every number: a norm has a constant sum of squares
         sums = [(x[place] * _weights(x[place])).sum() for x in rows]

@@ -9,7 +9,7 @@ PRECISIONS = (AUTO, FP8)
 
 
 def check_precision(name: str, source: str = "precision", *, sharded: bool = False) -> None:
-    """Raises ConfigError for a precision that does not exist, or does not go with base weights that are `sharded`."""
+    """Raise ConfigError for a precision that does not exist, or does not go with base weights that are `sharded`."""
     if name not in PRECISIONS:
         raise ConfigError(f"{source}: unknown value {name!r}; {did_you_mean(str(name), PRECISIONS)}")
     if sharded and name == FP8:

@@ -113,7 +113,7 @@ class RowSpec:
 
     @property
     def is_settled(self) -> bool:
-        """Whether `projection` is what makes the rows, with no sketch left to fit or to look up."""
+        """Return whether `projection` is what makes the rows, with no sketch left to fit or to look up."""
         if self.sketch == AUTO:
             return self.width is None or self.kind not in SIDED_KINDS
         return isinstance(self.sketch, EigenSketch) or self.sketch == "random"
