@@ -12,7 +12,7 @@ from influence_fast.gradients.model.fused_layers import overridden
 
 @contextlib.contextmanager
 def recomputing(layers: Sequence[Any]) -> Iterator[None]:
-    """Recompute `layers` (of `OpenedModel.recomputable`) in the backward while the block runs."""
+    """Set `layers` (of `OpenedModel.recomputable`) to be recomputed in the backward while the block runs."""
     try:
         for layer in layers:
             layer.gradient_checkpointing = layer.training = True

@@ -45,7 +45,10 @@ class RowSpec:
     Raises ConfigError for values that do not exist or do not fit together. What the rows of a finished store are made
     by is `store.spec`.
 
-        spec = inf.RowSpec(dim=64, width=8192, dtype="int8")
+    Example:
+        >>> spec = inf.RowSpec(dim=64, width=8192, dtype="int8")
+        >>> spec.loss_reduction
+        'mean'
     """
 
     # Measured on a 128-wide model: group scores agree with exact ones at 0.985 (16), 0.989 (32), 0.994 (64); wider
