@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InfluenceFastError as error:
         if args.debug:
             traceback.print_exc()
-        print(f"error: {by_flags(str(error), args)}", file=sys.stderr)
+        print(f"error: {by_flags(error, args)}", file=sys.stderr)
         return 2
     except OSError as error:
         # a full disk, a folder that cannot be written: the system's own words name the thing

@@ -80,7 +80,11 @@ def tokenize(
     """
     check_completions(examples)
     if max_length is not None and max_length < 2:
-        raise DataError(f"max_length is {max_length}; it must be at least 2, one token to predict another from")
+        raise DataError(
+            f"is {max_length}; it must be at least 2, one token to predict another from",
+            key="max_length",
+            value=max_length,
+        )
     renderer = Renderer(tokenizer)
     # A missing end raises here, and not at the first completion that ended.
     _ = renderer.end

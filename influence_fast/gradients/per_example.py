@@ -20,7 +20,7 @@ from influence_fast.data.packing import (
     say_if_beyond,
 )
 from influence_fast.deprecation import OldCall, also_called_as, moved
-from influence_fast.errors import ConfigError, DataError, NumericError, truncated_list
+from influence_fast.errors import ConfigError, DataError, NumericError, setting, truncated_list
 from influence_fast.gradients.engine import GradientEngine, LossEngine
 from influence_fast.gradients.model.probe_texts import vocabulary_of
 from influence_fast.gradients.rows.precision import AUTO
@@ -233,7 +233,7 @@ def packs_for(engine: GradientEngine, examples: Sequence[Mapping[str, Any]], max
     """Pack the examples for the engine's model, after checking them; raises as `per_example_gradients`."""
     check_examples(examples)
     if max_tokens is not None and max_tokens < 1:
-        raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1, or None")
+        raise ConfigError(f"{setting('max_tokens')} is {max_tokens}; it must be at least 1, or None")
     vocab = vocabulary_of(engine.base)
     for index, example in enumerate(examples):
         ids = example["input_ids"]

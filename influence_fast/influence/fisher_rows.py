@@ -77,7 +77,7 @@ def fisher_rows(
     try:
         return build_rows(folder, model, held(drawn), spec, AS_TOKENS, BuildOptions(progress=False))
     except StoreError as error:
-        raise StoreError(f"{error} ({folder} is made of what is at hand: it may be deleted)") from error
+        raise StoreError(f"{error.marked} ({folder} is made of what is at hand: it may be deleted)") from error
 
 
 def drawn_examples(store: Store, data: Held, count: int, texts: Texts = AS_TOKENS) -> list[dict[str, Any]]:

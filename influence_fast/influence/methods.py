@@ -7,7 +7,6 @@ which layers and how much of a trace they see, one adapter or all saved checkpoi
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,7 +73,8 @@ class Method:
         try:
             self.recipe().check()
         except ConfigError as error:
-            text = re.sub(r"(gradients|influence)[.]", "", str(in_section(error, RowSpec, "")))
+            own = in_section(error, RowSpec, "")
+            text = own.render(lambda named: str(dataclasses.replace(named, key=named.key.rpartition(".")[2])))
             raise ConfigError(f"method {self.name}: {text}") from None
 
     def gradients(self, shared: RowSpec | None = None) -> RowSpec:

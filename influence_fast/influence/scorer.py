@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from influence_fast.data.held import Held
-from influence_fast.errors import ConfigError, DataError
+from influence_fast.errors import ConfigError
 from influence_fast.gradients.rows.layout import LayoutEntry
 from influence_fast.gradients.rows.projection import exact_rows
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import preconditioners
+from influence_fast.influence.contrast import Pair, contrasts, unit_queries
 from influence_fast.influence.fisher_rows import (
     check_fisher,
     drawn_examples,
@@ -36,7 +37,14 @@ from influence_fast.influence.preconditioners import (
 )
 from influence_fast.influence.recipe import Recipe
 from influence_fast.influence.rounding import warn_if_coarse
-from influence_fast.influence.row_access import DividedRows, blocks_of, factors_of, row_blocks
+from influence_fast.influence.row_access import (
+    DividedRows,
+    blocks_of,
+    check_queries,
+    factors_of,
+    row_blocks,
+    used_groups,
+)
 from influence_fast.influence.scorer_files import Parts, load_parts, save_parts
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import InfluenceConfig
@@ -145,13 +153,21 @@ class Scorer:
         )
         return cls(store, recipe, Parts(fitted, source, layout))
 
-    def scores(self, queries: torch.Tensor | np.ndarray, groups: Mapping[str, Sequence[int]]) -> ScoreTable:
+    def scores(
+        self,
+        queries: torch.Tensor | np.ndarray,
+        groups: Mapping[str, Sequence[int]],
+        *,
+        pairs: Sequence[Pair] = (),
+    ) -> ScoreTable:
         """Score every row against groups of query gradients; the [N, Q] matrix is never held.
 
         Args:
             queries: [Q, k] fp32 query gradients, projected as the store's rows are.
             groups: name -> row numbers of `queries`; the paper's are "correct" and "incorrect". An empty group is left
                 out of the table.
+            pairs: right and wrong answers to the same questions (see `contrast`), for the columns `s_contrast`,
+                `rank_contrast` and `mean_rank_contrast`: high where an example teaches the wrong answers.
 
         Returns:
             For each group g: `s_g` (mean influence), `rank_g` (rank of that mean, 1 = lowest, ties averaged) and
@@ -169,7 +185,26 @@ class Scorer:
             columns[f"s_{name}"] = means[:, g]
             columns[f"rank_{name}"] = average_ranks(means[:, g])
             columns[f"mean_rank_{name}"] = ranks[:, g]
+        if pairs:
+            columns |= self._contrast(queries, pairs)
         return ScoreTable(list(self.store.ids), columns)
+
+    def _contrast(self, queries: torch.Tensor | np.ndarray, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
+        """Return the three columns of contrast scores."""
+        queries = check_queries(self.store, queries).float()
+        made = self._preconditioned(queries)
+        divided = self.fitted.normalize or isinstance(self.fitted, UnitNorm)
+        each = contrasts(made if divided else unit_queries(queries, made), pairs)
+        mean = each.mean(dim=0, keepdim=True)
+        found = self._multiplied(
+            torch.cat([mean, each]).float(), groups=[[0], list(range(1, len(each) + 1))], ranks=True
+        )
+        scores = np.asarray(found.group_means, np.float64)[:, 0]
+        if self.fitted.normalize:
+            # the products have divided by the length of the mean contrast too
+            scores = scores * float(mean.norm())
+        ranks = np.asarray(found.mean_ranks, np.float64)[:, 1]
+        return {"s_contrast": scores, "rank_contrast": average_ranks(scores), "mean_rank_contrast": ranks}
 
     def top(self, queries: torch.Tensor | np.ndarray, k: int = 10) -> TopInfluences:
         """Return the k rows that raise, and the k that lower, each of the queries [Q, width] most.
@@ -298,15 +333,16 @@ class Scorer:
     def _products(self, queries: torch.Tensor | np.ndarray, *, both_signs: bool = False, **asked: Any) -> Any:
         """Multiply the rows with what the preconditioner makes of the queries, and with -1 times that if asked."""
         queries = check_queries(self.store, queries)
-        plain = isinstance(self.fitted, preconditioners.Identity)
-        if not plain:
+        if not isinstance(self.fitted, preconditioners.Identity):
             warn_if_coarse(self.store, queries, factors_of(self.store), self.recipe.name)
-        rows: Any = self._divided if isinstance(self.fitted, UnitNorm) else self.store
         made = self.fitted.apply(queries.float())
-        if both_signs:
-            made = torch.cat([made, -made])
+        return self._multiplied(torch.cat([made, -made]) if both_signs else made, **asked)
+
+    def _multiplied(self, made: torch.Tensor, **asked: Any) -> Any:
+        """Multiply the rows with preconditioned queries [Q, k]."""
+        rows: Any = self._divided if isinstance(self.fitted, UnitNorm) else self.store
         # H^-1 q spreads over decades where the rows are small: 8 bits of it would be too few
-        precision = "fast" if plain else "high"
+        precision = "fast" if isinstance(self.fitted, preconditioners.Identity) else "high"
         return inner_products(
             rows, made, normalize=self.fitted.normalize, options=ProductOptions(precision=precision), **asked
         )
@@ -321,27 +357,6 @@ def check_open(store: object) -> None:
     """Raise ConfigError unless `store` is an open one."""
     if not isinstance(store, Store):
         raise ConfigError(f"the store must be an open one (inf.open_store), not a {type(store).__name__}")
-
-
-def check_queries(store: Store, queries: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """Return queries as a tensor [Q, k]. Raises DataError where they do not fit the store's rows."""
-    queries = torch.as_tensor(queries)
-    if queries.ndim != 2 or queries.shape[1] != store.width:
-        raise DataError(
-            f"queries of shape {tuple(queries.shape)} do not fit rows of {store.width} numbers: "
-            "project them as the store was"
-        )
-    return queries
-
-
-def used_groups(groups: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Return the groups that have members. Raises DataError: groups without names, or none has a member."""
-    if not isinstance(groups, Mapping):
-        raise DataError('groups are named, as {"correct": [0, 1]}, not a ' + type(groups).__name__)
-    used = {name: list(members) for name, members in groups.items() if len(members)}
-    if not used:
-        raise DataError("there is no query to score against: every group is empty")
-    return used
 
 
 def _fisher_store(store: Store, fisher: str | Store, count: int, model: Any, examples: Held | None) -> Store:

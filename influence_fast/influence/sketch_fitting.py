@@ -12,7 +12,7 @@ import torch
 
 from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.deprecation import OldCall, also_called_as, moved
-from influence_fast.errors import ConfigError, DataError, StoreError, did_you_mean
+from influence_fast.errors import ConfigError, DataError, StoreError, did_you_mean, setting
 from influence_fast.gradients.fisher_labels import sample_labels
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.rows.eigen_sketch import DEFAULT_EXAMPLES, FILES, EigenSketch, check_projection, file_of
@@ -280,7 +280,7 @@ def kept_sketch(folder: Path, purpose: Mapping[str, Any]) -> EigenSketch | None:
         if found is None:
             raise StoreError(
                 f"{folder}: its rows were made by a random sketch or none: ask for that (--sketch and "
-                "gradients.sketch: random), or build a new store"
+                f"{setting('gradients.sketch', 'random')}), or build a new store"
             )
         for name, wanted in purpose.items():
             mine = _labelled(found.purpose).get(name)

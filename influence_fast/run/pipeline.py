@@ -22,16 +22,15 @@ from influence_fast.atomic import write_text
 from influence_fast.config import RunConfig
 from influence_fast.data.diversity import near_duplicates
 from influence_fast.data.examples import load_rows, save_examples
-from influence_fast.data.grouping import row_groups
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.evaluation.evaluate import evaluate
+from influence_fast.evaluation.evaluate import EvalConfig, evaluate
 from influence_fast.evaluation.generation import choose_engine
 from influence_fast.influence.checkpoints import (
     checkpoint_scores,
     learning_rates,
     ranking_over_training,
 )
-from influence_fast.influence.queries import Queries, make_queries, own_answers, with_tasks
+from influence_fast.influence.queries import Queries, own_answers
 from influence_fast.influence.recipe import Recipe
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import InfluenceConfig
@@ -45,6 +44,7 @@ from influence_fast.run.scorable import check_scorable
 from influence_fast.run.score_files import EXPLAINED_COUNT, SCORES, damaged_table, explained_count, made_with
 from influence_fast.run.scoring import explained_scores
 from influence_fast.run.splits import load_splits
+from influence_fast.run.validation_queries import validation_queries
 from influence_fast.run.workdir import RunFolder
 from influence_fast.selection import pruning
 from influence_fast.selection.pool_scores import PoolScores, ScoredPool, baseline_columns
@@ -196,27 +196,18 @@ class Pipeline:
 
     def queries(self, adapter: str | Path) -> Queries:
         """Return the texts whose gradients are the queries, and which of them are correct and which incorrect."""
-        validation = self.splits.validation
-        if self.config.influence.queries == "reference":
-            return self._by_task(make_queries(validation, None, None))
 
-        def work() -> list[dict[str, Any]]:
-            with answering_model(self.base, adapter, self.config.model, self.config.evaluation.engine) as model:
-                transcripts = self.folder / "transcripts" / "validation.jsonl"
-                return own_answers(
-                    model, self.tokenizer, validation, self.config.evaluation, transcripts, progress=self.progress
-                )
+        def answers(how: EvalConfig) -> list[dict[str, Any]]:
+            def work() -> list[dict[str, Any]]:
+                with answering_model(self.base, adapter, self.config.model, self.config.evaluation.engine) as model:
+                    transcripts = self.folder / "transcripts" / "validation.jsonl"
+                    validation = self.splits.validation
+                    return own_answers(model, self.tokenizer, validation, how, transcripts, progress=self.progress)
 
-        answers = self._once("own_answers", work)
-        reads_wrong = any(column.endswith("_incorrect") for column in self.needs)
-        needed = ("correct", "incorrect") if reads_wrong else ("correct",)
-        return self._by_task(make_queries(validation, answers, self.config.influence.fallback, needed))
+            found: list[dict[str, Any]] = self._once("own_answers", work)
+            return found
 
-    def _by_task(self, queries: Queries) -> Queries:
-        column, source = self.config.influence.tasks, self.config.data.validation or self.config.data.pool
-        if column is None:
-            return queries
-        return with_tasks(queries, row_groups(load_rows(source.path, split=source.split), column))
+        return validation_queries(self.config, self.splits.validation, answers, self.needs)
 
     def scores(self, adapter: str | Path, queries: Queries) -> ScoreTable:
         """Score the pool by `queries`; the table goes to `scores.parquet` and `scores.csv`."""
@@ -290,7 +281,7 @@ class Pipeline:
         """Sum scores over the reference's checkpoints; write how the ranking moved, as a table and a plot."""
         saved = list_checkpoints(reference)
         if not saved:
-            raise ConfigError(f"influence.checkpoints: {reference} has no checkpoint-* folder; save them in training")
+            raise ConfigError(f": {reference} has no checkpoint-* folder; save them", key="influence.checkpoints")
         seconds: dict[str, float] = {}
 
         def score(checkpoint: Path) -> ScoreTable:

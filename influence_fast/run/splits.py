@@ -10,7 +10,7 @@ from typing import Any
 from influence_fast.config import DataConfig, RunConfig
 from influence_fast.data.decontamination import contaminated, plain_prompt
 from influence_fast.data.examples import Example, TokenizedSet, tokenize
-from influence_fast.errors import ConfigError, DataError, truncated_list
+from influence_fast.errors import ConfigError, DataError, setting, truncated_list
 from influence_fast.run.inputs import examples_hash, read_source
 from influence_fast.selection.difficulty import check_answers
 from influence_fast.selection.strategies import PASS_RATE, needed_columns
@@ -103,7 +103,9 @@ def _decontaminated(pool: list[Example], test: list[Example]) -> tuple[list[Exam
     """Return the pool without what shares words with the test set, what is set aside, and a warning that says so."""
     overlaps = contaminated(pool, {"test": test})
     if len(overlaps) == len(pool):
-        raise DataError("data.decontaminate: every pool example shares words with the test set; is it the same data?")
+        raise DataError(
+            f"{setting('data.decontaminate')}: every pool example shares words with the test set; is it the same data?"
+        )
     warnings = []
     if overlaps:
         names = truncated_list(f"{found.id} ({found.item}: {found.ngram!r})" for found in overlaps)

@@ -16,6 +16,7 @@ from typing import Any
 from influence_fast.atomic import write_text
 from influence_fast.config import RunConfig, Source
 from influence_fast.errors import ConfigError, InfluenceFastError
+from influence_fast.influence.settings import REFERENCE
 from influence_fast.run.inputs import CONTENTS, INPUTS, Input, Recorded, changed, examples_hash, read_source, replaced
 from influence_fast.run.pieces import EVERYTHING, finished, kind_of_setting, way_out
 from influence_fast.settings import difference, from_dict, parse_yaml, to_dict
@@ -47,7 +48,7 @@ def occupied(config: RunConfig) -> str:
         _leave_out_what_can_grow(part)
         _leave_out_what_changes_nothing(part)
     dependence = {
-        "own_answers": before.get("influence", {}).get("queries") != "reference",
+        "own_answers": _asks_for_answers(before.get("influence", {})),
         "decontaminated": bool(before.get("data", {}).get("decontaminate")),
     }
     while found := difference(before, now):
@@ -235,6 +236,11 @@ class RunFolder:
             return {"value": found["value"], "seconds": float(found["seconds"]), "of": found.get("of")}
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
+
+
+def _asks_for_answers(influence: dict[str, Any]) -> bool:
+    """Return whether the recorded settings of scores have the model answer the validation questions."""
+    return influence.get("queries") != REFERENCE and influence.get("verdicts") is None
 
 
 def _recorded(record: Path) -> Any:

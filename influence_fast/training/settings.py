@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from influence_fast.errors import ConfigError, did_you_mean
+from influence_fast.errors import ConfigError, did_you_mean, setting
 from influence_fast.settings import MAX_TRAINING_SEED, check_seed
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -62,13 +62,22 @@ class TrainConfig:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be a finite number")
         check_seed("training.seed", self.seed, MAX_TRAINING_SEED)
         if self.epochs <= 0 and self.max_steps <= 0:
-            raise ConfigError("training.epochs and training.max_steps are both not above 0; set one of them")
+            raise ConfigError(
+                f"{setting('training.epochs')} and {setting('training.max_steps')} are both not above 0; set one of "
+                "them"
+            )
         if not 0 <= self.warmup_ratio < 1:
-            raise ConfigError(f"training.warmup_ratio is {self.warmup_ratio}; it must be at least 0 and below 1")
+            raise ConfigError(
+                f"{setting('training.warmup_ratio')} is {self.warmup_ratio}; it must be at least 0 and below 1"
+            )
         if self.packing is not None and self.packing < 2:
-            raise ConfigError(f"training.packing is {self.packing}; it is the tokens of a row, or left out")
+            raise ConfigError(
+                f"{setting('training.packing')} is {self.packing}; it is the tokens of a row, or left out"
+            )
         if self.save_checkpoints < 0:
-            raise ConfigError(f"training.save_checkpoints is {self.save_checkpoints}; use true, false or a step count")
+            raise ConfigError(
+                f"{setting('training.save_checkpoints')} is {self.save_checkpoints}; use true, false or a step count"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +102,20 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         if self.r < 1:
-            raise ConfigError(f"lora.r is {self.r}; it must be at least 1")
+            raise ConfigError(f"{setting('lora.r')} is {self.r}; it must be at least 1")
         if not math.isfinite(self.alpha) or self.alpha == 0:
-            raise ConfigError(f"lora.alpha is {self.alpha}; it must be a finite number, and not 0")
+            raise ConfigError(f"{setting('lora.alpha')} is {self.alpha}; it must be a finite number, and not 0")
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
+            raise ConfigError(f"{setting('lora.dropout')} is {self.dropout}; it must be at least 0 and below 1")
         if tuple(self.target_modules) == ("all-linear",):
             object.__setattr__(self, "target_modules", "all-linear")
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         object.__setattr__(self, "target_parameters", tuple(self.target_parameters))
         if self.target_parameters and self.dropout:
-            raise ConfigError(f"lora.dropout is {self.dropout}; it must be 0 with lora.target_parameters")
+            raise ConfigError(
+                f"{setting('lora.dropout')} is {self.dropout}; it must be 0 with {setting('lora.target_parameters')}"
+            )
 
     def record(self) -> dict[str, Any]:
         """Return the settings as they are written beside a result; those without an effect are left out."""

@@ -20,7 +20,7 @@ import torch
 
 from influence_fast.atomic import replacing
 from influence_fast.data.packing import IGNORED, example_name
-from influence_fast.errors import ConfigError, NumericError, one_line, truncated_list
+from influence_fast.errors import ConfigError, NumericError, one_line, setting, truncated_list
 from influence_fast.gradients.model.referee import Referee, decoder_of
 from influence_fast.training.files import list_checkpoints
 
@@ -64,7 +64,9 @@ def train(
         seconds = spent + time.perf_counter() - start
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):  # by the last step, after its loss
-        raise NumericError("the last training step left weights that are not finite: lower training.learning_rate")
+        raise NumericError(
+            f"the last training step left weights that are not finite: lower {setting('training.learning_rate')}"
+        )
     history = [(int(log["step"]), float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
     return history, seconds, int(trainer.state.num_input_tokens_seen)
 
@@ -97,7 +99,8 @@ def make_trainer(
         long = [example_name(e, i) for i, e in enumerate(examples) if len(e["input_ids"]) > config.packing]
         if long:
             raise ConfigError(
-                f"training.packing is {config.packing} tokens, and longer are {truncated_list(long)}: raise it"
+                f"{setting('training.packing')} is {config.packing} tokens, and longer are {truncated_list(long)}: "
+                "raise it"
             )
     save_steps = 0 if isinstance(config.save_checkpoints, bool) else config.save_checkpoints
     saving = "no" if not config.save_checkpoints else ("steps" if save_steps else "epoch")
@@ -278,7 +281,8 @@ def _packs_apart(model: Any, config: TrainConfig) -> Iterator[None]:
     with _keeps_packs_apart(base) as apart:
         if not apart:
             raise ConfigError(
-                f"training.packing: in a pack the examples of this model ({base.config.model_type}, attention "
+                f"{setting('training.packing')}: in a pack the examples of this model ({base.config.model_type}, "
+                "attention "
                 f"{base.config._attn_implementation}) see each other, which would train on mixed-up contexts: "
                 "leave packing out, or load the model with flash-attention where its attention is to blame and has it"
             )
@@ -352,7 +356,8 @@ def _stop_at_nan() -> Any:
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if not math.isfinite(float((logs or {}).get("loss", 0.0))):
                 raise NumericError(
-                    f"the training loss is not finite at step {state.global_step}: lower training.learning_rate"
+                    f"the training loss is not finite at step {state.global_step}: lower "
+                    f"{setting('training.learning_rate')}"
                 )
 
     return StopAtNan()
