@@ -18,7 +18,9 @@ from influence_fast.store.shard_rows import id_of
 
 def held(dataset: Any) -> Sequence[Any]:
     """Return a dataset of texts as it is, tokenized examples in the one form."""
-    if isinstance(dataset, Sequence) and len(dataset) > 0 and not isinstance(dataset[0], Mapping):
+    if isinstance(dataset, Iterator):
+        dataset = list(dataset)
+    if isinstance(dataset, Sequence) and len(dataset) > 0 and hasattr(dataset[0], "prompt"):
         return dataset
     return as_examples(dataset, numbered=True)
 
