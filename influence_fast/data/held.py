@@ -49,6 +49,8 @@ def as_examples(data: Held, *, numbered: bool = False) -> Sequence[dict[str, Any
             f"examples are the text or path {shown(data)}: read a file by inf.load_examples(path), and tokenize it by "
             "inf.tokenize(examples, tokenizer).examples"
         )
+    if hasattr(data, "too_long") and hasattr(data, "examples"):
+        raise DataError("examples are all that inf.tokenize returned: give its .examples (.too_long have no tokens)")
     data = _records(data)
     if isinstance(data, Mapping):
         return _numbered(list(_split(data, 0)), numbered)
@@ -199,8 +201,10 @@ def _without_tokens(item: Mapping[str, Any]) -> str:
 def _whole(values: Any, name: str, field: str) -> torch.Tensor:
     """Return values as a 1-D int tensor [n], which -100 fits into. Raises DataError where they are none."""
     try:
-        if isinstance(values, np.ndarray):  # of any byte order and stride, or of objects
-            values = np.require(values, values.dtype.newbyteorder("="), "CW") if values.dtype != object else [*values]
+        if isinstance(values, np.ndarray) and values.dtype == object:
+            values = list(values)
+        elif isinstance(values, np.ndarray):  # of any byte order and stride, perhaps read-only
+            values = np.require(values, values.dtype.newbyteorder("="), ["C", "W"])
         found = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise DataError(f"{name}: {field} is no list of whole numbers; give a 1-D int tensor") from None

@@ -68,3 +68,5 @@ def check_example(example: Any, place: int, texts: bool) -> None:
     name = id_of(example)
     if not isinstance(name, str):
         raise DataError(f"dataset[{place}]: its id must be a string, not {name!r}")
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise DataError(f"dataset[{place}]: its id {name!r} holds half a surrogate pair; give another")
