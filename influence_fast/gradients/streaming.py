@@ -102,8 +102,10 @@ def stream_influence(
             f"RowSpec({EXACT!r}) and exact query gradients"
         )
 
+    queries = torch.as_tensor(query_gradients)
+
     def reducer(linears: list[LoraLinear], layout: list[LayoutEntry]) -> Reducer:
-        return StreamReducer(linears, layout, query_gradients)
+        return StreamReducer(linears, layout, queries)
 
     examples = as_examples(examples)
     with GradientEngine(

@@ -12,11 +12,13 @@ No query is looked at, so the choice leaks nothing into the scores; the final fi
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from influence_fast.errors import ConfigError, NumericError
+from influence_fast.errors import ConfigError, NumericError, shown
 
 Damping = float | str  # a share of the mean eigenvalue, or AUTO
 RowBlocks = Callable[[], Iterable[torch.Tensor]]  # each call is one pass over the training rows, in pieces [n, k]
@@ -37,8 +39,8 @@ def check_damping(damping: Damping) -> None:
     if isinstance(damping, str):
         if damping != AUTO:
             raise ConfigError(f"damping must be a number above 0 or {AUTO!r}, not {damping!r}")
-    elif not damping > 0:
-        raise ConfigError(f"damping must be above 0, not {damping}: it is a share of the mean eigenvalue")
+    elif not isinstance(damping, numbers.Real) or isinstance(damping, bool) or not 0 < damping < math.inf:
+        raise ConfigError(f"damping must be above 0, not {shown(damping)}: it is a share of the mean eigenvalue")
 
 
 def check_width(name: str, width: int) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from influence_fast.errors import DataError
 from influence_fast.gradients.rows.layout import LayoutEntry, layout_width
 from influence_fast.store.reader import Store
 
@@ -54,24 +53,3 @@ class DividedRows:
         for start, rows, scales in self.store.blocks():
             mine = self.scales[start : start + len(rows)]
             yield start, rows, mine if scales is None else mine * scales
-
-
-def check_queries(store: Store, queries: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """Return queries as a tensor [Q, k]. Raises DataError where they do not fit the store's rows."""
-    queries = torch.as_tensor(queries)
-    if queries.ndim != 2 or queries.shape[1] != store.width:
-        raise DataError(
-            f"queries of shape {tuple(queries.shape)} do not fit rows of {store.width} numbers: "
-            "project them as the store was"
-        )
-    return queries
-
-
-def used_groups(groups: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Return the groups that have members. Raises DataError: groups without names, or none has a member."""
-    if not isinstance(groups, Mapping):
-        raise DataError('groups are named, as {"correct": [0, 1]}, not a ' + type(groups).__name__)
-    used = {name: list(members) for name, members in groups.items() if len(members)}
-    if not used:
-        raise DataError("there is no query to score against: every group is empty")
-    return used

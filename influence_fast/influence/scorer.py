@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from influence_fast.data.held import Held
-from influence_fast.errors import ConfigError
+from influence_fast.errors import ConfigError, DataError, shown
 from influence_fast.gradients.rows.layout import LayoutEntry
 from influence_fast.gradients.rows.projection import exact_rows
 from influence_fast.gradients.targets import gradient_layout
@@ -34,17 +34,12 @@ from influence_fast.influence.preconditioners import (
     FROM_DATA,
     FROM_MODEL,
     Damping,
+    check_damping,
 )
 from influence_fast.influence.recipe import Recipe
 from influence_fast.influence.rounding import warn_if_coarse
-from influence_fast.influence.row_access import (
-    DividedRows,
-    blocks_of,
-    check_queries,
-    factors_of,
-    row_blocks,
-    used_groups,
-)
+from influence_fast.influence.row_access import DividedRows, blocks_of, factors_of, row_blocks
+from influence_fast.influence.scorer_arguments import check_open, check_queries, used_groups
 from influence_fast.influence.scorer_files import Parts, load_parts, save_parts
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import InfluenceConfig
@@ -137,7 +132,12 @@ class Scorer:
         check_open(store)
         labels = fisher if isinstance(fisher, str) else GIVEN
         one_of("fisher", labels, (*FISHER_LABELS, GIVEN))
+        check_damping(damping)
+        if not isinstance(fisher_examples, int) or isinstance(fisher_examples, bool) or fisher_examples < 1:
+            raise ConfigError(f"fisher_examples is {shown(fisher_examples)}; it must be a whole number of at least 1")
         recipe = Recipe.of_store(store, InfluenceConfig(preconditioner, damping, labels, fisher_examples))
+        if moments is not None and not recipe.reads_moments:
+            raise ConfigError(f"moments are read by 'adam' and 'less', not by {recipe.name!r}; leave them out")
         applied = recipe.applied
         layout = None if model is None else _layout_of(store, model)
         source = store
@@ -211,6 +211,8 @@ class Scorer:
 
         Raises as `scores`.
         """
+        if k is None:
+            raise DataError("k is None; pass a whole number of at least 1")
         found = self._products(queries, both_signs=True, topk=k)
         values, places = (np.asarray(part) for part in found.topk)
         count = len(values) // 2
@@ -353,12 +355,6 @@ class Scorer:
         return DividedRows(self.store, _divided(np.ones(len(self.store)), self.lengths).astype(np.float32))
 
 
-def check_open(store: object) -> None:
-    """Raise ConfigError unless `store` is an open one."""
-    if not isinstance(store, Store):
-        raise ConfigError(f"the store must be an open one (inf.open_store), not a {type(store).__name__}")
-
-
 def _fisher_store(store: Store, fisher: str | Store, count: int, model: Any, examples: Held | None) -> Store:
     """Return the rows that a preconditioner which reads a Fisher information is fitted on."""
     if fisher == FROM_DATA:
@@ -372,10 +368,12 @@ def _fisher_store(store: Store, fisher: str | Store, count: int, model: Any, exa
         drawn = drawn_examples(store, data, count, texts)
         return fisher_rows(store, model, drawn, count=count, seed=store.identity.projection_seed or 0)
     if found is None:
+        others = "a store of such gradients as fisher=, or fisher='data' to fit on its own rows"
+        whose = "which another process built: " if data is None else ""
         raise ConfigError(
-            "fisher: 'model' fits on gradients of labels that the model draws: give the model and the tokenized "
-            "examples that the store was built of (model=, examples=), a store of such gradients, or fisher='data' to "
-            "fit on the store's own rows"
+            f"fisher: 'model' draws labels for the examples of {store.path}, {whose}give the model and the tokenized "
+            "examples that it was built of once (model=, examples=inf.tokenize(...).examples), and their gradients are "
+            f"kept beside it; or {others}"
         )
     return found
 

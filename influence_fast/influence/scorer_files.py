@@ -249,7 +249,12 @@ def _put_together(
         return Fisher(blocks, [tensors[f"factor {i}"] for i in range(len(blocks))], damping=damping)
     if factors is not None and "left 0" in tensors:
         places = range(len(factors))
-        bases = [(tensors[f"left {i}"], tensors[f"right {i}"]) for i in places]
+        bases = [(_by_columns(tensors[f"left {i}"]), _by_columns(tensors[f"right {i}"])) for i in places]
         eigenvalues = [tensors[f"eigenvalues {i}"] for i in places]
         return Ekfac(factors, bases, eigenvalues, list(numbers["ridges"]), damping=damping)
     return DataInf(lambda: row_blocks(source), blocks, list(numbers["ridges"]), damping=damping)
+
+
+def _by_columns(basis: torch.Tensor) -> torch.Tensor:
+    """Return a basis as `torch.linalg.eigh` lays it out in memory: products of another layout round otherwise."""
+    return basis.T.contiguous().T

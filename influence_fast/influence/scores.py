@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,16 @@ class ScoreTable:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield each row as a mapping of its id and its columns."""
+        names = ["id", *self.columns, *self.texts]
+        for row in zip(self.ids, *self.columns.values(), *self.texts.values(), strict=True):
+            yield dict(zip(names, row, strict=True))
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is a column of that name."""
+        return name == "id" or name in self.columns or name in self.texts
 
     def __bool__(self) -> bool:
         return True  # a table of no rows is still a table

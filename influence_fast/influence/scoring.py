@@ -10,8 +10,8 @@ import torch
 
 from influence_fast.influence.fisher_rows import check_fisher
 from influence_fast.influence.preconditioners import DEFAULT, DEFAULT_DAMPING, FROM_DATA, Damping
-from influence_fast.influence.row_access import check_queries, used_groups
-from influence_fast.influence.scorer import Scorer, TopInfluences, check_open
+from influence_fast.influence.scorer import Scorer, TopInfluences
+from influence_fast.influence.scorer_arguments import check_open, check_queries, used_groups
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.store.reader import Store
 

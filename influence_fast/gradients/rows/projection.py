@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -77,8 +78,8 @@ class Projection:
                 f"projection kind {EXACT!r} has rows of whole gradients: leave out width, or choose 'kron'"
             )
         _check_integer("dim", self.dim, 1)
-        if not 0 < self.layers <= 1:
-            raise ConfigError(f"projection layers is {self.layers}; it is a share, above 0 and at most 1")
+        if not isinstance(self.layers, numbers.Real) or isinstance(self.layers, bool) or not 0 < self.layers <= 1:
+            raise ConfigError(f"projection layers is {self.layers!r}; it is a share, above 0 and at most 1")
         _check_integer("seed", self.seed, None)
         if self.width is not None:
             _check_integer("width", self.width, 1)
