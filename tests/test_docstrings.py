@@ -20,11 +20,12 @@ PACKAGE = ROOT / "influence_fast"
 VERBS = frozenset(
     str.split(
         "Add Allocate Answer Append Attach Bound Build Call Change Check Choose Close Cluster Collect Compare "
-        "Compute Copy Count Cut Decide Decorate Detect Disable Divide Draw Drop End Estimate Evaluate Fill Find "
-        "Fine-tune Fit Format Generate Give Grade Group Hash Hold Import Join Judge Keep Kill Limit List Load Log "
-        "Look Make Map Match Measure Merge Multiply Open Pack Pad Pair Parse Plan Plot Print Quantize Queue Raise "
-        "Read Record Remove Render Replace Restore Return Round Run Save Score Select Set Silence Split Spread "
-        "Start Store Sum Take Tell Tokenize Train Translate Turn Undo Update Validate Wait Warn Write Yield"
+        "Compute Copy Count Cut Decide Decode Decorate Detect Disable Divide Draw Drop End Estimate Evaluate Fill "
+        "Find Fine-tune Fit Format Generate Give Grade Group Hash Hold Import Join Judge Keep Kill Limit List "
+        "Load Log Look Make Map Match Measure Merge Multiply Open Pack Pad Pair Parse Plan Plot Print Quantize "
+        "Queue Raise Read Record Remove Render Replace Restore Return Round Run Save Score Select Set Silence "
+        "Split Spread Start Store Sum Take Tell Tokenize Train Translate Turn Undo Update Validate Wait Warn "
+        "Write Yield"
     )
 )
 NO_CLASS_BEGINS = ("The same", "What", "Whether", "How", "That", "Where", "Those")
