@@ -50,7 +50,7 @@ def by_flags(text: str, args: Any, of: str = "") -> str:
 
 
 # of functions, at the beginning of a message
-_ARGUMENTS = "limit|trace|format|device|dtype|fraction|count|seed|max_tokens|directions|step"
+_ARGUMENTS = "limit|max_length|trace|format|device|dtype|fraction|count|seed|max_tokens|directions|step"
 
 
 def _own(name: str, args: Any) -> str:
