@@ -221,6 +221,17 @@ def test_lists_that_the_default_collation_transposes_are_refused() -> None:
     assert [row["input_ids"].tolist() for row in as_examples(DataLoader(tensors, batch_size=2))] == [[4, 5, 6]] * 4
 
 
+def test_results_in_the_order_of_a_loader_that_shuffles_are_said() -> None:
+    loader = DataLoader(lists(), batch_size=2, shuffle=True, collate_fn=list)
+    with pytest.warns(UserWarning, match="in the order of this pass, not of its data set: give it shuffle=False"):
+        as_examples(loader)
+    with pytest.raises(DataError, match="numbers would not be places"):
+        as_examples(loader, numbered=True)
+    named = [{"id": f"a{i}", **row} for i, row in enumerate(lists())]
+    found = as_examples(DataLoader(named, batch_size=2, shuffle=True, collate_fn=list), numbered=True)
+    assert sorted(row["id"] for row in found) == ["a0", "a1", "a2", "a3", "a4"]
+
+
 def test_paths_and_texts_are_told_from_tokens() -> None:
     with pytest.raises(DataError, match=r"path 'train.jsonl': read a file by inf.load_examples"):
         as_examples("train.jsonl")
