@@ -14,7 +14,7 @@ from transformers import BatchEncoding, DataCollatorForSeq2Seq, DataCollatorWith
 
 import influence_fast as inf
 from influence_fast.data.held import as_examples
-from influence_fast.errors import DataError
+from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.per_example import per_example_losses
 
 LENGTHS = (5, 3, 7, 2, 4)
@@ -299,3 +299,12 @@ def test_a_store_of_a_dataset_numbers_its_rows_and_knows_weights(tmp_path: Any, 
     assert torch.allclose(heavy.rows(), inf.per_example_gradients(model, weighted()))
     assert heavy.tokens_hash != store.tokens_hash
     assert heavy.identity.dataset_fingerprint != store.identity.dataset_fingerprint
+
+
+def test_rows_are_the_same_inside_no_grad_and_refused_in_inference_mode(tiny_lora: Callable[..., Any]) -> None:
+    model = tiny_lora(num_hidden_layers=1)
+    wanted = inf.per_example_gradients(model, made())
+    with torch.no_grad():
+        assert torch.equal(inf.per_example_gradients(model, made()), wanted)
+    with torch.inference_mode(), pytest.raises(ConfigError, match=r"inside torch\.inference_mode\(\)"):
+        inf.per_example_gradients(model, made())
