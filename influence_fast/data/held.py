@@ -8,6 +8,7 @@ holds.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from os import PathLike
@@ -67,6 +68,7 @@ def as_examples(data: Held, *, numbered: bool = False) -> Sequence[dict[str, Any
     for item in data:
         _check_collated(data, item)
         found += _split(item, len(found))
+    _check_order(data, found, numbered)
     return _numbered(found, numbered)
 
 
@@ -83,6 +85,21 @@ def _records(data: Any) -> Any:
         {name: value for name, value in row.items() if not (isinstance(value, float) and value != value)}
         for row in data.to_dict("records")
     ]
+
+
+def _check_order(loader: Any, rows: list[dict[str, Any]], numbered: bool) -> None:
+    """Warn of rows without ids in the order of a loader that shuffles; raise DataError where they would be numbered."""
+    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    random = any(isinstance(sampler, torch.utils.data.RandomSampler) for sampler in samplers)
+    if not random or all(row.get("id") is not None for row in rows):
+        return
+    remedy = "give it shuffle=False, or rows with an 'id'"
+    if numbered:
+        raise DataError(f"the DataLoader shuffles, so that numbers would not be places in its data set: {remedy}")
+    warnings.warn(
+        f"the DataLoader shuffles, and results are in the order of this pass, not of its data set: {remedy}",
+        stacklevel=4,
+    )
 
 
 def _check_collated(loader: Any, item: Any) -> None:

@@ -123,6 +123,11 @@ class GradientEngine:
         return self.reducer.width
 
     def __enter__(self) -> GradientEngine:
+        if torch.is_inference_mode_enabled():
+            raise ConfigError(
+                "gradients cannot be taken inside torch.inference_mode(), whose tensors no backward pass keeps: call "
+                "outside of it (torch.no_grad() does no harm)"
+            )
         with contextlib.ExitStack() as stack:
             opening = opened.open_model(
                 self.model, self.linears, self.reducer, self.backend, self.precision, self._why_no_graphs

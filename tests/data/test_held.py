@@ -14,7 +14,7 @@ from transformers import BatchEncoding, DataCollatorForSeq2Seq, DataCollatorWith
 
 import influence_fast as inf
 from influence_fast.data.held import as_examples
-from influence_fast.errors import DataError
+from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.per_example import per_example_losses
 
 LENGTHS = (5, 3, 7, 2, 4)
@@ -221,6 +221,17 @@ def test_lists_that_the_default_collation_transposes_are_refused() -> None:
     assert [row["input_ids"].tolist() for row in as_examples(DataLoader(tensors, batch_size=2))] == [[4, 5, 6]] * 4
 
 
+def test_results_in_the_order_of_a_loader_that_shuffles_are_said() -> None:
+    loader = DataLoader(lists(), batch_size=2, shuffle=True, collate_fn=list)
+    with pytest.warns(UserWarning, match="in the order of this pass, not of its data set: give it shuffle=False"):
+        as_examples(loader)
+    with pytest.raises(DataError, match="numbers would not be places"):
+        as_examples(loader, numbered=True)
+    named = [{"id": f"a{i}", **row} for i, row in enumerate(lists())]
+    found = as_examples(DataLoader(named, batch_size=2, shuffle=True, collate_fn=list), numbered=True)
+    assert sorted(row["id"] for row in found) == ["a0", "a1", "a2", "a3", "a4"]
+
+
 def test_paths_and_texts_are_told_from_tokens() -> None:
     with pytest.raises(DataError, match=r"path 'train.jsonl': read a file by inf.load_examples"):
         as_examples("train.jsonl")
@@ -288,3 +299,12 @@ def test_a_store_of_a_dataset_numbers_its_rows_and_knows_weights(tmp_path: Any, 
     assert torch.allclose(heavy.rows(), inf.per_example_gradients(model, weighted()))
     assert heavy.tokens_hash != store.tokens_hash
     assert heavy.identity.dataset_fingerprint != store.identity.dataset_fingerprint
+
+
+def test_rows_are_the_same_inside_no_grad_and_refused_in_inference_mode(tiny_lora: Callable[..., Any]) -> None:
+    model = tiny_lora(num_hidden_layers=1)
+    wanted = inf.per_example_gradients(model, made())
+    with torch.no_grad():
+        assert torch.equal(inf.per_example_gradients(model, made()), wanted)
+    with torch.inference_mode(), pytest.raises(ConfigError, match=r"inside torch\.inference_mode\(\)"):
+        inf.per_example_gradients(model, made())

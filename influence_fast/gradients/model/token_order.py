@@ -16,6 +16,7 @@ from influence_fast.data.packing import Pack
 from influence_fast.gradients.model.packed_attention import PackedTokens
 
 
+@torch.enable_grad()
 def out_of_order(
     call: Callable[[PackedTokens], Any],
     embeddings: nn.Module,
@@ -41,8 +42,7 @@ def out_of_order(
     handles = [embeddings.register_forward_hook(from_a_leaf)]
     handles += [layer.register_forward_pre_hook(lambda own, args: seen.append((own, args[0]))) for layer in layers]
     try:
-        with torch.enable_grad():
-            call(PackedTokens.of(pack).to(device))
+        call(PackedTokens.of(pack).to(device))
     finally:
         for handle in handles:
             handle.remove()
