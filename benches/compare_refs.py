@@ -5,7 +5,8 @@
 
 Both sides are installed into temporary folders (so each has its own native module, built in the same way) and run on
 this virtual environment's other packages, in a process each; the processes take turns round by round. The cases are
-those of this tree's `benches/suites`; one that BASE cannot run is named. Nothing is asserted: where every round
+those of this tree's `benches/suites`; one that calls what BASE lacks is BASE's own of the same name on that side, which
+the line says, and one that BASE cannot run at all is named. Nothing is asserted: where every round
 says that this tree is slower or faster the line is marked, and a person decides.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -84,9 +86,9 @@ def install(source: Path, target: Path, build: Path) -> None:
 class Side:
     """A process with one side's package, told case by case and round by round what to run."""
 
-    def __init__(self, package: Path, scale: Mapping[str, Any], errors: Path) -> None:
+    def __init__(self, package: Path, scale: Mapping[str, Any], errors: Path, cases: Path = ROOT) -> None:
         # Without `site` the editable install's import hook, which would win over any path, is not there.
-        paths = [package, ROOT, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+        paths = [package, cases, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
         self.errors = errors.open("w")
         self.process = subprocess.Popen(
@@ -130,7 +132,7 @@ def repeated(run: Callable[[], Any], calls: int) -> Callable[[], None]:
 
 
 def serve(options: Mapping[str, Any]) -> None:
-    """The process behind `Side`, line by line: {"build": [stage, place]} makes a case, {"run": n} calls it n times.
+    """The process behind `Side`, line by line: {"build": [stage, name]} makes a case, {"run": n} calls it n times.
 
     Either is answered with {"seconds": of one call} or {"error": why not}.
     """
@@ -152,11 +154,13 @@ def serve(options: Mapping[str, Any]) -> None:
             try:
                 if "build" in question:
                     run = None  # the last case's inputs go before the next one's come
-                    stage, place = question["build"]
+                    stage, group = question["build"]
                     empty = Path(folder) / str(number)
                     empty.mkdir()
                     torch.manual_seed(0)
-                    case = cases_of(stage)[place]
+                    case = next((case for case in cases_of(stage) if case.group == group), None)
+                    if case is None:
+                        raise LookupError(f"no case {group!r} in the suite {stage}")
                     run = case.variants(Scale(options["quick"], options["threads"], empty))[case.names[0]]
                     run()
                     answer(seconds=timed(run))
@@ -171,7 +175,7 @@ class CannotRunError(Exception):
     """One side cannot run a case: the message says which and why."""
 
 
-def compare(sides: Mapping[str, Side], stage: str, place: int, rounds: int) -> dict[str, list[float]]:
+def compare(sides: Mapping[str, Side], stage: str, group: str, rounds: int) -> dict[str, list[float]]:
     """Seconds of a call on each side in each round, after one round to warm up. Raises CannotRunError."""
 
     def ask(name: str, **question: Any) -> float:
@@ -181,7 +185,7 @@ def compare(sides: Mapping[str, Side], stage: str, place: int, rounds: int) -> d
         return float(answer["seconds"])
 
     names = list(sides)
-    slowest = max([ask(name, build=[stage, place]) for name in names])
+    slowest = max([ask(name, build=[stage, group]) for name in names])
     calls = max(1, min(MOST_CALLS, int(ROUND_SECONDS / slowest)))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(-1, rounds):
@@ -193,8 +197,8 @@ def compare(sides: Mapping[str, Side], stage: str, place: int, rounds: int) -> d
 
 
 @contextmanager
-def both_sides(base: str, options: Mapping[str, Any]) -> Iterator[tuple[dict[str, Side], str]]:
-    """Builds and starts both sides; gives them and the full name of BASE."""
+def both_sides(base: str, options: Mapping[str, Any]) -> Iterator[tuple[dict[str, Side], dict[str, Side], str]]:
+    """Build and start both sides; yield them, them with BASE's own cases on its side, and the full name of BASE."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         work = Path(folder)
         (work / "source").mkdir()
@@ -206,7 +210,14 @@ def both_sides(base: str, options: Mapping[str, Any]) -> Iterator[tuple[dict[str
             install(source, package, work / f"build-{number}")
             sides[name] = Side(package, options, work / f"errors-{number}.txt")
             stack.callback(sides[name].close)
-        yield sides, commit
+        old = work / "source"
+        with_own = dict(sides)
+        if (old / "benches" / "suites").is_dir():
+            # Its cases, told by this tree's protocol.
+            shutil.copy(__file__, old / "benches" / "compare_refs.py")
+            with_own[SIDES[0]] = Side(work / "package-0", options, work / "errors-own.txt", old)
+            stack.callback(with_own[SIDES[0]].close)
+        yield sides, with_own, commit
 
 
 def main() -> None:
@@ -228,19 +239,23 @@ def main() -> None:
         parser.error("--quick times nothing worth keeping: leave out --output")
     rounds = 2 if args.quick else args.rounds
     results: dict[str, Any] = {}
-    with both_sides(args.base, {"quick": args.quick, "threads": args.threads}) as (sides, commit):
+    with both_sides(args.base, {"quick": args.quick, "threads": args.threads}) as (sides, with_own, commit):
         print(f"BASE is {commit[:12]}; ms, ms, BASE / this tree: median (quartiles) of {rounds} rounds")
         for stage in args.suites:
-            for place, case in enumerate(cases_of(stage)):
+            for case in cases_of(stage):
                 name = f"{stage}: {case.group}"
-                try:
-                    seconds = compare(sides, stage, place, rounds)
-                except CannotRunError as error:
-                    print(f"{name:<64.64} not compared ({error})", flush=True)
-                    results[name] = {"not compared": str(error)}
-                else:
-                    print(line(name, *seconds.values()), flush=True)
+                for pair, note in ((sides, ""), (with_own, "  (BASE's own case)")):
+                    try:
+                        seconds = compare(pair, stage, case.group, rounds)
+                    except CannotRunError as error:
+                        why = str(error)
+                        continue
+                    print(line(name, *seconds.values()) + note, flush=True)
                     results[name] = seconds
+                    break
+                else:
+                    print(f"{name:<64.64} not compared ({why})", flush=True)
+                    results[name] = {"not compared": why}
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         found = {"base": commit, "threads": args.threads, "seconds": results, **describe()}

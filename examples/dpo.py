@@ -31,6 +31,7 @@ for one, other in zip(chosen, rejected, strict=True):
 pairs = pair_examples(chosen, rejected, dpo_weights(model, chosen, rejected, beta=BETA))  # added
 asked = pair_examples(*validation, dpo_weights(model, *validation, beta=BETA))  # added
 rows = pair_sums(inf.per_example_gradients(model, asked, loss_reduction="sum"))  # added
-found = inf.stream_influence(model, pairs, rows.mean(0, keepdim=True), loss_reduction="sum")  # added
+spec = inf.RowSpec("none", loss_reduction="sum")  # added
+found = inf.stream_influence(model, pairs, rows.mean(0, keepdim=True), spec)  # added
 scores = pair_sums(found)[:, 0]  # added
 print("pairs that help least:", scores.argsort()[:2].tolist())  # added

@@ -35,6 +35,7 @@ _EXPORTS: dict[str, str] = {
     "open_store": "store.reader",
     "per_example_gradients": "gradients.per_example",
     "select": "selection.pruning",
+    "step_influence": "influence.step_influence",
     "stream_influence": "gradients.streaming",
     "tokenize": "data.examples",
     "validate": "validation.validate",
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
     from influence_fast.influence.scoring import influence_scores as influence_scores
     from influence_fast.influence.scoring import top_influences as top_influences
     from influence_fast.influence.sketch_fitting import fit_projection as fit_projection
+    from influence_fast.influence.step_influence import step_influence as step_influence
     from influence_fast.products.inner_products import inner_products as inner_products
     from influence_fast.products.inner_products import quantize_rows as quantize_rows
     from influence_fast.products.options import ProductOptions as ProductOptions

@@ -15,14 +15,14 @@ from typing import Any
 
 from influence_fast.data.diversity import check_similarity
 from influence_fast.data.schemas import check_turns
-from influence_fast.errors import ConfigError, shown
+from influence_fast.errors import ConfigError, setting, shown
 from influence_fast.evaluation.evaluate import EvalConfig
 from influence_fast.evaluation.generation_settings import EXPLICIT
 from influence_fast.gradients.rows.precision import FP8
 from influence_fast.gradients.rows.row_spec import SKETCHES, RowSpec
 from influence_fast.guards import reading
 from influence_fast.influence.recipe import Recipe
-from influence_fast.influence.settings import InfluenceConfig
+from influence_fast.influence.settings import CONTRAST, InfluenceConfig
 from influence_fast.selection.strategies import STRATEGIES, needed_columns
 from influence_fast.settings import MAX_TRAINING_SEED, check_seed, from_dict, one_of, read_mapping
 from influence_fast.training.quantized_files import check_quantization
@@ -154,7 +154,8 @@ class ValidateConfig:
     def __post_init__(self) -> None:
         for name in ("share", "leave_out"):
             if not 0 < getattr(self, name) < 1:
-                raise ConfigError(f"validate.{name} is {getattr(self, name)}; it is a share between 0 and 1")
+                value = getattr(self, name)
+                raise ConfigError(f"is {value}; it is a share between 0 and 1", key=f"validate.{name}", value=value)
         if (self.subsets and self.subsets < 3) or (self.leave_out_sets and self.leave_out_sets < 3):
             raise ConfigError("validate.subsets and leave_out_sets must be 0 (skipped) or at least 3")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -194,22 +195,27 @@ class RunConfig:
     def __post_init__(self) -> None:
         Recipe.of(self.gradients, self.influence).check()
         if not isinstance(self.gradients.sketch, str):
-            raise ConfigError("gradients.sketch: a run names a fitted sketch by the folder of its store")
+            raise ConfigError(f"{setting('gradients.sketch')}: a run names a fitted sketch by the folder of its store")
         _check_quantized(self)
         if self.influence.checkpoints and not self.training.save_checkpoints and self.model.adapter is None:
-            raise ConfigError("influence.checkpoints: there will be none; set training.save_checkpoints")
+            raise ConfigError(
+                f"{setting('influence.checkpoints')}: there will be none; set {setting('training.save_checkpoints')}"
+            )
         given = self.model.adapter
         if self.gradients.target is not None and (
             given is None or (Path(given).expanduser() / "adapter_config.json").exists()
         ):
             raise ConfigError(
-                "gradients.target is of a fully fine-tuned model, and a run fine-tunes LoRA adapters: leave it out, or "
+                f"{setting('gradients.target')} is of a fully fine-tuned model, and a run fine-tunes LoRA adapters: "
+                "leave it out, or "
                 "give the folder of a fully fine-tuned model as model.adapter"
             )
         if self.target_model is not None and self.target_model.adapter is not None:
             raise ConfigError("target_model.adapter: the grid fine-tunes a fresh adapter; leave it out, or merge it")
         if not self.pruning.seeds or len(set(self.pruning.seeds)) < len(self.pruning.seeds):
-            raise ConfigError(f"pruning.seeds: {list(self.pruning.seeds)} are no different seeds; give one or more")
+            raise ConfigError(
+                f"{setting('pruning.seeds')}: {list(self.pruning.seeds)} are no different seeds; give one or more"
+            )
         cells = {(s, round(100 * f)) for s in self.pruning.strategies for f in self.pruning.fractions}
         if len(cells) < len(self.pruning.strategies) * len(self.pruning.fractions):
             raise ConfigError(
@@ -222,13 +228,17 @@ class RunConfig:
             raise ConfigError("pruning: pass_rate_samples must be at least 1 and pass_rate_temperature above 0")
         for fraction in self.pruning.fractions:
             if not 0 < fraction < 1:
-                raise ConfigError(f"pruning.fractions: {fraction} is not between 0 and 1 (the share that is dropped)")
+                raise ConfigError(
+                    f"{setting('pruning.fractions')}: {fraction} is not between 0 and 1 (the share that is dropped)"
+                )
         check_seed("seed", self.seed)
         for seed in self.pruning.seeds:
             check_seed("pruning.seeds", seed, MAX_TRAINING_SEED)
         for name in ("validation", "test"):
             if getattr(self.data, name) is not None and getattr(self.data, f"holdout_{name}"):
-                raise ConfigError(f"data.holdout_{name}: there is a {name} source as well; leave out one of the two")
+                raise ConfigError(
+                    f": there is a {name} source as well; leave out one of the two", key=f"data.holdout_{name}"
+                )
         if self.data.validation is None and self.data.holdout_validation < 1:
             raise ConfigError("data: give a validation source, or holdout_validation to hold some of the pool out")
         if self.data.test is None and self.data.holdout_test < 1:
@@ -241,20 +251,33 @@ def _check_quantized(config: RunConfig) -> None:
     if all(model.quantize is None for model in models):
         return
     if config.gradients.precision == FP8 and config.model.quantize is not None:
-        raise ConfigError("gradients.precision: fp8 rounds base weights that model.quantize has rounded; use 'auto'")
+        raise ConfigError(
+            f"{setting('gradients.precision')}: fp8 rounds base weights that model.quantize has rounded; use 'auto'"
+        )
     if config.evaluation.engine == "vllm":
-        raise ConfigError("evaluation.engine: vllm would load the weights unquantised; use 'transformers'")
+        raise ConfigError(
+            f"{setting('evaluation.engine')}: vllm would load the weights unquantised; use 'transformers'"
+        )
 
 
 def check_strategies(names: typing.Iterable[str], influence: InfluenceConfig) -> None:
     """Raise ConfigError for a strategy that is unknown, or that reads columns which the queries do not give."""
     for strategy in names:
         one_of("pruning.strategies", strategy, STRATEGIES)
-        wrong = any(column.endswith("_incorrect") for column in needed_columns([strategy]))
+        needed = needed_columns([strategy])
+        if any(column.endswith("_contrast") for column in needed) and influence.queries != CONTRAST:
+            raise ConfigError(
+                f": {strategy!r} reads right and wrong answers to the same questions; set "
+                f"{setting('influence.queries', CONTRAST)}, or leave the strategy out",
+                key="pruning.strategies",
+                value=strategy,
+            )
+        wrong = any(column.endswith("_incorrect") for column in needed)
         if wrong and influence.queries == "reference":
             raise ConfigError(
-                f"pruning.strategies: {strategy!r} reads the model's wrong answers, which influence.queries: "
-                "reference does not ask for; use own_answers, or leave the strategy out"
+                f"{setting('pruning.strategies')}: {strategy!r} reads the model's wrong answers, which "
+                f"{setting('influence.queries', 'reference')} does not ask for; use own_answers, or leave the "
+                "strategy out"
             )
 
 
@@ -277,7 +300,7 @@ def load_config(path: str | Path) -> RunConfig:
         with reading("the configuration", ConfigError):
             return _resolve_paths(from_dict(RunConfig, raw), path.parent)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error.__cause__
+        raise ConfigError(f"{path}: {error.marked}", value=error.value) from error.__cause__
 
 
 _LONGEST_NAME = 255  # bytes, of every file system in use

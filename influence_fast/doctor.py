@@ -52,7 +52,21 @@ def paths() -> list[tuple[str, bool, str]]:
     """Return (path, whether it is active, what it is or why not) of every computing path, in engine order."""
     from influence_fast.products import native
 
-    return [*_gradients(), *native.status(), *_optional()]
+    return [*_gradients(), *native.status(), _cublas(), *_optional()]
+
+
+def _cublas() -> tuple[str, bool, str]:
+    """Return whether inner products of int8 and bf16 rows on a GPU go through cuBLAS, and if not, why."""
+    import torch
+
+    from influence_fast.products import gpu, native
+
+    what = "int8 and bf16 rows on a GPU, with fused passes for scales, group means, top k and ranks"
+    why = gpu.why_not(torch.device("cuda")) if torch.cuda.is_available() else "there is no CUDA device here"
+    asked = os.environ.get(native.ISA_VARIABLE, "")
+    if not why and asked in (native.TORCH, native.MMA):
+        why = f"not chosen; {native.ISA_VARIABLE}={asked} asks for another"
+    return "inner products: cuBLAS", not why, f"{what} ({why})" if why else what
 
 
 def _gradients() -> list[tuple[str, bool, str]]:

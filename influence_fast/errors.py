@@ -5,25 +5,133 @@ The command line prints the message and exits with code 2; `--debug` shows the t
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
+import json
 import logging
+import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 # Characters of a message; names from a file may be of any length.
 _LONGEST = 3000
 
 
-class InfluenceFastError(Exception):
-    """Base of every error this package raises on purpose. Its text is one printable line, whatever files put there."""
+# What encloses a setting inside a message, and stands before its value. No key, and no JSON text, has these.
+_OPEN, _VALUE, _CLOSE = "\x02", "\x1f", "\x03"
+_SETTING = re.compile(f"{_OPEN}([\\w.]+){_VALUE}([^{_OPEN}{_VALUE}{_CLOSE}]*){_CLOSE}")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A setting that a message names, so that a front end can write it in its own way.
+
+    Attributes:
+        key: as a configuration file has it ("influence.fallback"), or the name of a function's argument ("limit").
+        value: what the message says to set it to; None if it only names the setting.
+    """
+
+    key: str
+    value: Any = None
 
     def __str__(self) -> str:
-        text = super().__str__()
+        """Return it as a configuration file writes it, or an argument as a call does."""
+        if self.value is None:
+            return self.key
+        return f"{self.key}: {self.value}" if "." in self.key else f"{self.key}={_as_code(self.value)}"
+
+
+def setting(key: str, value: Any = None) -> str:
+    """Return a setting as text to be put into an error's message, where it stays a `Setting`.
+
+    Args:
+        key: as a configuration file has it ("influence.fallback"), or the name of a function's argument ("limit").
+        value: what the message says to set it to: anything that JSON has.
+
+    Example:
+        >>> from influence_fast.errors import ConfigError, setting
+        >>> error = ConfigError(f"no answer is right: set {setting('influence.fallback', 'reference')}")
+        >>> str(error)
+        'no answer is right: set influence.fallback: reference'
+        >>> error.render(lambda s: f"--{s.key.split('.')[-1]} {s.value}")
+        'no answer is right: set --fallback reference'
+    """
+    return f"{_OPEN}{key}{_VALUE}{'' if value is None else json.dumps(value)}{_CLOSE}"
+
+
+class InfluenceFastError(Exception):
+    """Base of every error this package raises on purpose. Its text is one printable line, whatever files put there.
+
+    Args:
+        message: what is wrong; `setting(...)` in it stays data.
+        key: the setting that is wrong, which the text then begins with.
+        value: what it is set to, for programs; the message says it in words.
+        remedy: what to do, which the text then ends with.
+
+    Attributes:
+        parts: the text as strings and `Setting`s. key, value: of the setting that is wrong; by default the first one
+            that the message names, and None. marked: the text to put into the message of another error.
+    """
+
+    def __init__(self, message: object = "", *, key: str | None = None, value: Any = None, remedy: str = "") -> None:
+        text = str(message)
+        if key is not None:
+            text = f"{setting(key)}{'' if text.startswith(':') else ' '}{text}"
+        self.marked = f"{text}; {remedy}" if remedy else text
+        self.parts = _parted(self.marked)
+        named = [part.key for part in self.parts if isinstance(part, Setting)]
+        self.key = key if key is not None else next(iter(named), None)
+        self.value = value
+        super().__init__("".join(map(str, self.parts)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.marked,), {**self.__dict__}
+
+    def __str__(self) -> str:
+        return self.render(str)
+
+    def render(self, write: Callable[[Setting], str]) -> str:
+        """Return the text with each setting as `write` writes it, in one printable line."""
+        text = "".join(part if isinstance(part, str) else write(part) for part in self.parts)
         if len(text) > _LONGEST:
             text = f"{text[: _LONGEST // 2]} [...] {text[-_LONGEST // 2 :]}"
         return text if text.isprintable() else _printable(" ".join(text.split()))
+
+    def renamed(self, rename: Callable[[Setting], Setting]) -> str:
+        """Return the text, for the message of another error, with other settings in the place of its own."""
+        return "".join(
+            part if isinstance(part, str) else setting(*dataclasses.astuple(rename(part))) for part in self.parts
+        )
+
+
+def _parted(text: str) -> list[str | Setting]:
+    """Split a text into strings and the settings between them."""
+    parts: list[str | Setting] = []
+    end = 0
+    for found in _SETTING.finditer(text):
+        try:
+            value = json.loads(found[2]) if found[2] else None
+        except ValueError:
+            # Not of `setting`: a text that came with these characters in it.
+            continue
+        parts += [text[end : found.start()], Setting(found[1], value)]
+        end = found.end()
+    return [part for part in [*parts, text[end:]] if part != ""]
+
+
+def _as_code(value: Any) -> str:
+    """Return a value as Python writes it, texts between double quotes."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(name)}: {_as_code(each)}" for name, each in value.items()) + "}"
+    return "None" if value is None else json.dumps(value)
+
+
+def plain(text: str) -> str:
+    """Return a text in which `setting(...)` may stand as people read it."""
+    return "".join(map(str, _parted(text)))
 
 
 class ConfigError(InfluenceFastError):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 import types
 import typing
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from influence_fast.errors import ConfigError, did_you_mean, one_line, shown
+from influence_fast.errors import ConfigError, did_you_mean, one_line, setting, shown
 from influence_fast.guards import read_text
 
 #: The largest seeds: PyTorch's generators take 64 bits, and NumPy's global one, which a trainer seeds too, takes 32.
@@ -35,7 +36,7 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
     try:
         raw = parse_yaml(text)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {error.marked}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: {what} is a mapping of keys, not {type(raw).__name__}")
     return raw
@@ -173,10 +174,9 @@ def in_section(error: ConfigError, kind: type[Any], where: str) -> ConfigError:
     prefix = getattr(kind, "PREFIX", None)
     if prefix is None:
         return error
-    text = str(error)
-    for field in sorted(dataclasses.fields(kind), key=lambda f: -len(f.name)):
-        text = text.replace(f"{prefix}{field.name}", f"{where}{key_of(field)}")
-    return ConfigError(text)
+    keys = {f"{prefix}{field.name}": f"{where}{key_of(field)}" for field in dataclasses.fields(kind)}
+    text = error.renamed(lambda named: dataclasses.replace(named, key=keys.get(named.key, named.key)))
+    return ConfigError(text, value=error.value)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -200,18 +200,20 @@ def difference(one: dict[str, Any], other: dict[str, Any], where: str = "") -> s
 def check_seed(name: str, seed: int, most: int = MAX_SEED) -> None:
     """Raise ConfigError, naming the setting `name`, unless `seed` is a whole number from 0 to `most`."""
     if not isinstance(seed, Integral) or isinstance(seed, bool):  # NumPy's whole numbers are taken
-        raise ConfigError(f"{name} is {shown(seed)}; give a whole number of at least 0")
+        raise ConfigError(f"is {shown(seed)}; give a whole number of at least 0", key=name, value=seed)
     seed = int(seed)
     if seed < 0:
-        raise ConfigError(f"{name}: {shown(seed)} is below 0, which random generators do not take")
+        raise ConfigError(f": {shown(seed)} is below 0, which random generators do not take", key=name, value=seed)
     if seed > most:
-        raise ConfigError(f"{name}: {shown(seed)} is above {most}, the most that random generators take")
+        raise ConfigError(
+            f": {shown(seed)} is above {most}, the most that random generators take", key=name, value=seed
+        )
 
 
 def one_of(key: str, value: str, known: typing.Iterable[str]) -> None:
     """Raise ConfigError, with the nearest known value, where `value` of the setting `key` is not among `known`."""
     if value not in known:
-        raise ConfigError(f"{key}: unknown value {shown(value)}; {did_you_mean(value, known)}")
+        raise ConfigError(f": unknown value {shown(value)}", key=key, value=value, remedy=did_you_mean(value, known))
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
@@ -233,7 +235,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, str) and hasattr(hint, "from_text"):
             return hint.from_text(value)
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a mapping of keys, not {shown(value)}")
+            raise ConfigError(f"{_named(where)}: expected a mapping of keys, not {shown(value)}", value=value)
         return from_dict(typing.cast(type, hint), value, f"{where}.")
     if origin in (tuple, list):
         if not isinstance(value, list | tuple):
@@ -242,7 +244,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return origin(_convert(item, v, f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a mapping, not {shown(value)}")
+            raise ConfigError(f"{_named(where)}: expected a mapping, not {shown(value)}", value=value)
         _, item = typing.get_args(hint)
         return {str(key): _convert(item, entry, f"{where}.{key}") for key, entry in value.items()}
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
@@ -250,10 +252,17 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             # YAML reads 1e-4 as a string.
             value = float(value)
     if hint is float and isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{where}: expected a finite number, not {value}")
+        raise ConfigError(f"{_named(where)}: expected a finite number, not {value}", value=value)
     if hint is Any or (isinstance(value, hint) and not (hint is int and isinstance(value, bool))):
         return value
-    raise ConfigError(f"{where}: expected {getattr(hint, '__name__', hint)}, not {shown(value)}")
+    expected = getattr(hint, "__name__", hint)
+    raise ConfigError(f"{_named(where)}: expected {expected}, not {shown(value)}", value=value)
+
+
+def _named(where: str) -> str:
+    """Return the name of a value in a file as a setting; a place in a list ("pruning.seeds[1]") follows it as text."""
+    key, bracket, place = where.partition("[")
+    return f"{setting(key) if re.fullmatch(r'[A-Za-z_.]+', key) else key}{bracket}{place}"
 
 
 def _plain(value: Any) -> Any:

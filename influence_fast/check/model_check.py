@@ -17,7 +17,7 @@ from influence_fast.check.row_judge import NOISES, RowJudge
 from influence_fast.check.verdicts import AGREES, REFUSED, UNJUDGED, Check, ModelCheck
 from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import IGNORED, check_examples, example_name, teaches
-from influence_fast.errors import ConfigError, DataError, ModelError, one_line
+from influence_fast.errors import ConfigError, DataError, ModelError, one_line, setting
 from influence_fast.gradients.model.frozen import frozen
 from influence_fast.gradients.model.layer_outputs import rounded_layers
 from influence_fast.gradients.model.quantized import unrounded
@@ -101,7 +101,7 @@ def _check_options(count: int, max_tokens: int, directions: int, step: float | N
         if value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}")
     if step is not None and not (math.isfinite(step) and step > 0):
-        raise ConfigError(f"step is {step}; it must be a number above 0")
+        raise ConfigError(f"{setting('step')} is {step}; it must be a number above 0")
 
 
 def _choose(examples: Sequence[Mapping[str, Any]], count: int, max_tokens: int) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ from typing import Any
 from influence_fast import __version__
 from influence_fast.cli import models, runs, scoring, stores
 from influence_fast.cli.messages import by_flags, say_warning, unforeseen
-from influence_fast.errors import InfluenceFastError, one_line
+from influence_fast.cli.parser import Parser, check_names
+from influence_fast.errors import InfluenceFastError, one_line, shown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,11 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = say_warning
+            check_names(args)
             return args.work(args) or 0
     except InfluenceFastError as error:
         if args.debug:
             traceback.print_exc()
-        print(f"error: {by_flags(str(error), args)}", file=sys.stderr)
+        print(f"error: {by_flags(error, args)}", file=sys.stderr)
         return 2
     except OSError as error:
         # a full disk, a folder that cannot be written: the system's own words name the thing
@@ -44,6 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong = isinstance(error, NotADirectoryError | IsADirectoryError | FileNotFoundError)
         kept = "give another path" if wrong else "finished work is kept"
         print(f"error: {what}{error.strerror or one_line(error)}; {kept}", file=sys.stderr)
+        return 2
+    except UnicodeEncodeError as error:
+        # half a surrogate pair stands for a byte of a name that is not UTF-8
+        if args.debug:
+            traceback.print_exc()
+        print(f"error: {shown(error.object)} is not UTF-8, and cannot be written; rename it", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         said = str(stop) or "what was finished is kept; run the same command again to go on"
@@ -62,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all verbs and their options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="influence-fast",
         description="Find which chain-of-thought training examples help or harm a fine-tuned language model.",
     )

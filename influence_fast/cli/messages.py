@@ -2,59 +2,48 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-from influence_fast.errors import one_line
-from influence_fast.settings import key_of
+from influence_fast.errors import InfluenceFastError, Setting, one_line
+
+# Options of other names than their settings.
+_OPTIONS = {"r": "rank"}
+# Of an import's format, they are values of one option.
+_OF_FORMATS = ("key", "model_id")
 
 
-def by_flags(text: str, args: Any, of: str = "") -> str:
-    """Return a message with settings named as this verb's options; a configuration file keeps its own names.
+def by_flags(error: InfluenceFastError, args: Any, of: str = "") -> str:
+    """Return an error's message with its settings named as options of this verb.
 
-    of: the prefix of the options for columns and format ("validation-").
+    Settings that are no options of it keep their names, and all do where a configuration file is run.
+
+    Args:
+        error: what was raised.
+        args: the verb's parsed options.
+        of: the prefix of the options for columns, format, split and turns ("validation-").
     """
-    if hasattr(args, "config"):
-        return text
-
-    def flag(found: re.Match[str]) -> str:
-        part, name = found[1], found[2]
-        option = {"r": "rank"}.get(name, name)
-        known = name in _settings_of(part) and hasattr(args, option)
-        value = f" {found[3]}" if found[3] else ""
-        return "--" + option.replace("_", "-") + value if known else found[0]
-
-    # no part of a path; "influence.fallback: reference" is a setting with its value, and "influence.fallback: unknown
-    # value" a setting of which something is said
-    text = re.sub(r"(?<![\w./\\-])(\w+)\.(\w+)(?![\w/\\]|\.\w)(?:: (\w+)(?=[,;.)]|$| does not ask))?", flag, text)
-    text = re.sub(rf"^({_ARGUMENTS})(?= is | '| \d| -)", lambda m: _own(m[1], args), text)
-    text = re.sub(r"\b(max_length|truncate)\b(?=, or cut|\))", lambda m: _own(m[1], args), text)
-    # The mapping {"prompt": "...", "id": None} is written as prompt=...,id=.
-    if hasattr(args, "columns"):
-        text = re.sub(
-            r"columns=\{([^{}]*)\}",
-            lambda m: f"--{of}columns " + re.sub(r'"(\w+)": (?:"?([^",]+)"?|None)(?:, )?', _renamed, m[1]).rstrip(","),
-            text,
-        )
-        text = text.replace('by split="..."', f"by --{of}split")
-        text = re.sub(r'format="([\w.]+)"(?: with)?', rf"--{of}format \1", text)
-        text = re.sub(r"\bturns='(\w+)'", rf"--{of}turns \1", text)
-    # Options of an import's format.
-    if hasattr(args, "option"):
-        text = re.sub(r"\bwith (\w+)=$", r"with --option \1=...", text)
-    return text
+    return error.render(str if hasattr(args, "config") else lambda named: as_option(named, args, of))
 
 
-# of functions, at the beginning of a message
-_ARGUMENTS = "limit|trace|format|device|dtype|fraction|count|seed|max_tokens|directions|step"
-
-
-def _own(name: str, args: Any) -> str:
-    return "--" + name.replace("_", "-") if hasattr(args, name) else name
+def as_option(named: Setting, args: Any, of: str = "") -> str:
+    """Return a setting as an option of this verb; its own name if there is none."""
+    name = named.key.rpartition(".")[2]
+    if name in ("columns", "format", "split", "turns") and hasattr(args, "columns"):
+        name = of + name
+    elif name in _OF_FORMATS and hasattr(args, "option"):
+        return f"--option {name}={named.value}"
+    else:
+        name = _OPTIONS.get(name, name)
+        if not hasattr(args, name):
+            return str(named)
+    flag = "--" + name.replace("_", "-")
+    if isinstance(named.value, dict):
+        pairs = (f"{key}={'' if value is None else value}" for key, value in named.value.items())
+        return f"{flag} {','.join(pairs)}"
+    return flag if named.value in (None, "...") else f"{flag} {named.value}"
 
 
 def unforeseen(error: BaseException) -> str:
@@ -70,28 +59,6 @@ def unforeseen(error: BaseException) -> str:
         f"{type(error).__name__}: {one_line(error) or 'without a message'} (at {where}); this was not foreseen: check "
         "the inputs, and please report it with the traceback that --debug shows"
     )
-
-
-def _renamed(found: re.Match[str]) -> str:
-    column = "" if found[2] in (None, "None") else found[2]
-    return f"{found[1]}={column},"
-
-
-def _settings_of(part: str) -> set[str]:
-    """Return the setting names of a section of the configuration; none where a file may have the section's name."""
-    from influence_fast import config
-
-    parts = {
-        "gradients": config.RowSpec,
-        "influence": config.InfluenceConfig,
-        "training": config.TrainConfig,
-        "lora": config.LoraSettings,
-        "evaluation": config.EvalConfig,
-        "pruning": config.PruningConfig,
-    }
-    if part == "data":
-        return {"max_length", "truncate", "limit"}
-    return {key_of(f) for f in dataclasses.fields(parts[part])} if part in parts else set()
 
 
 def say_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:

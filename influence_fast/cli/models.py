@@ -113,6 +113,8 @@ def _train(args: Any) -> None:
             raise ConfigError(
                 f"--{option.replace('_', '-')} goes with --influence, the validation examples: give these"
             )
+    if args.influence_every is not None and args.influence_every < 1:
+        raise ConfigError(f"--influence-every is {args.influence_every}; it must be at least 1 step")
     config = TrainConfig(**options.given(args, *_TRAINING))
     shape: dict[str, Any] = {} if args.rank is None else {"r": args.rank, "alpha": 2.0 * args.rank}
     shape |= options.given(args, "alpha")
@@ -149,7 +151,7 @@ def _train(args: Any) -> None:
     last = f", last loss {result.loss_history[-1][1]:.4f}" if result.loss_history else ""
     print(f"adapter: {result.path} ({len(examples)} examples, {result.seconds:.1f} s{last})")
     if callbacks:
-        _say_influence(result)
+        _say_influence(result, callbacks[0])
 
 
 _TRAINING = (
@@ -172,7 +174,7 @@ def _influence(args: Any, tokenizer: Any, trained: Sequence[Any]) -> Any:
     return InfluenceCallback(found.examples, every=every, store=args.influence_store, examples=trained)
 
 
-def _say_influence(result: Any) -> None:
+def _say_influence(result: Any, callback: Any) -> None:
     from influence_fast.influence.callback import FOLDER
 
     files = sorted((result.path / FOLDER).glob("step-*.parquet"))
@@ -180,6 +182,8 @@ def _say_influence(result: Any) -> None:
         raise ConfigError(
             f"{result.path} was trained before, without --influence, and is not trained again: give another --output"
         )
+    if not callback.scores:
+        callback.check_kept(result.path / FOLDER, "the training is finished, and not run again: give another --output")
     print(f"influence: {result.path / FOLDER} ({len(files)} moments, the last {files[-1].name})")
 
 

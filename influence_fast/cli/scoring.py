@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from influence_fast.cli import options
 from influence_fast.cli.messages import by_flags
 from influence_fast.cli.options import NewVerb
 from influence_fast.data.conversations import TURN_CHOICES
 from influence_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from influence_fast.influence.queries import Queries
+    from influence_fast.influence.settings import InfluenceConfig
 
 
 def add(verb: NewVerb) -> None:
@@ -33,7 +37,15 @@ def add(verb: NewVerb) -> None:
         help="folder of the gradient store (default: OUTPUT.store, s.csv.store for s.csv); what is fitted on lies "
         "beside it",
     )
-    sub.add_argument("--queries", help="own_answers (default) or reference")
+    sub.add_argument(
+        "--queries",
+        help="own_answers (default), reference, or contrast: right against wrong answers to the same question too",
+    )
+    sub.add_argument("--samples", type=int, help="answers to each validation question, sampled at --temperature (1)")
+    sub.add_argument("--temperature", type=float, help="of those answers (0.7)")
+    sub.add_argument(
+        "--verdicts", metavar="COLUMN", help="validation column: is the row's completion right? No answer is asked for"
+    )
     sub.add_argument("--fallback", help="reference: let the solutions stand in where no own answer is correct")
     sub.add_argument(
         "--preconditioner",
@@ -105,9 +117,6 @@ def _row_options(sub: argparse.ArgumentParser, of: str, whose: str) -> None:
 
 def _score(args: Any) -> None:
     from influence_fast.config import PruningConfig, check_strategies
-    from influence_fast.data.examples import load_rows
-    from influence_fast.data.grouping import row_groups
-    from influence_fast.influence.queries import make_queries, own_answers, with_tasks
     from influence_fast.influence.recipe import Recipe
     from influence_fast.influence.scores import check_format
     from influence_fast.influence.settings import InfluenceConfig
@@ -123,7 +132,8 @@ def _score(args: Any) -> None:
     if args.explain < 0:
         raise ConfigError(f"--explain is {args.explain}; give a number of examples, or leave it out")
     gradients = options.gradients_of(args)
-    names = ("preconditioner", "damping", "fisher", "fisher_examples", "optimizer", "queries", "fallback")
+    names = ["preconditioner", "damping", "fisher", "fisher_examples", "optimizer", "queries", "fallback"]
+    names += ["samples", "temperature", "verdicts"]
     influence = InfluenceConfig(**options.given(args, *names))
     recipe = Recipe.of(gradients, influence)
     recipe.check()
@@ -147,15 +157,7 @@ def _score(args: Any) -> None:
     validation = _load_beside(args, "validation", args.validation, limit=args.validation_limit)
     if _same_rows(args):
         print("warning: the validation questions are the training data, which scores itself: see --validation-split")
-    answers = None
-    if influence.queries == "own_answers":
-        kept = Path(f"{args.output}.answers.jsonl")
-        answers = own_answers(
-            model, tokenizer, validation, options.evaluation_of(args), kept, progress=options.bars(args)
-        )
-    queries = make_queries(validation, answers, args.fallback, needed=("correct",))
-    if args.tasks is not None:
-        queries = with_tasks(queries, row_groups(load_rows(args.validation, split=args.validation_split), args.tasks))
+    queries = _queries(args, influence, validation, (model, tokenizer))
     asked = ScoredPool(model, tokenizer, examples, pool, queries)
     scored, explained = explained_scores(
         asked,
@@ -173,7 +175,7 @@ def _score(args: Any) -> None:
         scored.table,
         needs,
         asked,
-        PruningConfig().pass_rate_config(options.evaluation_of(args)),
+        PruningConfig().pass_rate_config(_evaluation(args)),
         transcripts=Path(f"{args.output}.pool.jsonl"),
         progress=options.bars(args),
     )
@@ -185,6 +187,36 @@ def _score(args: Any) -> None:
     print(f"scores: {args.output} ({len(table.ids)} examples against {queries.sizes}; {spent})")
 
 
+def _evaluation(args: Any) -> Any:
+    """Return how answers are asked for, but for the sampling of validation answers."""
+    return options.evaluation_of(argparse.Namespace(**{**vars(args), "samples": None, "temperature": None}))
+
+
+def _queries(args: Any, influence: InfluenceConfig, validation: list[Any], answering: tuple[Any, Any]) -> Queries:
+    """Return what the pool is scored against: the model's own answers, those of the data, or reference solutions."""
+    from influence_fast.data.examples import load_rows
+    from influence_fast.data.grouping import row_groups
+    from influence_fast.influence import queries as asked
+    from influence_fast.influence.settings import CONTRAST, REFERENCE
+
+    def column(name: str) -> list[str]:
+        return row_groups(load_rows(args.validation, split=args.validation_split), name)
+
+    if influence.verdicts is not None:
+        found = asked.given_queries(validation, column(influence.verdicts))
+    else:
+        answers = None
+        if influence.queries != REFERENCE:
+            kept = Path(f"{args.output}.answers.jsonl")
+            how = asked.answers_config(influence, _evaluation(args))
+            answers = asked.own_answers(*answering, validation, how, kept, progress=options.bars(args))
+        needed = ("correct", "incorrect") if influence.queries == CONTRAST else ("correct",)
+        found = asked.make_queries(validation, answers, args.fallback, needed=needed)
+    if args.tasks is not None:
+        found = asked.with_tasks(found, column(args.tasks))
+    return asked.with_contrast(found) if influence.queries == CONTRAST else found
+
+
 def _load_beside(args: Any, of: str, source: str, **more: Any) -> list[Any]:
     """Return the examples of `source`, read by options of their own (`--validation-split`), which errors then name."""
     from influence_fast.data.examples import load_examples
@@ -194,7 +226,7 @@ def _load_beside(args: Any, of: str, source: str, **more: Any) -> list[Any]:
     try:
         return load_examples(source, **how, **more)
     except DataError as error:
-        raise DataError(by_flags(str(error), args, of=f"{of}-")) from error
+        raise DataError(by_flags(error, args, of=f"{of}-")) from error
 
 
 def _same_rows(args: Any) -> bool:

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any, TypeGuard
 
 from influence_fast.data.rows import Row, Rows
-from influence_fast.errors import DataError
+from influence_fast.errors import DataError, setting
 
 Turn = tuple[str, str]  # (role, content)
 
@@ -136,7 +136,7 @@ class Cells:
         what = f"a list of {len(value)}" if isinstance(value, list) else f"a {type(value).__name__}"
         raise self.error(
             f"column {self.column(name)!r} is {what}, not text or a number; write one text or number in it, or do "
-            f'without it by columns={{"{name}": None}}'
+            f"without it by {setting('columns', {name: None})}"
         )
 
     def sequence(self, name: str) -> list[Any]:

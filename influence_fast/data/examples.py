@@ -18,7 +18,7 @@ from influence_fast.data.row_files import write_rows
 from influence_fast.data.rows import Row, Rows, load_rows
 from influence_fast.data.schemas import Example, check_trace, check_turns, read_examples
 from influence_fast.data.tokens import TokenizedSet, check_completions, tokenize
-from influence_fast.errors import ConfigError, DataError, shown, truncated_list
+from influence_fast.errors import ConfigError, DataError, setting, shown, truncated_list
 from influence_fast.guards import reading
 
 __all__ = [
@@ -115,7 +115,7 @@ def check_limit(limit: int | None) -> None:
     if limit is None:
         return
     if not isinstance(limit, Integral) or isinstance(limit, bool) or limit < 1:
-        raise ConfigError(f"limit is {shown(limit)}; it must be a whole number of at least 1, or left out")
+        raise ConfigError(f"{setting('limit')} is {shown(limit)}; it must be a whole number of at least 1, or left out")
 
 
 def check_columns(columns: object) -> None:
@@ -134,7 +134,8 @@ def _check_ids(examples: list[Example], rows: Rows) -> None:
         repeated = [f"{name} ({n} times)" for name, n in counts.items() if n > 1]
         raise DataError(
             f"{rows.name}: ids must be unique, repeated are {truncated_list(repeated)}; remove the copies, name "
-            'another column with columns={"id": "..."}, or use row numbers with columns={"id": None}'
+            f"another column with {setting('columns', {'id': '...'})}, or use row numbers with "
+            + setting("columns", {"id": None})
         )
 
 

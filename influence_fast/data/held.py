@@ -1,27 +1,34 @@
 """Convert tokenized examples of any common form into mappings of tensors.
 
-Taken are lists of mappings, a padded batch, a `datasets.Dataset` in any format (that of trl's `SFTTrainer` too), a
-`DataLoader` and a generator of any of these. The one form is a mapping of 1-D int tensors `input_ids` and `labels` of
-one length, with `weights` (float) where losses are weighted, and with whatever else a row holds.
+Taken are lists of mappings, a padded batch, a `datasets.Dataset` in any format (that of trl's `SFTTrainer` too), a data
+frame or Arrow table, a `DataLoader` and a generator of any of these. The one form is a mapping of 1-D int tensors
+`input_ids` and `labels` of one length, with `weights` (float) where losses are weighted, and with whatever else a row
+holds.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
 
 from influence_fast.data.packing import IGNORED, example_name
-from influence_fast.errors import DataError
+from influence_fast.errors import DataError, shown, truncated_list
 
 #: What `as_examples` takes.
 Held = Iterable[Any] | Mapping[str, Any]
 
 _MASKS = ("completion_mask", "assistant_masks")  # of trl, which makes the labels in its collator
 _ALIGNED = ("input_ids", "labels", "weights", "attention_mask", "position_ids", *_MASKS)
+_UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+_A_ROW = ("id", *_ALIGNED, "seq_lengths")  # what a batch has for each of its rows
+_TEXTS = ("prompt", "completion", "messages", "conversations", "text", "question", "problem", "instruction")
+_NOT_TEXT = ("pixel_values", "input_features", "input_values", "inputs_embeds")  # what else a model may read
 
 
 def as_examples(data: Held, *, numbered: bool = False) -> Sequence[dict[str, Any]]:
@@ -36,8 +43,16 @@ def as_examples(data: Held, *, numbered: bool = False) -> Sequence[dict[str, Any
 
     Raises:
         DataError: a row is of another form, has a hole in its mask, labels under padding, several examples in one row
-            (position_ids that restart), or weights that are not finite.
+            (position_ids that restart), images or sounds beside its tokens, or weights that are not finite.
     """
+    if isinstance(data, str | bytes | PathLike):
+        raise DataError(
+            f"examples are the text or path {shown(data)}: read a file by inf.load_examples(path), and tokenize it by "
+            "inf.tokenize(examples, tokenizer).examples"
+        )
+    if hasattr(data, "too_long") and hasattr(data, "examples"):
+        raise DataError("examples are all that inf.tokenize returned: give its .examples (.too_long have no tokens)")
+    data = _records(data)
     if isinstance(data, Mapping):
         return _numbered(list(_split(data, 0)), numbered)
     if isinstance(data, list | tuple):
@@ -51,8 +66,51 @@ def as_examples(data: Held, *, numbered: bool = False) -> Sequence[dict[str, Any
         )
     found: list[dict[str, Any]] = []
     for item in data:
+        _check_collated(data, item)
         found += _split(item, len(found))
+    _check_order(data, found, numbered)
     return _numbered(found, numbered)
+
+
+def _records(data: Any) -> Any:
+    """Return a data frame (pandas, polars) or an Arrow table as a list of mappings, and anything else unchanged."""
+    if hasattr(data, "to_pylist") and hasattr(data, "column_names"):
+        return data.to_pylist()
+    if hasattr(data, "to_dicts") and hasattr(data, "columns"):
+        return data.to_dicts()
+    if not (hasattr(data, "iloc") and hasattr(data, "columns")):
+        return data
+    # pandas has NaN where a cell is empty
+    return [
+        {name: value for name, value in row.items() if not (isinstance(value, float) and value != value)}
+        for row in data.to_dict("records")
+    ]
+
+
+def _check_order(loader: Any, rows: list[dict[str, Any]], numbered: bool) -> None:
+    """Warn of rows without ids in the order of a loader that shuffles; raise DataError where they would be numbered."""
+    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    random = any(isinstance(sampler, torch.utils.data.RandomSampler) for sampler in samplers)
+    if not random or all(row.get("id") is not None for row in rows):
+        return
+    remedy = "give it shuffle=False, or rows with an 'id'"
+    if numbered:
+        raise DataError(f"the DataLoader shuffles, so that numbers would not be places in its data set: {remedy}")
+    warnings.warn(
+        f"the DataLoader shuffles, and results are in the order of this pass, not of its data set: {remedy}",
+        stacklevel=4,
+    )
+
+
+def _check_collated(loader: Any, item: Any) -> None:
+    """Raise DataError for lists that torch's default collation has turned into one tensor a position of the text."""
+    if getattr(loader, "collate_fn", None) is not torch.utils.data.default_collate or not isinstance(item, Mapping):
+        return
+    if isinstance(item.get("input_ids"), list | tuple):
+        raise DataError(
+            "the DataLoader's default collation transposes lists of tokens, so that examples are lost: give it a "
+            "collate_fn that pads (transformers' DataCollatorForSeq2Seq), or batch_size=None"
+        )
 
 
 class _Rows(Sequence[dict[str, Any]]):
@@ -69,7 +127,8 @@ class _Rows(Sequence[dict[str, Any]]):
         if isinstance(place, slice):
             return [self[i] for i in range(*place.indices(len(self)))]
         place = range(len(self))[place]
-        row = _row(self._data[place], place)
+        item = _records(self._data[place])
+        row = _row(item[0] if isinstance(item, list) and len(item) == 1 else item, place)
         return _with_id(row, place) if self._numbered else row
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -85,15 +144,23 @@ def _with_id(row: dict[str, Any], place: int) -> dict[str, Any]:
 
 
 def _split(item: Any, place: int) -> Iterator[dict[str, Any]]:
-    """Yield the row that an item is, or the rows of a padded batch."""
-    if isinstance(item, Mapping) and _is_batch(item.get("input_ids")):
+    """Yield the row that an item is, or the rows of a padded batch, a table or a list of rows."""
+    item = _records(item)
+    if isinstance(item, list | tuple) and item and all(isinstance(row, Mapping) for row in item):
+        for i, row in enumerate(item):
+            yield from _split(row, place + i)
+    elif isinstance(item, Mapping) and _is_batch(item.get("input_ids")):
         rows = len(item["input_ids"])
-        for name in _ALIGNED:
-            if item.get(name) is not None and len(item[name]) != rows:
-                raise DataError(f"a batch of {rows} rows has {len(item[name])} of {name!r}; give one for each row")
-        names = [name for name in ("id", *_ALIGNED) if item.get(name) is not None]
+        columns = {name: item[name] for name in _A_ROW if item.get(name) is not None}
+        if np.ndim(columns.get("weights", [])) == 0:
+            columns["weights"] = [columns["weights"]] * rows
+        for name, column in columns.items():
+            if not hasattr(column, "__len__") or len(column) != rows:
+                count = len(column) if hasattr(column, "__len__") else "one"
+                raise DataError(f"a batch of {rows} rows has {count} of {name!r}; give one for each row")
+        _check_one_text(item, f"examples[{place}]", rows)
         for i in range(rows):
-            yield _row({name: item[name][i] for name in names}, place + i)
+            yield _row({name: column[i] for name, column in columns.items()}, place + i)
     else:
         yield _row(item, place)
 
@@ -121,7 +188,7 @@ def _row(item: Any, place: int) -> dict[str, Any]:
         )
     name = example_name(item, place)
     if "input_ids" not in item:
-        raise DataError(f"{name}: no 'input_ids'; an example is {{'input_ids', 'labels'}}, 1-D whole numbers")
+        raise DataError(f"{name}: no 'input_ids'; {_without_tokens(item)}")
     row = dict(item)
     if "id" in row:
         row["id"] = _text(row["id"])
@@ -139,9 +206,22 @@ def _row(item: Any, place: int) -> dict[str, Any]:
     return row | {key: row[key][run] for key in ("input_ids", "labels", "weights") if key in row}
 
 
+def _without_tokens(item: Mapping[str, Any]) -> str:
+    """Return what a mapping is that has no tokens, and what to give in its place."""
+    if any(hasattr(value, "column_names") for value in item.values()):
+        return f"this holds the splits {truncated_list(map(repr, item))}: give one of them"
+    if texts := [column for column in _TEXTS if column in item]:
+        return f"a row of text ({', '.join(texts)}) is read by inf.load_examples, and tokenized by inf.tokenize"
+    return "an example is {'input_ids', 'labels'}, 1-D whole numbers"
+
+
 def _whole(values: Any, name: str, field: str) -> torch.Tensor:
-    """Return values as a 1-D int tensor [n]. Raises DataError where they are none."""
+    """Return values as a 1-D int tensor [n], which -100 fits into. Raises DataError where they are none."""
     try:
+        if isinstance(values, np.ndarray) and values.dtype == object:
+            values = list(values)
+        elif isinstance(values, np.ndarray):  # of any byte order and stride, perhaps read-only
+            values = np.require(values, values.dtype.newbyteorder("="), ["C", "W"])
         found = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise DataError(f"{name}: {field} is no list of whole numbers; give a 1-D int tensor") from None
@@ -151,7 +231,9 @@ def _whole(values: Any, name: str, field: str) -> torch.Tensor:
         return found.to(torch.int64)
     if found.is_floating_point() or found.is_complex() or (found.dtype == torch.bool and field != "attention_mask"):
         raise DataError(f"{name}: {field} is a tensor of {found.dtype}; give whole numbers")
-    return found
+    if field == "labels" and found.dtype in _UNSIGNED:
+        raise DataError(f"{name}: labels of {found.dtype} cannot hold {IGNORED}, a token there; give signed ones")
+    return found if found.dtype in (torch.int32, torch.int64) else found.to(torch.int64)
 
 
 def _labels(item: Mapping[str, Any], ids: torch.Tensor, name: str) -> torch.Tensor:
@@ -171,11 +253,22 @@ def _labels(item: Mapping[str, Any], ids: torch.Tensor, name: str) -> torch.Tens
         )
     counted = torch.ones(len(ids), dtype=torch.bool)
     for mask in masks:
-        values = torch.as_tensor(item[mask])
+        values = _mask(item[mask], name, mask)
         if values.shape != ids.shape:
             raise DataError(f"{name}: {mask} has shape {tuple(values.shape)} for {len(ids)} tokens")
         counted &= values.bool().cpu()
     return torch.where(counted.to(ids.device), ids, IGNORED)
+
+
+def _mask(values: Any, name: str, field: str) -> torch.Tensor:
+    """Return a mask of zeros and ones as a tensor. Raises DataError where it holds anything else."""
+    try:
+        found = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(f"{name}: {field} is no list of zeros and ones") from None
+    if bool(((found != 0) & (found != 1)).any()):
+        raise DataError(f"{name}: {field} holds other numbers than 0 and 1; learned tokens are 1")
+    return found
 
 
 def _weights(values: Any, labels: torch.Tensor, name: str) -> torch.Tensor:
@@ -198,9 +291,19 @@ def _weights(values: Any, labels: torch.Tensor, name: str) -> torch.Tensor:
     return weights
 
 
-def _check_one_text(item: Mapping[str, Any], name: str) -> None:
-    """Raise DataError for a row that holds several examples, which would see each other."""
+def _check_one_text(item: Mapping[str, Any], name: str, rows: int = 1) -> None:
+    """Raise DataError for a row that holds several examples, which would see each other, or more than text.
+
+    rows: for a batch, how many it has; its seq_lengths and position_ids are looked at row by row.
+    """
     remedy = "give one example a row (packing=False in trl)"
+    if others := [key for key in item if str(key).startswith(_NOT_TEXT) and item[key] is not None]:
+        raise DataError(f"{name}: it has {others[0]!r} beside its tokens, and text alone is scored; leave it out")
+    ends, parts = item.get("cu_seq_lens_q"), item.get("seq_idx")
+    if (ends is not None and len(ends) - 1 > rows) or (parts is not None and bool((torch.as_tensor(parts) > 0).any())):
+        raise DataError(f"{name}: several examples are packed in one row (cu_seq_lens, seq_idx); {remedy}")
+    if rows > 1 or _is_batch(item["input_ids"]):
+        return
     if item.get("seq_lengths") is not None and len(item["seq_lengths"]) > 1:
         raise DataError(f"{name}: seq_lengths say that {len(item['seq_lengths'])} examples are in this row; {remedy}")
     if item.get("position_ids") is None:

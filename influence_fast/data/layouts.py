@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from influence_fast.data.boxed import last_boxed
 from influence_fast.data.cells import Cells, Turn, is_blank, is_null, truth
 from influence_fast.data.conversations import Draft, Message, conversation, joined, messages, without_tags
+from influence_fast.errors import setting
 
 TRACE_CHOICES = ("first", "first_correct", "all", "all_correct")
 
@@ -93,7 +94,7 @@ def _after_system(cells: Cells, found: list[Message]) -> list[Message]:
             return found
         raise cells.error(
             f"column {cells.column('system')!r} differs from the conversation's own system turn; mend the row, or do "
-            'without the column by columns={"system": None}'
+            f"without the column by {setting('columns', {'system': None})}"
         )
     return [Message("system", system), *found]
 
@@ -131,7 +132,7 @@ def _chosen_text(cells: Cells, prompt: list[Message]) -> tuple[list[Message], li
     if not prompt:
         raise cells.error(
             f"column {cells.column('chosen')!r} is text, and there is no prompt to it; name the column of the "
-            'prompt with columns={"prompt": "..."}'
+            f"prompt with {setting('columns', {'prompt': '...'})}"
         )
     return prompt, [Message("assistant", _without_prompt(cells, asked, chosen))]
 
@@ -188,7 +189,7 @@ def _joined(cells: Cells, prompt: list[Message], chosen: list[Message]) -> list[
         return chosen
     raise cells.error(
         f"column {cells.column('chosen')!r} holds a conversation that does not begin with the prompt; mend the row, or "
-        'take the conversation alone by columns={"prompt": None}'
+        f"take the conversation alone by {setting('columns', {'prompt': None})}"
     )
 
 
@@ -199,8 +200,8 @@ def gsm8k(cells: Cells, reading: Reading) -> list[Draft]:
     if not mark or not answer.strip():
         raise cells.error(
             f"column {cells.column('answer')!r} has no final answer after '####'; add it, or load the file as "
-            'format="orca_math" (worded solutions) or '
-            'format="prompt_completion" with columns={"prompt": ..., "completion": ...}'
+            f"{setting('format', 'orca_math')} (worded solutions) or {setting('format', 'prompt_completion')} with "
+            + setting("columns", {"prompt": "...", "completion": "..."})
         )
     return [Draft(cells.text("question"), solution, answer.strip().replace(",", ""))]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from influence_fast.data.text_files import COMPRESSIONS, file_suffix, has_lines, json_document, numbered_rows
 from influence_fast.data.unpacked_size import check_columns, check_parquet, check_table
-from influence_fast.errors import DataError, InfluenceFastError, did_you_mean, one_line
+from influence_fast.errors import DataError, InfluenceFastError, did_you_mean, one_line, setting
 from influence_fast.guards import check_no_pipe, reading
 
 if TYPE_CHECKING:
@@ -354,7 +354,8 @@ def _from_datasets(loaded: Any, split: str, name: str, suffix: str) -> Rows:
     """Return the rows in the Arrow table of a `datasets.Dataset`, or of one split of a `DatasetDict`."""
     if isinstance(loaded, dict):
         if split not in loaded:
-            raise DataError(f'{name}: has no split {split!r}; {did_you_mean(split, loaded)}; name one by split="..."')
+            known = did_you_mean(split, loaded)
+            raise DataError(f"{name}: has no split {split!r}; {known}; name one by {setting('split', '...')}")
         loaded = loaded[split]
     if not hasattr(loaded, "column_names") or not hasattr(loaded, "__len__"):
         raise DataError(f"{name}: is a streamed dataset; load it without streaming=True")

@@ -41,7 +41,7 @@ from influence_fast.data.layouts import TRACE_CHOICES, Converter, Reading, Trace
 from influence_fast.data.read_warnings import ReadWarnings
 from influence_fast.data.rows import Rows
 from influence_fast.data.unread_columns import UnreadColumns, likely_columns
-from influence_fast.errors import ConfigError, DataError, did_you_mean, shown
+from influence_fast.errors import ConfigError, DataError, did_you_mean, setting, shown
 
 __all__ = [
     "SCHEMAS", "TRACE_CHOICES", "TURN_CHOICES", "Cells", "Example", "Schema", "Trace", "Turn", "check_trace",
@@ -250,7 +250,7 @@ def choose_schema(rows: Rows, format: str, columns: Mapping[str, str | None]) ->
     missing = next(name for name in candidates[0].required if name not in available)
     raise DataError(
         f"{rows.name}: format {format!r} needs a column {missing!r}, found {', '.join(rows.columns)}; "
-        f'name yours with columns={{"{missing}": "..."}}'
+        f"name yours with {setting('columns', {missing: '...'})}"
     )
 
 
@@ -261,12 +261,11 @@ def _sample(rows: Rows, schema: Schema, columns: Mapping[str, str | None]) -> li
 
 def _no_schema(rows: Rows) -> DataError:
     prompt, completion, reasoning = likely_columns(rows.columns)
-    before = "" if reasoning is None else f', "reasoning": "{reasoning}"'
+    named = {"prompt": prompt, "completion": completion} | ({} if reasoning is None else {"reasoning": reasoning})
     schemas = "; ".join(f"{schema.name}: {', '.join(schema.required)}" for schema in SCHEMAS.values())
     return DataError(
         f"{rows.name}: the columns {', '.join(rows.columns)} fit no known schema; name yours with "
-        f'columns={{"prompt": "{prompt}", "completion": "{completion}"{before}}} '
-        f"(known: {schemas})"
+        f"{setting('columns', named)} (known: {schemas})"
     )
 
 
@@ -355,6 +354,6 @@ def _row_id(cells: Cells, column: str | None) -> str:
     if not isinstance(value, str | Integral) or isinstance(value, bool) or value == "":
         raise cells.error(
             f"the id in column {column!r} is {value!r}; fill it in, name another column with "
-            'columns={"id": "..."}, or use row numbers with columns={"id": None}'
+            f"{setting('columns', {'id': '...'})}, or use row numbers with {setting('columns', {'id': None})}"
         )
     return str(value)

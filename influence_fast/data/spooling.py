@@ -33,7 +33,7 @@ from influence_fast.data.schemas import Example, check_trace, check_turns, read_
 from influence_fast.data.text_files import file_suffix, has_lines, numbered_rows
 from influence_fast.data.tokens import tokenization_hash
 from influence_fast.data.unpacked_size import check_parquet
-from influence_fast.errors import DataError, one_line
+from influence_fast.errors import DataError, one_line, setting
 
 # Examples in one record batch; reading one example maps its whole batch.
 _ROWS = 64
@@ -179,7 +179,10 @@ def spool(folder: Path, source: TokenSource, tokenizer: Any, heartbeat: Callable
             writer.write_batch(_batch(pa, held, schema))
             count += len(held)
         if count == 0:
-            raise DataError(f"{source.source}: no example is left; raise max_length, or cut the examples (truncate)")
+            raise DataError(
+                f"{source.source}: no example is left; raise {setting('max_length')}, or cut the examples "
+                f"({setting('truncate')})"
+            )
         # the two files are renamed one after the other: without the old record new tokens never pass for the old ones
         (folder / "tokens.json").unlink(missing_ok=True)
     with replacing(folder / "tokens.json") as temporary:

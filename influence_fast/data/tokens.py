@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -78,9 +78,15 @@ def tokenize(
         >>> len(tokens.examples), tokens.too_long  # doctest: +SKIP
         (7473, [])
     """
+    _check_texts(examples, tokenizer)
     check_completions(examples)
-    if max_length is not None and max_length < 2:
-        raise DataError(f"max_length is {max_length}; it must be at least 2, one token to predict another from")
+    whole = isinstance(max_length, int) and not isinstance(max_length, bool)
+    if max_length is not None and not (whole and max_length >= 2):
+        raise DataError(
+            f"is {max_length!r}; it must be at least 2, one token to predict another from",
+            key="max_length",
+            value=max_length,
+        )
     renderer = Renderer(tokenizer)
     # A missing end raises here, and not at the first completion that ended.
     _ = renderer.end
@@ -100,6 +106,18 @@ def tokenize(
                 {"id": example.id} | {name: torch.tensor(t, dtype=torch.int64) for name, t in tokens.items()}
             )
     return result
+
+
+def _check_texts(examples: Any, tokenizer: Any) -> None:
+    """Raise DataError for what is no list of examples, ModelError for what is no tokenizer."""
+    for place, example in enumerate(examples if isinstance(examples, Iterable) else [examples]):
+        if not hasattr(example, "completion"):
+            raise DataError(
+                f"examples[{place}] is a {type(example).__name__}, not an Example: read files and rows by "
+                "inf.load_examples(...), and give what it returns"
+            )
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+        raise ModelError(f"the tokenizer is a {type(tokenizer).__name__}: give what inf.load_tokenizer returns")
 
 
 def tokenization_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -14,10 +14,12 @@ def unwrapped(model: Any) -> Any:
 
     Modules have the same names in it as they had before they were wrapped, and so gradients the same rows.
 
-    Raises ModelError for FullyShardedDataParallel, whose weights are pieces of one flat vector.
+    Raises ModelError for no torch module, and FullyShardedDataParallel, whose weights are pieces of one flat vector.
     """
     from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model is a {type(model).__name__}, not a torch module: give what inf.load_model returns")
     while True:
         if isinstance(model, DistributedDataParallel | DataParallel):
             model = model.module

@@ -20,7 +20,7 @@ from influence_fast.data.fingerprints import tokenizer_hash, weight_hashes
 from influence_fast.data.rendering import Renderer
 from influence_fast.data.schemas import Example
 from influence_fast.data.tokens import encode
-from influence_fast.errors import ConfigError, DataError, did_you_mean, truncated_list
+from influence_fast.errors import ConfigError, DataError, did_you_mean, setting, truncated_list
 from influence_fast.evaluation.generation import CUT, ENGINES, Answer, ModelFiles, answer_batches
 from influence_fast.evaluation.generation_settings import EXPLICIT, KINDS, OWN, find_ends, generation_settings
 from influence_fast.evaluation.grading import ANSWER_KINDS, choice_letter, grade, normalise
@@ -77,22 +77,25 @@ class EvalConfig:
         check_seed("evaluation.seed", self.seed)
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
-                f"evaluation.temperature {self.temperature} or top_p {self.top_p} is out of range: "
+                f"{setting('evaluation.temperature')} {self.temperature} or top_p {self.top_p} is out of range: "
                 "temperature is 0 or more, top_p above 0 and at most 1"
             )
         if self.generation == OWN and (self.temperature, self.top_p) != (0.0, 1.0):
             raise ConfigError(
-                "evaluation.generation 'model' samples by the model's own generation_config.json: leave temperature "
+                f"{setting('evaluation.generation')} 'model' samples by the model's own generation_config.json: "
+                "leave temperature "
                 "and top_p out, or use generation 'explicit'"
             )
         if self.samples > 1 and self.temperature == 0 and self.generation == EXPLICIT:
             raise ConfigError(
-                f"evaluation.samples is {self.samples} but temperature is 0, so all would be equal; set a temperature"
+                f"{setting('evaluation.samples')} is {self.samples} but temperature is 0, so all would be equal; set "
+                "a temperature"
             )
         for k in self.pass_at:
             if not 1 <= k <= self.samples:
                 raise ConfigError(
-                    f"evaluation.pass_at: pass@{k} cannot be estimated from {self.samples} samples a question; "
+                    f"{setting('evaluation.pass_at')}: pass@{k} cannot be estimated from {self.samples} samples a "
+                    "question; "
                     "take k from 1 up to samples"
                 )
         for name, known in (("answer_kind", ANSWER_KINDS), ("engine", ENGINES), ("generation", KINDS)):

@@ -16,7 +16,7 @@ import torch
 
 from influence_fast.data.packing import context_of
 from influence_fast.data.tokens import encode
-from influence_fast.errors import ConfigError, DataError, ModelError, one_line
+from influence_fast.errors import ConfigError, DataError, ModelError, one_line, setting
 from influence_fast.evaluation.generation_settings import Ends, find_ends, generation_settings, without_own_settings
 from influence_fast.guards import reading
 from influence_fast.progress import track
@@ -67,7 +67,8 @@ def choose_engine(engine: str) -> str:
     installed = importlib.util.find_spec("vllm") is not None
     if engine == "vllm" and not installed:
         raise ConfigError(
-            "evaluation.engine is 'vllm', which is not installed: pip install vllm, or use engine 'transformers'"
+            f"{setting('evaluation.engine')} is 'vllm', which is not installed: pip install vllm, or use engine "
+            "'transformers'"
         )
     if engine == "auto":
         return "vllm" if installed and torch.cuda.is_available() else "transformers"
@@ -111,11 +112,15 @@ def answer_batches(
     encoded = encode(prompts, tokenizer)
     if isinstance(model, ModelFiles):
         if config.engine == "transformers":
-            raise ConfigError("evaluation.engine 'transformers' answers by a model in memory: load it (load_model)")
+            raise ConfigError(
+                f"{setting('evaluation.engine')} 'transformers' answers by a model in memory: load it (load_model)"
+            )
         yield dict(enumerate(_vllm_answers(model, tokenizer, encoded, config, progress)))
         return
     if config.engine == "vllm":
-        raise ConfigError("evaluation.engine 'vllm' loads the model from its files: give ModelFiles, not a module")
+        raise ConfigError(
+            f"{setting('evaluation.engine')} 'vllm' loads the model from its files: give ModelFiles, not a module"
+        )
     check_room(getattr(model, "config", None), encoded, config)
     yield from _transformers_answers(model, tokenizer, encoded, config, answered, progress)
 
@@ -212,7 +217,8 @@ def check_room(model_config: Any, encoded: Sequence[Sequence[int]], config: Eval
     limit = context_of(model_config)
     if limit is not None and longest + config.max_new_tokens > limit:
         raise ModelError(
-            f"the longest prompt ({longest} tokens) and evaluation.max_new_tokens ({config.max_new_tokens}) exceed "
+            f"the longest prompt ({longest} tokens) and {setting('evaluation.max_new_tokens')} "
+            f"({config.max_new_tokens}) exceed "
             f"the model's context of {limit}: lower max_new_tokens to at most {max(1, limit - longest)} or drop "
             "the long prompts"
         )

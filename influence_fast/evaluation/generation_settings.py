@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from influence_fast.data.rendering import end_of_turn
-from influence_fast.errors import ConfigError, one_line
+from influence_fast.errors import ConfigError, one_line, setting
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,8 @@ class GenerationSettings:
             if not self.own:
                 raise
             raise ConfigError(
-                f"evaluation.generation 'model': transformers does not answer by the model's generation_config.json "
+                f"{setting('evaluation.generation')} 'model': transformers does not answer by the model's "
+                "generation_config.json "
                 f"({one_line(error)}); mend that file, or use generation 'explicit'"
             ) from error
 
@@ -110,7 +111,8 @@ class GenerationSettings:
         for name in sampling:
             if name not in _VLLM_KNOWS:
                 raise ConfigError(
-                    f"evaluation.generation 'model': vLLM has no {name!r}, which the model's generation_config.json "
+                    f"{setting('evaluation.generation')} 'model': vLLM has no {name!r}, which the model's "
+                    "generation_config.json "
                     "sets; use engine 'transformers', or generation 'explicit'"
                 )
         neutral = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "min_new_tokens": 0}
@@ -151,12 +153,14 @@ def generation_settings(config: EvalConfig, own: Any, ends: Ends) -> GenerationS
             sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50} | sampling
         for name in _REFUSED & sampling.keys():
             raise ConfigError(
-                f"evaluation.generation 'model': the model's generation_config.json sets {name!r}, by which answers "
+                f"{setting('evaluation.generation')} 'model': the model's generation_config.json sets {name!r}, by "
+                "which answers "
                 "cannot be asked for in batches, or not twice alike; use generation 'explicit'"
             )
     if config.samples > 1 and not sampling["do_sample"]:
         raise ConfigError(
-            f"evaluation.samples is {config.samples} but the model's generation_config.json does not sample, so all "
+            f"{setting('evaluation.samples')} is {config.samples} but the model's generation_config.json does not "
+            "sample, so all "
             "would be equal; use generation 'explicit' with a temperature"
         )
     own_settings = config.generation == OWN

@@ -130,7 +130,7 @@ def load_task(name_or_path: str | Path) -> Task:
             task: Task = from_dict(Task, {"name": path.stem} | raw)
             _check(task)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error.__cause__
+        raise ConfigError(f"{path}: {error.marked}") from error.__cause__
     return task
 
 

@@ -114,12 +114,12 @@ def first_texts(pack: Pack) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def _referee_of(opened: OpenedModel) -> Referee | None:
-    """The plain outputs to compare with; None where there are no numbers, as of kernels that are only recorded."""
+    """Return the plain outputs to compare with; None if there are no numbers, as of kernels that are only recorded."""
     return None if opened.backend.only_recorded else opened.referee
 
 
 def _remedy(opened: OpenedModel) -> str:
-    """What to change where the engine's numbers are not the model's; empty where it is not known."""
+    """Return what to change where the engine's numbers are not the model's; empty if it is not known."""
     if opened.precision == FP8:
         return "leave precision at 'auto'"
     return opened.backend.remedy

@@ -97,32 +97,37 @@ class GradientEngine:
 
     @property
     def opened(self) -> OpenedModel:
-        """What is true of the model; RuntimeError unless the engine is open."""
+        """Return what is true of the model; raise RuntimeError unless the engine is open."""
         if self._opened is None:
             raise RuntimeError("the engine is not open: use it in a with block")
         return self._opened
 
     @property
     def packs_are_separate(self) -> bool:
-        """Whether several examples go in one pack; else one at a time."""
+        """Return whether several examples go in one pack; else one at a time."""
         return self.opened.mode.packs_pay
 
     @property
     def own_attention(self) -> bool:
-        """Whether the model keeps its own attention and mask."""
+        """Return whether the model keeps its own attention and mask."""
         return self.opened.mode.own_attention
 
     @property
     def referee(self) -> Referee | None:
-        """The model's own plain outputs, while open; None for a model without numbers."""
+        """Return the model's own plain outputs, while open; None for a model without numbers."""
         return None if self._opened is None else self._opened.referee
 
     @property
     def width(self) -> int:
-        """Numbers in a row."""
+        """Return the count of numbers in a row."""
         return self.reducer.width
 
     def __enter__(self) -> GradientEngine:
+        if torch.is_inference_mode_enabled():
+            raise ConfigError(
+                "gradients cannot be taken inside torch.inference_mode(), whose tensors no backward pass keeps: call "
+                "outside of it (torch.no_grad() does no harm)"
+            )
         with contextlib.ExitStack() as stack:
             opening = opened.open_model(
                 self.model, self.linears, self.reducer, self.backend, self.precision, self._why_no_graphs
@@ -150,30 +155,30 @@ class GradientEngine:
 
     @property
     def runner(self) -> Runner:
-        """What runs packs; RuntimeError unless the engine is open."""
+        """Return what runs packs; raise RuntimeError unless the engine is open."""
         if self._runner is None:
             raise RuntimeError("the engine is not open: use it in a with block")
         return self._runner
 
     def run(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients and losses of a pack: rows [E, k], losses [E] (reduced as the gradients are).
+        """Compute gradients and losses of a pack: rows [E, k], losses [E] (reduced as the gradients are).
 
-        On a card it returns as soon as all is queued; nothing in it waits for the card. A pack whose activations would
-        not fit in the card's free memory has its layers computed again in the backward (docs/memory.md).
+        On a GPU it returns as soon as all is queued; nothing in it waits for the GPU. A pack whose activations would
+        not fit in the GPU's free memory has its layers recomputed in the backward (docs/memory.md).
         """
         return self.runner.run(pack)
 
     def overflows(self, tokens: int) -> bool:
-        """Whether what the layers keep of so many tokens is more than there is room for."""
+        """Return whether what the layers keep of so many tokens is more than there is room for."""
         return self.runner.overflows(tokens)
 
     def losses(self, pack: Pack) -> torch.Tensor:
-        """Losses of a pack [E], without a backward pass."""
+        """Compute the losses of a pack [E], without a backward pass."""
         return losses_of(self.opened, pack, self.loss_reduction, self.reducer.dtype)
 
     @torch.no_grad()
     def draw(self, pack: Pack, uniform: torch.Tensor) -> torch.Tensor:
-        """A token from the model's prediction of each that the loss counts [n] int64, by uniform numbers [n]."""
+        """Draw a token from the model's prediction of each that the loss counts [n] int64, by uniform numbers [n]."""
         inputs = StepInputs.of(pack, self.loss_reduction, self.reducer.dtype).to(self.device)
         return drawn_tokens(*hidden_of(self.opened, inputs), to_device(uniform, self.device))
 
@@ -185,7 +190,7 @@ class GradientEngine:
         comparison.compare_losses(self.opened, pack, losses, names, self.loss_reduction, self.reducer.dtype)
 
     def as_given(self) -> contextlib.AbstractContextManager[None]:
-        """While the block runs, the model has the forwards and the attention that it was given with; dropout is off."""
+        """Restore the model's own forwards and attention, as it was given, while the block runs; dropout is off."""
         return self.opened.given.restored()
 
 
@@ -204,7 +209,7 @@ def _reducer(
     projection: Projection | None,
     make: Callable[[list[LoraLinear], list[LayoutEntry]], Reducer] | None,
 ) -> Reducer:
-    """What sums the rows: what `make` makes, or by the projection's kind."""
+    """Return what sums the rows: what `make` makes, or by the projection's kind."""
     layout = layout_of(linears, projection)
     if make is not None:
         return make(linears, layout)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
-    """Every LoRA linear of `model` that its active adapters change, in the order of their parameters in the model.
+    """Find every LoRA linear of `model` that its active adapters change, in the order of their parameters in the model.
 
     Raises ModelError when there is none, one is of a kind whose gradient this package does not compute, or an adapter
     is of another kind than LoRA, merged or disabled.
@@ -75,7 +75,7 @@ def find_lora_linears(model: nn.Module) -> list[LoraLinear]:
 
 
 def _active_in(layer: Any) -> list[str]:
-    """The active adapters that have factors in `layer`; none where it belongs to another adapter."""
+    """Return the active adapters that have factors in `layer`; none if it belongs to another adapter."""
     held = held_adapters(layer) or ()
     return [name for name in layer.active_adapters if name in held]
 
@@ -102,7 +102,9 @@ def _as_plain(name: str, layer: Any, active: list[str], activations: torch.dtype
 
 
 def _is_weight(layer: Any) -> bool:
-    """Whether a wrapper of a parameter is around a linear's weight and nothing else is: it is that linear's LoRA."""
+    """Return whether a wrapper of a parameter is around a linear's weight and nothing else is: it is that linear's
+    LoRA.
+    """
     base = layer.base_layer
     return getattr(layer, "parameter_name", "") == "weight" and isinstance(base, nn.Linear) and is_a_product(base)
 

@@ -37,7 +37,7 @@ def sample_labels(
     precision: str = "auto",
     heartbeat: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """The examples with each label that counts drawn from the model's prediction of that token.
+    """Draw each label that counts from the model's prediction of that token.
 
     Args:
         model: a peft model, as for `per_example_gradients`.
@@ -47,7 +47,10 @@ def sample_labels(
         max_tokens, precision: as for `per_example_gradients`.
         heartbeat: is called after each batch.
 
-    Returns copies with other `labels`, in the same order; one forward pass. Raises as `per_example_gradients`.
+    Returns:
+        Copies with other `labels`, in the same order; one forward pass.
+
+    Raises as `per_example_gradients`.
     """
     examples = as_examples(examples)
     with LossEngine(model, precision=precision) as engine:
@@ -65,7 +68,7 @@ def sample_labels(
 
 
 def _uniform(seed: int, example: Mapping[str, Any]) -> torch.Tensor:
-    """[n] fp64 in (0, 1), one number a label that counts."""
+    """Return uniform numbers [n] fp64 in (0, 1), one a label that counts."""
     name = hashlib.sha256(example["input_ids"].cpu().to(torch.int64).numpy().tobytes()).hexdigest()
     index = torch.arange(int((example["labels"][1:] != IGNORED).sum()))
     zero = torch.zeros_like(index)

@@ -71,9 +71,9 @@ def dpo_weights(model: Any, chosen: Held, rejected: Held, *, beta: float = 0.1) 
         raise ModelError("the reference of DPO is the model without its adapter, and this model has none (peft)")
     better, worse = _pairs(chosen, rejected)
     with frozen(model):
-        policy = [_log_likelihoods(model, side) for side in (better, worse)]
+        policy = [log_likelihoods(model, side) for side in (better, worse)]
         with model.disable_adapter():
-            reference = [_log_likelihoods(model, side) for side in (better, worse)]
+            reference = [log_likelihoods(model, side) for side in (better, worse)]
     margins = beta * ((policy[0] - reference[0]) - (policy[1] - reference[1]))
     return beta * torch.sigmoid(-margins)
 
@@ -92,7 +92,7 @@ def _pairs(chosen: Held, rejected: Held) -> tuple[Sequence[Mapping[str, Any]], S
 
 
 @torch.no_grad()
-def _log_likelihoods(model: Any, examples: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+def log_likelihoods(model: Any, examples: Sequence[Mapping[str, Any]]) -> torch.Tensor:
     """Return the summed log-probabilities of the labels [E] fp64 on the host, by the model's own forward."""
     device = model.get_input_embeddings().weight.device
     found = []

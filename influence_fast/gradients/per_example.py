@@ -20,7 +20,7 @@ from influence_fast.data.packing import (
     say_if_beyond,
 )
 from influence_fast.deprecation import OldCall, also_called_as, moved
-from influence_fast.errors import ConfigError, DataError, NumericError, truncated_list
+from influence_fast.errors import ConfigError, DataError, NumericError, setting, truncated_list
 from influence_fast.gradients.engine import GradientEngine, LossEngine
 from influence_fast.gradients.model.probe_texts import vocabulary_of
 from influence_fast.gradients.rows.precision import AUTO
@@ -65,7 +65,7 @@ def per_example_gradients(
         backend: "auto", "triton" or "torch" (see `backends`); by default what INFLUENCE_FAST_BACKEND says, or "auto".
         precision: "auto", the model's own dtype throughout, or "fp8": the LoRA linears' products with their frozen
             weights in 8 bits (see `fp8`). That changes the numbers: compare with rows of the same precision alone.
-        cuda_graphs: replay recorded steps on a card (see `cuda_graphs`); by default wherever they can be, unless
+        cuda_graphs: replay captured steps on a GPU (see `cuda_graphs`); by default wherever they can be, unless
             INFLUENCE_FAST_CUDA_GRAPHS is 0.
 
     Returns:
@@ -77,6 +77,9 @@ def per_example_gradients(
         DataError: an example is malformed, has no token to learn from or a token the model does not have.
         ModelError: the model has no LoRA layer, or one this package cannot differentiate.
         NumericError: a gradient is NaN or infinite; the message names the examples.
+
+    Example:
+        >>> rows = inf.per_example_gradients(model, tokens)  # doctest: +SKIP
     """
     examples = as_examples(examples)
     with GradientEngine(
@@ -117,7 +120,7 @@ class KeptEngine:
         self._stack.close()
 
     def open(self, model: nn.Module, settings: dict[str, Any]) -> GradientEngine:
-        """The engine for `model`, opened with `settings` (of `GradientEngine`); ValueError for other ones later."""
+        """Return the engine for `model`, opened with `settings` (of `GradientEngine`); ValueError for others later."""
         if self._opened is None:
             self._opened = (model, settings, self._stack.enter_context(GradientEngine(model, **settings)))
         served, held, engine = self._opened
@@ -204,7 +207,7 @@ def compare_once(
 def _received(
     batch: tuple[list[int], list[torch.Tensor]], losses: torch.Tensor | None
 ) -> tuple[list[int], torch.Tensor]:
-    """What a batch's tensors, the encoded rows and the losses, are to the caller."""
+    """Return the places and decoded rows of a batch's tensors; its losses are written into `losses`."""
     places, (*rows, found) = batch
     if losses is not None:
         losses[places] = found.to(losses.dtype)
@@ -227,10 +230,10 @@ def per_example_losses(model: nn.Module, examples: Held, *, loss_reduction: str 
 
 
 def packs_for(engine: GradientEngine, examples: Sequence[Mapping[str, Any]], max_tokens: int | None) -> list[Pack]:
-    """The examples, checked against the engine's model and packed for it; raises as `per_example_gradients`."""
+    """Pack the examples for the engine's model, after checking them; raises as `per_example_gradients`."""
     check_examples(examples)
     if max_tokens is not None and max_tokens < 1:
-        raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1, or None")
+        raise ConfigError(f"{setting('max_tokens')} is {max_tokens}; it must be at least 1, or None")
     vocab = vocabulary_of(engine.base)
     for index, example in enumerate(examples):
         ids = example["input_ids"]

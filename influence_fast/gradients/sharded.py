@@ -22,7 +22,7 @@ from influence_fast.gradients.rows.row_spec import RowSpec
 
 
 def shard_model(model: Any, mesh: Any = None) -> Any:
-    """Shards the frozen base weights of a peft model over `mesh` in place, decoder layer by decoder layer.
+    """Split the frozen base weights of a peft model over `mesh` in place, decoder layer by decoder layer.
 
     Args:
         model: on the device it is to run on, or on the CPU: each layer moves to the mesh's device as it is sharded.
@@ -62,7 +62,7 @@ def shard_model(model: Any, mesh: Any = None) -> Any:
 
 
 class LockstepRows:
-    """`iter_gradient_rows` for a sharded model: every process of `group` yields the rows of all examples.
+    """The rows of `iter_gradient_rows` for a sharded model: every process of `group` yields those of all examples.
 
     All of them must be called with the same examples. Each round of packs is computed side by side, one pack a
     process; one that has none left runs a pack of the round once more, for its part of the weights is needed.
@@ -80,7 +80,7 @@ class LockstepRows:
         skip: Collection[int] = (),
         losses: torch.Tensor | None = None,
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Yields (indices into `examples`, CPU rows [n, k]); raises as `per_example_gradients` does."""
+        """Yield (indices into `examples`, CPU rows [n, k]); raises as `per_example_gradients` does."""
         import torch.distributed as dist
 
         rank, world = dist.get_rank(self.group), dist.get_world_size(self.group)

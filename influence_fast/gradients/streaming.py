@@ -91,6 +91,10 @@ def stream_influence(
         DataError: the queries do not fit the model, or an example is malformed (see `per_example_gradients`).
         ModelError: the model has no LoRA layer, or one this package cannot differentiate.
         NumericError: a query or a score is NaN or infinite; the message names the examples.
+
+    Example:
+        >>> queries = inf.per_example_gradients(model, validation).mean(dim=0, keepdim=True)  # doctest: +SKIP
+        >>> scores = inf.stream_influence(model, tokens, queries)  # doctest: +SKIP
     """
     if spec.kind != EXACT:
         raise ConfigError(
@@ -98,8 +102,10 @@ def stream_influence(
             f"RowSpec({EXACT!r}) and exact query gradients"
         )
 
+    queries = torch.as_tensor(query_gradients)
+
     def reducer(linears: list[LoraLinear], layout: list[LayoutEntry]) -> Reducer:
-        return StreamReducer(linears, layout, query_gradients)
+        return StreamReducer(linears, layout, queries)
 
     examples = as_examples(examples)
     with GradientEngine(
@@ -183,7 +189,7 @@ class StreamReducer(Reducer):
 
     @property
     def way(self) -> str:
-        """How the queries are multiplied: "ride", "kernel" or "form"."""
+        """Return how the queries are multiplied: "ride", "kernel" or "form"."""
         if self._formed:
             return "form"
         if self.backend.launches_kernels:
@@ -250,7 +256,7 @@ class StreamReducer(Reducer):
         return torch.stack(riding).add_(self._scores)
 
     def _long_last(self, block: Block) -> torch.Tensor:
-        """A factor of every query with its long side last: [q, r, d], a view."""
+        """Return a factor of every query with its long side last: [q, r, d], a view."""
         factor = self.queries[:, block.columns].unflatten(1, block.factor.shape)
         return factor.transpose(1, 2) if block.factor.left_is_long else factor
 
@@ -274,7 +280,7 @@ class StreamReducer(Reducer):
             self._contract(short, long, factor.scale)
 
     def _segments_of(self, first: int, stop: int) -> Segments:
-        """What the kernels need to know of examples `first` to `stop`; most modules of a pack share it."""
+        """Return what the kernels need to know of examples `first` to `stop`; most modules of a pack share it."""
         if self.segments is not None and (first, stop) == (0, self.examples):
             return self.segments
         if (first, stop) not in self._some_segments:
@@ -282,12 +288,12 @@ class StreamReducer(Reducer):
         return self._some_segments[first, stop]
 
     def _contract(self, short: torch.Tensor, long: torch.Tensor, scaling: float) -> None:
-        """Token scores += s sum_r short [T, r] long [T, q r]."""
+        """Add s sum_r short [T, r] long [T, q r] to the token scores."""
         products = long.unflatten(1, (-1, short.shape[1]))  # [T, q, r]
         self._token_scores.add_(torch.bmm(products, short.unsqueeze(2)).squeeze(2), alpha=scaling)
 
     def _form(self, left: torch.Tensor, right: torch.Tensor, block: torch.Tensor, scaling: float) -> None:
-        """Scores += s <left^T right of the example, query>: left [T, a], right [T, b], block [q, a b]."""
+        """Add s <left^T right of the example, query> to the scores: left [T, a], right [T, b], block [q, a b]."""
         size = block.shape[1]
         step = max(1, _CHUNK // size)
         for first in range(0, self.examples, step):
@@ -297,7 +303,7 @@ class StreamReducer(Reducer):
             self._scores[first:stop].addmm_(grads, block.T, alpha=scaling)
 
     def _sum(self, left: torch.Tensor, right: torch.Tensor, grads: torch.Tensor, first: int, stop: int) -> None:
-        """grads [stop - first, a b] = left^T right of examples `first` to `stop`."""
+        """Fill grads [stop - first, a b] with left^T right of examples `first` to `stop`."""
         tokens = slice(self.cu_seqlens[first], self.cu_seqlens[stop])
         if self.backend.launches_kernels:
             self.launch_outer(left[tokens], right[tokens], self._segments_of(first, stop), grads)
@@ -307,7 +313,10 @@ class StreamReducer(Reducer):
             torch.mm(one.T, other, out=grads[e].view(one.shape[1], other.shape[1]))
 
     def _launch(self, wide: torch.Tensor, short: torch.Tensor, side: torch.Tensor, scaling: float) -> None:
-        """Scores += s sum_t short_t^T side wide_t; wide [T, d] and side [q, r, d] are read once a chunk of queries."""
+        """Add s sum_t short_t^T side wide_t to the scores.
+
+        wide [T, d] and side [q, r, d] are read once a chunk of queries.
+        """
         from influence_fast.kernels.segment_bilinear import segment_bilinear
 
         segments = self._segments_of(0, self.examples)

@@ -56,14 +56,14 @@ class Adam:
         return (queries / self.scale.to(queries.device)).to(queries.dtype)
 
     def whiten(self, rows: torch.Tensor) -> torch.Tensor:
-        """[n, k] -> rows over the root of the scale, fp64."""
+        """Divide rows [n, k] by the root of the scale, in fp64."""
         return rows.to(self.scale) / self.scale.sqrt()
 
 
 def fit_adam(
     row_blocks: RowBlocks, blocks: list[tuple[int, int]], damping: Damping, moments: torch.Tensor | None = None
 ) -> Adam:
-    """Fits `Adam`: one pass over the rows, none where `moments` [k] are given.
+    """Fit `Adam` in one pass over the rows; in none if `moments` [k] are given.
 
     "auto" is for moments of the rows: held-out rows, as draws from N(0, H^2), are to be likeliest (see `damping`; of
     its form only the variance (sqrt(v) + eps)^2 differs).
@@ -151,7 +151,8 @@ _FACTOR = re.compile(r"(.*\.)(lora_\w+)(?:\.((?!weight$|bias$)[^.]+))?(\.weight|
 
 
 def _factor_name(name: str) -> str:
-    """`base_model.model.<module>.lora_A.<adapter>.weight` as `<module>.lora_A.<adapter>`, or both without a name.
+    """Return `base_model.model.<module>.lora_A.<adapter>.weight` as `<module>.lora_A.<adapter>`, or both without a
+    name.
 
     The bias of B is `<module>.lora_bias`, as in a row's layout; names of other parameters stay.
     """
@@ -176,7 +177,7 @@ def _block_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _in_the_models_order(folder: Path, layout: Sequence[LayoutEntry], beta2: float | None) -> dict[str, AdamState]:
-    """Adam's states that a trainer numbered, by factor; those that FSDP gathered have names of their own.
+    """Return Adam's states that a trainer numbered, by factor; those that FSDP gathered have names of their own.
 
     transformers puts parameters into the optimizer in the model's order, those with weight decay first, which biases
     have not; where all are LoRA factors the numbers follow the layout. Raises ModelError where they need not: the
@@ -225,7 +226,7 @@ def _in_the_models_order(folder: Path, layout: Sequence[LayoutEntry], beta2: flo
 
 
 def _saved_factors(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the LoRA parameters in the weights that lie beside an optimizer's state, as their blocks have them.
+    """Read the shapes of the LoRA parameters in the weights beside an optimizer's state, as their blocks have them.
 
     peft saves adapters of other names than "default" in folders of their names beside that one, and none by its name.
     """
@@ -243,7 +244,7 @@ def _saved_factors(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _projected(moment: torch.Tensor, entry: LayoutEntry, projection: Projection) -> torch.Tensor:
-    """v' of one factor after the side projections, whose entries all have the square 1 / p."""
+    """Return v' of one factor after the side projections, whose entries all have the square 1 / p."""
     axes = [axis for axis, projected in enumerate(projected_axes(entry.factor, projection)) if projected]
     if not axes:
         return moment
@@ -254,7 +255,7 @@ def _projected(moment: torch.Tensor, entry: LayoutEntry, projection: Projection)
 def _sketched(
     pieces: list[torch.Tensor], layout: Sequence[LayoutEntry], projection: Projection, width: int
 ) -> torch.Tensor:
-    """v' after the sketch of the whole row: sums over buckets, or the mean over all for dense signs."""
+    """Return v' after the sketch of the whole row: sums over buckets, or the mean over all for dense signs."""
     if projection.kind == "rademacher":
         return torch.stack([piece.sum() for piece in pieces]).sum().div(width).expand(width)
     out = torch.zeros(width, dtype=torch.float64)

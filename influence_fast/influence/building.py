@@ -15,7 +15,7 @@ from influence_fast.gradients.rows.projection import Projection
 from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.influence.preconditioners import DEFAULT
 from influence_fast.influence.sketch_fitting import fit_projection, resolved
-from influence_fast.store.building import DEFAULT_OPTIONS, DEFAULT_SPEC, BuildOptions, build_rows, old_build
+from influence_fast.store.building import DEFAULT_OPTIONS, DEFAULT_SPEC, BuildOptions, build_rows, check_call, old_build
 from influence_fast.store.reader import Store
 from influence_fast.store.shard_rows import Texts
 from influence_fast.store.survey import held
@@ -70,6 +70,7 @@ def build_store(
     Example:
         store = inf.build_store("store", model, examples, inf.RowSpec(width=8192), tokenizer=tokenizer)
     """
+    check_call(model, spec, options)
     if options.part != (0, 1):
         raise ConfigError("part: a whole store has no other parts; for one process's share call build_shards")
     dataset, texts = held(data), Texts(tokenizer, max_length, truncate)

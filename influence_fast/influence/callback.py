@@ -30,6 +30,7 @@ from influence_fast.gradients.rows.projection import EXACT
 from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.gradients.streaming import stream_influence
 from influence_fast.influence.building import build_store
+from influence_fast.influence.moment_record import check_record, keep_record, record_of
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.trained_rows import TrainedRows
 from influence_fast.products.inner_products import inner_products
@@ -76,9 +77,11 @@ class InfluenceCallback(TrainerCallback):
     Raises, when the training begins: ConfigError (several processes, DeepSpeed or FSDP; a setting that does not exist),
     DataError (training examples that cannot be read again, or malformed ones), ModelError (no LoRA adapter).
 
-        callback = inf.InfluenceCallback(validation, every=100)
-        SFTTrainer(model, args, train_dataset=dataset, callbacks=[callback]).train()
-        callback.scores[100].sort("s_validation", ascending=True)
+    Example:
+        >>> callback = inf.InfluenceCallback(validation, every=100)  # doctest: +SKIP
+        >>> trainer = SFTTrainer(model, args, train_dataset=data, callbacks=[callback])  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+        >>> callback.scores[100].sort("s_validation", ascending=True)  # doctest: +SKIP
     """
 
     def __init__(
@@ -101,6 +104,10 @@ class InfluenceCallback(TrainerCallback):
             raise ConfigError(
                 "apply is of no use with store=, whose rows are scored with any preconditioner afterwards"
             )
+        if spec is not None and not isinstance(spec, RowSpec):
+            raise ConfigError(f"spec is a {type(spec).__name__}; give inf.RowSpec(...)")
+        if apply is not None and not callable(apply):
+            raise ConfigError(f"apply is a {type(apply).__name__}; give a function of group gradients [G, k]")
         self.every = every
         self.spec = spec or RowSpec()
         self.apply = apply
@@ -124,7 +131,8 @@ class InfluenceCallback(TrainerCallback):
             rows = TrainedRows.of(kwargs["train_dataloader"]) if self._given is None else self._given
             self._examples = _scorable(rows)
             ((_, first),) = self._batches(kwargs["model"], self._queries[:1], self._exact)
-            self._stream(kwargs["model"], self._examples[:1], first)
+            groups = self._applied(first.expand(len(self._groups), -1))
+            self._stream(kwargs["model"], self._examples[:1], groups)
         self._make_room(int(state.global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -144,7 +152,7 @@ class InfluenceCallback(TrainerCallback):
 
     @property
     def _exact(self) -> RowSpec:
-        """How whole gradients are made, with the settings of `spec` that count for them."""
+        """Return how whole gradients are made, with the settings of `spec` that count for them."""
         kept = {n: getattr(self.spec, n) for n in ("loss_reduction", "precision", "max_tokens", "target")}
         return RowSpec(EXACT, dtype="fp32", **kept)
 
@@ -173,11 +181,17 @@ class InfluenceCallback(TrainerCallback):
         """Return float64 scores [N, G] and the ids of their rows."""
         if self.store is not None:
             return self._stored(model, self.store / f"step-{step:06d}")
-        groups = self._group_gradients(model)
-        if self.apply is not None:
-            groups = self.apply(groups)
+        groups = self._applied(self._group_gradients(model))
         scores = self._stream(model, self._examples, groups)
         return scores.double().cpu().numpy(), [str(example["id"]) for example in self._examples]
+
+    def _applied(self, groups: torch.Tensor) -> torch.Tensor:
+        """Return what `apply` makes of the group gradients [G, k]. Raises DataError where it is of another shape."""
+        found = groups if self.apply is None else self.apply(groups)
+        shape = tuple(getattr(found, "shape", ()))
+        if shape != tuple(groups.shape):
+            raise DataError(f"apply made {shape} of group gradients {tuple(groups.shape)}; it must keep their shape")
+        return found
 
     def _stored(self, model: Any, folder: Path) -> tuple[np.ndarray, list[str]]:
         """Keep the rows of all training examples in `folder`, and those of the queries beside it."""
@@ -229,6 +243,11 @@ class InfluenceCallback(TrainerCallback):
         A training from its beginning replaces the scores of another one, and not its stores.
         """
         assert self.output is not None
+        for folder in (self.output, self.store):
+            if folder is not None and folder.exists() and not folder.is_dir():
+                raise ConfigError(f"{folder} is a file, and scores are kept in a folder: give another one")
+        if begun > 0 and any(_step_of(path) <= begun for path in self.output.glob("step-*.parquet")):
+            self.check_kept(self.output, "give another output, or delete it")
         if begun == 0 and self.store is not None and (there := sorted(self.store.glob("step-*"))):
             raise ConfigError(
                 f"{self.store} holds {there[0].name} of another training: delete it, or give another folder as store"
@@ -246,6 +265,16 @@ class InfluenceCallback(TrainerCallback):
             elif _step_of(path) > begun:
                 path.unlink()
         self.scores = dict(sorted(self.scores.items()))
+        keep_record(self.output, self._record)
+
+    def check_kept(self, folder: Path, remedy: str) -> None:
+        """Raise ConfigError, with a remedy, where the scores kept in `folder` are by other validation examples."""
+        check_record(folder, self._record, remedy)
+
+    @property
+    def _record(self) -> dict[str, Any]:
+        spec = self._exact if self.store is None else self.spec
+        return record_of(self._queries, self._groups, spec, applied=self.apply is not None)
 
 
 def _step_of(path: Path) -> int:
@@ -266,6 +295,8 @@ def _queries_of(validation: Any) -> tuple[list[dict[str, Any]], dict[str, list[i
         found = list(as_examples(held))
         if not found:
             raise DataError(f"the validation group {name!r} has no example")
+        if str(name) in places:
+            raise DataError(f"two validation groups are called {str(name)!r}; name them apart")
         places[str(name)] = list(range(len(queries), len(queries) + len(found)))
         queries += found
     if not queries:
@@ -327,7 +358,7 @@ def _check_one_process(args: Any) -> None:
 
 
 def _log(args: Any, state: Any, logs: dict[str, float]) -> None:
-    """Report numbers to wherever the trainer reports.
+    """Write numbers to wherever the trainer reports.
 
     Not by `Trainer.log`: trl's averages and empties what has been measured since the last log, so that the training's
     own numbers would change, and the trainer would then leave out its own log of this step.

@@ -38,7 +38,7 @@ class CheckpointScores:
 
     @property
     def steps(self) -> list[int]:
-        """Optimizer step of each checkpoint, from its name; places 1, 2, ... where a name has none."""
+        """Return the optimizer step of each checkpoint, from its name; places 1, 2, ... if a name has none."""
         found = [path.name.rpartition("-")[2] for path in self.paths]
         return [int(n) for n in found] if all(n.isdigit() for n in found) else list(range(1, len(found) + 1))
 
@@ -114,7 +114,7 @@ def _trainer_state(folder: Path) -> _TrainerState:
 
 
 def _logged_rate(folder: Path, state: _TrainerState, since: int, average: bool) -> float:
-    """The rate by what was logged alone, with a warning."""
+    """Return the rate by what was logged alone, with a warning."""
     until = [rate for at, rate in state.logged if at <= state.step]
     span = [rate for at, rate in state.logged if since < at <= state.step]
     if not until:
@@ -133,7 +133,7 @@ def _logged_rate(folder: Path, state: _TrainerState, since: int, average: bool) 
 def checkpoint_scores(
     checkpoints: Sequence[tuple[str | Path, float]], score: Callable[[Path], ScoreTable]
 ) -> CheckpointScores:
-    """Scores under every checkpoint and their sum weighted by learning rate.
+    """Score under every checkpoint and sum the scores, weighted by learning rate.
 
     Args:
         checkpoints: (adapter folder, learning rate) in the order of training; see `learning_rates`.
@@ -165,7 +165,7 @@ def checkpoint_scores(
 
 
 def ranking_over_training(scores: CheckpointScores, column: str = "s_correct") -> list[dict[str, Any]]:
-    """How near each checkpoint's ranking by `column` is to the final one, as plain values.
+    """Compare each checkpoint's ranking by `column` with the final one, as plain values.
 
     One dict a checkpoint: `checkpoint` (name), `step`, `learning_rate`, and rank correlations (Spearman): `with_sum`
     to the weighted sum, `with_last` to the last checkpoint, `with_previous` to the checkpoint before (None for
@@ -187,14 +187,14 @@ def ranking_over_training(scores: CheckpointScores, column: str = "s_correct") -
 
 
 def by_checkpoint(scores: CheckpointScores, column: str) -> list[np.ndarray]:
-    """A column of each checkpoint's table, [N] each. Raises DataError where the tables have no such column."""
+    """Return a column of each checkpoint's table, [N] each; raise DataError if the tables have no such column."""
     if column not in scores.total.columns:
         raise DataError(f"no column {column!r} in these tables; they hold {', '.join(scores.total.columns)}")
     return [table.columns[column] for table in scores.tables]
 
 
 def _aligned(table: ScoreTable, first: ScoreTable, path: Path) -> ScoreTable:
-    """`table` with its rows in the order of `first`."""
+    """Return `table` with its rows in the order of `first`."""
     place = {name: i for i, name in enumerate(table.ids)}
     odd = sorted(place.keys() ^ set(first.ids))
     if odd or len(table.ids) != len(first.ids):

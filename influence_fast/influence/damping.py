@@ -12,11 +12,13 @@ No query is looked at, so the choice leaks nothing into the scores; the final fi
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from influence_fast.errors import ConfigError, NumericError
+from influence_fast.errors import ConfigError, NumericError, shown
 
 Damping = float | str  # a share of the mean eigenvalue, or AUTO
 RowBlocks = Callable[[], Iterable[torch.Tensor]]  # each call is one pass over the training rows, in pieces [n, k]
@@ -33,16 +35,16 @@ _EVERY = 5
 
 
 def check_damping(damping: Damping) -> None:
-    """ConfigError unless `damping` is a share above 0 or "auto"."""
+    """Raise ConfigError unless `damping` is a share above 0 or "auto"."""
     if isinstance(damping, str):
         if damping != AUTO:
             raise ConfigError(f"damping must be a number above 0 or {AUTO!r}, not {damping!r}")
-    elif not damping > 0:
-        raise ConfigError(f"damping must be above 0, not {damping}: it is a share of the mean eigenvalue")
+    elif not isinstance(damping, numbers.Real) or isinstance(damping, bool) or not 0 < damping < math.inf:
+        raise ConfigError(f"damping must be above 0, not {shown(damping)}: it is a share of the mean eigenvalue")
 
 
 def check_width(name: str, width: int) -> None:
-    """ConfigError where a dense block of `width` numbers would be too large."""
+    """Raise ConfigError if a dense block of `width` numbers would be too large."""
     if width > MAX_DENSE:
         raise ConfigError(
             f"a {name} block of {width} numbers is too wide for a dense factorisation (limit {MAX_DENSE}): "
@@ -51,7 +53,7 @@ def check_width(name: str, width: int) -> None:
 
 
 def split_rows(name: str, row_blocks: RowBlocks, damping: Damping) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One pass in fp64 pieces: (rows to fit on [n, k], rows held out [m, k]); none held out for a given damping.
+    """Split one pass into fp64 pieces (rows to fit on [n, k], rows held out [m, k]); a given damping holds none out.
 
     Raises ConfigError, naming the preconditioner `name`, where there are too few rows.
     """
@@ -72,7 +74,7 @@ def split_rows(name: str, row_blocks: RowBlocks, damping: Damping) -> Iterator[t
 
 
 def ridge(damping: float, mean_eigenvalue: float) -> float:
-    """lambda_b of one block. An all-zero block has no scale of its own: any ridge leaves its (zero) scores zero.
+    """Return lambda_b of one block; an all-zero block has no scale, and any ridge leaves its scores zero.
 
     Raises NumericError where the mean is NaN or infinite.
     """
@@ -82,7 +84,7 @@ def ridge(damping: float, mean_eigenvalue: float) -> float:
 
 
 def best_damping(spectra: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """The share of `GRID` under which the held-out rows are likeliest.
+    """Return the share of `GRID` under which the held-out rows are likeliest.
 
     spectra: for each block, its fitted eigenvalues and the mean squares of the held-out rows along them.
     """

@@ -43,7 +43,7 @@ class DataInf:
 
 
 def fit_datainf(row_blocks: RowBlocks, blocks: list[tuple[int, int]], damping: Damping) -> DataInf:
-    """Fits `DataInf`: one pass for lambda_b = damping x mean eigenvalue of the block's empirical Fisher.
+    """Fit `DataInf`: one pass for lambda_b = damping x mean eigenvalue of the block's empirical Fisher.
 
     That is the paper's choice, 0.1 x the mean square of a block's numbers, at the default damping. "auto" takes the
     share that is best for `fisher`, whose inverse this approximates (and so needs blocks that are dense enough).

@@ -54,7 +54,7 @@ class Ekfac:
         return out
 
     def whiten(self, rows: torch.Tensor) -> torch.Tensor:
-        """[n, k] -> every block in the eigenbasis over the root of its eigenvalues, fp64."""
+        """Turn every block of rows [n, k] into the eigenbasis, over the root of its eigenvalues, in fp64."""
         out = torch.empty(rows.shape, dtype=torch.float64)
         for entry, (left, right), eigenvalues in zip(self.factors, self.bases, self.eigenvalues, strict=True):
             block_of(out, entry).copy_(left.T @ block_of(rows, entry).to(left) @ right / eigenvalues.sqrt())
@@ -94,14 +94,14 @@ def fit_ekfac(row_blocks: RowBlocks, factors: list[LayoutEntry] | None, damping:
 
 
 def block_of(rows: torch.Tensor, entry: LayoutEntry) -> torch.Tensor:
-    """One factor's block of rows [N, k] as matrices [N, m, n], a view."""
+    """Return one factor's block of rows [N, k] as matrices [N, m, n], a view."""
     return rows[:, entry.columns].unflatten(1, entry.shape)
 
 
 def _bases(
     row_blocks: RowBlocks, factors: list[LayoutEntry], damping: Damping
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """U_A and U_B of every block, one pass."""
+    """Compute U_A and U_B of every block in one pass."""
     sums = [tuple(torch.zeros(n, n, dtype=torch.float64) for n in entry.shape) for entry in factors]
     for rows, _ in split_rows("ekfac", row_blocks, damping):
         for entry, (left, right) in zip(factors, sums, strict=True):

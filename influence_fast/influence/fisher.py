@@ -40,7 +40,10 @@ class Fisher:
         return out
 
     def whiten(self, rows: torch.Tensor) -> torch.Tensor:
-        """[n, k] -> L_b^-1 of every block, fp64: inner products of the results are those under (F + lambda I)^-1."""
+        """Return L_b^-1 of every block of rows [n, k], in fp64.
+
+        Inner products of the results are those under (F + lambda I)^-1.
+        """
         out = torch.empty(rows.shape, dtype=torch.float64)
         for (start, end), factor in zip(self.blocks, self.factors, strict=True):
             out[:, start:end] = torch.linalg.solve_triangular(factor, rows[:, start:end].to(factor).T, upper=False).T
@@ -48,7 +51,7 @@ class Fisher:
 
 
 def fit_fisher(row_blocks: RowBlocks, blocks: list[tuple[int, int]], damping: Damping) -> Fisher:
-    """Fits `Fisher` in one pass; `row_blocks()` yields [n, k] pieces of the training rows."""
+    """Fit `Fisher` in one pass; `row_blocks()` yields [n, k] pieces of the training rows."""
     sums, damping = second_moments("fisher", row_blocks, blocks, damping)
     factors = []
     for total in sums:
@@ -60,7 +63,7 @@ def fit_fisher(row_blocks: RowBlocks, blocks: list[tuple[int, int]], damping: Da
 def second_moments(
     name: str, row_blocks: RowBlocks, blocks: list[tuple[int, int]], damping: Damping
 ) -> tuple[list[torch.Tensor], float]:
-    """F_b of every block (fp64, dense) in one pass, and the damping: as given, or picked (see `damping`)."""
+    """Return F_b of every block (fp64, dense), in one pass, and the damping: as given, or picked (see `damping`)."""
     check_damping(damping)
     check_width("Fisher", max(end - start for start, end in blocks))
     fitted = [torch.zeros(end - start, end - start, dtype=torch.float64) for start, end in blocks]

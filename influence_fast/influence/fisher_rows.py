@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def fisher_rows(
     try:
         return build_rows(folder, model, held(drawn), spec, AS_TOKENS, BuildOptions(progress=False))
     except StoreError as error:
-        raise StoreError(f"{error} ({folder} is made of what is at hand: it may be deleted)") from error
+        raise StoreError(f"{error.marked} ({folder} is made of what is at hand: it may be deleted)") from error
 
 
 def drawn_examples(store: Store, data: Held, count: int, texts: Texts = AS_TOKENS) -> list[dict[str, Any]]:
@@ -85,16 +85,22 @@ def drawn_examples(store: Store, data: Held, count: int, texts: Texts = AS_TOKEN
 
     data: what the store was built of. texts: how it becomes tokens.
 
-    Raises DataError where the store has rows of other examples, or texts have no tokenizer.
+    Raises DataError where the store has rows of other examples or tokens, or texts have no tokenizer.
     """
     stored = set(store.ids)
-    live = {id_of(example): example for example in held(data) if id_of(example) in stored}
-    if strangers := stored - live.keys():
+    found = {id_of(example): example for example in held(data) if id_of(example) in stored}
+    if strangers := stored - found.keys():
         raise DataError(
             f"{store.path} has rows of {truncated_list(sorted(strangers))}, which are not among the examples: give the "
             "tokenized examples that it was built of"
         )
-    return tokenized(drawn_unseen(list(live.values()), count), texts)[0]
+    live = [found[name] for name in store.ids]
+    if texts == AS_TOKENS and live and isinstance(live[0], Mapping) and not store.is_of(live):
+        raise DataError(
+            f"{store.path} was built of other tokens than those of the examples with its ids: give the examples that "
+            "it was built of, tokenized and cut as they were there"
+        )
+    return tokenized(drawn_unseen(live, count), texts)[0]
 
 
 def kept_fisher_rows(store: Store, count: int) -> Store | None:

@@ -61,7 +61,7 @@ def projected_layout(entries: Sequence[LayoutEntry], projection: Projection) -> 
 
 
 def _unsketched(rows: torch.Tensor, sketch: EigenSketch) -> torch.Tensor:
-    """[Q, width] -> [Q, K]: w = (U_A^T G U_B) / sqrt(S + lambda) at the chosen places, transposed."""
+    """Undo w = (U_A^T G U_B) / sqrt(S + lambda) at the chosen places by its transposed map, [Q, width] -> [Q, K]."""
     turned = rows.new_zeros(len(rows), layout_width(sketch.layout))
     turned[:, sketch.chosen] = rows * sketch.scale.to(rows)
     out = torch.empty_like(turned)
@@ -76,7 +76,7 @@ def _unsketched(rows: torch.Tensor, sketch: EigenSketch) -> torch.Tensor:
 
 
 def _unbucketed(rows: torch.Tensor, entry: LayoutEntry, projection: Projection) -> torch.Tensor:
-    """[Q, width] -> [Q, n] of one factor's block, by the transposed random sketch of whole rows."""
+    """Return one factor's block [Q, n] of rows [Q, width], by the transposed random sketch of whole rows."""
     assert projection.width is not None
     name, size = row_name(entry.module, entry.factor), entry.shape[0] * entry.shape[1]
     if projection.kind != "rademacher":
@@ -92,7 +92,7 @@ def _unbucketed(rows: torch.Tensor, entry: LayoutEntry, projection: Projection) 
 
 
 def _unprojected(block: torch.Tensor, entry: LayoutEntry, projection: Projection) -> torch.Tensor:
-    """[Q, m', n'] -> [Q, m, n] of one factor: R_left block R_right^T, for the sides that were projected."""
+    """Return R_left block R_right^T of one factor, [Q, m', n'] -> [Q, m, n], for the sides that were projected."""
     left, right = (
         random_matrix(projection, name, size).to(block) if one else None
         for name, size, one in zip(
@@ -104,7 +104,7 @@ def _unprojected(block: torch.Tensor, entry: LayoutEntry, projection: Projection
 
 
 def _side_names(entry: LayoutEntry) -> tuple[str, str]:
-    """The names that seed the matrices of a factor's sides."""
+    """Return the names that seed the matrices of a factor's sides."""
     key = plain_name(entry.module)
     _, dot, adapter = entry.factor.partition(".")
     rank = f"{key}/rank{dot}{adapter}"  # of several adapters, each has its own

@@ -7,7 +7,6 @@ which layers and how much of a trace they see, one adapter or all saved checkpoi
 from __future__ import annotations
 
 import dataclasses
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,11 +73,12 @@ class Method:
         try:
             self.recipe().check()
         except ConfigError as error:
-            text = re.sub(r"(gradients|influence)[.]", "", str(in_section(error, RowSpec, "")))
+            own = in_section(error, RowSpec, "")
+            text = own.render(lambda named: str(dataclasses.replace(named, key=named.key.rpartition(".")[2])))
             raise ConfigError(f"method {self.name}: {text}") from None
 
     def gradients(self, shared: RowSpec | None = None) -> RowSpec:
-        """How its rows are made; what methods share (seed, loss reduction, precision, max_tokens) is `shared`'s."""
+        """Return how its rows are made; seed, loss reduction, precision and max_tokens are those of `shared`."""
         return dataclasses.replace(
             shared or RowSpec(),
             kind=self.projection,
@@ -91,11 +91,11 @@ class Method:
         )
 
     def recipe(self) -> Recipe:
-        """What goes together in it."""
+        """Return what goes together in this method."""
         return Recipe.of(self.gradients(), self.influence())
 
     def influence(self, adapter: Path | None = None) -> InfluenceConfig:
-        """What its scores under one adapter are made of."""
+        """Return what its scores under one adapter are made of."""
         optimizer = str(adapter) if self.moments else None
         return InfluenceConfig(
             self.preconditioner, self.damping, self.fisher, self.fisher_examples, optimizer=optimizer
@@ -132,7 +132,7 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Scored:
-    """`matrix` [N, Q] fp32, positive = lowers the query's loss; seconds by stage; stored bytes an example."""
+    """Influence `matrix` [N, Q] fp32, positive = lowers the query's loss; seconds by stage; stored bytes an example."""
 
     matrix: np.ndarray
     seconds: dict[str, float]
@@ -140,7 +140,7 @@ class Scored:
 
 
 def method_of(given: str | Mapping[str, Any]) -> Method:
-    """A method by its name, or from a mapping of `Method`'s fields. Raises ConfigError naming what is unknown."""
+    """Return a method by its name, or from a mapping of `Method`'s fields; raise ConfigError naming what is unknown."""
     if isinstance(given, str):
         if given not in METHODS:
             raise ConfigError(f"unknown method {given!r}; {did_you_mean(given, METHODS)}")
@@ -163,7 +163,7 @@ def score_by(
     scratch: Path,
     gradients: RowSpec | None = None,
 ) -> Scored:
-    """Scores of the tokenized `pool` on the tokenized `queries`, from start to end and with nothing reused.
+    """Score the tokenized `pool` on the tokenized `queries`, from start to end and with nothing reused.
 
     adapters: (folder, weight); more than one only for a method of `checkpoints`. scratch: a folder for the store,
     removed afterwards. gradients: of these the seed, loss_reduction, precision and max_tokens, which methods share.
@@ -202,7 +202,7 @@ def _clear(scratch: Path) -> None:
 
 
 def shorten(example: Mapping[str, Any], share: float) -> dict[str, Any]:
-    """The example up to `share` of its completion tokens (at least one), its prompt whole."""
+    """Return the example up to `share` of its completion tokens (at least one), its prompt whole."""
     labels = torch.as_tensor(example["labels"])
     places = (labels != IGNORED).nonzero().flatten()
     kept = max(1, round(share * len(places)))

@@ -58,7 +58,7 @@ def pool_gradients(
     *,
     progress: bool = True,
 ) -> PoolGradients:
-    """Fits a sketch where the settings ask for one, builds the pool's store in `folder`, or opens what is there of it.
+    """Build the pool's store in `folder`, or open what is there of it, with the sketch that the settings ask for.
 
     pool, queries: `{"id", "input_ids", "labels"}`. seconds: what each step took is added to it, by name. Raises as
     `fit_projection` and `build_store`.

@@ -85,17 +85,17 @@ class Preconditioner(Protocol):
 
     @property
     def normalize(self) -> bool:
-        """Whether scores are taken between unit-norm rows."""
+        """Return whether scores are taken between unit-norm rows."""
         ...
 
     def apply(self, queries: torch.Tensor) -> torch.Tensor:
-        """[Q, k] query gradients -> [Q, k], so that the score of a training row is a plain inner product."""
+        """Map query gradients [Q, k] so that the score of a training row is a plain inner product."""
         ...
 
 
 @dataclass(frozen=True)
 class Identity:
-    """`none`: plain gradient dot product (TracIn at one checkpoint). `cosine`: the same between unit-norm rows."""
+    """Plain gradient dot product, `none` (TracIn at one checkpoint), and `cosine`, the same between unit-norm rows."""
 
     normalize: bool = False
 
@@ -105,7 +105,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """What a preconditioner is fitted on.
+    """Rows that a preconditioner is fitted on, and their layout.
 
     row_blocks: each call is one pass over the training rows, in pieces [n, k].
     blocks: [start, end) of each module's numbers in a row, in order and without gaps.
@@ -120,7 +120,7 @@ class TrainingRows:
 
 
 class Kind(Protocol):
-    """What `register` takes: how one preconditioner is fitted, and what goes together with it.
+    """A preconditioner as `register` takes it: how it is fitted, and what goes together with it.
 
     needs: of the rows it is fitted on: FACTORS, a block for each LoRA factor, which a random sketch mixes; DENSE, no
         block of more than `MAX_DENSE` numbers.
@@ -219,7 +219,7 @@ class DenseFisher:
 
 @register("fisher_cosine")
 class DenseFisherCosine(DenseFisher):
-    """`fisher` between rows of unit norm in its metric."""
+    """The preconditioner `fisher` between rows of unit norm in its metric."""
 
     def fit(self, rows: TrainingRows, damping: Damping) -> Preconditioner:
         return UnitNorm(fit_fisher(rows.row_blocks, rows.blocks, damping))
@@ -239,7 +239,7 @@ class CorrectedEigenbasis:
 
 @register("ekfac_cosine")
 class CorrectedEigenbasisCosine(CorrectedEigenbasis):
-    """`ekfac` between rows of unit norm in its metric."""
+    """The preconditioner `ekfac` between rows of unit norm in its metric."""
 
     after_sketch: str | None = "cosine"
 

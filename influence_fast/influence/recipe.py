@@ -6,12 +6,13 @@ stands for, what is fitted on what and on how many examples, and which settings 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from influence_fast.errors import ConfigError, did_you_mean
+from influence_fast.errors import ConfigError, did_you_mean, setting
 from influence_fast.gradients.rows.eigen_sketch import check_projection
 from influence_fast.gradients.rows.layout import LayoutEntry, layout_width
 from influence_fast.gradients.rows.projection import FLAT_KINDS, SIDED_KINDS
@@ -32,7 +33,7 @@ from influence_fast.influence.preconditioners import (
     Kind,
     check_damping,
 )
-from influence_fast.influence.settings import QUERY_KINDS, WHOLE, InfluenceConfig
+from influence_fast.influence.settings import CONTRAST, QUERY_KINDS, REFERENCE, WHOLE, InfluenceConfig
 from influence_fast.settings import one_of
 from influence_fast.store.manifest import MANIFEST_NAME
 from influence_fast.store.reader import Store
@@ -50,7 +51,7 @@ class Unused(NamedTuple):
 
     @property
     def changed(self) -> bool:
-        """Whether somebody set it, and should hear that it does nothing."""
+        """Return whether somebody set it, and should hear that it does nothing."""
         return bool(self.value != self.default)
 
     def __str__(self) -> str:
@@ -64,7 +65,7 @@ def unused_field(settings: Any, part: str, name: str, why: str) -> Unused:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What goes together for these rows and scores; `of` and `of_store` make one.
+    """The settings that go together for these rows and scores; `of` and `of_store` make one.
 
     rows: how rows are made; None for those of a store, which is finished. influence: what the scores are made of.
     sketch: whether rows are made by a fitted sketch: FITTED for them, KEPT from before, or None. blocks: whether a row
@@ -106,7 +107,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The registered name that the preconditioner asked for stands for, "default" resolved."""
+        """Return the registered name that the preconditioner asked for stands for, "default" resolved."""
         name = self.influence.preconditioner
         if name != DEFAULT:
             return name
@@ -115,12 +116,12 @@ class Recipe:
 
     @property
     def kind(self) -> Kind:
-        """The preconditioner that is asked for. Raises ConfigError for an unknown name."""
+        """Return the preconditioner that is asked for; raise ConfigError for an unknown name."""
         return preconditioners.find(self.name)
 
     @property
     def applied(self) -> str:
-        """The registered name of what is left to fit and apply to the rows that are stored.
+        """Return the registered name of what is left to fit and apply to the rows that are stored.
 
         Raises ConfigError for an unknown name, and for one that rows of a fitted sketch cannot be scored by.
         """
@@ -137,39 +138,43 @@ class Recipe:
 
     @property
     def fits_sketch(self) -> bool:
-        """Whether a sketch is fitted for the rows."""
+        """Return whether a sketch is fitted for the rows."""
         return self.sketch == FITTED
 
     @property
     def reads_fisher(self) -> bool:
-        """Whether the preconditioner that scores stored rows is fitted on rows that stand for a Fisher information; a
-        fitted sketch has that in it."""
+        """Return whether the preconditioner of the stored rows is fitted on rows that stand for a Fisher information.
+
+        A fitted sketch has that in it.
+        """
         return self.sketch is None and self.kind.fit_on == FISHER
 
     @property
     def reads_labels(self) -> bool:
-        """Whether anything is fitted on a Fisher information, so that it matters whose labels it is of."""
+        """Return whether anything is fitted on a Fisher information, so that it matters whose labels it is of."""
         return self.fits_sketch or self.reads_fisher
 
     @property
     def reads_moments(self) -> bool:
-        """Whether the preconditioner reads an optimizer's second moments, or the rows' in their place."""
+        """Return whether the preconditioner reads an optimizer's second moments, or the rows' in their place."""
         return self.kind.fit_on == MOMENTS
 
     @property
     def inverts(self) -> bool:
-        """Whether a damped inverse is made here; a sketch that is used again was fitted with a damping of its own."""
+        """Return whether a damped inverse is made here; a sketch that is used again was fitted with a damping of its
+        own.
+        """
         return self.fits_sketch if self.sketch is not None else self.kind.fit_on is not None
 
     @property
     def fisher_examples(self) -> int:
-        """How many examples' rows are made and kept beside the store, with labels that the model draws."""
+        """Return how many examples' rows are kept beside the store, with labels that the model draws."""
         wanted = self.reads_fisher and self.influence.fisher == FROM_MODEL
         return self.influence.fisher_examples if wanted else 0
 
     @property
     def fitted_examples(self) -> int:
-        """Of how many examples gradients are made beside the pool's, to fit a sketch or a preconditioner; 0 for none.
+        """Return of how many examples gradients are made beside the pool's, to fit a sketch or a preconditioner.
 
         As far as settings tell: a row that is no longer than its width is not sketched.
         """
@@ -186,35 +191,43 @@ class Recipe:
         one_of("influence.preconditioner", influence.preconditioner, (DEFAULT, *PRECONDITIONERS))
         one_of("influence.queries", influence.queries, QUERY_KINDS)
         one_of("influence.fisher", influence.fisher, FISHER_LABELS)
+        _check_answers(influence)
         if influence.explain < 0:
-            raise ConfigError(f"influence.explain is {influence.explain}; it must be 0 (no lists) or more")
+            raise ConfigError(f"{setting('influence.explain')} is {influence.explain}; it must be 0 (no lists) or more")
         if influence.fisher_examples < 1:
-            raise ConfigError(f"influence.fisher_examples must be at least 1, not {influence.fisher_examples}")
+            raise ConfigError(
+                f"{setting('influence.fisher_examples')} must be at least 1, not {influence.fisher_examples}"
+            )
         if influence.damping == AUTO and 0 < self.fitted_examples < FEWEST_ROWS:
             raise ConfigError(
-                f"influence.damping: 'auto' needs at least {FEWEST_ROWS} examples to be picked on, and is given "
-                f"{self.fitted_examples} (influence.fisher_examples, gradients.sketch_examples)"
+                f"{setting('influence.damping')}: 'auto' needs at least {FEWEST_ROWS} examples to be picked on, and "
+                "is given "
+                f"{self.fitted_examples} ({setting('influence.fisher_examples')}, "
+                f"{setting('gradients.sketch_examples')})"
             )
         if influence.fallback is not None:
             one_of("influence.fallback", influence.fallback, ("reference",))
         try:
             check_damping(influence.damping)
         except ConfigError as error:
-            raise ConfigError(f"influence.damping: {error}") from None
+            raise ConfigError(f"{setting('influence.damping')}: {error.marked}") from None
 
     def _check_moments(self) -> None:
         influence = self.influence
         if influence.optimizer is not None and not self.reads_moments:
             readers = " and ".join(repr(name) for name, kind in PRECONDITIONERS.items() if kind.fit_on == MOMENTS)
-            raise ConfigError(f"influence.optimizer is read by {readers} only; choose one of them, or leave it out")
+            raise ConfigError(
+                f"{setting('influence.optimizer')} is read by {readers} only; choose one of them, or leave it out"
+            )
         if influence.checkpoints and influence.optimizer is not None:
             raise ConfigError(
-                "influence.optimizer: each of influence.checkpoints has moments of its own; leave out one of the two"
+                f"{setting('influence.optimizer')}: each of {setting('influence.checkpoints')} has moments of its "
+                "own; leave out one of the two"
             )
         given = influence.optimizer is not None or (influence.checkpoints and self.reads_moments)
         if given and influence.damping == AUTO:
             raise ConfigError(
-                "influence.damping: 'auto' cannot be picked for an optimizer's own moments; give a number"
+                f"{setting('influence.damping')}: 'auto' cannot be picked for an optimizer's own moments; give a number"
             )
 
     def _check_sketch(self) -> None:
@@ -225,20 +238,22 @@ class Recipe:
             try:
                 check_width("Fisher", rows.width)
             except ConfigError as error:
-                raise ConfigError(f"influence.preconditioner: {error}") from None
+                raise ConfigError(f"{setting('influence.preconditioner')}: {error.marked}") from None
         if names_store(rows.sketch) and not (Path(str(rows.sketch)) / MANIFEST_NAME).exists():
             known = did_you_mean(str(rows.sketch), SKETCHES)
-            raise ConfigError(f"gradients.sketch: {str(rows.sketch)!r} is no store's folder; {known}")
+            raise ConfigError(f"{setting('gradients.sketch')}: {str(rows.sketch)!r} is no store's folder; {known}")
         if self.sketch is not None:
             try:
                 check_projection(rows.projection())
                 _ = self.applied
             except ConfigError as error:
-                raise ConfigError(f"gradients.sketch: {error}") from None
+                raise ConfigError(f"{setting('gradients.sketch')}: {error.marked}") from None
         elif FACTORS in needs and not self.blocks:
             raise ConfigError(
-                f"influence.preconditioner: {self.name!r} needs a block for each LoRA factor, which a random sketch to "
-                "gradients.width mixes: leave gradients.sketch at auto and the kind at one_sided, leave the width out, "
+                f"{setting('influence.preconditioner')}: {self.name!r} needs a block for each LoRA factor, which a "
+                "random sketch to "
+                f"{setting('gradients.width')} mixes: leave {setting('gradients.sketch')} at auto and the kind at "
+                "one_sided, leave the width out, "
                 "or use 'cosine', 'fisher' or 'datainf'"
             )
 
@@ -276,8 +291,29 @@ class Recipe:
             yield of("fisher_examples", "no preconditioner is fitted on labels that the model draws")
         if influence.checkpoints:
             yield of("explain", "scores that are summed over checkpoints are not explained")
-        if influence.queries == "reference":
+        if influence.queries == REFERENCE:
             yield of("fallback", "influence.queries: reference asks for no answers of the model")
+        elif influence.verdicts is not None:
+            yield of("fallback", "the validation rows hold the answers")
+        if influence.samples == 1:
+            yield of("temperature", "with influence.samples: 1 the questions are answered as the test's are")
+
+
+def _check_answers(influence: InfluenceConfig) -> None:
+    """Raise ConfigError for settings of the validation answers that do not go together."""
+    if influence.samples < 1:
+        raise ConfigError(f"is {influence.samples}; it must be at least 1", key="influence.samples")
+    if influence.samples > 1 and (influence.queries == REFERENCE or influence.verdicts is not None):
+        asked = "influence.verdicts" if influence.verdicts is not None else "influence.queries"
+        raise ConfigError(f": with this {setting(asked)} the model is asked for no answers", key="influence.samples")
+    if influence.samples > 1 and not 0 < influence.temperature < math.inf:
+        raise ConfigError(
+            f"is {influence.temperature}, and all {influence.samples} answers to a question would be equal; set one "
+            "above 0",
+            key="influence.temperature",
+        )
+    if influence.verdicts is not None and influence.queries != CONTRAST:
+        raise ConfigError(f"is read by {setting('influence.queries', CONTRAST)} alone", key="influence.verdicts")
 
 
 def sketch_for(rows: RowSpec, preconditioner: str) -> str | None:

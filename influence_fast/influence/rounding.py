@@ -20,7 +20,7 @@ _SHARE = 0.1  # of a factor's squares, above which rounding shows in the scores
 def warn_if_coarse(
     store: Store, queries: torch.Tensor, factors: Sequence[LayoutEntry] | None, preconditioner: str
 ) -> None:
-    """A warning where int8 rows lose whole LoRA factors that `preconditioner` weighs like the others.
+    """Warn if int8 rows lose whole LoRA factors that `preconditioner` weighs like the others.
 
     A row has one scale, by its largest number. Rounding to it adds scale^2 / 12 to the square of every number: little
     to a plain inner product, which the large factors decide, but much to one in which H^-1 has raised the small ones.

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from influence_fast.data.held import Held
-from influence_fast.errors import ConfigError, DataError
+from influence_fast.errors import ConfigError, DataError, shown
 from influence_fast.gradients.rows.layout import LayoutEntry
 from influence_fast.gradients.rows.projection import exact_rows
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import preconditioners
+from influence_fast.influence.contrast import Pair, contrasts, unit_queries
 from influence_fast.influence.fisher_rows import (
     check_fisher,
     drawn_examples,
@@ -33,10 +34,12 @@ from influence_fast.influence.preconditioners import (
     FROM_DATA,
     FROM_MODEL,
     Damping,
+    check_damping,
 )
 from influence_fast.influence.recipe import Recipe
 from influence_fast.influence.rounding import warn_if_coarse
 from influence_fast.influence.row_access import DividedRows, blocks_of, factors_of, row_blocks
+from influence_fast.influence.scorer_arguments import check_open, check_queries, used_groups
 from influence_fast.influence.scorer_files import Parts, load_parts, save_parts
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import InfluenceConfig
@@ -73,9 +76,10 @@ class Scorer:
 
     store: the rows that are scored. recipe: what goes together (see `Recipe`). fitted: the preconditioner.
 
-        scorer = inf.Scorer.fit(store, preconditioner="ekfac_cosine", model=model, examples=tokens)
-        scores = scorer.scores(queries, {"correct": [0, 1], "incorrect": [2]})
-        top = scorer.top(queries, k=5)
+    Example:
+        >>> scorer = inf.Scorer.fit(store, preconditioner="ekfac_cosine", model=model)  # doctest: +SKIP
+        >>> scores = scorer.scores(queries, {"correct": [0, 1], "incorrect": [2]})  # doctest: +SKIP
+        >>> top = scorer.top(queries, k=5)  # doctest: +SKIP
     """
 
     def __init__(self, store: Store, recipe: Recipe, parts: Parts) -> None:
@@ -128,7 +132,12 @@ class Scorer:
         check_open(store)
         labels = fisher if isinstance(fisher, str) else GIVEN
         one_of("fisher", labels, (*FISHER_LABELS, GIVEN))
+        check_damping(damping)
+        if not isinstance(fisher_examples, int) or isinstance(fisher_examples, bool) or fisher_examples < 1:
+            raise ConfigError(f"fisher_examples is {shown(fisher_examples)}; it must be a whole number of at least 1")
         recipe = Recipe.of_store(store, InfluenceConfig(preconditioner, damping, labels, fisher_examples))
+        if moments is not None and not recipe.reads_moments:
+            raise ConfigError(f"moments are read by 'adam' and 'less', not by {recipe.name!r}; leave them out")
         applied = recipe.applied
         layout = None if model is None else _layout_of(store, model)
         source = store
@@ -144,13 +153,21 @@ class Scorer:
         )
         return cls(store, recipe, Parts(fitted, source, layout))
 
-    def scores(self, queries: torch.Tensor | np.ndarray, groups: Mapping[str, Sequence[int]]) -> ScoreTable:
+    def scores(
+        self,
+        queries: torch.Tensor | np.ndarray,
+        groups: Mapping[str, Sequence[int]],
+        *,
+        pairs: Sequence[Pair] = (),
+    ) -> ScoreTable:
         """Score every row against groups of query gradients; the [N, Q] matrix is never held.
 
         Args:
             queries: [Q, k] fp32 query gradients, projected as the store's rows are.
             groups: name -> row numbers of `queries`; the paper's are "correct" and "incorrect". An empty group is left
                 out of the table.
+            pairs: right and wrong answers to the same questions (see `contrast`), for the columns `s_contrast`,
+                `rank_contrast` and `mean_rank_contrast`: high where an example teaches the wrong answers.
 
         Returns:
             For each group g: `s_g` (mean influence), `rank_g` (rank of that mean, 1 = lowest, ties averaged) and
@@ -168,13 +185,34 @@ class Scorer:
             columns[f"s_{name}"] = means[:, g]
             columns[f"rank_{name}"] = average_ranks(means[:, g])
             columns[f"mean_rank_{name}"] = ranks[:, g]
+        if pairs:
+            columns |= self._contrast(queries, pairs)
         return ScoreTable(list(self.store.ids), columns)
+
+    def _contrast(self, queries: torch.Tensor | np.ndarray, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
+        """Return the three columns of contrast scores."""
+        queries = check_queries(self.store, queries).float()
+        made = self._preconditioned(queries)
+        divided = self.fitted.normalize or isinstance(self.fitted, UnitNorm)
+        each = contrasts(made if divided else unit_queries(queries, made), pairs)
+        mean = each.mean(dim=0, keepdim=True)
+        found = self._multiplied(
+            torch.cat([mean, each]).float(), groups=[[0], list(range(1, len(each) + 1))], ranks=True
+        )
+        scores = np.asarray(found.group_means, np.float64)[:, 0]
+        if self.fitted.normalize:
+            # the products have divided by the length of the mean contrast too
+            scores = scores * float(mean.norm())
+        ranks = np.asarray(found.mean_ranks, np.float64)[:, 1]
+        return {"s_contrast": scores, "rank_contrast": average_ranks(scores), "mean_rank_contrast": ranks}
 
     def top(self, queries: torch.Tensor | np.ndarray, k: int = 10) -> TopInfluences:
         """Return the k rows that raise, and the k that lower, each of the queries [Q, width] most.
 
         Raises as `scores`.
         """
+        if k is None:
+            raise DataError("k is None; pass a whole number of at least 1")
         found = self._products(queries, both_signs=True, topk=k)
         values, places = (np.asarray(part) for part in found.topk)
         count = len(values) // 2
@@ -238,7 +276,7 @@ class Scorer:
 
     @functools.cached_property
     def lengths(self) -> np.ndarray | None:
-        """What the scores of each row are divided by, [N] fp64; None where they are not divided.
+        """Return what the scores of each row are divided by, [N] fp64; None if they are not divided.
 
         A row of zeros has the length 0, and scores 0.
         """
@@ -287,7 +325,7 @@ class Scorer:
         return cls(found, recipe, parts)
 
     def _preconditioned(self, queries: torch.Tensor) -> torch.Tensor:
-        """[Q, k] -> [Q, k], whose product with a row is its score before the row's own division."""
+        """Return queries [Q, k] whose product with a row is its score before the row's own division."""
         made = self.fitted.apply(queries)
         if not self.fitted.normalize:
             return made
@@ -295,17 +333,18 @@ class Scorer:
         return made / torch.where(lengths > 0, lengths, 1.0)
 
     def _products(self, queries: torch.Tensor | np.ndarray, *, both_signs: bool = False, **asked: Any) -> Any:
-        """`inner_products` of the rows with what the preconditioner makes of the queries, and with -1 times that."""
+        """Multiply the rows with what the preconditioner makes of the queries, and with -1 times that if asked."""
         queries = check_queries(self.store, queries)
-        plain = isinstance(self.fitted, preconditioners.Identity)
-        if not plain:
+        if not isinstance(self.fitted, preconditioners.Identity):
             warn_if_coarse(self.store, queries, factors_of(self.store), self.recipe.name)
-        rows: Any = self._divided if isinstance(self.fitted, UnitNorm) else self.store
         made = self.fitted.apply(queries.float())
-        if both_signs:
-            made = torch.cat([made, -made])
+        return self._multiplied(torch.cat([made, -made]) if both_signs else made, **asked)
+
+    def _multiplied(self, made: torch.Tensor, **asked: Any) -> Any:
+        """Multiply the rows with preconditioned queries [Q, k]."""
+        rows: Any = self._divided if isinstance(self.fitted, UnitNorm) else self.store
         # H^-1 q spreads over decades where the rows are small: 8 bits of it would be too few
-        precision = "fast" if plain else "high"
+        precision = "fast" if isinstance(self.fitted, preconditioners.Identity) else "high"
         return inner_products(
             rows, made, normalize=self.fitted.normalize, options=ProductOptions(precision=precision), **asked
         )
@@ -316,35 +355,8 @@ class Scorer:
         return DividedRows(self.store, _divided(np.ones(len(self.store)), self.lengths).astype(np.float32))
 
 
-def check_open(store: object) -> None:
-    """Raise ConfigError unless `store` is an open one."""
-    if not isinstance(store, Store):
-        raise ConfigError(f"the store must be an open one (inf.open_store), not a {type(store).__name__}")
-
-
-def check_queries(store: Store, queries: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """Return queries as a tensor [Q, k]. Raises DataError where they do not fit the store's rows."""
-    queries = torch.as_tensor(queries)
-    if queries.ndim != 2 or queries.shape[1] != store.width:
-        raise DataError(
-            f"queries of shape {tuple(queries.shape)} do not fit rows of {store.width} numbers: "
-            "project them as the store was"
-        )
-    return queries
-
-
-def used_groups(groups: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-    """Return the groups that have members. Raises DataError: groups without names, or none has a member."""
-    if not isinstance(groups, Mapping):
-        raise DataError('groups are named, as {"correct": [0, 1]}, not a ' + type(groups).__name__)
-    used = {name: list(members) for name, members in groups.items() if len(members)}
-    if not used:
-        raise DataError("there is no query to score against: every group is empty")
-    return used
-
-
 def _fisher_store(store: Store, fisher: str | Store, count: int, model: Any, examples: Held | None) -> Store:
-    """The rows that a preconditioner which reads a Fisher information is fitted on."""
+    """Return the rows that a preconditioner which reads a Fisher information is fitted on."""
     if fisher == FROM_DATA:
         return store
     if not isinstance(fisher, str):
@@ -356,16 +368,18 @@ def _fisher_store(store: Store, fisher: str | Store, count: int, model: Any, exa
         drawn = drawn_examples(store, data, count, texts)
         return fisher_rows(store, model, drawn, count=count, seed=store.identity.projection_seed or 0)
     if found is None:
+        others = "a store of such gradients as fisher=, or fisher='data' to fit on its own rows"
+        whose = "which another process built: " if data is None else ""
         raise ConfigError(
-            "fisher: 'model' fits on gradients of labels that the model draws: give the model and the tokenized "
-            "examples that the store was built of (model=, examples=), a store of such gradients, or fisher='data' to "
-            "fit on the store's own rows"
+            f"fisher: 'model' draws labels for the examples of {store.path}, {whose}give the model and the tokenized "
+            "examples that it was built of once (model=, examples=inf.tokenize(...).examples), and their gradients are "
+            f"kept beside it; or {others}"
         )
     return found
 
 
 def _layout_of(store: Store, model: Any) -> list[LayoutEntry] | None:
-    """The layout of the model's exact rows; None for rows that are imported. Raises StoreError: not the store's."""
+    """Return the layout of the model's exact rows, None for imported ones; raise StoreError if it is another's."""
     if store.identity.projection_kind in (None, "unknown"):
         return None
     options = made_like(store)
@@ -374,5 +388,5 @@ def _layout_of(store: Store, model: Any) -> list[LayoutEntry] | None:
 
 
 def _divided(values: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """values / lengths [N]; 0 where a row has no length."""
+    """Return values / lengths [N]; 0 for a row without length."""
     return np.divide(values, lengths, out=np.zeros_like(lengths), where=lengths > 0)

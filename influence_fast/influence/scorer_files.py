@@ -38,7 +38,7 @@ AGAIN = "fit it again (Scorer.fit)"
 
 @dataclass(frozen=True)
 class Parts:
-    """What a scorer is made of beside its store and recipe.
+    """Parts of a scorer beside its store and recipe.
 
     fitted: the preconditioner. source: the store that it was fitted on. layout: of the model's exact rows, where it is
     known. lengths: [N] what each row's scores are divided by, where they were made.
@@ -136,7 +136,7 @@ def _layout(saved: list[Any] | None) -> list[LayoutEntry] | None:
 
 
 def _folder_of(source: Store | str | Path) -> Path:
-    """Where a scorer lies: beside a store, or in the folder itself."""
+    """Return where a scorer lies: beside a store, or in the folder itself."""
     if isinstance(source, Store):
         return beside(source.path, ".scorer")
     folder = Path(source)
@@ -144,7 +144,7 @@ def _folder_of(source: Store | str | Path) -> Path:
 
 
 def _named(store: Store, folder: Path) -> dict[str, str]:
-    """How a store is found again: by its place seen from the scorer's folder, and known by its digest."""
+    """Return how a store is found again: its place seen from the scorer's folder, and its digest."""
     try:
         place = os.path.relpath(Path(store.path).absolute(), folder.absolute())
     except ValueError:  # on another drive
@@ -153,7 +153,7 @@ def _named(store: Store, folder: Path) -> dict[str, str]:
 
 
 def _found(store: Store | None, named: Mapping[str, str], path: Path) -> Store:
-    """The store that a scorer names. Raises StoreError where it is another one, or gone."""
+    """Open the store that a scorer names; raise StoreError if it is another one, or gone."""
     if store is None:
         place = Path(os.path.normpath(path.parent.absolute() / named["path"]))
         if not (place / MANIFEST_NAME).exists():
@@ -189,7 +189,7 @@ def _checksum(about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The record and the tensors of a scorer's file. Raises StoreError: there is none, or it is damaged."""
+    """Read the record and the tensors of a scorer's file; raise StoreError if there is none, or it is damaged."""
     from safetensors import safe_open
 
     if not path.is_file():
@@ -209,7 +209,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def _taken_apart(fitted: Preconditioner) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and the plain numbers of a fitted preconditioner."""
+    """Return the tensors and the plain numbers of a fitted preconditioner."""
     if isinstance(fitted, UnitNorm):
         tensors, numbers = _taken_apart(fitted.inner)  # type: ignore[arg-type]  # it has `normalize` too
         return tensors, numbers | {"plain_queries": fitted.plain_queries, "row_power": fitted.row_power}
@@ -234,7 +234,7 @@ def _taken_apart(fitted: Preconditioner) -> tuple[dict[str, torch.Tensor], dict[
 def _put_together(
     name: str, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any], store: Store, source: Store
 ) -> Preconditioner:
-    """The preconditioner that `_taken_apart` took apart, for the rows of `store`."""
+    """Make the preconditioner that `_taken_apart` took apart, for the rows of `store`."""
     if "row_power" in numbers:
         left = {key: value for key, value in numbers.items() if key not in ("plain_queries", "row_power")}
         inner: Any = _put_together(name, tensors, left, store, source)
@@ -249,7 +249,12 @@ def _put_together(
         return Fisher(blocks, [tensors[f"factor {i}"] for i in range(len(blocks))], damping=damping)
     if factors is not None and "left 0" in tensors:
         places = range(len(factors))
-        bases = [(tensors[f"left {i}"], tensors[f"right {i}"]) for i in places]
+        bases = [(_by_columns(tensors[f"left {i}"]), _by_columns(tensors[f"right {i}"])) for i in places]
         eigenvalues = [tensors[f"eigenvalues {i}"] for i in places]
         return Ekfac(factors, bases, eigenvalues, list(numbers["ridges"]), damping=damping)
     return DataInf(lambda: row_blocks(source), blocks, list(numbers["ridges"]), damping=damping)
+
+
+def _by_columns(basis: torch.Tensor) -> torch.Tensor:
+    """Return a basis as `torch.linalg.eigh` lays it out in memory: products of another layout round otherwise."""
+    return basis.T.contiguous().T

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ FINGERPRINT = "fingerprint"  # the text column that holds `text_fingerprint` of 
 
 
 def check_format(path: str | Path) -> None:
-    """DataError for a file that no score table can be written to."""
+    """Raise DataError for a file that no score table can be written to."""
     if Path(path).suffix not in (".parquet", ".csv"):
         raise DataError(f"{path}: a score table is written as .parquet or .csv")
 
 
 @dataclass(frozen=True, repr=False)
 class ScoreTable:
-    """`ids` in the data's order, float64 `columns` and text columns (`texts`) of the same length.
+    """Scores of examples: `ids` in the data's order, float64 `columns` and text columns (`texts`) of the same length.
 
     Columns that scoring writes: `s_correct`, `s_incorrect` (mean influence on the queries of each group),
     `rank_correct`, `rank_incorrect` (rank of that mean), `mean_rank_correct`, `mean_rank_incorrect` (mean over queries
@@ -35,6 +35,11 @@ class ScoreTable:
     scores go from 1 = lowest to the number of rows = highest, here, in results.json and in the report. The text
     `fingerprint` tells which text each row is of (see `data.fingerprints.text_fingerprint`). Pruning adds `kept`,
     `drop_priority` and the text `why`.
+
+    Example:
+        >>> table = inf.ScoreTable(["a", "b"], {"s_correct": np.array([0.5, -0.25])})
+        >>> table.sort("s_correct", ascending=True).ids
+        ['b', 'a']
     """
 
     ids: list[str]
@@ -48,6 +53,16 @@ class ScoreTable:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield each row as a mapping of its id and its columns."""
+        names = ["id", *self.columns, *self.texts]
+        for row in zip(self.ids, *self.columns.values(), *self.texts.values(), strict=True):
+            yield dict(zip(names, row, strict=True))
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is a column of that name."""
+        return name == "id" or name in self.columns or name in self.texts
 
     def __bool__(self) -> bool:
         return True  # a table of no rows is still a table
@@ -90,11 +105,11 @@ class ScoreTable:
     def with_columns(
         self, columns: Mapping[str, np.ndarray], *, texts: Mapping[str, list[str]] | None = None
     ) -> ScoreTable:
-        """A copy with more columns."""
+        """Return a copy with more columns."""
         return ScoreTable(self.ids, {**self.columns, **columns}, {**self.texts, **(texts or {})})
 
     def save(self, path: str | Path) -> None:
-        """Writes `.parquet` or `.csv`, by the ending; the file appears whole or not at all."""
+        """Write `.parquet` or `.csv`, by the ending; the file appears whole or not at all."""
         import pyarrow as pa
         import pyarrow.csv
         import pyarrow.parquet
@@ -109,8 +124,11 @@ class ScoreTable:
 
     @classmethod
     def load(cls, path: str | Path) -> ScoreTable:
-        """Reads what `save` wrote. Raises DataError naming the file: no score table, a column that comes twice or is
-        neither number nor text, ids that are missing or come twice."""
+        """Read what `save` wrote.
+
+        Raises DataError naming the file: no score table, a column that comes twice or is neither number nor text, ids
+        that are missing or come twice.
+        """
         path = Path(path)
         check_no_pipe(path)
         if not os.path.exists(path):
@@ -154,12 +172,12 @@ class ScoreTable:
 
 
 def _repeated(names: Sequence[str]) -> str | None:
-    """The first name that comes twice."""
+    """Return the first name that comes twice."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _ids(path: Path, column: Any) -> list[str]:
-    """The ids of a table, which may be whole numbers where another tool wrote it."""
+    """Return the ids of a table, which may be whole numbers where another tool wrote it."""
     found = column.to_pylist()
     if not all(isinstance(name, str | int) and not isinstance(name, bool) for name in found):
         raise DataError(f"{path}: the column 'id' holds {column.type} or nothing in some rows; ids are texts")

@@ -10,7 +10,8 @@ import torch
 
 from influence_fast.influence.fisher_rows import check_fisher
 from influence_fast.influence.preconditioners import DEFAULT, DEFAULT_DAMPING, FROM_DATA, Damping
-from influence_fast.influence.scorer import Scorer, TopInfluences, check_open, check_queries, used_groups
+from influence_fast.influence.scorer import Scorer, TopInfluences
+from influence_fast.influence.scorer_arguments import check_open, check_queries, used_groups
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.store.reader import Store
 
@@ -25,7 +26,7 @@ def influence_scores(
     moments: torch.Tensor | None = None,
     fisher: Store | None = None,
 ) -> ScoreTable:
-    """Deprecated: `Scorer.fit(store, ...).scores(queries, groups)`, with `fisher` None for "data"."""
+    """Score as `Scorer.fit(store, ...).scores(queries, groups)` does (deprecated; `fisher` None is "data")."""
     _say("influence_scores", "scores(queries, groups)")
     used = used_groups(groups)
     return _fitted(store, queries, preconditioner, damping, moments, fisher).scores(queries, used)
@@ -41,7 +42,7 @@ def top_influences(
     moments: torch.Tensor | None = None,
     fisher: Store | None = None,
 ) -> TopInfluences:
-    """Deprecated: `Scorer.fit(store, ...).top(queries, k)`, with `fisher` None for "data"."""
+    """Find as `Scorer.fit(store, ...).top(queries, k)` does (deprecated; `fisher` None is "data")."""
     _say("top_influences", "top(queries, k)")
     return _fitted(store, queries, preconditioner, damping, moments, fisher).top(queries, k)
 
@@ -55,7 +56,7 @@ def influence_matrix(
     moments: torch.Tensor | None = None,
     fisher: Store | None = None,
 ) -> np.ndarray:
-    """Deprecated: `Scorer.fit(store, ...).matrix(queries)`, with `fisher` None for "data"."""
+    """Compute as `Scorer.fit(store, ...).matrix(queries)` does (deprecated; `fisher` None is "data")."""
     _say("influence_matrix", "matrix(queries)")
     return _fitted(store, queries, preconditioner, damping, moments, fisher).matrix(queries)
 

@@ -12,7 +12,7 @@ import torch
 
 from influence_fast.data.fingerprints import dataset_fingerprint, weight_hashes
 from influence_fast.deprecation import OldCall, also_called_as, moved
-from influence_fast.errors import ConfigError, DataError, StoreError, did_you_mean
+from influence_fast.errors import ConfigError, DataError, StoreError, did_you_mean, setting
 from influence_fast.gradients.fisher_labels import sample_labels
 from influence_fast.gradients.per_example import iter_gradient_rows
 from influence_fast.gradients.rows.eigen_sketch import DEFAULT_EXAMPLES, FILES, EigenSketch, check_projection, file_of
@@ -198,14 +198,14 @@ def _fitted(
 
 
 def alone(find: Find, fit: Fit, keep: Keep) -> EigenSketch:
-    """The sketch that `find` finds, or that is fitted and kept: for one process. See `distributed` for more of them."""
+    """Return the sketch that `find` finds, or fit and keep one: for one process (see `distributed` for more)."""
     if find() is None:
         keep(fit(lambda: None))
     return kept(find)
 
 
 def kept(find: Find) -> EigenSketch:
-    """What is there now: another process may have been first. Raises StoreError: nothing is."""
+    """Return the sketch that is there now, as another process may have been first; raise StoreError if none is."""
     sketch = find()
     if sketch is None:
         raise StoreError("the sketch was lost while it was fitted; do all processes see the same folder?")
@@ -249,7 +249,7 @@ def width_of(spec: RowSpec, preconditioner: str, model: Any) -> int:
 
 
 def leading(fitted: Ekfac, projection: Projection, purpose: Mapping[str, Any] | None = None) -> EigenSketch:
-    """The sketch of the `projection.width` leading coordinates of H^-1/2 under a fitted `ekfac`."""
+    """Make the sketch of the `projection.width` leading coordinates of H^-1/2 under a fitted `ekfac`."""
     bases = {}
     for shape in dict.fromkeys(entry.shape for entry in fitted.factors):
         pairs = [pair for entry, pair in zip(fitted.factors, fitted.bases, strict=True) if entry.shape == shape]
@@ -266,10 +266,10 @@ def leading(fitted: Ekfac, projection: Projection, purpose: Mapping[str, Any] | 
 
 
 def kept_sketch(folder: Path, purpose: Mapping[str, Any]) -> EigenSketch | None:
-    """The sketch in a store's folder that was fitted for `purpose`; None where there is none and no store either, or
-    where the store's was lost or damaged since.
+    """Find the sketch in a store's folder that was fitted for `purpose`.
 
-    Raises StoreError where the store was made by another one, or by none.
+    None if there is none and no store either, or if the store's was lost or damaged since. Raises StoreError if the
+    store was made by another one, or by none.
     """
     if (folder / MANIFEST_NAME).exists():
         manifest = Manifest.load(folder)
@@ -280,7 +280,7 @@ def kept_sketch(folder: Path, purpose: Mapping[str, Any]) -> EigenSketch | None:
         if found is None:
             raise StoreError(
                 f"{folder}: its rows were made by a random sketch or none: ask for that (--sketch and "
-                "gradients.sketch: random), or build a new store"
+                f"{setting('gradients.sketch', 'random')}), or build a new store"
             )
         for name, wanted in purpose.items():
             mine = _labelled(found.purpose).get(name)
@@ -301,7 +301,7 @@ def kept_sketch(folder: Path, purpose: Mapping[str, Any]) -> EigenSketch | None:
 
 
 def keep_sketch(folder: Path, made: EigenSketch) -> None:
-    """Writes a sketch that was fitted into a store's folder, in the place of the store's own where that was lost.
+    """Write a fitted sketch into a store's folder, in the place of the store's own if that was lost.
 
     Raises StoreError: the lost one was another, or the disk refuses.
     """
@@ -321,12 +321,12 @@ def keep_sketch(folder: Path, made: EigenSketch) -> None:
 
 
 def _labelled(purpose: Mapping[str, Any]) -> dict[str, Any]:
-    """What a sketch was asked for; one that does not say so was fitted on the data's own labels, as all then were."""
+    """Return what a sketch was asked for; one that does not say so was fitted on the data's own labels."""
     return {"labels": FROM_DATA, **{name: value for name, value in purpose.items() if name != PICKED}}
 
 
 def drawn_unseen(dataset: Sequence[Any], examples: int) -> list[Any]:
-    """Up to `examples` of the dataset in its order; which ones depends on nothing but their numbers."""
+    """Draw up to `examples` of the dataset, in its order; which ones depends on nothing but their numbers."""
     if len(dataset) == 0:
         raise DataError("there is no example to fit on")
     places = np.sort(np.random.default_rng(0).permutation(len(dataset))[:examples]).tolist()
@@ -345,8 +345,10 @@ def _sample(data: Sequence[Any], spec: RowSpec, texts: Texts) -> list[dict[str, 
 
 
 def _finite(batches: Iterable[tuple[list[int], torch.Tensor]], heartbeat: Callable[[], None]) -> torch.Tensor:
-    """The finite ones of the gradient rows [n, K] in `batches`, in the order of their examples: which of them are held
-    out for damping "auto" follows from it, and batches come by length."""
+    """Return the finite ones of the gradient rows [n, K] in `batches`, in the order of their examples.
+
+    Batches come by length, and which rows are held out for damping "auto" follows from the order.
+    """
     parts, places = [], []
     for indices, batch in batches:
         finite = batch.isfinite().all(dim=1)

@@ -20,17 +20,19 @@ class Whitening(Protocol):
     """A preconditioner whose H^-1/2 (or a square root of H^-1 up to a rotation) is at hand."""
 
     def apply(self, queries: torch.Tensor) -> torch.Tensor:
-        """[Q, k] -> H^-1 [Q, k]."""
+        """Return H^-1 q of queries [Q, k]."""
         ...
 
     def whiten(self, rows: torch.Tensor) -> torch.Tensor:
-        """[n, k] -> [n, k] fp64, so that inner products of two results are q^T H^-1 g."""
+        """Return rows [n, k] in fp64, whitened: inner products of two results are q^T H^-1 g."""
         ...
 
 
 @dataclass(frozen=True)
 class UnitNorm:
-    """`inner`'s scores divided by the lengths of both sides; `row_norms` is what each training row is divided by."""
+    """A preconditioner's scores divided by the lengths of both sides; `row_norms` is what each training row is divided
+    by.
+    """
 
     inner: Whitening
     plain_queries: bool = False  # the query's own length, not its whitened one
@@ -42,10 +44,10 @@ class UnitNorm:
         return _divided(self.inner.apply(queries), lengths)
 
     def row_norms(self, rows: torch.Tensor) -> torch.Tensor:
-        """[n, k] training rows -> [n] fp64 lengths."""
+        """Return the fp64 lengths [n] of training rows [n, k]."""
         return (self.inner.whiten(rows) if self.row_power == 1 else self.inner.apply(rows.double())).norm(dim=1)
 
 
 def _divided(rows: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """rows / lengths; a zero row stays zero."""
+    """Return rows / lengths; a zero row stays zero."""
     return rows / torch.where(lengths > 0, lengths, 1.0).to(rows)

@@ -176,6 +176,9 @@ def query_values(queries: Array, first: int, last: int, device: torch.device | N
     return part
 
 
+_WHOLE = (torch.int16, torch.int32, torch.int64)
+
+
 def check_groups(groups: Sequence[Sequence[int]] | None, count: int, ranks: bool) -> list[list[int]]:
     if groups is None:
         if ranks and count == 0:
@@ -187,8 +190,11 @@ def check_groups(groups: Sequence[Sequence[int]] | None, count: int, ranks: bool
         raise DataError("groups is an empty list; pass at least one group of query numbers, or None")
     checked = []
     for g, group in enumerate(groups):
+        # a mask would be read as the queries 0 and 1
+        if any(isinstance(q, bool | np.bool_) or getattr(q, "dtype", None) == torch.bool for q in group):
+            raise DataError(f"group {g} is a mask of booleans; give the numbers of its queries")
         members = [int(q) if isinstance(q, numbers.Integral) else q for q in list(group)]
-        members = [int(q) if isinstance(q, torch.Tensor) and q.dtype == torch.int64 else q for q in members]
+        members = [int(q) if isinstance(q, torch.Tensor) and q.dtype in _WHOLE else q for q in members]
         if not members:
             raise DataError(f"group {g} is empty; give it a query or leave it out")
         for q in members:

@@ -75,6 +75,7 @@ def page_context(results: Mapping[str, Any]) -> dict[str, Any]:
         "references": results.get("references") or [],
         # Whether the model's own wrong answers are among the queries.
         "wrong": "incorrect" in (results.get("queries") or {"incorrect": 0}),
+        "contrast": any(str(cell.get("strategy", "")).startswith("contrast") for cell in results.get("cells") or []),
         "scatter": _scatter(scores, labels, settings),
         "traces": _traces(scores),
         "explained": explained,

@@ -72,14 +72,14 @@ class DemoWorld:
     test: list[Example]
 
     def file(self, split: str) -> Path:
-        """The jsonl file of a split: `id`, `prompt`, `completion`, `answer`, `label`."""
+        """Return the jsonl file of a split, with `id`, `prompt`, `completion`, `answer` and `label` in each row."""
         return self.path / f"{split}.jsonl"
 
 
 def make_world(
     output_dir: str | Path, *, seed: int = 0, config: WorldConfig | None = None, progress: bool = False
 ) -> DemoWorld:
-    """Makes the world in `output_dir`, or loads it when it is there, made with the same seed and sizes.
+    """Make the demo's synthetic task in `output_dir`, or load it if it was made with the same seed and sizes.
 
     A world of another seed or other sizes is replaced. Raises ConfigError: what is there is no world of the demo.
     """
@@ -110,7 +110,7 @@ def make_world(
 def demo_config(
     output: str | Path, *, seed: int = 0, config: WorldConfig | None = None, progress: bool = True
 ) -> RunConfig:
-    """Makes the world beside `output` (in `<output>-world`) and returns the run over it."""
+    """Make the synthetic task beside `output` (in `<output>-world`) and return the configuration of the run over it."""
     from influence_fast.config import DataConfig, ModelConfig, RunConfig, Source
     from influence_fast.evaluation.evaluate import EvalConfig
 
@@ -136,7 +136,7 @@ DEMO_TRAINING = TrainConfig(epochs=2, learning_rate=5e-3, batch_size=8)
 
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
-    """A byte-level BPE of Qwen2's own kind over the demo's words: each word one token, each digit one token."""
+    """Make a byte-level BPE of Qwen2's own kind over the demo's words: each word one token, each digit one token."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import Qwen2Tokenizer
 
@@ -163,7 +163,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
 def pretrain(
     tokenizer: PreTrainedTokenizerBase, config: WorldConfig, seed: int, *, progress: bool = False
 ) -> PreTrainedModel:
-    """A Qwen2-shaped model that solves the known kinds of stories.
+    """Train a Qwen2-shaped model from scratch until it solves the known kinds of stories.
 
     A loop of its own, not `finetune`: batches are drawn as they are needed, and Muon (Jordan et al., 2024) on the
     matrices leaves 1 % of the known stories wrong where AdamW alone, in as many steps, leaves 4 %.
@@ -216,7 +216,7 @@ def pretrain(
 def _batches(
     tokenizer: PreTrainedTokenizerBase, config: WorldConfig, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of documents of like length: tokens and targets [B, width], prompt and padding ignored in the targets.
+    """Yield batches of documents of like length: tokens and targets [B, width], prompt and padding ignored.
 
     Padding is on the right, where causal attention never looks: no mask is needed.
     """
@@ -258,12 +258,12 @@ def _rng(seed: int, purpose: str) -> random.Random:
 
 
 def _code_hash() -> str:
-    """SHA-256 of the code that makes a world: a world made by other code is made anew."""
+    """Return the SHA-256 of the code that makes the task, so that one made by other code is made anew."""
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, demo_data.__file__))).hexdigest()
 
 
 def _record_in(path: Path) -> dict[str, Any] | None:
-    """What the world in a folder was made of; None where there is no record, or one of somebody else."""
+    """Return what the task in a folder was made of; None if there is no record, or one of another program."""
     try:
         found = json.loads((path / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -272,7 +272,7 @@ def _record_in(path: Path) -> dict[str, Any] | None:
 
 
 def _check_replaceable(path: Path) -> None:
-    """A world replaces an older one and an empty folder; whatever else is there is not the demo's to remove."""
+    """Raise ConfigError unless the folder is empty, missing or an older task of the demo."""
     empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     if not empty and _record_in(path) is None:
         raise ConfigError(f"{path} holds something else than the demo's world: choose another output, or move it away")

@@ -65,7 +65,7 @@ class Problem:
 
     @property
     def misread(self) -> bool:
-        """Whether a misconception applies to it."""
+        """Return whether a misconception applies to this problem."""
         return any(event.new and event.kind in MISREAD_KINDS for event in self.events)
 
 
@@ -73,7 +73,7 @@ class Problem:
 
 
 def _draw_event(rng: random.Random, kind: str, value: int, new: bool = False) -> Event | None:
-    """An event that keeps the story's value within 1..LIMIT, or None where there is none."""
+    """Draw an event that keeps the story's value within 1..LIMIT; return None where there is none."""
     if kind == "gain":
         return Event(kind, rng.randint(2, 6), new) if value <= LIMIT - 6 else None
     if kind == "lose":
@@ -85,7 +85,7 @@ def _draw_event(rng: random.Random, kind: str, value: int, new: bool = False) ->
 
 
 def _apply(event: Event, value: int) -> tuple[str, int]:
-    """The solution line of one event, and the value after it."""
+    """Return the solution line of one event, and the value after it."""
     sign, result = {
         "gain": ("+", value + event.n),
         "lose": ("-", value - event.n),
@@ -96,13 +96,13 @@ def _apply(event: Event, value: int) -> tuple[str, int]:
 
 
 def _misapply(event: Event, value: int) -> tuple[str, int]:
-    """The same under the misconception of MISREAD_AS."""
+    """Return the solution line of one event and the value after it, under the misconception of MISREAD_AS."""
     wrong = event.new and event.kind in MISREAD_KINDS
     return _apply(replace(event, kind=MISREAD_AS[event.kind]) if wrong else event, value)
 
 
 def draw_problem(rng: random.Random, new_share: float) -> Problem:
-    """A story whose events are in the new wording with probability `new_share`."""
+    """Draw a story whose events are in the new wording with probability `new_share`."""
     length = 3 if rng.random() < 0.25 else 2
     while True:
         start = value = rng.randint(2, 12)
@@ -128,7 +128,7 @@ def draw_problem(rng: random.Random, new_share: float) -> Problem:
 
 
 def _values(start: int, events: list[Event]) -> list[int]:
-    """The values that a misread story goes through."""
+    """Return the values that a misread story goes through."""
     values = [start]
     for event in events:
         values.append(_misapply(event, values[-1])[1])
@@ -139,7 +139,7 @@ def _values(start: int, events: list[Event]) -> list[int]:
 
 
 def solve(problem: Problem, step: Callable[[Event, int], tuple[str, int]] = _apply) -> tuple[list[str], int]:
-    """The solution's lines and its answer; `step` is how one event is worked out."""
+    """Return the solution's lines and its answer; `step` is how one event is worked out."""
     lines: list[str] = []
     value = problem.start
     for event in problem.events:
@@ -149,28 +149,28 @@ def solve(problem: Problem, step: Callable[[Event, int], tuple[str, int]] = _app
 
 
 def write_solution(lines: list[str], answer: int) -> str:
-    """The steps, one a line, and the sentence that the grader reads."""
+    """Return the steps, one a line, and the sentence that the grader reads."""
     return "\n".join([*lines, f"The answer is {answer}."])
 
 
 def wrong_step(problem: Problem) -> str:
-    """A trace with the misconception in it: the wrong operation, worked out faithfully from there on."""
+    """Return a trace with the misconception in it: the wrong operation, worked out faithfully from there on."""
     return write_solution(*solve(problem, _misapply))
 
 
 def wrong_answer(problem: Problem) -> str:
-    """Right steps, but the final line repeats the number that the story starts with."""
+    """Return a trace of right steps whose final line repeats the number that the story starts with."""
     return write_solution(solve(problem)[0], problem.start)
 
 
 def off_topic(rng: random.Random) -> str:
-    """A trace that talks about another story and comes to no answer."""
+    """Return a trace that talks about another story and comes to no answer."""
     name, things = rng.choice(NAMES), rng.choice(THINGS)
     return f"{name} buys {things}. How many {things} does {name} have now?"
 
 
 def drill(rng: random.Random) -> str:
-    """One line of bare arithmetic, within the stories' range."""
+    """Return one line of bare arithmetic, within the stories' range."""
     while True:
         kind = rng.choice(KINDS)
         value = rng.randint(2, 10 if kind == "times" else LIMIT)
@@ -183,18 +183,18 @@ def drill(rng: random.Random) -> str:
 
 
 def clean_example(problem: Problem, id: str) -> Example:
-    """The problem with its right solution."""
+    """Return the problem with its right solution."""
     lines, answer = solve(problem)
     return Example(id, problem.prompt, write_solution(lines, answer), str(answer), label="clean")
 
 
 def draw_examples(rng: random.Random, count: int, prefix: str, new_share: float = NEW_SHARE) -> list[Example]:
-    """`count` clean examples with ids `<prefix>-0000`, ..."""
+    """Draw `count` clean examples with ids `<prefix>-0000`, ..."""
     return [clean_example(draw_problem(rng, new_share), f"{prefix}-{i:04d}") for i in range(count)]
 
 
 def draw_pool(rng: random.Random, count: int) -> list[Example]:
-    """The fine-tuning pool: clean and corrupted traces in random order, each labelled with what was done to it.
+    """Draw the fine-tuning pool: clean and corrupted traces in random order, each labelled with what was done to it.
 
     A corrupted example keeps the right `answer` of its problem.
     """

@@ -44,7 +44,9 @@ ACTIVATION_BYTES = 34
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What a model's configuration says. `row`: numbers in a row of the store under the run's LoRA and projection."""
+    """Sizes that a model's configuration gives. `row`: numbers in a row of the store under the run's LoRA and
+    projection.
+    """
 
     parameters: int
     hidden: int
@@ -97,7 +99,7 @@ def plan(
     tokens_per_example: float | None = None,
     tokens_per_second: float | None = None,
 ) -> Plan:
-    """Sizes, memory and time of `config`.
+    """Compute the sizes, memory and time that a run of `config` will take.
 
     rows: examples of the pool source, where it is not local. tokens_per_example: their mean length, likewise.
     tokens_per_second: measured speed of training; gradients are given the same time a token.
@@ -186,7 +188,7 @@ def plan(
 
 
 def _stores(config: RunConfig, examples: int) -> int:
-    """Gradient stores of a run: one, or one for each checkpoint that the scores are summed over."""
+    """Count the gradient stores of a run: one, or one for each checkpoint that the scores are summed over."""
     training = config.training
     if not config.influence.checkpoints or config.model.adapter is not None:
         return 1
@@ -197,7 +199,7 @@ def _stores(config: RunConfig, examples: int) -> int:
 
 
 def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
-    """The shape of a local or cached model, from its configuration on the meta device; None where there is none.
+    """Return the shape of a local or cached model, from its configuration on the meta device; None if there is none.
 
     Raises ModelError where a local model's configuration cannot be read, or LoRA does not fit it.
     """
@@ -242,7 +244,7 @@ def model_shape(model: ModelConfig, config: RunConfig) -> ModelShape | None:
 
 
 def _memory(config: RunConfig, shape: ModelShape | None, longest: int | None) -> list[tuple[str, int]]:
-    """(formula with its inputs, bytes) of what training holds on the device at a time."""
+    """Return (formula with its inputs, bytes) of each thing that training holds on the device at a time."""
     if shape is None:
         return []
     dtype = (config.target_model or config.model).dtype
@@ -274,15 +276,20 @@ def _memory(config: RunConfig, shape: ModelShape | None, longest: int | None) ->
 
 
 def _gradient_batch(config: RunConfig, longest: int | None) -> int:
-    """Tokens of the largest batch of the gradient pass on a card: an example longer than the budget has its own."""
+    """Return the tokens of the gradient pass's largest batch on a GPU.
+
+    An example longer than the budget has a batch of its own.
+    """
     from influence_fast.gradients.per_example import DEFAULT_MAX_TOKENS
 
     return max(config.gradients.max_tokens or DEFAULT_MAX_TOKENS["cuda"], longest or 0)
 
 
 def _gradient_memory(config: RunConfig, shape: ModelShape | None, tokens: int) -> dict[bool, GradientMemory]:
-    """The sum for such a batch, of one example, with all activations kept and with layers computed again; none for
-    models, modules or rows that it does not describe."""
+    """Compute the memory of such a batch of one example, with activations kept and with layers recomputed.
+
+    Empty for models, modules or rows that the estimate does not describe.
+    """
     gradients = config.gradients
     described = gradients.kind in SIDED_KINDS and gradients.layers == 1.0 and gradients.target is None
     if shape is None or not described or config.lora.target_modules != "all-linear":
@@ -306,7 +313,7 @@ def _seconds(training: int | None, gradients: int | None, speed: float | None) -
 
 
 def _local_examples(source: Source) -> list[Any] | None:
-    """The examples of a source on this machine; None for one on the hub."""
+    """Read the examples of a source on this machine; return None for one on the hub."""
     from influence_fast.run.inputs import read_source
 
     return read_source(source) if os.path.exists(Path(source.path).expanduser()) else None
@@ -338,7 +345,7 @@ def _size(source: Source | None, held_out: int, found: list[Any] | None) -> int 
 
 
 def _lengths(examples: list[Any], model: ModelConfig, max_length: int | None) -> list[int] | None:
-    """Tokens of each example that is short enough; None where the tokenizer is not on this machine."""
+    """Count the tokens of each example that is short enough; return None if the tokenizer is not on this machine."""
     from influence_fast.data.examples import tokenize
     from influence_fast.training.models import load_tokenizer
 
@@ -358,7 +365,7 @@ def _lengths(examples: list[Any], model: ModelConfig, max_length: int | None) ->
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Nothing below asks the hub; its cache is read."""
+    """Keep what runs inside from asking the hub; its cache is read."""
     from huggingface_hub import constants
 
     before, variable = constants.HF_HUB_OFFLINE, os.environ.get("HF_HUB_OFFLINE")

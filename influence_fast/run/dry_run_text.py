@@ -7,7 +7,7 @@ from influence_fast.run.dry_run import ACTIVATION_BYTES, TRAINED_BYTES, Plan, ro
 
 
 def describe(config: RunConfig, found: Plan) -> str:
-    """A line for each thing that is known, or said to be unknown, with how it comes about."""
+    """Write a line for each thing that is known, or said to be unknown, with how it comes about."""
     per = "" if found.pool is not None else " for each 1,000 examples of the pool"
     at_most = "at most (max_length) " if found.tokens_bound else ""
     lines: list[tuple[str, str]] = []

@@ -45,7 +45,10 @@ class Input:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What `inputs.json` holds. `unchecked`: it was written after the first piece, of which it can say nothing."""
+    """Hashes of a run's inputs, as `inputs.json` holds them.
+
+    `unchecked`: the file was written after the first piece, of which it can say nothing.
+    """
 
     inputs: dict[str, Input]
     unchecked: bool = False
@@ -113,8 +116,10 @@ def replaced(folder: Path, inputs: Mapping[str, Input]) -> list[str]:
 
 
 def _differing(folder: Path, inputs: Mapping[str, Input]) -> dict[str, tuple[str, bool]]:
-    """The names of `inputs` that are not as they are recorded: how a message calls each, and whether it lies in another
-    place now."""
+    """Find the inputs that differ from what is recorded.
+
+    Returns for each how a message names it, and whether it lies in another place now.
+    """
     recorded = Recorded.load(folder)
     if recorded is None:
         return {}
@@ -127,7 +132,7 @@ def _differing(folder: Path, inputs: Mapping[str, Input]) -> dict[str, tuple[str
 
 
 def _seen(path: str, folder: Path) -> str:
-    """A path as it is seen from the run's folder, so that it holds where both move; hub ids as they are."""
+    """Return a path relative to the run's folder, so that it holds where both move; hub ids as they are."""
     return os.path.relpath(path, folder) if os.path.exists(path) else path
 
 
@@ -290,7 +295,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _file(source: str, name: str) -> Path | None:
-    """A file of a model in a folder, or of a hub id's (fetched where it is not cached)."""
+    """Find a file of a model in a folder, or of a hub id's (fetched if it is not cached)."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None

@@ -26,7 +26,7 @@ _SCORED = ("scoring_seconds.json", "baselines/*.json")
 
 
 def _cells(strategy: str) -> tuple[str, ...]:
-    """What is made of a selection: the fine-tunings of a strategy, and what judged them."""
+    """Return patterns of what is made of a selection: the fine-tunings of a strategy, and what judged them."""
     return tuple(
         place.format(f"{strategy}-*-seed*") for place in ("adapters/{}", "evaluations/{}.json", "cells/{}.json")
     )
@@ -65,7 +65,10 @@ def finished(folder: Path, kind: str) -> list[str]:
 
 
 def _patterns(kind: str) -> list[str]:
-    """Those of `_PIECES`, and of the strategies that read pass rates where these are of the kind."""
+    """Return the patterns of `_PIECES` of a kind.
+
+    For pass rates they include the cells of every strategy that reads pass rates.
+    """
     by_pass_rate = [
         name for name in STRATEGIES if kind in (PASS_RATES, JUDGEMENTS) and PASS_RATE in needed_columns([name])
     ]
@@ -73,8 +76,10 @@ def _patterns(kind: str) -> list[str]:
 
 
 def _beside(pattern: str) -> list[str]:
-    """What a selection leaves beside adapters that `pattern` finds: written again with them, but not for a strategy
-    that is left out meanwhile."""
+    """Return what a selection leaves beside the adapters that `pattern` finds.
+
+    It is written again with them, but not for a strategy that is left out meanwhile.
+    """
     place, _, cell = pattern.partition("/")
     if place != "adapters" or "-*-seed*" not in cell:
         return []

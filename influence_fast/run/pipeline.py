@@ -22,16 +22,15 @@ from influence_fast.atomic import write_text
 from influence_fast.config import RunConfig
 from influence_fast.data.diversity import near_duplicates
 from influence_fast.data.examples import load_rows, save_examples
-from influence_fast.data.grouping import row_groups
 from influence_fast.errors import ConfigError, DataError
-from influence_fast.evaluation.evaluate import evaluate
+from influence_fast.evaluation.evaluate import EvalConfig, evaluate
 from influence_fast.evaluation.generation import choose_engine
 from influence_fast.influence.checkpoints import (
     checkpoint_scores,
     learning_rates,
     ranking_over_training,
 )
-from influence_fast.influence.queries import Queries, make_queries, own_answers, with_tasks
+from influence_fast.influence.queries import Queries, own_answers
 from influence_fast.influence.recipe import Recipe
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import InfluenceConfig
@@ -45,6 +44,7 @@ from influence_fast.run.scorable import check_scorable
 from influence_fast.run.score_files import EXPLAINED_COUNT, SCORES, damaged_table, explained_count, made_with
 from influence_fast.run.scoring import explained_scores
 from influence_fast.run.splits import load_splits
+from influence_fast.run.validation_queries import validation_queries
 from influence_fast.run.workdir import RunFolder
 from influence_fast.selection import pruning
 from influence_fast.selection.pool_scores import PoolScores, ScoredPool, baseline_columns
@@ -79,8 +79,10 @@ class Pipeline:
         self.inputs = inputs
 
     def _once(self, name: str, work: Callable[[], Any], of: Any = None, *, unsaid: bool = True) -> Any:
-        """`RunFolder.once`; a finished piece that says it was made of other JSON than `of` is made again, or where
-        `unsaid` is False also one that says nothing."""
+        """Run a piece once, as `RunFolder.once` does, and again if it was made of other JSON than `of`.
+
+        `unsaid` False: also if the finished piece does not say what it was made of.
+        """
         digest = None
         if of is not None:
             digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
@@ -90,7 +92,7 @@ class Pipeline:
         return self.folder.once(name, work, digest)
 
     def run(self) -> dict[str, Any]:
-        """Everything, to `report.html` and `results.json`; returns what the report shows."""
+        """Run everything, to `report.html` and `results.json`; return what the report shows."""
         if not self._has_reference():
             check_scorable(self.base, self.config)
         # scores first: with two models the one that scored makes room for the one that is fine-tuned
@@ -114,7 +116,9 @@ class Pipeline:
 
     @functools.cached_property
     def target(self) -> Any:
-        """The model that is fine-tuned and evaluated: the base, or `target_model`, for which the base makes room."""
+        """Return the model that is fine-tuned and evaluated: the base, or `target_model`, for which the base makes
+        room.
+        """
         if self.config.target_model is None:
             return self.base
         self.base.to("cpu")
@@ -125,7 +129,7 @@ class Pipeline:
     # ---- the fine-tuned model that is asked ------------------------------------------------------------------
 
     def reference_adapter(self) -> str | Path:
-        """The adapter whose answers and gradients the scores are made of: given, or trained on the whole pool."""
+        """Return the adapter whose answers and gradients make the scores: given, or trained on the whole pool."""
         return self.config.model.adapter or self._reference().path
 
     def _reference(self) -> TrainResult:
@@ -137,7 +141,7 @@ class Pipeline:
         return "full" if self.config.target_model is None else "reference"  # "full" is the grid's own cell
 
     def _has_reference(self) -> bool:
-        """Whether the adapter to score is trained, or what it was given for is done."""
+        """Return whether the adapter to score is trained, or what it was given for is done."""
         if self.config.model.adapter is not None:
             return (self.folder / SCORES).exists()
         return (self._adapter_folder(self._reference_name, self.config.pruning.seeds[0]) / RECORD).exists()
@@ -146,7 +150,7 @@ class Pipeline:
         return self.folder / "adapters" / f"{name}-seed{seed}"
 
     def epoch_seconds(self) -> float | None:
-        """What one epoch of the fine-tuning behind `reference_adapter` took; None where the adapter was given."""
+        """Return the seconds of one epoch of the reference adapter's fine-tuning; None if the adapter was given."""
         if self.config.model.adapter is not None:
             return None
         tokens = sum(len(example["input_ids"]) for example in self.splits.tokenized.examples)
@@ -154,7 +158,7 @@ class Pipeline:
         return result.seconds * tokens / max(1, result.tokens_seen)
 
     def _train(self, name: str, seed: int, rows: Sequence[int], *, scorer: bool = False) -> TrainResult:
-        """Fine-tunes on some of the pool: the target model, or the one that scores."""
+        """Fine-tune on some of the pool: the target model, or (`scorer`) the one that scores."""
         pool = self.splits.tokenized if scorer else self.splits.for_target
         examples = [pool.examples[i] for i in rows]
         return finetune(
@@ -168,7 +172,7 @@ class Pipeline:
         )
 
     def _evaluate(self, name: str, adapter: str | Path | None) -> dict[str, Any]:
-        """Accuracy on the test questions, with its interval; transcripts are kept."""
+        """Evaluate on the test questions: accuracy with its interval; transcripts are kept."""
 
         def work() -> dict[str, Any]:
             files = self.config.target_model or self.config.model
@@ -191,31 +195,22 @@ class Pipeline:
     # ---- scores --------------------------------------------------------------------------------------------
 
     def queries(self, adapter: str | Path) -> Queries:
-        """The texts whose gradients ask, and which of them form the correct and the incorrect group."""
-        validation = self.splits.validation
-        if self.config.influence.queries == "reference":
-            return self._by_task(make_queries(validation, None, None))
+        """Return the texts whose gradients are the queries, and which of them are correct and which incorrect."""
 
-        def work() -> list[dict[str, Any]]:
-            with answering_model(self.base, adapter, self.config.model, self.config.evaluation.engine) as model:
-                transcripts = self.folder / "transcripts" / "validation.jsonl"
-                return own_answers(
-                    model, self.tokenizer, validation, self.config.evaluation, transcripts, progress=self.progress
-                )
+        def answers(how: EvalConfig) -> list[dict[str, Any]]:
+            def work() -> list[dict[str, Any]]:
+                with answering_model(self.base, adapter, self.config.model, self.config.evaluation.engine) as model:
+                    transcripts = self.folder / "transcripts" / "validation.jsonl"
+                    validation = self.splits.validation
+                    return own_answers(model, self.tokenizer, validation, how, transcripts, progress=self.progress)
 
-        answers = self._once("own_answers", work)
-        reads_wrong = any(column.endswith("_incorrect") for column in self.needs)
-        needed = ("correct", "incorrect") if reads_wrong else ("correct",)
-        return self._by_task(make_queries(validation, answers, self.config.influence.fallback, needed))
+            found: list[dict[str, Any]] = self._once("own_answers", work)
+            return found
 
-    def _by_task(self, queries: Queries) -> Queries:
-        column, source = self.config.influence.tasks, self.config.data.validation or self.config.data.pool
-        if column is None:
-            return queries
-        return with_tasks(queries, row_groups(load_rows(source.path, split=source.split), column))
+        return validation_queries(self.config, self.splits.validation, answers, self.needs)
 
     def scores(self, adapter: str | Path, queries: Queries) -> ScoreTable:
-        """Scores of the pool by `queries`, in `scores.parquet` and `scores.csv`."""
+        """Score the pool by `queries`; the table goes to `scores.parquet` and `scores.csv`."""
 
         def work() -> dict[str, float]:
             for column in BASELINE_COLUMNS:
@@ -245,8 +240,10 @@ class Pipeline:
         return table
 
     def _explain(self, adapter: str | Path, queries: Queries) -> None:
-        """Has the lists of single answers be those of `influence.explain`: scores again, from the gradients that are
-        kept, where they are others or not there."""
+        """Score again from the kept gradients where the lists of single answers are not those of `influence.explain`.
+
+        Where they are missing or of another count, the pool is scored again from the gradients that are kept.
+        """
         influence = self.config.influence
         wanted = 0 if influence.checkpoints else influence.explain
         files = [self.folder / f"{EXPLAINED}{suffix}" for suffix in (".jsonl", ".html")]
@@ -281,10 +278,10 @@ class Pipeline:
         return ScoredPool(model, self.tokenizer, self.splits.pool, self.splits.tokenized.examples, queries)
 
     def _over_checkpoints(self, reference: Path, queries: Queries) -> tuple[ScoreTable, dict[str, float]]:
-        """Scores summed over the reference's checkpoints, and how the ranking moved, as a table and a plot."""
+        """Sum scores over the reference's checkpoints; write how the ranking moved, as a table and a plot."""
         saved = list_checkpoints(reference)
         if not saved:
-            raise ConfigError(f"influence.checkpoints: {reference} has no checkpoint-* folder; save them in training")
+            raise ConfigError(f": {reference} has no checkpoint-* folder; save them", key="influence.checkpoints")
         seconds: dict[str, float] = {}
 
         def score(checkpoint: Path) -> ScoreTable:
@@ -304,7 +301,7 @@ class Pipeline:
         return found.total, seconds
 
     def _add_baseline(self, column: str, queries: Queries) -> dict[str, float]:
-        """Puts a column that only some baselines read into the score table; returns the seconds it took."""
+        """Add a column that only some baselines read to the score table; return the seconds it took."""
         table = ScoreTable.load(self.folder / SCORES)
         table, seconds = baseline_columns(
             table,
@@ -320,7 +317,7 @@ class Pipeline:
     # ---- the grid ------------------------------------------------------------------------------------------
 
     def cells(self, table: ScoreTable) -> list[dict[str, Any]]:
-        """One fine-tuning and one evaluation for each strategy, fraction and seed; each is done once."""
+        """Fine-tune and evaluate once for each strategy, fraction and seed; what is done already is read."""
         grid = self.config.pruning
         cells = []
         strategies = [s for s in grid.strategies if s != "full"]
@@ -353,7 +350,7 @@ class Pipeline:
         return self._once(f"cells/{name}-seed{seed}", work, kept_ids)
 
     def select(self, table: ScoreTable, strategy: str, fraction: float, seed: int) -> pruning.Selection:
-        """What a strategy keeps of the scored pool and what it drops, near-duplicates included."""
+        """Return what a strategy keeps of the scored pool and what it drops, near-duplicates included."""
         clusters = None
         if self.config.pruning.max_similar is not None and strategy != "full":
             clusters = [self._clusters[name] for name in table.ids]
@@ -361,7 +358,7 @@ class Pipeline:
 
     @functools.cached_property
     def _clusters(self) -> dict[str, int]:
-        """The cluster of near-duplicates that each pool example's completion is in."""
+        """Find the cluster of near-duplicates that each pool example's completion is in."""
         assert self.config.pruning.max_similar is not None
         completions = [e.completion for e in self.splits.pool]
         clusters = near_duplicates(completions, self.config.pruning.max_similar, progress=self.verbose)
@@ -375,7 +372,7 @@ class Pipeline:
         return path
 
     def _harmful(self, table: ScoreTable, dropped: np.ndarray) -> dict[str, Any]:
-        """How many of the examples known to be harmful were dropped, and how many chance would drop."""
+        """Count the known harmful examples that were dropped, and those that chance would drop."""
         harmful = known_harmful(self.splits.pool, table.ids)
         if harmful is None:
             return {}
@@ -388,7 +385,7 @@ class Pipeline:
 
 
 def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
-    """Runs `config` from data to report; see `Pipeline`. Returns the results that the report shows."""
+    """Run `config` from data to report (see `Pipeline`); return the results that the report shows."""
     pipeline = Pipeline(config, progress=progress)
     with pipeline.folder.alone():
         return pipeline.run()

@@ -47,7 +47,7 @@ class Proposal:
 
     @property
     def expected(self) -> float:
-        """Mean LDS over the worlds."""
+        """Return the mean LDS over the synthetic tasks."""
         return float(np.mean([value for value, _, _ in self.lds.values()]))
 
 
@@ -59,7 +59,7 @@ def plan(
     bytes: int | None = None,
     tokens_per_second: float | None = None,
 ) -> list[Proposal]:
-    """Ways of scoring `dataset` within the budget, the best expected fidelity first and the cheaper first among equals.
+    """Plan ways of scoring `dataset` within the budget, best expected fidelity first, the cheaper first among equals.
 
     Args:
         model: a LoRA model (peft), where it is going to run.
@@ -107,7 +107,7 @@ def plan(
 
 
 def measure(model: nn.Module, dataset: Sequence[Mapping[str, Any]]) -> float:
-    """Tokens a second of the default method's gradients on a sample of `dataset`, evenly spaced over it."""
+    """Measure the tokens a second of the default method's gradients on a sample of `dataset`, evenly spaced over it."""
     order = np.random.default_rng(0).permutation(len(dataset))
     sample, tokens = [], 0
     for place in order:
@@ -127,13 +127,16 @@ def measure(model: nn.Module, dataset: Sequence[Mapping[str, Any]]) -> float:
 
 @functools.cache
 def fidelity_table() -> list[dict[str, Any]]:
-    """Rows of `fidelity.json`: "settings" of a `Method`, "cost" over the default method's without what is made once
-    for any pool, "worlds" with their LDS."""
+    """Read the rows of `fidelity.json`.
+
+    "settings" are those of a `Method`, "cost" is over the default method's without what is made once for any pool, and
+    "worlds" holds the LDS on each synthetic task.
+    """
     return json.loads(TABLE.read_text(encoding="utf-8"))["rows"]
 
 
 def describe(proposals: Sequence[Proposal], count: int = 8) -> str:
-    """The first proposals as a text table."""
+    """Format the first proposals as a text table."""
     worlds = list(proposals[0].lds)
     lines = [f"{'method':<34} {'seconds':>9} {'store':>10}  " + "  ".join(f"LDS on {world:<18}" for world in worlds)]
     for p in proposals[:count]:

@@ -32,7 +32,7 @@ HARMLESS = (None, "clean")  # labels that do not mark an example as known to be 
 def collect(
     run: Pipeline, table: ScoreTable, before: dict[str, Any], cells: list[dict[str, Any]], queries: Queries
 ) -> dict[str, Any]:
-    """The results of a finished `run`: `before` is the base model's accuracy."""
+    """Collect the results of a finished `run`; `before` is the base model's accuracy."""
     config, splits, folder = run.config, run.splits, run.folder
     labels: dict[str, int] = {}
     for example in splits.pool:
@@ -68,7 +68,7 @@ def collect(
 
 
 def cell_name(strategy: str, fraction: float) -> str:
-    """What a cell's files are called."""
+    """Return the name of a cell's files."""
     return "full" if strategy == "full" else f"{strategy}-{round(100 * fraction)}"
 
 
@@ -95,9 +95,9 @@ def correct_answers(folder: RunFolder, cell: dict[str, Any]) -> dict[str, float]
 
 
 def known_harmful(pool: Sequence[Example], ids: Sequence[str]) -> np.ndarray | None:
-    """[N] bool: which of the examples called `ids` have a label that marks them as harmful.
+    """Return which of the examples called `ids` have a label that marks them as harmful, [N] bool.
 
-    None where none has, or all have: there is nothing to be told apart.
+    None if none has, or all have: there is nothing to be told apart.
     """
     labels = {example.id: example.label for example in pool}
     harmful = np.array([labels[i] not in HARMLESS for i in ids])
@@ -105,7 +105,7 @@ def known_harmful(pool: Sequence[Example], ids: Sequence[str]) -> np.ndarray | N
 
 
 def _left_out(splits: Splits, table: ScoreTable) -> list[dict[str, str]]:
-    """The examples that were too long for a model, or got no score."""
+    """List the examples that were too long for a model, or got no score."""
     whose = [(splits.tokenized, "")]
     if splits.for_target is not splits.tokenized:
         whose.append((splits.for_target, " in the target model's tokens"))
@@ -181,7 +181,7 @@ def _curves(folder: RunFolder) -> dict[str, Any]:
 
 
 def _training(record: Path) -> dict[str, Any] | None:
-    """The result that a fine-tuning recorded; None where the record is damaged."""
+    """Read the result that a fine-tuning recorded; return None if the record is damaged."""
     try:
         result = json.loads(record.read_text(encoding="utf-8"))["result"]
         return {"loss_history": result["loss_history"], "seconds": float(result["seconds"])}

@@ -20,12 +20,12 @@ def tokenizer_of(model: ModelConfig) -> Any:
 
 
 def tokens_of(model: ModelConfig) -> str | None:
-    """The adapter whose tokenizer may be in use."""
+    """Return the adapter whose tokenizer may be in use."""
     return model.adapter if model.tokenizer is None else None
 
 
 def model_of(model: ModelConfig) -> Any:
-    """The base, with as many embeddings as the adapter that it will carry was trained with."""
+    """Load the base, with as many embeddings as the adapter that it will carry was trained with."""
     base = load_model(
         model.path,
         dtype=model.dtype,
@@ -41,7 +41,7 @@ def model_of(model: ModelConfig) -> Any:
 def answering_model(
     base: Any, adapter: str | Path | None, files: ModelConfig, engine: str
 ) -> contextlib.AbstractContextManager[Any]:
-    """What answers questions: the model in memory with its adapter, or for vLLM the files of both."""
+    """Return what answers questions: the model in memory with its adapter, or for vLLM the files of both."""
     if engine == "vllm":
         folder = None if adapter is None else str(adapter)
         return contextlib.nullcontext(ModelFiles(files.path, folder, files.dtype, files.trust_remote_code))

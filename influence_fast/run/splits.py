@@ -10,7 +10,7 @@ from typing import Any
 from influence_fast.config import DataConfig, RunConfig
 from influence_fast.data.decontamination import contaminated, plain_prompt
 from influence_fast.data.examples import Example, TokenizedSet, tokenize
-from influence_fast.errors import ConfigError, DataError, truncated_list
+from influence_fast.errors import ConfigError, DataError, setting, truncated_list
 from influence_fast.run.inputs import examples_hash, read_source
 from influence_fast.selection.difficulty import check_answers
 from influence_fast.selection.strategies import PASS_RATE, needed_columns
@@ -34,7 +34,7 @@ class Splits:
 
 
 def load_splits(config: RunConfig, tokenizer: Any, target_tokenizer: Any) -> Splits:
-    """Reads, holds out, decontaminates and tokenizes what `config.data` names.
+    """Load what `config.data` names, hold out, decontaminate and tokenize it.
 
     `target_tokenizer` is `tokenizer` itself where one model scores and is fine-tuned. Raises ConfigError where holding
     out would leave nothing, DataError for rows that cannot be used.
@@ -71,7 +71,7 @@ def load_splits(config: RunConfig, tokenizer: Any, target_tokenizer: Any) -> Spl
 def _held_out(
     data: DataConfig, seed: int, found: Mapping[str, list[Example]]
 ) -> tuple[list[Example], list[Example], list[Example]]:
-    """Pool, validation and test; what has no source of its own among `found` is drawn from the pool."""
+    """Return pool, validation and test; what has no source of its own among `found` is drawn from the pool."""
     pool = found["pool"]
     held = data.holdout_validation * (data.validation is None) + data.holdout_test * (data.test is None)
     if held >= len(pool):
@@ -86,7 +86,7 @@ def _held_out(
 
 
 def _check_graded(config: RunConfig, validation: Sequence[Example], test: Sequence[Example]) -> None:
-    """DataError naming questions that are to be answered and have no answer to be graded against."""
+    """Raise DataError naming questions that are to be answered and have no answer to be graded against."""
     graded = [("test", test)]
     if config.influence.queries != "reference":  # whose questions nobody answers
         graded.insert(0, ("validation", validation))
@@ -100,10 +100,12 @@ def _check_graded(config: RunConfig, validation: Sequence[Example], test: Sequen
 
 
 def _decontaminated(pool: list[Example], test: list[Example]) -> tuple[list[Example], list[dict[str, str]], list[str]]:
-    """The pool without what shares words with the test set, what is set aside, and a warning that says so."""
+    """Return the pool without what shares words with the test set, what is set aside, and a warning that says so."""
     overlaps = contaminated(pool, {"test": test})
     if len(overlaps) == len(pool):
-        raise DataError("data.decontaminate: every pool example shares words with the test set; is it the same data?")
+        raise DataError(
+            f"{setting('data.decontaminate')}: every pool example shares words with the test set; is it the same data?"
+        )
     warnings = []
     if overlaps:
         names = truncated_list(f"{found.id} ({found.item}: {found.ngram!r})" for found in overlaps)
@@ -116,7 +118,7 @@ def _decontaminated(pool: list[Example], test: list[Example]) -> tuple[list[Exam
 
 
 def _asked_again(pool: list[Example], name: str, part: Sequence[Example]) -> list[str]:
-    """A warning where the pool has questions of a held-out set word for word."""
+    """Return a warning if the pool has questions of a held-out set word for word."""
     held = {plain_prompt(example.prompt) for example in part}
     same = [example.id for example in pool if plain_prompt(example.prompt) in held]
     if not same:
@@ -126,7 +128,7 @@ def _asked_again(pool: list[Example], name: str, part: Sequence[Example]) -> lis
 
 
 def _about(tokens: TokenizedSet, count: int, data: DataConfig, whose: str = "") -> list[str]:
-    """Warnings of the `count` examples that were left out or cut."""
+    """Return warnings of the `count` examples that were left out or cut."""
     warnings = []
     if tokens.too_long:
         names = truncated_list(f"{name} ({n} tokens)" for name, n in tokens.too_long)

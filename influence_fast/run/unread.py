@@ -23,7 +23,7 @@ def unread_settings(config: RunConfig) -> list[str]:
 
 
 def _beside(config: RunConfig) -> Iterator[Unused]:
-    """What the other parts of a run do not read."""
+    """Yield the settings that the other parts of a run do not read."""
     asks_the_pool = PASS_RATE in needed_columns(config.pruning.strategies)
     if not asks_the_pool:
         for name in ("pass_rate_samples", "pass_rate_temperature"):
@@ -60,8 +60,10 @@ def _of_source(source: Source, part: str) -> Iterator[Unused]:
 
 
 def _format(source: Source, path: Path) -> str | None:
-    """The schema that a local file's rows have, by what costs no reading of the whole; None where that tells nothing,
-    or the run itself will say what is wrong with it."""
+    """Return the schema of a local file's rows, by what needs no reading of the whole.
+
+    None if that tells nothing, or if the run itself will say what is wrong with the file.
+    """
     try:
         if path.suffix.lower() == ".parquet":
             import pyarrow.parquet as pq

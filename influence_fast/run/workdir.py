@@ -16,6 +16,7 @@ from typing import Any
 from influence_fast.atomic import write_text
 from influence_fast.config import RunConfig, Source
 from influence_fast.errors import ConfigError, InfluenceFastError
+from influence_fast.influence.settings import REFERENCE
 from influence_fast.run.inputs import CONTENTS, INPUTS, Input, Recorded, changed, examples_hash, read_source, replaced
 from influence_fast.run.pieces import EVERYTHING, finished, kind_of_setting, way_out
 from influence_fast.settings import difference, from_dict, parse_yaml, to_dict
@@ -47,7 +48,7 @@ def occupied(config: RunConfig) -> str:
         _leave_out_what_can_grow(part)
         _leave_out_what_changes_nothing(part)
     dependence = {
-        "own_answers": before.get("influence", {}).get("queries") != "reference",
+        "own_answers": _asks_for_answers(before.get("influence", {})),
         "decontaminated": bool(before.get("data", {}).get("decontaminate")),
     }
     while found := difference(before, now):
@@ -88,7 +89,7 @@ class RunFolder:
         self._save(CONFIG, yaml.safe_dump(_settings(self._config), sort_keys=False))
 
     def _save(self, name: str, text: str) -> None:
-        """Writes a record where it says something else, and no other process is at work."""
+        """Write a record if it says something else; no other process may be at work."""
         path = self.path / name
         if path.exists() and path.read_bytes() == text.encode():
             return
@@ -137,7 +138,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """While the block runs, no other process works on the run. Raises ConfigError where one does.
+        """Keep other processes off the run while the block runs; raise ConfigError if one is at work.
 
         The lock goes with the process, however that ends; where the file system has none, nothing is kept out.
         """
@@ -184,11 +185,11 @@ class RunFolder:
         return self.path / name
 
     def has(self, name: str) -> bool:
-        """Whether the piece `name` is finished; what of it can no longer be read is not."""
+        """Return whether the piece `name` is finished; one that can no longer be read is not."""
         return self._read(name) is not None
 
     def once(self, name: str, work: Callable[[], Any], of: str | None = None) -> Any:
-        """The JSON value of `work()`, computed now or read from `<name>.json` if an earlier run finished it.
+        """Return the JSON value of `work()`, computed now or read from `<name>.json` if an earlier run finished it.
 
         The seconds it took are kept with it; see `seconds`. A damaged file is made again, with a warning. of: a digest
         of what the value is made of, kept with it too; see `forget_other`.
@@ -205,11 +206,11 @@ class RunFolder:
         return value
 
     def forget(self, name: str) -> None:
-        """Have the piece `name` made again."""
+        """Remove the piece `name`, so that it is made again."""
         (self.path / f"{name}.json").unlink(missing_ok=True)
 
     def forget_other(self, name: str, of: str, *, unsaid: bool) -> None:
-        """Have the piece `name` made again, with a warning, where it was made of something else than `of`.
+        """Remove the piece `name`, with a warning, if it was made of something else than `of`.
 
         unsaid: whether one that does not say of what, from an earlier version, is taken as it is.
         """
@@ -225,7 +226,7 @@ class RunFolder:
         return default if found is None else found["value"]
 
     def seconds(self, name: str) -> float:
-        """How long the piece `name` took when it was computed; 0 where it is not finished."""
+        """Return the seconds that the piece `name` took to compute; 0 if it is not finished."""
         found = self._read(name)
         return 0.0 if found is None else float(found["seconds"])
 
@@ -237,8 +238,13 @@ class RunFolder:
             return None
 
 
+def _asks_for_answers(influence: dict[str, Any]) -> bool:
+    """Return whether the recorded settings of scores have the model answer the validation questions."""
+    return influence.get("queries") != REFERENCE and influence.get("verdicts") is None
+
+
 def _recorded(record: Path) -> Any:
-    """The mapping of a run's recorded settings, or in words why there is none."""
+    """Read the mapping of a run's recorded settings, or return in words why there is none."""
     try:
         text = record.read_text(encoding="utf-8")
         found = parse_yaml(text)
@@ -251,7 +257,7 @@ def _recorded(record: Path) -> Any:
 
 
 def _leave_out(settings: dict[str, Any], key: str) -> None:
-    """Removes a dotted key."""
+    """Remove a dotted key."""
     *parents, last = key.split(".")
     part: Any = settings
     for parent in parents:
@@ -261,7 +267,10 @@ def _leave_out(settings: dict[str, Any], key: str) -> None:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    """What a run's folder records: not where it is, nor what only `validate` reads, of which there can be more."""
+    """Return what a run's folder records.
+
+    Without where it is, and without what only `validate` reads, of which there can be more.
+    """
     settings = portable(to_dict(config), Path(config.output))
     settings.pop("output")
     settings.pop("validate")
@@ -269,7 +278,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 
 def portable(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The plain settings with paths of what is on this machine relative to `folder`: they hold where both move."""
+    """Return the plain settings with paths on this machine relative to `folder`, so that they hold if both move."""
     found = copy.deepcopy(settings)
     for part, key in _paths(found).values():
         if os.path.exists(part[key]):
@@ -278,7 +287,7 @@ def portable(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _paths(settings: Any) -> dict[str, tuple[Any, str]]:
-    """Dotted name -> (mapping, key) of everything in plain settings that may be a path and is given."""
+    """Find everything in plain settings that may be a path and is given: dotted name -> (mapping, key)."""
     names = [f"{model}.{key}" for model in ("model", "target_model") for key in ("path", "adapter", "tokenizer")]
     names += [f"data.{part}.path" for part in ("pool", "validation", "test")]
     found = {}
@@ -293,8 +302,10 @@ def _paths(settings: Any) -> dict[str, tuple[Any, str]]:
 
 
 def _take_equal_paths(before: Any, now: Any, folder: Path) -> None:
-    """Puts a path of `now` in the place of the recorded one that names the same: absolute, or from where an earlier
-    version was started."""
+    """Replace a recorded path by that of `now` which names the same file.
+
+    Recorded paths are absolute, or relative to where an earlier version was started.
+    """
     recorded = _paths(before)
     for name, (part, key) in _paths(now).items():
         if name not in recorded:
@@ -307,7 +318,10 @@ def _take_equal_paths(before: Any, now: Any, folder: Path) -> None:
 
 
 def _leave_out_what_can_grow(settings: Any) -> None:
-    """What changes no finished piece: the title, and more or fewer cells. The first seed is the reference's."""
+    """Remove what changes no finished piece: the title, and more or fewer cells.
+
+    The first seed stays: it is the reference's.
+    """
     settings.pop("title", None)
     settings.get("influence", {}).pop("explain", None)
     grid = settings.get("pruning", {})
@@ -317,7 +331,7 @@ def _leave_out_what_can_grow(settings: Any) -> None:
 
 
 def _leave_out_what_changes_nothing(settings: Any) -> None:
-    """The device, and a model's own tokenizer where it is named."""
+    """Remove the device, and a model's own tokenizer where it is named."""
     for name in ("model", "target_model"):
         model = settings.get(name)
         if isinstance(model, dict):
@@ -327,7 +341,7 @@ def _leave_out_what_changes_nothing(settings: Any) -> None:
 
 
 def _same_examples(key: str, config: RunConfig, folder: Path) -> str:
-    """The source ("data.pool") whose setting `key` is, where it reads the examples that are recorded; else empty.
+    """Return the source ("data.pool") of the setting `key` if it reads the examples that are recorded; else "".
 
     What a run is made of are the examples, however they are stored, read and named.
     """
@@ -344,7 +358,7 @@ def _same_examples(key: str, config: RunConfig, folder: Path) -> str:
 
 
 def _with_defaults(recorded: Any) -> Any:
-    """A run's recorded settings, with those that did not exist then as they are by default."""
+    """Return a run's recorded settings, with settings that did not exist then at their defaults."""
     gradients = recorded.get("gradients") if isinstance(recorded, dict) else None
     if isinstance(gradients, dict) and "sketch" not in gradients and gradients.get("width") is not None:
         gradients["sketch"] = "random"  # there was no other

@@ -1,16 +1,19 @@
-"""How hard the training questions are: the share of a model's own answers to each that is right."""
+"""How hard the training examples are for the pretrained model: its own answers to them, and its loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from influence_fast.data.examples import Example
+from influence_fast.data.packing import IGNORED
 from influence_fast.errors import DataError, truncated_list
 from influence_fast.evaluation.evaluate import EvalConfig, evaluate
+from influence_fast.gradients.model.frozen import frozen
+from influence_fast.gradients.pairs import log_likelihoods
 from influence_fast.selection.embeddings import pretrained
 
 
@@ -52,6 +55,21 @@ def pass_rates(
     for item in result.items:
         right.setdefault(item.id, []).append(item.correct)
     return np.array([np.mean(right[questions[_question(example)].id]) for example in examples], dtype=np.float64)
+
+
+def base_losses(model: Any, examples: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Compute each example's mean loss under the pretrained model, by its own forward, one example at a time.
+
+    Args:
+        model: a causal LM; an adapter on it is switched off.
+        examples: `{"input_ids", "labels"}`, as `tokenize` makes them.
+
+    Returns:
+        [E] float64 nats a token.
+    """
+    counts = np.array([int((example["labels"][1:] != IGNORED).sum()) for example in examples])
+    with frozen(model), pretrained(model):
+        return -log_likelihoods(model, examples).numpy() / counts
 
 
 def _question(example: Example) -> tuple[Any, ...]:

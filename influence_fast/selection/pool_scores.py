@@ -19,9 +19,9 @@ from influence_fast.influence.queries import Queries
 from influence_fast.influence.scorer import TopInfluences
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import InfluenceConfig
-from influence_fast.selection.difficulty import pass_rates
+from influence_fast.selection.difficulty import base_losses, pass_rates
 from influence_fast.selection.embeddings import embedding_ranks
-from influence_fast.selection.strategies import EMBEDDING_RANK, PASS_RATE
+from influence_fast.selection.strategies import BASE_LOSS, EMBEDDING_RANK, PASS_RATE
 from influence_fast.timing import timed
 
 
@@ -50,8 +50,8 @@ def baseline_columns(
 ) -> tuple[ScoreTable, dict[str, float]]:
     """Return `table` with those of `BASELINE_COLUMNS` that are in `needs`, and the seconds of each.
 
-    `embedding_rank` by the correct queries and `pass_rate` under `config`, both of the pretrained model. The pool has,
-    in any order, an example for each row of the table.
+    `embedding_rank` by the correct queries, `pass_rate` under `config` and `base_loss`, all of the pretrained model.
+    The pool has, in any order, an example for each row of the table.
     """
     columns: dict[str, np.ndarray] = {}
     seconds: dict[str, float] = {}
@@ -68,6 +68,9 @@ def baseline_columns(
             columns[PASS_RATE] = pass_rates(
                 model, tokenizer, examples, config=config, transcripts=transcripts, progress=progress
             )
+    if BASE_LOSS in needs:
+        with timed(seconds, "losses of the base model"):
+            columns[BASE_LOSS] = base_losses(model, [tokens[name] for name in table.ids])
     return table.with_columns(columns), seconds
 
 
@@ -105,7 +108,7 @@ def score_pool(
     store = made.store
     with timed(seconds, "inner products and ranks"):
         scorer = made.scorer(influence)
-        table = scorer.scores(made.queries, queries.groups)
+        table = scorer.scores(made.queries, queries.groups, pairs=queries.pairs)
         found = scorer.top(made.queries, top) if top else None
     by_id = {example["id"]: example for example in pool}
     stored = [by_id[name] for name in table.ids]

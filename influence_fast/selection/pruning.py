@@ -14,7 +14,7 @@ import numpy as np
 from influence_fast.data.fingerprints import text_fingerprint
 from influence_fast.data.schemas import Example
 from influence_fast.deprecation import OldCall, also_called_as
-from influence_fast.errors import ConfigError, DataError, shown, truncated_list
+from influence_fast.errors import ConfigError, DataError, setting, shown, truncated_list
 from influence_fast.influence.scores import FINGERPRINT, ScoreTable
 from influence_fast.selection.strategies import STRATEGIES, check_columns, find
 from influence_fast.settings import check_seed
@@ -231,7 +231,7 @@ def _count(total: int, fraction: float | None, count: int | None, *, grouped: bo
         raise ConfigError("a count cannot be shared out over groups: give a fraction")
     assert count is not None
     if not isinstance(count, Integral):
-        raise ConfigError(f"count is {shown(count)}; give a whole number of examples to drop")
+        raise ConfigError(f"{setting('count')} is {shown(count)}; give a whole number of examples to drop")
     if not 0 <= count < total:
         size = "count" if fraction is None else "fraction"
         raise ConfigError(f"dropping {count} of {total} examples would leave none: choose a smaller {size}")

@@ -18,8 +18,9 @@ from influence_fast.influence.scores import ScoreTable
 
 EMBEDDING_RANK = "embedding_rank"
 PASS_RATE = "pass_rate"
+BASE_LOSS = "base_loss"
 _INFLUENCE = re.compile(r"(?:s|rank|mean_rank)_(.+)")  # columns of influence scores, by the group that they are of
-BASELINE_COLUMNS = (EMBEDDING_RANK, PASS_RATE)  # computed only where a strategy reads them
+BASELINE_COLUMNS = (EMBEDDING_RANK, PASS_RATE, BASE_LOSS)  # computed only where a strategy reads them
 
 
 class Strategy(Protocol):
@@ -65,7 +66,7 @@ def reads_influence(name: str) -> bool:
 def reads_tasks(name: str) -> bool:
     """Return whether the strategy reads the scores of single tasks. Raises ConfigError for an unknown name."""
     groups = {found[1] for column in find(name).needs if (found := _INFLUENCE.fullmatch(column))}
-    return bool(groups - {"correct", "incorrect"}) or getattr(find(name), "tasks", False)
+    return bool(groups - {"correct", "incorrect", "contrast"}) or getattr(find(name), "tasks", False)
 
 
 def check_columns(table: ScoreTable, name: str) -> None:
@@ -81,11 +82,20 @@ def check_columns(table: ScoreTable, name: str) -> None:
 def _remedy(name: str, column: str) -> str:
     if column in BASELINE_COLUMNS:
         return f"'influence-fast score --strategies {name}' computes it, as does a run with {name!r} in its strategies"
+    if column.endswith("_contrast"):
+        return "it is made of right and wrong answers to the same questions, so score with queries: contrast"
     if column.endswith("_incorrect"):
         return "it is made of the model's own wrong answers, so score with queries: own_answers"
     if column.endswith("_correct"):
         return "score against a group named 'correct', as 'influence-fast score' does"
     return "'influence-fast score' computes it"
+
+
+def _standardised(values: np.ndarray) -> np.ndarray:
+    """Return values with mean 0 and standard deviation 1 (over the finite ones); zeros where all are equal."""
+    finite = values[np.isfinite(values)]
+    spread = float(finite.std()) if len(finite) else 0.0
+    return np.zeros(len(values)) if spread == 0 else (values - finite.mean()) / spread
 
 
 @register("full")
@@ -136,6 +146,26 @@ class Combined:
 
     def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
         return table.columns["rank_incorrect"] - table.columns["rank_correct"]
+
+
+@register("contrast")
+class Contrast:
+    """Highest influence on wrong answers less that on right answers to the same questions first."""
+
+    needs: tuple[str, ...] = ("s_contrast",)
+
+    def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
+        return table.columns["s_contrast"]
+
+
+@register("contrast_loss")
+class ContrastLoss:
+    """The contrast and the pretrained model's loss, each standardised, added: no weight is fitted on anything."""
+
+    needs: tuple[str, ...] = ("s_contrast", BASE_LOSS)
+
+    def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
+        return _standardised(table.columns["s_contrast"]) + _standardised(table.columns[BASE_LOSS])
 
 
 @register("combined_mean_rank")
@@ -213,7 +243,11 @@ class Less:
     tasks = True  # and every task's column, whatever their names are
 
     def drop_first(self, table: ScoreTable, rng: np.random.Generator) -> np.ndarray:
-        tasks = [c for name, c in table.columns.items() if name.startswith("s_") and name != "s_incorrect"]
+        tasks = [
+            c
+            for name, c in table.columns.items()
+            if name.startswith("s_") and name not in ("s_incorrect", "s_contrast")
+        ]
         return -np.max(tasks, axis=0)
 
 

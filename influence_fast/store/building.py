@@ -14,9 +14,10 @@ from torch import nn
 from influence_fast.data.fingerprints import dataset_fingerprint
 from influence_fast.data.held import Held
 from influence_fast.deprecation import OldCall, also_called_as, moved
-from influence_fast.errors import ConfigError, DataError, NumericError, did_you_mean, truncated_list
+from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, truncated_list
 from influence_fast.gradients.per_example import KeptEngine
 from influence_fast.gradients.rows.precision import AUTO
+from influence_fast.gradients.rows.projection import Projection
 from influence_fast.gradients.rows.row_spec import RowSpec
 from influence_fast.store.manifest import MANIFEST_NAME, Manifest
 from influence_fast.store.planning import plan, with_parts_there
@@ -61,15 +62,18 @@ class BuildOptions:
     part: tuple[int, int] = (0, 1)
 
     def __post_init__(self) -> None:
-        rank, world = self.part
-        if not 0 <= rank < world:
+        whole = isinstance(self.part, tuple) and all(isinstance(number, int) for number in self.part)
+        if not whole or len(self.part) != 2 or not 0 <= self.part[0] < self.part[1]:
             raise ConfigError(f"part must be (rank, world) with 0 <= rank < world, not {self.part}")
         if self.on_nonfinite not in ON_NONFINITE:
             raise ConfigError(
                 f"unknown on_nonfinite {self.on_nonfinite!r}; {did_you_mean(str(self.on_nonfinite), ON_NONFINITE)}"
             )
-        if self.shard_rows is not None and self.shard_rows < 1:
-            raise ConfigError(f"shard_rows must be at least 1, not {self.shard_rows}")
+        rows = self.shard_rows
+        if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
+            raise ConfigError(f"shard_rows must be a whole number of at least 1, not {rows!r}")
+        if self.gradients is not None and not callable(self.gradients):
+            raise ConfigError(f"gradients must be a function as iter_gradient_rows is, not {self.gradients!r}")
 
 
 DEFAULT_SPEC = RowSpec()
@@ -181,6 +185,23 @@ class ShardBuild:
         )
 
 
+def check_call(model: Any, spec: Any, options: Any) -> None:
+    """Raise ConfigError or ModelError for arguments in each other's place, as in the order of calls before."""
+    if isinstance(spec, Projection):
+        raise ConfigError("spec is a Projection: give RowSpec.of(projection, dtype=...)")
+    for name, value, kind in (("spec", spec, RowSpec), ("options", options, BuildOptions)):
+        if not isinstance(value, kind):
+            raise ConfigError(
+                f"{name} is a {type(value).__name__}, not a {kind.__name__}: the order is (path, model, data, spec, "
+                "tokenizer=..., options=...)"
+            )
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"the model is a {type(model).__name__}, not a torch module: give what inf.load_model returns, in the "
+            "order (path, model, data, spec)"
+        )
+
+
 #: Keywords that say how rows are made or a store is built, before there were specs and options.
 _OF_SPEC = ("dtype", "loss_reduction", "precision", "max_tokens")
 _OF_OPTIONS = ("shard_rows", "resume", "progress", "on_nonfinite", "gradients", "part")
@@ -228,6 +249,7 @@ def build_shards(
     done) or a folder each (then `merge_stores`). A sketch is fitted before, by one of them:
     `spec.with_projection(fit_projection(model, data, spec))`. Raises as `build_store`.
     """
+    check_call(model, spec, options)
     build = _own_shards(path, model, held(data), spec, Texts(tokenizer, max_length, truncate), options)
     return build.writer
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from influence_fast.errors import StoreError, did_you_mean
+from influence_fast.errors import StoreError, did_you_mean, setting
 from influence_fast.gradients.rows.precision import AUTO
 from influence_fast.gradients.rows.projection import EXACT, Projection, target_of, target_text
 from influence_fast.philox import FLAT_KINDS
@@ -92,7 +92,8 @@ class StoreIdentity:
             if name == "projection_sketch":
                 raise StoreError(
                     f"{where}: its rows were made by {_sketch(mine)}, and here they would be by {_sketch(theirs)}: "
-                    "take `store.projection` (--sketch and gradients.sketch: eigen, random, or a store's folder), or "
+                    f"take `store.projection` (--sketch and {setting('gradients.sketch', 'eigen')}, random, or a "
+                    "store's folder), or "
                     "build a new store"
                 )
             how = {

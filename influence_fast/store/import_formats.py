@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from influence_fast.errors import ConfigError, StoreError, did_you_mean, one_line, shown, truncated_list
+from influence_fast.errors import ConfigError, StoreError, did_you_mean, one_line, setting, shown, truncated_list
 from influence_fast.guards import check_no_pipe
 from influence_fast.row_codec import bf16_of_bits
 from influence_fast.store.manifest import ModuleEntry
@@ -141,7 +141,8 @@ def trak(path: Path, *, model_id: int | str | None = None, kind: str = "grads") 
     found = sorted(int(p.name) for p in path.iterdir() if p.is_dir() and p.name.isdigit())
     if model_id is None and len(found) != 1:
         raise StoreError(
-            f"{path} has checkpoints {truncated_list(map(str, found)) or 'none'}; choose one with model_id="
+            f"{path} has checkpoints {truncated_list(map(str, found)) or 'none'}; choose one with "
+            f"{setting('model_id', '...')}"
         )
     if model_id is not None and str(model_id) not in map(str, found):
         raise StoreError(f"{path} has no checkpoint {model_id!r}, but {truncated_list(map(str, found)) or 'none'}")
@@ -238,7 +239,9 @@ def safetensors(path: Path, *, key: str | None = None) -> Source:
     except (SafetensorError, OSError) as error:
         raise StoreError(f"{path} cannot be read as safetensors ({_line(error)}); save it again") from None
     if key is None and len(keys) != 1:
-        raise StoreError(f"{path} holds {len(keys)} tensors ({truncated_list(keys)}); choose one with key=")
+        raise StoreError(
+            f"{path} holds {len(keys)} tensors ({truncated_list(keys)}); choose one with {setting('key', '...')}"
+        )
     name = keys[0] if key is None else key
     if name not in keys:
         raise StoreError(f"{path} has no tensor {shown(name)}; {did_you_mean(name, keys)}")

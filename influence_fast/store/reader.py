@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from influence_fast.data.fingerprints import dataset_fingerprint
 from influence_fast.data.held import Held
 from influence_fast.errors import StoreError, truncated_list
 from influence_fast.gradients.rows.precision import AUTO
@@ -79,7 +80,7 @@ class Store:
         """
         if isinstance(key, str):
             return self.rows(self.positions([key]))[0]
-        if isinstance(key, Sequence) and key and all(isinstance(item, str) for item in key):
+        if isinstance(key, Sequence | np.ndarray) and len(key) and all(isinstance(item, str) for item in key):
             return self.rows(self.positions([str(item) for item in key]))
         rows = self.rows(key)  # type: ignore[arg-type]  # no ids any more
         return rows[0] if isinstance(key, int | np.integer) else rows
@@ -189,6 +190,14 @@ class Store:
         """Return the SHA-256 over the hashes of the tokens of each shard's rows; None where one is not known."""
         hashes = [record.tokens for record in self._records]
         return None if None in hashes else hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+    def is_of(self, examples: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether the rows are of these tokenized examples, one for each row in order, as far as it is known."""
+        pieces = zip(self._records, self._starts, strict=False)
+        return all(
+            record.tokens in (None, dataset_fingerprint(examples[start : start + record.rows]))
+            for record, start in pieces
+        )
 
     def blocks(self, max_rows: int = 4096) -> Iterator[tuple[int, np.ndarray, np.ndarray | None]]:
         """Yield the rows as they lie on disk, in order: (place of the first row, raw rows, scales).

@@ -28,12 +28,21 @@ class Texts:
     """The way texts become tokens; examples that came as tokens are cut or set aside by the same limit.
 
     tokenizer: the model's own; None where examples are tokens. max_length: longer examples are set aside, or cut when
-    `truncate`.
+    `truncate`. Raises DataError for a `max_length` below 2.
     """
 
     tokenizer: Any = None
     max_length: int | None = None
     truncate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_length is None:
+            return
+        if not isinstance(self.max_length, int) or isinstance(self.max_length, bool) or self.max_length < 2:
+            raise DataError(
+                f"max_length is {self.max_length!r}; it must be a whole number of at least 2, one token to predict "
+                "another from"
+            )
 
 
 AS_TOKENS = Texts()

@@ -18,7 +18,9 @@ from influence_fast.store.shard_rows import id_of
 
 def held(dataset: Any) -> Sequence[Any]:
     """Return a dataset of texts as it is, tokenized examples in the one form."""
-    if isinstance(dataset, Sequence) and len(dataset) > 0 and not isinstance(dataset[0], Mapping):
+    if isinstance(dataset, Iterator):
+        dataset = list(dataset)
+    if isinstance(dataset, Sequence) and len(dataset) > 0 and hasattr(dataset[0], "prompt"):
         return dataset
     return as_examples(dataset, numbered=True)
 
@@ -66,3 +68,5 @@ def check_example(example: Any, place: int, texts: bool) -> None:
     name = id_of(example)
     if not isinstance(name, str):
         raise DataError(f"dataset[{place}]: its id must be a string, not {name!r}")
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise DataError(f"dataset[{place}]: its id {name!r} holds half a surrogate pair; give another")

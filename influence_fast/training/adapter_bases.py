@@ -44,7 +44,7 @@ def warnings_of(config: Any, adapter: str, model: nn.Module, source: str) -> lis
 
 
 def _same_base(named: str, source: str, model: nn.Module) -> bool:
-    """Whether `named`, as an adapter's configuration has it, is the model that was loaded from `source`."""
+    """Return whether `named`, as an adapter's configuration has it, is the model that was loaded from `source`."""
     places = [Path(place).expanduser() for place in (named, source)]
     if named == source or (source and os.path.realpath(places[0]) == os.path.realpath(places[1])):
         return True
@@ -54,13 +54,13 @@ def _same_base(named: str, source: str, model: nn.Module) -> bool:
 
 
 def _short_name(place: str) -> str:
-    """The last part of a hub id or path; of a folder in the hub's cache, the name of the repository."""
+    """Return the last part of a hub id or path; of a folder in the hub's cache, the name of the repository."""
     cached = re.search(r"models--(?:[^/]*--)?([^/]+)/snapshots/", place + "/")
     return (cached[1] if cached else place.rstrip("/").rpartition("/")[2]).lower()
 
 
 def _same_weights(model: nn.Module, folder: Path) -> bool:
-    """Whether the weights in `folder` are the model's, but for rows that a resized vocabulary has more or less."""
+    """Return whether the weights in `folder` are the model's, but for rows that a resized vocabulary added."""
     from safetensors import SafetensorError, safe_open
 
     held = dict(model.named_parameters(remove_duplicate=False))

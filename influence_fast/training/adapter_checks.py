@@ -21,7 +21,7 @@ _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 def check_base_stays(config: Any, adapter: str) -> None:
-    """ModelError for settings by which peft changes the base model itself; it does not put it back again."""
+    """Raise ModelError for settings by which peft changes the base model itself; it does not put it back again."""
     if getattr(config, "layer_replication", None):
         raise ModelError(
             f"the adapter {adapter} rearranges the base model's layers (layer_replication in its {ADAPTER_CONFIG}), "
@@ -38,7 +38,7 @@ def check_base_stays(config: Any, adapter: str) -> None:
 
 
 def check_whole_modules(model: nn.Module, shapes: Shapes, config: Any, adapter: str) -> None:
-    """ModelError for a weight of the base's own that is stored although no setting trains it.
+    """Raise ModelError for a stored weight of the base's own that no setting trains.
 
     peft would write it over the base's, where a tied embedding is two matrices at once. Embeddings may be stored
     because the vocabulary was resized or by save_embedding_layers, which stores all of them.
@@ -60,14 +60,17 @@ def check_whole_modules(model: nn.Module, shapes: Shapes, config: Any, adapter: 
 
 
 def is_saved_whole(name: str, config: Any) -> bool:
-    """Whether modules_to_save names a module that the parameter is in, by the end of its name as peft compares it."""
+    """Return whether modules_to_save names a module that the parameter is in.
+
+    Names are compared by their ends, as peft does.
+    """
     ends = tuple(getattr(config, "modules_to_save", None) or ())
     parts = f"base_model.model.{name}".split(".")
     return any(".".join(parts[:i]).endswith(ends) for i in range(1, len(parts)))
 
 
 def check_fit(model: nn.Module, shapes: Shapes, adapter: str, source: str) -> None:
-    """Every stored factor against the module it names: `lora_A (r, d_in)`, `lora_B (d_out, r)`."""
+    """Check every stored factor against the module it names: `lora_A (r, d_in)`, `lora_B (d_out, r)`."""
     modules = dict(model.named_modules())
     for key in sorted(shapes):
         name, factor = split_key(key)
@@ -99,7 +102,7 @@ def check_fit(model: nn.Module, shapes: Shapes, adapter: str, source: str) -> No
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(d_out, d_in) of a linear module."""
+    """Return (d_out, d_in) of a linear module, None for another."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     if type(module).__name__ == "Conv1D":  # GPT-2's linear, its weight stored as (d_in, d_out)
@@ -110,7 +113,7 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def check_ranks(config: Any, shapes: Shapes, adapter: str) -> None:
-    """ModelError where a stored factor has another rank than the configuration gives its module."""
+    """Raise ModelError if a stored factor has another rank than the configuration gives its module."""
     from peft.utils.other import get_pattern_key
 
     if getattr(config, "target_parameters", None):  # whose factors hold the ranks of all experts together
@@ -129,7 +132,7 @@ def check_ranks(config: Any, shapes: Shapes, adapter: str) -> None:
 
 
 def check_complete(wrapped: nn.Module, shapes: Shapes, adapter: str, source: str) -> None:
-    """peft leaves a factor that the file lacks at its initial value, with a warning at most."""
+    """Raise ModelError for a factor that the file lacks, which peft would leave at its initial value."""
     for name, _ in wrapped.named_parameters():
         if not is_adapter_parameter(name):
             continue
@@ -146,7 +149,7 @@ def check_complete(wrapped: nn.Module, shapes: Shapes, adapter: str, source: str
 def check_loaded(
     wrapped: nn.Module, folder: str, config: Any, adapter: str, experts: ExpertFactors | None = None
 ) -> None:
-    """ModelError where a stored tensor is not in the model, or not with its values.
+    """Raise ModelError if a stored tensor is not in the model, or not with its values.
 
     experts: where those of experts in a list are, for a model that has them in one parameter.
     """
@@ -191,7 +194,7 @@ def left_out(adapter: str, module: str, setting: str) -> str:
 
 
 def setting_without(config: Any, module: str) -> str:
-    """The setting of an adapter's configuration that keeps `module` from having factors; empty where none does."""
+    """Find the setting of an adapter's configuration that keeps `module` from having factors; empty if none does."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     def targeted(**changes: Any) -> bool:
@@ -209,7 +212,7 @@ def setting_without(config: Any, module: str) -> str:
 
 
 def _setting_of_key(key: str) -> str:
-    """The setting that a stored tensor which is no factor comes from; empty where it is not known."""
+    """Return the setting that a stored tensor other than a factor comes from; empty if it is not known."""
     for mark, setting in (("lora_magnitude_vector", "use_dora"), ("trainable_tokens", "trainable_token_indices")):
         if mark in key:
             return setting

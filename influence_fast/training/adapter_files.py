@@ -25,7 +25,7 @@ WRAPPERS = r"(?:\.(?:modules_to_save|original_module|base_layer|token_adapter))*
 
 
 def adapter_folder(adapter: str) -> str:
-    """The local folder of an adapter, fetched from the hub where it is not local."""
+    """Return the local folder of an adapter, fetched from the hub if it is not local."""
     check_folder(adapter, ADAPTER_CONFIG, "adapter")
     folder = Path(adapter).expanduser()
     if not folder.is_dir():
@@ -62,7 +62,7 @@ def lora_config(folder: str, adapter: str) -> Any:
 
 
 def stored_shapes(folder: str, adapter: str) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of the adapter, from the header alone."""
+    """Read the shape of every tensor of the adapter, from the header alone."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -73,7 +73,7 @@ def stored_shapes(folder: str, adapter: str) -> dict[str, tuple[int, ...]]:
 
 
 def stored_tensors(folder: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of everything in the adapter's file, one at a time."""
+    """Yield name and tensor of everything in the adapter's file, one at a time."""
     from safetensors import safe_open
 
     with safe_open(os.path.join(folder, ADAPTER_WEIGHTS), framework="pt") as file:
@@ -82,7 +82,7 @@ def stored_tensors(folder: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def split_key(key: str) -> tuple[str, str | None]:
-    """`base_model.model.<module>.lora_A.weight` as (module, factor); factor None for other tensors."""
+    """Split `base_model.model.<module>.lora_A.weight` into (module, factor); factor is None for other tensors."""
     for factor in ("lora_A", "lora_B"):
         name, found, _ = key.partition(f".{factor}.")
         if found:

@@ -160,7 +160,7 @@ _FORMS = {
 
 
 def _patterns(config: Any) -> Iterator[tuple[str, str]]:
-    """Every text that peft matches as a regular expression, by the setting that it stands in; no plain names."""
+    """Yield every text that peft matches as a regular expression, by the setting that it stands in; no plain names."""
     for name, form in _FORMS.items():
         value = getattr(config, name, None) or []
         if name in ("target_modules", "exclude_modules") and not isinstance(value, str):

@@ -106,16 +106,16 @@ def _attached(model: nn.Module, adapter: str, source: str, trainable: bool) -> n
 
 
 def _listed(model: nn.Module, shapes: Shapes) -> bool:
-    """Whether an adapter has factors of experts in a list, and the model has experts in one parameter."""
+    """Return whether an adapter has factors of experts in a list, and the model has experts in one parameter."""
     modules = {name for name, _ in model.named_modules()}
     return any(factor and is_listed(module, modules) for module, factor in map(split_key, shapes))
 
 
 def _replaced_weights(model: nn.Module, folder: str, config: Any, shapes: Shapes) -> list[str]:
-    """The base's own parameters that the adapter stores with other values: unfrozen by hand when it was trained.
+    """Find the base's own parameters that the adapter stores with other values.
 
-    Those that the configuration names (modules_to_save, bias) are told by it. Embeddings may be stored only because
-    the vocabulary was resized; so rows that the base has decide.
+    They were unfrozen by hand when it was trained. Those that the configuration names (modules_to_save, bias) are
+    told by it. Embeddings may be stored only because the vocabulary was resized; so rows that the base has decide.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     biases = getattr(config, "bias", "none") != "none"

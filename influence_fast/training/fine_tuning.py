@@ -41,7 +41,7 @@ RECORD = "training.json"
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What fine-tuning left behind.
+    """The result of a fine-tuning.
 
     `path` holds the adapter in peft's format, or the whole model after full fine-tuning. `loss_history` is
     [(optimizer step, mean training loss since the last entry)]. `checkpoints` are in the order of training.
@@ -58,7 +58,7 @@ class TrainResult:
 
 
 class FinetuneOptions(TypedDict, total=False):
-    """What `finetune` takes beside what decides the result.
+    """Options of `finetune` that do not decide its result.
 
     progress: a progress bar on stderr (default True).
     overwrite: replace another result in `output_dir` (default False).
@@ -84,17 +84,32 @@ def finetune(
     lora: LoraSettings | None,
     **options: Unpack[FinetuneOptions],
 ) -> TrainResult:
-    """Fine-tunes `model` on tokenized examples {"id", "input_ids" (n,), "labels" (n,)}, -100 labels ignored.
+    """Fine-tune `model` on tokenized examples.
 
-    With `lora` a fresh adapter is trained and saved, and `model` comes back as it was given: attach the adapter
-    by `load_finetuned`. Without it every weight of `model` is trained in place, or, where `model` is a PeftModel,
-    the adapter that it carries. `output_dir` is written under a temporary name and renamed when it is whole.
-    `options` are `progress`, `overwrite`, `callbacks` and `on_memory`: see `FinetuneOptions`.
+    Args:
+        model: a causal LM, or a PeftModel whose adapter is trained further.
+        tokenizer: its tokenizer, which is saved with the result.
+        examples: {"id", "input_ids" [n], "labels" [n]}; labels of -100 are ignored.
+        output_dir: written under a temporary name and renamed when it is whole.
+        config: how to train.
+        lora: a fresh adapter is trained and saved, and `model` comes back as it was given: attach the adapter by
+            `load_finetuned`. None trains every weight of `model` in place, or the adapter that it carries.
+        options: `progress`, `overwrite`, `callbacks` and `on_memory`: see `FinetuneOptions`.
 
-    Raises DataError (no examples, malformed or fully masked ones), ConfigError (`output_dir` holds something else
-    and `overwrite` is False, the arguments come in another order, or the training clearly does not fit in memory),
-    ModelError (unknown target modules) and
-    NumericError (the loss became NaN).
+    Returns:
+        A `TrainResult`; a finished one of the same configuration and data is read instead of trained again.
+
+    Raises:
+        DataError: no examples, malformed or fully masked ones.
+        ConfigError: `output_dir` holds something else and `overwrite` is False, the arguments come in another order, or
+            the training clearly does not fit in memory.
+        ModelError: unknown target modules.
+        NumericError: the loss became NaN.
+
+    Example:
+        >>> lora = inf.LoraSettings(r=16)  # doctest: +SKIP
+        >>> inf.finetune(model, tok, tokens, "adapter", config=inf.TrainConfig(), lora=lora).path  # doctest: +SKIP
+        PosixPath('adapter')
     """
     from peft import PeftModel
 
@@ -182,11 +197,21 @@ def _writing(folder: Path, what: str) -> Iterator[None]:
 
 
 def load_finetuned(model: torch.nn.Module, path: str | Path, *, trainable: bool = False) -> torch.nn.Module:
-    """`model` (the base) with the adapter of `path`, or the fully fine-tuned model that the folder `path` holds.
+    """Load the adapter, or the fully fine-tuned model, that `path` holds.
 
-    `path`: a folder, or the hub id of an adapter. An adapter is attached to `model` in place; `.unload()` takes it off
-    again. A whole model comes in the dtype and on the device of `model`. Raises ModelError when `path` holds neither,
-    or when the adapter does not fit the model.
+    Args:
+        model: the base. An adapter is attached to it in place; `.unload()` takes it off again.
+        path: a folder, or the hub id of an adapter.
+        trainable: leave the adapter's factors asking for gradients.
+
+    Returns:
+        The `PeftModel` around `model`, or a whole model in the dtype and on the device of `model`.
+
+    Raises:
+        ModelError: `path` holds neither, or the adapter does not fit the model.
+
+    Example:
+        >>> model = inf.load_finetuned(base, "adapter")  # doctest: +SKIP
     """
     from transformers import AutoModelForCausalLM
 
@@ -222,7 +247,7 @@ def finetuned(base: torch.nn.Module, path: str | Path) -> Iterator[Any]:
 
 
 def load_adam_moments(checkpoint: str | Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Adam's state of a checkpoint by parameter name: {name: {"exp_avg", "exp_avg_sq", "step"}}.
+    """Load Adam's state of a checkpoint by parameter name: {name: {"exp_avg", "exp_avg_sq", "step"}}.
 
     `exp_avg` and `exp_avg_sq` have their parameter's shape. Raises ModelError when the folder has no such state, or
     another optimizer's.
@@ -251,7 +276,7 @@ def _with_defaults(options: FinetuneOptions) -> FinetuneOptions:
 
 
 def _check_order(model: Any, tokenizer: Any, examples: Any) -> None:
-    """ConfigError for arguments that stand in each other's places."""
+    """Raise ConfigError for arguments that stand in each other's places."""
     order = "finetune takes (model, tokenizer, examples, output_dir)"
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"{order}, and the first is a {type(model).__name__}, which is no model")
@@ -285,7 +310,7 @@ def _check(examples: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _finished(path: Path, record: Mapping[str, Any]) -> TrainResult | None:
-    """The finished result in `path` when exactly this configuration made it."""
+    """Return the finished result in `path` if exactly this configuration made it."""
     try:
         old = json.loads((path / RECORD).read_text(encoding="utf-8"))
         result = old.pop("result")
@@ -307,7 +332,7 @@ def _finished(path: Path, record: Mapping[str, Any]) -> TrainResult | None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keeps the libraries' notes and bars off the screen; errors still raise."""
+    """Keep the libraries' notes and bars off the screen; errors still raise."""
     from transformers.utils import logging as transformers_logging
 
     bars = transformers_logging.is_progress_bar_enabled()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from influence_fast.errors import ConfigError, ModelError, truncated_list, warn_once
+from influence_fast.errors import ConfigError, ModelError, setting, truncated_list, warn_once
 from influence_fast.gradients.model.scorable import unscorable_layers
 from influence_fast.training.adapter_settings import check_patterns
 from influence_fast.training.settings import LoraSettings
@@ -18,7 +18,7 @@ _WIDEST = 8  # times the rank of a weight that an adapter's may have: more than 
 
 
 def attach_lora(model: torch.nn.Module, lora: LoraSettings, seed: int) -> torch.nn.Module:
-    """`model` with a fresh adapter, its A factors drawn from `seed`; of "all-linear" those that can be scored.
+    """Return `model` with a fresh adapter, its A factors drawn from `seed`; of "all-linear" those that can be scored.
 
     Raises ModelError where LoRA does not fit.
     """
@@ -63,9 +63,10 @@ def _wrapped(model: torch.nn.Module, lora: LoraSettings, seed: int, exclude: Seq
         return wrapped
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
-        remedy = "Mend lora.target_modules" + (" or lora.target_parameters." if lora.target_parameters else ".")
+        names = ["lora.target_modules", *(["lora.target_parameters"] if lora.target_parameters else [])]
+        remedy = f"Mend {' or '.join(map(setting, names))}."
         if "lora_dropout" in reason:  # peft turns names of expert linears into those of their fused parameters
-            remedy = "Set lora.dropout to 0, or leave experts out of lora.target_modules."
+            remedy = f"Set {setting('lora.dropout')} to 0, or leave experts out of {setting('lora.target_modules')}."
         raise ModelError(f"LoRA does not fit this model: {reason} {remedy}") from error
 
 
@@ -74,5 +75,6 @@ def check_rank(model: torch.nn.Module, rank: int) -> None:
     widths = [min(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)]
     if widths and rank > _WIDEST * max(widths):
         raise ConfigError(
-            f"lora.r is {rank}, and no weight of the model has a rank above {max(widths)}: choose a lower one"
+            f"{setting('lora.r')} is {rank}, and no weight of the model has a rank above {max(widths)}: choose a "
+            "lower one"
         )

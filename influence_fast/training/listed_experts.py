@@ -21,7 +21,7 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def is_listed(module: str, modules: Collection[str]) -> bool:
-    """Tell whether `module` is an expert's linear, or a router, that a model with these `modules` has not as such."""
+    """Return whether `module` is an expert's linear, or a router, that a model with these `modules` has not as such."""
     return module not in modules and _EXPERT.search(module) is not None
 
 
@@ -44,7 +44,7 @@ class ExpertFactors:
         self._taken = 0.0
 
     def take(self, module: str, factor: str, values: torch.Tensor) -> bool:
-        """Tell whether the stored factor of an expert's linear `module` is among the loaded ones, and count it."""
+        """Return whether the stored factor of an expert's linear `module` is among the loaded ones, and count it."""
         found = _EXPERT.search(module)
         expert = int(found[1] or 0) if found else 0
         self._taken += _squares(values)
@@ -52,7 +52,7 @@ class ExpertFactors:
 
     @property
     def whole(self) -> bool:
-        """Whether there is nothing in the loaded factors but what was taken."""
+        """Return whether there is nothing in the loaded factors but what was taken."""
         return abs(self._squares - self._taken) <= 1e-6 * self._squares
 
 
@@ -66,7 +66,7 @@ def _squares(values: torch.Tensor) -> float:
 
 
 def _holds(wrapper: Any, expert: int, factor: str, values: torch.Tensor) -> bool:
-    """Whether one expert's part of a wrapper's factor has `values` [r, d_in] or [d_out, r] as a block."""
+    """Return whether one expert's part of a wrapper's factor has `values` [r, d_in] or [d_out, r] as a block."""
     experts = wrapper.num_experts
     if expert >= experts:
         return False

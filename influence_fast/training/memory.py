@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from influence_fast.data.packing import text_config
-from influence_fast.errors import ConfigError, warn_once
+from influence_fast.errors import ConfigError, plain, setting, warn_once
 from influence_fast.gradients.model.referee import decoder_of
 from influence_fast.gradients.step.opened import base_of, free_bytes
 from influence_fast.training.settings import TrainConfig
@@ -52,17 +52,17 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """Bytes that the training adds."""
+        """Return the bytes that the training adds."""
         return sum(self.needed.values())
 
     @property
     def fits(self) -> bool:
-        """Whether the training is expected to fit, with something to spare."""
+        """Return whether the training is expected to fit, with something to spare."""
         return self.free is None or self.total <= _TIGHT * self.free
 
     @property
     def refused(self) -> bool:
-        """Whether it clearly does not fit: estimates are right to about a fifth."""
+        """Return whether the training clearly does not fit: estimates are right to about a fifth."""
         return self.free is not None and self.total > _REFUSED * self.free
 
     def __str__(self) -> str:
@@ -78,8 +78,9 @@ class TrainingMemory:
         assert self.free is not None
         return (
             f"this training needs about {_size(self.total)} of memory, and {_size(self.free)} are free: lower "
-            f"training.batch_size {self.batch_size} and raise training.gradient_accumulation_steps by as much (the "
-            "updates stay the same), or set training.gradient_checkpointing"
+            f"{setting('training.batch_size')} {self.batch_size} and raise "
+            f"{setting('training.gradient_accumulation_steps')} by as much (the updates stay the same), or set "
+            f"{setting('training.gradient_checkpointing')}"
         )
 
 
@@ -132,7 +133,7 @@ def check_memory(memory: TrainingMemory) -> None:
     if memory.refused and os.environ.get(IGNORE, "0") in ("", "0"):
         raise ConfigError(f"{memory.remedy()} (to try it all the same, set {IGNORE}=1)")
     if not memory.fits:
-        warn_once(logger, memory.remedy())
+        warn_once(logger, plain(memory.remedy()))
 
 
 def _kept_bytes(model: Any, length: int) -> int | None:

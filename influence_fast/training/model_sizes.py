@@ -57,7 +57,7 @@ def _sizes(settings: Any, where: str = "", level: int = 0) -> Iterator[tuple[str
 
 
 def _shapes(path: Path) -> Iterator[list[int]]:
-    """The shapes in the header of a safetensors file."""
+    """Yield the shapes in the header of a safetensors file."""
     with path.open("rb") as file:
         (size,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(min(size, _LARGEST_HEADER)))

@@ -51,19 +51,29 @@ def load_model(
     trust_remote_code: bool = False,
     quantize: str | None = None,
 ) -> Any:
-    """A causal LM in evaluation mode, with a LoRA adapter where one is asked for.
+    """Load a causal LM in evaluation mode, with a LoRA adapter if one is named.
 
-    `adapter`: folder or hub id of a peft LoRA adapter, loaded trainable; without one, the plain model (a
-    fresh adapter comes by `fine_tuning.attach_lora`). `dtype`: `"float32"` or `"bfloat16"` for the base weights; peft
-    keeps adapter factors in float32. `quantize`: `"nf4"`, `"fp4"` or `"int8"` quantises the base weights as they are
-    loaded (QLoRA), by bitsandbytes; a folder whose configuration says how it is quantised needs none. `device`:
-    `"auto"` is the first CUDA device, else the CPU.
+    Args:
+        model_id_or_path: folder or hub id of the model.
+        adapter: folder or hub id of a peft LoRA adapter, loaded trainable; without one, the plain model (a fresh
+            adapter comes by `fine_tuning.attach_lora`).
+        dtype: `"float32"` or `"bfloat16"` for the base weights; peft keeps adapter factors in float32.
+        device: `"auto"` is the first CUDA device, else the CPU.
+        attn_implementation: as transformers takes it.
+        trust_remote_code: run code of the repository.
+        quantize: `"nf4"`, `"fp4"` or `"int8"` quantises the base weights as they are loaded (QLoRA), by bitsandbytes; a
+            folder whose configuration says how it is quantised needs none.
 
-    Returns a `PreTrainedModel`, or a `PeftModel` around it.
+    Returns:
+        A `PreTrainedModel`, or a `PeftModel` around it.
 
-    Raises ModelError: model or adapter not found or not loadable, weights missing in the checkpoint, an adapter
-    that does not fit (first mismatching module, both shapes). ConfigError: unknown dtype,
-    quantisation or device.
+    Raises:
+        ModelError: model or adapter not found or not loadable, weights missing in the checkpoint, an adapter that does
+            not fit (first mismatching module, both shapes).
+        ConfigError: unknown dtype, quantisation or device.
+
+    Example:
+        >>> model = inf.load_model("Qwen/Qwen2.5-0.5B", adapter="my-adapter", dtype="bfloat16")  # doctest: +SKIP
     """
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
@@ -100,7 +110,7 @@ def _device(device: str) -> torch.device:
 def _placed(
     source: str, dtype: torch.dtype, trust_remote_code: bool, target: torch.device, quantize: str | None
 ) -> dict[str, Any]:
-    """What `from_pretrained` is told of a repository's code, of quantised weights, and of where these go."""
+    """Return what `from_pretrained` is told of a repository's code, of quantised weights, and of where these go."""
     from transformers import AutoConfig
 
     check_folder(source, "config.json", "model")

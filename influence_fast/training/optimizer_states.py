@@ -55,12 +55,12 @@ class AdamState:
 
     @property
     def unbiased(self) -> torch.Tensor:
-        """fp64: v / (1 - beta2^step)."""
+        """Return the unbiased second moments, v / (1 - beta2^step), in fp64."""
         return self.second.to(torch.float64) / (1 - self.beta2 ** float(self.values["step"]))
 
     @property
     def fault(self) -> str:
-        """Why `unbiased` is no second moment, as a part of a message; empty where it is one."""
+        """Return why `unbiased` is no second moment, as a part of a message; empty if it is one."""
         step = float(self.values["step"])
         if not 0 < step < math.inf:
             return f"step {step:g} (the optimizer made none, or the file was changed)"
@@ -73,7 +73,7 @@ class AdamState:
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """What an optimizer saved: `groups` of parameters (numbers, or names where it was gathered by FSDP), their states.
+    """State that an optimizer saved: `groups` of parameters (numbers, or names if FSDP gathered it), their states.
 
     Every state is Adam's. `states` lacks parameters that never had a gradient.
     """
@@ -179,7 +179,7 @@ def _check_adam(path: Path, states: Mapping[Any, Any]) -> None:
 
 
 def _check_moments(path: Path, name: Any, values: Mapping[str, Any]) -> None:
-    """ModelError for moments that are no dense tensors of numbers, or a step that is no number."""
+    """Raise ModelError for moments that are no dense tensors of numbers, or a step that is no number."""
     moments = [key for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if key in values]
     for key in moments:
         moment = values[key]

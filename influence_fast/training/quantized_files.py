@@ -80,7 +80,7 @@ def check_installed(package: str, source: str, why: str = "") -> None:
 
 
 def keep_as_stored(model: Any) -> None:
-    """Have bitsandbytes leave the codes and scales of a loaded model as they are, and be quiet about each product.
+    """Keep bitsandbytes from changing the codes and scales of a loaded model, and silence its note on each product.
 
     On CPUs with bf16 arithmetic it reorders 4-bit weights in the first forward and rounds their scales, after which the
     model would have another hash.
@@ -113,7 +113,7 @@ def quantized_weights(config: Any, base: Any, quantize: str | None = None) -> Qu
 
 
 def _stored_bytes(settings: dict[str, Any], d_out: int, d_in: int) -> float:
-    """Bytes of one weight: its codes, and the scales of its rows, blocks or groups."""
+    """Return the bytes of one weight: its codes, and the scales of its rows, blocks or groups."""
     count = d_out * d_in
     if settings.get("load_in_8bit"):
         return count + 4 * d_out

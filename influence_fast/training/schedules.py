@@ -85,7 +85,7 @@ def checkpoint_rates(
 
 
 def _agrees(rates: np.ndarray, state: Mapping[str, Any] | None, step: int, logged: Sequence[tuple[int, float]]) -> bool:
-    """Whether rates are those of a scheduler's state after `step` steps and of the logged points.
+    """Return whether rates are those of a scheduler's state after `step` steps and of the logged points.
 
     Up to version 5 transformers logged the rate of the next step.
     """
@@ -116,7 +116,7 @@ def group_rates(checkpoint: Path) -> list[float]:
 
 
 def _optimizer_rates(checkpoint: Path) -> list[list[Any]]:
-    """Top rates and rates of the optimizer's groups, [] each where some group does not say."""
+    """Return top rates and rates of the optimizer's groups, [] each if some group does not say."""
     path = optimizer_file(checkpoint)
     if path is None:
         return []
@@ -146,7 +146,7 @@ def _candidates(checkpoint: Path, max_steps: int) -> list[Schedule]:
 
 
 def _by_record(folder: Path, max_steps: int) -> Schedule | None:
-    """By the record of `finetune`."""
+    """Read the schedule from the record of `finetune`."""
     try:
         train = json.loads((folder / "training.json").read_text(encoding="utf-8"))["train"]
         warmup = round(train["warmup_ratio"] * max_steps)
@@ -156,7 +156,7 @@ def _by_record(folder: Path, max_steps: int) -> Schedule | None:
 
 
 def _by_arguments(path: Path, max_steps: int) -> Schedule | None:
-    """By the arguments that transformers' Trainer pickles."""
+    """Read the schedule from the arguments that transformers' Trainer pickles."""
     arguments = read_arguments(path)
     try:
         warmup = float(arguments.get("warmup_steps") or 0)

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from influence_fast.errors import ConfigError, did_you_mean
+from influence_fast.errors import ConfigError, did_you_mean, setting
 from influence_fast.settings import MAX_TRAINING_SEED, check_seed
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -15,12 +15,21 @@ SCHEDULES = ("constant", "constant_with_warmup", "cosine", "linear")
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """How to fine-tune. Batches hold examples of like length; the loss is the mean over completion tokens.
+    """Settings of a fine-tuning.
 
-    `max_steps` > 0 overrides `epochs`. `save_checkpoints`: True keeps one checkpoint an epoch, a number N one
-    every N optimizer steps, each with its optimizer state. `precision`: "auto" is bf16 where a GPU has it.
-    `packing`: examples share rows of so many tokens (best fit decreasing), each seeing itself alone, and `batch_size`
-    counts rows; None pads.
+    Batches hold examples of like length; the loss is the mean over completion tokens.
+
+    Attributes:
+        epochs, max_steps: how long; `max_steps` > 0 overrides `epochs`.
+        save_checkpoints: True keeps one checkpoint an epoch, a number N one every N optimizer steps, each with its
+            optimizer state.
+        precision: "auto" is bf16 on a GPU that has it.
+        packing: examples share rows of so many tokens (best fit decreasing), each seeing itself alone, and `batch_size`
+            counts rows; None pads.
+
+    Example:
+        >>> inf.TrainConfig(epochs=2, learning_rate=1e-4).batch_size
+        16
     """
 
     epochs: float = 3.0
@@ -53,21 +62,36 @@ class TrainConfig:
                 raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be a finite number")
         check_seed("training.seed", self.seed, MAX_TRAINING_SEED)
         if self.epochs <= 0 and self.max_steps <= 0:
-            raise ConfigError("training.epochs and training.max_steps are both not above 0; set one of them")
+            raise ConfigError(
+                f"{setting('training.epochs')} and {setting('training.max_steps')} are both not above 0; set one of "
+                "them"
+            )
         if not 0 <= self.warmup_ratio < 1:
-            raise ConfigError(f"training.warmup_ratio is {self.warmup_ratio}; it must be at least 0 and below 1")
+            raise ConfigError(
+                f"{setting('training.warmup_ratio')} is {self.warmup_ratio}; it must be at least 0 and below 1"
+            )
         if self.packing is not None and self.packing < 2:
-            raise ConfigError(f"training.packing is {self.packing}; it is the tokens of a row, or left out")
+            raise ConfigError(
+                f"{setting('training.packing')} is {self.packing}; it is the tokens of a row, or left out"
+            )
         if self.save_checkpoints < 0:
-            raise ConfigError(f"training.save_checkpoints is {self.save_checkpoints}; use true, false or a step count")
+            raise ConfigError(
+                f"{setting('training.save_checkpoints')} is {self.save_checkpoints}; use true, false or a step count"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """The peft adapter: `y = W x + (alpha / r) B A x` on `target_modules` (Hu et al., arXiv 2106.09685).
+    """Settings of a peft adapter: `y = W x + (alpha / r) B A x` on `target_modules` (Hu et al., arXiv 2106.09685).
 
-    `target_modules`: "all-linear" is every linear layer but the head that can be scored. `target_parameters`: names of
-    parameters with an adapter too, as of experts in one tensor ("experts.gate_up_proj"), for which dropout is 0.
+    Attributes:
+        target_modules: "all-linear" is every linear layer but the head that can be scored.
+        target_parameters: names of parameters with an adapter too, as of experts in one tensor
+            ("experts.gate_up_proj"), for which dropout is 0.
+
+    Example:
+        >>> inf.LoraSettings(r=8, alpha=16).target_modules
+        'all-linear'
     """
 
     r: int = 16
@@ -78,18 +102,20 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         if self.r < 1:
-            raise ConfigError(f"lora.r is {self.r}; it must be at least 1")
+            raise ConfigError(f"{setting('lora.r')} is {self.r}; it must be at least 1")
         if not math.isfinite(self.alpha) or self.alpha == 0:
-            raise ConfigError(f"lora.alpha is {self.alpha}; it must be a finite number, and not 0")
+            raise ConfigError(f"{setting('lora.alpha')} is {self.alpha}; it must be a finite number, and not 0")
         if not 0 <= self.dropout < 1:
-            raise ConfigError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1")
+            raise ConfigError(f"{setting('lora.dropout')} is {self.dropout}; it must be at least 0 and below 1")
         if tuple(self.target_modules) == ("all-linear",):
             object.__setattr__(self, "target_modules", "all-linear")
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
         object.__setattr__(self, "target_parameters", tuple(self.target_parameters))
         if self.target_parameters and self.dropout:
-            raise ConfigError(f"lora.dropout is {self.dropout}; it must be 0 with lora.target_parameters")
+            raise ConfigError(
+                f"{setting('lora.dropout')} is {self.dropout}; it must be 0 with {setting('lora.target_parameters')}"
+            )
 
     def record(self) -> dict[str, Any]:
         """Return the settings as they are written beside a result; those without an effect are left out."""

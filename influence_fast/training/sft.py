@@ -20,7 +20,7 @@ import torch
 
 from influence_fast.atomic import replacing
 from influence_fast.data.packing import IGNORED, example_name
-from influence_fast.errors import ConfigError, NumericError, one_line, truncated_list
+from influence_fast.errors import ConfigError, NumericError, one_line, setting, truncated_list
 from influence_fast.gradients.model.referee import Referee, decoder_of
 from influence_fast.training.files import list_checkpoints
 
@@ -43,7 +43,7 @@ def train(
     config: TrainConfig,
     callbacks: Sequence[TrainerCallback],
 ) -> tuple[list[tuple[int, float]], float, int]:
-    """Trains what of `model` asks for gradients, from the last checkpoint in `folder` where there is one.
+    """Train the parameters of `model` that ask for gradients, from the last checkpoint in `folder` if there is one.
 
     Returns [(optimizer step, mean loss since the last entry)], seconds (those before that checkpoint included), and
     tokens seen (padding not counted).
@@ -64,7 +64,9 @@ def train(
         seconds = spent + time.perf_counter() - start
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not all(bool(torch.isfinite(parameter).all()) for parameter in trained):  # by the last step, after its loss
-        raise NumericError("the last training step left weights that are not finite: lower training.learning_rate")
+        raise NumericError(
+            f"the last training step left weights that are not finite: lower {setting('training.learning_rate')}"
+        )
     history = [(int(log["step"]), float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
     return history, seconds, int(trainer.state.num_input_tokens_seen)
 
@@ -76,13 +78,13 @@ def make_trainer(
     folder: Path,
     config: TrainConfig,
 ) -> Any:
-    """A `trl.SFTTrainer` for tokenized `examples`, ready to train; `model` keeps trl's patches (see `train`)."""
+    """Make a `trl.SFTTrainer` for tokenized `examples`, ready to train; `model` keeps trl's patches (see `train`)."""
     from transformers import PrinterCallback, ProgressCallback
     from trl import SFTConfig, SFTTrainer
 
     class Trainer(SFTTrainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
-            """An order that a run which goes on in the middle of an epoch finds again."""
+            """Return an order that a run which goes on in the middle of an epoch finds again."""
             args: Any = self.args
             rows: Any = self.train_dataset if train_dataset is None else train_dataset
             lengths = None if packing else [len(row["input_ids"]) for row in rows]
@@ -90,14 +92,15 @@ def make_trainer(
             return EpochOrder(len(rows), lambda: int(self.state.epoch or 0), args.seed, lengths, group)
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-            """None: the result's record (training.json) says what made it."""
+            """Write no model card: the result's record (training.json) says what made it."""
 
     packing = config.packing is not None
     if config.packing is not None:
         long = [example_name(e, i) for i, e in enumerate(examples) if len(e["input_ids"]) > config.packing]
         if long:
             raise ConfigError(
-                f"training.packing is {config.packing} tokens, and longer are {truncated_list(long)}: raise it"
+                f"{setting('training.packing')} is {config.packing} tokens, and longer are {truncated_list(long)}: "
+                "raise it"
             )
     save_steps = 0 if isinstance(config.save_checkpoints, bool) else config.save_checkpoints
     saving = "no" if not config.save_checkpoints else ("steps" if save_steps else "epoch")
@@ -167,7 +170,7 @@ def make_trainer(
 
 
 def _dataset(examples: Sequence[Mapping[str, Any]]) -> Any:
-    """A `datasets.Dataset` of int32 `input_ids` and `labels`."""
+    """Make a `datasets.Dataset` of int32 `input_ids` and `labels`."""
     from datasets import Dataset
 
     columns = {key: [torch.as_tensor(e[key]).to(torch.int32).numpy() for e in examples] for key in FIELDS}
@@ -239,7 +242,7 @@ def _no_data_bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _left_as_it_was(model: Any) -> Iterator[None]:
-    """Takes back what trl and transformers change in a model beside its weights."""
+    """Undo what trl and transformers change in a model beside its weights."""
     base = _base(model)
     patched = [base, model] if base is not model else [base]
     forwards = [part.__dict__.get("forward") for part in patched]
@@ -266,7 +269,7 @@ def _left_as_it_was(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _packs_apart(model: Any, config: TrainConfig) -> Iterator[None]:
-    """With `config.packing`: attention that keeps the examples of a pack apart, shown to do so on two of them.
+    """Set attention that keeps the examples of a pack apart, if `config.packing` is set, and test it on two of them.
 
     Flash-attention stays where the model has it; the others are replaced by `attention.packed_attention`, since they
     see a pack as one text.
@@ -278,7 +281,8 @@ def _packs_apart(model: Any, config: TrainConfig) -> Iterator[None]:
     with _keeps_packs_apart(base) as apart:
         if not apart:
             raise ConfigError(
-                f"training.packing: in a pack the examples of this model ({base.config.model_type}, attention "
+                f"{setting('training.packing')}: in a pack the examples of this model ({base.config.model_type}, "
+                "attention "
                 f"{base.config._attn_implementation}) see each other, which would train on mixed-up contexts: "
                 "leave packing out, or load the model with flash-attention where its attention is to blame and has it"
             )
@@ -287,7 +291,7 @@ def _packs_apart(model: Any, config: TrainConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _keeps_packs_apart(base: Any) -> Iterator[bool]:
-    """While the block runs, the model's attention is what agrees with its own forward; yields whether packed."""
+    """Set the attention that agrees with the model's own forward, for the block; yield whether packs are apart."""
     training = {module: module.training for module in base.modules()}
 
     def restore() -> None:
@@ -309,7 +313,7 @@ def _base(model: Any) -> Any:
 
 
 def _end_checkpoints(spent: float) -> Any:
-    """A callback that writes, beside each optimizer.pt, which parameter each of its indices is; a checkpoint's end.
+    """Return a callback that writes, beside each optimizer.pt, which parameter each of its indices is.
 
     The seconds of training so far, after `spent` ones, are kept with it.
     """
@@ -342,15 +346,18 @@ def _count_on(trainer: Any) -> Any:
 
 
 def _stop_at_nan() -> Any:
-    """A callback that raises NumericError at the first loss that is not finite: what follows would be trained for
-    nothing."""
+    """Return a callback that raises NumericError at the first loss that is not finite.
+
+    What follows would be trained for nothing.
+    """
     from transformers import TrainerCallback
 
     class StopAtNan(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if not math.isfinite(float((logs or {}).get("loss", 0.0))):
                 raise NumericError(
-                    f"the training loss is not finite at step {state.global_step}: lower training.learning_rate"
+                    f"the training loss is not finite at step {state.global_step}: lower "
+                    f"{setting('training.learning_rate')}"
                 )
 
     return StopAtNan()

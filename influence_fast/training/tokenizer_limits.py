@@ -41,7 +41,7 @@ def check_tokenizer_file(path: Path) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _tried(parts: str) -> str:
-    """Why the patterns are not to be used; empty where nothing speaks against them."""
+    """Return why the patterns are not to be used; empty if nothing speaks against them."""
     texts = list(_texts(json.loads(parts)))
     work = {"task": "tokens", "parts": json.loads(parts), "texts": texts}
     done = limited(work, seconds=SECONDS, memory=MEMORY)
@@ -57,7 +57,7 @@ def _tried(parts: str) -> str:
 
 
 def _texts(parts: Any) -> Iterator[str]:
-    """Runs of usual characters, and of those that the patterns name."""
+    """Yield runs of usual characters, and of those that the patterns name."""
     units, named = dict.fromkeys(_UNITS), ""
     for pattern in _patterns(parts):
         plain = re.sub(r"\\.|[\[\](){}|*+?^$]", "", pattern)[:200]
@@ -73,7 +73,7 @@ def _texts(parts: Any) -> Iterator[str]:
 
 
 def _patterns(part: Any) -> Iterator[str]:
-    """Texts of the patterns anywhere inside a part of the file."""
+    """Yield the texts of the patterns anywhere inside a part of the file."""
     if isinstance(part, dict):
         pattern = part.get("pattern")
         if isinstance(pattern, dict):

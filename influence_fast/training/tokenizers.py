@@ -58,11 +58,14 @@ def load_tokenizer(
         model: is checked to have an embedding for every token (`check_tokenizer`).
         trust_remote_code: run a tokenizer's own code.
 
-    Returns the tokenizer. One without a padding token pads with EOS, or with another special token where it has none.
+    Returns:
+        The tokenizer. One without a padding token pads with EOS, or with another special token where it has none.
 
-    Raises ModelError: not found, neither an EOS token nor a chat template, more tokens than `model` has embeddings.
+    Raises:
+        ModelError: not found, neither an EOS token nor a chat template, more tokens than `model` has embeddings.
 
-        tokenizer = inf.load_tokenizer("Qwen/Qwen2.5-0.5B", adapter="my-adapter")
+    Example:
+        >>> tokenizer = inf.load_tokenizer("Qwen/Qwen2.5-0.5B", adapter="my-adapter")  # doctest: +SKIP
     """
     base = os.fspath(model_id_or_path)
     source = os.fspath(tokenizer or adapter or base)
@@ -107,7 +110,7 @@ def check_tokenizer(
 
 
 def _of_adapter(adapter: str, base: str, trust_remote_code: bool) -> Any:
-    """The adapter's tokenizer, or the base's with the adapter's template, or the base's."""
+    """Return the adapter's tokenizer, or the base's with the adapter's template, or the base's."""
     folder = _adapter_folder(adapter)
     template = _template_in(folder)
     if not any((folder / name).is_file() for name in VOCABULARIES):
@@ -140,7 +143,7 @@ def _difference(own: Any, of_base: Any) -> str:
 
 
 def _adapter_folder(adapter: str) -> Path:
-    """The local folder with an adapter's tokenizer files, fetched from the hub where it is not local."""
+    """Return the local folder with an adapter's tokenizer files, fetched from the hub if it is not local."""
     folder = Path(adapter).expanduser()
     if os.path.isdir(folder):
         check_no_pipes(folder)
@@ -155,7 +158,7 @@ def _adapter_folder(adapter: str) -> Path:
 
 
 def _template_in(folder: Path) -> Any:
-    """The chat template that lies in a folder: its text, named ones as a dict, or None.
+    """Read the chat template that lies in a folder: its text, named ones as a dict, or None.
 
     Raises ModelError for a file that is no JSON.
     """
@@ -181,7 +184,7 @@ def _template_in(folder: Path) -> Any:
 
 
 def _open(source: str, trust_remote_code: bool, base: str | None = None) -> Any:
-    """The tokenizer of a folder or hub id; `base`: the model whose configuration an adapter's folder lacks."""
+    """Open the tokenizer of a folder or hub id; `base`: the model whose configuration an adapter's folder lacks."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -219,7 +222,7 @@ def _open(source: str, trust_remote_code: bool, base: str | None = None) -> Any:
 
 
 def _tokenizer_file(source: str) -> Path | None:
-    """The tokenizer.json of a folder or hub id, None where there is none or the hub cannot be asked."""
+    """Return the tokenizer.json of a folder or hub id, None if there is none or the hub cannot be asked."""
     path = Path(source).expanduser() / "tokenizer.json"
     if os.path.isdir(source):
         return path if path.is_file() else None
@@ -232,7 +235,7 @@ def _tokenizer_file(source: str) -> Path | None:
 
 
 def _config_of(base: str, trust_remote_code: bool) -> dict[str, Any]:
-    """The base's configuration as an option of AutoTokenizer, which chooses a class by the model's type.
+    """Return the base's configuration as an option of AutoTokenizer, which chooses a class by the model's type.
 
     Without it the same files in an adapter's folder would be split by another class than in the base's.
     """
@@ -245,7 +248,10 @@ def _config_of(base: str, trust_remote_code: bool) -> dict[str, Any]:
 
 
 def _set_padding(tokenizer: Any) -> None:
-    """Padding is masked wherever it stands, so any special token will do; without one, callers pad with id 0."""
+    """Set a padding token: padding is masked wherever it stands, so any special token will do.
+
+    Without one, callers pad with id 0.
+    """
     if tokenizer.pad_token_id is not None:
         return
     candidates = [tokenizer.eos_token, tokenizer.unk_token, *tokenizer.all_special_tokens]

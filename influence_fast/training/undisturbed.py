@@ -15,7 +15,7 @@ _PLAIN = (bool, int, float, str, type(None))
 
 @contextlib.contextmanager
 def random_states_kept() -> Iterator[None]:
-    """Put the random states of Python, numpy and torch, on every device in use, back when the block ends."""
+    """Restore the random states of Python, numpy and torch, on every device in use, when the block ends."""
     python, numbers, host = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     cards = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
     metal = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
@@ -33,7 +33,7 @@ def random_states_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Put back, when the block ends, all that running a model may change beside its frozen weights.
+    """Restore all that running a model may change beside its frozen weights, when the block ends.
 
     These are random states, the mode and every plain setting of each module, its buffers and the numbers in them (some
     rotary embeddings follow the longest text that they have seen), which parameters ask for gradients, and the

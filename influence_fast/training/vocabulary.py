@@ -28,7 +28,7 @@ OWN_ROWS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary(
 
 
 def fit_vocabulary(model: nn.Module, adapter: str, source: str) -> None:
-    """Resize `model` in place to as many embeddings as the adapter stores, where it stores any.
+    """Set the number of `model`'s embeddings, in place, to as many as the adapter stores, if it stores any.
 
     New rows are the mean of the old ones until the adapter brings its own, and again when it is taken off. That is
     said once. Nothing is done for the folder of a whole fine-tuned model.
@@ -46,7 +46,7 @@ def fit_vocabulary(model: nn.Module, adapter: str, source: str) -> None:
 
 @contextmanager
 def kept_embeddings(model: nn.Module, adapter: str) -> Iterator[None]:
-    """Put the embeddings of `model` back at the end, which an adapter that stores its own writes over.
+    """Restore the embeddings of `model` at the end, which an adapter that stores its own writes over.
 
     They are copied only where the adapter stores some. A resized vocabulary keeps its new size.
     """
@@ -66,7 +66,7 @@ def kept_embeddings(model: nn.Module, adapter: str) -> Iterator[None]:
 
 
 def embedding_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The input embeddings and the output head of a model without an adapter, by their modules' names."""
+    """Yield the input embeddings and the output head of a model without an adapter, by their modules' names."""
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
     for name, module in model.named_modules():
         if any(module is end for end in ends):
@@ -74,7 +74,7 @@ def embedding_matrices(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def stored_embeddings(model: nn.Module, shapes: Shapes) -> dict[str, set[int]]:
-    """Rows of every embedding matrix that the adapter stores, by module; several where its tensors disagree."""
+    """Return the rows of every embedding matrix that the adapter stores, by module; several if its tensors disagree."""
     found: dict[str, set[int]] = {}
     for name, _ in embedding_matrices(model):
         whole = re.compile(rf"{re.escape(name)}{WRAPPERS}\.weight")
@@ -120,7 +120,7 @@ def _trained_tokens(config: Any) -> list[int]:
 
 
 def _resize(model: Any, rows: int) -> None:
-    """Resize input and output embeddings, with what is added the mean of what there was.
+    """Set the rows of input and output embeddings; what is added is the mean of what there was.
 
     transformers would draw the added rows at random, and a base that comes out otherwise each time has another hash.
     """

@@ -19,7 +19,7 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 
-from influence_fast.errors import ConfigError, DataError
+from influence_fast.errors import ConfigError, DataError, setting
 from influence_fast.statistics.ranks import pairwise_signs, weighted_spearman
 
 
@@ -71,7 +71,7 @@ def linear_datamodeling_scores(
     if count < 3 or subsets.shape[0] != count:
         raise DataError(f"{subsets.shape[0]} subsets and the losses of {count}: at least 3, and of one number")
     if not np.isfinite(losses).all():
-        raise DataError("a retrained model's loss is NaN or infinite: lower training.learning_rate")
+        raise DataError(f"a retrained model's loss is NaN or infinite: lower {setting('training.learning_rate')}")
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(count, np.full(count, 1 / count), size=draws)  # [B, S] times each subset was drawn
     seed_draws = np.sort(rng.integers(0, seeds, (draws, seeds)), axis=1)

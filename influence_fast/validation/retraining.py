@@ -12,8 +12,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
+import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +32,7 @@ import numpy as np
 from influence_fast.atomic import replacing
 from influence_fast.config import RunConfig
 from influence_fast.data.examples import Example, tokenize
-from influence_fast.errors import DataError
+from influence_fast.errors import DataError, InfluenceFastError, one_line
 from influence_fast.isolation import current_folder_off_path
 from influence_fast.progress import bar
 from influence_fast.run.workdir import RunFolder, portable
@@ -102,14 +105,15 @@ def retrain(
             # A process starts when a job is submitted.
             with current_folder_off_path():
                 waiting = {pool.submit(_work, job, folder, stamp): job for job in todo}
+            started = list(pool._processes.values())
             try:
                 for future in as_completed(waiting):
                     done[waiting[future].name] = future.result()
                     advance()
             except BrokenProcessPool:
                 raise DataError(
-                    f"a retraining process was killed (out of memory?); {len(done)} of {len(work)} retrainings are "
-                    "done and kept: run the same command again, with fewer processes if memory is short"
+                    f"{_end_of(started)}; {len(done)} of {len(work)} retrainings are done and kept: run the same "
+                    "command again, with fewer processes if memory is short"
                 ) from None
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -152,19 +156,45 @@ class _World:
         return outcome
 
 
-_world: _World | None = None
+def _end_of(processes: Sequence[BaseProcess]) -> str:
+    """Return how a process ended that broke the pool; the pool ends the others by SIGTERM."""
+    for process in processes:
+        process.join(10)
+    codes = [process.exitcode for process in processes if process.exitcode not in (None, 0, -signal.SIGTERM)]
+    failed = [code for code in codes if code is not None and code > 0]
+    if failed:
+        return (
+            f"a retraining process ended with exit code {failed[0]} and the traceback above (a script of your own "
+            "needs if __name__ == '__main__': around its calls)"
+        )
+    killed = f" by signal {-codes[0]}" if codes and codes[0] is not None else ""
+    return f"a retraining process was killed{killed} (out of memory?)"
+
+
+_world: _World | InfluenceFastError | None = None
 
 
 def _open(config: RunConfig, queries: list[Example], threads: int) -> None:
+    """Open the world of this process; what goes wrong is raised by its work, since here it would only end the pool."""
     global _world
     import torch
 
     torch.set_num_threads(threads)
-    _world = _World(config, queries)
+    try:
+        _world = _World(config, queries)
+    except InfluenceFastError as error:
+        _world = error
+    except Exception as error:
+        traceback.print_exc()
+        _world = DataError(
+            f"a retraining process could not open its model and data ({type(error).__name__}: {one_line(error)})"
+        )
 
 
 def _work(job: Retraining, folder: Path, stamp: str) -> Outcome:
     assert _world is not None
+    if isinstance(_world, InfluenceFastError):
+        raise _world
     return _world.run(job, folder, stamp)
 
 

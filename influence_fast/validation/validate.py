@@ -29,7 +29,7 @@ from influence_fast import doctor
 from influence_fast.atomic import replacing
 from influence_fast.config import RunConfig
 from influence_fast.data.examples import tokenize
-from influence_fast.errors import ConfigError, DataError, one_line, truncated_list
+from influence_fast.errors import ConfigError, DataError, one_line, setting, truncated_list
 from influence_fast.guards import check_no_pipe
 from influence_fast.influence.checkpoints import learning_rates
 from influence_fast.influence.methods import Method, Scored, method_of, score_by
@@ -119,7 +119,8 @@ def _check(config: RunConfig, methods: Sequence[Method]) -> None:
     needy = [method.name for method in methods if method.moments or method.checkpoints]
     if needy and not config.training.save_checkpoints and config.model.adapter is None:
         raise ConfigError(
-            f"validate: {', '.join(needy)} read checkpoints with optimizer state: set training.save_checkpoints in a "
+            f"validate: {', '.join(needy)} read checkpoints with optimizer state: set "
+            f"{setting('training.save_checkpoints')} in a "
             "new output folder, or leave them out of validate.methods"
         )
 
@@ -210,7 +211,10 @@ def _proxy(pipeline: Pipeline, path: str) -> _Scorer:
     tokens = tokenize(pipeline.splits.pool, tokenizer, max_length=config.data.max_length, truncate=config.data.truncate)
     if tokens.too_long:
         names = truncated_list(name for name, _ in tokens.too_long)
-        raise DataError(f"{path}: in this proxy's tokens {names} are longer than max_length; raise it, or set truncate")
+        raise DataError(
+            f"{path}: in this proxy's tokens {names} are longer than {setting('data.max_length')}; raise it, or set "
+            f"{setting('data.truncate')}"
+        )
     training = dataclasses.replace(config.training, seed=config.pruning.seeds[0], save_checkpoints=False)
     name = hashlib.sha256(json.dumps([path, model_hashes(path)]).encode()).hexdigest()[:12]
     folder = pipeline.folder / FOLDER / f"proxy-{name}"

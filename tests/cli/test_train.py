@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,15 @@ def test_train_scores_influence_and_takes_its_settings(world: Path, capsys: pyte
     assert record["train"]["gradient_accumulation_steps"] == 2
     assert record["train"]["gradient_checkpointing"] is True
     files = sorted(path.name for path in (world / "out" / "influence").iterdir())
-    assert files == ["step-000001.parquet", "step-000002.parquet"]
+    assert files == ["made-with.json", "step-000001.parquet", "step-000002.parquet"]
     table = ScoreTable.load(world / "out" / "influence" / files[-1])
     assert table.ids == [f"train-{i}" for i in range(6)]
     assert (table["s_validation"] != 0).all()
+    # the training is finished, and scores of other validation examples are not these
+    assert main(arguments(world, "out", *options, *along)) in (0, None)
+    along[1] = str(world / "train.jsonl")
+    assert main(arguments(world, "out", *options, *along)) == 2
+    assert "made with other validation examples" in capsys.readouterr().err
 
 
 def test_train_says_what_does_not_go(
@@ -56,6 +62,11 @@ def test_train_says_what_does_not_go(
 ) -> None:
     assert main(arguments(world, "other", "--influence-every", "1")) == 2
     assert "--influence-every goes with --influence" in capsys.readouterr().err
+    validation = str(world / "validation.jsonl")
+    assert main(arguments(world, "other", "--influence", validation, "--influence-every", "0")) == 2
+    assert "--influence-every is 0; it must be at least 1" in capsys.readouterr().err
+    assert main(arguments(world, "other\udcff")) == 2
+    assert re.search(r"--output is .*other.udcff', a name that is not UTF-8", capsys.readouterr().err)
     monkeypatch.setattr(memory, "_free", lambda device: 1000)
     assert main(arguments(world, "other")) == 2
     said = capsys.readouterr()

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from torch.utils.data import DataLoader
-from transformers import BatchEncoding, DataCollatorForSeq2Seq
+from transformers import BatchEncoding, DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
 import influence_fast as inf
 from influence_fast.data.held import as_examples
-from influence_fast.errors import DataError
+from influence_fast.errors import ConfigError, DataError
 from influence_fast.gradients.per_example import per_example_losses
 
 LENGTHS = (5, 3, 7, 2, 4)
@@ -83,6 +83,18 @@ FORMS: dict[str, Callable[[], Any]] = {
     "dataset of tensors": lambda: Dataset.from_list(lists()).with_format("torch"),
     "dataset of arrays": lambda: Dataset.from_list(lists()).with_format("numpy"),
     "iterable dataset": lambda: Dataset.from_list(lists()).to_iterable_dataset(),
+    "dataset of frames": lambda: Dataset.from_list(lists()).with_format("pandas"),
+    "dataset of tables": lambda: Dataset.from_list(lists()).with_format("arrow"),
+    "iterable dataset of tables": lambda: Dataset.from_list(lists()).to_iterable_dataset().with_format("arrow"),
+    "frame": lambda: Dataset.from_list(lists()).to_pandas(),
+    "table": lambda: Dataset.from_list(lists()).data.table,
+    "arrays of any order": lambda: [{k: np.array(v[::-1], ">i4")[::-1] for k, v in row.items()} for row in lists()],
+    "arrays of objects": lambda: [{k: np.array(v, object) for k, v in row.items()} for row in lists()],
+    "small numbers": lambda: [{**row, "input_ids": np.array(row["input_ids"], np.uint16)} for row in lists()],
+    "small masked numbers": lambda: [
+        {"input_ids": row["input_ids"].to(torch.uint8), "completion_mask": row["labels"] != -100} for row in made()
+    ],
+    "loader of lists of rows": lambda: DataLoader(lists(), batch_size=2, collate_fn=list),
     "loader": lambda: DataLoader(Dataset.from_list(lists()), batch_size=2, collate_fn=collated),
     "loader of rows": lambda: DataLoader(lists(), batch_size=None),
     "generator": lambda: (row for row in lists()),
@@ -146,6 +158,14 @@ ROW = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}
     ("row", "message"),
     [
         (7, r"examples\[0\] is a int, not tokens"),
+        (ROW | {"labels": np.array([65436, 6, 7, 8], np.uint16)}, "labels of torch.uint16 cannot hold -100"),
+        (ROW | {"pixel_values": torch.zeros(3, 2, 2)}, "'pixel_values' beside its tokens"),
+        (ROW | {"cu_seq_lens_q": [0, 2, 4]}, "packed in one row"),
+        (ROW | {"seq_idx": torch.tensor([[0, 0, 1, 1]])}, "packed in one row"),
+        ({"input_ids": [1, 2], "completion_mask": [-100, 1]}, "other numbers than 0 and 1"),
+        ({"input_ids": [1, 2], "completion_mask": "no"}, "no list of zeros and ones"),
+        ({"prompt": "a", "completion": "b"}, r"row of text \(prompt, completion\) is read by inf.load_examples"),
+        (DatasetDict(train=Dataset.from_list([ROW])), "the splits 'train': give one"),
         ("text", r"examples\[0\] is a str, not tokens"),
         ({"labels": [1, 2]}, "no 'input_ids'"),
         ({"input_ids": [1, 2]}, "no 'labels'"),
@@ -176,6 +196,45 @@ def test_batches_of_unequal_columns_are_named() -> None:
         as_examples({**padded("right"), "labels": padded("right")["labels"][:4]})
     with pytest.raises(DataError, match="examples are a int"):
         as_examples(3)  # type: ignore[arg-type]
+
+
+def test_ids_that_not_every_row_of_a_batch_has_are_named() -> None:
+    with pytest.raises(DataError, match="a batch of 5 rows has 2 of 'id'"):
+        as_examples({**padded("right"), "id": [1, 2]})
+    assert all(row["weights"].eq(2).all() for row in as_examples({**padded("right"), "weights": 2.0}))
+
+
+def test_rows_that_hold_several_texts_are_refused_in_batches_too() -> None:
+    columns = as_columns([{**row, "seq_lengths": [2, len(row["labels"]) - 2]} for row in lists()])
+    with pytest.raises(DataError, match="2 examples are in this row"):
+        as_examples(columns)
+    flat = DataCollatorWithFlattening(return_position_ids=False, return_flash_attn_kwargs=True)
+    with pytest.raises(DataError, match="packed in one row"):
+        as_examples(DataLoader(lists(), batch_size=2, collate_fn=flat))
+
+
+def test_lists_that_the_default_collation_transposes_are_refused() -> None:
+    even = [{"input_ids": [4, 5, 6], "labels": [4, 5, 6]}] * 4
+    with pytest.raises(DataError, match="transposes lists of tokens"):
+        as_examples(DataLoader(even, batch_size=2))
+    tensors = [{name: torch.tensor(value) for name, value in row.items()} for row in even]
+    assert [row["input_ids"].tolist() for row in as_examples(DataLoader(tensors, batch_size=2))] == [[4, 5, 6]] * 4
+
+
+def test_results_in_the_order_of_a_loader_that_shuffles_are_said() -> None:
+    loader = DataLoader(lists(), batch_size=2, shuffle=True, collate_fn=list)
+    with pytest.warns(UserWarning, match="in the order of this pass, not of its data set: give it shuffle=False"):
+        as_examples(loader)
+    with pytest.raises(DataError, match="numbers would not be places"):
+        as_examples(loader, numbered=True)
+    named = [{"id": f"a{i}", **row} for i, row in enumerate(lists())]
+    found = as_examples(DataLoader(named, batch_size=2, shuffle=True, collate_fn=list), numbered=True)
+    assert sorted(row["id"] for row in found) == ["a0", "a1", "a2", "a3", "a4"]
+
+
+def test_paths_and_texts_are_told_from_tokens() -> None:
+    with pytest.raises(DataError, match=r"path 'train.jsonl': read a file by inf.load_examples"):
+        as_examples("train.jsonl")
 
 
 def test_positions_of_left_padding_count_from_the_first_token() -> None:
@@ -240,3 +299,12 @@ def test_a_store_of_a_dataset_numbers_its_rows_and_knows_weights(tmp_path: Any, 
     assert torch.allclose(heavy.rows(), inf.per_example_gradients(model, weighted()))
     assert heavy.tokens_hash != store.tokens_hash
     assert heavy.identity.dataset_fingerprint != store.identity.dataset_fingerprint
+
+
+def test_rows_are_the_same_inside_no_grad_and_refused_in_inference_mode(tiny_lora: Callable[..., Any]) -> None:
+    model = tiny_lora(num_hidden_layers=1)
+    wanted = inf.per_example_gradients(model, made())
+    with torch.no_grad():
+        assert torch.equal(inf.per_example_gradients(model, made()), wanted)
+    with torch.inference_mode(), pytest.raises(ConfigError, match=r"inside torch\.inference_mode\(\)"):
+        inf.per_example_gradients(model, made())

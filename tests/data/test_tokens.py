@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import influence_fast as inf
 from benches.text_fidelity import TOKENIZERS, tokenizer_for
 from influence_fast.data.examples import Example, render_prompt, tokenize
 from influence_fast.data.rendering import end_of_turn
@@ -514,3 +515,24 @@ def test_chunks_keep_the_order(tiny_tokenizer: Factory, monkeypatch: pytest.Monk
     for a, b in zip(whole, tokenize(examples, tokenizer).examples, strict=True):
         assert a["id"] == b["id"]
         assert torch.equal(a["input_ids"], b["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([{"prompt": "a", "completion": "b"}], r"examples\[0\] is a dict, not an Example: read .* inf\.load_examples"),
+        ("train.jsonl", r"examples\[0\] is a str"),
+        (None, r"examples\[0\] is a NoneType"),
+    ],
+)
+def test_what_is_no_list_of_examples_is_named(tiny_tokenizer: Any, examples: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        inf.tokenize(examples, tiny_tokenizer())
+
+
+def test_the_name_of_a_tokenizer_is_none(tiny_tokenizer: Any) -> None:
+    examples = inf.load_examples([{"prompt": "a", "completion": "b"}])
+    with pytest.raises(ModelError, match=r"the tokenizer is a str: give what inf\.load_tokenizer returns"):
+        inf.tokenize(examples, "gpt2")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="max_length is '5'"):
+        inf.tokenize(examples, tiny_tokenizer(), max_length="5")  # type: ignore[arg-type]

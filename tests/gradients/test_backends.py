@@ -54,3 +54,17 @@ def test_the_gradient_path_on_the_kernels_agrees_with_float64(interpreted: Calla
         else:
             # A tiny model's bf16 noise is several per cent whatever computes it: no worse than PyTorch's.
             assert found["triton"] < 1.1 * found["torch"] < 0.2, (case, found)
+
+
+def test_doctor_says_whether_products_go_through_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    lines = {name: (active, note) for name, active, note in doctor.paths()}
+    active, note = lines["inner products: cuBLAS"]
+    assert not active
+    assert "there is no CUDA device here" in note
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("influence_fast.products.gpu.why_not", lambda device: "")
+    monkeypatch.delenv("INFLUENCE_FAST_ISA", raising=False)
+    assert doctor._cublas()[1] is True
+    monkeypatch.setenv("INFLUENCE_FAST_ISA", "mma")
+    assert "INFLUENCE_FAST_ISA=mma asks for another" in doctor._cublas()[2]

@@ -185,7 +185,7 @@ def test_moments_at_epochs_and_scores_of_a_pool_of_ones_own(base: Any, tokenizer
     train("transformers", base, tokenizer, tmp_path / "out", [callback], data=Dataset.from_list(POOL[:2]))
     assert sorted(callback.scores) == [1, 2]
     assert callback.scores[2].ids == ["p0", "p1", "p2", "p3"]
-    assert sorted(path.name for path in folder.iterdir()) == ["step-000001.parquet", "step-000002.parquet"]
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-000001.parquet", "step-000002.parquet"]
 
 
 class Stream(torch.utils.data.IterableDataset[Any]):
@@ -249,3 +249,26 @@ def test_a_resumed_training_takes_up_its_scores(tiny_model: Any, tokenizer: Any,
     for step in (1, 2):
         assert (resumed.scores[step]["s_validation"] == whole.scores[step]["s_validation"]).all()
     assert [log["step"] for log in trainer.state.log_history if "influence_validation_mean" in log] == [1, 2]
+
+
+def test_scores_of_other_validation_examples_are_not_taken_up(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+    train("transformers", tiny(tiny_model), tokenizer, tmp_path, [InfluenceCallback(QUERIES, every=1)], **settings)
+    other = InfluenceCallback(QUERIES[:2], every=1)
+    with pytest.raises(ConfigError, match="made with other validation examples: give another output"):
+        train("transformers", tiny(tiny_model), tokenizer, tmp_path, [other], resume="checkpoint-1", **settings)
+
+
+def test_what_a_callback_cannot_take_is_said_before_training(base: Any, tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="spec is a dict"):
+        InfluenceCallback(QUERIES, spec={"dim": 2})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="apply is a int"):
+        InfluenceCallback(QUERIES, apply=3)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="two validation groups are called '1'"):
+        InfluenceCallback({1: QUERIES, "1": QUERIES})  # type: ignore[dict-item]
+    fewer = InfluenceCallback({"a": QUERIES[:1], "b": QUERIES[1:]}, apply=lambda groups: groups[:1])
+    with pytest.raises(DataError, match="it must keep their shape"):
+        train("transformers", base, tokenizer, tmp_path, [fewer])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file is a file, and scores are kept in a folder"):
+        train("transformers", base, tokenizer, tmp_path, [InfluenceCallback(QUERIES, output=tmp_path / "file")])

@@ -154,7 +154,7 @@ def test_fisher_rows_are_made_kept_and_taken_again(stores: Callable[..., Any], m
     store = inf.open_store(tmp_path / "s")
     with pytest.raises(ConfigError, match=r"give the model and the tokenized examples .*fisher='data'"):
         Scorer.fit(store)
-    with pytest.raises(ConfigError, match="give the model and the tokenized examples"):
+    with pytest.raises(ConfigError, match="another process built: give the model and the tokenized examples"):
         Scorer.fit(store, model=model)
     first = Scorer.fit(store, model=model, examples=POOL, fisher_examples=9)
     (folder,) = fisher_folders(store.path)

@@ -82,22 +82,11 @@ def test_an_answer_that_is_a_list_names_the_options(chats: Path) -> None:
     args = parsed("score", chats)
     with pytest.raises(DataError) as error:
         options.read_examples(args)
-    text = by_flags(str(error.value), args)
+    text = by_flags(error.value, args)
     assert f"{chats}, line 1: column 'answer' is a list of 1" in text
     assert text.endswith("do without it by --columns answer=")
     with pytest.raises(DataError, match="--validation-columns answer="):
         _load_beside(args, "validation", str(chats))
-
-
-def test_named_columns_and_formats_are_said_as_options(chats: Path) -> None:
-    args = parsed("score", chats)
-    for text, said in (
-        ('columns={"prompt": "question", "completion": "..."} (known)', "--columns prompt=question,completion=... (k"),
-        ('columns={"system": None}', "--columns system="),
-        ('as format="s1k_1.1"', "as --format s1k_1.1"),
-        ("turns='all' does", "--turns all does"),
-    ):
-        assert said in by_flags(text, args)
 
 
 def test_turns_of_rows_without_conversations_are_unread(chats: Path, tmp_path: Path) -> None:

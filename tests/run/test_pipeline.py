@@ -614,51 +614,6 @@ def test_a_pool_of_harmful_examples_alone_has_no_detection(world: Path, results:
     assert all(np.isfinite(row["auc"]) for row in found)
 
 
-def test_settings_are_named_as_options_and_paths_are_left_alone() -> None:
-    from argparse import Namespace
-
-    from influence_fast.cli.messages import by_flags
-
-    args = Namespace(columns=None, limit=1, learning_rate=None, rank=4, model="m", store="s", packing=None)
-    for text, said in (
-        ("data.limit is 0", "--limit is 0"),
-        ("lower training.learning_rate.", "lower --learning-rate."),
-        ("(lora.r)", "(--rank)"),
-        ("lora.alpha", "lora.alpha"),  # no option of this verb
-        ("my/data.limit", "my/data.limit"),
-        ("data.limit.csv: absent", "data.limit.csv: absent"),
-        ("data.model is no store", "data.model is no store"),
-        ("gradients.store is not a gradient store", "gradients.store is not a gradient store"),
-        ("training.model/config.json", "training.model/config.json"),
-        ("train.packing: as trl has it", "train.packing: as trl has it"),  # no key of ours
-        ('with columns={"id": None}', "with --columns id="),
-    ):
-        assert by_flags(text, args) == said
-    assert by_flags("data.limit is 0", Namespace(config="c.yaml", limit=1)) == "data.limit is 0"
-
-
-def test_settings_with_their_values_are_named_as_options() -> None:
-    from argparse import Namespace
-
-    from influence_fast.cli.messages import by_flags
-
-    args = Namespace(
-        fallback=None, queries=None, sketch=None, damping=None, limit=None, max_length=None, truncate=False
-    )
-    for text, said in (
-        ("set influence.fallback: reference, or", "set --fallback reference, or"),
-        ("or use influence.queries: reference", "or use --queries reference"),
-        ("which influence.queries: reference does not ask for", "which --queries reference does not ask for"),
-        ("(gradients.sketch: random), or", "(--sketch random), or"),
-        ("influence.fallback: unknown value 'x'", "--fallback: unknown value 'x'"),
-        ("influence.damping: 'auto' needs", "--damping: 'auto' needs"),
-        ("influence.optimizer: none, or", "influence.optimizer: none, or"),  # no option of this verb
-        ("limit is 0; it must be", "--limit is 0; it must be"),
-        ("raise max_length, or cut the examples (truncate)", "raise --max-length, or cut the examples (--truncate)"),
-    ):
-        assert by_flags(text, args) == said
-
-
 @pytest.fixture(scope="module")
 def chosen(world: Path) -> Path:
     """The folder of a run with the baselines that ask for more, near-duplicates, tasks and a leaked test question."""

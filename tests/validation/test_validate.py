@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from worlds import write_model, write_rows
 from influence_fast.cli import main
 from influence_fast.config import load_config
 from influence_fast.data.examples import load_examples
-from influence_fast.errors import ConfigError, DataError
+from influence_fast.errors import ConfigError, DataError, ModelError
 from influence_fast.influence.methods import shorten
 from influence_fast.validation import retraining
 from influence_fast.validation.lds import linear_datamodeling_scores
@@ -191,8 +193,44 @@ def test_a_killed_process_is_a_clear_error(
     monkeypatch.setattr(retraining, "_open", _die)
     queries = load_examples(folder / "validation.jsonl")
     work = [Retraining(f"half-{i}", np.arange(10), i) for i in range(2)]
-    with pytest.raises(DataError, match=r"killed \(out of memory\?\); 0 of 2 retrainings are done and kept"):
+    with pytest.raises(
+        DataError, match=r"killed by signal 9 \(out of memory\?\); 0 of 2 retrainings are done and kept"
+    ):
         retrain(config, queries, work, processes=2, verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "message"),
+    [
+        (ModelError("no model at gone; check the path"), ModelError, "no model at gone; check the path"),
+        (ValueError("two\nlines"), DataError, r"could not open its model and data \(ValueError: two lines\)"),
+    ],
+)
+def test_what_fails_at_the_start_of_a_process_is_raised_by_its_work(
+    raised: Exception, kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise raised
+
+    monkeypatch.setattr(retraining, "_World", fails)
+    monkeypatch.setattr(retraining, "_world", None)
+    config: Any = None
+    retraining._open(config, [], 1)
+    with pytest.raises(kind, match=message):
+        retraining._work(Retraining("half-0", np.arange(3), 0), tmp_path, "")
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        ([0, -9, -15], r"was killed by signal 9 \(out of memory\?\)$"),
+        ([-15, 1, -15], "ended with exit code 1 and the traceback above"),
+        ([-15, None], r"was killed \(out of memory\?\)$"),
+    ],
+)
+def test_a_process_that_failed_is_told_from_one_that_was_killed(codes: list[int | None], message: str) -> None:
+    processes: Any = [SimpleNamespace(join=lambda seconds: None, exitcode=code) for code in codes]
+    assert re.search(message, retraining._end_of(processes))
 
 
 def _die(*_: Any) -> None:

@@ -103,7 +103,7 @@ def _is_at_work(layer: Any) -> bool:
 
 
 def _active_configs(model: Any) -> dict[str, Any]:
-    """The configurations of active adapters by name; of all where it is not known which are active."""
+    """Return the configurations of active adapters by name; of all if it is not known which are active."""
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
         return {}

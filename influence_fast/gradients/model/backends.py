@@ -75,7 +75,7 @@ class Torch:
 
     @property
     def only_recorded(self) -> bool:
-        """Whether launches are recorded and not run, so that there are no numbers to compare."""
+        """Return whether launches are recorded and not run, so that there are no numbers to compare."""
         return False
 
 

@@ -47,10 +47,9 @@ class Rows:
 
 
 def to_fp8(matrix: Tensor, backend: Torch = TORCH) -> Rows:
-    """Rounds the rows of a matrix [n, k] of any float dtype; a row with a NaN or infinite number has such a scale. On a
-    card as many rows as it multiplies.
+    """Round the rows of a matrix [n, k] of any float dtype; a row with a NaN or infinite number has such a scale.
 
-    backend: what rounds it; the bits are the same by all.
+    On a GPU there are as many rows as it multiplies. backend: what rounds; the bits are the same by all.
     """
     count = len(matrix)
     values, scales = backend.fp8_rows(matrix, padded(count) if matrix.is_cuda else count)
@@ -58,13 +57,13 @@ def to_fp8(matrix: Tensor, backend: Torch = TORCH) -> Rows:
 
 
 def padded(n: int) -> int:
-    """How many rows a card multiplies in place of n: a multiple of MULTIPLE, FEWEST_ROWS at least."""
+    """Return how many rows a GPU multiplies in place of n: a multiple of MULTIPLE, FEWEST_ROWS at least."""
     return max(FEWEST_ROWS, -(-n // MULTIPLE) * MULTIPLE)
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """How rows are multiplied on one device.
+    """A product of rows on one device.
 
     dtype: what `torch._scaled_mm` gives, or without `scaled_mm` what the fp32 product is cast to.
     """
@@ -74,7 +73,7 @@ class Product:
 
     @classmethod
     def on(cls, device: torch.device, dtype: torch.dtype) -> Product:
-        """For a model of `dtype`: products in its dtype where the device gives it, else in bf16.
+        """Choose the product for a model of `dtype`: in its dtype if the device gives it, else in bf16.
 
         Raises ConfigError naming the device where it has no such product.
         """
@@ -103,7 +102,7 @@ class Product:
         raise ConfigError(f"precision: fp8 cannot be used on {name} ({why}); use 'auto'")
 
     def __call__(self, left: Rows, right: Rows) -> Tensor:
-        """left [n, k] times the transpose of right [m, k]: [n, m]."""
+        """Multiply left [n, k] with the transpose of right [m, k]: [n, m]."""
         values, scales = right.values[: right.count].T, right.scales[: right.count].T
         if self.scaled_mm:
             made = torch._scaled_mm(left.values, values, scale_a=left.scales, scale_b=scales, out_dtype=self.dtype)
@@ -130,17 +129,17 @@ class Fp8Weight:
         return to_fp8(matrix, backend)
 
     def forward(self, x: Rows, bias: Tensor | None) -> Tensor:
-        """x [T, d_in] W^T + bias: [T, d_out] in the weight's dtype."""
+        """Return x [T, d_in] W^T + bias: [T, d_out] in the weight's dtype."""
         y = self.product(x, self.rows).to(self.dtype)
         return y if bias is None else y.add_(bias)
 
     def backward(self, g: Rows) -> Tensor:
-        """g [T, d_out] W: [T, d_in] in the weight's dtype."""
+        """Return g [T, d_out] W: [T, d_in] in the weight's dtype."""
         return self.product(g, self.columns).to(self.dtype)
 
 
 def weights_of(linears: Sequence[LoraLinear], backend: Torch = TORCH) -> list[Fp8Weight | None]:
-    """The base weight of each linear in 8 bits; None for those whose shape does not fit, which are logged once.
+    """Round the base weight of each linear to 8 bits; None for shapes that do not fit, which are logged once.
 
     backend: as in `to_fp8`. Raises ConfigError: a weight is sharded or quantised, the device has no such product, or no
     weight fits.

@@ -12,7 +12,7 @@ from influence_fast.gradients.model.fused_layers import overridden
 
 @contextlib.contextmanager
 def recomputing(layers: Sequence[Any]) -> Iterator[None]:
-    """While the block runs, `layers` (of `OpenedModel.recomputable`) are recomputed in the backward."""
+    """Set `layers` (of `OpenedModel.recomputable`) to be recomputed in the backward while the block runs."""
     try:
         for layer in layers:
             layer.gradient_checkpointing = layer.training = True
@@ -24,7 +24,7 @@ def recomputing(layers: Sequence[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(model: Any) -> Iterator[None]:
-    """While the block runs, dropout is off and no parameter of the model asks for a gradient.
+    """Turn dropout and the parameters' wish for gradients off while the block runs.
 
     Layers that the model recomputes do so without reentrant checkpointing, which needs inputs that ask for gradients.
     """

@@ -37,7 +37,7 @@ class Fused:
 
 @contextlib.contextmanager
 def fused(base: nn.Module, dtype: torch.dtype) -> Iterator[Fused]:
-    """While the block runs, the parts of `base` that kernels can compute are computed by them.
+    """Replace the parts of `base` that kernels can compute by the kernels, while the block runs.
 
     dtype: of the tensors between the layers; norms with weights of another are left alone. The parameters must be
     frozen: the kernels give no gradient of a norm's weight.
@@ -61,7 +61,7 @@ def fused(base: nn.Module, dtype: torch.dtype) -> Iterator[Fused]:
 
 @contextlib.contextmanager
 def overridden(instance: Any, name: str, value: Any) -> Iterator[None]:
-    """`instance.name = value`; afterwards its own attribute from before is there again, or its class's."""
+    """Set `instance.name = value`; afterwards its own attribute from before is there again, or its class's."""
     before = vars(instance).get(name)
     setattr(instance, name, value)
     try:
@@ -105,7 +105,7 @@ def _eps(module: nn.Module) -> float | None:
 
 @functools.cache
 def _norm_kind(forward: Forward, kind: Any, eps: float) -> tuple[float, bool] | None:
-    """(offset, round_first) with which `rms_norm` is the forward of this class; None if it is not."""
+    """Return (offset, round_first) with which `rms_norm` is the forward of this class; None if it is not."""
     from influence_fast.kernels.rms_norm import reference
 
     generator = torch.Generator().manual_seed(0)
@@ -148,7 +148,10 @@ def _gated_mlp(module: nn.Module) -> Forward | None:
 
 
 def _is_gated_silu(forward: Forward, kind: Any, activation: nn.Module) -> bool:
-    """Whether this class, with this activation, is down(silu(gate(x)) * up(x)) and nothing more, roundings included."""
+    """Return whether this class, with this activation, is down(silu(gate(x)) * up(x)) and nothing more.
+
+    Roundings are compared too.
+    """
     from influence_fast.kernels.gated_silu import reference
 
     generator = torch.Generator().manual_seed(0)
@@ -172,7 +175,7 @@ def _is_gated_silu(forward: Forward, kind: Any, activation: nn.Module) -> bool:
 
 
 def _attention(module: nn.Module) -> Forward | None:
-    """The module's own forward, with another function in the place of the rotary one that it finds in its file."""
+    """Return the module's own forward, with another function for the rotary one that it finds in its file."""
     own = _without_decorators(type(module).forward)
     if not inspect.isfunction(own) or _ROTARY not in own.__code__.co_names or _ROTARY not in own.__globals__:
         return None
@@ -185,7 +188,7 @@ def _attention(module: nn.Module) -> Forward | None:
 
 
 def _without_decorators(function: Any) -> Any:
-    """What transformers' own decorators, which rename arguments, are around; None where somebody else wraps it."""
+    """Return what transformers' own decorators, which rename arguments, are around; None if somebody else wraps it."""
     import transformers
 
     theirs = Path(transformers.__file__).parent
@@ -198,7 +201,7 @@ def _without_decorators(function: Any) -> Any:
 
 @functools.cache
 def _is_rotary(function: Forward) -> bool:
-    """Whether a model's `apply_rotary_pos_emb(q, k, cos, sin)` turns halves of heads, as `rotary` does."""
+    """Return whether a model's `apply_rotary_pos_emb(q, k, cos, sin)` turns halves of heads, as `rotary` does."""
     from influence_fast.kernels.rotary import reference
 
     generator = torch.Generator().manual_seed(0)
@@ -215,7 +218,7 @@ def _is_rotary(function: Forward) -> bool:
 
 
 def _rotary_by_kernel(own: Forward) -> Forward:
-    """`own` for four tensors of which the kernel can make what it would; all else is left to it."""
+    """Return `own` with the kernel for four tensors that it can turn; all else is left to `own`."""
 
     def rotary(*args: Any, **kwargs: Any) -> Any:
         if kwargs or len(args) != 4 or not _turnable(*args):
@@ -236,7 +239,7 @@ def _turnable(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Te
 
 
 class _StandIn:
-    """What a forward finds on `self`: these attributes and the methods of its class, nothing else."""
+    """Attributes and methods of a class that a forward finds on `self`, and nothing else."""
 
     def __init__(self, kind: type[nn.Module], **attributes: Any) -> None:
         vars(self).update(attributes, _kind=kind)
@@ -249,7 +252,7 @@ class _StandIn:
 
 
 def _on_stand_in(forward: Forward, kind: Any, x: torch.Tensor, **attributes: Any) -> torch.Tensor | None:
-    """The forward of a class on `x`, with these attributes for its own; None if it needs others."""
+    """Run the forward of a class on `x`, with these attributes for its own; None if it needs others."""
     if len(inspect.signature(forward).parameters) != 2:  # self and x
         return None
     try:
@@ -261,12 +264,12 @@ def _on_stand_in(forward: Forward, kind: Any, x: torch.Tensor, **attributes: Any
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy of it whose last dimension is contiguous."""
+    """Return x, or a copy of it whose last dimension is contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Row by row, so that rows of small numbers count."""
+    """Return whether two matrices agree row by row, so that rows of small numbers count."""
     if found.shape != expected.shape:
         return False
     return bool(((found - expected).norm(dim=1) <= _SAME * expected.norm(dim=1)).all())

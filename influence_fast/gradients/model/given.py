@@ -23,7 +23,7 @@ class GivenModel:
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """While the block runs, the model has the forwards and the attention that it was given with; dropout is off."""
+        """Restore the model's own forwards and attention, as it was given, while the block runs; dropout is off."""
         ours = [(module, vars(module).pop("forward")) for module, _ in self.replaced]
         try:
             for module, own in self.replaced:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @contextlib.contextmanager
 def captured(module: Any) -> Iterator[list[torch.Tensor]]:
-    """Gather the last hidden states [1, n, d] that `module` gives out while the block runs."""
+    """Collect the last hidden states [1, n, d] that `module` gives out while the block runs."""
     seen: list[torch.Tensor] = []
 
     def keep(_: Any, __: Any, output: Any) -> None:
@@ -59,7 +59,7 @@ def _first_tensor(output: Any) -> torch.Tensor | None:
 
 @contextlib.contextmanager
 def recorded_layers(decoder: nn.Module) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Gather the layers' outputs in the order of their calls."""
+    """Collect the layers' outputs in the order of their calls."""
     seen: list[tuple[str, torch.Tensor]] = []
 
     def keep(name: str, output: Any) -> None:
@@ -79,7 +79,7 @@ def recorded_layers(decoder: nn.Module) -> Iterator[list[tuple[str, torch.Tensor
 
 @contextlib.contextmanager
 def rounded_layers(decoder: nn.Module, unit: float) -> Iterator[None]:
-    """While the block runs, every number that a layer gives out is moved by `unit` of itself, up or down."""
+    """Change every number that a layer gives out by `unit` of itself, up or down, while the block runs."""
     generator = torch.Generator().manual_seed(0)
 
     def shake(_: Any, __: Any, output: Any) -> Any:

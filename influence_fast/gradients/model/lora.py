@@ -38,7 +38,7 @@ class LoraLinear:
 
     @property
     def key(self) -> str:
-        """The name that seeds the projection: the same with and without the peft wrapper."""
+        """Return the name that seeds the projection: the same with and without the peft wrapper."""
         return plain_name(self.name)
 
     @property
@@ -55,7 +55,7 @@ class LoraLinear:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the products with the base weight; of a quantised base the activations'."""
+        """Return the dtype of the products with the base weight; of a quantised base the activations'."""
         return self.weight.dtype
 
     @property
@@ -81,17 +81,17 @@ class LoraLinear:
 
     @property
     def base(self) -> Any:
-        """The layer that holds the base weight."""
+        """Return the layer that holds the base weight."""
         return self.layer.get_base_layer()  # type: ignore[operator]
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP2 holds the weight, which is then whole only while the layer around it runs."""
+        """Return whether FSDP2 holds the weight, which is then whole only while the layer around it runs."""
         return hasattr(self.weight, "full_tensor")  # a DTensor; to import that class costs everybody a second
 
     @property
     def live_weight(self) -> torch.Tensor:
-        """[d_out, d_in]: `weight`, or what FSDP2 has gathered of it for the layer that is running."""
+        """Return `weight` [d_out, d_in], or what FSDP2 has gathered of it for the layer that is running."""
         if not self.sharded:
             return self.weight
         base = self.base
@@ -99,7 +99,7 @@ class LoraLinear:
 
     @property
     def live_bias(self) -> torch.Tensor | None:
-        """[d_out], as `live_weight`."""
+        """Return the bias [d_out], as `live_weight` does the weight."""
         if not self.sharded or self.bias is None:
             return self.bias
         base = self.base

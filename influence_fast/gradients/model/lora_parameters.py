@@ -36,7 +36,9 @@ class LoraParameter(LoraLinear):
 
     @property
     def key(self) -> str:
-        """The name that seeds the projection: that of the parameter, however many wrappers are around its module."""
+        """Return the name that seeds the projection: that of the parameter, however many wrappers are around its
+        module.
+        """
         return f"{plain_name(self.name).replace('.base_layer', '')}.{self.parameter}"
 
     @property
@@ -45,12 +47,12 @@ class LoraParameter(LoraLinear):
 
     @property
     def rank(self) -> int:
-        """The rank of one expert's update."""
+        """Return the rank of one expert's update."""
         return self.r // self.experts
 
 
 def parameter_of(name: str, layer: Any, adapter: str) -> LoraParameter:
-    """Describe the wrapper `layer` of a parameter under its active adapter.
+    """Return what `layer`, the wrapper of a parameter, holds under its active adapter.
 
     Raises ModelError where the parameter is spread over processes.
     """
@@ -77,5 +79,5 @@ def parameter_of(name: str, layer: Any, adapter: str) -> LoraParameter:
 
 
 def outermost(members: Sequence[LoraParameter]) -> nn.Module:
-    """Of the wrappers around one module, return the one that the model calls."""
+    """Return the one of the wrappers around a module that the model calls."""
     return min(members, key=lambda member: len(member.name)).layer

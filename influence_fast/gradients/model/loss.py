@@ -21,7 +21,7 @@ CARD_TOKENS = 1024
 
 
 def tokens_at_once(vocabulary: int, device: torch.device) -> int:
-    """How many tokens' logits are held at a time."""
+    """Return how many tokens' logits are held at a time."""
     return max(_CPU_TOKENS, _CPU_LOGITS // vocabulary) if device.type == "cpu" else CARD_TOKENS
 
 
@@ -42,7 +42,7 @@ class CompletionLoss(torch.autograd.Function):
         token_weights: torch.Tensor,  # [n] fp32 (fp64 for an fp64 model)
         compute: TokenLosses,  # `by_kernel` or `by_pytorch`
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (the weighted sum of the losses, the unweighted loss of each token [n])."""
+        """Return (the weighted sum of the losses, the unweighted loss of each token [n])."""
         n = hidden.shape[0]
         step = tokens_at_once(len(weight) if weight is not None else hidden.shape[1], hidden.device)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -80,7 +80,7 @@ def drawn_tokens(
     bias: torch.Tensor | None,  # [vocab]
     uniform: torch.Tensor,  # [n] fp64 in (0, 1)
 ) -> torch.Tensor:
-    """Tokens [n] int64 from softmax(W h + b): the first whose cumulated probability is above the uniform number."""
+    """Draw tokens [n] int64 from softmax(W h + b): the first whose cumulated probability exceeds `uniform`."""
     drawn = []
     step = tokens_at_once(len(weight) if weight is not None else hidden.shape[1], hidden.device)
     for rows, numbers in zip(hidden.split(step), uniform.split(step), strict=True):
@@ -96,7 +96,7 @@ def drawn_tokens(
 def by_kernel(
     logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Fills `losses` [m]; with `weights` [m] returns d loss / d logits [m, vocab], which the logits become."""
+    """Fill `losses` [m]; with `weights` [m] return d loss / d logits [m, vocab], which the logits become."""
     from influence_fast.kernels.token_loss import token_loss
 
     token_loss(logits, targets, losses, weights=weights)
@@ -106,7 +106,7 @@ def by_kernel(
 def by_pytorch(
     logits: torch.Tensor, targets: torch.Tensor, losses: torch.Tensor, weights: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """The same, in the dtype of the losses."""
+    """Fill and return what `by_kernel` does, with PyTorch and in the dtype of the losses."""
     logits, target = logits.to(losses.dtype), targets[:, None]
     at_target = logits.gather(1, target)
     largest = logits.amax(dim=1, keepdim=True)

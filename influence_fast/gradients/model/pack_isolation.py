@@ -46,12 +46,14 @@ class Separation:
 
     @property
     def packs_pay(self) -> bool:
-        """Whether to pack; else an example alone is right, or cheaper than a mask of the pack, and in its context."""
+        """Return whether to pack; else an example alone is right, or cheaper than a mask of the pack, and in its
+        context.
+        """
         return self.apart and not self.masked
 
 
 def separation(module: Any, implementation: str | None, device: torch.device) -> Separation:
-    """How `module`, a decoder or a whole causal LM in evaluation mode, treats packs.
+    """Detect how `module`, a decoder or a whole causal LM in evaluation mode, treats packs.
 
     implementation: of its attention, by transformers' name. Costs a forward and a backward of 12 tokens, and two
     forwards of 6; on the meta device nothing, and the attention is believed.
@@ -65,7 +67,7 @@ def separation(module: Any, implementation: str | None, device: torch.device) ->
     vocabulary = 1 if embeddings is None else len(embeddings.weight)
 
     def outputs(*firsts: int, with_bounds: bool = True) -> torch.Tensor:
-        """Of as many examples as there are numbers; the last one is the same in each pack. [T, d]"""
+        """Compute outputs [T, d] of as many examples as there are numbers; the last one is the same in each pack."""
         # from the middle of the vocabulary: the first and last tokens can be padding, whose embedding is all zeros
         ids = torch.cat([torch.arange(_HALF) % 2 + first + vocabulary // 2 for first in firsts]) % vocabulary
         count = len(firsts)
@@ -99,7 +101,7 @@ def separation(module: Any, implementation: str | None, device: torch.device) ->
 
 
 def _embeddings(module: Any) -> Any:
-    """The module of the token embeddings; None where the model does not name one."""
+    """Return the module of the token embeddings; None if the model does not name one."""
     try:
         found = module.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -108,8 +110,10 @@ def _embeddings(module: Any) -> Any:
 
 
 def _reached(embeddings: Any, outputs: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, bool | None]:
-    """The second example's outputs [_HALF, d], and whether the first's embeddings have a part in them; None where their
-    gradient is no number."""
+    """Return the second example's outputs [_HALF, d], and whether the first's embeddings have a part in them.
+
+    The latter is None where their gradient is no number.
+    """
     leaves: list[torch.Tensor] = []
 
     def from_a_leaf(_: Any, __: Any, embedded: torch.Tensor) -> torch.Tensor:
@@ -132,6 +136,6 @@ def _reached(embeddings: Any, outputs: Callable[[], torch.Tensor]) -> tuple[torc
 
 
 def agree(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether outputs differ by their dtype's rounding alone; NaN and other shapes differ from everything."""
+    """Return whether outputs differ by their dtype's rounding alone; NaN and other shapes differ from everything."""
     most = _ROUNDING.get(one.dtype, _ROUNDING_16)
     return one.shape == other.shape and bool((one - other).double().norm() <= most * other.double().norm())

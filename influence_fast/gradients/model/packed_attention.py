@@ -39,8 +39,10 @@ _LARGEST_HEAD = 256  # of flash attention, whose heads are multiples of 8
 
 @contextlib.contextmanager
 def packed(base: Any, config: Any) -> Iterator[None]:
-    """While the block runs, the attention of the model `base` keeps the examples of a pack apart; `config` says which
-    attention it has."""
+    """Set attention that keeps the examples of a pack apart in `base`, while the block runs.
+
+    `config` says which attention the model has.
+    """
     before = config._attn_implementation
     if before not in REPLACED:
         yield
@@ -77,7 +79,7 @@ def _assign(chosen: list[tuple[Any, str | None]]) -> None:
 
 @contextlib.contextmanager
 def implementation(base: Any, chosen: list[tuple[Any, str | None]]) -> Iterator[None]:
-    """While the block runs, the parts of `base` have the attention that `implementations` found before."""
+    """Set the attention that `implementations` found before in the parts of `base`, while the block runs."""
     now = implementations(base)
     _assign(chosen)
     try:
@@ -88,7 +90,7 @@ def implementation(base: Any, chosen: list[tuple[Any, str | None]]) -> Iterator[
 
 @contextlib.contextmanager
 def unchanged_order() -> Iterator[None]:
-    """Puts back what `_in_order` asks PyTorch for, if the block ends in the middle of an attention's backward."""
+    """Restore what `_in_order` asks PyTorch for, if the block ends in the middle of an attention's backward."""
     order = _order()
     try:
         yield
@@ -98,7 +100,7 @@ def unchanged_order() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_cudnn() -> Iterator[None]:
-    """SDPA by other means than cuDNN: its backward has no one order, and it plans anew for every length."""
+    """Disable cuDNN's SDPA: its backward has no one order, and it plans anew for every length."""
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -108,7 +110,7 @@ def _without_cudnn() -> Iterator[None]:
 
 
 def register() -> None:
-    """Makes `PACKED` known to transformers; harmless to repeat."""
+    """Add `PACKED` to transformers' attentions; harmless to repeat."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED, packed_attention)
@@ -130,7 +132,7 @@ class PackedTokens:
 
     @classmethod
     def of(cls, pack: Pack) -> PackedTokens:
-        """On the host."""
+        """Make the tokens of a pack, on the host."""
         bounds = torch.tensor(pack.cu_seqlens, dtype=torch.int32)
         return cls(pack.input_ids[None], pack.position_ids[None], bounds, max(pack.lengths), pack.cu_seqlens)
 
@@ -139,7 +141,7 @@ class PackedTokens:
         return [self.input_ids, self.position_ids, self.bounds]
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> PackedTokens:
-        """The same with other tensors in that order: copies on another device."""
+        """Return these tokens with other tensors in that order: copies on another device."""
         input_ids, position_ids, bounds = tensors
         return PackedTokens(input_ids, position_ids, bounds, self.longest, self.cu_seqlens)
 
@@ -156,7 +158,7 @@ def call(
     with_positions: bool = True,
     **kwargs: Any,
 ) -> Any:
-    """Pass a pack through a decoder or a whole model whose attention is `implementation`, and return its output.
+    """Call a decoder or a whole model, whose attention is `implementation`, on a pack, and return its output.
 
     with_positions: whether it is told the tokens' positions; a model that is not makes its own, as for one text.
     """
@@ -184,7 +186,7 @@ _bounds: list[int] | None = None
 
 @contextlib.contextmanager
 def example_bounds(cu_seqlens: list[int] | None) -> Iterator[None]:
-    """While the block runs, `current_bounds` is `cu_seqlens`."""
+    """Set `current_bounds` to `cu_seqlens` while the block runs."""
     global _bounds
     before, _bounds = _bounds, cu_seqlens
     try:
@@ -200,7 +202,7 @@ def current_bounds() -> list[int] | None:
 
 @dataclass(frozen=True, slots=True)
 class _PackOf:
-    """What `call` passes through a model to its attention, by the names that transformers gives them.
+    """Arguments that `call` passes through a model to its attention, by the names that transformers gives them.
 
     `packed_probe` and `packed_windows` are ours: lists that are told what reached the attention.
     """
@@ -241,7 +243,9 @@ def packed_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend within each example of a pack, as transformers' attention interface: ([1, T, heads, head_dim], None).
+    """Compute attention within each example of a pack, as transformers' attention interface.
+
+    Returns ([1, T, heads, head_dim], None).
 
     kwargs: those of `_PackOf`; what else transformers passes (dropout, which is zero here) has no effect. Raises
     ModelError for an attention that has more than scaling and a window.
@@ -280,7 +284,7 @@ def _window_mask(n: int, sliding_window: int | None, device: torch.device) -> to
 
 
 def _repeated(heads: torch.Tensor, times: int) -> torch.Tensor:
-    """[1, kv_heads, T, d] -> [1, kv_heads * times, T, d], each head followed by its copies."""
+    """Return [1, kv_heads, T, d] as [1, kv_heads * times, T, d], each head followed by its copies."""
     return heads[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
 
 
@@ -293,7 +297,7 @@ def _varlen(
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """[1, T, heads, head_dim] in one launch."""
+    """Compute attention of all examples [1, T, heads, head_dim] in one launch."""
     attend = varlen_attention()
     assert attend is not None
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))  # [T, heads, head_dim]
@@ -307,8 +311,11 @@ def _varlen(
 
 
 def _in_order(out: torch.Tensor) -> torch.Tensor:
-    """`out`, whose fused backward is to add up in one order: for as long as it runs, and for nothing else, since many
-    other operations would be slower for being asked, or refuse."""
+    """Return `out`, whose fused backward is to add up in one order.
+
+    PyTorch is asked for that as long as the backward runs, and for nothing else, since many other operations would be
+    slower for being asked, or refuse.
+    """
     node = out.grad_fn
     if node is None or not _is_fused(node.name(), out.device):
         return out
@@ -327,7 +334,7 @@ def _in_order(out: torch.Tensor) -> torch.Tensor:
 
 
 def _order() -> tuple[int, bool]:
-    """Whether PyTorch is asked for deterministic operations (2: yes), and then fills new memory."""
+    """Return whether PyTorch is asked for deterministic operations (2: yes), and then fills new memory."""
     return torch.get_deterministic_debug_mode(), _deterministic.fill_uninitialized_memory
 
 
@@ -360,7 +367,7 @@ def _runs_varlen(device: torch.device) -> bool:
 
 @functools.cache
 def varlen_attention() -> Callable[..., Any] | None:
-    """PyTorch's `varlen_attn`, from the release on that has windows (2.11); None before."""
+    """Return PyTorch's `varlen_attn`, from the release on that has windows (2.11); None before."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -370,5 +377,5 @@ def varlen_attention() -> Callable[..., Any] | None:
 
 @functools.cache
 def _asks_for_groups(attend: Callable[..., Any]) -> bool:
-    """Whether grouped heads must be asked for; PyTorch 2.11 takes them without."""
+    """Return whether grouped heads must be asked for; PyTorch 2.11 takes them without."""
     return "enable_gqa" in inspect.signature(attend).parameters

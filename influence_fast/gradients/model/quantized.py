@@ -232,7 +232,7 @@ def _by_columns(layer: Any, dtype: torch.dtype, x: Tensor) -> QuantizedProduct:
 
 @contextlib.contextmanager
 def settled(base: nn.Module) -> Iterator[None]:
-    """While the block runs, quantised layers of `base` compute each example of a pack as if it were alone.
+    """Set quantised layers of `base` to compute each example of a pack as if it were alone, while the block runs.
 
     LLM.int8() takes the columns of x that hold an outlier in any token at full precision, so that a token's output
     depends on the tokens beside it: such a layer is called once an example. 4-bit layers keep their codes as they are:
@@ -257,7 +257,7 @@ def settled(base: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unrounded(model: nn.Module, dtype: torch.dtype) -> Iterator[bool]:
-    """While the block runs, bitsandbytes' layers multiply as their backward does; yields whether that is another way.
+    """Set bitsandbytes' layers to multiply as their backward does, for the block; yield whether that is another way.
 
     dtype: of what goes in. LLM.int8() rounds x to 8 bits, and 4-bit layers may multiply in 16 bits, which the backward
     passes over: a loss that moves in steps has no difference quotient to compare with a gradient. With the backward's

@@ -90,12 +90,12 @@ class Referee:
 
     @property
     def name(self) -> str:
-        """The model's type, for messages."""
+        """Return the model's type, for messages."""
         return str(getattr(self.base.config, "model_type", type(self.base).__name__))
 
     @property
     def usable(self) -> bool:
-        """Whether the plain outputs are numbers; NaN weights are found, and named, by their gradients."""
+        """Return whether the plain outputs are numbers; NaN weights are found, and named, by their gradients."""
         return all(bool(text.outputs(True).isfinite().all()) for text in self.texts)
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -140,7 +140,7 @@ class Referee:
         return True
 
     def pack(self, texts: Sequence[PlainText] | None = None) -> Pack:
-        """Put texts into one pack, every token of which counts; by default all of them."""
+        """Pack texts together, every token of which counts; by default all of them."""
         chosen = self.texts if texts is None else texts
         examples = [{"input_ids": text.ids, "labels": text.labels} for text in chosen]
         packed = pack_examples(examples, sum(len(text.ids) for text in chosen))
@@ -180,7 +180,7 @@ class Referee:
 
     @functools.cached_property
     def unit(self) -> float:
-        """The relative rounding of the model's coarsest sums: many float64 models compute norms in float32."""
+        """Return the relative rounding of the model's coarsest sums: many float64 models compute norms in float32."""
         if self.tolerance.dtype != torch.float64:
             return self.tolerance.unit
         longest = max(self.texts, key=lambda text: len(text.ids)).ids
@@ -190,7 +190,7 @@ class Referee:
 
     @property
     def noise(self) -> float:
-        """The relative change of outputs when every layer's output is rounded once more; measured when first asked."""
+        """Return the relative change of outputs when every layer's output is rounded once more; measured once."""
         if self._noise is None:
             found = []
             with self.as_given(), rounded_layers(self.decoder, self.unit):
@@ -206,7 +206,7 @@ class Referee:
 
     @contextlib.contextmanager
     def settled(self, whole: bool) -> Iterator[Separation]:
-        """While the block runs, the model's attention is the fastest that agrees with its own; yields how to call it.
+        """Set the fastest attention that agrees with the model's own, while the block runs; yield how to call it.
 
         `whole`: whether the whole model is called, and its logits are compared, or the decoder alone.
 
@@ -362,5 +362,5 @@ def call(module: Any, config: Any, pack: Pack, device: torch.device, mode: Separ
 
 
 def _wide(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Have `function` take logits in fp32 at least."""
+    """Return `function` for logits in fp32 at least."""
     return lambda logits, *rest: function(logits.to(torch.promote_types(logits.dtype, torch.float32)), *rest)

@@ -28,7 +28,7 @@ def routed_modules(names: Sequence[str], strange: Set[int], uncalled: Set[int]) 
 
 
 def _family(name: str) -> tuple[str, str] | None:
-    """A linear's name before and after the number of the innermost list that it is in."""
+    """Return a linear's name before and after the number of the innermost list that it is in."""
     parts = name.split(".")
     for place in range(len(parts) - 1, -1, -1):
         if _NUMBERED.fullmatch(parts[place]):

@@ -40,7 +40,7 @@ def unscorable_layers(model: Any) -> dict[str, str]:
 
 
 def _calls(base: Any, layers: list[nn.Module]) -> list[int] | None:
-    """How often a forward on text calls each of `layers`; None where that is not known."""
+    """Count how often a forward on text calls each of `layers`; None if that is not known."""
     embeddings = base.get_input_embeddings().weight
     if embeddings.device.type == "meta":
         return None

@@ -16,6 +16,7 @@ from influence_fast.data.packing import Pack
 from influence_fast.gradients.model.packed_attention import PackedTokens
 
 
+@torch.enable_grad()
 def out_of_order(
     call: Callable[[PackedTokens], Any],
     embeddings: nn.Module,
@@ -41,8 +42,7 @@ def out_of_order(
     handles = [embeddings.register_forward_hook(from_a_leaf)]
     handles += [layer.register_forward_pre_hook(lambda own, args: seen.append((own, args[0]))) for layer in layers]
     try:
-        with torch.enable_grad():
-            call(PackedTokens.of(pack).to(device))
+        call(PackedTokens.of(pack).to(device))
     finally:
         for handle in handles:
             handle.remove()
@@ -54,7 +54,9 @@ def out_of_order(
 
 
 def _apart(leaf: torch.Tensor, rows: Sequence[torch.Tensor], half: int) -> bool:
-    """Whether the first `half` of rows [n, d] have no gradient in the embeddings of the rest, nor these in those."""
+    """Return whether the first `half` of rows [n, d] have no gradient in the embeddings of the rest, nor these in
+    those.
+    """
     for place, part in ((slice(None, half), slice(half, None)), (slice(half, None), slice(None, half))):
         # other weights for every number: a norm has a constant sum of squares
         sums = [(x[place] * _weights(x[place])).sum() for x in rows]

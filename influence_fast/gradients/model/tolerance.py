@@ -25,7 +25,7 @@ class Tolerance:
 
     @classmethod
     def of(cls, dtype: torch.dtype, device: torch.device, fp8: bool = False) -> Tolerance:
-        """Choose the tolerance for a model's dtype; TF32 products on a GPU round as 16-bit ones do."""
+        """Return the tolerance for a model's dtype; TF32 products on a GPU round as 16-bit ones do."""
         if fp8:
             return cls(torch.bfloat16, _FLOOR_8, 2.0**-4)
         unit = torch.finfo(dtype).eps

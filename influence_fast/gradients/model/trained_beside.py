@@ -13,7 +13,7 @@ from influence_fast.errors import truncated_list
 
 
 def beside_warning(others: Sequence[str]) -> str:
-    """What is said of an adapter that trains `others` (see `trained_beside`)."""
+    """Return what is said of an adapter that trains `others` (see `trained_beside`)."""
     return (
         f"the adapter trains more than LoRA factors ({truncated_list(others)}); gradients and scores here are of the "
         "factors alone: train without modules_to_save, trainable_token_indices and bias to have all of it scored"
@@ -26,7 +26,7 @@ def unscored_in(model: nn.Module) -> list[str]:
 
 
 def _beside_in(model: nn.Module) -> list[str]:
-    """What else an adapter has than LoRA factors: whole modules saved with it, rows of embeddings, and biases."""
+    """List what else an adapter has than LoRA factors: whole modules saved with it, rows of embeddings, and biases."""
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     saved = []
@@ -41,7 +41,7 @@ def _beside_in(model: nn.Module) -> list[str]:
 
 
 def _unfrozen_in(model: nn.Module) -> list[str]:
-    """Parameters that ask for gradients and are no adapter's: unfrozen by hand, so that training moves them too."""
+    """List parameters that ask for gradients and are no adapter's: unfrozen by hand, training moves them too."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     configs = getattr(model, "peft_config", {})

@@ -58,7 +58,7 @@ class EigenSketch:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 in hex of all that decides what it does to a row: the manifest of a store names it."""
+        """Return the SHA-256, in hex, of all that decides what it does to a row: a store's manifest names it."""
         found = hashlib.sha256(json.dumps(self._about(), sort_keys=True).encode())
         for name, tensor in sorted(self._tensors().items()):
             found.update(name.encode())
@@ -75,12 +75,12 @@ class EigenSketch:
         return f"EigenSketch({self.fingerprint[:12]}, {self.chosen.numel()} of {layout_width(self.layout)})"
 
     def check_layout(self, layout: Sequence[LayoutEntry]) -> None:
-        """ConfigError unless it was fitted for unsketched rows of this layout."""
+        """Raise ConfigError unless it was fitted for unsketched rows of this layout."""
         if tuple(layout) != self.layout:
             raise ConfigError("the sketch was fitted on another model's rows, of other modules or ranks; fit it anew")
 
     def save(self, folder: Path) -> None:
-        """Writes its file, whole or not at all, beside those of other sketches. Raises StoreError: the disk refuses."""
+        """Write its file, whole or not at all, beside those of other sketches; raise StoreError if the disk refuses."""
         from safetensors.torch import save_file
 
         path = folder / file_of(self.fingerprint)
@@ -94,7 +94,7 @@ class EigenSketch:
 
     @classmethod
     def load(cls, path: Path) -> EigenSketch:
-        """What `save` wrote. Raises StoreError: there is none, or it is damaged."""
+        """Read what `save` wrote; raise StoreError if there is none, or it is damaged."""
         from safetensors import safe_open
 
         try:
@@ -135,7 +135,7 @@ class EigenSketch:
 
 
 def file_of(fingerprint: str) -> str:
-    """The name of a sketch's file in a store's folder. It names the contents, so that none is written over another."""
+    """Return the name of a sketch's file in a store's folder; it names the contents, so that none is overwritten."""
     return f"sketch-{fingerprint[:16]}.safetensors"
 
 
@@ -167,7 +167,7 @@ class EigenRows:
 
 
 def check_projection(projection: Projection | None) -> None:
-    """ConfigError unless rows of `projection` can be sketched by a fitted one."""
+    """Raise ConfigError unless rows of `projection` can be sketched by a fitted sketch."""
     if projection is None or projection.exact:
         raise ConfigError("exact rows have no sketch; give a projection with a width")
     if projection.flat:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Side(enum.Enum):
-    """What one side of a factor is: the few columns of an adapter's rank, all of x or g, or 1 for every token."""
+    """One side of a factor: the few columns of an adapter's rank, all of x or g, or 1 for every token."""
 
     RANK = "rank"
     WIDE = "wide"
@@ -91,17 +91,17 @@ class Factor:
 
     @property
     def whole(self) -> bool:
-        """Whether both sides are whole, so that neither is narrow."""
+        """Return whether both sides are whole, so that neither is narrow."""
         return self.left is Side.WIDE and self.right is Side.WIDE
 
     @property
     def left_is_long(self) -> bool:
-        """Whether the left side is the one to keep whole, where only one can be."""
+        """Return whether the left side is the one to keep whole, where only one can be."""
         return self.left is Side.WIDE or (self.right is not Side.WIDE and self.shape[0] > self.shape[1])
 
     @property
     def short(self) -> int:
-        """Columns of the other side than the long one."""
+        """Return the columns of the other side than the long one."""
         return self.shape[1] if self.left_is_long else self.shape[0]
 
     def sum(

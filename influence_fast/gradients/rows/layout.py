@@ -30,7 +30,7 @@ class LayoutEntry(NamedTuple):
 
     @property
     def columns(self) -> slice:
-        """The factor's numbers in a row."""
+        """Return the factor's numbers in a row."""
         return slice(self.offset, self.offset + self.shape[0] * self.shape[1])
 
 
@@ -38,7 +38,7 @@ Module = TypeVar("Module", "LoraLinear", LayoutEntry)
 
 
 def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -> list[LayoutEntry]:
-    """The row layout of `linears`: exact factors, or their projections (before any sketch of the whole row)."""
+    """Return the row layout of `linears`: exact factors, or their projections (before any sketch of the whole row)."""
     entries: list[LayoutEntry] = []
     offset = 0
     for linear in in_top_layers(linears, projection):
@@ -49,7 +49,7 @@ def layout_of(linears: list[LoraLinear], projection: Projection | None = None) -
 
 
 def in_top_layers(modules: Sequence[Module], projection: Projection | None) -> list[Module]:
-    """Those of `modules` that `projection.layers` leaves in a row; modules above all layers (a head) stay.
+    """Return those of `modules` that `projection.layers` leaves in a row; modules above all layers (a head) stay.
 
     Raises ModelError where no module's name has a layer's number to go by.
     """
@@ -85,6 +85,6 @@ def _module_name(module: LoraLinear | LayoutEntry) -> str:
 
 
 def layout_width(layout: Sequence[LayoutEntry]) -> int:
-    """Numbers in a row of this layout."""
+    """Return the count of numbers in a row of this layout."""
     last = layout[-1]
     return int(last.columns.stop)

@@ -9,11 +9,14 @@ PRECISIONS = (AUTO, FP8)
 
 
 def check_precision(name: str, source: str = "precision", *, sharded: bool = False) -> None:
-    """Raises ConfigError for a precision that does not exist, or does not go with base weights that are `sharded`."""
+    """Raise ConfigError for a precision that does not exist, or does not go with base weights that are `sharded`."""
     if name not in PRECISIONS:
-        raise ConfigError(f"{source}: unknown value {name!r}; {did_you_mean(str(name), PRECISIONS)}")
+        known = did_you_mean(str(name), PRECISIONS)
+        raise ConfigError(f": unknown value {name!r}", key=source, value=name, remedy=known)
     if sharded and name == FP8:
         raise ConfigError(
-            f"{source}: fp8 keeps copies of whole base weights, and these are spread over processes (FSDP); "
-            "use 'auto', or one process a card"
+            ": fp8 keeps copies of whole base weights, and these are spread over processes (FSDP); "
+            "use 'auto', or one process a GPU",
+            key=source,
+            value=name,
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -31,7 +32,7 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """How a per-example gradient becomes a row of numbers; `None` in its place means the exact gradient.
+    """Settings that turn a per-example gradient into a row of numbers; `None` in its place means the exact gradient.
 
     kind: "one_sided" (long side of each LoRA factor to `dim`, rank side kept), "kron" (both sides to `dim`),
         "sjlt" and "rademacher" (each factor flattened, then straight to `width` numbers).
@@ -77,8 +78,8 @@ class Projection:
                 f"projection kind {EXACT!r} has rows of whole gradients: leave out width, or choose 'kron'"
             )
         _check_integer("dim", self.dim, 1)
-        if not 0 < self.layers <= 1:
-            raise ConfigError(f"projection layers is {self.layers}; it is a share, above 0 and at most 1")
+        if not isinstance(self.layers, numbers.Real) or isinstance(self.layers, bool) or not 0 < self.layers <= 1:
+            raise ConfigError(f"projection layers is {self.layers!r}; it is a share, above 0 and at most 1")
         _check_integer("seed", self.seed, None)
         if self.width is not None:
             _check_integer("width", self.width, 1)
@@ -91,7 +92,7 @@ class Projection:
 
     @property
     def plain(self) -> Projection:
-        """The same without a fitted sketch."""
+        """Return this projection without a fitted sketch."""
         return self if self.sketch is None else replace(self, sketch=None)
 
     def __repr__(self) -> str:
@@ -101,17 +102,17 @@ class Projection:
 
     @property
     def exact(self) -> bool:
-        """Whether rows are whole gradients, of the weights that `target` names."""
+        """Return whether rows are whole gradients, of the weights that `target` names."""
         return self.kind == EXACT
 
     @property
     def sided(self) -> bool:
-        """Whether the sides of each factor are projected."""
+        """Return whether the sides of each factor are projected."""
         return self.kind in SIDED_KINDS
 
     @property
     def flat(self) -> bool:
-        """Whether whole factors are flattened before they are projected."""
+        """Return whether whole factors are flattened before they are projected."""
         return self.kind in FLAT_KINDS
 
 
@@ -121,7 +122,10 @@ def exact_rows(projection: Projection | None) -> Projection | None:
 
 
 def row_name(module: str, factor: str) -> str:
-    """The name that seeds the sketch of one factor's block of a row; `module` with or without the peft wrapper."""
+    """Return the name that seeds the sketch of one factor's block of a row.
+
+    `module` may have the peft wrapper's prefix or not.
+    """
     return f"{plain_name(module)}/row/{factor}"
 
 
@@ -133,13 +137,13 @@ def random_matrix(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """R (rows, dim) = signs / sqrt(dim), so that E[R R^T] = I and inner products are kept in the mean."""
+    """Return R (rows, dim) = signs / sqrt(dim), so that E[R R^T] = I and inner products are kept in the mean."""
     signs = sign_matrix(projection.seed, name, rows, projection.dim, dtype=dtype, device=device)
     return signs.mul_(entry_size(projection.dim, dtype))
 
 
 def entry_size(dim: int, dtype: torch.dtype = torch.float32) -> float:
-    """1 / sqrt(dim) as a number of `dtype`, taken on the CPU: a card divides by plain numbers in its own way."""
+    """Return 1 / sqrt(dim) as a number of `dtype`, taken on the CPU: a GPU divides by plain numbers in its own way."""
     return float(torch.ones((), dtype=dtype).div_(math.sqrt(dim)))
 
 

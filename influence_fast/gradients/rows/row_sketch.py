@@ -29,19 +29,19 @@ class BucketSums:
 
     @classmethod
     def of(cls, bucket: torch.Tensor, sign: torch.Tensor, width: int) -> BucketSums:
-        """For number i of n in bucket[i] < width, times sign[i]."""
+        """Make the sums that put number i of n into bucket[i] < width, times sign[i]."""
         order = torch.argsort(bucket, stable=True)
         edges = torch.arange(width + 1, dtype=bucket.dtype, device=bucket.device)
         return cls(order, sign[order], torch.searchsorted(bucket[order], edges))
 
     def __call__(self, values: torch.Tensor) -> torch.Tensor:
-        """[E, n] -> [E, width]."""
+        """Sum values [E, n] into buckets [E, width]."""
         signed = (values[:, self.order] * self.sign.to(values.dtype)).T.contiguous()
         return segment_sums(signed, self.offsets).T
 
 
 def segment_sums(values: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
-    """[S, ...] sums of values [n, ...] from each edge to the next, in order; edges [S + 1] int64, anywhere."""
+    """Sum values [n, ...] from each edge to the next, in order, [S, ...]; edges [S + 1] int64, anywhere."""
     edges = to_device(edges, values.device)
     if values.is_meta:  # has no such operation
         return values.new_empty(edges.numel() - 1, *values.shape[1:])
@@ -85,18 +85,18 @@ class RowSketch:
 
     @property
     def _is_card(self) -> bool:
-        """On a card `index_add_` adds by atomics, in another order in every run."""
+        """Return whether `index_add_` would add by atomics, in another order in every run, as on a GPU."""
         return self.device.type == "cuda"
 
     def _in_order(self, block: int | None) -> BucketSums:
-        """The sums of one block, or of whole rows, in an order that never changes."""
+        """Return the sums of one block, or of whole rows, in an order that never changes."""
         if block not in self._sums:
             bucket, sign = self._whole_map() if block is None else self._map(block)
             self._sums[block] = BucketSums.of(bucket, sign, self.width)
         return self._sums[block]
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """SJLT of whole rows: [E, sum of sizes] -> [E, width]."""
+        """Compute the SJLT of whole rows: [E, sum of sizes] -> [E, width]."""
         if self._is_card:
             return self._in_order(None)(rows)
         bucket, sign = self._whole_map()
@@ -105,21 +105,21 @@ class RowSketch:
         return out.index_add_(1, bucket, rows * sign)
 
     def flat(self, block: int) -> FlatSketch:
-        """One factor's map, of a flat kind, as the kernel `project_flat` reads it; make once, keep."""
+        """Make one factor's map, of a flat kind, as the kernel `project_flat` reads it; make once, keep."""
         from influence_fast.kernels.project_flat import FlatSketch
 
         name, shape = self.names[block], self.shapes[block]
         return FlatSketch.of(self.kind, self.seed, name, *shape, self.width, device=self.device)
 
     def add(self, row: torch.Tensor, block: int, values: torch.Tensor) -> None:
-        """row [width] += the sketch, of a flat kind, of one factor's block [n]."""
+        """Add the sketch, of a flat kind, of one factor's block [n] to `row` [width]."""
         if self.kind == "rademacher":
             self._add_dense(row, block, values)
         else:
             self._add_sparse(row, block, values)
 
     def _add_sparse(self, row: torch.Tensor, block: int, values: torch.Tensor) -> None:
-        """row [width] += SJLT of one factor's block [n]."""
+        """Add the SJLT of one factor's block [n] to `row` [width]."""
         if self._is_card:
             row += self._in_order(block)(values[None])[0]
             return
@@ -127,7 +127,7 @@ class RowSketch:
         row.index_add_(0, bucket, values * sign.to(values.dtype))
 
     def _add_dense(self, row: torch.Tensor, block: int, values: torch.Tensor) -> None:
-        """row [width] += values [n] @ signs [n, width] / sqrt(width); the signs are made in chunks, never stored."""
+        """Add values [n] @ signs [n, width] / sqrt(width) to `row`; the signs are made in chunks, never stored."""
         step = max(1, _RADEMACHER_CHUNK // self.width)
         for start in range(0, values.numel(), step):
             part = values[start : start + step]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from influence_fast.errors import ConfigError, did_you_mean, shown
+from influence_fast.errors import ConfigError, did_you_mean, setting, shown
 from influence_fast.gradients.rows.eigen_sketch import DEFAULT_EXAMPLES, EigenSketch, check_projection
 from influence_fast.gradients.rows.precision import AUTO, check_precision
 from influence_fast.gradients.rows.projection import EXACT, KINDS, SIDED_KINDS, Projection
@@ -45,7 +45,10 @@ class RowSpec:
     Raises ConfigError for values that do not exist or do not fit together. What the rows of a finished store are made
     by is `store.spec`.
 
-        spec = inf.RowSpec(dim=64, width=8192, dtype="int8")
+    Example:
+        >>> spec = inf.RowSpec(dim=64, width=8192, dtype="int8")
+        >>> spec.loss_reduction
+        'mean'
     """
 
     # Measured on a 128-wide model: group scores agree with exact ones at 0.985 (16), 0.989 (32), 0.994 (64); wider
@@ -80,8 +83,9 @@ class RowSpec:
             self._check_count("max_tokens", self.max_tokens, ", or left out")
         if self.kind == EXACT and (self.width is not None or self.layers != 1):
             raise ConfigError(
-                f"{self.PREFIX}kind {EXACT!r} keeps whole gradients of all layers: leave out {self.PREFIX}width and "
-                f"{self.PREFIX}layers, or choose a projection"
+                f"{self._named('kind')} {EXACT!r} keeps whole gradients of all layers: leave out "
+                f"{self._named('width')} "
+                f"and {self._named('layers')}, or choose a projection"
             )
         projection = self.projection()
         if projection is not None and self.target is not None:  # in their one form, as stores record them
@@ -113,7 +117,7 @@ class RowSpec:
 
     @property
     def is_settled(self) -> bool:
-        """Whether `projection` is what makes the rows, with no sketch left to fit or to look up."""
+        """Return whether `projection` is what makes the rows, with no sketch left to fit or to look up."""
         if self.sketch == AUTO:
             return self.width is None or self.kind not in SIDED_KINDS
         return isinstance(self.sketch, EigenSketch) or self.sketch == "random"
@@ -141,16 +145,24 @@ class RowSpec:
         others = ("dtype", "loss_reduction", "precision", "sketch_examples", "max_tokens")
         return RowSpec.of(projection, **{name: getattr(self, name) for name in others})
 
+    def _named(self, name: str) -> str:
+        """Return a field's name for a message."""
+        return setting(f"{self.PREFIX}{name}")
+
     def _check_choice(self, name: str, known: Sequence[str]) -> None:
         value = getattr(self, name)
         if value not in known:
-            raise ConfigError(f"{self.PREFIX}{name}: unknown value {shown(value)}; {did_you_mean(str(value), known)}")
+            raise ConfigError(
+                f"{self._named(name)}: unknown value {shown(value)}; {did_you_mean(str(value), known)}", value=value
+            )
 
     def _check_count(self, name: str, value: object, otherwise: str = "") -> None:
         if not isinstance(value, int) or isinstance(value, bool):
-            raise ConfigError(f"{self.PREFIX}{name} is {shown(value)}; it must be a whole number{otherwise}")
+            raise ConfigError(
+                f"{self._named(name)} is {shown(value)}; it must be a whole number{otherwise}", value=value
+            )
         if value < 1:
-            raise ConfigError(f"{self.PREFIX}{name} is {value}; it must be at least 1{otherwise}")
+            raise ConfigError(f"{self._named(name)} is {value}; it must be at least 1{otherwise}", value=value)
 
     def _check_sketch(self, projection: Projection | None) -> None:
         """Raise ConfigError for a sketch that is none, or that rows of `projection` cannot be made by."""
@@ -158,17 +170,19 @@ class RowSpec:
             return
         if isinstance(self.sketch, str) and names_store(self.sketch) and not os.path.isdir(self.sketch):
             raise ConfigError(
-                f"{self.PREFIX}sketch: {shown(self.sketch)} is no store's folder; {did_you_mean(self.sketch, SKETCHES)}"
+                f"{self._named('sketch')}: {shown(self.sketch)} is no store's folder; "
+                f"{did_you_mean(self.sketch, SKETCHES)}"
             )
         if not isinstance(self.sketch, str | EigenSketch):
             raise ConfigError(
-                f"{self.PREFIX}sketch is {shown(self.sketch)}; give one of {', '.join(SKETCHES)}, a store's folder or "
+                f"{self._named('sketch')} is {shown(self.sketch)}; give one of {', '.join(SKETCHES)}, a store's "
+                "folder or "
                 "a fitted sketch"
             )
         try:
             check_projection(projection)
         except ConfigError as error:
-            raise ConfigError(f"{self.PREFIX}sketch: {error}") from None
+            raise ConfigError(f"{self._named('sketch')}: {error.marked}") from None
 
 
 def names_store(sketch: str | Path | EigenSketch) -> bool:

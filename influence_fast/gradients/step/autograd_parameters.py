@@ -43,7 +43,7 @@ class AutogradParameters:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """While the block runs, the factors ask for a gradient; what they had of one is kept aside."""
+        """Set the factors to ask for a gradient while the block runs; one that they had is kept aside."""
         factors = [factor for _, member in self.members for factor in member.pair]
         kept = [factor.grad for factor in factors]
         try:
@@ -87,16 +87,16 @@ class SplitModule:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """While the block runs, calls of the module come here."""
+        """Replace the module's forward by this one while the block runs."""
         with overridden(self.layer, "forward", self.forward):
             yield
 
     def begin(self, anchor: torch.Tensor) -> None:
-        """A step comes; drop what one that failed has left."""
+        """Start a step; drop what one that failed has left."""
         self._copies, self._stepping = [], True
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the module gives for the tokens of a pack."""
+        """Return what the module gives for the tokens of a pack."""
         if not self._stepping:  # losses alone
             return self._own(x, *args, **kwargs)
         if args or kwargs:
@@ -169,7 +169,7 @@ def parameter_parts(
     calls: dict[nn.Module, tuple[Any, ...]],
     reducer: Reducer,
 ) -> list[Part]:
-    """Say for each module with LoRA on parameters, and each embedding, how its gradients are made.
+    """Return for each module with LoRA on parameters, and each embedding, how its gradients are made.
 
     members: each with its place among all LoRA modules. calls: what each of these modules' outermost wrappers was
     called with.

@@ -48,7 +48,7 @@ Step = Callable[[StepInputs], tuple[Tensor, Tensor]]
 
 
 def wanted() -> bool | None:
-    """What the environment says: False for no graphs, True for a word where there can be none, None for neither.
+    """Parse the environment variable: False disables graphs, True warns where there can be none, None is auto.
 
     Raises ConfigError for a value of the variable but 0 and 1.
     """
@@ -91,7 +91,7 @@ class Recorder(Protocol):
     """Records what a function launches."""
 
     def record(self, run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
-        """A function that launches it again, and where the results then are."""
+        """Record `run`; return a function that launches it again, and where the results then are."""
         ...
 
 
@@ -118,7 +118,7 @@ class CudaRecorder:
         return graph.replay, results
 
     def _abandon(self, stream: Any) -> None:
-        """What PyTorch leaves undone after a capture that failed: its stream, and the pool it was allocating from."""
+        """Undo what PyTorch leaves after a capture that failed: its stream, and the pool it was allocating from."""
         torch.cuda.set_stream(stream)
         end = getattr(torch._C, "_cuda_endAllocateToPool", None)
         if end is not None:
@@ -131,7 +131,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 def _check_that_nothing_waits(run: Callable[[], Any]) -> None:
-    """RuntimeError where `run` would wait for the card: found in a capture, the process would not recover from it."""
+    """Raise RuntimeError if `run` would wait for the GPU: found in a capture, the process would not recover from it."""
     before = torch.cuda.get_sync_debug_mode()
     _set_sync_debug_mode("error")
     try:
@@ -148,7 +148,7 @@ def _set_sync_debug_mode(mode: int | str) -> None:
 
 @functools.cache
 def _stream(device: torch.device) -> Any:
-    """A card's stream for captures, kept: cuBLAS keeps a workspace for each."""
+    """Return a GPU's stream for captures, kept: cuBLAS keeps a workspace for each."""
     return torch.cuda.Stream(device)
 
 
@@ -176,16 +176,16 @@ class StepGraphs:
 
     @property
     def most_tokens(self) -> int:
-        """Tokens of the largest step recorded; 0 for none."""
+        """Return the tokens of the largest step recorded; 0 for none."""
         return max((shape.tokens for shape in self._graphs), default=0)
 
     @property
     def _full(self) -> bool:
-        """Whether no more steps are recorded."""
+        """Return whether no more steps are recorded."""
         return self.refused or len(self._graphs) >= MOST_GRAPHS or self._bytes >= MOST_BYTES
 
     def run(self, shape: StepShape, inputs: StepInputs, examples: int) -> tuple[Tensor, Tensor]:
-        """Rows and losses of the first `examples` of the padded `inputs`, which are on the host."""
+        """Return rows and losses of the first `examples` of the padded `inputs`, which are on the host."""
         graph = self._graphs.get(shape)
         if graph is not None:
             graph.memory.copy_(_pinned(joined(inputs.tensors), self._device), non_blocking=True)
@@ -200,7 +200,10 @@ class StepGraphs:
         return rows[:examples].clone(), losses[:examples].clone()  # the next replay writes to the same place
 
     def _record(self, shape: StepShape, inputs: StepInputs) -> _Recorded | None:
-        """The step, with `inputs` where it reads them; None if it cannot be recorded, which is said, once for all."""
+        """Record the step, with `inputs` where it reads them.
+
+        None if it cannot be recorded, which is said, once for all.
+        """
         memory = to_device(joined(inputs.tensors), self._device)
         try:
             replay, results = self._recorder.record(lambda: self._step(inputs.within(memory)))

@@ -25,7 +25,7 @@ from influence_fast.gradients.step.reduction import Reducer
 
 
 class Product(Protocol):
-    """How a frozen weight is multiplied where that is no plain matrix product in its own dtype."""
+    """A product with a frozen weight that is no plain matrix product in its own dtype."""
 
     def operand(self, matrix: torch.Tensor, backend: Torch) -> Any:
         """Return what the products take for a matrix; members of a group share that of their input."""
@@ -90,20 +90,20 @@ class InputGroup:
             self.forward_bias = torch.cat([*biases, self.members[0].weight.new_zeros(sum(self.columns))])
 
     def factor_a(self, place: int) -> torch.Tensor:
-        """Member `place`'s A [r, d_in] in the weights' dtype; not for fused groups."""
+        """Return member `place`'s A [r, d_in] in the weights' dtype; not for fused groups."""
         start = sum(self.columns[:place])
         return self.forward_weight[start : start + self.members[place].r]
 
     def factor_b(self, place: int) -> torch.Tensor:
-        """Member `place`'s B [d_out, r], likewise."""
+        """Return member `place`'s B [d_out, r] in the weights' dtype; not for fused groups."""
         return self.backward_weights[place][:, : self.members[place].r]
 
     def skinny(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x [T, d] @ weight [d, c] for a small c."""
+        """Return x [T, d] @ weight [d, c] for a small c."""
         return self.backend.skinny_product(x, weight)
 
     def outputs(self, x: torch.Tensor, h: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Each member's W x + bias + s B h, [T, d_out]; x [T, d_in], h [T, r] of each.
+        """Yield each member's W x + bias + s B h, [T, d_out]; x [T, d_in], h [T, r] of each.
 
         The adapter's part is written first and the base product, which is bound by arithmetic, adds to it: added
         afterwards, it would read and write all outputs once more. 8-bit and quantised products cannot add; 8-bit ones
@@ -128,7 +128,7 @@ class InputGroup:
     def input_gradient(
         self, grads: Sequence[torch.Tensor | None], u: Sequence[torch.Tensor | None]
     ) -> torch.Tensor | None:
-        """dx [T, d_in] = sum over members of g W + s u A, in the same order; g [T, d_out], u [T, r].
+        """Return dx [T, d_in] = sum over members of g W + s u A, in the same order; g [T, d_out], u [T, r].
 
         8-bit and quantised products cannot add, so they come first, and all else is added to them.
         """
@@ -144,8 +144,10 @@ class InputGroup:
         return dx
 
     def _with_adapters_part(self, dx: torch.Tensor | None, u: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-        """dx + sum of s u A, in place of dx if there is one: one product where all members have a gradient and one
-        scaling."""
+        """Return dx + sum of s u A, in place of dx if there is one.
+
+        It is one product if all members have a gradient and one scaling.
+        """
         scalings = {member.scaling for member in self.members}
         given = [part for part in u if part is not None]
         if not given:
@@ -163,7 +165,7 @@ class InputGroup:
         return dx
 
     def call(self, place: int, x: torch.Tensor) -> torch.Tensor:
-        """Member `place`'s output; the first member called with a tensor computes them all."""
+        """Return member `place`'s output; the first member called with a tensor computes them all."""
         if self.pending_input is not x or place not in self.pending:
             outputs = _GroupedLora.apply(x, self.anchor, self)
             self.pending = dict(enumerate(outputs))
@@ -182,7 +184,7 @@ class InputGroup:
 
     @property
     def kept_outputs(self) -> int:
-        """Numbers a token that a member with a magnitude vector keeps beside its columns: the most of any."""
+        """Return the most numbers a token that a member with a magnitude vector keeps beside its columns."""
         return max((member.d_out for member in self.members if member.magnitude is not None), default=0)
 
     def add(
@@ -193,7 +195,7 @@ class InputGroup:
         g: torch.Tensor,  # [n, d_out]
         x: torch.Tensor | None,  # [n, d_in]
     ) -> None:
-        """Hand member `place`'s tokens to the reducer, which sums them by the bounds of the step's pack.
+        """Give member `place`'s tokens to the reducer, which sums them by the bounds of the step's pack.
 
         A layer that sees n tokens of an example alone, and not the pack's T, has them summed here, or handed over T at
         a time, the rest filled up with zeros: of one example all sums are over all tokens, in any order.
@@ -225,7 +227,7 @@ class InputGroup:
             )
 
     def forget(self) -> None:
-        """Lets go of what a forward left for calls that did not come."""
+        """Drop cached outputs that no member consumed."""
         self.pending, self.pending_input = {}, None
 
 

@@ -46,7 +46,7 @@ class LoraEmbedding(LoraParameter):
 
 
 def embedding_of(name: str, layer: Any, active: Sequence[str], named: bool) -> LoraEmbedding:
-    """Describe a LoRA layer over an embedding; `active` and `named` as for `join_adapters`.
+    """Return what a LoRA layer over an embedding holds; `active` and `named` as for `join_adapters`.
 
     Raises ModelError for DoRA, and for weights that are spread over processes.
     """
@@ -105,7 +105,7 @@ class EmbeddingPart:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """While the block runs, calls of the layer come here."""
+        """Replace the layer's forward by this one while the block runs."""
 
         def forward(ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             found: torch.Tensor = _Embed.apply(self.anchor, ids, self)
@@ -115,15 +115,15 @@ class EmbeddingPart:
             yield
 
     def begin(self, anchor: torch.Tensor) -> None:
-        """A step comes, whose backward is to reach this layer."""
+        """Start a step, whose backward is to reach this layer."""
         self.anchor = anchor
 
     def finish(self) -> None:
-        """A step has ended."""
+        """End a step."""
         self.anchor = None
 
     def add(self, ids: torch.Tensor, g: torch.Tensor) -> None:
-        """Hand what a backward left to the reducer: ids [T], gradients of the outputs g [T, d]."""
+        """Give what a backward left to the reducer: ids [T], gradients of the outputs g [T, d]."""
         bounds = self.reducer.cu_seqlens
         if len(ids) != bounds[-1]:
             raise ModelError(
@@ -145,7 +145,7 @@ class EmbeddingPart:
     def _sum(
         self, block: Block, ids: torch.Tensor, kept: torch.Tensor, out_of: torch.Tensor, g: torch.Tensor
     ) -> torch.Tensor:
-        """One factor's sum over an example's tokens, scaled: [r, V] or [d, r]."""
+        """Return one factor's sum over an example's tokens, scaled: [r, V] or [d, r]."""
         factor = block.factor
         if isinstance(factor.right, Columns):
             return (g.T @ tokens_of(factor.right, kept)).mul_(factor.scale)

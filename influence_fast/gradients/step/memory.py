@@ -32,17 +32,17 @@ class GradientMemory:
 
     @property
     def fullest(self) -> str:
-        """The moment that decides."""
+        """Return the moment that decides."""
         return max(self.moments, key=lambda name: sum(self.moments[name].values()))
 
     @property
     def batch(self) -> int:
-        """Bytes of the fullest moment, without weights and factors."""
+        """Return the bytes of the fullest moment, without weights and factors."""
         return sum(self.moments[self.fullest].values())
 
     @property
     def peak(self) -> int:
-        """Bytes in all."""
+        """Return the bytes in all."""
         return sum(self.throughout.values()) + self.batch
 
 
@@ -64,7 +64,9 @@ def layer_bytes(
     fused_norms: bool = False,
     fused_mlp: bool = False,
 ) -> int:
-    """Bytes a token that one decoder layer keeps for its backward: frozen weights, `columns` numbers a LoRA module.
+    """Return the bytes a token that one decoder layer keeps for its backward.
+
+    Weights are frozen, and `columns` numbers are kept for a LoRA module:
 
     2 (4 d + 4) fp32 copies and scales of the norms, w (2 a + 2 b) + 4 h of the attention, 3 w f of the MLP, 7 w c.
     fused_norms, fused_mlp: by the kernels (`fused_layers`), which keep 2 w d and 2 w f.
@@ -82,7 +84,7 @@ def layer_bytes(
 
 @dataclass(frozen=True, slots=True)
 class PackSize:
-    """What is in one packed batch: tokens, examples, and tokens that the loss counts (None: all)."""
+    """Size of one packed batch: tokens, examples, and tokens that the loss counts (None: all)."""
 
     tokens: int
     examples: int = 1
@@ -231,16 +233,18 @@ class _Shape:
 
     @property
     def modules(self) -> list[tuple[int, int]]:
-        """(d_in, d_out) of a layer's modules."""
+        """Return (d_in, d_out) of a layer's modules."""
         d, f = self.hidden, self.mlp
         return [(d, self.queries), (d, self.keys), (d, self.keys), (self.queries, d), (d, f), (d, f), (f, d)]
 
     @property
     def module_ends(self) -> int:
-        """d_in + d_out, summed over a layer's modules."""
+        """Return d_in + d_out, summed over a layer's modules."""
         return sum(map(sum, self.modules))
 
 
 def _norm(width: int, fused_bytes: int = 0) -> int:
-    """Bytes a token that one RMS norm keeps: its input in fp32, and one scale; by a kernel its input as it is."""
+    """Return the bytes a token that one RMS norm keeps: its input in fp32, and one scale; by a kernel its input as it
+    is.
+    """
     return fused_bytes * width if fused_bytes else 4 * width + 4

@@ -81,16 +81,16 @@ class OpenedModel:
 
     @property
     def device(self) -> torch.device:
-        """The device that packs go to."""
+        """Return the device that packs go to."""
         return self.linears[0].device
 
     @property
     def module(self) -> Any:
-        """What a pack is passed through: the whole model, or its decoder."""
+        """Return what a pack is passed through: the whole model, or its decoder."""
         return self.base if self.whole_model_logits else self.decoder
 
     def call(self, tokens: attention.PackedTokens) -> Any:
-        """Pass a pack on the device through `module` and return its output."""
+        """Call `module` on a pack that is on the device and return its output."""
         return call_packed(self.module, self.decoder.config, self.mode, tokens)
 
     def kept_bytes(self, tokens: int) -> float | None:
@@ -232,7 +232,7 @@ def free_bytes(device: torch.device) -> int | None:
 def _settled(
     base: Any, decoder: Any, head: Any, linears: Sequence[LoraLinear]
 ) -> Iterator[tuple[bool, Separation, Referee | None]]:
-    """While the block runs, the model's attention is the fastest that agrees with the plain forward.
+    """Set the fastest attention that agrees with the plain forward, while the block runs.
 
     Yields whether the whole model's logits are needed, how to call it, and the plain outputs.
     """
@@ -255,7 +255,7 @@ def _settled(
 
 
 def _fp8_weights(linears: Sequence[LoraLinear], backend: Torch) -> list[fp8.Fp8Weight | None]:
-    """The 8-bit weights of linears; None for LoRA on parameters, which multiply as they are."""
+    """Return the 8-bit weights of linears; None for LoRA on parameters, which multiply as they are."""
     plain = [linear for linear in linears if not isinstance(linear, LoraParameter)]
     made = iter(fp8.weights_of(plain, backend))
     return [None if isinstance(linear, LoraParameter) else next(made) for linear in linears]

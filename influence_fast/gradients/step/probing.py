@@ -41,7 +41,7 @@ def call_packed(module: Any, config: Any, mode: Separation, tokens: attention.Pa
 
 
 def probe_tokens(referee: Referee | None) -> torch.Tensor:
-    """The tokens [n] int64 of `probe`: enough that a router spreads them."""
+    """Return the tokens [n] int64 of `probe`: enough that a router spreads them."""
     if referee is None:
         return torch.zeros(2, dtype=torch.int64)
     return max((text.ids for text in referee.texts), key=len)[:_PROBED]

@@ -34,8 +34,10 @@ _KEPT_NUMBERS = 1 << 15
 def random_columns(
     projection: Projection | None, linear: LoraLinear, backend: Torch
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """R_in [d_in, p] and R_out [d_out, p] of one module, on the CPU or on its card: fp32, or empty with p = 0 where the
-    kind needs none."""
+    """Return R_in [d_in, p] and R_out [d_out, p] of one module, in fp32, on the CPU or on its GPU.
+
+    They are empty, p = 0, if the kind needs none.
+    """
     if projection is None or not projection.sided:
         empty = torch.zeros(0, device=linear.device)
         return empty.view(linear.d_in, 0), empty.view(linear.d_out, 0)
@@ -47,7 +49,7 @@ def random_columns(
 
 
 def _matrix(projection: Projection, name: str, rows: int, device: torch.device, backend: Torch) -> torch.Tensor:
-    """`random_matrix`, made where it is used.
+    """Return `random_matrix`, made where it is used.
 
     For the CPU small ones are kept: drawing them is half of what opening an engine of a small model takes.
     """
@@ -66,7 +68,7 @@ def _kept_matrix(projection: Projection, name: str, rows: int) -> torch.Tensor:
 
 
 def pack_segments(cu_seqlens: list[int], device: torch.device) -> Segments:
-    """What the kernels need to know of a pack's examples."""
+    """Return what the kernels need to know of a pack's examples."""
     from influence_fast.kernels.segments import Segments
 
     return Segments.from_lengths([end - start for start, end in pairwise(cu_seqlens)], device=device)
@@ -77,12 +79,12 @@ class Reducer:
 
     @property
     def needs_input(self) -> bool:
-        """Whether x itself must be kept for the backward."""
+        """Return whether x itself must be kept for the backward."""
         return False
 
     @property
     def projected(self) -> bool:
-        """Whether `add_factors` takes gradients whose wide sides `columns` have multiplied, and not whole ones."""
+        """Return whether `add_factors` takes gradients whose wide sides `columns` have multiplied, not whole ones."""
         return False
 
     backend: Torch = TORCH
@@ -102,17 +104,19 @@ class Reducer:
 
     @property
     def width(self) -> int:
-        """Numbers in a finished row."""
+        """Return the count of numbers in a finished row."""
         sketched = None if self.projection is None else self.projection.width
         return layout_width(self.layout) if sketched is None else sketched
 
     def columns(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """What one module's input [d_in, p] and output gradient [d_out, p] are multiplied by beside A^T and B."""
+        """Return the matrices beside A^T and B that multiply one module's input [d_in, p] and output gradient [d_out,
+        p].
+        """
         return random_columns(self.projection, self.linears[number], self.backend)
 
     @property
     def cu_seqlens(self) -> list[int]:
-        """The pack's bounds; ConfigError in a step that is to be recorded, which must not depend on them."""
+        """Return the pack's bounds; raise ConfigError in a step that is to be recorded: it must not depend on them."""
         if self._bounds is None:
             raise ConfigError(
                 "these gradients need each pack's bounds on the host, and a CUDA graph has none; leave CUDA graphs off"
@@ -121,11 +125,11 @@ class Reducer:
 
     @property
     def recordable(self) -> bool:
-        """Whether a step can be a CUDA graph: what it launches depends on nothing but the sizes of `segments`."""
+        """Return whether a step can be a CUDA graph: what it launches depends on the sizes of `segments` alone."""
         return self.backend.launches_kernels
 
     def begin(self, cu_seqlens: list[int] | None, segments: Segments | None = None) -> None:
-        """A pack of the bounds `cu_seqlens` comes; `segments` are the same for the kernels, where already made."""
+        """Start a pack of the bounds `cu_seqlens`; `segments` are the same for the kernels, where already made."""
         if segments is None and self.backend.launches_kernels and cu_seqlens is not None:
             segments = pack_segments(cu_seqlens, self.device)
         self.segments, self._bounds = segments, cu_seqlens
@@ -154,14 +158,16 @@ class Reducer:
     def launch_outer(
         self, left: torch.Tensor, right: torch.Tensor, segments: Segments, rows: torch.Tensor, scaling: float = 1.0
     ) -> None:
-        """rows [E, a b] = s left^T right of each example, one factor in one launch: left [T, a], right [T, b]."""
+        """Compute rows [E, a b] = s left^T right of each example by one launch: left [T, a], right [T, b]."""
         from influence_fast.kernels.segment_outer import segment_outer
 
         segment_outer(left[:, None], right[:, None], segments, rows, self._start, scale=scaling)
 
 
 class ProjectedReducer(Reducer):
-    """`one_sided` and `kron`: small outer products of all modules at the end of the pack, then the row sketch."""
+    """Reducer of `one_sided` and `kron`: small outer products of all modules at the end of the pack, then the row
+    sketch.
+    """
 
     def __init__(self, linears: list[LoraLinear], layout: list[LayoutEntry], projection: Projection | None) -> None:
         super().__init__(linears, layout, projection)
@@ -335,7 +341,7 @@ class FullReducer(Reducer):
         return rows
 
     def _sum(self, block: int, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
-        """rows[e] += s sum_t left_t right_t^T, or its sketch: left [T, a], right [T, b] of the factor a x b."""
+        """Add s sum_t left_t right_t^T, or its sketch, to rows[e]: left [T, a], right [T, b] of the factor a x b."""
         for e, (start, end) in enumerate(pairwise(self.cu_seqlens)):
             flat = (left[start:end].T @ right[start:end]).reshape(-1) * scaling
             if self._sketch is None:
@@ -344,7 +350,7 @@ class FullReducer(Reducer):
                 self._sketch.add(self._rows[e], block, flat)
 
     def _launch(self, block: int, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
-        """The same into exact rows, by the kernel, which writes: a module's second call goes through a copy."""
+        """Add the sums to exact rows by the kernel, which writes: a module's second call goes through a copy."""
         assert self.segments is not None
         rows = self._rows[:, self.layout[block].columns]
         again = block in self._written
@@ -355,7 +361,7 @@ class FullReducer(Reducer):
         self._written.add(block)
 
     def _launch_sketch(self, block: int, left: torch.Tensor, right: torch.Tensor, scaling: float) -> None:
-        """The same into sketched rows, by the kernel."""
+        """Add the sums to sketched rows, by the kernel."""
         from influence_fast.kernels.project_flat import project_flat
 
         assert self._sketch is not None

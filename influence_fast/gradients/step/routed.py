@@ -49,7 +49,7 @@ class Routing:
 
     @classmethod
     def of(cls, top_k_index: torch.Tensor, experts: int) -> Routing:
-        """Sort choices [T, k] of experts; a number that is no expert's, by which some models mark none, is dropped."""
+        """Group choices [T, k] of experts; a number that is no expert's, by which some models mark none, is dropped."""
         positions, k = top_k_index.shape
         chosen = top_k_index.reshape(-1)
         order = chosen.argsort(stable=True)
@@ -60,7 +60,7 @@ class Routing:
         return cls(order, order // k, counts, positions * k, positions)
 
     def pairs(self, reducer: Reducer) -> Pairs:
-        """The experts and examples of the pack that `reducer` sums; the modules of one call share them."""
+        """Return the experts and examples of the pack that `reducer` sums; the modules of one call share them."""
         if self.positions != reducer.cu_seqlens[-1]:
             raise ModelError(
                 f"routed experts were called with {self.positions} tokens of a pack of {reducer.cu_seqlens[-1]}; leave "
@@ -89,7 +89,7 @@ class RoutedLinear:
             self.r_in, self.r_out = (one.to(dtype=dtype, device=lora.a.device) for one in reducer.columns(number))
 
     def forward(self, x: torch.Tensor, counts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """y [S, d_out] and h [S, r] of routed tokens x [S, d_in]."""
+        """Return y [S, d_out] and h [S, r] of routed tokens x [S, d_in]."""
         y, h = x.new_empty(len(x), self.lora.d_out), x.new_empty(len(x), self.lora.rank)
         for expert, rows in _slices(counts):
             torch.mm(x[rows], self.a[expert].T, out=h[rows])
@@ -98,7 +98,7 @@ class RoutedLinear:
         return y, h
 
     def backward(self, g: torch.Tensor, counts: Sequence[int], wants_dx: bool) -> tuple[torch.Tensor, Any]:
-        """u [S, r] and dx [S, d_in], or None where it is not wanted, of gradients g [S, d_out]."""
+        """Return u [S, r] and dx [S, d_in], or None if it is not wanted, of gradients g [S, d_out]."""
         u = g.new_empty(len(g), self.lora.rank)
         dx = g.new_empty(len(g), self.lora.d_in) if wants_dx else None
         for expert, rows in _slices(counts):
@@ -145,21 +145,21 @@ class RoutedExperts:
         self.anchor: torch.Tensor | None = None  # of a step, as that of `InputGroup`
 
     def begin(self, anchor: torch.Tensor) -> None:
-        """A step comes, of that anchor."""
+        """Start a step of that anchor."""
         self.anchor = anchor
 
     def finish(self) -> None:
-        """The step is over; its backward has added all to the reducer."""
+        """End the step; its backward has added all to the reducer."""
         self.anchor = None
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """While the block runs, calls of the module come here."""
+        """Replace the module's forward by this one while the block runs."""
         with overridden(self.layer, "forward", self.forward):
             yield
 
     def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        """Outputs [T, d] of hidden states [T, d] with their experts [T, k] and the weights of these [T, k]."""
+        """Return outputs [T, d] of hidden states [T, d] with their experts [T, k] and the weights of these [T, k]."""
         module, routing = self.module, Routing.of(top_k_index, self.experts)
         up = self._product("gate_up_proj" if module.has_gate else "up_proj", hidden[routing.tokens], routing)
         inner = module._apply_gate(up) if module.has_gate else module.act_fn(up)
@@ -209,7 +209,7 @@ class RoutedExperts:
 
 
 def _slices(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Each expert that has tokens, and where these are."""
+    """Yield each expert that has tokens, and where these are."""
     start = 0
     for expert, count in enumerate(counts):
         if count:

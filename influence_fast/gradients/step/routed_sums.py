@@ -35,7 +35,7 @@ class Pairs:
 
     @classmethod
     def of(cls, counts: list[int], tokens: torch.Tensor, cu_seqlens: list[int]) -> Pairs:
-        """Sort routed tokens into pairs.
+        """Split routed tokens into pairs of an expert and an example.
 
         counts: [E] tokens of each expert. tokens: [S] int64, each one's place in the pack, ascending within an expert.
         cu_seqlens: [X + 1] the pack's bounds.
@@ -51,14 +51,14 @@ class Pairs:
 
     @property
     def segments(self) -> Segments:
-        """Pairs that have tokens, for the kernels."""
+        """Return the pairs that have tokens, for the kernels."""
         if self._segments is None:
             filled = [end for start, end in pairwise(self.edges) if end > start]
             self._segments = pack_segments([0, *filled], self.device)
         return self._segments
 
     def of_example(self, example: int) -> list[tuple[int, slice]]:
-        """The experts that an example has tokens with, and where these are."""
+        """Return the experts that an example has tokens with, and where these are."""
         starts = self.edges[example :: self.examples][: self.experts]
         ends = self.edges[example + 1 :: self.examples]
         return [(e, slice(i, j)) for e, (i, j) in enumerate(zip(starts, ends, strict=True)) if j > i]
@@ -94,7 +94,7 @@ def add_routed(
 
 
 def _pair_sums(reducer: Reducer, left: torch.Tensor, right: torch.Tensor, pairs: Pairs) -> torch.Tensor:
-    """[E, X, a, b] sums of left_t right_t^T over each pair's tokens: left [S, a], right [S, b]."""
+    """Return the sums of left_t right_t^T over each pair's tokens, [E, X, a, b]: left [S, a], right [S, b]."""
     a, b, count = left.shape[1], right.shape[1], pairs.experts * pairs.examples
     sums = torch.zeros(count, a * b, dtype=reducer.dtype, device=left.device)
     if len(left) == 0:

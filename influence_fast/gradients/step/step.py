@@ -72,7 +72,7 @@ def hidden_of(opened: OpenedModel, inputs: StepInputs) -> Hidden:
 
 
 def _loss(opened: OpenedModel, inputs: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pack's summed loss, to differentiate, and the loss of each example [E]."""
+    """Return the pack's summed loss, to differentiate, and the loss of each example [E]."""
     hidden, weight, bias = hidden_of(opened, inputs)
     compute = opened.backend.token_losses
     loss, token_losses = CompletionLoss.apply(hidden, weight, bias, inputs.targets, inputs.weights, compute)

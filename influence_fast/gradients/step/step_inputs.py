@@ -33,7 +33,7 @@ class StepShape:
 
     @classmethod
     def of(cls, pack: Pack) -> StepShape:
-        """The shape that the pack is padded to."""
+        """Return the shape that the pack is padded to."""
         held = len(pack.input_ids)
         tokens = _rounded(held, 8, least=16)
         longest = max(*pack.lengths, tokens - held)
@@ -46,7 +46,7 @@ class StepShape:
 
 
 def _rounded(number: int, steps: int, least: int = 1) -> int:
-    """`number` up to one of `steps` even steps between powers of two, in multiples of `least`."""
+    """Round `number` up to one of `steps` even steps between powers of two, in multiples of `least`."""
     step = max(least, (1 << (number.bit_length() - 1)) // steps)
     return -(-number // step) * step
 
@@ -76,7 +76,9 @@ class StepInputs:
         backend: Torch = TORCH,
         shape: StepShape | None = None,
     ) -> StepInputs:
-        """On the host, weights in `dtype`; padded to `shape` if there is one. `backend` makes the tables of `segments`.
+        """Make the inputs on the host, weights in `dtype`; padded to `shape` if there is one.
+
+        `backend` makes the tables of `segments`.
 
         Padding is token 0, in an example of its own after some of no tokens; its losses weigh nothing, so its rows are
         zeros.
@@ -109,20 +111,20 @@ class StepInputs:
         return [*self.tokens.tensors, self.positions, self.targets, self.weights, self.edges, *tables]
 
     def with_tensors(self, tensors: Sequence[torch.Tensor]) -> StepInputs:
-        """The same with other tensors in that order."""
+        """Return these inputs with other tensors in that order."""
         positions, targets, weights, edges, *tables = tensors[3:]
         segments = None if self.segments is None else self.segments.with_tables(tables)
         return StepInputs(self.tokens.with_tensors(tensors[:3]), positions, targets, weights, edges, segments)
 
     def to(self, device: torch.device) -> StepInputs:
-        """From the host to `device` in one copy, which the host does not wait for."""
+        """Copy from the host to `device` in one copy, which the host does not wait for."""
         return self.with_tensors(all_to_device(self.tensors, device))
 
     def within(self, flat: torch.Tensor) -> StepInputs:
-        """Views of `flat` [n] uint8, in which the `joined` tensors are."""
+        """Return views of `flat` [n] uint8, in which the `joined` tensors are."""
         return self.with_tensors(parted(flat, self.tensors))
 
 
 def _filled(tensor: torch.Tensor, size: int, value: int | torch.Tensor) -> torch.Tensor:
-    """`tensor` [n] with `value` after it up to [size]."""
+    """Return `tensor` [n] with `value` after it up to [size]."""
     return torch.cat([tensor, tensor.new_full((size - len(tensor),), int(value))])

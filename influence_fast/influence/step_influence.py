@@ -1,0 +1,351 @@
+"""Influence of the steps of a training example: which part of it helps, which harms.
+
+The influence of an example d in a direction v = H^-1 q is v . grad l(d). Its loss is a weighted sum of its tokens'
+losses, l = sum_t w_t l_t, so that its influence is the sum of w_t v . grad l_t over its tokens, and a step's is the sum
+over its own: what being taught this step does to the query. Three ways to the same numbers (the last to others):
+
+    jvp         forward mode: one pass of dual numbers through the model's own forward gives all v . grad l_t, exactly
+    difference  (l_t(theta + eps u) - l_t(theta - eps u)) / (2 eps) |v|, u = v / |v|: two plain forwards of the model
+    position    sums over the positions of one backward pass, which also carry the losses of later tokens that look
+                back at a position: another split of the same total, the one that bergson and kronfluence give
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import cross_entropy
+
+from influence_fast.check.differences import adapter_parameters, restored, scored_parameters
+from influence_fast.data.held import Held, as_examples
+from influence_fast.data.packing import IGNORED, check_examples, example_name
+from influence_fast.data.steps import LINES, Splitter, Step, learnt_places, split_steps
+from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, one_line, warn_once
+from influence_fast.gradients.find_lora import find_lora_linears
+from influence_fast.gradients.model.frozen import frozen
+from influence_fast.gradients.targets import gradient_layout
+
+logger = logging.getLogger(__name__)
+
+AUTO, JVP, DIFFERENCE, POSITION = "auto", "jvp", "difference", "position"
+METHODS = (AUTO, JVP, DIFFERENCE, POSITION)
+# Steps of the differences by the dtype of the forward; measured on a 135M model: 1e-4 relative error at 0.01 in fp32,
+# 0.056 at 0.1 in bf16, which is that of bf16 gradients.
+_STEPS = {torch.float64: 1e-4, torch.float32: 0.01}
+_STEP_16 = 0.1
+_AGREE = 0.02  # relative, beyond the losses' rounding: another derivative differs by more
+
+
+ByPlace = Callable[[Mapping[str, Any], torch.Tensor], torch.Tensor]  # (example, weights [n]) -> influence [n, Q]
+
+
+@dataclass(frozen=True)
+class StepInfluence:
+    """Influence of the steps of one example.
+
+    Attributes:
+        id: the example's id.
+        steps: its steps, in order; together they have every token that is learnt.
+        influence: [S, Q] on each direction, fp32 (fp64 for an fp64 model).
+        rest: [Q] of the method "position", the positions of the prompt; 0 for the others. The sum over steps and this
+            is the example's influence.
+    """
+
+    id: str
+    steps: list[Step]
+    influence: torch.Tensor
+    rest: torch.Tensor
+
+
+def step_influence(
+    model: nn.Module,
+    examples: Held,
+    directions: torch.Tensor,
+    *,
+    steps: str | Splitter = LINES,
+    method: str = AUTO,
+    tokenizer: Any = None,
+    loss_reduction: str = "mean",
+) -> list[StepInfluence]:
+    """Compute the influence of every step of every example in every direction.
+
+    Args:
+        model: a LoRA model (peft).
+        examples: `{"input_ids", "labels"}`, as for `per_example_gradients`; per-token `weights` count.
+        directions: [Q, K] in the coordinates of exact gradients, laid out as `gradient_layout(model)`: `Scorer.apply`
+            gives H^-1 q of queries, and plain query gradients serve as well.
+        steps: "lines", "sentences", "tokens", or a function from the completion's text to (start, end) characters.
+        method: "jvp", "difference", "position" (see above), or "auto": jvp where it agrees with the difference on the
+            first example, else the difference, which is said.
+        tokenizer: the model's own, for steps that are found in the text.
+        loss_reduction: "mean" over an example's learnt tokens, or "sum", as the directions' gradients have it.
+
+    Returns:
+        A `StepInfluence` for each example, in order. Positive: more of the step lowers the query's loss. Scores of the
+        cosine preconditioners are these divided by the example's length (`Scorer.lengths`).
+
+    Raises:
+        ConfigError: an unknown method, kind of steps or reduction, or no tokenizer where one is needed.
+        DataError: directions that do not fit the model, or malformed examples.
+        ModelError: no LoRA adapter, or a model that the method asked for cannot take.
+        NumericError: a direction or an influence is NaN or infinite.
+
+    Example:
+        >>> directions = scorer.apply(queries)  # doctest: +SKIP
+        >>> found = inf.step_influence(model, tokens, directions, tokenizer=tokenizer)  # doctest: +SKIP
+        >>> found[0].steps[0].text, found[0].influence[0]  # doctest: +SKIP
+    """
+    if method not in METHODS:
+        known = did_you_mean(method, METHODS)
+        raise ConfigError(f": unknown value {method!r}", key="method", value=method, remedy=known)
+    if loss_reduction not in ("mean", "sum"):
+        raise ConfigError(f": unknown value {loss_reduction!r}; it is mean or sum", key="loss_reduction")
+    held = as_examples(examples)
+    check_examples(held)
+    split = [split_steps(example, steps, tokenizer) for example in held]
+    moved = Directions.of(model, directions)
+    weighted = [_weights(example, loss_reduction) for example in held]
+    with frozen(model):
+        by_place = _chosen(moved, held, weighted, method)
+        return [
+            _summed(by_place(example, weights), example_name(example, place), mine)
+            for place, (example, weights, mine) in enumerate(zip(held, weighted, split, strict=True))
+        ]
+
+
+def _summed(by_place: torch.Tensor, name: str, steps: list[Step]) -> StepInfluence:
+    """Sum influence by place [n, Q] over each step; what is at no step's tokens is the rest."""
+    if not bool(by_place.isfinite().all()):
+        raise NumericError(f"the influence of {name} is NaN or infinite: run the model in float32")
+    found = by_place.new_zeros(len(steps), by_place.shape[1])
+    others = torch.ones(len(by_place), dtype=torch.bool)
+    for row, step in enumerate(steps):
+        found[row] = by_place[list(step.tokens)].sum(dim=0)
+        others[list(step.tokens)] = False
+    return StepInfluence(name, steps, found, by_place[others].sum(dim=0))
+
+
+def _weights(example: Mapping[str, Any], loss_reduction: str) -> torch.Tensor:
+    """Return what each token's loss is multiplied by in the example's, [n] fp64; 0 where nothing is learnt."""
+    places = learnt_places(example)
+    weights = torch.zeros(len(example["input_ids"]), dtype=torch.float64)
+    weights[places] = 1.0
+    if example.get("weights") is not None:
+        weights *= torch.as_tensor(example["weights"]).to(torch.float64)
+    return weights / len(places) if loss_reduction == "mean" and places else weights
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Directions in a model's adapter, as parts of its parameters.
+
+    Attributes:
+        model: the LoRA model.
+        names: the parameters that rows are of, in the row's order.
+        rows: [Q, K] fp64.
+        wide: the dtype of results.
+    """
+
+    model: Any
+    names: list[str]
+    rows: torch.Tensor
+    wide: torch.dtype
+
+    @classmethod
+    def of(cls, model: Any, directions: torch.Tensor) -> Directions:
+        """Match directions with the parameters of the active adapters.
+
+        Raises DataError if they do not fit, NumericError if they are not finite, ModelError for factors that are no
+        parameters of their own.
+        """
+        layout = gradient_layout(model)
+        rows = torch.as_tensor(directions)
+        width = layout[-1].columns.stop
+        if rows.ndim != 2 or rows.shape[1] != width:
+            raise DataError(
+                f"directions of shape {tuple(rows.shape)} do not fit the {width} numbers of an exact gradient: give "
+                "Scorer.apply(queries), fitted with model=, or exact query gradients"
+            )
+        if not bool(rows.isfinite().all()):
+            raise NumericError("a direction holds NaN or infinite numbers; make the query gradients anew")
+        try:
+            names, _ = scored_parameters(layout, adapter_parameters(model))
+        except KeyError as error:
+            raise ModelError(f"{error.args[0]} is no parameter of its own, which steps need: train it alone") from None
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        return cls(model, names, rows.detach().to("cpu", torch.float64), wide)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that rows are of."""
+        by_name = dict(self.model.named_parameters(remove_duplicate=False))
+        return [by_name[name] for name in self.names]
+
+    def parts(self, direction: torch.Tensor) -> list[torch.Tensor]:
+        """Split a direction [K] into tensors of the parameters' shapes, on their devices, in fp64."""
+        parameters = self.parameters
+        pieces = direction.split([parameter.numel() for parameter in parameters])
+        return [
+            piece.view(parameter.shape).to(parameter.device)
+            for piece, parameter in zip(pieces, parameters, strict=True)
+        ]
+
+    def token_losses(self, example: Mapping[str, Any], forward: Callable[..., Any]) -> torch.Tensor:
+        """Return the loss of every token by its place, [n] in fp32 or fp64; 0 where nothing is learnt."""
+        device = self.model.get_input_embeddings().weight.device
+        ids = torch.as_tensor(example["input_ids"]).to(device, torch.int64)
+        logits = forward(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        labels = torch.as_tensor(example["labels"]).to(logits.device, torch.int64)[1:]
+        kept = labels != IGNORED
+        losses = logits.new_zeros(len(ids), dtype=torch.promote_types(logits.dtype, torch.float32))
+        found = cross_entropy(logits[kept].to(losses.dtype), labels[kept], reduction="none")
+        places = kept.nonzero().squeeze(1) + 1
+        return losses.index_put((places,), found)
+
+
+def _chosen(
+    moved: Directions, examples: Sequence[Mapping[str, Any]], weights: list[torch.Tensor], method: str
+) -> ByPlace:
+    """Return the function that gives influence by place, for "auto" after a trial on the first example."""
+    ways: dict[str, ByPlace] = {JVP: _Jvp(moved), DIFFERENCE: _Differences(moved)}
+    if method == POSITION:
+        return _Positions(moved)
+    if method != AUTO:
+        return ways[method]
+    if not examples:
+        return ways[JVP]
+    try:
+        exact = ways[JVP](examples[0], weights[0]).sum(dim=0)
+    except (RuntimeError, NotImplementedError, TypeError, ModelError) as error:
+        why = f"its forward has no forward-mode derivative ({one_line(error, 120)})"
+    else:
+        differences = _Differences(moved)
+        measured, noise = differences(examples[0], weights[0]).sum(dim=0), differences.noise
+        if bool(((measured - exact).abs() <= _AGREE * exact.abs() + noise).all()):
+            return ways[JVP]
+        why = f"forward mode gives {exact[0]:.3g} where differences of its losses give {measured[0]:.3g}"
+    warn_once(logger, f"{type(moved.model).__name__}: influence of steps is taken by central differences: {why}")
+    return ways[DIFFERENCE]
+
+
+@dataclass(frozen=True)
+class _Jvp:
+    """Forward mode through the model's own forward: dual numbers in the adapter's parameters."""
+
+    moved: Directions
+
+    def __call__(self, example: Mapping[str, Any], weights: torch.Tensor) -> torch.Tensor:
+        """Return influence by place [n, Q], one pass a direction."""
+        moved = self.moved
+        columns = [self._tangents(example, direction) for direction in moved.rows]
+        return (torch.stack(columns, dim=1).double().cpu() * weights[:, None]).to(moved.wide)
+
+    def _tangents(self, example: Mapping[str, Any], direction: torch.Tensor) -> torch.Tensor:
+        """Return v . grad l_t of every token by its place, [n]."""
+        moved = self.moved
+        # fused attention has no forward-mode derivative, and the plain products have
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+            dual = {
+                name: forward_ad.make_dual(parameter.detach(), part.to(parameter.dtype))
+                for name, parameter, part in zip(moved.names, moved.parameters, moved.parts(direction), strict=True)
+            }
+            losses = moved.token_losses(example, lambda **given: functional_call(moved.model, dual, (), given))
+            tangent = forward_ad.unpack_dual(losses).tangent
+            if tangent is None:
+                raise ModelError("the model's losses do not depend on its adapter's parameters in forward mode")
+            return tangent.clone()
+
+
+class _Differences:
+    """Central differences of every token's loss, by the model's own forward.
+
+    noise: [Q], what the losses' rounding makes of an example's influence, of the last example that was asked for.
+    """
+
+    def __init__(self, moved: Directions) -> None:
+        self.moved = moved
+        self.noise = torch.zeros(len(moved.rows))
+
+    @torch.no_grad()
+    def __call__(self, example: Mapping[str, Any], weights: torch.Tensor) -> torch.Tensor:
+        """Return influence by place [n, Q], two forwards a direction; the adapter is put back to the bit."""
+        moved, columns = self.moved, []
+        for number, direction in enumerate(moved.rows):
+            length = float(direction.norm())
+            parts = moved.parts(direction / length) if length else []
+            with restored(moved.parameters) as start:
+                sides = []
+                for sign in (1.0, -1.0):
+                    for parameter, before, part in zip(moved.parameters, start, parts, strict=True) if length else ():
+                        parameter.copy_((before.double() + sign * self.step * part).to(parameter.dtype))
+                    sides.append(moved.token_losses(example, moved.model))
+            scale = length / (2 * self.step)
+            columns.append((sides[0].double() - sides[1].double()).cpu() * scale)
+            rounding = float((sides[0].double().cpu() * weights).abs().sum()) * torch.finfo(self.dtype).eps
+            self.noise[number] = 8 * rounding * scale
+        return (torch.stack(columns, dim=1) * weights[:, None]).to(moved.wide)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype that the model's losses are rounded to."""
+        return self.moved.model.get_input_embeddings().weight.dtype
+
+    @property
+    def step(self) -> float:
+        """Return how far the adapter is moved each way."""
+        return _STEPS.get(self.dtype, _STEP_16)
+
+
+class _Positions:
+    """Sums by position of one backward pass: g_t (B A x_t)' parts of the inner product, of plain LoRA linears."""
+
+    def __init__(self, moved: Directions) -> None:
+        self.moved = moved
+        self.linears = find_lora_linears(moved.model)
+        odd = [linear.name for linear in self.linears if linear.parts or not linear.r or linear.quantized]
+        if odd or 2 * len(self.linears) != len(moved.names):
+            raise ModelError(f"method 'position' is for plain LoRA on linears, and not for {odd[:1] or 'this adapter'}")
+
+    def __call__(self, example: Mapping[str, Any], weights: torch.Tensor) -> torch.Tensor:
+        """Return influence by place [n, Q]: a token's place has the sum at the position that predicts it."""
+        moved, held = self.moved, {}
+
+        def keep(number: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            leaf = y.detach().requires_grad_() if not y.requires_grad else y
+            leaf.retain_grad()
+            held[number] = (x.detach(), leaf)
+            return leaf
+
+        with contextlib.ExitStack() as stack:
+            for number, linear in enumerate(self.linears):
+                handle = linear.layer.register_forward_hook(
+                    lambda _, given, y, number=number: keep(number, given[0], y)  # type: ignore[misc]
+                )
+                stack.callback(handle.remove)
+            with torch.enable_grad():
+                losses = moved.token_losses(example, moved.model)
+                (losses * weights.to(losses)).sum().backward()
+        directions = [moved.parts(row) for row in moved.rows]
+        out = torch.zeros(len(weights), len(moved.rows), dtype=torch.float64)
+        for number, linear in enumerate(self.linears):
+            x, y = held[number]
+            if y.grad is None:
+                continue
+            x, g = x[0].double(), y.grad[0].double()
+            for q, parts in enumerate(directions):
+                da, db = parts[2 * number], parts[2 * number + 1]
+                h, back = x @ linear.a.double().T, g @ linear.b.double()
+                found = (back * (x @ da.T)).sum(dim=1) + ((g @ db) * h).sum(dim=1)
+                # the loss of token t is made at position t - 1
+                out[1:, q] += linear.scaling * found[:-1].cpu()
+        return out.to(moved.wide)
