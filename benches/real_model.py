@@ -29,6 +29,7 @@ import influence_fast as inf
 from benches.environment import describe
 from influence_fast.data.schemas import Example
 from influence_fast.errors import DataError
+from influence_fast.influence.contrast import Pair
 from influence_fast.influence.fisher_rows import fisher_folders
 from influence_fast.selection.embeddings import cosine_similarity, example_embeddings
 from influence_fast.statistics.ranks import auc
@@ -153,20 +154,17 @@ def wrongness(judged: Judged) -> dict[str, dict[str, np.ndarray]]:
     found = {"no gradients": {"loss (perplexity)": loss, "length in characters": judged.characters}}
     if judged.embeddings is not None:
         found["no gradients"]["embedding, far from right answers"] = -judged.embeddings
+    pairs = [Pair((r,), (w,)) for r, w in zip(right, wrong, strict=True)]
     for name in PRECONDITIONERS:
         scorer = inf.Scorer.fit(judged.pool, preconditioner=name, fisher=judged.fisher)
-        matrix = scorer.matrix(judged.queries).astype(np.float64)
-        # |H^-1/2 q| of each query, which the cosine variants have divided out already
-        lengths = (judged.queries * scorer.fitted.apply(judged.queries)).sum(dim=1).double().sqrt().numpy()
-        even = matrix if name.endswith("cosine") else matrix / lengths
-        s_right, s_wrong = matrix[:, right].mean(axis=1), matrix[:, wrong].mean(axis=1)
-        contrast = (even[:, wrong] - even[:, right]).mean(axis=1)
+        table = scorer.scores(judged.queries, {"right": right, "wrong": wrong}, pairs=pairs)
         found[name] = {
-            "low benefit (right answers)": -s_right,
-            "high harm (wrong answers)": s_wrong,
-            "wrong less right, not of unit norm": s_wrong - s_right,
-            "contrast": contrast,
-            "contrast + loss": standardised(contrast) + standardised(loss),
+            "low benefit (right answers)": -table["s_right"],
+            "high harm (wrong answers)": table["s_wrong"],
+            "combined": table["rank_wrong"] - table["rank_right"],
+            "contrast": table["s_contrast"],
+            "contrast, mean rank": table["mean_rank_contrast"],
+            "contrast + loss": standardised(table["s_contrast"]) + standardised(loss),
         }
     return found
 
