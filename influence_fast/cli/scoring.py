@@ -145,7 +145,7 @@ def _score(args: Any) -> None:
             "--fisher-examples is read by ekfac, fisher and datainf with --fisher model: leave it out here"
         )
     if unused := [setting for setting in recipe.unused() if setting.changed]:
-        raise ConfigError(f"{unused[0]}; leave it out")
+        raise ConfigError(unused[0].said, key=unused[0].key, value=unused[0].value, remedy="leave it out")
     needs = needed_columns(args.strategies)
     if influence.queries == "reference" and args.max_new_tokens is not None and PASS_RATE not in needs:
         raise ConfigError("--max-new-tokens is of the model's own answers, which --queries reference does not ask for")

@@ -20,12 +20,12 @@ from influence_fast.data.fingerprints import tokenizer_hash, weight_hashes
 from influence_fast.data.rendering import Renderer
 from influence_fast.data.schemas import Example
 from influence_fast.data.tokens import encode
-from influence_fast.errors import ConfigError, DataError, did_you_mean, setting, truncated_list
+from influence_fast.errors import ConfigError, DataError, setting, truncated_list
 from influence_fast.evaluation.generation import CUT, ENGINES, Answer, ModelFiles, answer_batches
 from influence_fast.evaluation.generation_settings import EXPLICIT, KINDS, OWN, find_ends, generation_settings
 from influence_fast.evaluation.grading import ANSWER_KINDS, choice_letter, grade, normalise
 from influence_fast.evaluation.transcripts import EvalItem, Journal, record_of, write_transcripts
-from influence_fast.settings import check_seed
+from influence_fast.settings import check_seed, one_of
 from influence_fast.statistics.intervals import bootstrap_interval, wilson_interval
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size", "samples", "grade_timeout"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"evaluation.{name} is {getattr(self, name)}; it must be above 0")
+                raise ConfigError(f"is {getattr(self, name)}; it must be above 0", key=f"evaluation.{name}")
         check_seed("evaluation.seed", self.seed)
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(
@@ -99,9 +99,7 @@ class EvalConfig:
                     "take k from 1 up to samples"
                 )
         for name, known in (("answer_kind", ANSWER_KINDS), ("engine", ENGINES), ("generation", KINDS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise ConfigError(f"evaluation.{name}: unknown value {value!r}; {did_you_mean(value, known)}")
+            one_of(f"evaluation.{name}", getattr(self, name), known)
 
 
 @dataclass(frozen=True, slots=True)

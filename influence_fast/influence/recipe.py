@@ -54,8 +54,13 @@ class Unused(NamedTuple):
         """Return whether somebody set it, and should hear that it does nothing."""
         return bool(self.value != self.default)
 
+    @property
+    def said(self) -> str:
+        """Return what follows the setting's name in the sentence."""
+        return f"is {self.value!r}, which nothing reads here: {self.why}"
+
     def __str__(self) -> str:
-        return f"{self.key} is {self.value!r}, which nothing reads here: {self.why}"
+        return f"{self.key} {self.said}"
 
 
 def unused_field(settings: Any, part: str, name: str, why: str) -> Unused:

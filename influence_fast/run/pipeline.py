@@ -38,7 +38,7 @@ from influence_fast.report.explain import EXPLAINED
 from influence_fast.report.page import save_results, write_report
 from influence_fast.report.ranking_plot import plot_ranking_over_training
 from influence_fast.run.inputs import adapter_hashes, hash_files, model_inputs, split_inputs, tokenizer_inputs
-from influence_fast.run.results import cell_name, collect, known_harmful
+from influence_fast.run.results import RunResults, cell_name, collect, known_harmful
 from influence_fast.run.run_models import answering_model, evaluation_record, model_of, tokenizer_of, tokens_of
 from influence_fast.run.scorable import check_scorable
 from influence_fast.run.score_files import EXPLAINED_COUNT, SCORES, damaged_table, explained_count, made_with
@@ -91,7 +91,7 @@ class Pipeline:
             print(f"{time.perf_counter() - self.started:7.1f} s  {name}", file=sys.stderr, flush=True)
         return self.folder.once(name, work, digest)
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> RunResults:
         """Run everything, to `report.html` and `results.json`; return what the report shows."""
         if not self._has_reference():
             check_scorable(self.base, self.config)
@@ -108,8 +108,9 @@ class Pipeline:
         before = self._evaluate("base", None)
         cells = self.cells(table)
         results = collect(self, table, before, cells, queries)
-        save_results(results, self.folder / "results.json")
-        write_report(results, self.folder / "report.html")
+        plain = results.to_dict()
+        save_results(plain, self.folder / "results.json")
+        write_report(plain, self.folder / "report.html")
         return results
 
     # ---- data ----------------------------------------------------------------------------------------------
@@ -388,4 +389,4 @@ def run(config: RunConfig, *, progress: bool = True) -> dict[str, Any]:
     """Run `config` from data to report (see `Pipeline`); return the results that the report shows."""
     pipeline = Pipeline(config, progress=progress)
     with pipeline.folder.alone():
-        return pipeline.run()
+        return pipeline.run().to_dict()

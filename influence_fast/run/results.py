@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,9 +31,88 @@ if TYPE_CHECKING:
 HARMLESS = (None, "clean")  # labels that do not mark an example as known to be harmful
 
 
+@dataclass(frozen=True, slots=True)
+class DataCounts:
+    """Sizes of a run's data: examples by kind of label (None: no labels), and examples that were left out, and why."""
+
+    pool: int
+    validation: int
+    test: int
+    labels: dict[str, int] | None
+    set_aside: list[dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceScores:
+    """Scores of one trace, its texts, and the selections that drop it."""
+
+    id: str
+    s_correct: float
+    s_incorrect: float
+    rank_correct: float
+    rank_incorrect: float
+    label: str | None
+    prompt: str
+    completion: str
+    loss: float
+    dropped_by: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """How well a strategy's order finds the known harmful traces: AUC with its 95 % interval, precision at the top."""
+
+    method: str
+    auc: float
+    low: float
+    high: float
+    precision_at: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds of one stage (None: not known), and what they were for."""
+
+    stage: str
+    seconds: float | None
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunResults:
+    """Everything that a run has to show; `to_dict` gives what `results.json` and the report hold (see `report.page`).
+
+    `accuracy_before` and `cells` are as the run's finished pieces have them.
+    """
+
+    title: str | None
+    created: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+    environment: dict[str, Any]
+    data: DataCounts
+    accuracy_before: dict[str, Any]
+    cells: list[dict[str, Any]]
+    settings: list[dict[str, Any]]
+    comparisons: list[dict[str, Any]]
+    detection: list[Detection] | None
+    scores: list[TraceScores] | None
+    rank_agreement: dict[str, Any]
+    curves: dict[str, Any]
+    cost: list[Cost]
+    queries: dict[str, int]
+    references: list[str]
+    explained: str | None
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the results as plain values, in the order of the fields."""
+        return dataclasses.asdict(self)
+
+
 def collect(
     run: Pipeline, table: ScoreTable, before: dict[str, Any], cells: list[dict[str, Any]], queries: Queries
-) -> dict[str, Any]:
+) -> RunResults:
     """Collect the results of a finished `run`; `before` is the base model's accuracy."""
     config, splits, folder = run.config, run.splits, run.folder
     labels: dict[str, int] = {}
@@ -39,32 +120,32 @@ def collect(
         if example.label is not None:
             labels[example.label] = labels.get(example.label, 0) + 1
     answers = [correct_answers(folder, cell) for cell in cells]
-    return {
-        "title": config.title,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": to_dict(config),
-        "versions": doctor.versions(),
-        "environment": doctor.environment(),
-        "data": {
-            "pool": len(splits.pool),
-            "validation": len(splits.validation),
-            "test": len(splits.test),
-            "labels": labels or None,
-            "set_aside": splits.set_aside + _left_out(splits, table),
-        },
-        "accuracy_before": {"name": "base model"} | before,
-        "cells": cells,
+    return RunResults(
+        title=config.title,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        config=to_dict(config),
+        versions=doctor.versions(),
+        environment=doctor.environment(),
+        data=DataCounts(
+            len(splits.pool),
+            len(splits.validation),
+            len(splits.test),
+            labels or None,
+            splits.set_aside + _left_out(splits, table),
+        ),
+        accuracy_before={"name": "base model"} | before,
+        cells=cells,
         **grid_statistics(cells, answers, seed=config.seed),
-        "detection": _detection(splits.pool, table, config.pruning.fractions, config.seed),
-        "scores": _trace_scores(run, table),
-        "rank_agreement": _rank_agreement(table),
-        "curves": _curves(folder),
-        "cost": _costs(folder, splits, cells),
-        "queries": {name: len(members) for name, members in queries.groups.items()},
-        "references": queries.of_references,
-        "explained": f"{EXPLAINED}.html" if (folder / f"{EXPLAINED}.html").exists() else None,
-        "warnings": run.warnings,
-    }
+        detection=_detection(splits.pool, table, config.pruning.fractions, config.seed),
+        scores=_trace_scores(run, table),
+        rank_agreement=_rank_agreement(table),
+        curves=_curves(folder),
+        cost=_costs(folder, splits, cells),
+        queries={name: len(members) for name, members in queries.groups.items()},
+        references=queries.of_references,
+        explained=f"{EXPLAINED}.html" if (folder / f"{EXPLAINED}.html").exists() else None,
+        warnings=run.warnings,
+    )
 
 
 def cell_name(strategy: str, fraction: float) -> str:
@@ -119,7 +200,7 @@ def _left_out(splits: Splits, table: ScoreTable) -> list[dict[str, str]]:
     return found + [{"id": e.id, "why": why} for e in splits.pool if e.id not in scored]
 
 
-def _trace_scores(run: Pipeline, table: ScoreTable) -> list[dict[str, Any]] | None:
+def _trace_scores(run: Pipeline, table: ScoreTable) -> list[TraceScores] | None:
     if "s_incorrect" not in table.columns or "s_correct" not in table.columns:
         return None
     pool = {example.id: example for example in run.splits.pool}
@@ -132,25 +213,25 @@ def _trace_scores(run: Pipeline, table: ScoreTable) -> list[dict[str, Any]] | No
                 dropped.setdefault(int(i), []).append(f"{strategy} {round(100 * fraction)} %")
     c = table.columns
     return [
-        {
-            "id": name,
-            "s_correct": float(c["s_correct"][i]),
-            "s_incorrect": float(c["s_incorrect"][i]),
-            "rank_correct": float(c["rank_correct"][i]),
-            "rank_incorrect": float(c["rank_incorrect"][i]),
-            "label": pool[name].label,
-            "prompt": pool[name].prompt,
-            "completion": pool[name].completion,
-            "loss": float(c["loss"][i]),
-            "dropped_by": dropped.get(i, []),
-        }
+        TraceScores(
+            id=name,
+            s_correct=float(c["s_correct"][i]),
+            s_incorrect=float(c["s_incorrect"][i]),
+            rank_correct=float(c["rank_correct"][i]),
+            rank_incorrect=float(c["rank_incorrect"][i]),
+            label=pool[name].label,
+            prompt=pool[name].prompt,
+            completion=pool[name].completion,
+            loss=float(c["loss"][i]),
+            dropped_by=dropped.get(i, []),
+        )
         for i, name in enumerate(table.ids)
     ]
 
 
 def _detection(
     pool: Sequence[Example], table: ScoreTable, fractions: Sequence[float], seed: int
-) -> list[dict[str, Any]] | None:
+) -> list[Detection] | None:
     harmful = known_harmful(pool, table.ids)
     if harmful is None:
         return None
@@ -163,15 +244,8 @@ def _detection(
         low, high = ranks.bootstrap_auc(priority, harmful, rng)
         order = np.argsort(-priority, kind="stable")
         top = {f"{round(100 * f)}%": max(1, round(f * len(order))) for f in fractions}
-        found.append(
-            {
-                "method": name,
-                "auc": ranks.auc(priority, harmful),
-                "low": low,
-                "high": high,
-                "precision_at": {at: float(harmful[order[:k]].mean()) for at, k in top.items()},
-            }
-        )
+        precision = {at: float(harmful[order[:k]].mean()) for at, k in top.items()}
+        found.append(Detection(name, ranks.auc(priority, harmful), low, high, precision))
     return found
 
 
@@ -189,31 +263,25 @@ def _training(record: Path) -> dict[str, Any] | None:
         return None
 
 
-def _costs(folder: RunFolder, splits: Splits, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _costs(folder: RunFolder, splits: Splits, cells: list[dict[str, Any]]) -> list[Cost]:
     n = len(splits.pool)
     tokens = sum(len(e["input_ids"]) for e in splits.tokenized.examples)
-    cost = []
+    cost: list[Cost] = []
     baselines = [folder.value(f"baselines/{path.stem}", {}) for path in sorted((folder / "baselines").glob("*.json"))]
     parts = [folder.value("scoring_seconds", {}), *baselines]
     for stage, seconds in [item for part in parts for item in part.items()]:
         detail = f"{n} examples, {tokens} tokens" if stage == "training gradients" else ""
-        cost.append({"stage": stage, "seconds": seconds, "detail": detail})
+        cost.append(Cost(stage, seconds, detail))
     if folder.has("own_answers"):
         detail = f"{len(splits.validation)} validation questions"
-        cost.append({"stage": "own answers", "seconds": folder.seconds("own_answers"), "detail": detail})
+        cost.append(Cost("own answers", folder.seconds("own_answers"), detail))
     for record in sorted((folder / "adapters").glob("reference-seed*/training.json")):
         seconds = (_training(record) or {}).get("seconds")
-        cost.append({"stage": "fine-tuning the model that scores", "seconds": seconds, "detail": ""})
-    cost.append(
-        {
-            "stage": "fine-tuning",
-            "seconds": sum(cell["seconds"] for cell in cells),
-            "detail": f"{len(cells)} runs",
-        }
-    )
+        cost.append(Cost("fine-tuning the model that scores", seconds, ""))
+    cost.append(Cost("fine-tuning", sum(cell["seconds"] for cell in cells), f"{len(cells)} runs"))
     evaluations = sorted((folder / "evaluations").glob("*.json"))
     seconds = sum(folder.seconds(f"evaluations/{path.stem}") for path in evaluations)
-    cost.append({"stage": "evaluation", "seconds": seconds, "detail": f"{len(evaluations)} runs"})
+    cost.append(Cost("evaluation", seconds, f"{len(evaluations)} runs"))
     return cost
 
 

@@ -53,13 +53,14 @@ class TrainConfig:
             ("schedule", self.schedule, SCHEDULES),
         ):
             if value not in known:
-                raise ConfigError(f"training.{name} {value!r} is unknown; {did_you_mean(str(value), known)}")
+                key = f"training.{name}"
+                raise ConfigError(f"{value!r} is unknown; {did_you_mean(str(value), known)}", key=key, value=value)
         for name in ("learning_rate", "batch_size", "gradient_accumulation_steps"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be above 0, and finite")
+                raise ConfigError(f"is {getattr(self, name)}; it must be above 0, and finite", key=f"training.{name}")
         for name in ("epochs", "weight_decay", "max_grad_norm"):
             if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"training.{name} is {getattr(self, name)}; it must be a finite number")
+                raise ConfigError(f"is {getattr(self, name)}; it must be a finite number", key=f"training.{name}")
         check_seed("training.seed", self.seed, MAX_TRAINING_SEED)
         if self.epochs <= 0 and self.max_steps <= 0:
             raise ConfigError(

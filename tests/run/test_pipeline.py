@@ -586,11 +586,12 @@ def test_mistakes_are_one_line_and_exit_code_2(
     named.write_text('{"q": "1 + 1", "a": "2"}\n')
     fill = {"world": world, "model": world / "model", "pool": world / "pool.jsonl", "named": named}
     code = main([argument.format(**fill) for argument in arguments])
-    error = capsys.readouterr().err
+    said = capsys.readouterr().err
+    # Libraries that are imported here for the first time may warn.
+    (error,) = (line for line in said.splitlines() if not line.startswith("warning: `torch"))
     assert code == 2
     assert message in error
     assert error.startswith("error: ")
-    assert error.count("\n") == 1
 
 
 def test_labels_that_are_all_alike_tell_nothing_apart() -> None:
@@ -611,7 +612,7 @@ def test_a_pool_of_harmful_examples_alone_has_no_detection(world: Path, results:
     pool[0] = dataclasses.replace(pool[0], label="clean")
     found = _detection(pool, table, (0.25,), 0)
     assert found
-    assert all(np.isfinite(row["auc"]) for row in found)
+    assert all(np.isfinite(row.auc) for row in found)
 
 
 @pytest.fixture(scope="module")
