@@ -60,7 +60,7 @@ class TraceScores:
 
 @dataclass(frozen=True, slots=True)
 class Detection:
-    """How well a strategy's order finds the known harmful traces: AUC with its 95 % interval, precision at the top."""
+    """Measures of how a strategy finds the known harmful traces: AUC, its 95 % interval, precision at the top."""
 
     method: str
     auc: float

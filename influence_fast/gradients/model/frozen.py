@@ -24,7 +24,7 @@ def recomputing(layers: Sequence[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def frozen(model: Any) -> Iterator[None]:
-    """Turn dropout and the parameters' wish for gradients off while the block runs.
+    """Disable dropout, and gradients of all parameters, while the block runs.
 
     Layers that the model recomputes do so without reentrant checkpointing, which needs inputs that ask for gradients.
     """

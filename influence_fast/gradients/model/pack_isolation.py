@@ -1,4 +1,4 @@
-"""Do the examples of a pack see each other? Tried on the model itself, which is asked nothing and believed nothing.
+"""Detect whether the examples of a pack see each other, on the model itself and without trusting its configuration.
 
 Of two examples in one pack, the second's outputs are differentiated with respect to the first's embeddings. Where the
 examples are apart there is no path, and every number of that gradient is exactly zero, in any dtype; attention that
