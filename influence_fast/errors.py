@@ -22,6 +22,7 @@ _LONGEST = 3000
 
 # What encloses a setting inside a message, and stands before its value. No key, and no JSON text, has these.
 _OPEN, _VALUE, _CLOSE = "\x02", "\x1f", "\x03"
+_KEY = re.compile(r"[\w.]+")
 _SETTING = re.compile(f"{_OPEN}([\\w.]+){_VALUE}([^{_OPEN}{_VALUE}{_CLOSE}]*){_CLOSE}")
 
 
@@ -59,6 +60,9 @@ def setting(key: str, value: Any = None) -> str:
         >>> error.render(lambda s: f"--{s.key.split('.')[-1]} {s.value}")
         'no answer is right: set --fallback reference'
     """
+    if not _KEY.fullmatch(key):
+        # An option, or a place in a file: there is nothing to translate.
+        return str(Setting(key, value))
     return f"{_OPEN}{key}{_VALUE}{'' if value is None else json.dumps(value)}{_CLOSE}"
 
 

@@ -46,6 +46,7 @@ def test_key_value_and_remedy_make_the_text() -> None:
     assert str(error).startswith("influence.damping is 0; it must be above 0; set influence.fallback: reference, or")
     assert (error.key, error.value) == ("influence.damping", 0)
     assert str(ConfigError(": unknown value 'x'", key="fisher")) == "fisher: unknown value 'x'"
+    assert str(ConfigError("is 0", key="--count", remedy=setting("a b", 3))) == "--count is 0; a b=3"
     assert (DataError("plain").key, DataError("plain").value, DataError().parts) == (None, None, [])
 
 

@@ -99,7 +99,7 @@ def check_model(
 def _check_options(count: int, max_tokens: int, directions: int, step: float | None) -> None:
     for name, value, least in (("count", count, 1), ("max_tokens", max_tokens, 2), ("directions", directions, 1)):
         if value < least:
-            raise ConfigError(f"{name} is {value}; it must be at least {least}")
+            raise ConfigError(f"is {value}; it must be at least {least}", key=name, value=value)
     if step is not None and not (math.isfinite(step) and step > 0):
         raise ConfigError(f"{setting('step')} is {step}; it must be a number above 0")
 

@@ -135,7 +135,7 @@ def _train(args: Any) -> None:
             if not args.ignore_memory:
                 check_memory(memory)
         except ConfigError as error:
-            raise ConfigError(str(error).replace(f"set {IGNORE}=1", "give --ignore-memory")) from None
+            raise ConfigError(error.marked.replace(f"set {IGNORE}=1", "give --ignore-memory")) from None
 
     result = finetune(
         model,

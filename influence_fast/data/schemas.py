@@ -210,7 +210,8 @@ def check_trace(trace: Trace) -> None:
         trace >= 0 if isinstance(trace, int) else isinstance(trace, str) and trace in TRACE_CHOICES
     ):
         raise ConfigError(
-            f"trace {shown(trace)} is not known; {did_you_mean(str(trace), TRACE_CHOICES)}, or an index from 0"
+            f"{setting('trace')} {shown(trace)} is not known; {did_you_mean(str(trace), TRACE_CHOICES)}, or an index "
+            "from 0"
         )
 
 
@@ -226,7 +227,9 @@ def choose_schema(rows: Rows, format: str, columns: Mapping[str, str | None]) ->
     Raises ConfigError for an unknown format or rename, DataError where the columns do not fit.
     """
     if format != "auto" and (not isinstance(format, str) or format not in SCHEMAS):
-        raise ConfigError(f"format {shown(format)} is not known; {did_you_mean(format, ['auto', *SCHEMAS])}")
+        raise ConfigError(
+            f"{setting('format')} {shown(format)} is not known; {did_you_mean(format, ['auto', *SCHEMAS])}"
+        )
     candidates = list(SCHEMAS.values()) if format == "auto" else [SCHEMAS[format]]
     known = {"id", "label"}.union(*(schema.columns for schema in candidates))
     present = set(rows.columns)

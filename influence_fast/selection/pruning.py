@@ -225,7 +225,7 @@ def _count(total: int, fraction: float | None, count: int | None, *, grouped: bo
         raise ConfigError("give either a fraction or a count of examples to drop")
     if fraction is not None:
         if not isinstance(fraction, Real) or not 0 <= fraction <= 1:
-            raise ConfigError(f"fraction {shown(fraction)} is not between 0 and 1")
+            raise ConfigError(f"{setting('fraction')} {shown(fraction)} is not between 0 and 1")
         count = _rounded(fraction, total)
     elif grouped:
         raise ConfigError("a count cannot be shared out over groups: give a fraction")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import influence_fast
-from influence_fast.errors import ConfigError, StoreError, did_you_mean, shown
+from influence_fast.errors import ConfigError, StoreError, did_you_mean, setting, shown
 from influence_fast.guards import check_no_pipe, reading
 from influence_fast.store.building import warn_of_set_aside
 from influence_fast.store.identity import StoreIdentity
@@ -90,7 +90,7 @@ def _imported(
     for option in options:
         if option not in known:
             hint = did_you_mean(option, known) if known else "it has none, leave it out"
-            raise ConfigError(f"format {name!r} has no option {option!r}; {hint}")
+            raise ConfigError(f"{setting('format')} {name!r} has no option {option!r}; {hint}")
     rows = FORMATS[name](path, **options)
     if ids is None:
         names = [str(i) for i in range(rows.rows)]

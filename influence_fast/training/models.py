@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from influence_fast.errors import ConfigError, ModelError, did_you_mean, truncated_list
+from influence_fast.errors import ConfigError, ModelError, did_you_mean, setting, truncated_list
 from influence_fast.guards import reading
 from influence_fast.training.adapter_bases import adapter_warnings
 from influence_fast.training.adapters import attach_adapter
@@ -77,7 +77,7 @@ def load_model(
     """
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not known; {did_you_mean(str(dtype), DTYPES)}")
+        raise ConfigError(f"{setting('dtype')} {dtype!r} is not known; {did_you_mean(str(dtype), DTYPES)}")
     check_quantization(quantize)
     target = _device(device)
     source = os.fspath(model_id_or_path)
@@ -99,10 +99,13 @@ def _device(device: str) -> torch.device:
     try:
         target = torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"device {device!r} is not known; use 'auto', 'cpu', 'cuda' or 'cuda:0'") from error
+        raise ConfigError(
+            f"{setting('device')} {device!r} is not known; use 'auto', 'cpu', 'cuda' or 'cuda:0'"
+        ) from error
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device {device!r} is not there ({torch.cuda.device_count()} CUDA devices); use 'auto' or 'cpu'"
+            f"{setting('device')} {device!r} is not there ({torch.cuda.device_count()} CUDA devices); use 'auto' or "
+            "'cpu'"
         )
     return target
 

@@ -26,7 +26,7 @@ from influence_fast.selection.strategies import needed_columns
 
 def table(n: int = 20, seed: int = 0) -> ScoreTable:
     rng = np.random.default_rng(seed)
-    names = ("s_correct", "s_incorrect", "loss", "tokens")
+    names = ("s_correct", "s_incorrect", "s_contrast", "loss", "base_loss", "tokens")
     columns = {name: rng.standard_normal(n) for name in names}
     columns["s_algebra"], columns["s_number theory"] = rng.standard_normal((2, n))
     columns["embedding_rank"] = rng.permutation(n) + 1.0
