@@ -6,17 +6,19 @@ steps are sums over the example. Blank lines and the end of the turn belong to t
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from influence_fast.data.packing import IGNORED
+from influence_fast.data.packing import IGNORED, example_name
 from influence_fast.errors import ConfigError, DataError, did_you_mean, setting
 
 LINES, SENTENCES, TOKENS = "lines", "sentences", "tokens"
 KINDS = (LINES, SENTENCES, TOKENS)
 Splitter = Callable[[str], Sequence[tuple[int, int]]]
+Spans = Sequence[Sequence[tuple[int, int]]]  # of each example, (start, end) places in its tokens
 
 _LINE = re.compile(r"[^\n]*\n(?:[ \t]*\n)*|[^\n]+\Z")
 _SENTENCE = re.compile(r".*?(?:[.!?][\"')\]]*(?:\s+|\Z)|\n\s*|\Z)", re.DOTALL)
@@ -94,6 +96,56 @@ def split_steps(example: Mapping[str, Any], steps: str | Splitter, tokenizer: An
         inside = [p for p, last in zip(places, ends, strict=True) if first < last <= end or (last == 0 == first)]
         if inside:
             found.append(Step(tuple(inside), first, end, pieces.text[first:end]))
+    return found
+
+
+def split_all(
+    examples: Sequence[Mapping[str, Any]], steps: str | Splitter | Spans, tokenizer: Any = None
+) -> list[list[Step]]:
+    """Split every example into steps, by one rule or by spans of its own.
+
+    Args:
+        examples: `{"input_ids", "labels"}`, 1-D.
+        steps: as for `split_steps`, or for each example the (start, end) places of its steps in `input_ids`, in order
+            and without overlap; what is learnt between two of them belongs to the first.
+        tokenizer: the model's own; spans of tokens need none, and have texts where it is given.
+
+    Raises DataError for spans that do not fit the examples, and what `split_steps` raises.
+    """
+    if isinstance(steps, str) or callable(steps):
+        return [split_steps(example, steps, tokenizer) for example in examples]
+    if len(steps) != len(examples):
+        raise DataError(
+            f"there are spans of {len(steps)} examples, and {len(examples)} examples: give one list for each"
+        )
+    return [
+        _by_places(example, spans, tokenizer, example_name(example, number))
+        for number, (example, spans) in enumerate(zip(examples, steps, strict=True))
+    ]
+
+
+def _by_places(example: Mapping[str, Any], spans: Sequence[tuple[int, int]], tokenizer: Any, name: str) -> list[Step]:
+    """Split the learnt tokens of an example by spans of places in its tokens."""
+    try:
+        starts = [start for start, _ in _checked(list(spans), len(example["input_ids"]))]
+    except (TypeError, ValueError):
+        raise DataError(f"the steps of {name} are no (start, end) places of its tokens: {spans!r:.80}") from None
+    except DataError:
+        raise DataError(
+            f"the spans of {name} overlap or leave its {len(example['input_ids'])} tokens: {list(spans)[:5]}"
+        ) from None
+    members: list[list[int]] = [[] for _ in starts]
+    for place in learnt_places(example):
+        members[max(bisect.bisect_right(starts, place) - 1, 0)].append(place)
+    if tokenizer is None:
+        return [Step(tuple(places)) for places in members if places]
+    learnt = [place for places in members for place in places]
+    pieces = token_texts([int(example["input_ids"][place]) for place in learnt], tokenizer)
+    bounds = dict(zip(learnt, pieces.bounds, strict=True))
+    found = []
+    for places in filter(None, members):
+        start, end = bounds[places[0]][0], bounds[places[-1]][1]
+        found.append(Step(tuple(places), start, end, pieces.text[start:end]))
     return found
 
 

@@ -25,10 +25,10 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
 
-from influence_fast.check.differences import adapter_parameters, restored, scored_parameters
+from influence_fast.check.differences import adapter_parameters, fixed_norms, restored, scored_parameters
 from influence_fast.data.held import Held, as_examples
 from influence_fast.data.packing import IGNORED, check_examples, example_name
-from influence_fast.data.steps import LINES, Splitter, Step, learnt_places, split_steps
+from influence_fast.data.steps import LINES, Spans, Splitter, Step, learnt_places, split_all
 from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, one_line, warn_once
 from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.gradients.model.frozen import frozen
@@ -71,7 +71,7 @@ def step_influence(
     examples: Held,
     directions: torch.Tensor,
     *,
-    steps: str | Splitter = LINES,
+    steps: str | Splitter | Spans = LINES,
     method: str = AUTO,
     tokenizer: Any = None,
     loss_reduction: str = "mean",
@@ -83,7 +83,8 @@ def step_influence(
         examples: `{"input_ids", "labels"}`, as for `per_example_gradients`; per-token `weights` count.
         directions: [Q, K] in the coordinates of exact gradients, laid out as `gradient_layout(model)`: `Scorer.apply`
             gives H^-1 q of queries, and plain query gradients serve as well.
-        steps: "lines", "sentences", "tokens", or a function from the completion's text to (start, end) characters.
+        steps: "lines", "sentences", "tokens", a function from the completion's text to (start, end) characters, or for
+            each example a list of (start, end) places in its `input_ids`.
         method: "jvp", "difference", "position" (see above), or "auto": jvp where it agrees with the difference on the
             first example, else the difference, which is said.
         tokenizer: the model's own, for steps that are found in the text.
@@ -111,7 +112,7 @@ def step_influence(
         raise ConfigError(f": unknown value {loss_reduction!r}; it is mean or sum", key="loss_reduction")
     held = as_examples(examples)
     check_examples(held)
-    split = [split_steps(example, steps, tokenizer) for example in held]
+    split = split_all(held, steps, tokenizer)
     moved = Directions.of(model, directions)
     weighted = [_weights(example, loss_reduction) for example in held]
     with frozen(model):
@@ -279,21 +280,28 @@ class _Differences:
     @torch.no_grad()
     def __call__(self, example: Mapping[str, Any], weights: torch.Tensor) -> torch.Tensor:
         """Return influence by place [n, Q], two forwards a direction; the adapter is put back to the bit."""
-        moved, columns = self.moved, []
-        for number, direction in enumerate(moved.rows):
-            length = float(direction.norm())
-            parts = moved.parts(direction / length) if length else []
-            with restored(moved.parameters) as start:
-                sides = []
-                for sign in (1.0, -1.0):
-                    for parameter, before, part in zip(moved.parameters, start, parts, strict=True) if length else ():
-                        parameter.copy_((before.double() + sign * self.step * part).to(parameter.dtype))
-                    sides.append(moved.token_losses(example, moved.model))
-            scale = length / (2 * self.step)
-            columns.append((sides[0].double() - sides[1].double()).cpu() * scale)
-            rounding = float((sides[0].double().cpu() * weights).abs().sum()) * torch.finfo(self.dtype).eps
-            self.noise[number] = 8 * rounding * scale
+        moved = self.moved
+        # the gradients of DoRA take its norms for constants, and so must these
+        with fixed_norms(moved.model, lambda: moved.token_losses(example, moved.model)):
+            columns = [self._column(example, weights, number) for number in range(len(moved.rows))]
         return (torch.stack(columns, dim=1) * weights[:, None]).to(moved.wide)
+
+    def _column(self, example: Mapping[str, Any], weights: torch.Tensor, number: int) -> torch.Tensor:
+        """Return v . grad l_t of every token by its place, [n] fp64, and note its rounding."""
+        moved, direction = self.moved, self.moved.rows[number]
+        length = float(direction.norm())
+        if not length:
+            self.noise[number] = 0.0
+            return torch.zeros(len(weights), dtype=torch.float64)
+        parts, sides = moved.parts(direction / length), []
+        with restored(moved.parameters) as start:
+            for sign in (1.0, -1.0):
+                for parameter, before, part in zip(moved.parameters, start, parts, strict=True):
+                    parameter.copy_((before.double() + sign * self.step * part).to(parameter.dtype))
+                sides.append(moved.token_losses(example, moved.model).double().cpu())
+        scale = length / (2 * self.step)
+        self.noise[number] = 8 * float((sides[0] * weights).abs().sum()) * torch.finfo(self.dtype).eps * scale
+        return (sides[0] - sides[1]) * scale
 
     @property
     def dtype(self) -> torch.dtype:

@@ -143,6 +143,10 @@ def test_other_adapters_add_up_too(kind: str) -> None:
     wanted = inf.per_example_gradients(model, examples) @ queries.T
     found = inf.step_influence(model, examples, queries, steps="tokens", method="jvp")
     assert relative(torch.stack([each.influence.sum(dim=0) for each in found]), wanted) <= 1e-9
+    by_difference = inf.step_influence(model, examples, queries, steps="tokens", method="difference")
+    assert relative(torch.stack([each.influence.sum(dim=0) for each in by_difference]), wanted) <= 1e-5
+    by_default = inf.step_influence(model, examples, queries, steps="tokens")
+    assert all(torch.equal(a.influence, b.influence) for a, b in zip(by_default, found, strict=True))
     with pytest.raises(ModelError, match="position"):
         inf.step_influence(model, examples, queries, steps="tokens", method="position")
 
@@ -225,6 +229,32 @@ def test_the_end_of_the_turn_belongs_to_the_last_line(
     assert found.steps[-1].tokens[-1] == len(example["input_ids"]) - 1
     wanted = inf.per_example_gradients(model, [example]) @ directions.T
     assert relative(found.influence.sum(dim=0)[None], wanted) <= 1e-10
+
+
+def test_spans_of_tokens_are_taken_as_they_are(model: Any, directions: torch.Tensor, tiny_tokenizer: Any) -> None:
+    examples = make_examples()
+    spans = [[(4, 5), (7, 9)], [(0, 2)], [(0, 1), (9, 12), (12, 17)], [(1, 5)]]
+    found = inf.step_influence(model, examples, directions, steps=spans)
+    assert [[step.tokens for step in each.steps] for each in found] == [
+        [(3, 4, 5, 6), (7, 8)],  # before the first: to it; between: to the one before
+        [(1,)],
+        [(5, 6, 7, 8), (9, 10, 11), (12, 13, 14, 15, 16)],
+        [(1, 2, 3, 4)],
+    ]
+    wanted = inf.per_example_gradients(model, examples) @ directions.T
+    assert relative(torch.stack([each.influence.sum(dim=0) for each in found]), wanted) <= 1e-10
+    named = inf.step_influence(model, examples, directions, steps=spans, tokenizer=tiny_tokenizer())
+    assert all(torch.equal(a.influence, b.influence) for a, b in zip(named, found, strict=True))
+    ids = examples[0]["input_ids"][3:7]
+    assert named[0].steps[0].text == tiny_tokenizer().decode(ids)
+    for bad, said in (
+        (spans[:2], "spans of 2 examples"),
+        ([[(0, 4), (3, 9)], *spans[1:]], "the spans of e0 overlap"),
+        ([*spans[:3], [(1, 6)]], "leave its 5 tokens"),
+        ([[3], *spans[1:]], "no .start, end. places"),
+    ):
+        with pytest.raises(DataError, match=said):
+            inf.step_influence(model, examples, directions, steps=bad)
 
 
 def test_bad_arguments_are_named(model: Any, directions: torch.Tensor, tiny_tokenizer: Any) -> None:
