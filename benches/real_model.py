@@ -5,9 +5,11 @@
 
 MODEL is a checkpoint folder or a hub name. `rows` takes questions that have both a right and a wrong solution, one of
 each, splits them into a pool and a validation set, and writes gradient rows of both, and those of labels that the model
-draws, under a fresh LoRA adapter (B = 0); it goes on where it was stopped. `judge` scores the pool by every method and
-writes `detection.json` and a table: AUC of the wrong solutions, the share of questions whose wrong solution scores
-above its right one, and the precision among the top 10 and 30 %, with 95 % bootstrap intervals over questions.
+draws, under a fresh LoRA adapter (B = 0); it goes on where it was stopped, and a later call with more `--pairs` adds to
+what is there. `judge` scores the blocks of the pool that are finished by every method and writes `detection.json` and a
+table, and with `--page docs/real-model.md` that page: AUC of the wrong solutions, the share of questions whose wrong
+solution scores above its right one, and the precision among the top 10 and 30 %, with 95 % bootstrap intervals over
+questions.
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ import argparse
 import json
 import random
 import sys
+import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +38,10 @@ from influence_fast.influence.contrast import Pair
 from influence_fast.influence.fisher_rows import fisher_folders
 from influence_fast.selection.embeddings import cosine_similarity, example_embeddings
 from influence_fast.statistics.ranks import auc
+from influence_fast.store.merge import merge_stores
 
 RANK, ALPHA, DIM = 8, 16, 16
+BLOCK = 25  # questions of the pool in a store of their own, so that a larger pool keeps the rows of a smaller one
 PREPARED, EMBEDDINGS, SECONDS = "examples.json", "embeddings.npy", "cpu_seconds.json"
 PRECONDITIONERS = ("none", "cosine", "ekfac", "ekfac_cosine", "fisher", "fisher_cosine", "datainf")
 DRAWS, SHARES = 2000, (10, 30)
@@ -106,27 +113,45 @@ def make_rows(args: argparse.Namespace) -> None:
         base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
     )
     spec = inf.RowSpec(dim=DIM, dtype="fp32", seed=args.seed)
-    options = inf.BuildOptions(shard_rows=16)
-    seconds: dict[str, float] = {}
-    for name, some in (("validation", validation), ("pool", pool)):
-        start = time.process_time()
-        store = inf.build_store(
-            args.output / name, model, examples_of(some), spec, tokenizer=tokenizer, options=options
-        )
-        seconds[name] = time.process_time() - start
+    options = inf.BuildOptions(shard_rows=10)
+
+    def build(name: str, some: list[tuple[dict[str, Any], dict[str, Any]]]) -> Any:
+        with counted(args.output / SECONDS, name.partition("-")[0]):
+            return inf.build_store(
+                args.output / name, model, examples_of(some), spec, tokenizer=tokenizer, options=options
+            )
+
+    build("validation", validation)
+    asked = inf.tokenize(examples_of(validation)[::2], tokenizer).examples
+    for start in range(0, len(pool), BLOCK):
+        block = pool[start : start + BLOCK]
+        store = build(block_name(start), block)
+        tokens = inf.tokenize(examples_of(block), tokenizer).examples
+        saved = args.output / f"{block_name(start)}-{EMBEDDINGS}"
+        if not saved.is_file():
+            with counted(args.output / SECONDS, "embeddings"), model.disable_adapter():
+                rows = cosine_similarity(example_embeddings(model, tokens), example_embeddings(model, asked))
+            np.save(saved, rows.mean(axis=1))
+        if not start:
+            with counted(args.output / SECONDS, "fisher"):
+                inf.Scorer.fit(
+                    store, preconditioner="ekfac", model=model, examples=tokens, fisher_examples=args.fisher_examples
+                )
+
+
+def block_name(start: int) -> str:
+    """Return the name of the store of the pool's questions from `start` on."""
+    return f"pool-{start:04d}"
+
+
+@contextmanager
+def counted(path: Path, name: str) -> Iterator[None]:
+    """Add the process's seconds of CPU to those of `name` in a file."""
     start = time.process_time()
-    tokens = inf.tokenize(examples_of(pool), tokenizer).examples
-    scorer = inf.Scorer.fit(
-        store, preconditioner="ekfac", model=model, examples=tokens, fisher_examples=args.fisher_examples
-    )
-    scorer.save(args.output / "scorer")
-    seconds["fisher"] = time.process_time() - start
-    (args.output / SECONDS).write_text(json.dumps(seconds))
-    if not (args.output / EMBEDDINGS).is_file():
-        right = inf.tokenize(examples_of(validation)[::2], tokenizer).examples
-        with model.disable_adapter():
-            rows, asked = example_embeddings(model, tokens), example_embeddings(model, right)
-        np.save(args.output / EMBEDDINGS, cosine_similarity(rows, asked).mean(axis=1))
+    yield
+    seconds = json.loads(path.read_text()) if path.is_file() else {}
+    seconds[name] = seconds.get(name, 0.0) + time.process_time() - start
+    path.write_text(json.dumps(seconds))
 
 
 @dataclass(frozen=True)
@@ -139,7 +164,7 @@ class Judged:
     pool: Any
     queries: torch.Tensor  # [Q, k], right and wrong in turn
     fisher: Any
-    embeddings: np.ndarray | None  # [N] mean cosine with the right validation answers
+    embeddings: np.ndarray  # [N] mean cosine with the right validation answers
 
 
 def standardised(values: np.ndarray) -> np.ndarray:
@@ -152,8 +177,7 @@ def wrongness(judged: Judged) -> dict[str, dict[str, np.ndarray]]:
     loss = judged.losses
     right, wrong = (list(range(start, len(judged.queries), 2)) for start in (0, 1))
     found = {"no gradients": {"loss (perplexity)": loss, "length in characters": judged.characters}}
-    if judged.embeddings is not None:
-        found["no gradients"]["embedding, far from right answers"] = -judged.embeddings
+    found["no gradients"]["embedding, far from right answers"] = -judged.embeddings
     pairs = [Pair((r,), (w,)) for r, w in zip(right, wrong, strict=True)]
     for name in PRECONDITIONERS:
         scorer = inf.Scorer.fit(judged.pool, preconditioner=name, fisher=judged.fisher)
@@ -191,21 +215,37 @@ def measured(scores: np.ndarray, loss: np.ndarray, wrong: np.ndarray, seed: int 
 def judge(folder: Path) -> dict[str, Any]:
     """Score the pool by every method; return and write what `docs/real-model.md` shows."""
     prepared = json.loads((folder / PREPARED).read_text())
-    pool, queries = inf.open_store(folder / "pool"), inf.open_store(folder / "validation")
-    ids = [row["id"] for pair in prepared["pool"] for row in pair]
-    if list(pool.ids) != ids or list(queries.ids) != [row["id"] for pair in prepared["validation"] for row in pair]:
-        raise DataError(f"{folder}: the stores are not of these solutions; make them anew")
-    (fisher,) = fisher_folders(pool.path)
-    embeddings = folder / EMBEDDINGS
-    judged = Judged(
-        wrong=np.array([not row["is_correct"] for pair in prepared["pool"] for row in pair]),
-        losses=np.asarray(pool.losses, np.float64),
-        characters=np.array([float(len(row["solution"])) for pair in prepared["pool"] for row in pair]),
-        pool=pool,
-        queries=queries.rows(),
-        fisher=inf.open_store(fisher),
-        embeddings=np.load(embeddings) if embeddings.is_file() else None,
-    )
+    queries = inf.open_store(folder / "validation")
+    starts = range(0, len(prepared["pool"]), BLOCK)
+    stores = [inf.open_store(folder / block_name(start)) for start in starts if finished(folder / block_name(start))]
+    pairs = prepared["pool"][: len(stores) * BLOCK]
+    with tempfile.TemporaryDirectory() as temporary:
+        joined = [store.path for store in stores]
+        pool = merge_stores(joined, Path(temporary) / "pool") if len(joined) > 1 else stores[0]
+        ids = [row["id"] for pair in pairs for row in pair]
+        if list(pool.ids) != ids or list(queries.ids) != [r["id"] for pair in prepared["validation"] for r in pair]:
+            raise DataError(f"{folder}: the stores are not of these solutions; make them anew")
+        (fisher,) = fisher_folders(stores[0].path)
+        embeddings = [folder / f"{block_name(start)}-{EMBEDDINGS}" for start in starts[: len(stores)]]
+        judged = Judged(
+            wrong=np.array([not row["is_correct"] for pair in pairs for row in pair]),
+            losses=np.asarray(pool.losses, np.float64),
+            characters=np.array([float(len(row["solution"])) for pair in pairs for row in pair]),
+            pool=pool,
+            queries=queries.rows(),
+            fisher=inf.open_store(fisher),
+            embeddings=np.concatenate([np.load(path) for path in embeddings]),
+        )
+        return written(folder, prepared, judged)
+
+
+def finished(path: Path) -> bool:
+    """Say whether a block is whole: its embeddings are written last."""
+    return path.with_name(f"{path.name}-{EMBEDDINGS}").is_file()
+
+
+def written(folder: Path, prepared: dict[str, Any], judged: Judged) -> dict[str, Any]:
+    """Measure every method; return and write what the page shows."""
     methods = [
         {"preconditioner": name, "method": method, **measured(scores, judged.losses, judged.wrong)}
         for name, some in wrongness(judged).items()
@@ -215,8 +255,8 @@ def judge(folder: Path) -> dict[str, Any]:
     found = {
         "settings": prepared["settings"],
         "environment": prepared["environment"],
-        "pool": len(pool),
-        "queries": len(queries),
+        "pool": len(judged.pool),
+        "queries": len(judged.queries),
         "fisher_rows": len(judged.fisher),
         "cpu_seconds": seconds,
         "methods": methods,

@@ -75,6 +75,11 @@ def add(verb: NewVerb) -> None:
         help="for each answer, the K examples that made it likelier and the K that made it less likely: "
         "OUTPUT.explained.html and .jsonl",
     )
+    sub.add_argument(
+        "--steps",
+        help="lines, sentences or tokens: score each step of each example too, in OUTPUT.steps.csv (or .parquet) and "
+        "OUTPUT.steps.html",
+    )
 
     sub = verb("plan", _plan, "settings for a time or disk budget, and the fidelity measured for them")
     options.add_model(sub, adapter=True)
@@ -84,11 +89,17 @@ def add(verb: NewVerb) -> None:
 
     sub = verb("prune", _prune, "write the data that a strategy keeps, in the input's own format")
     options.add_data(sub, "--data", "the data that was scored", lengths=False)
-    sub.add_argument("--scores", required=True, help="score table written by 'score'")
-    sub.add_argument("--strategy", required=True, help="for example combined; an unknown name lists them all")
+    sub.add_argument("--scores", help="score table written by 'score'")
+    sub.add_argument("--strategy", help="for example combined; an unknown name lists them all")
+    sub.add_argument(
+        "--steps",
+        metavar="FILE",
+        help="table of 'score --steps', in place of --scores and --strategy: cut the steps that harm most out of the "
+        "traces",
+    )
     size = sub.add_mutually_exclusive_group(required=True)
-    size.add_argument("--fraction", type=float, help="share to drop, 0 to 1")
-    size.add_argument("--count", type=int, help="number of examples to drop")
+    size.add_argument("--fraction", type=float, help="share to drop, 0 to 1 (with --steps: of the tokens)")
+    size.add_argument("--count", type=int, help="number of examples (with --steps: of steps) to drop")
     sub.add_argument("--groups", metavar="COLUMN", help="column that names groups: drop the fraction inside each")
     sub.add_argument("--max-similar", type=float, metavar="J", help="let one stay of traces with Jaccard similarity J")
     sub.add_argument(
@@ -121,6 +132,7 @@ def _score(args: Any) -> None:
     from influence_fast.influence.scores import check_format
     from influence_fast.influence.settings import InfluenceConfig
     from influence_fast.report.explain import EXPLAINED
+    from influence_fast.report.steps import save_steps
     from influence_fast.run.scoring import explained_scores
     from influence_fast.selection.difficulty import check_answers
     from influence_fast.selection.pool_scores import ScoredPool, baseline_columns
@@ -138,6 +150,7 @@ def _score(args: Any) -> None:
     recipe = Recipe.of(gradients, influence)
     recipe.check()
     check_strategies(args.strategies, influence)
+    _check_steps(args, gradients)
     if args.fisher is not None and not recipe.reads_labels:
         raise ConfigError("--fisher is read by ekfac, fisher, datainf and where a sketch is fitted: leave it out here")
     if args.fisher_examples is not None and (not recipe.reads_labels or influence.fisher != "model"):
@@ -158,7 +171,7 @@ def _score(args: Any) -> None:
     if _same_rows(args):
         print("warning: the validation questions are the training data, which scores itself: see --validation-split")
     queries = _queries(args, influence, validation, (model, tokenizer))
-    asked = ScoredPool(model, tokenizer, examples, pool, queries)
+    asked = ScoredPool(model, tokenizer, examples, pool, queries, args.steps)
     scored, explained = explained_scores(
         asked,
         Path(args.store or f"{args.output}.store"),
@@ -170,6 +183,9 @@ def _score(args: Any) -> None:
     )
     for path in explained:
         print(f"answer by answer: {path}")
+    if scored.steps is not None:
+        for path in save_steps(scored.steps, examples, args.output):
+            print(f"step by step: {path}")
     seconds = scored.seconds
     table, more = baseline_columns(
         scored.table,
@@ -185,6 +201,22 @@ def _score(args: Any) -> None:
         print(f"warning: {warning}")
     spent = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     print(f"scores: {args.output} ({len(table.ids)} examples against {queries.sizes}; {spent})")
+
+
+def _check_steps(args: Any, gradients: Any) -> None:
+    """Raise ConfigError for steps that are of no known kind, or of a model that steps are not scored for."""
+    from influence_fast.data.steps import KINDS
+    from influence_fast.settings import one_of
+
+    if args.steps is None:
+        return
+    one_of("steps", args.steps, KINDS)
+    if gradients.target is not None:
+        raise ConfigError(
+            "is of LoRA adapters, and --target names weights of a fully fine-tuned model: leave one of the two out",
+            key="steps",
+            value=args.steps,
+        )
 
 
 def _evaluation(args: Any) -> Any:
@@ -256,6 +288,10 @@ def _prune(args: Any) -> None:
     from influence_fast.influence.scores import FINGERPRINT, ScoreTable
     from influence_fast.selection.pruning import aligned_examples, save_selection, select
 
+    if args.steps is not None:
+        return _prune_steps(args)
+    if args.scores is None or args.strategy is None:
+        raise ConfigError("give --scores and --strategy, or --steps")
     options.not_an_input(args.output, args.data, args.scores, *args.decontaminate)
     table = ScoreTable.load(args.scores)
     examples = options.read_examples(args)
@@ -306,3 +342,30 @@ def _prune(args: Any) -> None:
     without = [example.id for example in examples if example.id not in known]
     if without:
         print(f"warning: {len(without)} examples have no score and are not in the output: {truncated_list(without)}")
+
+
+def _prune_steps(args: Any) -> None:
+    """Write the data without the steps that harm most."""
+    from influence_fast.data.examples import load_rows, write_rows
+    from influence_fast.data.pruned_rows import with_completions
+    from influence_fast.influence.step_scores import StepTable
+    from influence_fast.selection.step_pruning import select_steps, without_steps
+
+    for name in ("scores", "strategy", "groups", "max_similar"):
+        if getattr(args, name) is not None:
+            raise ConfigError("is of whole examples: leave it out, or --steps", key=name, value=getattr(args, name))
+    if args.decontaminate:
+        raise ConfigError("is of whole examples: prune these first, and steps of what is left", key="decontaminate")
+    options.not_an_input(args.output, args.data, args.steps)
+    table = StepTable.load(args.steps)
+    examples = options.read_examples(args)
+    selection = select_steps(table, fraction=args.fraction, count=args.count, seed=args.seed)
+    changed = without_steps(examples, table, selection)
+    rows = load_rows(args.data, split=args.split)
+    write_rows(with_completions(rows, examples, changed, args.columns), args.output, schema=rows.schema)
+    emptied = sum(example is None for example in changed.values())
+    share = 100 * selection.dropped_tokens / selection.tokens
+    print(
+        f"cut {len(selection.drop)} of {len(table)} steps ({share:.1f} % of the tokens) out of {len(changed)} of "
+        f"{len(examples)} examples, {emptied} of which had no other step and are left out: {args.output}"
+    )

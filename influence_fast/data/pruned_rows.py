@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from influence_fast.data.cells import is_list, is_null, truth
@@ -97,3 +97,49 @@ def _keep_traces(row: Row, kept: list[int], generations: str, parallel: list[str
         if shown in list(row[generations]) and shown not in result[generations]:
             result["messages"] = [*messages[:-1], {**messages[-1], "content": result[generations][0]}]
     return result
+
+
+def with_completions(
+    rows: Rows,
+    examples: Sequence[Example],
+    changed: Mapping[str, Example | None],
+    columns: Mapping[str, str | None] | None = None,
+) -> Iterator[Row]:
+    """Yield the source rows of `examples` with other completions, in the row's own columns.
+
+    changed: by id, an example as it is to be, or None: it is left out. A text of the row that equals the completion as
+    it was is replaced wherever it stands (a column, a message, one of several traces).
+
+    Raises DataError where no text of the row is the completion: its parts lie in several columns.
+    """
+    texts: dict[int, dict[str, str]] = {}
+    for example in examples:
+        now = changed.get(example.id)
+        if now is not None:
+            texts.setdefault(example.row, {})[example.completion] = now.completion
+    kept = [example for example in examples if changed.get(example.id, example) is not None]
+    places = sorted({example.row for example in kept})
+    for place, row in zip(places, kept_rows(rows, kept, columns), strict=True):
+        found = row
+        for old, new in texts.get(place, {}).items():
+            found, times = _replaced(found, old, new)
+            if not times:
+                raise DataError(
+                    f"{rows.place(place)}: no column holds the completion as a whole (its reasoning stands apart, or "
+                    "its text was trimmed), so that steps cannot be cut out of it: write prompt and completion as two "
+                    "columns"
+                )
+        yield found
+
+
+def _replaced(value: Any, old: str, new: str) -> tuple[Any, int]:
+    """Return a row's value with every text `old` replaced, in lists and mappings too, and how many there were."""
+    if isinstance(value, str):
+        return (new, 1) if value == old else (value, 0)
+    if isinstance(value, dict):
+        parts = {name: _replaced(part, old, new) for name, part in value.items()}
+        return {name: part for name, (part, _) in parts.items()}, sum(times for _, times in parts.values())
+    if is_list(value):
+        listed = [_replaced(part, old, new) for part in value]
+        return [part for part, _ in listed], sum(times for _, times in listed)
+    return value, 0

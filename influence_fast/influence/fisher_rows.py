@@ -15,6 +15,7 @@ from influence_fast.data.held import Held
 from influence_fast.data.packing import teaches
 from influence_fast.errors import ConfigError, DataError, StoreError, truncated_list
 from influence_fast.gradients.fisher_labels import sample_labels
+from influence_fast.influence.preconditioners import FROM_DATA
 from influence_fast.influence.sketch_fitting import drawn_unseen
 from influence_fast.store.building import BuildOptions, build_rows
 from influence_fast.store.planning import identity_of
@@ -116,3 +117,26 @@ def kept_fisher_rows(store: Store, count: int) -> Store | None:
         if min(count, len(store)) <= drawn <= min(count, len(store) + len(store.set_aside)):
             found.append(rows)
     return found[0] if len(found) == 1 else None
+
+
+def fisher_store(store: Store, fisher: str | Store, count: int, model: Any, examples: Held | None) -> Store:
+    """Return the rows that a preconditioner which reads a Fisher information is fitted on."""
+    if fisher == FROM_DATA:
+        return store
+    if not isinstance(fisher, str):
+        check_fisher(store, fisher)
+        return fisher
+    found = kept_fisher_rows(store, count) if examples is None else None
+    data, texts = (examples, AS_TOKENS) if examples is not None else store.built_of or (None, AS_TOKENS)
+    if found is None and model is not None and data is not None:
+        drawn = drawn_examples(store, data, count, texts)
+        return fisher_rows(store, model, drawn, count=count, seed=store.identity.projection_seed or 0)
+    if found is None:
+        others = "a store of such gradients as fisher=, or fisher='data' to fit on its own rows"
+        whose = "which another process built: " if data is None else ""
+        raise ConfigError(
+            f"fisher: 'model' draws labels for the examples of {store.path}, {whose}give the model and the tokenized "
+            "examples that it was built of once (model=, examples=inf.tokenize(...).examples), and their gradients are "
+            f"kept beside it; or {others}"
+        )
+    return found

@@ -40,11 +40,11 @@ class PoolGradients:
     fisher: Store | None
     moments: torch.Tensor | None
 
-    def scorer(self, influence: InfluenceConfig) -> Scorer:
-        """Fit the scorer of these rows, for all questions about them."""
+    def scorer(self, influence: InfluenceConfig, model: Any = None) -> Scorer:
+        """Fit the scorer of these rows, for all questions about them; its `directions` need the model."""
         fisher = FROM_DATA if self.fisher is None else self.fisher
         how: dict[str, Any] = {"preconditioner": influence.preconditioner, "damping": influence.damping}
-        return Scorer.fit(self.store, fisher=fisher, moments=self.moments, **how)
+        return Scorer.fit(self.store, fisher=fisher, moments=self.moments, model=model, **how)
 
 
 def pool_gradients(

@@ -18,20 +18,13 @@ from influence_fast.gradients.rows.projection import exact_rows
 from influence_fast.gradients.targets import gradient_layout
 from influence_fast.influence import preconditioners
 from influence_fast.influence.contrast import Pair, contrasts, unit_queries
-from influence_fast.influence.fisher_rows import (
-    check_fisher,
-    drawn_examples,
-    fisher_rows,
-    kept_fisher_rows,
-    made_like,
-)
+from influence_fast.influence.fisher_rows import fisher_store, made_like
 from influence_fast.influence.lifting import exact_coordinates
 from influence_fast.influence.preconditioners import (
     DEFAULT,
     DEFAULT_DAMPING,
     FISHER_EXAMPLES,
     FISHER_LABELS,
-    FROM_DATA,
     FROM_MODEL,
     Damping,
     check_damping,
@@ -50,7 +43,6 @@ from influence_fast.settings import one_of
 from influence_fast.statistics.ranks import average_ranks
 from influence_fast.store.planning import identity_of
 from influence_fast.store.reader import Store
-from influence_fast.store.shard_rows import AS_TOKENS
 
 GIVEN = "a store"  # whose gradients a Fisher information is of, beside `FISHER_LABELS`
 
@@ -142,7 +134,7 @@ class Scorer:
         layout = None if model is None else _layout_of(store, model)
         source = store
         if recipe.reads_fisher:
-            source = _fisher_store(store, fisher, fisher_examples, model, examples)
+            source = fisher_store(store, fisher, fisher_examples, model, examples)
         fitted = preconditioners.fit(
             applied,
             lambda: row_blocks(source),
@@ -192,9 +184,7 @@ class Scorer:
     def _contrast(self, queries: torch.Tensor | np.ndarray, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
         """Return the three columns of contrast scores."""
         queries = check_queries(self.store, queries).float()
-        made = self._preconditioned(queries)
-        divided = self.fitted.normalize or isinstance(self.fitted, UnitNorm)
-        each = contrasts(made if divided else unit_queries(queries, made), pairs)
+        each = self._contrasts(queries, self._preconditioned(queries), pairs)
         mean = each.mean(dim=0, keepdim=True)
         found = self._multiplied(
             torch.cat([mean, each]).float(), groups=[[0], list(range(1, len(each) + 1))], ranks=True
@@ -205,6 +195,11 @@ class Scorer:
             scores = scores * float(mean.norm())
         ranks = np.asarray(found.mean_ranks, np.float64)[:, 1]
         return {"s_contrast": scores, "rank_contrast": average_ranks(scores), "mean_rank_contrast": ranks}
+
+    def _contrasts(self, queries: torch.Tensor, made: torch.Tensor, pairs: Sequence[Pair]) -> torch.Tensor:
+        """Return the contrast of each pair, [P, k] fp64, of queries and what the preconditioner makes of them."""
+        divided = self.fitted.normalize or isinstance(self.fitted, UnitNorm)
+        return contrasts(made if divided else unit_queries(queries, made), pairs)
 
     def top(self, queries: torch.Tensor | np.ndarray, k: int = 10) -> TopInfluences:
         """Return the k rows that raise, and the k that lower, each of the queries [Q, width] most.
@@ -260,8 +255,31 @@ class Scorer:
         Raises ConfigError where the way back is not known, StoreError where the store does not say how it was
         projected, DataError where the queries do not fit it.
         """
-        queries = check_queries(self.store, queries)
-        made = self._preconditioned(queries.float())
+        return self._exact(self._preconditioned(check_queries(self.store, queries).float()))
+
+    def directions(
+        self,
+        queries: torch.Tensor | np.ndarray,
+        groups: Mapping[str, Sequence[int]],
+        *,
+        pairs: Sequence[Pair] = (),
+    ) -> dict[str, torch.Tensor]:
+        """Return for each group g the direction whose product with an example's exact gradient is its `s_g`, [K] fp32.
+
+        It is the mean of `apply` over the group's queries, and for `pairs` the mean contrast under the name "contrast".
+        As there, a division by the length of the example's own row is left (see `lengths`). Raises as `scores` and
+        `apply`.
+        """
+        used = used_groups(groups)
+        wide = check_queries(self.store, queries).float()
+        made = self._preconditioned(wide)
+        means = {name: made[list(members)].mean(dim=0) for name, members in used.items()}
+        if pairs:
+            means["contrast"] = self._contrasts(wide, made, pairs).mean(dim=0).to(made)
+        return dict(zip(means, self._exact(torch.stack(list(means.values()))), strict=True))
+
+    def _exact(self, made: torch.Tensor) -> torch.Tensor:
+        """Return preconditioned rows [Q, k] in the coordinates of exact gradients, [Q, K]."""
         if self.store.identity.projection_kind in (None, "unknown"):
             return made
         projection = self.store.projection
@@ -353,29 +371,6 @@ class Scorer:
     def _divided(self) -> DividedRows:
         assert self.lengths is not None
         return DividedRows(self.store, _divided(np.ones(len(self.store)), self.lengths).astype(np.float32))
-
-
-def _fisher_store(store: Store, fisher: str | Store, count: int, model: Any, examples: Held | None) -> Store:
-    """Return the rows that a preconditioner which reads a Fisher information is fitted on."""
-    if fisher == FROM_DATA:
-        return store
-    if not isinstance(fisher, str):
-        check_fisher(store, fisher)
-        return fisher
-    found = kept_fisher_rows(store, count) if examples is None else None
-    data, texts = (examples, AS_TOKENS) if examples is not None else store.built_of or (None, AS_TOKENS)
-    if found is None and model is not None and data is not None:
-        drawn = drawn_examples(store, data, count, texts)
-        return fisher_rows(store, model, drawn, count=count, seed=store.identity.projection_seed or 0)
-    if found is None:
-        others = "a store of such gradients as fisher=, or fisher='data' to fit on its own rows"
-        whose = "which another process built: " if data is None else ""
-        raise ConfigError(
-            f"fisher: 'model' draws labels for the examples of {store.path}, {whose}give the model and the tokenized "
-            "examples that it was built of once (model=, examples=inf.tokenize(...).examples), and their gradients are "
-            f"kept beside it; or {others}"
-        )
-    return found
 
 
 def _layout_of(store: Store, model: Any) -> list[LayoutEntry] | None:

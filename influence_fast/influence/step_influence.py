@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +23,15 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy
 
-from influence_fast.check.differences import adapter_parameters, fixed_norms, restored, scored_parameters
+from influence_fast.check.differences import fixed_norms, restored
 from influence_fast.data.held import Held, as_examples
-from influence_fast.data.packing import IGNORED, check_examples, example_name
+from influence_fast.data.packing import check_examples, example_name
 from influence_fast.data.steps import LINES, Spans, Splitter, Step, learnt_places, split_all
-from influence_fast.errors import ConfigError, DataError, ModelError, NumericError, did_you_mean, one_line, warn_once
+from influence_fast.errors import ConfigError, ModelError, NumericError, did_you_mean, one_line, warn_once
 from influence_fast.gradients.find_lora import find_lora_linears
 from influence_fast.gradients.model.frozen import frozen
-from influence_fast.gradients.targets import gradient_layout
+from influence_fast.influence.step_directions import Directions
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +41,12 @@ METHODS = (AUTO, JVP, DIFFERENCE, POSITION)
 # 0.056 at 0.1 in bf16, which is that of bf16 gradients.
 _STEPS = {torch.float64: 1e-4, torch.float32: 0.01}
 _STEP_16 = 0.1
+_SAME, _HALVINGS = 1e-3, 6  # relative change at half the step, and how often it is halved
 _AGREE = 0.02  # relative, beyond the losses' rounding: another derivative differs by more
 
 
-ByPlace = Callable[[Mapping[str, Any], torch.Tensor], torch.Tensor]  # (example, weights [n]) -> influence [n, Q]
+Found = tuple[torch.Tensor, torch.Tensor]  # influence [n, Q] and the tokens' losses [n], by place
+ByPlace = Callable[[Mapping[str, Any], torch.Tensor], Found]  # of an example and its weights [n]
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,19 @@ class StepInfluence:
         influence: [S, Q] on each direction, fp32 (fp64 for an fp64 model).
         rest: [Q] of the method "position", the positions of the prompt; 0 for the others. The sum over steps and this
             is the example's influence.
+        token_losses: [n] the model's loss on every token, by its place in `input_ids`; 0 where nothing is learnt.
     """
 
     id: str
     steps: list[Step]
     influence: torch.Tensor
     rest: torch.Tensor
+    token_losses: torch.Tensor
+
+    @property
+    def losses(self) -> list[float]:
+        """Return the mean loss of each step's tokens."""
+        return [float(self.token_losses[list(step.tokens)].mean()) for step in self.steps]
 
 
 def step_influence(
@@ -105,6 +113,21 @@ def step_influence(
         >>> found = inf.step_influence(model, tokens, directions, tokenizer=tokenizer)  # doctest: +SKIP
         >>> found[0].steps[0].text, found[0].influence[0]  # doctest: +SKIP
     """
+    how: dict[str, Any] = {"steps": steps, "method": method, "tokenizer": tokenizer, "loss_reduction": loss_reduction}
+    return list(each_step_influence(model, examples, directions, **how))
+
+
+def each_step_influence(
+    model: nn.Module,
+    examples: Held,
+    directions: torch.Tensor,
+    *,
+    steps: str | Splitter | Spans = LINES,
+    method: str = AUTO,
+    tokenizer: Any = None,
+    loss_reduction: str = "mean",
+) -> Iterator[StepInfluence]:
+    """Yield what `step_influence` returns, example by example; the arguments are checked before the first."""
     if method not in METHODS:
         known = did_you_mean(method, METHODS)
         raise ConfigError(f": unknown value {method!r}", key="method", value=method, remedy=known)
@@ -117,14 +140,13 @@ def step_influence(
     weighted = [_weights(example, loss_reduction) for example in held]
     with frozen(model):
         by_place = _chosen(moved, held, weighted, method)
-        return [
-            _summed(by_place(example, weights), example_name(example, place), mine)
-            for place, (example, weights, mine) in enumerate(zip(held, weighted, split, strict=True))
-        ]
+        for place, (example, weights, mine) in enumerate(zip(held, weighted, split, strict=True)):
+            yield _summed(by_place(example, weights), example_name(example, place), mine)
 
 
-def _summed(by_place: torch.Tensor, name: str, steps: list[Step]) -> StepInfluence:
+def _summed(given: Found, name: str, steps: list[Step]) -> StepInfluence:
     """Sum influence by place [n, Q] over each step; what is at no step's tokens is the rest."""
+    by_place, losses = given
     if not bool(by_place.isfinite().all()):
         raise NumericError(f"the influence of {name} is NaN or infinite: run the model in float32")
     found = by_place.new_zeros(len(steps), by_place.shape[1])
@@ -132,7 +154,7 @@ def _summed(by_place: torch.Tensor, name: str, steps: list[Step]) -> StepInfluen
     for row, step in enumerate(steps):
         found[row] = by_place[list(step.tokens)].sum(dim=0)
         others[list(step.tokens)] = False
-    return StepInfluence(name, steps, found, by_place[others].sum(dim=0))
+    return StepInfluence(name, steps, found, by_place[others].sum(dim=0), losses)
 
 
 def _weights(example: Mapping[str, Any], loss_reduction: str) -> torch.Tensor:
@@ -143,75 +165,6 @@ def _weights(example: Mapping[str, Any], loss_reduction: str) -> torch.Tensor:
     if example.get("weights") is not None:
         weights *= torch.as_tensor(example["weights"]).to(torch.float64)
     return weights / len(places) if loss_reduction == "mean" and places else weights
-
-
-@dataclass(frozen=True)
-class Directions:
-    """Directions in a model's adapter, as parts of its parameters.
-
-    Attributes:
-        model: the LoRA model.
-        names: the parameters that rows are of, in the row's order.
-        rows: [Q, K] fp64.
-        wide: the dtype of results.
-    """
-
-    model: Any
-    names: list[str]
-    rows: torch.Tensor
-    wide: torch.dtype
-
-    @classmethod
-    def of(cls, model: Any, directions: torch.Tensor) -> Directions:
-        """Match directions with the parameters of the active adapters.
-
-        Raises DataError if they do not fit, NumericError if they are not finite, ModelError for factors that are no
-        parameters of their own.
-        """
-        layout = gradient_layout(model)
-        rows = torch.as_tensor(directions)
-        width = layout[-1].columns.stop
-        if rows.ndim != 2 or rows.shape[1] != width:
-            raise DataError(
-                f"directions of shape {tuple(rows.shape)} do not fit the {width} numbers of an exact gradient: give "
-                "Scorer.apply(queries), fitted with model=, or exact query gradients"
-            )
-        if not bool(rows.isfinite().all()):
-            raise NumericError("a direction holds NaN or infinite numbers; make the query gradients anew")
-        try:
-            names, _ = scored_parameters(layout, adapter_parameters(model))
-        except KeyError as error:
-            raise ModelError(f"{error.args[0]} is no parameter of its own, which steps need: train it alone") from None
-        dtypes = {parameter.dtype for parameter in model.parameters()}
-        wide = torch.float64 if torch.float64 in dtypes else torch.float32
-        return cls(model, names, rows.detach().to("cpu", torch.float64), wide)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that rows are of."""
-        by_name = dict(self.model.named_parameters(remove_duplicate=False))
-        return [by_name[name] for name in self.names]
-
-    def parts(self, direction: torch.Tensor) -> list[torch.Tensor]:
-        """Split a direction [K] into tensors of the parameters' shapes, on their devices, in fp64."""
-        parameters = self.parameters
-        pieces = direction.split([parameter.numel() for parameter in parameters])
-        return [
-            piece.view(parameter.shape).to(parameter.device)
-            for piece, parameter in zip(pieces, parameters, strict=True)
-        ]
-
-    def token_losses(self, example: Mapping[str, Any], forward: Callable[..., Any]) -> torch.Tensor:
-        """Return the loss of every token by its place, [n] in fp32 or fp64; 0 where nothing is learnt."""
-        device = self.model.get_input_embeddings().weight.device
-        ids = torch.as_tensor(example["input_ids"]).to(device, torch.int64)
-        logits = forward(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        labels = torch.as_tensor(example["labels"]).to(logits.device, torch.int64)[1:]
-        kept = labels != IGNORED
-        losses = logits.new_zeros(len(ids), dtype=torch.promote_types(logits.dtype, torch.float32))
-        found = cross_entropy(logits[kept].to(losses.dtype), labels[kept], reduction="none")
-        places = kept.nonzero().squeeze(1) + 1
-        return losses.index_put((places,), found)
 
 
 def _chosen(
@@ -226,12 +179,12 @@ def _chosen(
     if not examples:
         return ways[JVP]
     try:
-        exact = ways[JVP](examples[0], weights[0]).sum(dim=0)
+        exact = ways[JVP](examples[0], weights[0])[0].sum(dim=0)
     except (RuntimeError, NotImplementedError, TypeError, ModelError) as error:
         why = f"its forward has no forward-mode derivative ({one_line(error, 120)})"
     else:
         differences = _Differences(moved)
-        measured, noise = differences(examples[0], weights[0]).sum(dim=0), differences.noise
+        measured, noise = differences(examples[0], weights[0])[0].sum(dim=0), differences.noise
         if bool(((measured - exact).abs() <= _AGREE * exact.abs() + noise).all()):
             return ways[JVP]
         why = f"forward mode gives {exact[0]:.3g} where differences of its losses give {measured[0]:.3g}"
@@ -245,14 +198,15 @@ class _Jvp:
 
     moved: Directions
 
-    def __call__(self, example: Mapping[str, Any], weights: torch.Tensor) -> torch.Tensor:
-        """Return influence by place [n, Q], one pass a direction."""
+    def __call__(self, example: Mapping[str, Any], weights: torch.Tensor) -> Found:
+        """Return influence by place [n, Q], one pass a direction, and the losses."""
         moved = self.moved
-        columns = [self._tangents(example, direction) for direction in moved.rows]
-        return (torch.stack(columns, dim=1).double().cpu() * weights[:, None]).to(moved.wide)
+        pairs = [self._tangents(example, direction) for direction in moved.rows]
+        columns = torch.stack([tangent for _, tangent in pairs], dim=1)
+        return (columns.double().cpu() * weights[:, None]).to(moved.wide), pairs[0][0].cpu()
 
-    def _tangents(self, example: Mapping[str, Any], direction: torch.Tensor) -> torch.Tensor:
-        """Return v . grad l_t of every token by its place, [n]."""
+    def _tangents(self, example: Mapping[str, Any], direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return l_t and v . grad l_t of every token by its place, [n] each."""
         moved = self.moved
         # fused attention has no forward-mode derivative, and the plain products have
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
@@ -261,30 +215,57 @@ class _Jvp:
                 for name, parameter, part in zip(moved.names, moved.parameters, moved.parts(direction), strict=True)
             }
             losses = moved.token_losses(example, lambda **given: functional_call(moved.model, dual, (), given))
-            tangent = forward_ad.unpack_dual(losses).tangent
+            primal, tangent = forward_ad.unpack_dual(losses)
             if tangent is None:
                 raise ModelError("the model's losses do not depend on its adapter's parameters in forward mode")
-            return tangent.clone()
+            return primal.clone(), tangent.clone()
 
 
 class _Differences:
     """Central differences of every token's loss, by the model's own forward.
 
-    noise: [Q], what the losses' rounding makes of an example's influence, of the last example that was asked for.
+    step: how far the adapter is moved each way, chosen on the first example. noise: [Q], what the losses' rounding
+    makes of an example's influence, of the last example that was asked for.
     """
 
     def __init__(self, moved: Directions) -> None:
         self.moved = moved
         self.noise = torch.zeros(len(moved.rows))
+        self.step = 0.0
 
     @torch.no_grad()
-    def __call__(self, example: Mapping[str, Any], weights: torch.Tensor) -> torch.Tensor:
-        """Return influence by place [n, Q], two forwards a direction; the adapter is put back to the bit."""
+    def __call__(self, example: Mapping[str, Any], weights: torch.Tensor) -> Found:
+        """Return influence by place [n, Q], two forwards a direction, and the losses; the adapter is put back to the
+        bit."""
         moved = self.moved
+        losses = moved.token_losses(example, moved.model)
         # the gradients of DoRA take its norms for constants, and so must these
         with fixed_norms(moved.model, lambda: moved.token_losses(example, moved.model)):
-            columns = [self._column(example, weights, number) for number in range(len(moved.rows))]
-        return (torch.stack(columns, dim=1) * weights[:, None]).to(moved.wide)
+            found = self._fitting(example, weights) if not self.step else self._columns(example, weights)
+        return found.to(moved.wide), losses.cpu()
+
+    def _fitting(self, example: Mapping[str, Any], weights: torch.Tensor) -> torch.Tensor:
+        """Return influence by place [n, Q] by a step so small that half of it gives the same, and keep that step.
+
+        Of a small model, or one whose adapter has small weights, the losses bend within the usual step: the error is
+        that of the third derivative, a quarter at half the step. Rounding doubles there, so that it ends the search.
+        """
+        self.step = _STEPS.get(self.dtype, _STEP_16)
+        found = self._columns(example, weights)
+        for _ in range(_HALVINGS):
+            self.step /= 2
+            finer = self._columns(example, weights)
+            moved = (finer - found).sum(dim=0).abs()
+            if bool((moved <= _SAME * finer.sum(dim=0).abs() + self.noise).all()):
+                self.step *= 2
+                return found
+            found = finer
+        return found
+
+    def _columns(self, example: Mapping[str, Any], weights: torch.Tensor) -> torch.Tensor:
+        """Return influence by place, [n, Q] fp64, with the step as it is."""
+        columns = [self._column(example, weights, number) for number in range(len(self.moved.rows))]
+        return torch.stack(columns, dim=1) * weights[:, None]
 
     def _column(self, example: Mapping[str, Any], weights: torch.Tensor, number: int) -> torch.Tensor:
         """Return v . grad l_t of every token by its place, [n] fp64, and note its rounding."""
@@ -308,11 +289,6 @@ class _Differences:
         """Return the dtype that the model's losses are rounded to."""
         return self.moved.model.get_input_embeddings().weight.dtype
 
-    @property
-    def step(self) -> float:
-        """Return how far the adapter is moved each way."""
-        return _STEPS.get(self.dtype, _STEP_16)
-
 
 class _Positions:
     """Sums by position of one backward pass: g_t (B A x_t)' parts of the inner product, of plain LoRA linears."""
@@ -324,8 +300,9 @@ class _Positions:
         if odd or 2 * len(self.linears) != len(moved.names):
             raise ModelError(f"method 'position' is for plain LoRA on linears, and not for {odd[:1] or 'this adapter'}")
 
-    def __call__(self, example: Mapping[str, Any], weights: torch.Tensor) -> torch.Tensor:
-        """Return influence by place [n, Q]: a token's place has the sum at the position that predicts it."""
+    def __call__(self, example: Mapping[str, Any], weights: torch.Tensor) -> Found:
+        """Return influence by place [n, Q] and the losses: a token's place has the sum at the position that predicts
+        it."""
         moved, held = self.moved, {}
 
         def keep(number: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -356,4 +333,4 @@ class _Positions:
                 found = (back * (x @ da.T)).sum(dim=1) + ((g @ db) * h).sum(dim=1)
                 # the loss of token t is made at position t - 1
                 out[1:, q] += linear.scaling * found[:-1].cpu()
-        return out.to(moved.wide)
+        return out.to(moved.wide), losses.detach().cpu()

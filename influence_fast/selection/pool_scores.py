@@ -19,6 +19,7 @@ from influence_fast.influence.queries import Queries
 from influence_fast.influence.scorer import TopInfluences
 from influence_fast.influence.scores import ScoreTable
 from influence_fast.influence.settings import InfluenceConfig
+from influence_fast.influence.step_scores import StepTable, step_scores
 from influence_fast.selection.difficulty import base_losses, pass_rates
 from influence_fast.selection.embeddings import embedding_ranks
 from influence_fast.selection.strategies import BASE_LOSS, EMBEDDING_RANK, PASS_RATE
@@ -29,7 +30,8 @@ from influence_fast.timing import timed
 class ScoredPool:
     """A pool of training examples, what it is scored against, and the model that does.
 
-    pool: the examples. tokens: the same tokenized, `{"id", "input_ids", "labels"}`. queries: what is asked.
+    pool: the examples. tokens: the same tokenized, `{"id", "input_ids", "labels"}`. queries: what is asked. steps: the
+    kind of steps that are scored too ("lines", "sentences", "tokens"); None: examples alone.
     """
 
     model: Any
@@ -37,6 +39,7 @@ class ScoredPool:
     pool: Sequence[Example]
     tokens: Sequence[dict[str, Any]]
     queries: Queries
+    steps: str | None = None
 
 
 def baseline_columns(
@@ -79,12 +82,13 @@ class PoolScores:
     """Scores of a pool, and what they took.
 
     table: the scores, `loss` and `tokens`. seconds: of each step. top: rows of the table that count most for each
-    query, where they were asked for.
+    query, where they were asked for. steps: scores of the examples' steps, where they were asked for.
     """
 
     table: ScoreTable
     seconds: dict[str, float]
     top: TopInfluences | None
+    steps: StepTable | None = None
 
 
 def score_pool(
@@ -107,7 +111,7 @@ def score_pool(
     made = pool_gradients(model, pool, tokenized, store_path, gradients, influence, seconds, progress=progress)
     store = made.store
     with timed(seconds, "inner products and ranks"):
-        scorer = made.scorer(influence)
+        scorer = made.scorer(influence, None if asked.steps is None else model)
         table = scorer.scores(made.queries, queries.groups, pairs=queries.pairs)
         found = scorer.top(made.queries, top) if top else None
     by_id = {example["id"]: example for example in pool}
@@ -119,4 +123,17 @@ def score_pool(
             losses = per_example_losses(model, stored).double().numpy()
     elif gradients.loss_reduction == "sum":
         losses /= [int((example["labels"][1:] != IGNORED).sum()) for example in stored]
-    return PoolScores(table.with_columns({"loss": losses, "tokens": tokens}), seconds, found)
+    steps = None
+    if asked.steps is not None:
+        with timed(seconds, "steps"):
+            steps = step_scores(
+                model,
+                stored,
+                scorer.directions(made.queries, queries.groups, pairs=queries.pairs),
+                steps=asked.steps,
+                tokenizer=asked.tokenizer,
+                lengths=scorer.lengths,
+                loss_reduction=gradients.loss_reduction,
+                progress=progress,
+            )
+    return PoolScores(table.with_columns({"loss": losses, "tokens": tokens}), seconds, found, steps)
