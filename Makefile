@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*) $(wildcard csrc/*/*)
 
-.PHONY: help install demo paper-mini test lint format bench bench-compare clean
+.PHONY: help install demo paper-mini test test-all lint format bench bench-compare clean
 help:  ## list the verbs
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -28,6 +28,9 @@ paper-mini: install  ## the paper's experiment over five worlds, under 40 minute
 
 test: lint  ## lint, types and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+test-all: install  ## as test, with the settings and moments that it samples: twice as long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: install  ## ruff (format and lint) and mypy
 	$(BIN)/ruff format --check

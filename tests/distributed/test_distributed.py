@@ -213,7 +213,7 @@ def test_a_process_joins_late_and_finds_the_finished_store(
     assert stored_bytes(folder) == expected
 
 
-@pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [3, pytest.param(20, marks=pytest.mark.exhaustive)])
 def test_kill_9_of_any_rank_with_changing_world_sizes_loses_nothing(
     nursery: Nursery, expected: dict[str, bytes], tmp_path: Path, rounds: int
 ) -> None:

@@ -104,8 +104,8 @@ def summed(model: Any, lengths: list[int], spec: inf.RowSpec, **options: Any) ->
     ("kind", "changes"),
     [
         ("qwen2", BASE | {"num_hidden_layers": 2}),
-        ("qwen2", BASE | {"num_hidden_layers": 6}),
-        ("llama", BASE | {"num_hidden_layers": 3, "num_key_value_heads": 4}),
+        pytest.param("qwen2", BASE | {"num_hidden_layers": 6}, marks=pytest.mark.exhaustive),
+        pytest.param("llama", BASE | {"num_hidden_layers": 3, "num_key_value_heads": 4}, marks=pytest.mark.exhaustive),
         ("qwen3", BASE | {"num_hidden_layers": 3, "head_dim": 64}),
         ("llama", WIDE_HEAD | {"num_hidden_layers": 2}),  # the loss decides
     ],

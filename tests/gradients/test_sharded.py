@@ -104,7 +104,7 @@ def torchrun(processes: int, *command: str, cwd: Path | None = None) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["Qwen2", "Llama"])
+@pytest.mark.parametrize("kind", [pytest.param("Qwen2", marks=pytest.mark.exhaustive), "Llama"])
 def test_gradients_of_a_sharded_model_are_those_of_the_whole(tmp_path: Path, kind: str) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER.format(kind=kind))
@@ -163,6 +163,7 @@ def test_the_command_builds_a_store_and_says_what_was_left_out(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_torchrun_builds_the_store_of_one_process(world: Path, in_the_world: None) -> None:
     settings = ["--model", "model", "--adapter", "adapter", "--data", "data.jsonl", "--width", "64", "--dim", "4"]
     command = ["-m", "influence_fast", "build", *settings, "--shard-rows", "4", "--store-dtype", "fp32", "--quiet"]
@@ -181,6 +182,7 @@ def test_torchrun_builds_the_store_of_one_process(world: Path, in_the_world: Non
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_processes_that_hold_one_model_together_fit_one_sketch(world: Path) -> None:
     settings = ["--model", "model", "--adapter", "adapter", "--data", "data.jsonl", "--dim", "4", "--width", "447"]
     command = ["-m", "influence_fast", "build", *settings, "--shard-rows", "4", "--store-dtype", "fp32", "--quiet"]

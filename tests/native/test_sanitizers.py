@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_core_under_sanitizers(tmp_path: Path) -> None:
     cmake = shutil.which("cmake")
     if cmake is None:

@@ -677,7 +677,7 @@ def builder() -> Iterator[Builder]:
 
 
 @pytest.mark.flaky(reruns=1)  # kills at moments of a clock
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.exhaustive)])
 def test_kill_9_at_any_moment_changes_no_bit(tmp_path: Path, builder: Builder, kills: int) -> None:
     """Each trial is killed again and again, at random moments, until `kills` are spent; then it is left to finish."""
     assert builder.run(tmp_path / "whole")

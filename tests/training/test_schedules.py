@@ -78,7 +78,7 @@ def train_plainly(model: Any, folder: Path, **options: Any) -> None:
     transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_rates_of_a_fine_tuning_are_those_of_its_steps(
     tiny_model: Factory,

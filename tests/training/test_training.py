@@ -321,8 +321,15 @@ def counts_of(checkpoint: Path) -> list[Any]:
     return [(entry["num_tokens"], entry["num_input_tokens_seen"]) for entry in log]
 
 
-@pytest.mark.parametrize("packing", [None, 48], ids=["padded", "packed"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("accumulation", "packing"),
+    [
+        pytest.param(1, None, marks=pytest.mark.exhaustive, id="1-padded"),
+        pytest.param(1, 48, marks=pytest.mark.exhaustive, id="1-packed"),
+        pytest.param(2, None, marks=pytest.mark.exhaustive, id="2-padded"),
+        pytest.param(2, 48, id="2-packed"),
+    ],
+)
 def test_a_run_killed_in_any_epoch_goes_on_to_the_very_adapter(
     model: Any,
     tokenizer: Any,

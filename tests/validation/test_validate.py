@@ -141,6 +141,7 @@ def test_nothing_is_done_twice(proof: tuple[Path, dict[str, Any]], monkeypatch: 
     assert json.loads(json.dumps(again))["lds"] == results["lds"]
 
 
+@pytest.mark.exhaustive
 def test_processes_and_interruptions_change_no_outcome(proof: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     import dataclasses
 
@@ -319,6 +320,7 @@ def test_priority_is_the_difference_of_ranks() -> None:
     assert drop_priority(matrix, {"correct": [0]}).tolist() == [-3.0, -2.0, -1.0]
 
 
+@pytest.mark.exhaustive
 def test_damaged_files_are_made_again_and_a_changed_proxy_is_scored_anew(
     proof: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
