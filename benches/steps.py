@@ -97,6 +97,8 @@ def scores_of(found: list[StepInfluence], position: list[StepInfluence], names: 
     }
     scores |= {f"by position: {name}": some for name, some in columns(position).items()}
     scores["the step's mean loss"] = [np.array(one.losses) for one in found]
+    both = [standardised(scores[name]) for name in ("wrong less right", "the step's mean loss")]
+    scores["wrong less right + mean loss"] = [harm + loss for harm, loss in zip(*both, strict=True)]
     scores["its largest token loss"] = [
         np.array([float(one.token_losses[list(step.tokens)].max()) for step in one.steps]) for one in found
     ]
@@ -104,6 +106,12 @@ def scores_of(found: list[StepInfluence], position: list[StepInfluence], names: 
     scores["the last step"] = [np.arange(len(one.steps), dtype=float) for one in found]
     scores["at random"] = [np.zeros(len(one.steps)) for one in found]
     return scores
+
+
+def standardised(scores: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return scores with mean 0 and standard deviation 1 over the steps of all traces."""
+    every = np.concatenate(scores)
+    return [(one - every.mean()) / every.std() for one in scores]
 
 
 def counts(found: list[StepInfluence]) -> list[np.ndarray]:

@@ -23,8 +23,9 @@ def write_page(results: Path, page: Path) -> int:
         "and the highest score is to be on the wrong one. *hit*: the share of traces where it is, with the 95 % Wilson",
         "interval; a tie counts by its share. *MRR*: mean reciprocal rank of the wrong step, with a 95 % bootstrap",
         "interval over traces. *wrong less right*: influence on wrong answers to held-out questions less that on right",
-        "ones, the column `harm` of `score --steps`. *a token*: divided by the step's tokens. *by position*: sums by",
-        "position of one backward pass, as bergson and kronfluence mean tokens, and not of the step's own losses.",
+        "ones, the column `harm` of `score --steps`; *+ mean loss*: both standardised over all steps and added.",
+        "*a token*: divided by the step's tokens. *by position*: sums by position of one backward pass, as bergson and",
+        "kronfluence mean tokens, and not of the step's own losses.",
     ]
     for name, title in _TITLES.items():
         path = results / f"steps-{name}.json"

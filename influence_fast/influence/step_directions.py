@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from influence_fast.check.differences import adapter_parameters, scored_parameters
 from influence_fast.data.packing import IGNORED
 from influence_fast.errors import DataError, ModelError, NumericError
 from influence_fast.gradients.targets import gradient_layout
+
+_MOST_TOKENS, _LOGITS_BYTES = 2048, 2**28
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,30 @@ class Directions:
             for piece, parameter in zip(pieces, parameters, strict=True)
         ]
 
-    def token_losses(self, example: Mapping[str, Any], forward: Callable[..., Any]) -> torch.Tensor:
-        """Return the loss of every token by its place, [n] in fp32 or fp64; 0 where nothing is learnt."""
+    @property
+    def losses_dtype(self) -> torch.dtype:
+        """Return the dtype that the model's losses are rounded to."""
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return dtype
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Return how many tokens a batch may have: logits of them, which the plain forward makes, within 256 MiB."""
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        return max(1, min(_MOST_TOKENS, _LOGITS_BYTES // (4 * vocabulary)))
+
+    def token_losses(self, examples: Sequence[Mapping[str, Any]], forward: Callable[..., Any]) -> torch.Tensor:
+        """Return the loss of every token by its place, [b, n] in fp32 or fp64; 0 where nothing is learnt.
+
+        Shorter examples are padded at their end, where no token of theirs looks under a causal mask.
+        """
         device = self.model.get_input_embeddings().weight.device
-        ids = torch.as_tensor(example["input_ids"]).to(device, torch.int64)
-        logits = forward(input_ids=ids[None], use_cache=False).logits[0, :-1]
-        labels = torch.as_tensor(example["labels"]).to(logits.device, torch.int64)[1:]
-        kept = labels != IGNORED
-        losses = logits.new_zeros(len(ids), dtype=torch.promote_types(logits.dtype, torch.float32))
-        found = cross_entropy(logits[kept].to(losses.dtype), labels[kept], reduction="none")
-        places = kept.nonzero().squeeze(1) + 1
-        return losses.index_put((places,), found)
+        rows = [torch.as_tensor(example["input_ids"]).to(device, torch.int64) for example in examples]
+        ids = pad_sequence(rows, batch_first=True, padding_value=int(rows[0][0]))
+        logits = forward(input_ids=ids, use_cache=False).logits[:, :-1]
+        targets = [torch.as_tensor(example["labels"]).to(logits.device, torch.int64) for example in examples]
+        labels = pad_sequence(targets, batch_first=True, padding_value=IGNORED)[:, 1:]
+        row, place = (labels != IGNORED).nonzero(as_tuple=True)
+        losses = logits.new_zeros(ids.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+        found = cross_entropy(logits[row, place].to(losses.dtype), labels[row, place], reduction="none")
+        return losses.index_put((row, place + 1), found)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
 from influence_fast.check.differences import fixed_norms, restored
 from influence_fast.data.held import Held, as_examples
@@ -41,12 +42,16 @@ METHODS = (AUTO, JVP, DIFFERENCE, POSITION)
 # 0.056 at 0.1 in bf16, which is that of bf16 gradients.
 _STEPS = {torch.float64: 1e-4, torch.float32: 0.01}
 _STEP_16 = 0.1
+_AHEAD = 64  # examples that are put into batches together
+# relative, of an example in a batch to it alone; differences, which round, may be ten times as far
+_BATCHED, _BATCHED_16 = {torch.float64: 1e-6, torch.float32: 2e-3}, 0.2
 _SAME, _HALVINGS = 1e-3, 6  # relative change at half the step, and how often it is halved
 _AGREE = 0.02  # relative, beyond the losses' rounding: another derivative differs by more
 
 
 Found = tuple[torch.Tensor, torch.Tensor]  # influence [n, Q] and the tokens' losses [n], by place
-ByPlace = Callable[[Mapping[str, Any], torch.Tensor], Found]  # of an example and its weights [n]
+Examples = Sequence[Mapping[str, Any]]
+ByPlace = Callable[[Examples, Sequence[torch.Tensor]], list[Found]]  # of a batch and its weights, [n] each
 
 
 @dataclass(frozen=True)
@@ -140,8 +145,52 @@ def each_step_influence(
     weighted = [_weights(example, loss_reduction) for example in held]
     with frozen(model):
         by_place = _chosen(moved, held, weighted, method)
-        for place, (example, weights, mine) in enumerate(zip(held, weighted, split, strict=True)):
-            yield _summed(by_place(example, weights), example_name(example, place), mine)
+        limit = 0 if method == POSITION else _batch_tokens(moved, held, weighted, by_place)
+        for start in range(0, len(held), _AHEAD):
+            places = range(start, min(start + _AHEAD, len(held)))
+            found: dict[int, Found] = {}
+            for batch in _batches(held, places, limit):
+                some = by_place([held[i] for i in batch], [weighted[i] for i in batch])
+                found |= dict(zip(batch, some, strict=True))
+            for i in places:
+                yield _summed(found[i], example_name(held[i], i), split[i])
+
+
+def _batches(examples: Examples, places: Iterable[int], limit: int) -> list[list[int]]:
+    """Group examples of similar lengths, so that a batch has at most `limit` tokens with its padding."""
+    batches: list[list[int]] = []
+    for place in sorted(places, key=lambda place: len(examples[place]["input_ids"])):
+        length = len(examples[place]["input_ids"])
+        if batches and length * (len(batches[-1]) + 1) <= limit:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches
+
+
+def _batch_tokens(moved: Directions, examples: Examples, weights: list[torch.Tensor], by_place: ByPlace) -> int:
+    """Return how many tokens a batch may have, 0 where a batch changes what comes of its examples, which is said.
+
+    Tried on one batch of the first examples: its shortest, which has the most padding, and its longest, alone.
+    """
+    limit = moved.tokens_at_once
+    batch = max(_batches(examples, range(min(_AHEAD, len(examples))), limit), key=len, default=[])
+    if len(batch) < 2:
+        return limit
+    ends = (0, len(batch) - 1)
+    together = by_place([examples[i] for i in batch], [weights[i] for i in batch])
+    for end in ends:
+        (alone,) = by_place([examples[batch[end]]], [weights[batch[end]]])
+        bound = _BATCHED.get(moved.losses_dtype, _BATCHED_16) * (10 if isinstance(by_place, _Differences) else 1)
+        for one, other in zip(together[end], alone, strict=True):
+            if float((one - other).double().norm()) > bound * float(other.double().norm()):
+                warn_once(
+                    logger,
+                    f"{type(moved.model).__name__}: steps are scored one example at a time, since padding after it "
+                    "changes what the model makes of it",
+                )
+                return 0
+    return limit
 
 
 def _summed(given: Found, name: str, steps: list[Step]) -> StepInfluence:
@@ -179,17 +228,27 @@ def _chosen(
     if not examples:
         return ways[JVP]
     try:
-        exact = ways[JVP](examples[0], weights[0])[0].sum(dim=0)
+        exact = ways[JVP](examples[:1], weights[:1])[0][0].sum(dim=0)
     except (RuntimeError, NotImplementedError, TypeError, ModelError) as error:
         why = f"its forward has no forward-mode derivative ({one_line(error, 120)})"
     else:
         differences = _Differences(moved)
-        measured, noise = differences(examples[0], weights[0])[0].sum(dim=0), differences.noise
+        measured, noise = differences(examples[:1], weights[:1])[0][0].sum(dim=0), differences.noise
         if bool(((measured - exact).abs() <= _AGREE * exact.abs() + noise).all()):
             return ways[JVP]
         why = f"forward mode gives {exact[0]:.3g} where differences of its losses give {measured[0]:.3g}"
     warn_once(logger, f"{type(moved.model).__name__}: influence of steps is taken by central differences: {why}")
     return ways[DIFFERENCE]
+
+
+def _apart(
+    by_place: torch.Tensor, losses: torch.Tensor, weights: Sequence[torch.Tensor], wide: torch.dtype
+) -> list[Found]:
+    """Return v . grad l_t [b, n, Q] times the tokens' weights, and the losses [b, n], for each example of a batch."""
+    return [
+        ((rows[: len(mine)] * mine[:, None]).to(wide), of_tokens[: len(mine)])
+        for rows, of_tokens, mine in zip(by_place, losses.detach().cpu(), weights, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -198,15 +257,15 @@ class _Jvp:
 
     moved: Directions
 
-    def __call__(self, example: Mapping[str, Any], weights: torch.Tensor) -> Found:
-        """Return influence by place [n, Q], one pass a direction, and the losses."""
+    def __call__(self, examples: Examples, weights: Sequence[torch.Tensor]) -> list[Found]:
+        """Return influence by place [n, Q], one pass a direction, and the losses, of each example."""
         moved = self.moved
-        pairs = [self._tangents(example, direction) for direction in moved.rows]
-        columns = torch.stack([tangent for _, tangent in pairs], dim=1)
-        return (columns.double().cpu() * weights[:, None]).to(moved.wide), pairs[0][0].cpu()
+        pairs = [self._tangents(examples, direction) for direction in moved.rows]
+        columns = torch.stack([tangent for _, tangent in pairs], dim=2).double().cpu()
+        return _apart(columns, pairs[0][0], weights, moved.wide)
 
-    def _tangents(self, example: Mapping[str, Any], direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return l_t and v . grad l_t of every token by its place, [n] each."""
+    def _tangents(self, examples: Examples, direction: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return l_t and v . grad l_t of every token by its place, [b, n] each."""
         moved = self.moved
         # fused attention has no forward-mode derivative, and the plain products have
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
@@ -214,7 +273,7 @@ class _Jvp:
                 name: forward_ad.make_dual(parameter.detach(), part.to(parameter.dtype))
                 for name, parameter, part in zip(moved.names, moved.parameters, moved.parts(direction), strict=True)
             }
-            losses = moved.token_losses(example, lambda **given: functional_call(moved.model, dual, (), given))
+            losses = moved.token_losses(examples, lambda **given: functional_call(moved.model, dual, (), given))
             primal, tangent = forward_ad.unpack_dual(losses)
             if tangent is None:
                 raise ModelError("the model's losses do not depend on its adapter's parameters in forward mode")
@@ -224,8 +283,8 @@ class _Jvp:
 class _Differences:
     """Central differences of every token's loss, by the model's own forward.
 
-    step: how far the adapter is moved each way, chosen on the first example. noise: [Q], what the losses' rounding
-    makes of an example's influence, of the last example that was asked for.
+    step: how far the adapter is moved each way, chosen on the first batch. noise: [Q], what the losses' rounding makes
+    of a batch's influence, of the last batch that was asked for.
     """
 
     def __init__(self, moved: Directions) -> None:
@@ -234,60 +293,57 @@ class _Differences:
         self.step = 0.0
 
     @torch.no_grad()
-    def __call__(self, example: Mapping[str, Any], weights: torch.Tensor) -> Found:
-        """Return influence by place [n, Q], two forwards a direction, and the losses; the adapter is put back to the
-        bit."""
-        moved = self.moved
-        losses = moved.token_losses(example, moved.model)
-        # the gradients of DoRA take its norms for constants, and so must these
-        with fixed_norms(moved.model, lambda: moved.token_losses(example, moved.model)):
-            found = self._fitting(example, weights) if not self.step else self._columns(example, weights)
-        return found.to(moved.wide), losses.cpu()
+    def __call__(self, examples: Examples, weights: Sequence[torch.Tensor]) -> list[Found]:
+        """Return influence by place [n, Q], two forwards a direction, and the losses, of each example.
 
-    def _fitting(self, example: Mapping[str, Any], weights: torch.Tensor) -> torch.Tensor:
-        """Return influence by place [n, Q] by a step so small that half of it gives the same, and keep that step.
+        The adapter is put back to the bit.
+        """
+        moved, padded = self.moved, pad_sequence(list(weights), batch_first=True)
+        losses = moved.token_losses(examples, moved.model)
+        # the gradients of DoRA take its norms for constants, and so must these
+        with fixed_norms(moved.model, lambda: moved.token_losses(examples, moved.model)):
+            found = self._columns(examples, padded) if self.step else self._fitting(examples, padded)
+        return _apart(found, losses, weights, moved.wide)
+
+    def _fitting(self, examples: Examples, weights: torch.Tensor) -> torch.Tensor:
+        """Return v . grad l_t by place [b, n, Q] by a step so small that half of it gives the same, and keep that step.
 
         Of a small model, or one whose adapter has small weights, the losses bend within the usual step: the error is
         that of the third derivative, a quarter at half the step. Rounding doubles there, so that it ends the search.
         """
-        self.step = _STEPS.get(self.dtype, _STEP_16)
-        found = self._columns(example, weights)
+        self.step = _STEPS.get(self.moved.losses_dtype, _STEP_16)
+        found = self._columns(examples, weights)
         for _ in range(_HALVINGS):
             self.step /= 2
-            finer = self._columns(example, weights)
-            moved = (finer - found).sum(dim=0).abs()
-            if bool((moved <= _SAME * finer.sum(dim=0).abs() + self.noise).all()):
+            finer = self._columns(examples, weights)
+            sums = [(each * weights[:, :, None]).sum(dim=(0, 1)) for each in (finer, finer - found)]
+            if bool((sums[1].abs() <= _SAME * sums[0].abs() + self.noise).all()):
                 self.step *= 2
                 return found
             found = finer
         return found
 
-    def _columns(self, example: Mapping[str, Any], weights: torch.Tensor) -> torch.Tensor:
-        """Return influence by place, [n, Q] fp64, with the step as it is."""
-        columns = [self._column(example, weights, number) for number in range(len(self.moved.rows))]
-        return torch.stack(columns, dim=1) * weights[:, None]
+    def _columns(self, examples: Examples, weights: torch.Tensor) -> torch.Tensor:
+        """Return v . grad l_t of every token by its place, [b, n, Q] fp64, with the step as it is."""
+        columns = [self._column(examples, weights, number) for number in range(len(self.moved.rows))]
+        return torch.stack(columns, dim=2)
 
-    def _column(self, example: Mapping[str, Any], weights: torch.Tensor, number: int) -> torch.Tensor:
-        """Return v . grad l_t of every token by its place, [n] fp64, and note its rounding."""
+    def _column(self, examples: Examples, weights: torch.Tensor, number: int) -> torch.Tensor:
+        """Return v . grad l_t in one direction by place, [b, n] fp64, and note its rounding."""
         moved, direction = self.moved, self.moved.rows[number]
         length = float(direction.norm())
         if not length:
             self.noise[number] = 0.0
-            return torch.zeros(len(weights), dtype=torch.float64)
+            return torch.zeros_like(weights)
         parts, sides = moved.parts(direction / length), []
         with restored(moved.parameters) as start:
             for sign in (1.0, -1.0):
                 for parameter, before, part in zip(moved.parameters, start, parts, strict=True):
                     parameter.copy_((before.double() + sign * self.step * part).to(parameter.dtype))
-                sides.append(moved.token_losses(example, moved.model).double().cpu())
+                sides.append(moved.token_losses(examples, moved.model).double().cpu())
         scale = length / (2 * self.step)
-        self.noise[number] = 8 * float((sides[0] * weights).abs().sum()) * torch.finfo(self.dtype).eps * scale
+        self.noise[number] = 8 * float((sides[0] * weights).abs().sum()) * torch.finfo(moved.losses_dtype).eps * scale
         return (sides[0] - sides[1]) * scale
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Return the dtype that the model's losses are rounded to."""
-        return self.moved.model.get_input_embeddings().weight.dtype
 
 
 class _Positions:
@@ -300,9 +356,12 @@ class _Positions:
         if odd or 2 * len(self.linears) != len(moved.names):
             raise ModelError(f"method 'position' is for plain LoRA on linears, and not for {odd[:1] or 'this adapter'}")
 
-    def __call__(self, example: Mapping[str, Any], weights: torch.Tensor) -> Found:
-        """Return influence by place [n, Q] and the losses: a token's place has the sum at the position that predicts
-        it."""
+    def __call__(self, examples: Examples, weights: Sequence[torch.Tensor]) -> list[Found]:
+        """Return influence by place [n, Q] and the losses, of each example: a token's place has the sum at the position
+        that predicts it."""
+        return [self._of_one(example, mine) for example, mine in zip(examples, weights, strict=True)]
+
+    def _of_one(self, example: Mapping[str, Any], weights: torch.Tensor) -> Found:
         moved, held = self.moved, {}
 
         def keep(number: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -318,7 +377,7 @@ class _Positions:
                 )
                 stack.callback(handle.remove)
             with torch.enable_grad():
-                losses = moved.token_losses(example, moved.model)
+                losses = moved.token_losses([example], moved.model)[0]
                 (losses * weights.to(losses)).sum().backward()
         directions = [moved.parts(row) for row in moved.rows]
         out = torch.zeros(len(weights), len(moved.rows), dtype=torch.float64)

@@ -274,3 +274,32 @@ def test_bad_arguments_are_named(model: Any, directions: torch.Tensor, tiny_toke
     with pytest.raises(NumericError, match="NaN"):
         inf.step_influence(model, examples, directions * np.nan, steps="tokens")
     assert inf.step_influence(model, [], directions, steps="tokens") == []
+
+
+@pytest.mark.parametrize("method", ["jvp", "difference"])
+def test_a_batch_gives_what_its_examples_give_alone(model: Any, directions: torch.Tensor, method: str) -> None:
+    examples = make_examples(seed=3) + [e | {"id": f"{e['id']}-again"} for e in make_examples(seed=4)]
+    together = inf.step_influence(model, examples, directions, steps="tokens", method=method)
+    for example, found in zip(examples, together, strict=True):
+        (alone,) = inf.step_influence(model, [example], directions, steps="tokens", method=method)
+        assert found.id == alone.id == example["id"]
+        assert found.token_losses.shape == example["input_ids"].shape
+        assert torch.allclose(found.token_losses, alone.token_losses, atol=1e-12)
+        assert relative(found.influence, alone.influence) < {"jvp": 1e-12, "difference": 1e-5}[method]
+
+
+def test_examples_of_a_model_that_looks_ahead_come_alone(
+    tiny_lora: Callable[..., Any], directions: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model(tiny_lora)
+    embeddings = model.get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda _, __, y: y + y.mean(dim=1, keepdim=True))
+    try:
+        examples = make_examples(seed=3)
+        found = inf.step_influence(model, examples, directions, steps="tokens", method="jvp")
+        assert "steps are scored one example at a time" in caplog.text
+        for example, one in zip(examples, found, strict=True):
+            (alone,) = inf.step_influence(model, [example], directions, steps="tokens", method="jvp")
+            assert torch.equal(one.influence, alone.influence)
+    finally:
+        handle.remove()
